@@ -1,0 +1,1 @@
+"""Headrace's training library: the model, the engine, the loop and what surrounds them. `shards` feeds it."""

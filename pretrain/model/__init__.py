@@ -1,0 +1,1 @@
+"""The LLaMA-class transformer, built of fairscale's model-parallel layers."""

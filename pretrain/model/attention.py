@@ -1,0 +1,89 @@
+"""Attention inside documents: a row holds several pieces, and a token sees only its own piece, from its start.
+
+Two backends with the same result: SDPA with a mask (any device) and FlexAttention (CUDA), which skips the blocks of
+the row-by-row mask in which no token may see another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+# q [B, n_heads, T, head_dim], k and v [B, n_kv_heads, T, head_dim] -> [B, n_heads, T, head_dim]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionBackend = Literal["sdpa", "flex"]
+
+
+def positions_in_pieces(segment_ids: Tensor) -> Tensor:
+    """Each token's position within its own piece, from 0. segment_ids [B, T] -> [B, T] int64."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def attention_within_pieces(segment_ids: Tensor, backend: AttentionBackend) -> Attend:
+    """Causal attention that does not cross the bounds of a piece; made once a forward pass, used by every block.
+
+    Args:
+        segment_ids: [B, T]; padding (0) attends to padding, so that its rows stay finite.
+        backend: "flex" compiles at its first use and wants CUDA.
+    """
+    if backend == "flex":
+        return _flex_attention(segment_ids)
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)) & causal  # [B, T (query), T (key)]
+    mask = mask.unsqueeze(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
+
+
+def _flex_attention(segment_ids: Tensor) -> Attend:
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (segment_ids[batch, query] == segment_ids[batch, key])
+
+    rows, length = segment_ids.shape
+    mask: BlockMask = _compiled(create_block_mask)(visible, rows, None, length, length, device=segment_ids.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
+@functools.cache
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(function, dynamic=False)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the two halves of a head alike.
+
+    Computed from the positions rather than kept as a buffer: casting a model to bf16 would round a buffer too, and
+    bf16 cannot tell position 2049 from 2050.
+
+    Source: Su et al. 2021, arXiv 2104.09864, in the "rotate half" layout of the Hugging Face checkpoints.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.unsqueeze(-1).float() * (theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE to x [B, heads, T, head_dim], in fp32, and returns x's type."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

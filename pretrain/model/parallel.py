@@ -1,0 +1,125 @@
+"""Tensor-parallel building blocks: fairscale's layers, tagged so that nobody miscounts them, and losses on split logits.
+
+Every sharded weight carries the dimension that it is split along. The gradient norm, the initialization, checkpoints
+and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+)
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from torch import Tensor, nn
+
+
+def column_linear(in_features: int, out_features: int) -> nn.Module:
+    """x [..., in] -> this rank's slice of the outputs [..., out / tp_size]. Its weight is not initialized."""
+    layer = ColumnParallelLinear(in_features, out_features, bias=False, gather_output=False, init_method=_untouched)
+    return _tagged(layer, shard_dim=0)
+
+
+def row_linear(in_features: int, out_features: int) -> nn.Module:
+    """This rank's slice of x [..., in / tp_size] -> the whole output [..., out]. Its weight is not initialized."""
+    layer = RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=_untouched)
+    return _tagged(layer, shard_dim=1)
+
+
+def vocab_embedding(vocab_size: int, dim: int) -> nn.Module:
+    """Token ids [...] -> embeddings [..., dim]; each rank holds vocab_size / tp_size rows. Not initialized."""
+    return _tagged(VocabParallelEmbedding(vocab_size, dim, init_method=_untouched), shard_dim=0)
+
+
+def _untouched(weight: Tensor) -> Tensor:
+    # fairscale hands its init the full matrix on every rank; leaving it alone leaves its pages unallocated
+    return weight
+
+
+def _tagged(layer: nn.Module, shard_dim: int) -> nn.Module:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    weight.shard_dim = shard_dim  # type: ignore[attr-defined]
+    # The name that DeepSpeed looks for: without it the norm leaves out the slices of tp ranks > 0
+    weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    return layer
+
+
+def shard_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension that this weight is split along over the tp ranks; None for a replicated weight."""
+    return getattr(parameter, "shard_dim", None)
+
+
+def full_shape(parameter: nn.Parameter) -> list[int]:
+    """The shape of the whole weight, of which this rank may hold a slice."""
+    shape = list(parameter.shape)
+    dim = shard_dim(parameter)
+    if dim is not None:
+        shape[dim] *= get_model_parallel_world_size()
+    return shape
+
+
+def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of a whole weight, as a view of it."""
+    dim = shard_dim(parameter)
+    if dim is None:
+        return full
+    return full.chunk(get_model_parallel_world_size(), dim)[get_model_parallel_rank()]
+
+
+def on_sharded_activations(weight: Tensor) -> Tensor:
+    """A replicated weight, for use on activations of which each tp rank has a different slice.
+
+    Each rank then computes only its slice's part of the weight's gradient; this sums the parts. Without it the ranks'
+    copies of the weight drift apart, while the loss hardly shows it.
+    """
+    return copy_to_model_parallel_region(weight)  # type: ignore[no-any-return]
+
+
+def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """The negative log-likelihood of each target, without gathering the logits.
+
+    Args:
+        logits: [..., vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
+        targets: [...] int64 token ids in [0, vocab_size); positions to ignore carry any valid id and are masked later.
+    Returns:
+        [...] fp32, in nats, the same on every tp rank.
+    """
+    # fairscale's loss edits its input in place, and .float() of an fp32 tensor is no copy
+    fresh = logits.clone() if logits.dtype == torch.float32 else logits.float()
+    return vocab_parallel_cross_entropy(fresh, targets)  # type: ignore[no-any-return]
+
+
+def vocab_parallel_logsumexp(logits: Tensor) -> Tensor:
+    """log(sum(exp(logits))) over the whole vocabulary, differentiable. logits as in `vocab_parallel_nll`; [...] fp32."""
+    logits = logits.float()
+    largest = logits.detach().amax(dim=-1)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
+    sum_exp = (logits - largest.unsqueeze(-1)).exp().sum(dim=-1)
+    # The sum over ranks passes the gradient through unchanged: each rank owns its own logits
+    return reduce_from_model_parallel_region(sum_exp).log() + largest  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def vocab_parallel_argmax(logits: Tensor) -> Tensor:
+    """The most likely token id [...] int64 over the whole vocabulary; the lowest id where several are equal."""
+    group, slice_size = get_model_parallel_group(), logits.shape[-1]
+    best, index = logits.float().max(dim=-1)
+    index = index + get_model_parallel_rank() * slice_size
+    best_anywhere = best.clone()
+    dist.all_reduce(best_anywhere, op=dist.ReduceOp.MAX, group=group)
+    index = torch.where(best == best_anywhere, index, torch.iinfo(torch.int64).max)
+    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
+    return index
+
+
+def gather_vocab(logits: Tensor) -> Tensor:
+    """The whole logits [..., vocab_size] of a few positions, for sampling; never for training."""
+    parts = [torch.empty_like(logits) for _ in range(get_model_parallel_world_size())]
+    dist.all_gather(parts, logits.contiguous(), group=get_model_parallel_group())
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,87 @@
+"""How large a model is: parameters, floating-point operations, memory. The one place that counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.model.transformer import ModelConfig
+from pretrain.topology import ParallelConfig
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trainable parameters of the whole model; tied embeddings count once."""
+    dim, head_dim = config.dim, config.head_dim
+    attention = dim * head_dim * (2 * config.n_heads + 2 * config.kv_heads)
+    norms = 2 * dim + (2 * head_dim if config.qk_norm else 0)
+    block = attention + 3 * dim * config.hidden_dim + norms
+    embeddings = config.vocab_size * dim * (1 if config.tie_embeddings else 2)
+    return config.n_layers * block + embeddings + dim
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of forward and backward for one trained token, on full-length documents.
+
+    Two a weight of every matrix multiplication forward (the embedding is a look-up and has none) and twice that
+    backward; plus, in each layer, the causal half of the seq_len x seq_len products of attention, twice (scores and
+    values). Recomputation is not counted, as is usual for model FLOP utilization.
+
+    Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B, with attention counted as causal.
+    """
+    head_dim = config.head_dim
+    attention = config.dim * head_dim * (2 * config.n_heads + 2 * config.kv_heads)
+    matrices = config.n_layers * (attention + 3 * config.dim * config.hidden_dim) + config.vocab_size * config.dim
+    products = config.n_layers * 2 * (2 * config.n_heads * head_dim * seq_len) // 2
+    return 3 * (2 * matrices + products)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank, at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(
+    config: ModelConfig, parallel: ParallelConfig, dp_size: int, micro_batch_size: int, seq_len: int, weight_bytes: int
+) -> MemoryEstimate:
+    """Estimates one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments).
+
+    Args:
+        weight_bytes: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32 (which needs no master copy).
+    """
+    own = parameter_count(config) // parallel.tp_size
+    stage = max(1, parallel.zero_stage)
+    optimizer = (12 if weight_bytes == 2 else 8) * own // dp_size
+    gradients = 4 * own // (dp_size if stage >= 2 else 1)
+    weights = weight_bytes * own // (dp_size if stage == 3 else 1)
+    if parallel.offload != "none":
+        optimizer = 0
+    if parallel.offload == "parameters":
+        weights = 0
+    return MemoryEstimate(
+        weights, gradients, optimizer, _activations(config, parallel, micro_batch_size * seq_len, weight_bytes)
+    )
+
+
+def _activations(config: ModelConfig, parallel: ParallelConfig, tokens: int, weight_bytes: int) -> int:
+    """What the backward pass needs of one micro-batch: per token and layer, the tensors that the layers save.
+
+    On every tp rank whole: the two norms' inputs and outputs, the branches' sums (6 dim). Split over tp ranks: queries,
+    keys, values, their rotations and attention's output (6 heads' widths), SwiGLU's three products (4 hidden_dim).
+    The logits stand there twice in fp32 (as given to the loss, and the softmax kept for the backward pass).
+    """
+    split = (6 * config.n_heads * config.head_dim + 4 * config.hidden_dim) // parallel.tp_size
+    block = weight_bytes * tokens * (6 * config.dim + split)
+    if parallel.activation_checkpointing:
+        blocks = config.n_layers * weight_bytes * tokens * config.dim + block
+    else:
+        blocks = config.n_layers * block
+    logits = tokens * (8 + weight_bytes) * config.vocab_size // parallel.tp_size
+    return blocks + logits

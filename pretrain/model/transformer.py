@@ -1,0 +1,199 @@
+"""The LLaMA-class transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+tokens, segment ids -> this rank's slice of the logits. The loss is taken outside, on the slices (`parallel.py`).
+Shapes: B rows, T tokens a row, H and K this rank's query and key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.model.attention import (
+    Attend,
+    AttentionBackend,
+    attention_within_pieces,
+    positions_in_pieces,
+    rotary_angles,
+    rotate,
+)
+from pretrain.model.parallel import (
+    column_linear,
+    full_shape,
+    on_sharded_activations,
+    row_linear,
+    shard_of,
+    vocab_embedding,
+)
+from pretrain.rng import derive_seed
+from shards import Config
+
+
+class ModelConfig(Config):
+    """The architecture. Two runs with the same ModelConfig compute the same function of their weights."""
+
+    dim: int = Field(ge=1)  # width of the residual stream
+    n_layers: int = Field(ge=1)
+    n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
+    n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
+    ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, up to the next multiple of 256
+    vocab_size: int = Field(ge=1)  # pieces of the tokenizer
+    norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
+    qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
+    tie_embeddings: bool = False  # the output projection is the embedding
+    dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
+    init: Literal["trunc_normal", "normal"] = "trunc_normal"  # trunc_normal: cut at three standard deviations
+    init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float, *, on_sharded: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+        self.on_sharded = on_sharded  # each tp rank normalizes other activations, with the same weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = on_sharded_activations(self.weight) if self.on_sharded else self.weight
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; each tp rank computes n_heads / tp_size heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = column_linear(config.dim, config.n_heads * config.head_dim)
+        self.wk = column_linear(config.dim, config.kv_heads * config.head_dim)
+        self.wv = column_linear(config.dim, config.kv_heads * config.head_dim)
+        self.wo = row_linear(config.n_heads * config.head_dim, config.dim)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, on_sharded=True)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, on_sharded=True)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        rows, length, _ = x.shape
+        q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
+        k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
+        v = self.wv(x).view(rows, length, -1, self.head_dim)
+        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, D]
+        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        out = attend(q, k, v.transpose(1, 2))
+        return self.wo(out.transpose(1, 2).reshape(rows, length, -1))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = column_linear(config.dim, config.hidden_dim)
+        self.w3 = column_linear(config.dim, config.hidden_dim)
+        self.w2 = row_linear(config.hidden_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: each branch reads the normalized stream and adds to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, attend))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """The whole model, of which each tp rank holds its slices.
+
+    Args:
+        config: the architecture.
+        attention: backend of the attention, see `attention.py`.
+        checkpoint_blocks: keep only each block's input for the backward pass.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: AttentionBackend = "sdpa", checkpoint_blocks: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend: AttentionBackend = attention
+        self.checkpoint_blocks = checkpoint_blocks
+        self.embedding = vocab_embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = column_linear(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            # One parameter in two layers: both split the vocabulary in the same way
+            self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+        """Predicts each next token.
+
+        Args:
+            tokens: [B, T] int64.
+            segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding.
+        Returns:
+            [B, T, vocab_size / tp_size]: this rank's slice of the logits, in the weights' type.
+        """
+        attend = attention_within_pieces(segment_ids, self.attention_backend)
+        cos, sin = rotary_angles(positions_in_pieces(segment_ids), self.config.head_dim, self.config.rope_theta)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.output(self.norm(x))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draws every matrix from a generator of its own, seeded by its name: the same weights at every tp_size."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue  # the norms' weights are ones
+            std = self.config.init_std
+            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+                std /= (2 * self.config.n_layers) ** 0.5
+            generator = torch.Generator(parameter.device).manual_seed(derive_seed(seed, "init", name))
+            full = torch.empty(full_shape(parameter), device=parameter.device)
+            if self.config.init == "trunc_normal":
+                nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+            else:
+                nn.init.normal_(full, std=std, generator=generator)
+            parameter.copy_(shard_of(full, parameter))

@@ -1,0 +1,75 @@
+"""The optimizer's parameter groups, and learning-rate schedules as pure functions of the step. config -> engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, TypedDict
+
+import torch
+from pydantic import Field
+
+from shards import Config
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(3e-4, gt=0)  # the peak, reached at the end of the warm-up
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
+    warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
+    decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
+    floor: float = Field(0.1, ge=0, le=1)  # the lowest learning rate after the warm-up, as a share of the peak
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
+    grad_clip: float = Field(1.0, ge=0)  # the largest global gradient norm; 0 does not clip
+    z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4
+
+
+class ParameterGroup(TypedDict):
+    """What torch's optimizers take as a group."""
+
+    params: list[torch.nn.Parameter]
+    weight_decay: float
+
+
+def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
+    """The learning rate of one optimizer step.
+
+    Args:
+        step: which step, from 0.
+        config: peak, schedule, warm-up and floor.
+        steps: optimizer steps of the whole run; the schedule reaches its floor at the last of them.
+    Returns:
+        The learning rate. During the warm-up it grows linearly and step 0 already has 1/warmup_steps of the peak.
+    Source: cosine, Loshchilov and Hutter 2017, arXiv 1608.03983; WSD with a linear decay, Hu et al. 2024,
+        arXiv 2404.06395 and Haegele et al. 2024, arXiv 2405.18392.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    return config.learning_rate * (config.floor + (1 - config.floor) * _height_at(step, config, steps))
+
+
+def _height_at(step: int, config: OptimConfig, steps: int) -> float:
+    """Where a schedule stands between its peak, 1, and its floor, 0, after the warm-up."""
+    last = steps - 1
+    decay_start = config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        decay_start = max(decay_start, steps - (config.decay_steps or max(1, steps // 10)))
+    if step >= last:
+        return 0.0
+    done = max(0.0, (step - decay_start) / (last - decay_start)) if last > decay_start else 0.0
+    return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+
+
+def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[ParameterGroup]:
+    """Matrices with weight decay, vectors (the norms' weights) without."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups: list[ParameterGroup] = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

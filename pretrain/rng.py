@@ -1,0 +1,27 @@
+"""Seeds that depend on where a computation stands in the run, never on what ran before it.
+
+A run that resumes at step k draws the same dropout masks as one that never stopped, because the generator is seeded
+anew for each (step, micro-step, dp_rank). Tensor-parallel ranks share a seed: they drop the same activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import xxhash
+
+
+def derive_seed(seed: int, *path: int | str) -> int:
+    """A 63-bit seed for one place of the run, e.g. `derive_seed(run_seed, "dropout", step, micro_step, dp_rank)`."""
+    key = "/".join(str(part) for part in (seed, *path))
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's default generators inside the block and puts their former state back after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,217 @@
+"""Ranks, groups, the device, and the few collectives that the loop needs. The only user of fairscale's `initialize`.
+
+World ranks are laid out with tensor-parallel ranks adjacent: rank = dp_rank * tp_size + tp_rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from pydantic import Field
+
+from shards import Config, ConfigError
+
+
+class ParallelConfig(Config):
+    """How the model and its training state are laid over ranks, and what is traded for memory."""
+
+    tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; "parameters" needs zero_stage 3
+    activation_checkpointing: bool = False  # keep only each block's input; costs one more forward pass of compute
+    compile: bool = False  # torch.compile each block; not with zero_stage 3
+    attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
+    timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: among all processes of the run.
+        tp_rank, tp_size: within the group that shares one copy of the model.
+        dp_rank, dp_size: which share of each global batch this process trains on.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes logs, metrics and the run folder."""
+        return self.rank == 0
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return fairscale_groups.get_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return fairscale_groups.get_data_parallel_group()
+
+    def sum_int64(self, values: list[int]) -> list[int]:
+        """Sums each value over all ranks; wraps mod 2^64, so that hashes can be summed too.
+
+        Values may be unsigned or signed 64-bit; the sums come back unsigned.
+        """
+        tensor = torch.tensor([_signed(v) for v in values], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return [v % 2**64 for v in tensor.tolist()]
+
+    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the dp ranks, in place; every tp rank must hold the same values."""
+        dist.all_reduce(values, group=self.dp_group)
+        return values
+
+    def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Gives every tp rank the tensor of tp rank 0, in place."""
+        if self.tp_size > 1:
+            dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
+        return tensor
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Every rank's value, on every rank, by rank. For small things only: it pickles."""
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu`, in the names of Megatron that it looks for; fairscale's own module lacks half."""
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return fairscale_groups.get_data_parallel_group()
+
+    def get_data_parallel_rank(self) -> int:
+        return int(fairscale_groups.get_data_parallel_rank())
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(fairscale_groups.get_data_parallel_world_size())
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return fairscale_groups.get_model_parallel_group()
+
+    def get_model_parallel_rank(self) -> int:
+        return int(fairscale_groups.get_model_parallel_rank())
+
+    def get_model_parallel_world_size(self) -> int:
+        return int(fairscale_groups.get_model_parallel_world_size())
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def _signed(value: int) -> int:
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The five variables of `torch.distributed`'s env:// rendezvous: as the launcher set them, else for one process.
+
+    Raises:
+        ConfigError: if a launcher set only some of them.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in environment]
+    if not missing:
+        return {name: environment[name] for name in names}
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        raise ConfigError(
+            f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with `deepspeed` or `torchrun`"
+        )
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return {**single, "MASTER_PORT": str(free_port())}
+
+
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started, known before any of them has met another."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
+    """Data-parallel ranks in a world of this size.
+
+    Raises:
+        ConfigError: if tp_size does not divide the number of ranks.
+    """
+    if world_size % parallel.tp_size:
+        raise ConfigError(
+            f"parallel.tp_size={parallel.tp_size} does not divide the {world_size} ranks that were started;"
+            f" start a multiple of {parallel.tp_size}"
+        )
+    return world_size // parallel.tp_size
+
+
+@contextlib.contextmanager
+def started(parallel: ParallelConfig) -> Iterator[Topology]:
+    """Joins the process group, forms the tensor- and data-parallel groups, and leaves them again at the end."""
+    environment = launcher_environment(os.environ)
+    os.environ.update(environment)  # DeepSpeed and the libraries below it read them too
+    world_size = int(environment["WORLD_SIZE"])
+    dp_size = dp_size_of(world_size, parallel)
+    device = _device(int(environment["LOCAL_RANK"]))
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=parallel.timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
+            fairscale_groups.initialize_model_parallel(parallel.tp_size)
+        rank = dist.get_rank()
+        yield Topology(
+            rank=rank,
+            world_size=world_size,
+            tp_rank=rank % parallel.tp_size,
+            tp_size=parallel.tp_size,
+            dp_rank=rank // parallel.tp_size,
+            dp_size=dp_size,
+            device=device,
+        )
+    finally:
+        fairscale_groups.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Under Slurm each task may see only its own GPU, which is then number 0 whatever the local rank
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
