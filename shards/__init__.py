@@ -1,0 +1,37 @@
+"""Headrace's streaming loader: raw Pile and Dolma shards -> batches that are a pure function of (data, config, seed, step)."""
+
+from shards.batch import Batch, Origin, Skipped
+from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange
+from shards.cursor import LoaderState, merge_states
+from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
+from shards.fingerprint import check_fingerprint
+from shards.loader import Loader
+from shards.manifest import prepare
+from shards.packing import Rows, pack_documents
+from shards.reader import Document, read_documents
+from shards.tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "Document",
+    "HeadraceError",
+    "Loader",
+    "LoaderState",
+    "Origin",
+    "OverflowTolerance",
+    "Rows",
+    "ShardError",
+    "Skipped",
+    "SourceConfig",
+    "Tokenizer",
+    "WeightChange",
+    "check_fingerprint",
+    "merge_states",
+    "pack_documents",
+    "prepare",
+    "read_documents",
+]

@@ -1,0 +1,112 @@
+"""Drawn rows -> the arrays that a step trains on, with what there is to say about them. lane -> batch -> loader."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards.cursor import LoaderState
+from shards.lane import Draw
+from shards.pool import WindowId
+from shards.sources import Source
+
+HASH_MODULUS = 1 << 64
+
+
+class Origin(NamedTuple):
+    """Where a piece of a row comes from."""
+
+    slot: int  # of the row in the global batch
+    source: str
+    shard: str  # path
+    line: int  # of the record in the unpacked shard, counted from 1
+    start: int  # first token of the document that is in the piece, BOS counted
+    stop: int  # one past the last
+
+
+class Skipped(NamedTuple):
+    """A bad record of a window that was entered in this batch."""
+
+    source: str
+    shard: str  # path
+    line: int  # counted from 1
+    reason: str
+
+
+class Batch:
+    """All rows of one optimizer step that belong to one data-parallel rank, in the order of their slots."""
+
+    def __init__(
+        self,
+        draws: Sequence[Draw],
+        slots: Sequence[int],
+        sources: Sequence[Source],
+        seq_len: int,
+        state: LoaderState,
+        epochs: dict[str, float],
+    ) -> None:
+        self._draws, self._slots, self._sources, self._state = draws, slots, sources, state
+        self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
+        self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
+        self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
+        self.source_tokens: dict[str, int] = {}  # tokens per source, or per SOURCE/SUB_SOURCE; padding apart
+        self.padding_tokens: int
+        self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
+        self.epochs = epochs  # passes over each source so far, from this rank's lanes: average it over ranks
+        counts: Counter[str] = Counter()
+        for i, (name, window, row) in enumerate(draws):
+            lengths = window.rows.fill(row, int(window.token_offsets[row]), self.tokens[i], self.segment_ids[i])
+            self.n_targets += int(lengths.sum()) - len(lengths)
+            self._count(counts, name.source, draws[i], lengths)
+            token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
+            self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
+        self.row_hash %= HASH_MODULUS
+        self.source_tokens = dict(counts)
+        self.padding_tokens = self.tokens.size - counts.total()
+
+    def _count(self, counts: Counter[str], source: int, draw: Draw, lengths: npt.NDArray[np.int32]) -> None:
+        name, window = self._sources[source].config.name, draw.window
+        if not window.sub_sources:
+            counts[name] += int(lengths.sum())
+            return
+        rows = window.rows
+        documents = rows.documents[rows.row_pieces[draw.row] : rows.row_pieces[draw.row + 1]]
+        for number, length in zip(window.sub_source_of[documents].tolist(), lengths.tolist(), strict=True):
+            counts[name if number < 0 else f"{name}/{window.sub_sources[number]}"] += length
+
+    @property
+    def state(self) -> dict[str, object]:
+        """The loader's state after this batch; what to save once it was trained on."""
+        return self._state.to_dict()
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The bad records of the windows whose first row is in this batch."""
+        return [
+            Skipped(self._sources[name.source].config.name, self._shard(name), bad.line, bad.reason)
+            for name, window, row in self._draws
+            if row == 0
+            for bad in window.skipped
+        ]
+
+    def origins(self) -> Iterator[Origin]:
+        """Where each piece of each row comes from, in the order of rows and pieces."""
+        for slot, (name, window, row) in zip(self._slots, self._draws, strict=True):
+            rows = window.rows
+            for piece in range(int(rows.row_pieces[row]), int(rows.row_pieces[row + 1])):
+                start = int(rows.starts[piece])
+                yield Origin(
+                    slot=slot,
+                    source=self._sources[name.source].config.name,
+                    shard=self._shard(name),
+                    line=int(window.lines[rows.documents[piece]]),
+                    start=start,
+                    stop=start + int(rows.lengths[piece]),
+                )
+
+    def _shard(self, name: WindowId) -> str:
+        source = self._sources[name.source]
+        return source.shards[source.windows(name.lane, name.segment)[name.window].shard].path

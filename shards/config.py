@@ -1,0 +1,157 @@
+"""What the user says about the data: sources, row length, packing, workers. The first thing the loader is handed."""
+
+import difflib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, model_validator
+
+from shards.errors import ConfigError
+
+Int = Annotated[int, Strict()]  # 8, never "8" or 8.0
+Bool = Annotated[bool, Strict()]
+Float = Annotated[float, Strict()]  # an int will do
+Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
+
+MIB = 1 << 20
+
+
+class Config(BaseModel):
+    """Base of every config dataclass: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], at: str = "") -> Self:
+        """Validates plain values, as read from YAML; `at` is the key under which they stand.
+
+        Raises: ConfigError naming each key that is wrong, its value, and what would be right.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(cls, at, dict(item)) for item in error.errors())) from None
+
+
+def _explain(config: type[BaseModel], at: str, item: dict[str, typing.Any]) -> str:
+    """One line for one of pydantic's findings: the key as the user would write it, the value, what would be right."""
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(([at] if at else []) + path)
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(config, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{key or 'config'}: {message}" + ("" if item["type"] == "value_error" else f", not {item['input']!r}")
+
+
+def _fields_at(config: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the section under `path`; list positions in the path are passed over."""
+    for part in path:
+        field = config.model_fields.get(part)
+        if field is None:
+            continue
+        for kind in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                config = kind
+    return list(config.model_fields)
+
+
+class OverflowTolerance(Config):
+    """One document per row; what overflows the last full row becomes a row of its own only if it is long enough."""
+
+    overflow_tolerance: Int = Field(ge=1)  # tokens; a shorter overflow is dropped
+
+
+Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
+
+
+class SourceConfig(Config):
+    """A named list of shards with a weight."""
+
+    name: Name  # as it appears in metrics; unique
+    paths: tuple[str, ...] = Field(
+        min_length=1
+    )  # files or globs, sorted after expansion; relative to the current folder
+    weight: Float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
+    max_epochs: Int | None = Field(
+        default=None, ge=1
+    )  # passes over the source, then it leaves the mix; None = no limit
+    text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
+    id_key: Name = "id"  # of the record's id, where it has one (Dolma)
+    source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
+
+
+class WeightChange(Config):
+    """New weights from a step on."""
+
+    step: Int = Field(ge=1)  # first optimizer step, counted from 0, that uses them
+    weights: dict[str, Float]  # source name -> weight; a source that is not named keeps its weight
+
+
+class DataConfig(Config):
+    """Everything that decides what the batches hold, and how they are made."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: Path  # a SentencePiece model
+    seq_len: Int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
+    packing: Packing = "best_fit"
+    lanes: Int | None = Field(default=None, ge=1)  # fixed for a run's life; None = min(global_batch_size, 1024)
+    bos: Bool = True  # begin each document with the tokenizer's BOS
+    eos: Bool = True  # end each document with the tokenizer's EOS
+    weight_changes: tuple[WeightChange, ...] = ()  # in order of their steps
+
+    on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
+    max_bad_records: Int | None = Field(
+        default=None, ge=0
+    )  # records skipped on one rank before it fails; None = no limit
+    bad_records_file: Path | None = None  # skipped records as JSON lines, one file per rank (.RANK is added)
+
+    window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
+    index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
+    max_index_at_start: Int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
+    max_decoder_window: Int = Field(default=128 * MIB, ge=1024)  # bytes of zstd window; --long=31 needs 2 GiB
+
+    num_workers: Int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
+    prefetch_bytes: Int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use
+    worker_timeout: Float = Field(default=300.0, gt=0)  # seconds for one window, then its worker is replaced
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"sources: the name {name!r} stands twice; names must differ")
+        weights = {source.name: source.weight for source in self.sources}
+        _check_weights(weights, "sources")
+        steps = [change.step for change in self.weight_changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"weight_changes: steps {steps} must rise")
+        for change in self.weight_changes:
+            if unknown := sorted(set(change.weights) - set(names)):
+                raise ValueError(f"weight_changes at step {change.step}: no source {unknown[0]!r}; there are {names}")
+            weights = weights | change.weights
+            _check_weights(weights, f"weight_changes at step {change.step}")
+        return self
+
+    @property
+    def window_limit(self) -> int:
+        """Raw bytes that a window may hold; a larger record is a window of its own."""
+        return self.window_bytes or min(max(512 * self.seq_len, MIB), 4 * MIB)
+
+    @property
+    def cell_bytes(self) -> int:
+        """Raw bytes between the record table's marks: no coarser than a window."""
+        return min(MIB, self.window_limit)
+
+
+def _check_weights(weights: Mapping[str, float], where: str) -> None:
+    if any(weight < 0 for weight in weights.values()):
+        raise ValueError(f"{where}: weights must not be negative: {dict(weights)}")
+    if not any(weights.values()):
+        raise ValueError(f"{where}: all weights are 0; at least one must be positive")

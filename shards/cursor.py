@@ -1,0 +1,85 @@
+"""Where a run's lanes stand: typed, versioned, JSON-able. lane -> cursor -> checkpoint, and back.
+
+A state is a cursor, never a buffer: it names the next row of each lane, and the rows are made again from there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from shards.errors import CheckpointError
+
+STATE_VERSION = 1
+
+
+class Cursor(NamedTuple):
+    """Where a lane stands in one source."""
+
+    rows_drawn: int = 0  # since the run's start
+    segment: int = 0  # how many segments the lane is through with: q of its q-th segment
+    window: int = 0  # in the segment
+    row: int = 0  # the next one in the window; may be one past its last
+    skipped: int = 0  # bad records in the windows entered so far
+
+
+class LaneCursor(msgspec.Struct, frozen=True):
+    """Where a lane stands."""
+
+    rows: int  # drawn since the run's start
+    mixing_rows: int  # drawn since the weights last changed or a source was exhausted
+    sources: tuple[Cursor, ...]  # in the order of the config
+
+
+class LoaderState(msgspec.Struct, frozen=True):
+    """Where some or all lanes of a run stand, between two global batches."""
+
+    version: int
+    rows: int  # of all lanes, drawn since the run's start
+    num_lanes: int  # V
+    source_names: tuple[str, ...]
+    lanes: dict[str, LaneCursor]  # by lane number
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dicts, lists, numbers and strings."""
+        plain: dict[str, object] = msgspec.to_builtins(self)
+        return plain
+
+    @staticmethod
+    def from_dict(state: Mapping[str, object]) -> "LoaderState":
+        """Raises: CheckpointError if `state` is not what `to_dict` of this version gives."""
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"loader state has version {state.get('version')!r}; this program reads {STATE_VERSION}"
+            )
+        try:
+            return msgspec.convert(dict(state), LoaderState)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"loader state is damaged: {error}") from None
+
+
+def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Puts the states of all ranks, taken after the same step, together: one state with all lanes, valid for every dp_size.
+
+    Raises: CheckpointError if they are of different steps or runs, or a lane is missing.
+    """
+    if not states:
+        raise CheckpointError("no loader state to merge")
+    parts = [LoaderState.from_dict(state) for state in states]
+    first = parts[0]
+    lanes: dict[str, LaneCursor] = {}
+    for part in parts:
+        for name in ("rows", "num_lanes", "source_names"):
+            if getattr(part, name) != getattr(first, name):
+                raise CheckpointError(
+                    f"loader states differ in {name}: {getattr(first, name)!r} and {getattr(part, name)!r}; "
+                    "merge states that all ranks took after the same step"
+                )
+        lanes |= part.lanes
+    missing = [lane for lane in range(first.num_lanes) if str(lane) not in lanes]
+    if missing:
+        raise CheckpointError(
+            f"loader states lack lane {missing[0]} of {first.num_lanes} (and {len(missing) - 1} more)"
+        )
+    merged = {str(lane): lanes[str(lane)] for lane in range(first.num_lanes)}
+    return msgspec.structs.replace(first, lanes=merged).to_dict()

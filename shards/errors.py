@@ -1,0 +1,17 @@
+"""The errors that Headrace raises on purpose. Anything else that escapes is a bug."""
+
+
+class HeadraceError(Exception):
+    """Something the user can put right; its message says what, where, and how."""
+
+
+class ConfigError(HeadraceError):
+    """A config value is unknown, ill-typed, or impossible together with another."""
+
+
+class ShardError(HeadraceError):
+    """A shard, its index or the tokenizer is missing, damaged, or not what it was."""
+
+
+class CheckpointError(HeadraceError):
+    """A saved state cannot be continued from."""

@@ -1,0 +1,71 @@
+"""Where a shard's bytes come from: expanding the patterns of a config, opening files, and telling whether one changed.
+
+index and reader -> files.
+"""
+
+import glob
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from shards.errors import ShardError
+
+SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
+GLOB_CHARACTERS = "*?["
+
+
+class Stat(msgspec.Struct, frozen=True):
+    """What tells, without reading a file, that it is still the same."""
+
+    size: int  # bytes, compressed
+    stamp: str  # modification time
+
+
+def expand(patterns: tuple[str, ...], source: str) -> list[str]:
+    """The shards that a source's patterns name: sorted within a pattern, patterns in their order, each shard once.
+
+    A glob takes only names that end as a shard's does; a name without wildcards is taken as it is.
+    Raises: ShardError for a pattern that matches nothing, and for a folder.
+    """
+    shards: dict[str, None] = {}
+    for pattern in patterns:
+        pattern = os.path.expanduser(pattern)
+        found = [pattern]
+        if any(character in pattern for character in GLOB_CHARACTERS) and not os.path.exists(pattern):
+            found = sorted(path for path in glob.glob(pattern, recursive=True) if path.endswith(SHARD_SUFFIXES))
+            if not found:
+                raise ShardError(
+                    f"source {source!r}: no shard matches {pattern!r} (looked from {os.getcwd()}; "
+                    f"names must end in one of {', '.join(SHARD_SUFFIXES)})"
+                )
+        shards.update(dict.fromkeys(found))
+    return list(shards)
+
+
+def stat(path: str) -> Stat:
+    """Size and stamp of a shard. Raises: ShardError if it is missing, a folder, or may not be read."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if Path(path).is_dir():
+        raise ShardError(f"{path}: is a folder, not a shard; name the files in it, e.g. {path.rstrip('/')}/*.jsonl.zst")
+    return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
+
+
+def open_shard(path: str, offset: int = 0) -> BinaryIO:
+    """Opens a shard for reading at a compressed offset. Raises: ShardError if it cannot be opened."""
+    try:
+        file = open(path, "rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    file.seek(offset)
+    return file
+
+
+def _unreadable(path: str, error: OSError) -> ShardError:
+    if isinstance(error, FileNotFoundError):
+        return ShardError(f"{path}: no such shard (looked from {os.getcwd()})")
+    return ShardError(f"{path}: cannot be read: {error.strerror}")

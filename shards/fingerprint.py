@@ -1,0 +1,75 @@
+"""What a run's batches are a function of, to be kept with its state and compared when it goes on. loader -> fingerprint -> checkpoint."""
+
+from collections.abc import Mapping, Sequence
+
+from shards.config import DataConfig
+from shards.errors import ConfigError, ShardError
+from shards.index import INDEX_VERSION
+from shards.packing import PACKER_VERSION
+from shards.sources import Source
+from shards.tokenizer import Tokenizer
+
+CONFIG_KEYS = {"seq_len", "packing", "bos", "eos", "weight_changes"}
+SOURCE_KEYS = {"name", "weight", "max_epochs", "text_key"}
+
+
+def fingerprint(
+    config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, lanes: int, seed: int
+) -> dict[str, object]:
+    """Plain values that are equal for two loaders only if they give the same global batches."""
+    plain = config.model_dump(mode="json", include=CONFIG_KEYS)
+    plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit}
+    plain["sources"] = [source.model_dump(mode="json", include=SOURCE_KEYS) for source in config.sources]
+    return {
+        "config": plain,
+        "tokenizer": tokenizer.content_hash,
+        "packer_version": PACKER_VERSION,
+        "index_version": INDEX_VERSION,
+        "shards": {
+            source.config.name: [[shard.path, shard.index.content_hash] for shard in source.shards]
+            for source in sources
+        },
+    }
+
+
+def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> None:
+    """Compares what a run was begun with to what it is to go on with. Paths may differ: contents count.
+
+    Raises: ConfigError or ShardError that names what differs.
+    """
+    for key in ("packer_version", "index_version"):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"the run was begun with {key}={old.get(key)}, this program has {new.get(key)}; use the old program"
+            )
+    if old.get("tokenizer") != new.get("tokenizer"):
+        raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
+    _check_config("data", old.get("config"), new.get("config"))
+    old_shards, new_shards = old.get("shards"), new.get("shards")
+    assert isinstance(old_shards, Mapping)
+    assert isinstance(new_shards, Mapping)
+    for source, before in old_shards.items():
+        after = new_shards[source]
+        for (old_path, old_hash), (new_path, new_hash) in zip(before, after, strict=False):
+            if old_hash != new_hash:
+                was = "" if old_path == new_path else f" (it was {old_path} then)"
+                raise ShardError(
+                    f"{new_path}{was}: not what it was when the run was begun; put the old file back, or start a new run"
+                )
+        if len(before) != len(after):
+            odd = max(before, after, key=len)[min(len(before), len(after))][0]
+            raise ShardError(
+                f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, e.g. {odd}; "
+                "make its paths match the same files, or start a new run"
+            )
+
+
+def _check_config(key: str, old: object, new: object) -> None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for part in [*old, *(part for part in new if part not in old)]:
+            _check_config(f"{key}.{part}", old.get(part), new.get(part))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (before, after) in enumerate(zip(old, new, strict=True)):
+            _check_config(f"{key}[{i}]", before, after)
+    elif old != new:
+        raise ConfigError(f"{key}: the run was begun with {old!r}, now it is {new!r}; set it back, or start a new run")

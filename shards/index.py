@@ -1,0 +1,231 @@
+"""One pass over a shard -> its index: size, content hash, record table, entries. files, formats -> index -> manifest, plan.
+
+Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow beyond
+`cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come from the table.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards import files, formats
+from shards.config import MIB
+from shards.errors import ShardError
+from shards.plan import Ints
+
+INDEX_VERSION = 1
+INDEX_SUFFIX = ".index.json"
+LINE_FEED = 10
+WHITE_SPACE = np.zeros(256, np.bool_)  # what bytes.strip() takes away
+WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
+READ_BYTES = 8 * MIB  # to hash a file
+
+Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the last call)
+
+
+class ShardIndex(msgspec.Struct, frozen=True):
+    """What one pass over a shard found. Tables are int64, little-endian, two columns."""
+
+    version: int
+    cell_bytes: int
+    stat: files.Stat
+    content_hash: str  # xxh3-128 of the compressed file
+    compression: str
+    decoder_window: int  # bytes that one open decoder holds
+    raw_bytes: int
+    num_records: int  # lines, a last one without line feed counted
+    num_documents: int  # records that are not blank; bad ones are among them, since nothing is parsed here
+    cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
+    entries: bytes  # [entries]: (compressed offset, raw offset), the shard's start first
+
+    def table(self) -> Ints:
+        """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
+        return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
+
+    def entry_before(self, raw_offset: int) -> tuple[int, int]:
+        """The last entry at or before a raw offset: (compressed offset, raw offset)."""
+        entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
+        offset, raw = entries[int(np.searchsorted(entries[:, 1], raw_offset, side="right")) - 1]
+        return int(offset), int(raw)
+
+
+class RecordTable:
+    """Finds records and cells in raw bytes that come in chunks; keeps no bytes."""
+
+    def __init__(self, cell_bytes: int) -> None:
+        self._cell_bytes = cell_bytes
+        self.raw_bytes = self.num_records = self.num_documents = 0
+        self.cells: list[tuple[int, int]] = []
+        self._cell = (0, 0)  # (record, raw offset) where the open cell begins
+        self._last_end = 0  # raw offset after the last whole record
+        self._blank = True  # the record that the next chunk goes on with has held only white space so far
+
+    def feed(self, chunk: bytes) -> None:
+        """Takes the next raw bytes, at least one."""
+        array = np.frombuffer(chunk, np.uint8)
+        ends = np.flatnonzero(array == LINE_FEED) + 1
+        self._count_documents(array, ends)
+        self._extend(ends + self.raw_bytes)
+        self.raw_bytes += len(chunk)
+
+    def finish(self) -> None:
+        """Takes note that no more bytes come: a last record without line feed ends here."""
+        if self._last_end < self.raw_bytes:
+            self.num_documents += not self._blank
+            self._extend(np.array([self.raw_bytes]))
+        if self._cell[1] < self.raw_bytes:
+            self.cells.append(self._cell)
+        self.cells.append((self.num_records, self.raw_bytes))
+
+    def _count_documents(self, array: npt.NDArray[np.uint8], ends: npt.NDArray[np.intp]) -> None:
+        """Counts the whole records that hold something. A record that begins with something else than white space does."""
+        starts = ends if not len(ends) or ends[-1] < len(array) else ends[:-1]
+        suspects = self._blank or bool(WHITE_SPACE[array[starts]].any())
+        if not suspects:
+            self.num_documents += len(ends)
+        else:
+            bounds = np.concatenate([[0], starts])
+            filled = np.add.reduceat(~WHITE_SPACE[array], bounds, dtype=np.int64) > 0
+            filled[0] |= not self._blank
+            self.num_documents += int(filled[: len(ends)].sum())
+            if len(filled) > len(ends):
+                self._blank = not filled[-1]
+                return
+        self._blank = bool(len(ends)) and ends[-1] == len(array)
+
+    def _extend(self, ends: Ints) -> None:
+        """Adds whole records by their raw ends."""
+        first = self.num_records  # number of the record that ends[0] ends
+        self.num_records += len(ends)
+        last = 0  # ends[:last] are in cells already
+        while True:
+            fit = int(np.searchsorted(ends, self._cell[1] + self._cell_bytes, side="right"))
+            if fit == len(ends):
+                break
+            start = int(ends[fit - 1]) if fit > last else self._last_end if fit == 0 else self._cell[1]
+            self.cells.append(self._cell)
+            if start > self._cell[1]:
+                self._cell = (first + fit, start)
+            else:  # the cell is empty, so the record is longer than a cell: it makes one
+                self._cell = (first + fit + 1, int(ends[fit]))
+                fit += 1
+            last = fit
+        if len(ends):
+            self._last_end = int(ends[-1])
+
+
+class _Watched:
+    """A file that hashes what is read from it and tells how much that was."""
+
+    def __init__(self, path: str, file: formats.Readable, progress: Progress | None) -> None:
+        self._path, self._file, self._progress = path, file, progress
+        self.hash = xxhash.xxh3_128()
+
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        if self._progress:
+            self._progress(self._path, len(data))
+        return data
+
+
+def build(path: str, cell_bytes: int, max_window: int, progress: Progress | None = None) -> ShardIndex:
+    """Reads a shard once, from its first byte to its last.
+
+    Args:
+        cell_bytes: raw bytes per cell.
+        max_window: bytes of decoder window.
+        progress: is told the compressed bytes as they are read.
+    Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
+    """
+    before = files.stat(path)
+    table = RecordTable(cell_bytes)
+    entries: list[tuple[int, int]] = []
+    with files.open_shard(path) as file:
+        watched = _Watched(path, file, progress)
+        peeked = formats.Peeked(watched, formats.zstd.MAX_HEADER_BYTES)
+        compression = formats.detect(peeked.head, path)
+        window = formats.decoder_window(compression, peeked.head)
+        for chunk in formats.decode(
+            peeked, compression, path, max_window, on_entry=lambda offset, raw: entries.append((offset, raw))
+        ):
+            table.feed(chunk)
+        table.finish()
+    if files.stat(path) != before:
+        raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
+    return ShardIndex(
+        version=INDEX_VERSION,
+        cell_bytes=cell_bytes,
+        stat=before,
+        content_hash=watched.hash.hexdigest(),
+        compression=compression,
+        decoder_window=window,
+        raw_bytes=table.raw_bytes,
+        num_records=table.num_records,
+        num_documents=table.num_documents,
+        cells=np.array(table.cells, "<i8").tobytes(),
+        entries=np.array(entries or [(0, 0)], "<i8").tobytes(),
+    )
+
+
+def content_hash(path: str) -> str:
+    """xxh3-128 of a file's bytes, in hex. Raises: ShardError if it cannot be read."""
+    found = xxhash.xxh3_128()
+    with files.open_shard(path) as file:
+        while data := file.read(READ_BYTES):
+            found.update(data)
+    return found.hexdigest()
+
+
+def obtain(
+    path: str,
+    index_path: Path,
+    cell_bytes: int,
+    max_window: int,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> ShardIndex:
+    """The index of a shard: the stored one if it is still true, else a new one, which is stored.
+
+    Args:
+        index_path: file where it is kept.
+        verify: hash the file even if its size and modification time agree with the stored index.
+    """
+    stored = load(index_path, cell_bytes)
+    if stored is None or stored.stat.size != files.stat(path).size:
+        index = build(path, cell_bytes, max_window, progress)
+    elif stored.stat == files.stat(path) and not verify:
+        return stored
+    elif content_hash(path) == stored.content_hash:
+        index = msgspec.structs.replace(stored, stat=files.stat(path))
+    else:
+        index = build(path, cell_bytes, max_window, progress)
+    write_atomically(index_path, msgspec.json.encode(index))
+    return index
+
+
+def load(index_path: Path, cell_bytes: int) -> ShardIndex | None:
+    """The stored index of a shard, whether true or not; None if there is none of this version and cell size."""
+    try:
+        stored = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return stored if (stored.version, stored.cell_bytes) == (INDEX_VERSION, cell_bytes) else None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that others see all of it or nothing. Raises: ShardError if the folder cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise ShardError(
+            f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"
+        ) from None

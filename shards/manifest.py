@@ -1,0 +1,130 @@
+"""The indexes of all shards of a source, made where they are missing, kept in one file. index -> manifest -> loader."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from shards import files
+from shards.config import DataConfig, SourceConfig
+from shards.errors import ShardError
+from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, write_atomically
+
+RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
+
+
+class Shard(NamedTuple):
+    """A shard of a source, and its index."""
+
+    path: str
+    index: ShardIndex
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What is kept for a list of patterns, so that a start reads one file and not one per shard."""
+
+    paths: list[str]
+    indexes: list[ShardIndex]
+
+
+def prepare(config: DataConfig, progress: Progress | None = None) -> None:
+    """Makes the indexes that are missing, so that every rank's Loader finds them. Call it on one rank, before the others.
+
+    Args:
+        progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
+    Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
+    """
+    for source in config.sources:
+        source_shards(config, source, progress)
+
+
+def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
+    """The shards of a source in the order of its patterns, each with an index that is true now.
+
+    Raises: as `prepare`; also ShardError if no shard of the source holds a document.
+    """
+    paths = files.expand(source.paths, source.name)
+    manifest_path = _manifest_path(config, paths)
+    kept = _read_manifest(manifest_path)
+    stats = {path: files.stat(path) for path in paths}
+    stale = [path for path in paths if path not in kept or kept[path].stat != stats[path]]
+    if stale:
+        unindexed = [path for path in stale if _must_read(config, path, stats[path])]
+        _check_amount(config, source, unindexed, stats)
+        kept |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
+        manifest = Manifest(paths, [kept[path] for path in paths])
+        write_atomically(manifest_path, msgspec.msgpack.encode(manifest))
+    shards = [Shard(path, kept[path]) for path in paths]
+    if not any(shard.index.num_documents for shard in shards):
+        raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank")
+    return shards
+
+
+def tables(shards: Iterable[Shard]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
+    """The record tables of shards, for plan.SourcePlan."""
+    return [shard.index.table() for shard in shards]
+
+
+def index_path(path: str, index_dir: Path | None) -> Path:
+    """Where a shard's index is kept: in `index_dir`, else beside the shard, else (read-only folder) in the user's cache."""
+    folder = Path(path).absolute().parent
+    if index_dir is None and os.access(folder, os.W_OK):
+        return folder / (Path(path).name + INDEX_SUFFIX)
+    if index_dir is None:
+        index_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+    # Shards of the same name in several folders must not share an index.
+    return index_dir / f"{Path(path).name}.{_digest([str(folder)])}{INDEX_SUFFIX}"
+
+
+def _manifest_path(config: DataConfig, paths: list[str]) -> Path:
+    name = f"headrace-{_digest([str(config.cell_bytes), *(os.path.abspath(path) for path in paths)])}.manifest"
+    return index_path(paths[0], config.index_dir).with_name(name)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, ShardIndex]:
+    try:
+        manifest = msgspec.msgpack.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError):
+        return {}
+    return dict(zip(manifest.paths, manifest.indexes, strict=True))
+
+
+def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:
+    stored = load(index_path(path, config.index_dir), config.cell_bytes)
+    return stored is None or stored.stat != stat
+
+
+def _check_amount(config: DataConfig, source: SourceConfig, paths: list[str], stats: dict[str, files.Stat]) -> None:
+    """Stops a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
+    guess = sum(stats[path].size * (1 if path.endswith(".jsonl") else RAW_PER_COMPRESSED) for path in paths)
+    if guess > config.max_index_at_start:
+        raise ShardError(
+            f"source {source.name!r}: {len(paths)} shards have no index, about {guess / 1e9:.1f} GB raw, more than "
+            f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: python launch/index.py "
+            + " ".join(repr(pattern) for pattern in source.paths)
+        )
+
+
+def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
+    # Threads will do: decoding, searching and hashing release the interpreter's lock.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
+        found = executor.map(
+            lambda path: obtain(
+                path,
+                index_path(path, config.index_dir),
+                config.cell_bytes,
+                config.max_decoder_window,
+                progress=progress,
+            ),
+            paths,
+        )
+        return list(found)

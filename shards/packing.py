@@ -1,0 +1,169 @@
+"""Token documents -> rows. window and evaluation -> packing.
+
+A piece is a stretch of one document that stands in one row. Pieces of a long document overlap by one token: the last token
+of a piece, a target there, is the first of the next, where it is only context. So every token after a document's first is
+a target exactly once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.config import OverflowTolerance, Packing
+from shards.plan import Ints, key_of, permutation
+
+PACKER_VERSION = 1  # raise it whenever the same documents would give other rows: runs do not continue across it
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+
+
+class Rows(NamedTuple):
+    """Packed rows, compact: no padding is stored. Rows and pieces are in CSR form, tokens stand in the order of pieces."""
+
+    seq_len: int  # a row holds seq_len + 1 tokens
+    tokens: Tokens  # [tokens of all pieces], the pieces of row 0 first
+    row_pieces: Ints  # [rows + 1]: row r has the pieces row_pieces[r] .. row_pieces[r + 1]
+    documents: npt.NDArray[np.int32]  # [pieces]: which of the packed documents a piece is of
+    starts: npt.NDArray[np.int32]  # [pieces]: its first token in the document, BOS counted
+    lengths: npt.NDArray[np.int32]  # [pieces], tokens
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_pieces) - 1
+
+    def token_offsets(self) -> Ints:
+        """int64 [rows + 1]: where each row's tokens begin in `tokens`."""
+        return _offsets(self.lengths)[self.row_pieces]
+
+    def dense(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(tokens, segment_ids), both int32 [rows, seq_len + 1]; segment ids count a row's pieces from 1, padding is 0."""
+        tokens = np.zeros((self.num_rows, self.seq_len + 1), np.int32)
+        segment_ids = np.zeros_like(tokens)
+        offsets = self.token_offsets()
+        for row in range(self.num_rows):
+            self.fill(row, int(offsets[row]), tokens[row], segment_ids[row])
+        return tokens, segment_ids
+
+    def fill(
+        self, row: int, offset: int, tokens: npt.NDArray[np.int32], segment_ids: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int32]:
+        """Writes one row, whose tokens begin at `offset`, into two zeroed int32 [seq_len + 1]; returns its pieces' lengths."""
+        lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
+        size = int(lengths.sum())
+        tokens[:size] = self.tokens[offset : offset + size]
+        segment_ids[:size] = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+        return lengths
+
+
+def pack_documents(
+    documents: Sequence[npt.NDArray[np.integer]], seq_len: int, packing: Packing = "best_fit", key: int | None = None
+) -> Rows:
+    """Packs documents into rows of seq_len + 1 tokens.
+
+    Args:
+        documents: token ids of each, BOS and EOS included.
+        key: of the order of documents and rows; None keeps both as they come.
+    """
+    flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
+    return pack(flat, np.array([len(document) for document in documents], np.int64), seq_len, packing, key)
+
+
+def pack(
+    tokens: npt.NDArray[np.integer], lengths: Ints, seq_len: int, packing: Packing, key: int | None = None
+) -> Rows:
+    """`pack_documents` for documents that stand in one array, `lengths` (int64 [documents]) tokens each."""
+    order = np.arange(len(lengths)) if key is None else permutation(key_of("documents", key), len(lengths))
+    if packing == "concat":
+        pieces, rows = _cut_stream(lengths, order, seq_len)
+    else:
+        pieces = _cut_documents(lengths, order, seq_len, packing)
+        # The other policies give each piece a row of its own.
+        rows = best_fit(pieces[2], seq_len + 1) if packing == "best_fit" else [[i] for i in range(len(pieces[0]))]
+    if key is not None:
+        rows = [rows[i] for i in permutation(key_of("rows", key), len(rows))]
+    chosen = np.array([i for row in rows for i in row], np.int64)
+    documents, starts, sizes = (column[chosen] for column in pieces)
+    begin = _offsets(lengths)[:-1][documents] + starts
+    # Token t of the output is token t of its piece: one gather, whatever the number of pieces.
+    gather = np.arange(int(sizes.sum())) + np.repeat(begin - _offsets(sizes)[:-1], sizes)
+    return Rows(
+        seq_len=seq_len,
+        tokens=tokens[gather],  # type: ignore[arg-type]  # the caller's integer type is kept
+        row_pieces=_offsets(np.array([len(row) for row in rows], np.int64)),
+        documents=documents.astype(np.int32),
+        starts=starts.astype(np.int32),
+        lengths=sizes.astype(np.int32),
+    )
+
+
+def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
+    """Assigns pieces to rows, longest first, each to the fullest row that still has room.
+
+    Args:
+        lengths: int64 [pieces], tokens, each in [1, capacity]. Equal lengths are placed in their order.
+        capacity: tokens per row.
+    Returns: for each row, the indices of its pieces in the order placed.
+    Source: Best-Fit-Decreasing; Ding et al. 2024, arXiv 2404.10830, section 3.
+    """
+    rows: list[list[int]] = []
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by tokens of room left
+    has_room = 0  # bit r is set where rows_with[r] holds any: the lowest set bit at or above a length is the best fit
+    order = np.argsort(-lengths, kind="stable")
+    for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fits = has_room >> length
+        if fits:
+            room = length + (fits & -fits).bit_length() - 1
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                has_room ^= 1 << room
+            rows[row].append(piece)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([piece])
+        left = room - length
+        if left:
+            rows_with[left].append(row)
+            has_room |= 1 << left
+    return rows
+
+
+def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -> tuple[Ints, Ints, Ints]:
+    """Cuts each document into pieces of at most seq_len + 1 tokens that overlap by one; (documents, starts, lengths)."""
+    ordered = lengths[order]
+    counts = np.where(ordered > 0, np.maximum(1, -(-(ordered - 1) // seq_len)), 0)
+    if packing == "truncate":
+        counts = np.minimum(counts, 1)
+    elif isinstance(packing, OverflowTolerance):
+        overflow = ordered - 1 - (counts - 1) * seq_len  # tokens of the last piece that no piece before it holds
+        counts -= (counts > 1) & (overflow < packing.overflow_tolerance)
+    documents = np.repeat(order, counts)
+    starts = (np.arange(len(documents)) - np.repeat(_offsets(counts)[:-1], counts)) * seq_len
+    return documents, starts, np.minimum(lengths[documents] - starts, seq_len + 1)
+
+
+def _cut_stream(lengths: Ints, order: Ints, seq_len: int) -> tuple[tuple[Ints, Ints, Ints], list[list[int]]]:
+    """Cuts the documents, one after the other, every seq_len tokens; each row repeats the last token of the row before."""
+    order = order[lengths[order] > 0]
+    begins = _offsets(lengths[order])
+    total = int(begins[-1])
+    num_rows = max(1, -(-(total - 1) // seq_len)) if total else 0
+    row_begins = np.arange(num_rows) * seq_len
+    row_ends = np.minimum(row_begins + seq_len + 1, total)
+    first = np.searchsorted(begins, row_begins, side="right") - 1
+    last = np.searchsorted(begins, row_ends - 1, side="right") - 1
+    counts = last - first + 1
+    offsets = _offsets(counts)
+    places = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1] - first, counts)  # in `order`
+    begin = np.maximum(begins[places], np.repeat(row_begins, counts))
+    end = np.minimum(begins[places + 1], np.repeat(row_ends, counts))
+    rows = [list(range(a, b)) for a, b in zip(offsets.tolist(), offsets[1:].tolist(), strict=False)]
+    return (order[places], begin - begins[places], end - begin), rows
+
+
+def _offsets(sizes: npt.NDArray[np.integer]) -> Ints:
+    """int64 [n + 1]: where each of n stretches of these sizes begins, and where the last ends."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets

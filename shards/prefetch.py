@@ -1,0 +1,64 @@
+"""Asks for windows before lanes need them, the most urgent first, bounded in bytes. lane -> prefetch -> pool.
+
+It decides only when a window is made, never which rows a lane gives out.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from shards.lane import Lane
+from shards.pool import Pool, WindowId
+
+
+class Prefetcher:
+    """Keeps the pool busy with what the lanes of one rank will need next."""
+
+    def __init__(self, pool: Pool, lanes: Sequence[Lane], weights: Sequence[float], max_bytes: int) -> None:
+        """
+        Args:
+            weights: of the sources now.
+            max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed.
+        """
+        self._pool, self._lanes, self._weights, self._max_bytes = (
+            pool,
+            {lane.number: lane for lane in lanes},
+            weights,
+            max_bytes,
+        )
+        self._sizes: dict[WindowId, int] = {}  # raw bytes of the windows requested and not taken
+        self._bytes = 0
+        self._next: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs it, lane, source)
+        if pool.ahead:
+            for lane in lanes:
+                for source in range(len(lane.streams)):
+                    self._offer(lane, source)
+            self._fill()
+
+    def taken(self, name: WindowId) -> None:
+        """Takes note that a lane drew from this window, maybe for the first time."""
+        if not self._pool.ahead or (size := self._sizes.pop(name, None)) is None:
+            return
+        self._bytes -= size
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._next and (self._bytes < self._max_bytes or len(self._sizes) < self._pool.ahead):
+            due, number, source = heapq.heappop(self._next)
+            lane = self._lanes[number]
+            stream = lane.streams[source]
+            wanted = stream.next_request()
+            if wanted is None:
+                continue
+            name, task = wanted
+            self._pool.request(name, task, due)
+            stream.requested(task)
+            self._sizes[name] = task.raw.stop - task.raw.start
+            self._bytes += self._sizes[name]
+            self._offer(lane, source)
+
+    def _offer(self, lane: Lane, source: int) -> None:
+        """Puts a stream's next window in line."""
+        shares = lane.shares(self._weights)
+        rows = lane.rows_until(source, lane.streams[source].rows_until_request(), shares) if shares else None
+        if rows is not None:
+            heapq.heappush(self._next, (lane.rows + rows, lane.number, source))

@@ -1,0 +1,75 @@
+"""A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window. decoders, reader -> window -> worker, pool."""
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards.config import DataConfig
+from shards.decoders import Decoders, RawRange
+from shards.errors import ShardError
+from shards.packing import Rows, pack
+from shards.plan import Ints
+from shards.reader import BadRecord, RecordParser, bad_record_error
+from shards.tokenizer import Tokenizer
+
+
+class WindowTask(msgspec.Struct, frozen=True):
+    """What there is to know to make a window."""
+
+    source: int  # number in the config
+    raw: RawRange
+    first_record: int  # number in the shard, counted from 0
+    num_records: int  # blank and bad ones counted
+    key: int  # of the order of its documents and rows
+
+
+class Window(NamedTuple):
+    """The rows of a window and where their pieces come from."""
+
+    rows: Rows
+    lines: Ints  # [documents]: line of each in the shard, counted from 1
+    sub_sources: tuple[str, ...]  # names that the documents give themselves
+    sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
+    skipped: tuple[BadRecord, ...]
+    token_offsets: Ints  # [rows + 1]: where each row's tokens begin
+
+
+class WindowMaker:
+    """Makes windows of the sources of one config, with a tokenizer and open decoders of its own."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        self._decoders = Decoders(config.max_decoder_window)
+        self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
+
+    def make(self, task: WindowTask) -> Window:
+        """Raises: ShardError if the shard changed or is damaged, or holds a bad record that may not be skipped."""
+        raw = self._decoders.read(task.raw)
+        num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
+        if num_records != task.num_records:
+            raise ShardError(
+                f"{task.raw.path}: raw bytes {task.raw.start} to {task.raw.stop} hold {num_records} lines, its index says "
+                f"{task.num_records}; it changed after it was indexed: put the old file back, or start a new run"
+            )
+        records = self._parsers[task.source].parse(raw, task.first_record + 1)
+        if records.bad and self._config.on_bad_record == "fail":
+            raise bad_record_error(task.raw.path, records.bad[0])
+        tokens, lengths = self._tokenizer.encode_documents(records.texts)
+        rows = pack(tokens, lengths, self._config.seq_len, self._config.packing, task.key)
+        names = sorted({name for name in records.sub_sources if name is not None})
+        number_of = {name: number for number, name in enumerate(names)}
+        return Window(
+            rows=rows,
+            lines=np.array(records.lines, np.int64),
+            sub_sources=tuple(names),
+            sub_source_of=np.array([number_of.get(name or "", -1) for name in records.sub_sources], np.int32),
+            skipped=tuple(records.bad),
+            token_offsets=rows.token_offsets(),
+        )
+
+    def close(self) -> None:
+        """Closes open shards."""
+        self._decoders.close()

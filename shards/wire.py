@@ -1,0 +1,91 @@
+"""What the loading process and its workers say to each other over pipes. pool <-> wire <-> worker.
+
+A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the header
+announces, as they lie in memory: nothing is pickled, no object per token.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from shards.errors import ConfigError, HeadraceError, ShardError
+from shards.packing import Rows
+from shards.reader import BadRecord
+from shards.window import Window, WindowTask
+
+LENGTH_BYTES = 8
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Loading process to worker: the config first (as JSON), tasks after it."""
+
+    number: int
+    config: str | None = None
+    task: WindowTask | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """Worker to loading process: a window's header, or why there is none."""
+
+    number: int  # of the request
+    error: tuple[str, str] | None = None  # class of the error, message
+    seq_len: int = 0
+    arrays: tuple[tuple[str, int], ...] = ()  # dtype and length of each array that follows
+    sub_sources: tuple[str, ...] = ()
+    skipped: tuple[BadRecord, ...] = ()
+
+
+def encode_request(request: Request) -> bytes:
+    """One message."""
+    header = msgspec.msgpack.encode(request)
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
+    """The parts of one message, in order."""
+    rows = window.rows
+    arrays = [
+        np.ascontiguousarray(array)
+        for array in (
+            rows.tokens,
+            rows.row_pieces,
+            rows.documents,
+            rows.starts,
+            rows.lengths,
+            window.lines,
+            window.sub_source_of,
+        )
+    ]
+    kinds = tuple((array.dtype.str, len(array)) for array in arrays)
+    reply = Reply(number, None, rows.seq_len, kinds, window.sub_sources, window.skipped)
+    return [*_framed(reply), *(array.view(np.uint8).data for array in arrays)]
+
+
+def encode_error(number: int, error: BaseException) -> list[bytes | memoryview]:
+    """The parts of one message that hands an error on."""
+    return _framed(Reply(number, (type(error).__name__, str(error))))
+
+
+def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | HeadraceError]:
+    """Reads one reply. `read(n)` gives exactly n bytes."""
+    header = bytes(read(int.from_bytes(read(LENGTH_BYTES), "little")))
+    reply = msgspec.msgpack.decode(header, type=Reply)
+    if reply.error is not None:
+        kind, message = reply.error
+        known: dict[str, type[HeadraceError]] = {"ShardError": ShardError, "ConfigError": ConfigError}
+        if kind in known:
+            return reply.number, known[kind](message)
+        return reply.number, HeadraceError(f"a worker failed with {kind}: {message}")
+    arrays = [
+        np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
+        for kind, length in reply.arrays
+    ]
+    rows = Rows(reply.seq_len, *arrays[:5])
+    window = Window(rows, arrays[5], reply.sub_sources, arrays[6], reply.skipped, rows.token_offsets())
+    return reply.number, window
+
+
+def _framed(reply: Reply) -> list[bytes | memoryview]:
+    header = msgspec.msgpack.encode(reply)
+    return [len(header).to_bytes(LENGTH_BYTES, "little"), header]

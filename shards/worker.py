@@ -1,0 +1,80 @@
+"""A process that makes windows: `python -m shards.worker`, fed on stdin, answering on stdout. pool -> worker -> window.
+
+It imports no torch, and it ends when its parent does, whatever ended the parent.
+"""
+
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+
+import msgspec
+
+from shards import wire
+from shards.config import DataConfig
+from shards.errors import HeadraceError
+from shards.window import WindowMaker
+
+PARENT_CHECK_SECONDS = 1.0
+PIPE_BYTES = 1 << 16
+
+
+def main() -> None:
+    """Answers requests until stdin ends."""
+    # Signals to the process group are for the parent: it stops at a step's end, and until then needs its windows.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break into an answer
+    requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.fileno(), requests), daemon=True).start()
+    config = requests.get().config
+    assert config is not None
+    try:
+        serve(WindowMaker(DataConfig.model_validate_json(config)), requests, answers)
+    except BrokenPipeError:
+        os._exit(0)
+
+
+def serve(maker: WindowMaker, requests: "queue.SimpleQueue[wire.Request]", answers: int) -> None:
+    """Makes the windows that are asked for, in turn, and writes them to the file descriptor `answers`."""
+    while True:
+        request = requests.get()
+        assert request.task is not None
+        try:
+            parts = wire.encode_window(request.number, maker.make(request.task))
+        except HeadraceError as error:
+            parts = wire.encode_error(request.number, error)
+        except Exception as error:  # a bug here, or an input nobody thought of: the parent stops and says so
+            where = f"{request.task.raw.path}, raw bytes {request.task.raw.start} to {request.task.raw.stop}"
+            parts = wire.encode_error(request.number, RuntimeError(f"{error!r} in {where}"))
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[os.write(answers, view) :]
+
+
+def _listen(stdin: int, requests: "queue.SimpleQueue[wire.Request]") -> None:
+    """Reads requests until the parent closes the pipe or is gone, then ends the process, also amid a window."""
+    parent = os.getppid()
+    pending = b""
+    while True:
+        ready, _, _ = select.select([stdin], [], [], PARENT_CHECK_SECONDS)
+        if not ready and os.getppid() == parent:
+            continue
+        data = os.read(stdin, PIPE_BYTES) if ready else b""
+        if not data:  # closed, or held open by somebody else while the parent is gone
+            os._exit(0)
+        pending += data
+        while len(pending) >= wire.LENGTH_BYTES:
+            end = wire.LENGTH_BYTES + int.from_bytes(pending[: wire.LENGTH_BYTES], "little")
+            if len(pending) < end:
+                break
+            requests.put(msgspec.msgpack.decode(pending[wire.LENGTH_BYTES : end], type=wire.Request))
+            pending = pending[end:]
+
+
+if __name__ == "__main__":
+    main()
