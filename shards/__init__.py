@@ -1,4 +1,4 @@
-"""Headrace's streaming loader: raw Pile and Dolma shards -> batches that are a pure function of (data, config, seed, step)."""
+"""Headrace's streaming loader: raw Pile and Dolma shards -> batches that depend on data, config, seed, step only."""
 
 from shards.batch import Batch, Origin, Skipped
 from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange

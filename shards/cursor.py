@@ -59,7 +59,7 @@ class LoaderState(msgspec.Struct, frozen=True):
 
 
 def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Puts the states of all ranks, taken after the same step, together: one state with all lanes, valid for every dp_size.
+    """Joins the states that all ranks took after the same step: one state with all lanes, valid for every dp_size.
 
     Raises: CheckpointError if they are of different steps or runs, or a lane is missing.
     """

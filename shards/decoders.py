@@ -1,4 +1,7 @@
-"""Open decoders of shards: raw byte ranges, read forward, with the last used kept open. formats -> decoders -> window."""
+"""Open decoders of shards: raw byte ranges, read forward, with the last used kept open.
+
+formats -> decoders -> window.
+"""
 
 from collections import OrderedDict
 
@@ -30,8 +33,8 @@ class _Decoder:
         found = files.stat(wanted.path)
         if found != wanted.stat:
             raise ShardError(
-                f"{wanted.path}: changed after it was indexed (size {wanted.stat.size} -> {found.size} bytes, modification "
-                f"time {wanted.stat.stamp} -> {found.stamp}); put the old file back, or start a new run"
+                f"{wanted.path}: changed after it was indexed (size {wanted.stat.size} -> {found.size} bytes, "
+                f"modification time {wanted.stat.stamp} -> {found.stamp}); put the old file back, or start a new run"
             )
         offset = 0 if wanted.compression == "plain" else wanted.entry[0]
         self.position = wanted.entry[1]  # raw offset of the next byte
@@ -81,7 +84,7 @@ class Decoders:
         if len(raw) != wanted.stop - wanted.start:
             decoder.close()
             raise ShardError(
-                f"{wanted.path}: ends at raw byte {decoder.position}, but its index says that it reaches {wanted.stop}; "
+                f"{wanted.path}: ends at raw byte {decoder.position}, its index says that it reaches {wanted.stop}; "
                 "it changed after it was indexed: put the old file back, or start a new run"
             )
         self._keep(wanted, decoder)

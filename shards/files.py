@@ -58,7 +58,7 @@ def stat(path: str) -> Stat:
 def open_shard(path: str, offset: int = 0) -> BinaryIO:
     """Opens a shard for reading at a compressed offset. Raises: ShardError if it cannot be opened."""
     try:
-        file = open(path, "rb", buffering=0)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise _unreadable(path, error) from None
     file.seek(offset)

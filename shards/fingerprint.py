@@ -1,4 +1,7 @@
-"""What a run's batches are a function of, to be kept with its state and compared when it goes on. loader -> fingerprint -> checkpoint."""
+"""What a run's batches are a function of, to be kept with its state and compared when it goes on.
+
+loader -> fingerprint -> checkpoint.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -54,13 +57,13 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
             if old_hash != new_hash:
                 was = "" if old_path == new_path else f" (it was {old_path} then)"
                 raise ShardError(
-                    f"{new_path}{was}: not what it was when the run was begun; put the old file back, or start a new run"
+                    f"{new_path}{was}: its content changed since the run was begun; put it back, or start a new run"
                 )
         if len(before) != len(after):
             odd = max(before, after, key=len)[min(len(before), len(after))][0]
             raise ShardError(
-                f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, e.g. {odd}; "
-                "make its paths match the same files, or start a new run"
+                f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, "
+                f"e.g. {odd}; make its paths match the same files, or start a new run"
             )
 
 

@@ -1,7 +1,10 @@
-"""One pass over a shard -> its index: size, content hash, record table, entries. files, formats -> index -> manifest, plan.
+"""One pass over a shard -> its index: size, content hash, record table, entries.
 
-Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow beyond
-`cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come from the table.
+files, formats -> index -> manifest, plan.
+
+Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow
+beyond `cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come
+from the table.
 """
 
 import os
@@ -83,7 +86,10 @@ class RecordTable:
         self.cells.append((self.num_records, self.raw_bytes))
 
     def _count_documents(self, array: npt.NDArray[np.uint8], ends: npt.NDArray[np.intp]) -> None:
-        """Counts the whole records that hold something. A record that begins with something else than white space does."""
+        """Counts the whole records that hold something.
+
+        A record that begins with something else than white space does.
+        """
         starts = ends if not len(ends) or ends[-1] < len(array) else ends[:-1]
         suspects = self._blank or bool(WHITE_SPACE[array[starts]].any())
         if not suspects:

@@ -155,7 +155,7 @@ class Lane:
         return _shares(left) if any(left) else None
 
     def rows_until(self, source: int, uses: int, shares: tuple[int, ...]) -> int | None:
-        """How many rows the lane draws before it has drawn `uses` from a source and comes to the next; None if never."""
+        """Rows that the lane draws until it has drawn `uses` from a source and comes to the next; None = never."""
         places = _places(shares, source)
         if not len(places):
             return None

@@ -7,7 +7,8 @@
     loader.py               row j of the run: lane j mod V, that lane's row j div V
                             global batch k: rows J_k .. J_k + G; rank r: the lanes v with v mod dp_size == r
 
-A global batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or timing.
+A global batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or
+timing.
 """
 
 import logging
@@ -44,7 +45,8 @@ class Loader:
             global_batch_size: rows per optimizer step, over all ranks.
             seed: of all shuffling.
             dp_rank, dp_size: which rank of how many; ranks together give the same global batches for every dp_size.
-        Raises: ConfigError if lanes or batch cannot be split over the ranks; ShardError if a shard is missing or damaged.
+        Raises: ConfigError if lanes or batch cannot be split over the ranks; ShardError if a shard is missing or
+        damaged.
         """
         self.num_lanes = config.lanes or min(global_batch_size, DEFAULT_MAX_LANES)
         _check_split(self.num_lanes, global_batch_size, dp_rank, dp_size)
@@ -60,6 +62,8 @@ class Loader:
         self._stages = _weight_stages(config)
         self._pool: Pool = WorkerPool(config) if config.num_workers else InProcess(config)
         self._ended = False
+        self._state: LoaderState
+        self._lanes: dict[int, Lane]
         self._place(self._first_state())
 
     def __enter__(self) -> Self:
@@ -78,7 +82,11 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises: StopIteration when a row cannot be filled: all sources have reached their max_epochs."""
+        """The next batch.
+
+        Raises: StopIteration when one of its rows cannot be filled, all sources having reached their max_epochs. Other
+            ranks may get one batch more: a step counts only if all ranks have theirs.
+        """
         if self._ended:
             raise StopIteration
         first = self._state.rows
@@ -94,7 +102,10 @@ class Loader:
         return Batch(draws, [j - first for j in rows], self._sources, self._config.seq_len, self._state, self._epochs())
 
     def state_dict(self) -> dict[str, object]:
-        """Where this rank's lanes stand after the last batch; plain, JSON-able. `merge_states` joins those of all ranks."""
+        """Where this rank's lanes stand after the last batch; plain, JSON-able.
+
+        `merge_states` joins those of all ranks.
+        """
         return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -127,7 +138,7 @@ class Loader:
     def _place(self, state: LoaderState) -> None:
         """Puts the lanes where a state says."""
         self._state = state
-        self._lanes: dict[int, Lane] = {}
+        self._lanes = {}
         for number, cursor in state.lanes.items():
             streams = [
                 Stream(source, i, int(number), cursor.sources[i], self._config.seq_len + 1)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, write
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
 
-class Shard(NamedTuple):
+class Shard(msgspec.Struct, frozen=True):
     """A shard of a source, and its index."""
 
     path: str
@@ -33,7 +32,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> None:
-    """Makes the indexes that are missing, so that every rank's Loader finds them. Call it on one rank, before the others.
+    """Makes the indexes that are missing, so that every rank's Loader finds them. Call it on one rank, first.
 
     Args:
         progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
@@ -71,7 +70,7 @@ def tables(shards: Iterable[Shard]) -> list[np.ndarray[tuple[int, ...], np.dtype
 
 
 def index_path(path: str, index_dir: Path | None) -> Path:
-    """Where a shard's index is kept: in `index_dir`, else beside the shard, else (read-only folder) in the user's cache."""
+    """Where a shard's index is kept: `index_dir`, else beside the shard, else (read-only folder) the user's cache."""
     folder = Path(path).absolute().parent
     if index_dir is None and os.access(folder, os.W_OK):
         return folder / (Path(path).name + INDEX_SUFFIX)
@@ -109,8 +108,8 @@ def _check_amount(config: DataConfig, source: SourceConfig, paths: list[str], st
     if guess > config.max_index_at_start:
         raise ShardError(
             f"source {source.name!r}: {len(paths)} shards have no index, about {guess / 1e9:.1f} GB raw, more than "
-            f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: python launch/index.py "
-            + " ".join(repr(pattern) for pattern in source.paths)
+            f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: "
+            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths)
         )
 
 

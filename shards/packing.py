@@ -1,8 +1,8 @@
 """Token documents -> rows. window and evaluation -> packing.
 
-A piece is a stretch of one document that stands in one row. Pieces of a long document overlap by one token: the last token
-of a piece, a target there, is the first of the next, where it is only context. So every token after a document's first is
-a target exactly once.
+A piece is a stretch of one document that stands in one row. Pieces of a long document overlap by one token: the last
+token of a piece, a target there, is the first of the next, where it is only context. So every token after a
+document's first is a target exactly once.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 
 
 class Rows(NamedTuple):
-    """Packed rows, compact: no padding is stored. Rows and pieces are in CSR form, tokens stand in the order of pieces."""
+    """Packed rows, compact: no padding is stored.
+
+    Rows and pieces are in CSR form, tokens stand in the order of pieces.
+    """
 
     seq_len: int  # a row holds seq_len + 1 tokens
     tokens: Tokens  # [tokens of all pieces], the pieces of row 0 first
@@ -38,7 +41,7 @@ class Rows(NamedTuple):
         return _offsets(self.lengths)[self.row_pieces]
 
     def dense(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(tokens, segment_ids), both int32 [rows, seq_len + 1]; segment ids count a row's pieces from 1, padding is 0."""
+        """(tokens, segment_ids), int32 [rows, seq_len + 1]; segment ids count a row's pieces from 1, 0 is padding."""
         tokens = np.zeros((self.num_rows, self.seq_len + 1), np.int32)
         segment_ids = np.zeros_like(tokens)
         offsets = self.token_offsets()
@@ -49,7 +52,7 @@ class Rows(NamedTuple):
     def fill(
         self, row: int, offset: int, tokens: npt.NDArray[np.int32], segment_ids: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.int32]:
-        """Writes one row, whose tokens begin at `offset`, into two zeroed int32 [seq_len + 1]; returns its pieces' lengths."""
+        """Writes one row, its tokens beginning at `offset`, into two zeroed int32 [seq_len + 1]; pieces' lengths."""
         lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
         size = int(lengths.sum())
         tokens[:size] = self.tokens[offset : offset + size]
@@ -130,7 +133,7 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
 
 
 def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -> tuple[Ints, Ints, Ints]:
-    """Cuts each document into pieces of at most seq_len + 1 tokens that overlap by one; (documents, starts, lengths)."""
+    """(documents, starts, lengths) of the pieces, at most seq_len + 1 tokens each, overlapping by one."""
     ordered = lengths[order]
     counts = np.where(ordered > 0, np.maximum(1, -(-(ordered - 1) // seq_len)), 0)
     if packing == "truncate":
@@ -144,7 +147,10 @@ def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -
 
 
 def _cut_stream(lengths: Ints, order: Ints, seq_len: int) -> tuple[tuple[Ints, Ints, Ints], list[list[int]]]:
-    """Cuts the documents, one after the other, every seq_len tokens; each row repeats the last token of the row before."""
+    """Pieces as in `_cut_documents`, and rows, for documents in one stream that is cut every seq_len tokens.
+
+    Each row repeats the last token of the row before.
+    """
     order = order[lengths[order] > 0]
     begins = _offsets(lengths[order])
     total = int(begins[-1])

@@ -1,9 +1,12 @@
-"""Which record of which source is read where and when: pure functions of (record tables, config, seed). index -> plan -> lane.
+"""Which record of which source is read where and when: pure functions of (record tables, config, seed).
+
+index -> plan -> lane.
 
 Randomness is counter-based: a hash of what a thing is called, never a generator with a state.
 """
 
 import heapq
+import itertools
 from fractions import Fraction
 from functools import lru_cache
 
@@ -39,7 +42,7 @@ def permutation(key: int, size: int) -> Ints:
 
 
 def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:
-    """Groups consecutive cells, each group as long as it stays within `limit` bytes; a larger cell is a group of its own.
+    """Groups consecutive cells, each group as long as it stays within `limit` bytes; a larger cell is its own group.
 
     Args:
         offsets: int64 [cells + 1], rising: where each cell begins, and where the last one ends, in bytes.
@@ -62,7 +65,7 @@ def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:
 
 
 def integer_weights(weights: tuple[float, ...], period: int = MIXING_PERIOD) -> tuple[int, ...]:
-    """Shares of `period` by the largest remainder; a weight above 0 gets at least 1. Equal remainders: earlier first."""
+    """Shares of `period` by the largest remainder, of equal ones the earlier; a weight above 0 gets at least 1."""
     exact = [Fraction(str(weight)) for weight in weights]
     quotas = [weight * period / sum(exact) for weight in exact]
     shares = [max(int(quota), int(quota > 0)) for quota in quotas]
@@ -78,8 +81,9 @@ def integer_weights(weights: tuple[float, ...], period: int = MIXING_PERIOD) -> 
 def mixing_sequence(shares: tuple[int, ...]) -> npt.NDArray[np.int32]:
     """The order in which a lane draws from sources: earliest deadline first.
 
-    Source i's k-th row may come at slot floor(k * P / share) and must come before ceil((k + 1) * P / share), P being the
-    period, sum(shares). Every prefix then holds each source's share of it to less than one row, every stretch to less than two.
+    Source i's k-th row may come at slot floor(k * P / share) and must come before ceil((k + 1) * P / share), P being
+    the period, sum(shares). Every prefix then holds each source's share of it to less than one row, every stretch to
+    less than two.
 
     Returns: int32 [P], source numbers.
     Source: Liu, Layland 1973 (EDF); Tijdeman 1980, "The chairman assignment problem".
@@ -127,7 +131,7 @@ class SourcePlan:
         """
         Args:
             name: of the source; its order depends on it.
-            tables: per shard int64 [cells + 1, 2]: each cell's first record and raw offset; the last row is the shard's end.
+            tables: per shard int64 [cells + 1, 2]: each cell's first record and raw offset; last, the shard's end.
             window_limit: raw bytes per window.
             lanes: V.
             seed: of the run.
@@ -160,7 +164,7 @@ class SourcePlan:
         return len(range(lane, max_epochs * self.num_segments, self._lanes))
 
     def segment_of(self, lane: int, q: int) -> tuple[int, int]:
-        """(epoch, segment) of a lane's q-th segment: number q * V + lane in the concatenation of the epochs' permutations."""
+        """(epoch, segment) of a lane's q-th: number q * V + lane in the concatenated permutations of the epochs."""
         epoch, position = divmod(q * self._lanes + lane, self.num_segments)
         return epoch, int(self._permutation(epoch)[position])
 
@@ -175,7 +179,7 @@ class SourcePlan:
         marks = [self._mark(int(cell), shard) for cell in (*starts, stop)]
         return [
             WindowPlan(shard, record, next_record - record, offset, next_offset)
-            for (record, offset), (next_record, next_offset) in zip(marks, marks[1:], strict=False)
+            for (record, offset), (next_record, next_offset) in itertools.pairwise(marks)
         ]
 
     def _mark(self, cell: int, shard: int) -> tuple[int, int]:

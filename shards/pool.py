@@ -268,8 +268,8 @@ class WorkerPool:
             if losses == MAX_LOSSES:
                 raw = task.raw
                 error = ShardError(
-                    f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them, the last "
-                    f"{lost}; if memory ran out, lower data.num_workers; if time, raise data.worker_timeout"
+                    f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them, "
+                    f"the last {lost}; if memory ran out, lower data.num_workers; if time, raise data.worker_timeout"
                 )
                 self._deliver(numbers.pop(0), error)
             for number in numbers:

@@ -1,10 +1,11 @@
 """Raw bytes -> documents: a shard's records, parsed and judged. formats -> reader -> window, evaluation.
 
-A record is what stands between two line feeds (and nothing else: JSON text may hold U+2028 and the like). Whether a record
-is blank, bad or a document is decided by its bytes alone.
+A record is what stands between two line feeds (and nothing else: JSON text may hold U+2028 and the like). Whether a
+record is blank, bad or a document is decided by its bytes alone.
 """
 
 import json
+import typing
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import NamedTuple
@@ -55,9 +56,9 @@ class RecordParser:
         self._sub_source = source_from.split(".") if source_from else []
         keys = [text_key, id_key, *self._sub_source[:1]]
         # Only these fields are built; everything else in a record is passed over by the parser.
-        fields = [("text", str), ("id", object, None), ("outer", object, None)][: len(keys)]
+        fields = [("text", str), *[(name, object, None) for name in ("id", "outer")][: len(keys) - 1]]
         names = dict(zip(("text", "id", "outer"), keys, strict=False))
-        kind = msgspec.defstruct("Record", fields, rename=names, gc=False)
+        kind: typing.Any = msgspec.defstruct("Record", fields, rename=names, gc=False)
         self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:

@@ -1,4 +1,7 @@
-"""A source as lanes read it: its shards with their indexes, its plan, and the task for any window. manifest, plan -> sources -> lane."""
+"""A source as lanes read it: its shards with their indexes, its plan, and the task for any window.
+
+manifest, plan -> sources -> lane.
+"""
 
 from shards import manifest
 from shards.config import DataConfig, SourceConfig
@@ -38,7 +41,7 @@ class Source:
         """The task that makes a window."""
         epoch, segment = self.plan.segment_of(name.lane, name.segment)
         planned = self.plan.windows_of(segment)[name.window]
-        path, index = self.shards[planned.shard]
+        path, index = self.shards[planned.shard].path, self.shards[planned.shard].index
         return WindowTask(
             source=self._number,
             raw=RawRange(

@@ -1,4 +1,7 @@
-"""Text -> token ids with a SentencePiece model, exactly as the model says. window, evaluation and generation -> tokenizer."""
+"""Text -> token ids with a SentencePiece model, exactly as the model says.
+
+window, evaluation and generation -> tokenizer.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +61,7 @@ class Tokenizer:
         return np.array([*self._prefix, *self.encode(text), *self._suffix], np.int32)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """(ids, lengths): the ids of all documents one after the other, uint16 where the vocabulary fits; tokens of each."""
+        """(ids, lengths): ids of all documents in one array, uint16 where the vocabulary fits; tokens of each."""
         parts: list[npt.NDArray[np.integer]] = []
         lengths = np.empty(len(texts), np.int64)
         prefix, suffix = np.array(self._prefix, self.dtype), np.array(self._suffix, self.dtype)

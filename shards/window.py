@@ -1,4 +1,7 @@
-"""A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window. decoders, reader -> window -> worker, pool."""
+"""A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
+
+decoders, reader -> window -> worker, pool.
+"""
 
 from typing import NamedTuple
 
@@ -50,9 +53,10 @@ class WindowMaker:
         raw = self._decoders.read(task.raw)
         num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
         if num_records != task.num_records:
+            raw_range = f"raw bytes {task.raw.start} to {task.raw.stop}"
             raise ShardError(
-                f"{task.raw.path}: raw bytes {task.raw.start} to {task.raw.stop} hold {num_records} lines, its index says "
-                f"{task.num_records}; it changed after it was indexed: put the old file back, or start a new run"
+                f"{task.raw.path}: {raw_range} hold {num_records} lines, its index says {task.num_records}; it changed "
+                "after it was indexed: put the old file back, or start a new run"
             )
         records = self._parsers[task.source].parse(raw, task.first_record + 1)
         if records.bad and self._config.on_bad_record == "fail":

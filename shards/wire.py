@@ -1,7 +1,7 @@
 """What the loading process and its workers say to each other over pipes. pool <-> wire <-> worker.
 
-A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the header
-announces, as they lie in memory: nothing is pickled, no object per token.
+A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
+header announces, as they lie in memory: nothing is pickled, no object per token.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from isal import igzip_lib, isal_zlib
+from isal import isal_zlib
 
 from shards.errors import ShardError
 
@@ -39,7 +39,7 @@ def decode(file: Readable, path: str, entry: tuple[int, int], on_entry: OnEntry 
         while True:
             try:
                 raw = member.decompress(data, MAX_OUTPUT_BYTES)
-            except (igzip_lib.IsalError, isal_zlib.error) as error:
+            except isal_zlib.error as error:
                 raise ShardError(
                     f"{path}: damaged gzip data near byte {offset}, raw byte {raw_offset} ({error}); copy it again"
                 ) from None
