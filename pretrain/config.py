@@ -1,0 +1,301 @@
+"""The whole configuration of a run: composes the parts that other modules own, and checks them against each other.
+
+file, overrides -> yaml_tree -> RunConfig -> {start, loop, commands}. What is wrong is said all at once, at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
+
+from pretrain.checkpoint.store import CheckpointConfig
+from pretrain.config_errors import explain
+from pretrain.engine import Precision, deepspeed_config
+from pretrain.evaluate import EvaluationConfig
+from pretrain.metrics import MetricsConfig
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig
+from pretrain.tracking import WandbConfig
+from pretrain.yaml_tree import dump, read_tree
+from shards import Config, ConfigError, DataConfig
+from shards.loader import DEFAULT_MAX_LANES
+
+
+class RunPart(Config):
+    """Which run it is."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of its folder, and in wandb
+    dir: Path = Path("runs")  # where run folders lie; relative to the current folder
+    seed: int = Field(0, ge=0)  # orders the data, draws the weights and dropout
+
+
+class TrainConfig(Config):
+    """How long, and in what portions. A row is data.seq_len + 1 tokens."""
+
+    steps: int = Field(ge=1)  # optimizer steps
+    global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
+    micro_batch_size: int = Field(
+        ge=1
+    )  # rows of one forward pass on one dp rank; memory grows with it, results do not change
+
+
+class RunConfig(Config):
+    """One run. Frozen, and consistent in all that does not depend on the number of ranks; for that there is `check`."""
+
+    run: RunPart
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: Precision = "bf16"  # of the weights in forward and backward pass; the optimizer's are fp32
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    wandb: WandbConfig = WandbConfig()
+    deepspeed: dict[str, JsonValue] = Field(
+        default_factory=dict
+    )  # DeepSpeed's own keys, beyond those derived from the above
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if problems := list(_inconsistencies(self.__dict__)):
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """The run's logical streams of data; dp_size must divide them."""
+        return self.data.lanes or min(self.train.global_batch_size, DEFAULT_MAX_LANES)
+
+    def micro_steps(self, dp_size: int) -> int:
+        """Forward passes of one dp rank in one optimizer step."""
+        return self.train.global_batch_size // (dp_size * self.train.micro_batch_size)
+
+    def check(self, dp_size: int) -> None:
+        """Checks what depends on the number of data-parallel ranks.
+
+        Raises:
+            ConfigError: naming each value that does not fit, and those that would.
+        """
+        lanes, rows, micro = self.lanes, self.train.global_batch_size, self.train.micro_batch_size
+        problems = []
+        if lanes % dp_size:
+            problems.append(
+                f"data.lanes={lanes} cannot be dealt to {dp_size} data-parallel ranks; "
+                f"make it a multiple, such as {_multiples_near(lanes, dp_size)} (fixed for the life of a run)"
+            )
+        if rows % (dp_size * micro):
+            problems.append(
+                f"train.global_batch_size={rows} cannot be split into micro-batches of "
+                f"train.micro_batch_size={micro} rows on {dp_size} data-parallel ranks; make it a multiple of {dp_size * micro}, "
+                f"such as {_multiples_near(rows, dp_size * micro)}"
+            )
+        if problems:
+            working = [n for n in range(1, lanes + 1) if lanes % n == 0 and rows % (n * micro) == 0]
+            problems.append(f"as the config stands, these numbers of data-parallel ranks work: {_listed(working)}")
+            raise ConfigError("\n".join(problems))
+
+    def to_yaml(self) -> str:
+        """All values, defaults too, as YAML that `load_config` reads back to an equal config."""
+        return dump(self.model_dump(mode="json"))
+
+    def describe(self, dp_size: int = 1) -> str:
+        """What `--print-config` shows: the config, and the DeepSpeed config that follows from it.
+
+        Raises:
+            ConfigError: if the config does not fit this number of data-parallel ranks.
+        """
+        self.check(dp_size)
+        derived = dump({"derived for DeepSpeed": self.deepspeed_config(dp_size)})
+        commented = "".join(f"# {line}\n" for line in derived.splitlines())
+        return f"{self.to_yaml()}\n# On {dp_size} data-parallel ranks:\n{commented}"
+
+    def deepspeed_config(self, dp_size: int) -> dict[str, JsonValue]:
+        """The configuration that DeepSpeed is given."""
+        train = self.train
+        return deepspeed_config(
+            self.parallel,
+            self.optim,
+            self.precision,
+            train.micro_batch_size,
+            self.micro_steps(dp_size),
+            dp_size,
+            self.deepspeed,
+        )
+
+    def hash(self) -> str:
+        """16 hex digits that differ whenever a value differs."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config from YAML and `key.path=value` overrides.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong: where it stands, key, value, what would be right.
+    """
+    tree, origins = read_tree(path, overrides)
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        lines = explain(error, RunConfig, origins, str(path))
+        if {finding["type"] for finding in error.errors()} != {"value_error"}:
+            # pydantic compares no sections while one of them is wrong; the user would hear of it at the next try
+            lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]
+    raise ConfigError("\n".join(lines))
+
+
+# What may change when a run goes on; the first pattern that fits a key counts. A key that none fits may not change.
+_MAY_CHANGE = (
+    ("run.seed", False),  # orders the data, seeds dropout
+    ("run.*", True),  # the folder may have been moved
+    ("model.*", False),  # the weights would not fit, or mean something else
+    # All that decides which token stands where in which batch; the loader compares contents, so files may move
+    ("data.sources.*.paths*", True),
+    ("data.sources.*.id_key", True),
+    ("data.sources.*.source_from", True),
+    ("data.tokenizer", True),
+    ("data.on_bad_record", True),
+    ("data.max_bad_records", True),
+    ("data.bad_records_file", True),
+    ("data.index_dir", True),
+    ("data.max_index_at_start", True),
+    ("data.max_decoder_window", True),
+    ("data.num_workers", True),
+    ("data.prefetch_bytes", True),
+    ("data.worker_timeout", True),
+    ("data.*", False),
+    ("train.global_batch_size", False),  # which rows a step is made of
+    ("train.*", True),
+    ("optim.*", True),  # a schedule that is changed on purpose, from here on
+    ("precision", False),  # the optimizer's state has another shape
+    ("parallel.*", True),  # checkpoints are converted
+    ("checkpoint.*", True),
+    ("evaluation.*", True),
+    ("metrics.*", True),
+    ("wandb.*", True),
+    ("deepspeed*", True),
+)
+
+
+class Change(NamedTuple):
+    """A key whose value differs; None also where a config does not have it."""
+
+    key: str
+    old: JsonValue
+    new: JsonValue
+
+
+def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]:
+    """What differs between the config that a run was begun with and the one that it is to go on with.
+
+    Returns:
+        The changes that would corrupt the run, and those that may be.
+    """
+    before, after = dict(_leaves("", _effective(old))), dict(_leaves("", _effective(new)))
+    keys = [*before, *(key for key in after if key not in before)]
+    changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [c for c in changes if not may_change(c.key)], [c for c in changes if may_change(c.key)]
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of a key."""
+    return next((allowed for pattern, allowed in _MAY_CHANGE if fnmatch.fnmatchcase(key, pattern)), False)
+
+
+def _effective(config: RunConfig) -> dict[str, JsonValue]:
+    """The config's values with the defaults that follow from others filled in: to spell one out is no change."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    values["data"] |= {"lanes": config.lanes, "window_bytes": config.data.window_limit}
+    values["model"] |= {"n_kv_heads": config.model.kv_heads, "ffn_dim": config.model.hidden_dim}
+    return values
+
+
+def _leaves(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not isinstance(value, dict | list):
+        yield key, value
+    for name, item in below:
+        yield from _leaves(f"{key}.{name}" if key else str(name), item)
+
+
+def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
+    """The sections that are right, each by itself; a section that is not there has its default."""
+    parts = {}
+    for name, field in RunConfig.model_fields.items():
+        if name not in tree and not field.is_required():
+            parts[name] = field.get_default(call_default_factory=True)
+        elif name in tree:
+            with contextlib.suppress(ValidationError):
+                # As JSON: there strict types still take a list for a tuple and a string for a path
+                section = json.dumps(tree[name])
+                parts[name] = TypeAdapter[Any](field.rebuild_annotation()).validate_json(section, strict=True)
+    return parts
+
+
+def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be, whatever the number of data-parallel ranks, as far as the sections that are there tell."""
+    model: ModelConfig | None = parts.get("model")
+    parallel: ParallelConfig | None = parts.get("parallel")
+    train: TrainConfig | None = parts.get("train")
+    checkpoint: CheckpointConfig | None = parts.get("checkpoint")
+    if model:
+        yield from _head_problems(model)
+    if model and parallel:
+        for key, value in (
+            ("model.n_heads", model.n_heads),
+            ("model.n_kv_heads", model.kv_heads),
+            ("model.vocab_size", model.vocab_size),
+            ("model.ffn_dim", model.hidden_dim),
+        ):
+            yield from _not_divisible(key, value, "parallel.tp_size", parallel.tp_size)
+    if train:
+        rows = ("train.global_batch_size", train.global_batch_size)
+        yield from _not_divisible(*rows, "train.micro_batch_size", train.micro_batch_size)
+    if checkpoint and checkpoint.keep_every:
+        every = ("checkpoint.every", checkpoint.every)
+        yield from _not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
+    if {"parallel", "optim", "precision", "deepspeed"} <= parts.keys():
+        try:
+            deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], 1, 1, 1, parts["deepspeed"])
+        except ConfigError as error:
+            yield str(error)
+
+
+def _head_problems(model: ModelConfig) -> Iterator[str]:
+    yield from _not_divisible("model.dim", model.dim, "model.n_heads", model.n_heads)
+    if model.dim % model.n_heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.dim={model.dim} / model.n_heads={model.n_heads} gives heads of size {model.head_dim}; "
+            "rotary positions need an even size"
+        )
+    yield from _not_divisible("model.n_heads", model.n_heads, "model.n_kv_heads", model.kv_heads)
+
+
+def _not_divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
+    if value % by:
+        near, divisors = _multiples_near(value, by), _listed([n for n in range(1, value + 1) if value % n == 0])
+        yield (
+            f"{key}={value} cannot be split by {by_key}={by}; make {key} a multiple, such as {near}, "
+            f"or {by_key} a divisor: {divisors}"
+        )
+
+
+def _multiples_near(value: int, of: int) -> str:
+    below = value // of * of
+    return _listed([n for n in (below, below + of) if n])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = [str(n) for n in numbers[:16]]
+    return " or ".join(shown) if len(shown) == 2 else ", ".join(shown) + (", ..." if len(numbers) > 16 else "")

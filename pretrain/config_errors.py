@@ -1,0 +1,126 @@
+"""Says what is wrong in a config so that the user can put it right. config -> config_errors -> the user."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+
+def explain(error: ValidationError, root: type[BaseModel], origins: Mapping[str, str], file: str) -> list[str]:
+    """One line for each finding: where it stands, the key, the value, what would be right.
+
+    Args:
+        error: what pydantic found in a tree.
+        root: the class of the tree.
+        origins: key path -> where it was written.
+        file: where keys are missing that stand nowhere.
+    """
+    findings: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for item in error.errors():
+        findings.setdefault(tuple(_key_path(root, item["loc"])), []).append(item)
+    lines = []
+    for path, items in findings.items():
+        if any(other[: len(path)] == path and other != path for other in findings):
+            continue  # what is wrong below it is the reason
+        keys = [".".join(path[:n]) for n in range(len(path), 0, -1)]
+        where = next((origins[key] for key in keys if key in origins), file)
+        lines += [f"{where}: {line}" for line in _sentence(root, path, items).splitlines()]
+    return lines
+
+
+def _sentence(root: type[BaseModel], path: tuple[str, ...], items: Sequence[ErrorDetails]) -> str:
+    """What pydantic found about one key; for a union that is one finding for each of its members."""
+    first, key = items[0], ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_suggestion(root, path)}"
+    if first["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message  # those of the whole tree name their keys
+    wanted = dict.fromkeys(_wanted(item) for item in items)
+    return f"{key}: {json.dumps(first['input'])} is wrong; it should be {' or '.join(wanted)}"
+
+
+def _wanted(item: ErrorDetails) -> str:
+    plain = {
+        "bool": "true or false",
+        "int": "a whole number, without a point or exponent",
+        "float": "a number",
+        "model": "a section with keys of its own",
+        "dict": "a section with keys of its own",
+        "tuple": "a list",
+        "string": "text",
+        "path": "a path",
+    }
+    kind, _, finding = item["type"].partition("_")
+    if finding in ("type", "parsing", "from_float") and kind in plain:
+        return plain[kind]
+    if item["type"] == "too_short":
+        return f"a list of at least {item['ctx']['min_length']}"
+    if item["type"] == "string_pattern_mismatch":
+        return f"text that matches {item['ctx']['pattern']}"
+    return item["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+
+
+def _suggestion(root: type[BaseModel], path: tuple[str, ...]) -> str:
+    """The key that was probably meant: one nearby, else the same one of another section, else all that there are."""
+    *above, name = path
+    here = sorted({field for model in _models_at(root, above) for field in model.model_fields})
+    elsewhere: dict[str, list[str]] = {}
+    for other in _all_paths(root, ()):
+        elsewhere.setdefault(other[-1], []).append(".".join(other))
+    if near := difflib.get_close_matches(name, here, n=1, cutoff=0.7):
+        return f"did you mean {'.'.join((*above, near[0]))}?"
+    if near := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
+        return f"did you mean {' or '.join(elsewhere[near[0]])}?"
+    return f"known here: {', '.join(here)}"
+
+
+def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+    """A pydantic location without the names of union members that it puts between keys."""
+    models = [root]
+    open_keys = False  # in a mapping whose keys are the user's
+    for i, part in enumerate(location):
+        annotations = [
+            m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields
+        ]
+        if annotations:
+            models = [model for annotation in annotations for model in _models_in(annotation)]
+            open_keys = not models and any("dict" in str(annotation) for annotation in annotations)
+            yield str(part)
+        elif isinstance(part, int) or open_keys or (i == len(location) - 1 and not _is_member(part, models)):
+            yield str(part)
+
+
+def _is_member(part: str, models: list[type[BaseModel]]) -> bool:
+    return "[" in part or part in ("str", "int", "float", "bool") or part in [model.__name__ for model in models]
+
+
+def _models_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    models = [root]
+    for part in path:
+        found = [
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        ]
+        models = found or models  # a position in a list
+    return models
+
+
+def _all_paths(model: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        for below in _models_in(field.annotation):
+            yield from _all_paths(below, (*above, name))
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The config classes that a field's type mentions, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,70 @@
+"""Signals that ask a run to stop, turned into one decision that all ranks share. signals -> interrupt -> loop.
+
+A handler only notes what arrived. Between two steps the loop asks all ranks with a collective, and tells this module
+the answer, so that every rank stops after the same step. What may arrive meanwhile:
+- Ctrl-C reaches every process of the terminal; DeepSpeed's launcher sends SIGTERM on top, up to half a minute later;
+- Slurm may send SIGUSR1 ahead of the time limit and SIGTERM at it.
+So another kind of signal is no impatience. The same one again, after a second, is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+STOPPED = 75  # EX_TEMPFAIL: stopped early and wants to go on; Slurm can requeue on it
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_REPEAT_SECONDS = 1.0  # the same signal within this time came by several ways, not twice
+
+
+class Interrupt:
+    """Listens for signals while it is entered (on the main thread); puts the old handlers back at the end.
+
+    Attributes:
+        requested: the number of the signal that this process received first; 0 if none.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._agreed = False
+        self._first_at: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def agree(self, stop: bool) -> None:
+        """Notes what all ranks decided together; once they decided to stop, that stands."""
+        self._agreed = self._agreed or stop
+
+    def pending(self) -> bool:
+        """Whether all ranks agreed to stop. Asks nobody: the same on every rank that heard the same answers."""
+        return self._agreed
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        first_at = self._first_at.setdefault(number, now)
+        name = signal.Signals(number).name
+        if now - first_at > _REPEAT_SECONDS:
+            _say(f"{name} again: exiting at once; the run goes on from its last checkpoint\n")
+            os._exit(128 + number if number == signal.SIGINT else STOPPED)
+        if not self.requested:
+            self.requested = number
+            _say(f"{name}: saving after this step, then exiting; the same signal again exits at once\n")
+
+
+def _say(message: str) -> None:
+    # Not by logging or print: the signal may have come in the middle of one of those, while it holds its lock
+    os.write(2, message.encode())

@@ -1,0 +1,272 @@
+"""What a step did and what its seconds went into: records for metrics.jsonl, the console's progress, the closing table.
+
+loop -> StepRecord -> {metrics.jsonl, console, wandb}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from shards import Config
+
+_logger = logging.getLogger(__name__)
+
+
+class MetricsConfig(Config):
+    """What is shown while a run goes on. Every step stands in metrics.jsonl, whatever is set here."""
+
+    log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, where the output is no terminal
+    peak_flops: float | None = Field(
+        None, gt=0
+    )  # bf16 FLOP/s of one device, dense; None: from the table, if it is there
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl. The names are relied on outside of the repository."""
+
+    step: int  # optimizer steps done, this one included
+    loss: float  # nats per valid target of the global batch
+    grad_norm: float  # global L2 norm before clipping
+    learning_rate: float
+    tokens: int  # trained on since the run's start, over all ranks; padding is not counted
+    tokens_per_second: float  # over all ranks; padding is not counted
+    batch_hash: str  # 16 hex digits, chained with the step before: equal hashes saw the same data
+    step_seconds: float  # of the whole step; the three below are parts of it
+    data_wait_seconds: float
+    forward_backward_seconds: float
+    optimizer_seconds: float  # with the reduction of gradients, where that does not overlap the backward pass
+    peak_memory_bytes: int  # on this rank: of the GPU's allocator, or the process's resident set
+    padding_share: float  # of the global batch's positions
+    tokens_per_source: dict[str, int]  # of this step's global batch
+    epoch_per_source: dict[str, float]  # how often each source was read through since the run's start
+    z_loss: float | None = None  # what it adds to the loss that is trained on; None where it is off
+    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
+
+    def as_json(self) -> dict[str, object]:
+        """The record without what is None."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class Meter:
+    """Splits the seconds of a step into named parts, and starts anew with each step."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None):
+        """
+        Args:
+            clock: seconds, monotonic.
+            synchronize: waits until the device has done what it was given, so that a part is charged with its own work;
+                called at the end of each part.
+        """
+        self._clock = clock
+        self._synchronize = synchronize
+        self._parts: dict[str, float] = {}
+        self._step_start = clock()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Charges the time inside to a part; one that is entered several times in a step adds up."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            if self._synchronize is not None:
+                self._synchronize()
+            self._parts[name] = self._parts.get(name, 0.0) + self._clock() - start
+
+    def end_step(self) -> dict[str, float]:
+        """The parts' seconds since the last call, and under `step` all of them, with what belongs to no part."""
+        now = self._clock()
+        seconds = {**self._parts, "step": now - self._step_start}
+        self.start_step()
+        return seconds
+
+    def start_step(self) -> None:
+        """Forgets what was measured: the time of an evaluation or a checkpoint is none of the next step's."""
+        self._parts = {}
+        self._step_start = self._clock()
+
+
+# Dense bf16 FLOP/s with fp32 accumulation, by the name that torch gives the device; the first match counts. From the
+# makers' data sheets (a figure "with sparsity" is halved); a module of two devices counts as two.
+_PEAK_FLOPS = (
+    (r"GB200", 2500e12),  # NVIDIA GB200 NVL72 data sheet: 360 PFLOPS sparse over 72
+    (r"B200", 2250e12),  # NVIDIA DGX B200 data sheet
+    (r"GH200|H200(?! NVL)", 989e12),  # NVIDIA H200 and GH200 data sheets
+    (r"H100 NVL|H200 NVL", 835e12),  # NVIDIA H100 data sheet, NVL; H200 data sheet, NVL
+    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet, PCIe
+    (r"H100", 989e12),  # NVIDIA H100 data sheet, SXM
+    (r"A100|A800", 312e12),  # NVIDIA A100 data sheet; PCIe and SXM alike
+    (r"A30\b", 165e12),  # NVIDIA A30 data sheet
+    (r"A40\b", 149.7e12),  # NVIDIA A40 data sheet
+    (r"A10\b", 125e12),  # NVIDIA A10 data sheet
+    (r"RTX A6000", 154.8e12),  # NVIDIA RTX A6000 data sheet
+    (r"L40S", 362e12),  # NVIDIA L40S data sheet
+    (r"L4\b", 121e12),  # NVIDIA L4 data sheet
+    (r"RTX 4090", 165.2e12),  # NVIDIA Ada GPU architecture white paper, appendix A
+    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA GA102 white paper, table 9
+    (r"MI300X", 1307e12),  # AMD Instinct MI300X data sheet
+    (r"MI250X", 191.5e12),  # AMD Instinct MI250X data sheet: 383 TFLOPS over two dies, each a device of its own
+)
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one device, by `torch.cuda.get_device_name()`; None where it is not known."""
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, peak_flops: float | None) -> float | None:
+    """The share of the devices' peak that goes into the model's own arithmetic; recomputed activations do not count.
+
+    Args:
+        flops_per_token: of forward and backward pass.
+        tokens_per_second: over all devices.
+        peak_flops: FLOP/s of all devices together; None where it is not known.
+    Source: Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
+    """
+    return None if peak_flops is None else flops_per_token * tokens_per_second / peak_flops
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of the GPU's allocator, or its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None:
+    """How long the rest of a run will take, if it goes on as it did lately.
+
+    Args:
+        times: (seconds on some clock, step), in order; what lies between two steps, such as an evaluation, counts.
+        steps: of the whole run.
+    Returns:
+        Seconds; None as long as there are not two different steps.
+    """
+    if len(times) < 2 or times[-1][1] <= times[0][1]:
+        return None
+    (first_time, first_step), (last_time, last_step) = times[0], times[-1]
+    return (last_time - first_time) / (last_step - first_step) * (steps - last_step)
+
+
+def step_line(record: StepRecord, steps: int, left: float | None) -> str:
+    """A step for the reader of a log file."""
+    parts = [
+        f"step {record.step}/{steps}",
+        f"loss {record.loss:.4f}",
+        f"grad norm {record.grad_norm:.3f}",
+        f"lr {record.learning_rate:.2e}",
+        f"{_short(record.tokens)} tokens",
+        f"{_short(record.tokens_per_second)} tokens/s",
+        f"data wait {record.data_wait_seconds / max(record.step_seconds, 1e-9):.0%}",
+    ]
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:.1%}")
+    return "  ".join([*parts, f"ETA {_duration(left)}"])
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return f"{count:.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+class StepProgress:
+    """Shows where the run stands: a live bar on a terminal, else a plain line in the log every so many seconds."""
+
+    def __init__(
+        self,
+        steps: int,
+        config: MetricsConfig,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """
+        Args:
+            steps: of the whole run.
+            config: how often plain lines come.
+            console: where the bar is drawn; by default stderr.
+            clock: seconds, monotonic.
+        """
+        console = console or Console(stderr=True)
+        self._steps = steps
+        self._every = config.log_every_seconds
+        self._clock = clock
+        self._times: deque[tuple[float, int]] = deque(maxlen=200)
+        self._last_line = -float("inf")
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, console=console, auto_refresh=True)
+            self._task = self._bar.add_task("train", total=steps, figures="")
+
+    def __enter__(self) -> StepProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, record: StepRecord) -> None:
+        now = self._clock()
+        self._times.append((now, record.step))
+        line = step_line(record, self._steps, seconds_left(self._times, self._steps))
+        if self._bar is not None:
+            figures = line.partition("  ")[2]  # the bar has its own count of steps
+            self._bar.update(self._task, completed=record.step, figures=figures)
+        elif now - self._last_line >= self._every or record.step == self._steps:
+            self._last_line = now
+            _logger.info("%s", line)
+
+
+def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
+    """Perplexity and bits per byte of each domain, at two times.
+
+    Args:
+        before, after: lines of evals.jsonl; rows come in the order of `after`.
+    """
+    table = Table("domain", title="Held-out text, before and after")
+    for head in ("perplexity before", "after", "bits per byte before", "after"):
+        table.add_column(head, justify="right")
+    old = {str(record["domain"]): record for record in before}
+    for record in after:
+        domain = str(record["domain"])
+        figures = [
+            _figure(source, key) for key in ("perplexity", "bits_per_byte") for source in (old.get(domain, {}), record)
+        ]
+        table.add_row(domain, *figures, style="bold" if domain in ("macro", "micro") else None)
+    return table
+
+
+def _figure(record: Mapping[str, object], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.3f}" if key == "bits_per_byte" else f"{value:,.1f}"

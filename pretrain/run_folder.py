@@ -1,0 +1,252 @@
+"""The folder of one run: its layout, files that survive a kill at any byte, and who may open it.
+
+Only rank 0 writes here, except for the engine's files in a checkpoint. start -> run_folder -> {config, metrics, ...}.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import zstandard
+
+from shards import ConfigError, HeadraceError
+
+_logger = logging.getLogger(__name__)
+_CHUNK_BYTES = 1 << 16
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable: an fsync of a file does not cover the name it goes by."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes a file that after a crash is there whole, or as it was before."""
+    # The process's id keeps apart two ranks that write the same name; a leftover of a kill is overwritten in time
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+class _Stamped(msgspec.Struct):
+    """The one field by which a resume decides whether to keep a record; msgspec skips the others unparsed."""
+
+    step: int
+
+
+def _step_of(line: bytes) -> int | None:
+    """The optimizer step of a JSON record; None for one that was torn or is none."""
+    try:
+        return msgspec.json.decode(line, type=_Stamped).step
+    except msgspec.DecodeError:
+        return None
+
+
+class StepLog:
+    """A file of records, one or more for a step, that is only ever appended to, or cut back to a step.
+
+    A record is one JSON line, or where the name ends in `.zst` one zstd frame with one JSON line. Each goes out in a
+    single write, so that a kill tears at most the last one, and readers pass over what is torn. Numbers that are not
+    finite become null, since JSON has none.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._compressed = path.suffix == ".zst"
+
+    def append(self, record: Mapping[str, object]) -> None:
+        line = msgspec.json.encode(record) + b"\n"
+        if self._compressed:
+            line = zstandard.ZstdCompressor(level=6, write_checksum=True).compress(line)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            written = os.write(descriptor, line)
+            if written != len(line):  # a full disk: the torn record would hide the next one on its line
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise HeadraceError(f"{self.path}: cannot append {len(line)} bytes; is the disk full?")
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """Makes all records durable against a loss of power; a kill alone loses none."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def read(self, after: int = -1) -> Iterator[dict[str, object]]:
+        """The records of all steps past `after`, in the order in which they were appended."""
+        for line, _ in self._lines():
+            step = _step_of(line)
+            if step is not None and step > after:
+                yield msgspec.json.decode(line, type=dict[str, object])
+
+    def cut_back(self, step: int) -> int:
+        """Drops the records past a step, and a torn end, so that a resumed run writes each step once.
+
+        Args:
+            step: the last step to keep.
+        Returns:
+            How many bytes were dropped.
+        """
+        if not self.path.exists():
+            return 0
+        kept = 0  # where the last record to keep ends
+        for line, end in self._lines():
+            found = _step_of(line)
+            if found is not None and found > step:
+                break
+            if found is not None:
+                kept = end
+        size = self.path.stat().st_size
+        if kept < size:
+            with self.path.open("rb+") as file:  # one truncation: done whole or not at all
+                file.truncate(kept)
+                os.fsync(file.fileno())
+        return size - kept
+
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        """Each complete record, as JSON, and the offset in the file at which it ends."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            if self._compressed:
+                yield from _frames(file)
+                return
+            end = 0
+            for line in file:
+                end += len(line)
+                if line.endswith(b"\n"):
+                    yield line, end
+
+
+def _frames(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The content of each whole zstd frame and the offset at which it ends; stops at the first that is not whole."""
+    end = 0
+    pending = b""
+    while True:
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        content = []
+        while not decoder.eof:
+            chunk = pending or file.read(_CHUNK_BYTES)
+            if not chunk:
+                return
+            try:
+                content.append(decoder.decompress(chunk))
+            except zstandard.ZstdError:
+                return
+            pending = decoder.unused_data
+            end += len(chunk) - len(pending)
+        yield b"".join(content), end
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies. Making one touches nothing on disk."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> StepLog:
+        return StepLog(self.root / "metrics.jsonl")
+
+    @property
+    def evals(self) -> StepLog:
+        return StepLog(self.root / "evals.jsonl")
+
+    @property
+    def cursors(self) -> StepLog:
+        return StepLog(self.root / "cursors.jsonl.zst")
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "lease"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def wandb(self) -> Path:
+        """wandb makes its own folder `wandb/` in the one that it is given, so this is the root's."""
+        return self.root / "wandb"
+
+    def run_id(self) -> str:
+        """The id of the run's wandb run, drawn when it is first asked for; the same for the life of the run."""
+        path = self.wandb / "run_id"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            atomic_write(path, secrets.token_hex(4))
+        return path.read_text()
+
+    def create(self) -> None:
+        """Makes the folder and those in it, where they are missing, and tries whether it can be written to.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        try:
+            for folder in (self.root, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
+                probe.write(b"?")
+                probe.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run folder {self.root}: {error.strerror}; "
+                "set run.dir to a folder that you may write to, on a disk with room"
+            ) from error
+
+    def cut_back(self, step: int) -> None:
+        """Takes back what a killed process wrote of the steps past a checkpoint's."""
+        for log in (self.metrics, self.evals, self.cursors):
+            if dropped := log.cut_back(step):
+                _logger.info("%s: dropped %d bytes past step %d, to be written again", log.path, dropped, step)
+
+    def sync(self) -> None:
+        """Makes all records durable: to be called before a checkpoint is declared complete."""
+        for log in (self.metrics, self.evals, self.cursors):
+            log.sync()
+
+    def move_aside(self) -> Path | None:
+        """Frees the run's name for a fresh start by renaming the folder to `<name>.<n>`; deletes nothing.
+
+        The caller holds the lease, which is gone with the folder. Returns where that went; None if there was none.
+        """
+        if not self.root.exists():
+            return None
+        numbered = re.compile(re.escape(self.root.name) + r"\.(\d+)")
+        taken = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
+        aside = self.root.with_name(f"{self.root.name}.{max(taken, default=0) + 1}")
+        self.root.rename(aside)
+        (aside / "lease").unlink(missing_ok=True)
+        fsync_folder(self.root.parent)
+        return aside

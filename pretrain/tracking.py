@@ -1,0 +1,257 @@
+"""Mirrors metrics.jsonl and evals.jsonl into wandb. The only importer of wandb. loop -> tracking -> {wandb/, server}.
+
+A run is one wandb run, however often it is restarted, and shows each step once. The JSONL files are the truth. When a
+run resumes from a checkpoint, wandb may already hold steps past it, or lack some before it (a kill loses what was not
+flushed or sent). So a start asks up to which step wandb has rows (offline its local files, online the server), fills
+the gap from the JSONL files, and does not send again what is there. A row's `_step` is our step, which is what makes
+the question exact; `step` is the axis of every figure.
+
+Tracking never stops a training: what fails is said once in the log, and the run's end or next start fills the gap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pretrain.run_folder import RunFolder
+from shards import Config, ConfigError
+
+if TYPE_CHECKING:
+    import wandb
+
+_logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 0.2  # of the local file; the default of 15 s is what a kill would lose
+_INIT_SECONDS = 30.0  # until a start without a server goes on offline
+_FINISH_SECONDS = 30.0  # until the end gives up on a server; the local file stays
+
+Row = dict[str, object]
+
+
+class WandbConfig(Config):
+    """Where the figures go besides the run folder's own files."""
+
+    mode: Literal["online", "offline", "disabled"] = (
+        "offline"  # offline: to the run folder; `wandb sync` uploads it later
+    )
+    project: str = "headrace"
+    entity: str | None = None  # user or team; None: the account's default
+    group: str | None = None  # runs that are shown together
+    tags: tuple[str, ...] = ()
+    system_metrics: bool = Field(True)  # utilization of GPUs, CPUs, memory and network, every 15 s
+
+
+class Tracker:
+    """One process's session of the run's wandb run. Entered on rank 0 alone: `with Tracker(...) as tracker`."""
+
+    def __init__(self, config: WandbConfig, folder: RunFolder, name: str, run_id: str, described: Mapping[str, object]):
+        """
+        Args:
+            config: the `wandb` section.
+            folder: cut back to the checkpoint from which this session goes on.
+            name: of the run, as wandb shows it.
+            run_id: the same for all sessions of a run; at most 64 letters, digits, `-` and `_`.
+            described: config and provenance, as JSON-able values.
+        """
+        self._config = config
+        self._folder = folder
+        self._name = name
+        self._id = run_id
+        self._described = described
+        self._run: wandb.Run | None = None
+        self._last_step = -1  # the last whose row wandb has in full
+        self._held: Row | None = None
+
+    def __enter__(self) -> Tracker:
+        """
+        Raises:
+            ConfigError: if online mode has no API key; a server that does not answer is no error.
+        """
+        if self._config.mode != "disabled":
+            with self._tolerated():
+                self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._config.mode == "disabled":
+            return
+        self._send_held()
+        if self._run is None:
+            # A launcher that stops a run sends SIGTERM to wandb's process too; a new one gets what that had not
+            with self._tolerated():
+                _forget_process()
+                self._open()
+        if self._run is not None:
+            with self._tolerated():
+                self._run.finish(exit_code=0 if kind is None else 1)
+
+    def log_step(self, record: Mapping[str, object], more: bool = False) -> None:
+        """Sends a line of metrics.jsonl.
+
+        Args:
+            record: with its `step`; a step that wandb already has is passed over.
+            more: the step's evaluation follows; both then go out as one row.
+        """
+        self._send_held()
+        self._held = step_row(record)
+        if not more:
+            self._send_held()
+
+    def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
+        """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
+        for row in eval_rows(records):
+            if self._held is not None and self._held["step"] != row["step"]:
+                self._send_held()
+            self._held = {**(self._held or {}), **row}
+        self._send_held()
+
+    def _send_held(self) -> None:
+        row, self._held = self._held, None
+        if row is None or self._run is None:
+            return
+        step = int(str(row["step"]))
+        if step > self._last_step:
+            self._last_step = step
+            with self._tolerated():
+                self._run.log(row, step=step, commit=True)
+
+    def _fill_gap(self) -> None:
+        """Sends what the JSONL files have and wandb has not."""
+        rows: dict[int, Row] = {}
+        for record in self._folder.metrics.read(after=self._last_step):
+            row = step_row(record)
+            rows[int(str(row["step"]))] = row
+        for row in eval_rows(self._folder.evals.read(after=self._last_step)):
+            rows.setdefault(int(str(row["step"])), {}).update(row)
+        for step in sorted(rows):
+            self._held = rows[step]
+            self._send_held()
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever wandb does, the training goes on
+            _logger.warning(
+                "wandb failed and is left out until the run's next end or start, which fills the gap: %r", error
+            )
+            self._run = None
+
+    def _open(self) -> None:
+        """Opens a session and brings wandb up to the JSONL files."""
+        self._run, self._last_step = self._start()
+        self._fill_gap()
+
+    def _start(self) -> tuple[wandb.Run, int]:
+        """Opens a session. Returns it and the last step that wandb has; -1 if none."""
+        import wandb  # takes a second and starts a process: only for those who want it
+
+        if self._config.mode == "online":
+            try:
+                run = self._init("online")
+                return run, run.starting_step - 1  # `_step` is our step, and the server names the next
+            except wandb.errors.UsageError as error:
+                raise ConfigError(
+                    f"wandb.mode=online: {error}; type `wandb login` or set WANDB_API_KEY, or choose wandb.mode=offline"
+                ) from None
+            except wandb.errors.Error as error:
+                _logger.warning("wandb goes on offline, for `wandb sync` to upload: %s", error)
+                _forget_process()  # it would say that the run is in use
+        last_step = last_local_step(self._folder.wandb, self._id)
+        return self._init("offline"), last_step
+
+    def _init(self, mode: Literal["online", "offline"]) -> wandb.Run:
+        import wandb
+
+        run = wandb.init(
+            mode=mode,
+            id=self._id,
+            resume="allow",
+            name=self._name,
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            tags=self._config.tags,
+            dir=self._folder.root,
+            config=dict(self._described),
+            settings=wandb.Settings(
+                console="off",  # the terminal is ours
+                silent=True,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
+                x_disable_stats=not self._config.system_metrics,
+            ),
+        )
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def _forget_process() -> None:
+    """Lets the next `init` start wandb's process anew."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):  # it says good-bye to the dead one, after forgetting it
+        wandb.teardown()
+
+
+def step_row(record: Mapping[str, object]) -> Row:
+    """A line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
+    row: Row = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            row.update({f"{key}/{name}": figure for name, figure in value.items()})
+        else:
+            row[key] = value
+    return row
+
+
+def eval_rows(records: Sequence[Mapping[str, object]] | Iterator[Mapping[str, object]]) -> Iterator[Row]:
+    """Lines of evals.jsonl, one row for each run of lines of the same step, figures under `eval/<domain>/<figure>`."""
+    row: Row = {}
+    for record in records:
+        if row and row["step"] != record["step"]:
+            yield row
+            row = {}
+        figures = {key: value for key, value in record.items() if key not in ("step", "suite", "domain")}
+        row["step"] = record["step"]
+        row.update({f"eval/{record['domain']}/{key}": value for key, value in figures.items()})
+    if row:
+        yield row
+
+
+def last_local_step(wandb_folder: Path, run_id: str) -> int:
+    """The last step of which the local files of a run's sessions have a row; -1 if there is none.
+
+    Rows are never sent twice, so the newest session that has any has the last one. A session that was killed leaves a
+    file that wandb's own reader reads up to where it is torn.
+    """
+    files = sorted(
+        wandb_folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1]
+    )
+    for file in reversed(files):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        last_step = -1
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
+            assert reader.stdout is not None
+            for line in reader.stdout:  # a long run's file prints gigabytes
+                if '"type":"history"' in line:
+                    last_step = max(last_step, int(json.loads(line)["history"]["item"].get("step", -1)))
+        if last_step >= 0:
+            return last_step
+    return -1
