@@ -103,7 +103,7 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, in the names of Megatron that it looks for; fairscale's own module lacks half."""
+    """What DeepSpeed asks of an `mpu`, in the names that Megatron gave it; fairscale's own module lacks half."""
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()

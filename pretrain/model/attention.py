@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 # q [B, n_heads, T, head_dim], k and v [B, n_kv_heads, T, head_dim] -> [B, n_heads, T, head_dim]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,18 +53,16 @@ def _flex_attention(segment_ids: Tensor) -> Attend:
         return (query >= key) & (segment_ids[batch, query] == segment_ids[batch, key])
 
     rows, length = segment_ids.shape
-    mask: BlockMask = _compiled(create_block_mask)(visible, rows, None, length, length, device=segment_ids.device)
+    mask = _compiled(create_block_mask)(visible, rows, None, length, length, device=segment_ids.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        assert isinstance(out, Tensor)
-        return out
+        return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 
 
 @functools.cache
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel building blocks: fairscale's layers, tagged so that nobody miscounts them, and losses on split logits.
+"""Tensor-parallel building blocks: fairscale's layers, tagged so that nobody miscounts them; losses on split logits.
 
 Every sharded weight carries the dimension that it is split along. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere alike.
@@ -78,7 +78,7 @@ def on_sharded_activations(weight: Tensor) -> Tensor:
     Each rank then computes only its slice's part of the weight's gradient; this sums the parts. Without it the ranks'
     copies of the weight drift apart, while the loss hardly shows it.
     """
-    return copy_to_model_parallel_region(weight)  # type: ignore[no-any-return]
+    return copy_to_model_parallel_region(weight)
 
 
 def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,24 +92,24 @@ def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """
     # fairscale's loss edits its input in place, and .float() of an fp32 tensor is no copy
     fresh = logits.clone() if logits.dtype == torch.float32 else logits.float()
-    return vocab_parallel_cross_entropy(fresh, targets)  # type: ignore[no-any-return]
+    return vocab_parallel_cross_entropy(fresh, targets)
 
 
 def vocab_parallel_logsumexp(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the whole vocabulary, differentiable. logits as in `vocab_parallel_nll`; [...] fp32."""
+    """log(sum(exp(logits))) over the whole vocabulary, [...] fp32, differentiable."""
     logits = logits.float()
     largest = logits.detach().amax(dim=-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
     sum_exp = (logits - largest.unsqueeze(-1)).exp().sum(dim=-1)
     # The sum over ranks passes the gradient through unchanged: each rank owns its own logits
-    return reduce_from_model_parallel_region(sum_exp).log() + largest  # type: ignore[no-any-return]
+    return reduce_from_model_parallel_region(sum_exp).log() + largest
 
 
 @torch.no_grad()
 def vocab_parallel_argmax(logits: Tensor) -> Tensor:
     """The most likely token id [...] int64 over the whole vocabulary; the lowest id where several are equal."""
     group, slice_size = get_model_parallel_group(), logits.shape[-1]
-    best, index = logits.float().max(dim=-1)
+    best, index = logits.max(dim=-1)
     index = index + get_model_parallel_rank() * slice_size
     best_anywhere = best.clone()
     dist.all_reduce(best_anywhere, op=dist.ReduceOp.MAX, group=group)

@@ -105,7 +105,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, D]
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
         out = attend(q, k, v.transpose(1, 2))
-        return self.wo(out.transpose(1, 2).reshape(rows, length, -1))  # type: ignore[no-any-return]
+        return self.wo(out.transpose(1, 2).reshape(rows, length, -1))
 
 
 class FeedForward(nn.Module):
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
         self.w2 = row_linear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, attend))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = block(x, cos, sin, attend)
-        return self.output(self.norm(x))  # type: ignore[no-any-return]
+        return self.output(self.norm(x))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

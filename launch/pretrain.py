@@ -1,0 +1,85 @@
+"""Trains a model, or goes on training it: `deepspeed launch/pretrain.py --config configs/quickstart.yaml`.
+
+Exit codes: 0 finished, 75 stopped early and wants to go on, 2 bad config or input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts launch/ first, where `pretrain` is this very file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+
+from pretrain import log
+from pretrain.config import RunConfig, load_config
+from pretrain.interrupt import STOPPED
+from pretrain.metrics import domain_table
+from pretrain.start import Report, start
+from pretrain.topology import dp_size_of, world_size_of
+from shards import ConfigError, HeadraceError, ShardError
+
+_logger = logging.getLogger("headrace")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.learning_rate=1e-3")
+    parser.add_argument("--fresh", action="store_true", help="start over; an existing run of this name is moved aside")
+    parser.add_argument("--print-config", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_intermixed_args()
+
+
+def print_report(config: RunConfig, report: Report) -> None:
+    """What a finished run closes with: figures before and after, a sample, and where to go from here."""
+    console = Console(soft_wrap=True)
+    evals = list(report.folder.evals.read())
+    if evals:
+        first, last = evals[0]["step"], evals[-1]["step"]
+        console.print(
+            domain_table([e for e in evals if e["step"] == first], [e for e in evals if e["step"] == last]),
+        )
+    console.print("A continuation by the model:", style="bold")
+    console.print(config.evaluation.prompt, end="", style="dim", markup=False, highlight=False)
+    console.print(report.sample, markup=False, highlight=False)
+    root = report.folder.root
+    console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
+    console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
+    console.print(
+        f"Next        the same command with train.steps={2 * config.train.steps} trains on from here; copy the config,"
+        " set data.sources to your shards, and start it the same way",
+        highlight=False,
+    )
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    rank = int(os.environ.get("RANK", "0"))
+    log.set_up(rank)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(config.describe(dp_size_of(world_size_of(os.environ), config.parallel)), end="")
+            return 0
+        report = start(config, arguments.fresh)
+    except HeadraceError as error:
+        _logger.error("%s", error)
+        return 2 if isinstance(error, ConfigError | ShardError) else 1
+    if rank == 0:
+        if report.finished:
+            print_report(config, report)
+        else:
+            _logger.info("stopped after step %d; the same command goes on from there", report.step)
+    return 0 if report.finished else STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints: what counts as one, how it is written and read back."""

@@ -1,0 +1,149 @@
+"""Writes a checkpoint and reads it back, over all ranks together. loop <-> save <-> {store, engine}.
+
+What happens in which order decides whether a kill can hurt: the files, then their fsync, then COMPLETE, then removal of
+older checkpoints. Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, hash_file
+from pretrain.engine import Engine
+from pretrain.run_folder import atomic_write, fsync_folder
+from pretrain.topology import Topology
+from shards import CheckpointError
+
+_logger = logging.getLogger(__name__)
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """Where a run stands after a step: the content of state.json.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: trained on since the run's start, over all ranks; padding is not counted.
+        tokens_per_source: the same, for each source.
+        batch_hash: of all batches so far, chained; 16 hex digits.
+        wandb_run_id: one for the run's life.
+        restarts: how often the run was taken up again.
+        config_hash: of the config that it ran with last.
+        tp_size, dp_size, zero_stage: what the engine's files fit.
+    """
+
+    step: int
+    tokens: int
+    tokens_per_source: dict[str, int]
+    batch_hash: str
+    wandb_run_id: str
+    restarts: int
+    config_hash: str
+    tp_size: int
+    dp_size: int
+    zero_stage: int
+    version: int = 1
+
+
+class DataState(msgspec.Struct, frozen=True):
+    """The content of data.json: V cursors, and what the batches are a pure function of."""
+
+    cursors: dict[str, object]  # as `shards.merge_states` gives it
+    fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
+    version: int = 1
+
+
+def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataState | None, topology: Topology) -> None:
+    """Saves the checkpoint of `state.step`. Every rank calls it; rank 0 alone needs `data`.
+
+    Raises:
+        OSError: if the disk is full or broken; what was saved before stays as it was.
+    """
+    if topology.broadcast_object(store.find(state.step) is not None if topology.is_main else None):
+        return  # a run that stopped right after it was resumed has this one already
+    folder = store.folder_of(state.step)
+    if topology.is_main:
+        assert data is not None
+        store.prepare(state.step)
+        _write_json(folder / "state.json", state)
+        _write_json(folder / "data.json", data)
+    topology.barrier()
+    engine.save(folder)
+    topology.barrier()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine = [_made_durable(path, folder) for path in files[topology.rank :: topology.world_size]]
+    entries = [entry for part in topology.gather_objects(mine) for entry in part]  # type: ignore[attr-defined]
+    if topology.is_main:
+        for path in {path.parent for path in files}:
+            fsync_folder(path)
+        store.complete(state.step, entries)
+        store.prune()
+    topology.barrier()
+
+
+def _write_json(path: Path, content: msgspec.Struct) -> None:
+    atomic_write(path, msgspec.json.encode(content) + b"\n")
+
+
+def _made_durable(path: Path, folder: Path) -> FileEntry:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
+
+
+def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as they were saved; every rank checks a share of them.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none of them is whole.
+    """
+    checkpoints = store.list() if topology.is_main else []
+    steps = topology.broadcast_object([checkpoint.step for checkpoint in checkpoints])
+    assert isinstance(steps, list)
+    for step in reversed(steps):
+        checkpoint = store.find(step)
+        if checkpoint is None:
+            raise CheckpointError(f"{store.folder_of(step)} is not visible on every node; put run.dir on a shared disk")
+        broken = checkpoint.broken_files(topology.rank, topology.world_size)
+        damage = [found for part in topology.gather_objects(broken) for found in part]  # type: ignore[attr-defined]
+        if not damage:
+            return checkpoint
+        if topology.is_main:
+            _logger.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(damage))
+    if steps:
+        raise CheckpointError(
+            f"none of the checkpoints in {store.root} is whole (steps {', '.join(map(str, steps))});"
+            " restore one from a copy, or start over with --fresh"
+        )
+    return None
+
+
+def read_state(checkpoint: Checkpoint) -> RunState:
+    """Where the run stood at a checkpoint."""
+    return msgspec.json.decode((checkpoint.folder / "state.json").read_bytes(), type=RunState)
+
+
+def read_data(checkpoint: Checkpoint) -> DataState:
+    """Where the loader stood at a checkpoint."""
+    return msgspec.json.decode((checkpoint.folder / "data.json").read_bytes(), type=DataState)
+
+
+def check_topology(state: RunState, topology: Topology, zero_stage: int, folder: Path) -> None:
+    """Refuses a checkpoint whose files are divided otherwise than this process group.
+
+    Raises:
+        CheckpointError: with the topology that it was saved by.
+    """
+    saved = {"tp_size": state.tp_size, "dp_size": state.dp_size, "zero_stage": state.zero_stage}
+    now: Mapping[str, int] = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in saved if saved[key] != now[key]]
+    if changed:
+        ranks = state.tp_size * state.dp_size
+        raise CheckpointError(
+            f"{folder} was saved by another topology ({', '.join(changed)});"
+            f" start {ranks} ranks with parallel.tp_size={state.tp_size} and parallel.zero_stage={state.zero_stage}"
+        )

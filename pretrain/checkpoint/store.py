@@ -1,0 +1,142 @@
+"""Which checkpoints a run has, which of them are whole, and which may go. A folder without a valid COMPLETE is none.
+
+checkpoints/step_00001000/
+    engine/      DeepSpeed's files, of every rank
+    data.json    where the loader stood            state.json   where the run stood
+    COMPLETE     written last: names, sizes and hashes of all the others
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import xxhash
+from pydantic import Field
+
+from pretrain.run_folder import atomic_write, fsync_folder
+from shards import CheckpointError, Config
+
+_logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"
+_FOLDER = re.compile(r"step_(\d{8,})")
+_CHUNK_BYTES = 1 << 22
+
+
+class CheckpointConfig(Config):
+    """When to save, and what to keep. The last step is always saved."""
+
+    every: int = Field(1000, ge=1)  # optimizer steps
+    keep: int = Field(2, ge=1)  # how many of the newest stay
+    keep_every: int | None = Field(None, ge=1)  # steps divisible by this stay for good, besides
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of a checkpoint, as COMPLETE names it."""
+
+    name: str  # relative to the checkpoint's folder, with forward slashes
+    size: int  # bytes
+    hash: str  # xxh3-128 of the content, 32 hex digits
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The content of COMPLETE."""
+
+    files: list[FileEntry]
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint; its files may still turn out to be damaged."""
+
+    folder: Path
+    step: int
+    files: list[FileEntry]
+
+    def broken_files(self, share: int = 0, shares: int = 1) -> list[str]:
+        """What is wrong with the files of one share of `shares`, a sentence each; empty if nothing."""
+        return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file's content."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _damage(folder: Path, entry: FileEntry) -> str | None:
+    path = folder / entry.name
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{path} has {size} bytes instead of {entry.size}"
+        if hash_file(path) != entry.hash:
+            return f"{path} differs from what was saved"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None
+
+
+class CheckpointStore:
+    """The checkpoints in one folder. Reading is open to all ranks; `prepare`, `complete` and `prune` are rank 0's."""
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self.root = root
+        self.config = config
+
+    def folder_of(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
+
+    def complete(self, step: int, files: list[FileEntry]) -> None:
+        """Declares a checkpoint complete; its files are durable already."""
+        manifest = Manifest(sorted(files, key=lambda entry: entry.name))
+        atomic_write(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
+
+    def find(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step, if it is complete."""
+        folder = self.folder_of(step)
+        try:
+            manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            _logger.warning("%s is damaged (%s); this checkpoint is passed over", folder / COMPLETE, error)
+            return None
+        return Checkpoint(folder, step, manifest.files)
+
+    def list(self) -> list[Checkpoint]:
+        """All complete checkpoints, oldest first."""
+        found = (_FOLDER.fullmatch(path.name) for path in self.root.glob("step_*"))
+        steps = sorted(int(match[1]) for match in found if match)
+        return [checkpoint for step in steps if (checkpoint := self.find(step))]
+
+    def prepare(self, step: int) -> Path:
+        """An empty folder for a new checkpoint; what a killed save left there goes."""
+        folder = self.folder_of(step)
+        if self.find(step) is not None:
+            raise CheckpointError(f"{folder} is complete already and is not written over")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        fsync_folder(self.root)
+        return folder
+
+    def prune(self) -> None:
+        """Removes what the config does not keep. COMPLETE goes first: a half-removed checkpoint must not look whole."""
+        for checkpoint in self.list()[: -self.config.keep]:
+            if self.config.keep_every and checkpoint.step % self.config.keep_every == 0:
+                continue
+            (checkpoint.folder / COMPLETE).unlink()
+            fsync_folder(checkpoint.folder)
+            shutil.rmtree(checkpoint.folder)

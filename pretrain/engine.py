@@ -1,0 +1,267 @@
+"""DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its own checkpoint files.
+
+The only importer of deepspeed (beside the conversion of checkpoints). What DeepSpeed does not do the way the design
+wants is settled here: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from pretrain.metrics import Meter
+from pretrain.model.attention import AttentionBackend
+from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.optim import OptimConfig, parameter_groups
+from pretrain.rng import derive_seed, seeded
+from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from shards import CheckpointError, ConfigError
+
+Precision = Literal["bf16", "fp32"]
+DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own JSON schema
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step found, the same on every rank.
+
+    Attributes:
+        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss.
+        z_loss: mean squared logsumexp of the logits times its weight; 0 where it is off.
+        grad_norm: L2 norm of the gradient of the whole model before clipping.
+    """
+
+    loss: float
+    z_loss: float
+    grad_norm: float
+
+
+def deepspeed_config(
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    precision: Precision,
+    micro_batch_size: int,
+    micro_steps: int,
+    dp_size: int,
+    extra: DeepSpeedConfig,
+) -> DeepSpeedConfig:
+    """DeepSpeed's configuration, derived from ours; `extra` is the config's `deepspeed` section.
+
+    Raises:
+        ConfigError: if `extra` contradicts what is derived, or the parts cannot go together.
+    """
+    if parallel.compile and parallel.zero_stage == 3:
+        raise ConfigError(
+            "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
+            " without end; use zero_stage 1 or 2, or compile=false"
+        )
+    if parallel.offload == "parameters" and parallel.zero_stage != 3:
+        raise ConfigError(
+            f"parallel.offload=parameters needs parallel.zero_stage=3, not {parallel.zero_stage};"
+            " offload=optimizer works with every stage"
+        )
+    # Stage 0 has no fp32 accumulation, a wrong norm at tp > 1, and checkpoints that cannot change topology
+    stage = max(1, parallel.zero_stage)
+    zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if parallel.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    derived: DeepSpeedConfig = {
+        "train_batch_size": micro_batch_size * micro_steps * dp_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW; DeepSpeed's own compiles at first use
+        "steps_per_print": 2**31,  # it reports nothing that we do not
+        "wall_clock_breakdown": False,
+    }
+    return _merged(derived, extra, "deepspeed")
+
+
+def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, path: str) -> DeepSpeedConfig:
+    merged = dict(derived)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value, f"{path}.{key}")
+        elif key in merged and merged[key] != value:
+            raise ConfigError(
+                f"{path}.{key}={value!r} contradicts {merged[key]!r}, which follows from the rest of the config;"
+                " change that instead, and leave this key out"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class Engine:
+    """The model under DeepSpeed ZeRO.
+
+    Args:
+        model_config, optim_config, parallel: the parts of the run's config that it carries out.
+        precision: type of the weights in forward and backward; master weights and sums are fp32 always.
+        ds_config: what `deepspeed_config` derived.
+        topology: this process's place.
+        seed: of the run; weights and dropout are drawn from it.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        optim_config: OptimConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        ds_config: DeepSpeedConfig,
+        topology: Topology,
+        seed: int,
+    ) -> None:
+        self.optim_config = optim_config
+        self.topology = topology
+        self.seed = seed
+        self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
+        self.model_config = model_config
+        # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
+        model = Transformer(model_config, _backend(parallel, topology), parallel.activation_checkpointing)
+        model.to(topology.device).initialize(seed)
+        if parallel.compile:
+            for block in model.blocks:
+                block.compile()
+        self.model = model
+        self.parameter_names = [name for name, _ in model.named_parameters()]
+        self._universal_info = _universal_checkpoint_info(model)
+        groups = parameter_groups(model.parameters(), optim_config.weight_decay)
+        self._weight_decays = [group["weight_decay"] for group in groups]
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups],
+            lr=optim_config.learning_rate,
+            betas=optim_config.betas,
+            eps=optim_config.eps,
+        )
+        # Compiled at the first start on CPUs (a minute, and a compiler), used for inference only
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at six moments
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=ds_config,
+                mpu=ModelParallelUnit(),
+                dist_init_required=False,
+            )
+
+    def train_step(
+        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+    ) -> StepStats:
+        """One optimizer step.
+
+        Args:
+            tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
+            segment_ids: [rows, seq_len + 1].
+            n_targets: valid targets of the *global* batch: the loss is their sum divided by this, however they are
+                spread over ranks and micro-steps.
+            step: from 0; seeds the dropout.
+            learning_rate: for this step.
+            meter: is charged with "forward_backward" and "optimizer".
+        """
+        self.deepspeed.train()
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # of nll and of z-loss
+        # DeepSpeed averages gradients over dp ranks; the loss is a sum over them
+        scale = self.topology.dp_size / max(n_targets, 1)
+        micro_batches = list(
+            zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
+        )
+        for micro_step, (ids, segments) in enumerate(micro_batches):
+            if micro_step:
+                self.deepspeed.step()  # inside a step it only counts the micro-step
+            dropout_seed = derive_seed(self.seed, "dropout", step, micro_step, self.topology.dp_rank)
+            with meter.part("forward_backward"), seeded(dropout_seed, tokens.device):
+                nll, z_loss = self._losses(ids, segments)
+                self.deepspeed.backward((nll + z_loss) * scale, scale_wrt_gas=False)
+            sums += torch.stack((nll.detach(), z_loss.detach())).double()
+        with meter.part("optimizer"):
+            self.deepspeed.step()
+        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / max(n_targets, 1)).tolist()
+        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()))
+
+    def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the valid targets of one micro-batch: negative log-likelihood, weighted z-loss; fp32 scalars."""
+        valid = valid_targets(segment_ids)
+        logits = self.deepspeed(tokens[:, :-1], segment_ids[:, :-1])
+        nll = (vocab_parallel_nll(logits, tokens[:, 1:]) * valid).sum()
+        if not self.optim_config.z_loss:
+            return nll, torch.zeros_like(nll)
+        squares = vocab_parallel_logsumexp(logits).square() * valid
+        return nll, self.optim_config.z_loss * squares.sum()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+        """[B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without dropout or gradients."""
+        self.deepspeed.eval()
+        return self.deepspeed(tokens, segment_ids)
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's files of every rank into `folder`/engine. Every rank must call it."""
+        self.deepspeed.save_checkpoint(
+            str(folder),
+            tag="engine",
+            client_state={"universal_checkpoint_info": self._universal_info},
+            save_latest=False,  # what is newest is the store's to say, and DeepSpeed writes it non-atomically
+        )
+
+    def load(self, folder: Path) -> None:
+        """Takes weights and optimizer state from `folder`/engine. Every rank must call it.
+
+        Raises:
+            CheckpointError: if it is not a checkpoint of this model in this topology.
+        """
+        try:
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
+        except (RuntimeError, KeyError, AssertionError) as error:
+            raise CheckpointError(f"{folder / 'engine'} does not fit this model: {error}") from error
+        if path is None:
+            raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
+        # Loading brings back the hyperparameters of the old config; those of this one apply
+        for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
+            group["weight_decay"] = weight_decay
+            group["betas"] = self.optim_config.betas
+            group["eps"] = self.optim_config.eps
+
+
+def valid_targets(segment_ids: Tensor) -> Tensor:
+    """Which of the next tokens are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
+
+
+def _backend(parallel: ParallelConfig, topology: Topology) -> AttentionBackend:
+    if parallel.attention != "auto":
+        return parallel.attention
+    return "flex" if topology.device.type == "cuda" else "sdpa"
+
+
+def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:
+    """What DeepSpeed needs to know to convert a checkpoint to another topology, read off the weights' own tags."""
+    names: dict[int | None, list[str]] = {None: [], 0: [], 1: []}
+    for name, parameter in model.named_parameters():
+        names[shard_dim(parameter)].append(f"^{re.escape(name)}$")
+    return {
+        "universal_checkpoint_version": 0.2,
+        "tp_replicated_parameter_patterns": names[None],
+        "parameter_to_average_patterns": [],
+        "parameter_with_row_parallelism_patterns": names[1],
+        "vocabulary_parameter_patterns": [n for n in names[0] if n.startswith(("^embedding", "^output"))],
+        "original_vocab_size": model.config.vocab_size,
+    }

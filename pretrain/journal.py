@@ -1,0 +1,77 @@
+"""What a run writes down: metrics.jsonl, evals.jsonl, cursors.jsonl.zst, wandb, the console. Rank 0 alone.
+
+trainer -> journal -> {run folder, tracking, console}.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
+from pretrain.run_folder import RunFolder
+from pretrain.tracking import Tracker
+
+_logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Writes each record everywhere it belongs. On the ranks that do not write (`tracker` None) it does nothing.
+
+    Args:
+        folder: the run's, cut back to the step that the run goes on from.
+        tracker: not yet entered; None on all ranks but the main one.
+        config: of the console's progress.
+        steps: of the whole run.
+    """
+
+    def __init__(self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int) -> None:
+        self._folder = folder
+        self._tracker = tracker
+        self._progress = StepProgress(steps, config)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Journal:
+        if self._tracker:
+            self._stack.enter_context(self._tracker)
+            self._stack.enter_context(self._progress)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def log_step(self, record: StepRecord, evals_follow: bool) -> None:
+        """One trained step; `evals_follow`: the same step is evaluated next, and wandb shows both in one row."""
+        if self._tracker:
+            self._folder.metrics.append(record.as_json())
+            self._tracker.log_step(record.as_json(), more=evals_follow)
+            self._progress.show(record)
+
+    def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
+        """One evaluation: the lines of all its domains and averages."""
+        if self._tracker:
+            for record in records:
+                self._folder.evals.append(record)
+            self._tracker.log_evals(records)
+            macro = next(record for record in records if record["domain"] == "macro")
+            _logger.info(
+                "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
+                macro["step"], macro["bits_per_byte"], macro["perplexity"],
+            )  # fmt: skip
+
+    def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
+        """Where the lanes stood after a step, for provenance."""
+        if self._tracker and cursors is not None:
+            self._folder.cursors.append({"step": step, **cursors})
+
+    def sync(self) -> None:
+        """Makes durable what was written, before a checkpoint says that the run stands after it."""
+        self._folder.sync()
+
+    def last_evaluated(self) -> int:
+        """The last step that stands in evals.jsonl; -1 if none."""
+        return max((int(str(record["step"])) for record in self._folder.evals.read()), default=-1)

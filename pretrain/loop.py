@@ -1,0 +1,58 @@
+"""The training loop: from the newest checkpoint, or from nothing, to the last step. start -> loop -> trainer."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pretrain.config import RunConfig
+from pretrain.engine import Engine
+from pretrain.interrupt import Interrupt
+from pretrain.run_folder import RunFolder
+from pretrain.topology import Topology
+from pretrain.trainer import Trainer
+from shards import Tokenizer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        finished: all steps are done, or the data is; otherwise the run goes on when it is started again.
+        step: optimizer steps done.
+        engine: with the weights as they are now.
+    """
+
+    finished: bool
+    step: int
+    engine: Engine
+
+
+def train(
+    config: RunConfig, folder: RunFolder, run_id: str, tokenizer: Tokenizer, topology: Topology, interrupt: Interrupt
+) -> Outcome:
+    """Trains to the last step, or until all ranks agree to stop. Every rank calls it."""
+    with ExitStack() as stack:
+        trainer = Trainer(config, folder, run_id, tokenizer, topology, stack)
+        state = trainer.state
+        if state.step == 0:
+            trainer.evaluate(state)
+        finished = state.step >= config.train.steps
+        while not finished and not interrupt.pending():
+            batch = trainer.next_batch(bool(interrupt.requested))
+            if batch is None:
+                _logger.info("the data ends before step %d, and with it the run", state.step + 1)
+                finished = True
+            else:
+                interrupt.agree(batch.stop_requested)
+                state = trainer.train_on(batch, state)
+                finished = state.step >= config.train.steps
+            if finished or config.evaluation.due(state.step):
+                trainer.evaluate(state)
+            if finished or config.checkpoint.due(state.step) or interrupt.pending():
+                trainer.save(state)
+        return Outcome(finished, state.step, trainer.engine)

@@ -1,0 +1,141 @@
+"""From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
+
+In this order, so that what is wrong shows in the first second: the config against the number of ranks, the tokenizer,
+the run folder and its lease, the indexes of the shards (rank 0, before process groups exist and can time out).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import shards
+from pretrain import loop, topology
+from pretrain.config import RunConfig, compare_for_resume, load_config
+from pretrain.generate import continue_text
+from pretrain.interrupt import Interrupt
+from pretrain.lease import Lease
+from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.run_folder import RunFolder, atomic_write
+from shards import ConfigError, Tokenizer
+
+_logger = logging.getLogger(__name__)
+
+_SAMPLE_TOKENS = 80  # of the continuation that a finished run shows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a start of a run came to.
+
+    Attributes:
+        finished: False if it stopped early and goes on when started again.
+        step: optimizer steps done.
+        folder: where everything lies.
+        sample: a continuation of evaluation.prompt, where the run is finished.
+    """
+
+    finished: bool
+    step: int
+    folder: RunFolder
+    sample: str
+
+
+def start(config: RunConfig, fresh: bool) -> Report:
+    """Trains a config's run from where it stands; every process that the launcher started calls it.
+
+    Args:
+        fresh: begin again from nothing; the folder of a run of this name is moved aside first.
+    Raises:
+        ConfigError, ShardError: if the config or its data cannot be trained on as they are.
+    """
+    world_size = topology.world_size_of(os.environ)
+    config.check(topology.dp_size_of(world_size, config.parallel))
+    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
+            f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    folder = RunFolder(config.run.dir / config.run.name)
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        if int(os.environ.get("RANK", "0")) == 0:
+            stack.enter_context(opened(config, folder, fresh))
+            shards.prepare(config.data)
+        here = stack.enter_context(topology.started(config.parallel))
+        if here.is_main:
+            announce(config, here)
+        run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
+        outcome = loop.train(config, folder, str(run_id), tokenizer, here, interrupt)
+        sample = ""
+        if outcome.finished:
+            sample = continue_text(
+                outcome.engine, tokenizer, config.evaluation.prompt, config.data.seq_len, _SAMPLE_TOKENS
+            )
+    return Report(outcome.finished, outcome.step, folder, sample)
+
+
+@contextmanager
+def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[None]:
+    """Holds the run's folder, readied for this config; rank 0 alone.
+
+    Raises:
+        ConfigError: if the folder cannot be written to, or holds a run that this config would corrupt.
+        HeadraceError: if another process is at work in it.
+    """
+    folder.create()
+    job_id = os.environ.get("SLURM_JOB_ID")
+    # A requeued job repeats its command: --fresh meant its first start
+    if fresh and not os.environ.get("SLURM_RESTART_COUNT"):
+        with Lease(folder.lease, job_id):
+            aside = folder.move_aside()
+        _logger.info("the run that stood in %s is now in %s", folder.root, aside)
+        folder.create()
+    with Lease(folder.lease, job_id):
+        if folder.config.exists():
+            _check_same_run(load_config(folder.config), config, folder)
+        atomic_write(folder.config, config.to_yaml())
+        yield
+
+
+def _check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+    refused, allowed = compare_for_resume(old, new)
+    if refused:
+        changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
+        raise ConfigError(
+            f"{folder.root} holds a run that differs in what must not change ({changes});"
+            " give this one another run.name, or start over with --fresh"
+        )
+    for key, before, now in allowed:
+        _logger.info("%s changed since the last start: %r -> %r", key, before, now)
+
+
+def announce(config: RunConfig, here: topology.Topology) -> None:
+    """Says what is about to be trained, and on what."""
+    model, train, seq_len = config.model, config.train, config.data.seq_len
+    bytes_per_weight = 2 if config.precision == "bf16" else 4
+    memory = memory_per_rank(model, config.parallel, here.dp_size, train.micro_batch_size, seq_len, bytes_per_weight)
+    tokens_per_step = train.global_batch_size * seq_len
+    if config.parallel.zero_stage == 0:
+        _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")
+    _logger.info(
+        "model: %s parameters, %s FLOPs a token; %s tokens a step, %s in %d steps",
+        f"{parameter_count(model):,}", f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
+        f"{tokens_per_step * train.steps:,}", train.steps,
+    )  # fmt: skip
+    _logger.info(
+        "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
+        here.world_size, here.tp_size, here.dp_size, here.device.type, config.precision,
+        max(1, config.parallel.zero_stage), config.micro_steps(here.dp_size), train.micro_batch_size,
+    )  # fmt: skip
+    _logger.info(
+        "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",
+        *(
+            part / 1e9
+            for part in (memory.total, memory.weights, memory.gradients, memory.optimizer, memory.activations)
+        ),
+    )

@@ -1,0 +1,180 @@
+"""The parts of a training, put together once, and what the loop does with them. loop -> trainer -> {engine, feed, journal}."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+import msgspec
+import torch
+
+from pretrain.checkpoint.save import DataState, RunState, check_topology, newest_valid, read_data, read_state, save
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig
+from pretrain.engine import Engine, StepStats
+from pretrain.evaluate import eval_records, evaluate, load_suite
+from pretrain.feed import Feed, StepBatch, chain_hash
+from pretrain.journal import Journal
+from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
+from pretrain.model.size import flops_per_token
+from pretrain.optim import learning_rate_at
+from pretrain.run_folder import RunFolder
+from pretrain.topology import Topology
+from pretrain.tracking import Tracker
+from shards import Loader, Tokenizer, check_fingerprint
+
+_logger = logging.getLogger(__name__)
+
+CURSORS_EVERY = 50  # optimizer steps between two records of cursors.jsonl.zst; provenance computes on from the nearest
+
+
+class Trainer:
+    """Every part of one process of a run, resumed from the newest valid checkpoint if there is one.
+
+    Args:
+        run_id: of the wandb run.
+        stack: closes the loader's workers and the journal when the caller leaves it.
+    Attributes:
+        state: where the run stands after the resume.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        run_id: str,
+        tokenizer: Tokenizer,
+        topology: Topology,
+        stack: ExitStack,
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self.engine = _engine(config, topology)
+        self._loader: Loader | None = None
+        if topology.tp_rank == 0:
+            sizes = (config.train.global_batch_size, config.run.seed, topology.dp_rank, topology.dp_size)
+            self._loader = stack.enter_context(Loader(config.data, *sizes))
+        self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
+        self.state = self._resume(folder, run_id)
+        tracker = None
+        if topology.is_main:
+            tracker = Tracker(config.wandb, folder, config.run.name, run_id, config.model_dump(mode="json"))
+        self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
+        rows = config.train.global_batch_size // topology.dp_size
+        sources = [source.name for source in config.data.sources]
+        self._feed = Feed(self._loader, sources, rows, config.data.seq_len, topology)
+        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len)
+        self._evaluated = topology.broadcast_object(self._journal.last_evaluated())
+        self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
+        if self.state.step == 0:
+            self._journal.log_cursors(0, self._feed.cursors())
+
+    def _resume(self, folder: RunFolder, run_id: str) -> RunState:
+        """Takes up the newest valid checkpoint; without one, the state before the first step."""
+        config, topology = self._config, self._topology
+        zero_stage = max(1, config.parallel.zero_stage)
+        checkpoint = newest_valid(self._store, topology)
+        if topology.is_main:
+            folder.cut_back(checkpoint.step if checkpoint else -1)
+        layout = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
+        if checkpoint is None:
+            return RunState(
+                step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id=run_id, restarts=0,
+                config_hash=config.hash(), **layout,
+            )  # fmt: skip
+        state = read_state(checkpoint)
+        check_topology(state, topology, zero_stage, checkpoint.folder)
+        if self._loader:
+            data = read_data(checkpoint)
+            check_fingerprint(data.fingerprint, self._loader.fingerprint)
+            self._loader.load_state_dict(data.cursors)
+        self.engine.load(checkpoint.folder)
+        _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
+        return msgspec.structs.replace(state, restarts=state.restarts + 1, config_hash=config.hash(), **layout)
+
+    def next_batch(self, stop_requested: bool) -> StepBatch | None:
+        """The next global batch; None on all ranks when the data is used up."""
+        self._meter.start_step()
+        with self._meter.part("data_wait"):
+            return self._feed.next(stop_requested)
+
+    def train_on(self, batch: StepBatch, state: RunState) -> RunState:
+        """One optimizer step, written down; returns where the run stands after it."""
+        config = self._config
+        learning_rate = learning_rate_at(state.step, config.optim, config.train.steps)
+        stats = self.engine.train_step(
+            batch.tokens, batch.segment_ids, batch.n_targets, state.step, learning_rate, self._meter
+        )
+        state = after(state, batch)
+        evals_follow = self._eval_set is not None and (
+            config.evaluation.due(state.step) or state.step >= config.train.steps
+        )
+        self._journal.log_step(self._record(state, batch, stats, learning_rate), evals_follow)
+        if state.step % CURSORS_EVERY == 0:
+            self._journal.log_cursors(state.step, self._feed.cursors())
+        return state
+
+    def _record(self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float) -> StepRecord:
+        config, topology = self._config, self._topology
+        seconds = self._meter.end_step()
+        tokens_per_second = batch.n_tokens / seconds["step"]
+        peak = config.metrics.peak_flops
+        if peak is None and topology.device.type == "cuda":
+            peak = peak_flops_of(torch.cuda.get_device_name())
+        return StepRecord(
+            step=state.step,
+            loss=stats.loss,
+            grad_norm=stats.grad_norm,
+            learning_rate=learning_rate,
+            tokens=state.tokens,
+            tokens_per_second=tokens_per_second,
+            batch_hash=state.batch_hash,
+            step_seconds=seconds["step"],
+            data_wait_seconds=seconds["data_wait"],
+            forward_backward_seconds=seconds["forward_backward"],
+            optimizer_seconds=seconds["optimizer"],
+            peak_memory_bytes=peak_memory_bytes(topology.device),
+            padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens),
+            tokens_per_source=batch.tokens_per_source,
+            epoch_per_source=batch.epoch_per_source,
+            mfu=mfu(
+                flops_per_token(config.model, config.data.seq_len),
+                tokens_per_second,
+                peak * topology.world_size if peak else None,
+            ),
+        )
+
+    def evaluate(self, state: RunState) -> None:
+        """Scores the suite and writes the figures down, unless those of this step stand there already."""
+        if self._eval_set is None or self._evaluated == state.step:
+            return
+        batch_size = self._config.evaluation.batch_size or self._config.train.micro_batch_size
+        scores = evaluate(self.engine, self._eval_set, self._topology, batch_size)
+        self._journal.log_evals(eval_records(state.step, self._eval_set.suite, scores))
+        self._evaluated = state.step
+
+    def save(self, state: RunState) -> None:
+        """Writes the checkpoint of this step."""
+        cursors = self._feed.cursors()
+        data = None
+        if cursors is not None and self._loader is not None:
+            self._journal.sync()
+            data = DataState(cursors, self._loader.fingerprint)
+        save(self._store, self.engine, state, data, self._topology)
+
+
+def after(state: RunState, batch: StepBatch) -> RunState:
+    """Where the run stands once it has trained on a batch."""
+    seen = state.tokens_per_source
+    return msgspec.structs.replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + batch.n_tokens,
+        tokens_per_source={source: seen.get(source, 0) + n for source, n in batch.tokens_per_source.items()},
+        batch_hash=chain_hash(state.batch_hash, batch.row_hash),
+    )
+
+
+def _engine(config: RunConfig, topology: Topology) -> Engine:
+    derived = config.deepspeed_config(topology.dp_size)
+    return Engine(config.model, config.optim, config.parallel, config.precision, derived, topology, config.run.seed)

@@ -1,0 +1,95 @@
+"""Run on every rank: five training steps for each way of splitting the work; rank 0 prints what each case found.
+
+Usage: python -m tests.distributed.parity TP_SIZE FOLDER
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain.engine import Engine, deepspeed_config
+from pretrain.metrics import Meter
+from pretrain.model.parallel import shard_dim
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig, Topology, started
+
+GLOBAL_ROWS, SEQ_LEN, STEPS, SEED = 8, 24, 5, 3
+LEARNING_RATES = [1e-3, 3e-3, 2e-3, 1e-3, 5e-4]
+OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.1, grad_clip=0.5, z_loss=1e-3)
+
+
+def model_config(tied: bool) -> ModelConfig:
+    return ModelConfig(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64, qk_norm=True, tie_embeddings=tied,
+        init_std=0.2,
+    )  # fmt: skip
+
+
+def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Packed rows whose valid targets are spread very unequally: every other slot is nearly all padding."""
+    generator = torch.Generator().manual_seed(11)
+    batches = []
+    for _ in range(STEPS):
+        tokens = torch.randint(1, 64, (GLOBAL_ROWS, SEQ_LEN + 1), generator=generator)
+        segment_ids = torch.zeros(GLOBAL_ROWS, SEQ_LEN + 1, dtype=torch.int64)
+        for slot in range(GLOBAL_ROWS):
+            bounds = [0, 3] if slot % 2 else [0, 7, 8, 20 + slot // 2]
+            for piece, (start, end) in enumerate(itertools.pairwise(bounds), start=1):
+                segment_ids[slot, start:end] = piece
+        batches.append((tokens * (segment_ids > 0), segment_ids))
+    return batches
+
+
+def run_case(
+    topology: Topology, zero_stage: int, micro_batch_size: int, tied: bool, precision: str, folder: Path
+) -> dict[str, object]:
+    """Trains five steps and returns what was seen; also whether replicated weights stayed equal on the tp ranks."""
+    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
+    micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
+    ds_config = deepspeed_config(parallel, OPTIM, precision, micro_batch_size, micro_steps, topology.dp_size, {})
+    engine = Engine(model_config(tied), OPTIM, parallel, precision, ds_config, topology, SEED)
+    if topology.world_size == 1 and precision == "fp32" and zero_stage == 1:
+        torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
+    history = []
+    for step, (tokens, segment_ids) in enumerate(global_batches()):
+        mine = slice(topology.dp_rank, None, topology.dp_size)
+        n_targets = int(((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum())
+        stats = engine.train_step(tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter())
+        history.append((stats.loss, stats.grad_norm))
+    return {"history": history, "replicated_equal": replicated_equal(engine, topology)}
+
+
+def replicated_equal(engine: Engine, topology: Topology) -> bool:
+    """Whether every replicated weight has the same bits on all tp ranks."""
+    equal = True
+    for parameter in engine.model.parameters():
+        if shard_dim(parameter) is not None:
+            continue
+        value = getattr(parameter, "ds_tensor", parameter).detach().float().contiguous()  # ZeRO-3 keeps a dp slice
+        others = [torch.empty_like(value) for _ in range(topology.tp_size)]
+        dist.all_gather(others, value, group=topology.tp_group)
+        equal &= all(torch.equal(value, other) for other in others)
+    return equal
+
+
+def main() -> None:
+    tp_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    results = {}
+    with started(ParallelConfig(tp_size=tp_size)) as topology:
+        rows = GLOBAL_ROWS // topology.dp_size
+        for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 1)):
+            case = f"{precision} {'tied' if tied else 'untied'} zero{stage} micro{micro}"
+            results[case] = run_case(topology, stage, micro, tied, precision, folder)
+        if topology.is_main:
+            (folder / f"tp{tp_size}-dp{topology.dp_size}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

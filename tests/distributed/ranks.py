@@ -1,0 +1,54 @@
+"""Starts several gloo ranks of a module on this machine and waits for them, as a launcher would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pretrain.topology import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What `deepspeed` or `torchrun` would set for one rank; one thread each, so that four fit on two cores."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+def run_ranks(world_size: int, module: str, *arguments: str, timeout: float = 300) -> str:
+    """Runs `python -m module arguments` on every rank; returns rank 0's stdout.
+
+    Raises:
+        AssertionError: with the output of the first rank that failed.
+    """
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=rank_environment(rank, world_size, port),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, (stdout, stderr)) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} of {module} exited {process.returncode}\n{stdout}\n{stderr}"
+    return outputs[0][0]

@@ -1,0 +1,170 @@
+"""A run that was killed goes on as if it never had been: same losses, same norms, same batches, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.topology import free_port
+from tests.distributed.ranks import ROOT, rank_environment
+
+STEPS = 40
+CONFIG = """
+run: {{name: resumed, dir: {folder}, seed: 7}}
+model: {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 64, vocab_size: 4096, tie_embeddings: true, dropout: 0.1}}
+data:
+  seq_len: 64
+  lanes: 8
+  tokenizer: shards/sample/tokenizer-4k.model
+  index_dir: {folder}/index
+  sources:
+    - {{name: pile, paths: ["shards/sample/train/pile-*"], weight: 0.6}}
+    - {{name: dolma, paths: ["shards/sample/train/dolma-*"], weight: 0.4}}
+train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 2}}
+optim: {{learning_rate: 1.0e-3, warmup_steps: 5, z_loss: 1.0e-4}}
+parallel: {{tp_size: {tp_size}, zero_stage: {zero_stage}}}
+checkpoint: {{every: 6, keep: 2}}
+evaluation: {{every: 15, suite: {folder}/suite, batch_size: 4}}
+wandb: {{mode: offline, system_metrics: false}}
+"""
+
+
+class Run:
+    """One run folder, and commands that work on it."""
+
+    def __init__(self, folder: Path, world_size: int, tp_size: int = 1, zero_stage: int = 1) -> None:
+        self.folder, self.world_size = folder, world_size
+        suite = folder / "suite"
+        for domain in ("wiki", "code"):
+            suite.joinpath(domain).mkdir(parents=True)
+            source = ROOT / "shards/sample/eval" / domain / "val.jsonl.zst"
+            suite.joinpath(domain, "val.jsonl.zst").write_bytes(source.read_bytes())
+        self.config = folder / "config.yaml"
+        self.config.write_text(CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage))
+
+    def start(self, *overrides: str) -> list[subprocess.Popen[str]]:
+        port = free_port()
+        command = [sys.executable, "launch/pretrain.py", "--config", str(self.config), *overrides]
+        return [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=rank_environment(rank, self.world_size, port),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            for rank in range(self.world_size)
+        ]
+
+    def finish(self, *overrides: str) -> str:
+        """Runs to the end; returns rank 0's output."""
+        return wait(self.start(*overrides), [0])
+
+    def metrics(self) -> list[dict]:
+        lines = (self.folder / "resumed" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def steps_done(self) -> int:
+        path = self.folder / "resumed" / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def wait_for_step(self, step: int, processes: list[subprocess.Popen[str]]) -> None:
+        while self.steps_done() < step:
+            assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+            time.sleep(0.01)
+
+    def figures(self) -> list[tuple]:
+        return [(m["step"], m["loss"], m["grad_norm"], m["batch_hash"], m["learning_rate"]) for m in self.metrics()]
+
+
+def wait(processes: list[subprocess.Popen[str]], codes: list[int]) -> str:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode in codes, output
+    return outputs[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("undisturbed"), world_size=1)
+    run.finish()
+    return run
+
+
+@pytest.mark.distributed
+def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=1)
+    step = random.randint(1, STEPS - 1)
+    processes = run.start()
+    run.wait_for_step(step, processes)
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    wait(processes, [-signal.SIGKILL])
+    run.finish()
+    assert [m["step"] for m in run.metrics()] == list(range(1, STEPS + 1)), f"killed after step {step}"
+    assert run.figures() == undisturbed.figures(), f"killed after step {step}"
+
+
+@pytest.mark.distributed
+def test_terminated_saves_and_goes_on(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=1)
+    processes = run.start()
+    run.wait_for_step(9, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    wait(processes, [75])
+    stopped_at = run.steps_done()
+    assert 9 <= stopped_at < STEPS
+    assert (tmp_path / "resumed" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists()
+    run.finish()
+    assert run.figures() == undisturbed.figures()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "tp_size", "zero_stage"), [(4, 2, 1), (2, 1, 3)])
+def test_ranks_killed_together_resume_exactly(world_size: int, tp_size: int, zero_stage: int, tmp_path: Path) -> None:
+    runs = []
+    for name, kill_after in (("straight", None), ("killed", 14)):
+        tmp_path.joinpath(name).mkdir()
+        run = Run(tmp_path / name, world_size, tp_size, zero_stage)
+        if kill_after:
+            processes = run.start("train.steps=20")
+            run.wait_for_step(kill_after, processes)
+            for process in processes:
+                os.killpg(process.pid, signal.SIGKILL)
+            wait(processes, [-signal.SIGKILL])
+        run.finish("train.steps=20")
+        runs.append(run)
+    assert runs[0].figures() == runs[1].figures()
+    assert len(runs[1].figures()) == 20
+
+
+@pytest.mark.distributed
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=1)
+    run.finish("train.steps=13")
+    newest = tmp_path / "resumed" / "checkpoints" / "step_00000013"
+    victim = max(newest.joinpath("engine").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    output = run.finish()
+    assert "step 13 is damaged" in output
+    assert victim.name in output
+    assert "resumed after step 12" in output
+    assert [m["batch_hash"] for m in run.metrics()] == [m["batch_hash"] for m in undisturbed.metrics()]
+
+
+@pytest.mark.distributed
+def test_batches_do_not_depend_on_the_ranks(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=4, tp_size=2)
+    run.finish("train.steps=5", "data.num_workers=0", "model.dropout=0")
+    assert [m["batch_hash"] for m in run.metrics()] == [m["batch_hash"] for m in undisturbed.metrics()[:5]]

@@ -1,0 +1,50 @@
+"""Counts of parameters and FLOPs, against published and hand-computed values and against the model itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.topology import ParallelConfig
+
+LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
+LLAMA_70B = ModelConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672, vocab_size=32_000)
+
+
+def test_parameters_of_published_models() -> None:
+    assert parameter_count(LLAMA_7B) == 6_738_415_616  # Touvron et al. 2023, as released
+    assert parameter_count(LLAMA_70B) == 68_976_648_192  # Llama 2 70B, as released
+
+
+def test_flops_of_llama_7b_by_hand() -> None:
+    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 weights, and the output's 4096 * 32000; 2 FLOPs each, 6 with backward
+    matrices = 32 * (67_108_864 + 135_266_304) + 131_072_000
+    # Causal attention at 2048: 1024 keys on average, 4096 wide, two products of 2 FLOPs, three times, 32 layers
+    attention = 32 * 3 * 2 * 2 * 4096 * 1024
+    assert flops_per_token(LLAMA_7B, 2048) == 6 * matrices + attention == 41_253_076_992
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
+    config = ModelConfig(
+        dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=101, tie_embeddings=tied, qk_norm=qk_norm
+    )
+    assert parameter_count(config) == sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_memory_is_divided_as_zero_divides_it() -> None:
+    def estimate(stage: int, dp_size: int, tp_size: int = 1):
+        parallel = ParallelConfig.model_validate({"tp_size": tp_size, "zero_stage": stage})
+        return memory_per_rank(LLAMA_7B, parallel, dp_size, micro_batch_size=1, seq_len=2048, weight_bytes=2)
+
+    parameters = parameter_count(LLAMA_7B)
+    one = estimate(1, 1)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    assert estimate(1, 8).optimizer == 12 * parameters // 8
+    assert estimate(1, 8).gradients == 4 * parameters
+    assert estimate(2, 8).gradients == 4 * parameters // 8
+    assert estimate(3, 8).weights == 2 * parameters // 8
+    assert estimate(1, 8, tp_size=2).weights == parameters

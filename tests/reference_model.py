@@ -1,0 +1,128 @@
+"""A LLaMA and its training step in plain PyTorch, for comparison: no fairscale, no DeepSpeed, no packing tricks.
+
+Written from the papers' formulas on a dict of whole weights, one piece of a row at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture, in numbers."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    eps: float = 1e-5
+    theta: float = 10_000.0
+    qk_norm: bool = False
+    tied: bool = False
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """RoPE on [heads, T, head_dim] as a complex multiplication of (x_i, x_{i + head_dim / 2})."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies)
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+
+def piece_logits(w: Weights, shape: Shape, tokens: Tensor) -> Tensor:
+    """Logits [T, vocab_size] of one piece [T] that stands alone."""
+    x = w["embedding.weight"][tokens]
+    length = len(tokens)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for i in range(shape.n_layers):
+        b = f"blocks.{i}."
+        h = rms_norm(x, w[b + "attention_norm.weight"], shape.eps)
+        q = (h @ w[b + "attention.wq.weight"].T).view(length, shape.n_heads, -1)
+        k = (h @ w[b + "attention.wk.weight"].T).view(length, shape.n_kv_heads, -1)
+        v = (h @ w[b + "attention.wv.weight"].T).view(length, shape.n_kv_heads, -1)
+        if shape.qk_norm:
+            q = rms_norm(q, w[b + "attention.q_norm.weight"], shape.eps)
+            k = rms_norm(k, w[b + "attention.k_norm.weight"], shape.eps)
+        q, k = rotate(q.transpose(0, 1), shape.theta), rotate(k.transpose(0, 1), shape.theta)
+        heads = []
+        for head in range(shape.n_heads):
+            group = head * shape.n_kv_heads // shape.n_heads
+            scores = q[head] @ k[group].T / math.sqrt(q.shape[-1])
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, group])
+        x = x + torch.cat(heads, dim=-1) @ w[b + "attention.wo.weight"].T
+        h = rms_norm(x, w[b + "ffn_norm.weight"], shape.eps)
+        gate, up = h @ w[b + "feed_forward.w1.weight"].T, h @ w[b + "feed_forward.w3.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[b + "feed_forward.w2.weight"].T
+    x = rms_norm(x, w["norm.weight"], shape.eps)
+    return x @ w["embedding.weight" if shape.tied else "output.weight"].T
+
+
+def pieces(tokens: Tensor, segment_ids: Tensor) -> list[Tensor]:
+    """The pieces of packed rows [rows, seq_len + 1], in order, without padding."""
+    return [
+        row[segments == segment]
+        for row, segments in zip(tokens, segment_ids, strict=True)
+        for segment in segments.unique().tolist()
+        if segment > 0
+    ]
+
+
+def batch_loss(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Mean negative log-likelihood over all targets of the batch, and the weighted mean squared logsumexp."""
+    nll, squares, n_targets = torch.zeros(()), torch.zeros(()), 0
+    for piece in pieces(tokens, segment_ids):
+        if len(piece) < 2:
+            continue  # a single token predicts nothing
+        logits = piece_logits(w, shape, piece[:-1])
+        log_z = logits.logsumexp(-1)
+        nll = nll + (log_z - logits.gather(1, piece[1:, None])[:, 0]).sum()
+        squares = squares + log_z.square().sum()
+        n_targets += len(piece) - 1
+    return nll / n_targets, z_loss * squares / n_targets
+
+
+def train(
+    weights: Weights,
+    shape: Shape,
+    batches: list[tuple[Tensor, Tensor]],
+    learning_rates: list[float],
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_clip: float,
+    z_loss: float,
+) -> tuple[list[tuple[float, float]], Weights]:
+    """AdamW as in its paper (Loshchilov and Hutter 2019). Returns (loss, gradient norm) per step, and the weights."""
+    w = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    first = {name: torch.zeros_like(weight) for name, weight in w.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in w.items()}
+    history = []
+    for t, ((tokens, segment_ids), lr) in enumerate(zip(batches, learning_rates, strict=True), start=1):
+        loss, z = batch_loss(w, shape, tokens, segment_ids, z_loss)
+        gradients = dict(zip(w, torch.autograd.grad(loss + z, list(w.values())), strict=True))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        clip = min(1.0, grad_clip / norm)
+        history.append((loss.item(), norm))
+        with torch.no_grad():
+            for name, weight in w.items():
+                g = gradients[name] * clip
+                first[name] = betas[0] * first[name] + (1 - betas[0]) * g
+                second[name] = betas[1] * second[name] + (1 - betas[1]) * g * g
+                update = first[name] / (1 - betas[0] ** t) / ((second[name] / (1 - betas[1] ** t)).sqrt() + eps)
+                decay = weight_decay if weight.dim() >= 2 else 0.0
+                weight -= lr * (update + decay * weight)
+    return history, {name: weight.detach() for name, weight in w.items()}
