@@ -93,11 +93,12 @@ class RunConfig(Config):
                 f"data.lanes={lanes} cannot be dealt to {dp_size} data-parallel ranks; "
                 f"make it a multiple, such as {_multiples_near(lanes, dp_size)} (fixed for the life of a run)"
             )
-        if rows % (dp_size * micro):
+        portion = dp_size * micro
+        if rows % portion:
             problems.append(
                 f"train.global_batch_size={rows} cannot be split into micro-batches of "
-                f"train.micro_batch_size={micro} rows on {dp_size} data-parallel ranks; make it a multiple of {dp_size * micro}, "
-                f"such as {_multiples_near(rows, dp_size * micro)}"
+                f"train.micro_batch_size={micro} rows on {dp_size} data-parallel ranks; "
+                f"make it a multiple of {portion}, such as {_multiples_near(rows, portion)}"
             )
         if problems:
             working = [n for n in range(1, lanes + 1) if lanes % n == 0 and rows % (n * micro) == 0]

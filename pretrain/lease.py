@@ -1,15 +1,16 @@
 """Keeps two live processes off one run folder, on one host or on many. run_folder -> lease -> loop.
 
 The lease is a file that names its holder; its modification time is the holder's sign of life. No lock of the operating
-system is involved, since `flock` and process ids mean nothing on another node. A take-over moves the old file away by a
-rename, which one contender alone can do, and creates the new one exclusively; a holder that has lost its lease finds
-another file in its place.
+system is involved, since `flock` and process ids mean nothing on another node. Who takes a dead lease over first claims
+its succession, by creating a file of which there can be only one, and then renames its own lease over the old. A holder
+that was silent for too long and comes back finds another file in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -102,8 +103,8 @@ class Lease:
         Raises:
             HeadraceError: if its holder lives; the message names it.
         """
-        while not self._try_to_create():
-            self._wait_until_silent()
+        while not (self._create() or self._succeed()):
+            time.sleep(self._heartbeat / 10)
         self._last_sign = time.monotonic()
         self._thread.start()
         return self
@@ -135,32 +136,35 @@ class Lease:
                 f"lost {self.path} to {self._lost_to}: this process was silent for too long; it stops without writing"
             )
 
-    def _try_to_create(self) -> bool:
+    def _create(self) -> bool:
+        """Takes a lease that nobody has."""
         try:
             self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
             return False
-        os.write(self._descriptor, msgspec.json.encode(self._me) + b"\n")
-        os.fsync(self._descriptor)
+        self._sign_it()
         return True
 
-    def _wait_until_silent(self) -> None:
-        """Returns when the lease is free, having moved a dead holder's file away."""
+    def _sign_it(self) -> None:
+        os.write(self._descriptor, msgspec.json.encode(self._me) + b"\n")
+        os.fsync(self._descriptor)
+
+    def _succeed(self) -> bool:
+        """Waits until the holder is known to live, which is an error, or to be gone, and takes over from it.
+
+        Returns:
+            False if the lease was given back meanwhile, or another contender was faster.
+        """
         announced = False
-        first_age: float | None = None
+        youngest = math.inf
         while (found := self._look()) is not None:
             holder, age = found
-            alive = holder.is_alive() if holder else None
-            own_job = holder is not None and holder.job_id is not None and holder.job_id == self._me.job_id
-            if alive is False or (alive is None and own_job) or age >= self._silence:
-                self._move_away(holder)
-                return
-            moved = first_age is not None and age < first_age  # a sign of life since we began to look
-            if alive or moved:
+            if self._is_free(holder, age):
+                return self._take_over(holder)
+            if (holder and holder.is_alive()) or age < youngest < math.inf:  # a sign of life since we began to look
                 raise HeadraceError(
                     f"the run folder {self.path.parent} is in use by {holder or 'another process'} "
-                    f"(last sign of life {age:.0f} s ago); "
-                    "stop that one first, or give this run another run.name"
+                    f"(last sign of life {age:.0f} s ago); stop that one first, or give this run another run.name"
                 )
             if not announced:
                 _logger.warning(
@@ -168,21 +172,45 @@ class Lease:
                     self.path, holder or "an unknown process", age, self._silence - age,
                 )  # fmt: skip
                 announced = True
-            first_age = age
+            youngest = age
             time.sleep(min(1.0, self._heartbeat / 4))
+        return False
+
+    def _is_free(self, holder: Holder | None, age: float) -> bool:
+        """Whether a lease may be taken over: its holder is gone, or silent, or was an earlier start of the same job."""
+        alive = holder.is_alive() if holder else None
+        own_job = holder is not None and holder.job_id is not None and holder.job_id == self._me.job_id
+        return alive is False or (alive is None and own_job) or age >= self._silence
+
+    def _take_over(self, judged: Holder | None) -> bool:
+        claim = self.path.with_name(f".lease-after-{judged.token if judged else 'unreadable'}")
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if self._age(claim.stat().st_mtime) >= self._silence:  # whoever claimed it died within a millisecond
+                    claim.unlink()
+            return False
+        try:
+            # Only now is it certain that nobody else takes over from the same holder; so look once more who that is
+            found = self._look()
+            if found is None or found[0] != judged or not self._is_free(*found):
+                return False
+            mine = self.path.with_name(f".lease-{self._me.token}")
+            self._descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            self._sign_it()
+            mine.replace(self.path)
+            _logger.info("took %s over from %s", self.path, judged or "an unknown process")
+            return True
+        finally:
+            claim.unlink()
 
     def _look(self) -> tuple[Holder | None, float] | None:
         """The holder, None if it is unreadable, and the seconds since its sign of life; None if there is no lease."""
         try:
             with self.path.open("rb") as file:  # opened anew each time: that is when NFS asks the server
                 content = file.read()
-                sign = os.fstat(file.fileno()).st_mtime
-            # Both times are the file system's, so the clocks of two nodes need not agree
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".lease-clock-") as clock:
-                clock.write(b"?")
-                clock.flush()
-                os.utime(clock.fileno())
-                age = max(0.0, os.fstat(clock.fileno()).st_mtime - sign)
+                age = self._age(os.fstat(file.fileno()).st_mtime)
         except FileNotFoundError:
             return None
         try:
@@ -190,21 +218,12 @@ class Lease:
         except msgspec.DecodeError:  # its writer was killed, or is between two of its calls
             return None, age
 
-    def _move_away(self, judged: Holder | None) -> None:
-        """Frees the name. If another contender was faster and the file is its fresh lease, puts that back."""
-        moved = self.path.with_name(f".lease-{self._me.token}")
-        try:
-            self.path.rename(moved)
-            found = msgspec.json.decode(moved.read_bytes(), type=Holder)
-        except FileNotFoundError:
-            return
-        except msgspec.DecodeError:
-            found = None
-        if found == judged:
-            _logger.info("took %s over from %s", self.path, judged or "an unknown process")
-            moved.unlink()
-        elif not self.path.exists():
-            moved.rename(self.path)
+    def _age(self, modified: float) -> float:
+        """Seconds since a file was modified, by the file system's own clock: those of two nodes need not agree."""
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".lease-clock-") as clock:
+            clock.write(b"?")
+            clock.flush()
+            return max(0.0, os.fstat(clock.fileno()).st_mtime - modified)
 
     def _is_mine(self) -> bool:
         try:

@@ -1,0 +1,254 @@
+"""Configs: what is right loads and round-trips, what is wrong is named with where it stands and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import RunConfig, compare_for_resume, load_config, may_change
+from pretrain.yaml_tree import dump, read_tree
+from shards import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+SMALL = """\
+run: {name: small, seed: 7}
+model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, vocab_size: 512}
+data:
+  seq_len: 128
+  tokenizer: some.model
+  lanes: 12
+  sources:
+    - {name: pile, paths: ["pile/*.jsonl.zst"], weight: 0.7}
+    - name: dolma
+      paths: ["dolma/*.json.gz"]
+      weight: 0.3
+train: {steps: 100, global_batch_size: 24, micro_batch_size: 2}
+optim:
+  learning_rate: 3e-4
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1e6", 1e6),
+        (".5", 0.5),
+        ("-.inf", -float("inf")),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("true", True),
+        ("12:30:00", "12:30:00"),
+        ("2024-01-01", "2024-01-01"),
+        ("010", 10),
+        ("0x10", 16),
+        ("1_000", 1000),
+        ("'3e-4'", "3e-4"),
+        ("~", None),
+        ("", None),
+        ("[1, a]", [1, "a"]),
+    ],
+)
+def test_scalars_mean_what_they_look_like_and_survive_a_dump(tmp_path: Path, text: str, value: object) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"key: {text}\n")
+    tree, _ = read_tree(path)
+    assert repr(tree["key"]) == repr(value)
+    path.write_text(dump(tree))
+    assert repr(read_tree(path)[0]) == repr(tree)
+    assert repr(read_tree(path, [f"key={text}"])[0]) == repr(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\nb: 2\na: 3\n", ":3:1: the key 'a' stands twice, first in line 1"),
+        ("a: [1\nb: 2\n", ":2:2:"),
+        ("a:\n\t- x\n", ":2:1:"),
+        ("a: *x\n", ":1:4:"),
+        ("a: !!python/name:os.system\n", ":1:4:"),
+        ("- a\n", "mapping of sections"),
+    ],
+)
+def test_broken_yaml_is_reported_with_its_line(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    assert f"{path}" in complaint(path)
+    assert line in complaint(path)
+
+
+def test_a_file_that_is_not_there_names_one_that_is(small: Path) -> None:
+    assert f"did you mean {small}?" in complaint(small.with_name("smal.yaml"))
+
+
+def test_an_override_of_an_alias_leaves_its_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &x {n: 1}\nb: *x\n")
+    assert read_tree(path, ["b.n=2"])[0] == {"a": {"n": 1}, "b": {"n": 2}}
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", ".a=3", "data.sources.2.weight=1", "run.name.x=1", "run=[1"])
+def test_an_override_that_fits_nowhere_is_quoted(small: Path, override: str) -> None:
+    assert repr(override) in complaint(small, override)
+
+
+def test_overrides_reach_every_depth(small: Path) -> None:
+    config = load_config(
+        small, ["optim.learning_rate=1e-3", "data.sources.1.weight=2", "wandb.tags=[a, b]", "precision=fp32"]
+    )
+    assert config.optim.learning_rate == 1e-3
+    assert [source.weight for source in config.data.sources] == [0.7, 2]
+    assert config.wandb.tags == ("a", "b")
+    assert config.precision == "fp32"
+    assert config.model == load_config(small).model
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.n_heds=4", "model.n_heds: unknown key; did you mean model.n_heads?"),
+        ("model.learning_rate=1", "did you mean optim.learning_rate?"),
+        ("seq_len=1", "did you mean data.seq_len?"),
+        ("data.sources.0.wieght=1", "did you mean data.sources.0.weight?"),
+        ("model.qqq=1", "known here: dim, dropout, ffn_dim"),
+        ("train.steps=many", 'train.steps: "many" is wrong; it should be a whole number'),
+        ("train.steps=true", "train.steps: true is wrong"),
+        ("train.steps=0", "train.steps: 0 is wrong; it should be greater than or equal to 1"),
+        ("optim.learning_rate='1e-3'", 'optim.learning_rate: "1e-3" is wrong; it should be a number'),
+        ("parallel.compile=on", 'parallel.compile: "on" is wrong; it should be true or false'),
+        ("wandb.mode=off", "it should be 'online', 'offline' or 'disabled'"),
+        ("data.sources=[]", "data.sources: [] is wrong; it should be a list of at least 1"),
+        ("data.packing.overflow_tolerance=0", "data.packing.overflow_tolerance: 0 is wrong"),
+        ("run.name=../x", "run.name:"),
+        ("model=", "model: null is wrong; it should be a section"),
+        (
+            "model.n_heads=5",
+            "model.dim=64 cannot be split by model.n_heads=5; make model.dim a multiple, such as 60 or 65",
+        ),
+        ("model.dim=12", "gives heads of size 3; rotary positions need an even size"),
+        ("parallel.tp_size=4", "model.n_kv_heads=2 cannot be split by parallel.tp_size=4"),
+        ("model.vocab_size=513 parallel.tp_size=2", "model.vocab_size=513 cannot be split by parallel.tp_size=2"),
+        ("train.micro_batch_size=5", "train.micro_batch_size a divisor: 1, 2, 3, 4, 6, 8, 12, 24"),
+        (
+            "checkpoint.every=10 checkpoint.keep_every=25",
+            "checkpoint.keep_every=25 cannot be split by checkpoint.every=10",
+        ),
+        (
+            "parallel.zero_stage=3 parallel.compile=true",
+            "parallel.compile=true cannot be used with parallel.zero_stage=3",
+        ),
+        ("deepspeed.bf16.enabled=false", "deepspeed.bf16.enabled=False contradicts True"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_would_be_right(small: Path, override: str, message: str) -> None:
+    assert message in complaint(small, *override.split())
+
+
+def test_all_that_is_wrong_is_said_at_once_and_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(SMALL.replace("seq_len: 128", "seq_lenn: 128").replace("n_heads: 4", "n_heads: 5"))
+    lines = complaint(path, "train.steps=x", "optim.eps=-1").splitlines()
+    assert f"{path}:4: data.seq_lenn: unknown key; did you mean data.seq_len?" in lines
+    assert f"{path}:3: data.seq_len: missing, and it has no default" in lines
+    assert any(line.startswith("command line: train.steps:") for line in lines)
+    assert any(line.startswith("command line: optim.eps:") for line in lines)
+    assert any("model.dim=64 cannot be split by model.n_heads=5" in line for line in lines)
+    assert len(lines) == 6  # and n_heads by n_kv_heads
+
+
+def test_a_config_comes_back_from_its_own_yaml(small: Path, tmp_path: Path) -> None:
+    config = load_config(small, ["wandb.tags=['1', 'off', '3e-4']", "data.packing={overflow_tolerance: 9}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+    assert load_config(again).hash() == config.hash()
+    assert load_config(again, ["optim.eps=1e-9"]).hash() != config.hash()
+
+
+def test_check_accepts_exactly_the_rank_counts_that_it_lists(small: Path) -> None:
+    config = load_config(small)  # 12 lanes, 24 rows in micro-batches of 2
+    works = []
+    for dp_size in range(1, 30):
+        try:
+            config.check(dp_size)
+        except ConfigError as error:
+            assert "these numbers of data-parallel ranks work: 1, 2, 3, 4, 6, 12" in str(error)  # noqa: PT017
+        else:
+            works.append(dp_size)
+            assert config.micro_steps(dp_size) * dp_size * 2 == 24
+    assert works == [1, 2, 3, 4, 6, 12]
+
+
+def test_check_names_values_that_would_work(small: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.lanes=12 cannot be dealt to 8 .* such as 8 or 16"):
+        load_config(small).check(8)
+    with pytest.raises(ConfigError, match=r"global_batch_size=24 .* on 8 .* a multiple of 16, such as 16 or 32"):
+        load_config(small).check(8)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.seed=8", "model.n_layers=3", "data.seq_len=64", "data.sources.0.weight=1", "data.lanes=24", "precision=fp32",
+     "train.global_batch_size=48", "data.tokenizer=other.model data.bos=false", "data.sources.0.max_epochs=2"],
+)  # fmt: skip
+def test_a_resume_refuses_what_would_corrupt_the_run(small: Path, override: str) -> None:
+    refused, _ = compare_for_resume(load_config(small), load_config(small, override.split()))
+    (change,) = refused
+    assert change.key == override.split()[-1].split("=")[0]
+    assert change.old != change.new
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.steps=200", "train.micro_batch_size=4", "run.dir=elsewhere", "data.num_workers=3", "parallel.zero_stage=2",
+     "data.sources.0.paths=[moved/*.zst]", "wandb.mode=disabled", "evaluation.every=5", "optim.learning_rate=1e-5",
+     "checkpoint.every=7", "deepspeed.prescale_gradients=true", "data.tokenizer=moved.model"],
+)  # fmt: skip
+def test_a_resume_allows_what_may_change_and_reports_it(small: Path, override: str) -> None:
+    refused, allowed = compare_for_resume(load_config(small), load_config(small, [override]))
+    assert not refused
+    assert allowed
+    assert all(change.key.startswith(override.split("=")[0]) for change in allowed)
+
+
+def test_spelling_out_a_default_is_no_change(small: Path) -> None:
+    old = load_config(small, ["data.lanes=null"])
+    new = load_config(small, ["data.lanes=24", "model.ffn_dim=256", "data.window_bytes=1048576"])
+    assert compare_for_resume(old, new) == ([], [])
+
+
+def test_a_source_more_is_refused(small: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.yaml"
+    more.write_text(SMALL.replace("train:", '    - {name: third, paths: ["x"]}\ntrain:'))
+    refused, _ = compare_for_resume(load_config(small), load_config(more))
+    assert "data.sources.2.name" in [change.key for change in refused]
+
+
+def test_a_key_without_a_rule_may_not_change() -> None:
+    assert not may_change("something.new")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_fit_the_rank_counts_that_they_name(path: Path) -> None:
+    config = load_config(path)
+    for line in path.read_text().splitlines():
+        _, named, counts = line.partition("dp_size that work: ")
+        for count in counts.split(",") if named else []:
+            config.check(int(count))
+    assert isinstance(config, RunConfig)

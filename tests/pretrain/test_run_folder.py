@@ -1,0 +1,170 @@
+"""Run folders: files survive a kill at any byte, steps stand once, nothing is deleted, bad permissions are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from pretrain.run_folder import RunFolder, StepLog, atomic_write
+from shards import ConfigError, HeadraceError
+
+NAMES = ["metrics.jsonl", "cursors.jsonl.zst"]
+
+
+def filled(path: Path, steps: list[int]) -> StepLog:
+    log = StepLog(path)
+    for step in steps:
+        log.append({"step": step, "loss": 1 / (step + 1), "per_source": {"pile": step}})
+    return log
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_log_gives_back_what_was_appended(tmp_path: Path, name: str) -> None:
+    log = filled(tmp_path / name, [1, 2, 2, 3])
+    assert [record["step"] for record in log.read()] == [1, 2, 2, 3]
+    assert [record["step"] for record in log.read(after=2)] == [3]
+    assert next(log.read()) == {"step": 1, "loss": 0.5, "per_source": {"pile": 1}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_at_any_byte_a_log_keeps_its_whole_records_and_goes_on(tmp_path: Path, name: str) -> None:
+    log = filled(tmp_path / name, [1, 2, 3])
+    content = log.path.read_bytes()
+    ends = [0, *(end for _, end in log._lines())]
+    for size in range(len(content) + 1):
+        log.path.write_bytes(content[:size])
+        whole = sum(end <= size for end in ends) - 1
+        assert [record["step"] for record in log.read()] == [1, 2, 3][:whole], size
+        log.cut_back(2)
+        log.append({"step": 3})
+        assert [record["step"] for record in log.read()] == [*[1, 2][:whole], 3], size
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("step", [-1, 0, 2, 9])
+def test_cut_back_keeps_exactly_the_steps_up_to_one(tmp_path: Path, name: str, step: int) -> None:
+    steps = [0, 1, 1, 2, 4, 5]
+    log = filled(tmp_path / name, steps)
+    log.cut_back(step)
+    assert [record["step"] for record in log.read()] == [s for s in steps if s <= step]
+    assert log.cut_back(step) == 0
+
+
+def test_other_readers_read_the_logs(tmp_path: Path) -> None:
+    plain, packed = (filled(tmp_path / name, [1, 2]) for name in NAMES)
+    plain.append({"step": 3, "loss": float("nan"), "grad_norm": float("inf")})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in plain.path.read_text().splitlines()]
+    assert lines[2] == {"step": 3, "loss": None, "grad_norm": None}
+    with (
+        packed.path.open("rb") as file,
+        zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as text,
+    ):
+        assert text.read().splitlines() == plain.path.read_bytes().splitlines()[:2]
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.sync()
+    assert log.cut_back(3) == 0
+    assert list(log.read()) == []
+
+
+def test_a_record_that_went_out_in_part_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = filled(tmp_path / "metrics.jsonl", [1])
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))  # as on a full disk
+    with pytest.raises(HeadraceError, match=r"metrics\.jsonl.*disk full"):
+        log.append({"step": 2, "loss": 0.5})
+    monkeypatch.undo()
+    log.append({"step": 2, "loss": 0.25})
+    assert [record["step"] for record in log.read()] == [1, 2]
+
+
+WRITER = """
+import sys; from pathlib import Path; from pretrain.run_folder import atomic_write
+path = Path(sys.argv[1]); n = 0
+while True: atomic_write(path, str(n % 10) * 300_000); n += 1
+"""
+
+
+def test_a_killed_atomic_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    for i in range(5):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.2 + 0.013 * i)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        content = path.read_text()
+        assert len(content) == 300_000
+        assert len(set(content)) == 1
+
+
+def test_a_failed_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with pytest.raises(OSError):  # noqa: PT011 - which one depends on the file system
+        atomic_write(tmp_path / "state", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named() -> None:
+    folder = Path(tempfile.mkdtemp())  # not tmp_path, where another user would not get to
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:  # root may write anywhere
+            os.seteuid(65534)
+        with pytest.raises(
+            ConfigError, match=rf"cannot write to the run folder {folder}/runs/x: Permission denied.*run\.dir"
+        ):
+            RunFolder(folder / "runs" / "x").create()
+    finally:
+        os.seteuid(user)
+        folder.rmdir()
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ConfigError, match="Not a directory"):
+        RunFolder(tmp_path / "runs" / "x").create()
+
+
+def test_moving_aside_deletes_nothing_and_counts_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert folder.move_aside() is None
+    for n in (1, 2, 3):
+        folder.create()
+        folder.config.write_text(str(n))
+        assert folder.move_aside() == tmp_path / f"run.{n}"
+        if n == 2:
+            (tmp_path / "run.1").rename(tmp_path / "kept")  # its number is not given out again
+    assert [(tmp_path / name / "config.yaml").read_text() for name in ("kept", "run.2", "run.3")] == ["1", "2", "3"]
+    assert not folder.root.exists()
+
+
+def test_the_run_id_lasts(tmp_path: Path) -> None:
+    folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
+    folder.create()
+    other.create()
+    assert folder.run_id() == folder.run_id()
+    assert folder.run_id() != other.run_id()
+
+
+def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for log in (folder.metrics, folder.evals, folder.cursors):
+        filled(log.path, [1, 2, 3])
+    folder.cut_back(1)
+    folder.sync()
+    assert [len(list(log.read())) for log in (folder.metrics, folder.evals, folder.cursors)] == [1, 1, 1]
