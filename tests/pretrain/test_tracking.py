@@ -1,0 +1,139 @@
+"""wandb, the real client, offline: after any kill a reader of the files sees each step once, with its evaluation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.run_folder import RunFolder
+from pretrain.tracking import Tracker, WandbConfig, eval_rows, last_local_step, step_row
+
+CONFIG = WandbConfig(system_metrics=False)
+
+# One session: resumes at a step, logs up to another, then ends as it is told to
+SESSION = """
+import os, sys, time
+from pathlib import Path
+import psutil
+from pretrain.run_folder import RunFolder
+from pretrain.tracking import Tracker, WandbConfig
+
+resumed_at, last, end = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder = RunFolder(Path(sys.argv[1]))
+folder.create()
+folder.cut_back(resumed_at)
+described = {"model": {"dim": 8}, "commit": "c0ffee"}
+with Tracker(WandbConfig(system_metrics=False), folder, "name", "an-id", described) as tracker:
+    for step in range(resumed_at + 1, last + 1):
+        if step == last and end == "service stopped":
+            [process.terminate() or process.wait() for process in psutil.Process().children()]
+        record = {"step": step, "loss": 1 / step, "tokens_per_source": {"pile": step}}
+        folder.metrics.append(record)
+        tracker.log_step(record, more=step % 4 == 0)
+        if step % 4 == 0:
+            evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
+            folder.evals.append(evals)
+            tracker.log_evals([evals])
+    if end == "killed":
+        time.sleep(0.1)  # some of it is flushed to the file by now, some is not
+        for process in [*psutil.Process().children(), psutil.Process()]:
+            process.kill()
+"""
+
+
+def session(root: Path, resumed_at: int, last: int, end: str) -> None:
+    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == (-9 if end == "killed" else 0), result.stderr
+
+
+def inspected(root: Path) -> list[dict[str, object]]:
+    """All records of all sessions, as wandb's own reader prints them."""
+    records: list[dict[str, object]] = []
+    for file in sorted((root / "wandb").glob("*run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        records += [json.loads(line) for line in lines]
+    return records
+
+
+def history(root: Path) -> list[dict[str, object]]:
+    return [record["history"]["item"] for record in inspected(root) if record["type"] == "history"]  # type: ignore[index]
+
+
+def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 22, "killed")
+    session(root, 10, 30, "service stopped")  # as the launcher does it
+    session(root, 25, 34, "finished")
+    rows = history(root)
+    assert [row["step"] for row in rows] == list(range(1, 35))
+    assert all(row["_step"] == row["step"] for row in rows)
+    assert [row["loss"] for row in rows] == [1 / step for step in range(1, 35)]
+    assert [row["tokens_per_source/pile"] for row in rows] == list(range(1, 35))
+    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == [4, 8, 12, 16, 20, 24, 28, 32]
+
+
+def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 2, "finished")
+    records = inspected(root)
+    text = json.dumps(records)
+    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
+    assert "c0ffee" in text
+    assert '"glob_name": "*"' in text
+    assert '"step_metric": "step"' in text
+    assert last_local_step(root / "wandb", "an-id") == 2
+    assert last_local_step(root / "wandb", "another-id") == -1
+
+
+def test_disabled_costs_nothing(tmp_path: Path) -> None:
+    command = (
+        "import sys; from pathlib import Path\n"
+        "from pretrain import tracking as t; from pretrain.run_folder import RunFolder\n"
+        f"folder = RunFolder(Path({str(tmp_path)!r}))\n"
+        "with t.Tracker(t.WandbConfig(mode='disabled'), folder, 'n', 'i', {}) as tracker: tracker.log_step({'step': 1})\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wandb_that_fails_is_no_failure_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Tracker, mode: str) -> None:
+        raise OSError("no such luck")
+
+    monkeypatch.setattr(Tracker, "_init", broken)
+    with Tracker(CONFIG, RunFolder(tmp_path), "name", "id", {}) as tracker:
+        tracker.log_step({"step": 1, "loss": 2.0})
+    assert "no such luck" in caplog.text
+
+
+def test_an_error_of_the_training_passes_through(tmp_path: Path) -> None:
+    config = WandbConfig(mode="disabled")
+    with pytest.raises(ZeroDivisionError), Tracker(config, RunFolder(tmp_path), "name", "id", {}):
+        raise ZeroDivisionError
+
+
+def test_rows_are_flat() -> None:
+    assert step_row({"step": 1, "loss": 2.0, "epoch_per_source": {"a": 0.5}}) == {
+        "step": 1, "loss": 2.0, "epoch_per_source/a": 0.5,
+    }  # fmt: skip
+    lines = [
+        {"step": step, "suite": "val", "domain": domain, "perplexity": step + 0.5, "tokens": 3}
+        for step in (1, 2)
+        for domain in ("wiki", "macro")
+    ]
+    first, second = eval_rows(lines)
+    assert first == {
+        "step": 1, "eval/wiki/perplexity": 1.5, "eval/wiki/tokens": 3,
+        "eval/macro/perplexity": 1.5, "eval/macro/tokens": 3,
+    }  # fmt: skip
+    assert second["step"] == 2
+    assert list(eval_rows([])) == []

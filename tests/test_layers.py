@@ -1,0 +1,103 @@
+"""The direction of imports in the house, held by reading every import statement."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / package).rglob("*.py"))
+
+# From the bottom up. A module may import those of its own layer and below; one that stands nowhere here fails the test.
+LAYERS = (
+    ("shards",),
+    ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
+    ("pretrain.lease", "pretrain.yaml_tree", "pretrain.config_errors"),
+    ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
+    ("pretrain.engine", "pretrain.checkpoint", "pretrain.evaluate", "pretrain.exchange"),
+    (
+        "pretrain.generate",
+        "pretrain.feed",
+        "pretrain.journal",
+        "pretrain.provenance",
+        "pretrain.preflight",
+        "pretrain.slurm",
+    ),
+    ("pretrain.config", "pretrain.trainer", "pretrain.loop", "pretrain.start"),
+)
+
+# Third-party engines, and the only modules that import them
+OWNERS = {
+    "wandb": {"pretrain.tracking"},
+    "deepspeed": {"pretrain.engine", "pretrain.checkpoint.universal"},
+    # Forming the groups, and asking for them where the sharded layers are
+    "fairscale.nn.model_parallel.initialize": {"pretrain.topology", "pretrain.model.parallel"},
+    "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
+    "datasets": {"shards.hub"},
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Everything that a file imports, at its head or inside a function, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def layer_of(name: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if any(within(name, package) for package in layer)), None)
+
+
+def test_there_is_something_to_hold() -> None:
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path: Path) -> None:
+    module = module_of(path)
+    if module == "pretrain":
+        assert imports_of(path) == set()
+        return
+    layer = layer_of(module)
+    assert layer is not None, f"{module} has no place in the house; give it one here and in the architecture's page"
+    for name in imports_of(path):
+        if name.partition(".")[0] in ("shards", "pretrain", "launch", "tests"):
+            below = layer_of(name)
+            if name.startswith("pretrain.") and below is None:
+                continue  # `from pretrain import x` of a name that is no module is caught by the type check
+            assert below is not None, f"{module} imports {name}"
+            assert below <= layer, f"{module} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_third_party_engines_have_one_owner(path: Path) -> None:
+    module = module_of(path)
+    for name in imports_of(path):
+        for engine, owners in OWNERS.items():
+            if within(name, engine):
+                assert module in owners, f"{module} imports {name}; only {', '.join(sorted(owners))} may"
+        if within(module, "shards"):
+            assert not any(within(name, heavy) for heavy in ("torch", "transformers", "fairscale")), (
+                f"{module} imports {name}"
+            )
+
+
+def test_only_what_runs_a_whole_training_sees_the_whole_config() -> None:
+    users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
+    assert users <= {"pretrain.trainer", "pretrain.loop", "pretrain.start"}
