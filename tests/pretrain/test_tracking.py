@@ -96,7 +96,8 @@ def test_disabled_costs_nothing(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from pretrain import tracking as t; from pretrain.run_folder import RunFolder\n"
         f"folder = RunFolder(Path({str(tmp_path)!r}))\n"
-        "with t.Tracker(t.WandbConfig(mode='disabled'), folder, 'n', 'i', {}) as tracker: tracker.log_step({'step': 1})\n"
+        "with t.Tracker(t.WandbConfig(mode='disabled'), folder, 'n', 'i', {}) as tracker:\n"
+        "    tracker.log_step({'step': 1})\n"
         "assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
