@@ -28,7 +28,7 @@ class Origin(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A bad record of a window that was entered in this batch."""
+    """A bad record that was passed over to get to the rows of a batch."""
 
     source: str
     shard: str  # path
@@ -57,7 +57,7 @@ class Batch:
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
         self.epochs = epochs  # passes over each source so far, from this rank's lanes: average it over ranks
         counts: Counter[str] = Counter()
-        for i, (name, window, row) in enumerate(draws):
+        for i, (name, window, row, _) in enumerate(draws):
             lengths = window.rows.fill(row, int(window.token_offsets[row]), self.tokens[i], self.segment_ids[i])
             self.n_targets += int(lengths.sum()) - len(lengths)
             self._count(counts, name.source, draws[i], lengths)
@@ -84,17 +84,16 @@ class Batch:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The bad records of the windows whose first row is in this batch."""
+        """The bad records of the windows that were entered to get to these rows."""
         return [
             Skipped(self._sources[name.source].config.name, self._shard(name), bad.line, bad.reason)
-            for name, window, row in self._draws
-            if row == 0
-            for bad in window.skipped
+            for draw in self._draws
+            for name, bad in draw.skipped
         ]
 
     def origins(self) -> Iterator[Origin]:
         """Where each piece of each row comes from, in the order of rows and pieces."""
-        for slot, (name, window, row) in zip(self._slots, self._draws, strict=True):
+        for slot, (name, window, row, _) in zip(self._slots, self._draws, strict=True):
             rows = window.rows
             for piece in range(int(rows.row_pieces[row]), int(rows.row_pieces[row + 1])):
                 start = int(rows.starts[piece])

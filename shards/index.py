@@ -18,6 +18,7 @@ import xxhash
 
 from shards import files, formats
 from shards.config import MIB
+from shards.decoders import RawRange
 from shards.errors import ShardError
 from shards.plan import Ints
 
@@ -50,11 +51,11 @@ class ShardIndex(msgspec.Struct, frozen=True):
         """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
 
-    def entry_before(self, raw_offset: int) -> tuple[int, int]:
-        """The last entry at or before a raw offset: (compressed offset, raw offset)."""
+    def raw_range(self, path: str, start: int, stop: int) -> RawRange:
+        """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
         entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
-        offset, raw = entries[int(np.searchsorted(entries[:, 1], raw_offset, side="right")) - 1]
-        return int(offset), int(raw)
+        offset, raw_offset = entries[int(np.searchsorted(entries[:, 1], start, side="right")) - 1].tolist()
+        return RawRange(path, self.stat, self.compression, self.decoder_window, (offset, raw_offset), start, stop)
 
 
 class RecordTable:

@@ -11,6 +11,7 @@ from shards.cursor import Cursor, LaneCursor
 from shards.errors import ShardError
 from shards.plan import Ints, integer_weights, lane_phase, mixing_sequence, source_of_row
 from shards.pool import Pool, WindowId
+from shards.reader import BadRecord
 from shards.sources import Source
 from shards.window import Window, WindowTask
 
@@ -23,6 +24,7 @@ class Draw(NamedTuple):
     name: WindowId
     window: Window
     row: int
+    skipped: tuple[tuple[WindowId, BadRecord], ...]  # in the windows that were entered to get to this row
 
 
 class Stream:
@@ -47,8 +49,8 @@ class Stream:
         """True when the lane has drawn all that max_epochs grants it. Known only once a draw has found nothing."""
         return self._limit is not None and self.cursor.segment >= self._limit
 
-    def draw(self, pool: Pool) -> Draw | None:
-        """The next row; None when the source has no more for this lane.
+    def draw(self, pool: Pool, skipped: list[tuple[WindowId, BadRecord]]) -> tuple[WindowId, Window, int] | None:
+        """The next row; None when the source has no more for this lane. Bad records passed over go to `skipped`.
 
         Raises: ShardError if a window cannot be made, or a whole pass over the source gives no row.
         """
@@ -59,9 +61,10 @@ class Stream:
             window = self._open(name, pool)
             if cursor.row == 0:
                 cursor = cursor._replace(skipped=cursor.skipped + len(window.skipped))
+                skipped += ((name, bad) for bad in window.skipped)
             if cursor.row < window.rows.num_rows:
                 self.cursor = cursor._replace(row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1)
-                return Draw(name, window, cursor.row)
+                return name, window, cursor.row
             segment, number = self._after(cursor.segment, cursor.window)
             self.cursor = cursor._replace(segment=segment, window=number, row=0)
             self._window = None
@@ -139,13 +142,14 @@ class Lane:
         """
         if changed:
             self._mixing_rows = 0
+        skipped: list[tuple[WindowId, BadRecord]] = []
         while (shares := self.shares(weights)) is not None:
             source = source_of_row(self.number, self._mixing_rows, shares)
-            draw = self.streams[source].draw(pool)
-            if draw is not None:
+            drawn = self.streams[source].draw(pool, skipped)
+            if drawn is not None:
                 self._mixing_rows += 1
                 self.rows += 1
-                return draw
+                return Draw(*drawn, tuple(skipped))
             self._mixing_rows = 0  # the source left the mix: the others' counts and phases start anew
         return None
 

@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from shards import manifest
-from shards.batch import Batch
+from shards.batch import Batch, Skipped
 from shards.config import DataConfig
 from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
-from shards.errors import CheckpointError, ConfigError
+from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.lane import Draw, Lane, Stream
 from shards.pool import InProcess, Pool, WorkerPool
@@ -29,6 +31,8 @@ from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
 DEFAULT_MAX_LANES = 1024
+FEW_LANES = 256
+LARGE_RUN_BYTES = 100 * 10**9  # raw
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,7 @@ class Loader:
             Source(config, number, manifest.source_shards(config, source), self.num_lanes, seed)
             for number, source in enumerate(config.sources)
         ]
-        self._check_lanes_filled()
+        self._check_lanes()
         self.fingerprint = fingerprint(config, self._sources, tokenizer, self.num_lanes, seed)
         self._stages = _weight_stages(config)
         self._pool: Pool = WorkerPool(config) if config.num_workers else InProcess(config)
@@ -99,7 +103,10 @@ class Loader:
                 raise StopIteration
             draws.append(draw)
         self._state = self._snapshot(first + self._global_batch_size)
-        return Batch(draws, [j - first for j in rows], self._sources, self._config.seq_len, self._state, self._epochs())
+        slots = [j - first for j in rows]
+        batch = Batch(draws, slots, self._sources, self._config.seq_len, self._state, self._epochs())
+        self._report(batch.skipped)
+        return batch
 
     def state_dict(self) -> dict[str, object]:
         """Where this rank's lanes stand after the last batch; plain, JSON-able.
@@ -174,8 +181,30 @@ class Loader:
             for i, source in enumerate(self._sources)
         }
 
-    def _check_lanes_filled(self) -> None:
-        """A lane without any segment ends the run before its first step. Raises: ConfigError."""
+    def _report(self, skipped: list[Skipped]) -> None:
+        """Writes down the bad records of a batch. Raises: ShardError if they are too many."""
+        if not skipped:
+            return
+        if path := self._config.bad_records_file:
+            # A resumed run may write a record again: (source, shard, line) names it.
+            with path.with_name(f"{path.name}.{self._dp_rank}").open("ab") as file:
+                file.writelines(msgspec.json.encode(record) + b"\n" for record in skipped)
+        total = sum(stream.cursor.skipped for lane in self._lanes.values() for stream in lane.streams)
+        limit = self._config.max_bad_records
+        if limit is not None and total > limit:
+            raise ShardError(
+                f"{total} bad records on rank {self._dp_rank}, more than data.max_bad_records={limit}; the last: "
+                f"{skipped[-1].shard}, line {skipped[-1].line}: {skipped[-1].reason}"
+            )
+
+    def _check_lanes(self) -> None:
+        """A lane without any segment would end the run before its first step. Raises: ConfigError."""
+        if self.num_lanes < FEW_LANES and sum(source.plan.raw_bytes for source in self._sources) > LARGE_RUN_BYTES:
+            logger.warning(
+                "data.lanes=%d: a batch is only as diverse as its lanes; %d or more suit a run of this size",
+                self.num_lanes,
+                FEW_LANES,
+            )
         granted = [source.segments_of_lane(self.num_lanes - 1) for source in self._sources]
         if not any(segments is None or segments > 0 for segments in granted):
             counts = ", ".join(f"{source.config.name} has {source.plan.num_segments}" for source in self._sources)
@@ -194,7 +223,6 @@ def _check_split(num_lanes: int, global_batch_size: int, dp_rank: int, dp_size: 
                 f"{key}={value} cannot be split over {dp_size} data-parallel ranks; "
                 f"numbers of ranks that work: {', '.join(map(str, common))}"
             )
-    logger.debug("%d lanes on %d ranks", num_lanes, dp_size)
 
 
 def _weight_stages(config: DataConfig) -> list[tuple[int, tuple[float, ...]]]:

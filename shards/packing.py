@@ -139,8 +139,9 @@ def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -
     if packing == "truncate":
         counts = np.minimum(counts, 1)
     elif isinstance(packing, OverflowTolerance):
-        overflow = ordered - 1 - (counts - 1) * seq_len  # tokens of the last piece that no piece before it holds
-        counts -= (counts > 1) & (overflow < packing.overflow_tolerance)
+        # Tokens of the last piece that no piece before it holds; a piece that fills its row overflows nothing.
+        overflow = ordered - 1 - (counts - 1) * seq_len
+        counts -= (counts > 1) & (overflow < min(packing.overflow_tolerance, seq_len))
     documents = np.repeat(order, counts)
     starts = (np.arange(len(documents)) - np.repeat(_offsets(counts)[:-1], counts)) * seq_len
     return documents, starts, np.minimum(lengths[documents] - starts, seq_len + 1)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from shards.lane import Lane
 from shards.pool import Pool, WindowId
 
+WINDOWS_PER_STREAM = 2
+
 
 class Prefetcher:
     """Keeps the pool busy with what the lanes of one rank will need next."""
@@ -17,7 +19,8 @@ class Prefetcher:
         """
         Args:
             weights: of the sources now.
-            max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed.
+            max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed,
+                and never more than a few per stream, which small windows would not fill the bytes with.
         """
         self._pool, self._lanes, self._weights, self._max_bytes = (
             pool,
@@ -25,6 +28,7 @@ class Prefetcher:
             weights,
             max_bytes,
         )
+        self._max_windows = WINDOWS_PER_STREAM * sum(len(lane.streams) for lane in lanes)
         self._sizes: dict[WindowId, int] = {}  # raw bytes of the windows requested and not taken
         self._bytes = 0
         self._next: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs it, lane, source)
@@ -42,7 +46,7 @@ class Prefetcher:
         self._fill()
 
     def _fill(self) -> None:
-        while self._next and (self._bytes < self._max_bytes or len(self._sizes) < self._pool.ahead):
+        while self._next and (self._has_room() or len(self._sizes) < self._pool.ahead):
             due, number, source = heapq.heappop(self._next)
             lane = self._lanes[number]
             stream = lane.streams[source]
@@ -55,6 +59,9 @@ class Prefetcher:
             self._sizes[name] = task.raw.stop - task.raw.start
             self._bytes += self._sizes[name]
             self._offer(lane, source)
+
+    def _has_room(self) -> bool:
+        return self._bytes < self._max_bytes and len(self._sizes) < self._max_windows
 
     def _offer(self, lane: Lane, source: int) -> None:
         """Puts a stream's next window in line."""

@@ -56,9 +56,11 @@ class RecordParser:
         self._sub_source = source_from.split(".") if source_from else []
         keys = [text_key, id_key, *self._sub_source[:1]]
         # Only these fields are built; everything else in a record is passed over by the parser.
-        fields = [("text", str), *[(name, object, None) for name in ("id", "outer")][: len(keys) - 1]]
+        optional: list[tuple[str, typing.Any, typing.Any]] = [("id", object, None), ("outer", object, None)]
         names = dict(zip(("text", "id", "outer"), keys, strict=False))
-        kind: typing.Any = msgspec.defstruct("Record", fields, rename=names, gc=False)
+        kind: typing.Any = msgspec.defstruct(
+            "Record", [("text", str), *optional[: len(keys) - 1]], rename=names, gc=False
+        )
         self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:

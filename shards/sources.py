@@ -5,7 +5,6 @@ manifest, plan -> sources -> lane.
 
 from shards import manifest
 from shards.config import DataConfig, SourceConfig
-from shards.decoders import RawRange
 from shards.manifest import Shard
 from shards.plan import SourcePlan, WindowPlan, key_of
 from shards.pool import WindowId
@@ -41,23 +40,11 @@ class Source:
         """The task that makes a window."""
         epoch, segment = self.plan.segment_of(name.lane, name.segment)
         planned = self.plan.windows_of(segment)[name.window]
-        path, index = self.shards[planned.shard].path, self.shards[planned.shard].index
+        shard = self.shards[planned.shard]
         return WindowTask(
             source=self._number,
-            raw=RawRange(
-                path=path,
-                stat=index.stat,
-                compression=index.compression,
-                decoder_window=index.decoder_window,
-                entry=index.entry_before(planned.start),
-                start=planned.start,
-                stop=planned.stop,
-            ),
+            raw=shard.index.raw_range(shard.path, planned.start, planned.stop),
             first_record=planned.first_record,
             num_records=planned.num_records,
             key=key_of("window", self._seed, self.config.name, epoch, name.lane, segment, name.window),
         )
-
-    def epochs(self, lane: int, segment: int, fraction: float) -> float:
-        """A lane's part of the passes over the source: `segment` segments and a fraction of the next."""
-        return (segment + fraction) / self.plan.num_segments

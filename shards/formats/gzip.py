@@ -23,11 +23,14 @@ def decode(file: Readable, path: str, entry: tuple[int, int], on_entry: OnEntry 
     offset, raw_offset = entry
     data = file.read(CHUNK_BYTES)
     while data:
-        if not data.strip(b"\0"):  # zero padding after the last member, as tape tools write it
-            data = file.read(CHUNK_BYTES)
+        member_data = data.lstrip(b"\0")  # zeros may pad a member, as tape tools do
+        offset += len(data) - len(member_data)
+        if len(member_data) < len(MAGIC) and (more := file.read(CHUNK_BYTES)):
+            data = member_data + more
             continue
-        if len(data) < len(MAGIC):
-            data += file.read(CHUNK_BYTES)
+        data = member_data
+        if not data:
+            return
         if not data.startswith(MAGIC):
             raise ShardError(
                 f"{path}: byte {offset} should begin a gzip member but holds {data[:2].hex(' ')}; "
@@ -39,7 +42,7 @@ def decode(file: Readable, path: str, entry: tuple[int, int], on_entry: OnEntry 
         while True:
             try:
                 raw = member.decompress(data, MAX_OUTPUT_BYTES)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # the stub calls the class an instance
                 raise ShardError(
                     f"{path}: damaged gzip data near byte {offset}, raw byte {raw_offset} ({error}); copy it again"
                 ) from None

@@ -1,0 +1,57 @@
+"""Which documents a step was trained on, made again from a saved state; and their text. loader, index -> provenance."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from shards.batch import Origin
+from shards.config import DataConfig, SourceConfig
+from shards.decoders import Decoders
+from shards.errors import CheckpointError, ShardError
+from shards.index import obtain
+from shards.loader import Loader
+from shards.manifest import index_path
+from shards.reader import Document, RecordParser
+
+
+def origins_after(
+    config: DataConfig, global_batch_size: int, seed: int, state: Mapping[str, object] | None, batches: int
+) -> list[Origin]:
+    """Where every piece of a global batch comes from.
+
+    Args:
+        config, global_batch_size, seed: of the run.
+        state: all lanes' cursors, saved at or before that batch; None = the run's start.
+        batches: global batches between the state and the one asked for.
+    Raises: CheckpointError if the state is of another run, or the run ends before that batch.
+    """
+    with Loader(config, global_batch_size, seed) as loader:
+        if state is not None:
+            loader.load_state_dict(state)
+        for number, batch in enumerate(loader):
+            if number == batches:
+                return list(batch.origins())
+    raise CheckpointError(f"the run's data ends less than {batches + 1} batches after the state")
+
+
+def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) -> Document:
+    """One document of a shard, by its line, read from the nearest entry.
+
+    Args:
+        line: of the record in the unpacked shard, counted from 1.
+    Raises: ShardError if there is no such line, or no document in it.
+    """
+    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window)
+    if not 1 <= line <= index.num_records:
+        raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")
+    table = index.table()
+    cell = int(np.searchsorted(table[:, 0], line - 1, side="right")) - 1
+    decoders = Decoders(config.max_decoder_window)
+    raw = decoders.read(index.raw_range(path, int(table[cell, 1]), int(table[cell + 1, 1])))
+    decoders.close()
+    records = RecordParser(source.text_key, source.id_key, source.source_from).parse(raw, int(table[cell, 0]) + 1)
+    if line not in records.lines:
+        reasons = [bad.reason for bad in records.bad if bad.line == line]
+        raise ShardError(f"{path}, line {line}: {reasons[0] if reasons else 'blank'}")
+    i = records.lines.index(line)
+    return Document(records.texts[i], records.sub_sources[i] or source.name, path, line, records.ids[i])

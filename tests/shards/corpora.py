@@ -1,0 +1,55 @@
+"""Small corpora for the tests of shards: records of known text, in every compression."""
+
+import gzip
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import zstandard
+
+from shards import DataConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
+SAMPLE = ROOT / "shards/sample/train"
+
+
+def record(text: str, **others: object) -> bytes:
+    """One record with its line feed."""
+    return json.dumps({"text": text, **others}).encode() + b"\n"
+
+
+def compress(raw: bytes, suffix: str, frames: int = 1) -> bytes:
+    """`raw` as a shard of this suffix, in so many frames or members of about equal raw size, cut anywhere."""
+    cuts = [len(raw) * i // frames for i in range(frames + 1)]
+    parts = [raw[a:b] for a, b in itertools.pairwise(cuts)]
+    if suffix.endswith(".zst"):
+        return b"".join(zstandard.ZstdCompressor(write_content_size=False).compress(part) for part in parts)
+    if suffix.endswith(".gz"):
+        return b"".join(gzip.compress(part) for part in parts)
+    return raw
+
+
+def write_shard(path: Path, raw: bytes, frames: int = 1) -> Path:
+    """Writes `raw` compressed as the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(compress(raw, path.name, frames))
+    return path
+
+
+def words(seed: int, count: int) -> str:
+    """Text of `count` words that differs for every seed."""
+    return " ".join(f"w{(seed * 7919 + i * i) % 9973}" for i in range(count))
+
+
+def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfig:
+    """A config for tests: short rows, small windows, windows made in this process."""
+    values: dict[str, object] = {
+        "seq_len": 32,
+        "tokenizer": TOKENIZER,
+        "num_workers": 0,
+        "window_bytes": 2048,
+        "sources": sources,
+    }
+    return DataConfig.model_validate(values | changes)

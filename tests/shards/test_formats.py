@@ -1,0 +1,106 @@
+"""Every compression gives its raw bytes back, whole or not at all."""
+
+import gzip
+import io
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import ShardError, formats
+from tests.shards.corpora import compress
+
+MAX_WINDOW = 128 << 20
+
+
+def decode(data: bytes, path: str = "x.jsonl.zst", max_window: int = MAX_WINDOW) -> bytes:
+    file = formats.Peeked(io.BytesIO(data), formats.zstd.MAX_HEADER_BYTES)
+    return b"".join(formats.decode(file, formats.detect(file.head, path), path, max_window))
+
+
+@given(raw=st.binary(min_size=1, max_size=5000), frames=st.integers(1, 5), suffix=st.sampled_from([".zst", ".gz"]))
+def test_frames_and_members_follow_each_other(raw: bytes, frames: int, suffix: str) -> None:
+    assert decode(compress(raw, suffix, frames)) == raw
+
+
+@settings(deadline=None)
+@given(cut=st.integers(1, 400), frames=st.integers(1, 3), suffix=st.sampled_from([".jsonl.zst", ".json.gz"]))
+def test_a_truncated_file_is_an_error_that_names_it(cut: int, frames: int, suffix: str) -> None:
+    raw = bytes(i * i % 251 for i in range(3000))
+    whole = compress(raw, suffix, frames)
+    ends = {len(compress(raw[: len(raw) * i // frames], suffix, max(i, 1))) for i in range(frames)}
+    data = whole[: max(1, len(whole) - cut)]
+    if len(data) in ends or data in (b"\x1f", b"\x28"):
+        return  # cut between two frames: a valid file; or too short to be told from a plain one
+    with pytest.raises(ShardError, match=f"shard{suffix}"):
+        decode(data, f"shard{suffix}")
+
+
+def test_truncation_at_a_block_end_is_seen() -> None:
+    raw = bytes(i * i % 251 for i in range(1 << 20))
+    compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    blocks = compressor.compress(raw) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    with pytest.raises(ShardError, match="truncated"):
+        decode(blocks)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_flipped_bits_give_an_error_or_other_bytes_but_never_a_short_result(checksum: bool) -> None:
+    raw = b"".join(b"%d the quick brown fox\n" % i for i in range(4000))
+    data = zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=False).compress(raw)
+    for at in range(20, len(data) - 8, len(data) // 40):
+        broken = bytearray(data)
+        broken[at] ^= 0x10
+        try:
+            got = decode(bytes(broken))
+        except ShardError:
+            continue
+        assert got == raw or (not checksum and len(got) == len(raw))
+    broken_gzip = bytearray(gzip.compress(raw))
+    broken_gzip[-6] ^= 1
+    with pytest.raises(ShardError, match="damaged gzip"):
+        decode(bytes(broken_gzip), "x.json.gz")
+
+
+def test_skippable_frames_and_zero_padding_are_passed_over() -> None:
+    skippable = b"\x5a\x2a\x4d\x18" + (300_000).to_bytes(4, "little") + bytes(300_000)
+    frame = compress(b"one\n", ".zst")
+    assert decode(skippable + frame + skippable + frame + skippable) == b"one\none\n"
+    with pytest.raises(ShardError, match="truncated"):
+        decode(frame + skippable[:-1])
+    assert decode(gzip.compress(b"one\n") + bytes(600_000) + gzip.compress(b"two\n")) == b"one\ntwo\n"
+
+
+def test_what_follows_the_last_frame_must_be_a_frame() -> None:
+    for data in (compress(b"one\n", ".zst") + b"junk", gzip.compress(b"one\n") + b"junk"):
+        with pytest.raises(ShardError, match="damaged"):
+            decode(data)
+
+
+def test_a_window_beyond_the_limit_names_the_setting() -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True, write_content_size=False)
+    data = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    blob = data.compress(b"long\n" * 1000) + data.flush()
+    assert decode(blob) == b"long\n" * 1000
+    with pytest.raises(ShardError, match=r"data\.max_decoder_window is 1048576; raise it to 134217728"):
+        decode(blob, max_window=1 << 20)
+
+
+def test_compression_is_told_by_content_not_by_name() -> None:
+    assert decode(gzip.compress(b'{"text": "a"}\n'), "named.jsonl.zst") == b'{"text": "a"}\n'
+    assert decode(b'\xef\xbb\xbf {"text": "a"}\n', "named.jsonl.zst").endswith(b"}\n")
+    with pytest.raises(ShardError, match="neither zstd, gzip nor"):
+        decode(b"\x00\x01\x02\x03", "named.jsonl.zst")
+    with pytest.raises(ShardError, match="empty"):
+        decode(b"")
+
+
+def test_repeats_unpack_in_bounded_chunks() -> None:
+    raw = b"a" * (16 << 20)
+    for suffix in (".zst", ".gz"):
+        file = formats.Peeked(io.BytesIO(compress(raw, suffix)), 18)
+        chunks = formats.decode(file, formats.detect(file.head, suffix), "x", MAX_WINDOW)
+        sizes = [len(chunk) for chunk in chunks]
+        assert sum(sizes) == len(raw)
+        assert max(sizes) <= 16 << 20

@@ -1,0 +1,110 @@
+"""The index pass: what it counts and where it cuts, against a plain rendering of the definitions."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards import ShardError, index, manifest
+from tests.shards.corpora import config, record, words, write_shard
+
+PIECES = st.lists(
+    st.sampled_from([b"\n", b"{x}", b"  ", b"\r\n", b"\xef\xbb\xbf", b"{" + b"y" * 30 + b"}"]), max_size=40
+)
+
+
+def reference_cells(raw: bytes, cell_bytes: int) -> list[tuple[int, int]]:
+    """The rule of the record table, record by record."""
+    cells, size, offset = [], 0, 0
+    records = raw.split(b"\n")
+    lines = [part + b"\n" for part in records[:-1]] + ([records[-1]] if records[-1] else [])
+    for number, line in enumerate(lines):
+        if not size or size + len(line) > cell_bytes:
+            cells.append((number, offset))
+            size = 0
+        size += len(line)
+        offset += len(line)
+    return [*cells, (len(lines), offset)]
+
+
+@given(pieces=PIECES, cell_bytes=st.integers(1, 80), step=st.integers(1, 50))
+def test_cells_and_counts_do_not_depend_on_how_bytes_arrive(pieces: list[bytes], cell_bytes: int, step: int) -> None:
+    raw = b"".join(pieces)
+    table = index.RecordTable(cell_bytes)
+    for i in range(0, len(raw), step):
+        table.feed(raw[i : i + step])
+    table.finish()
+    assert table.cells == reference_cells(raw, cell_bytes)
+    assert table.raw_bytes == len(raw)
+    assert table.num_documents == sum(bool(line.strip()) for line in raw.split(b"\n"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl"])
+def test_an_index_leads_to_every_byte(tmp_path: Path, suffix: str) -> None:
+    raw = b"".join(record(words(i, 20 + i % 50)) for i in range(300))
+    path = str(write_shard(tmp_path / f"a{suffix}", raw, frames=4))
+    found = index.build(path, cell_bytes=4096, max_window=1 << 27)
+    assert (found.raw_bytes, found.num_documents, found.num_records) == (len(raw), 300, 300)
+    assert len(np.frombuffer(found.entries, "<i8")) == (2 if suffix == ".jsonl" else 8)
+    from shards.decoders import Decoders
+
+    table, decoders = found.table(), Decoders(1 << 27)
+    for cell in np.random.default_rng(0).permutation(len(table) - 1).tolist():
+        start, stop = int(table[cell, 1]), int(table[cell + 1, 1])
+        assert decoders.read(found.raw_range(path, start, stop)) == raw[start:stop]
+
+
+def test_an_index_is_reused_until_the_content_changes(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.jsonl.zst", record("one") * 50)
+    data = config([{"name": "a", "paths": [str(path)]}])
+
+    def hash_now() -> tuple[str, list[str]]:
+        read: list[str] = []
+        (shard,) = manifest.source_shards(data, data.sources[0], lambda name, size: read.append(name))
+        return shard.index.content_hash, read
+
+    first, read = hash_now()
+    assert read
+    assert hash_now() == (first, [])
+    os.utime(path, (1, 1))
+    assert hash_now() == (first, [])  # hashed, found the same, not decoded
+    path.write_bytes(write_shard(tmp_path / "b.jsonl.zst", record("two") * 50).read_bytes())
+    second, read = hash_now()
+    assert second != first
+    assert read
+
+
+def test_a_read_only_folder_is_indexed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_shard(tmp_path / "data/a.jsonl", record("one"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, so the folder cannot refuse
+    manifest.prepare(config([{"name": "a", "paths": [str(path)]}]))
+    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
+    assert list((tmp_path / "cache").rglob("a.jsonl.*.index.json"))
+    manifest.prepare(config([{"name": "a", "paths": [str(path)]}], index_dir=tmp_path / "mine"))
+    assert list((tmp_path / "mine").glob("*.manifest"))
+
+
+def test_a_start_does_not_index_for_hours(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.jsonl", record("one") * 100)
+    data = config([{"name": "a", "paths": [str(path)]}], max_index_at_start=1000)
+    with pytest.raises(ShardError, match=r"python launch/index.py '.*a\.jsonl'"):
+        manifest.prepare(data)
+
+
+def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl.zst").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    write_shard(tmp_path / "blank.jsonl.gz", b"\n \n\r\n")
+    for paths, message in {
+        "none.jsonl": "no such shard",
+        "*.nothing": "no shard matches",
+        "empty.jsonl.zst": "empty",
+        "folder.jsonl": "is a folder",
+        "blank.jsonl.gz": "every line is blank",
+    }.items():
+        with pytest.raises(ShardError, match=message):
+            manifest.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))

@@ -1,0 +1,333 @@
+"""The invariant: a global batch depends on data, config, seed and step, and on nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shards import (
+    Batch,
+    CheckpointError,
+    ConfigError,
+    DataConfig,
+    Loader,
+    OverflowTolerance,
+    ShardError,
+    Tokenizer,
+    check_fingerprint,
+    document_at,
+    merge_states,
+    origins_after,
+    read_documents,
+)
+from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard
+
+Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
+SUFFIXES = [".jsonl.zst", ".json.gz", ".jsonl"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sources of unlike shards: many short, few long, one with blank lines."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for shard in range(6):
+        lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
+        lines[3:3] = [b"\n", b" \r\n"] if shard % 2 else []
+        write_shard(folder / f"{'abc'[shard // 2]}-{shard}{SUFFIXES[shard % 3]}", b"".join(lines), frames=1 + shard % 3)
+    return folder
+
+
+def sources(corpus: Path, weights: tuple[float, ...] = (0.5, 0.3, 0.2), **others: object) -> list[dict[str, object]]:
+    return [
+        {"name": name, "paths": [str(corpus / f"{name}-*")], "weight": weight, **others}
+        for name, weight in zip("abc", weights, strict=True)
+    ]
+
+
+def rows_of(batch: Batch, rank: int, size: int) -> list[Row]:
+    return [
+        (i * size + rank, tokens.tobytes(), ids.tobytes())
+        for i, (tokens, ids) in enumerate(zip(batch.tokens, batch.segment_ids, strict=True))
+    ]
+
+
+def global_batches(
+    data: DataConfig, batch: int, count: int, size: int = 1, state: dict[str, object] | None = None, seed: int = 5
+) -> tuple[list[list[Row]], list[dict[str, object]]]:
+    """The global batches as `size` ranks make them together, and the merged state after each."""
+    loaders = [Loader(data, batch, seed, rank, size) for rank in range(size)]
+    batches, states = [], []
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+    for _ in range(count):
+        parts = [next(loader, None) for loader in loaders]
+        if None in parts:
+            break
+        batches.append(sorted(row for rank, part in enumerate(parts) for row in rows_of(part, rank, size)))
+        states.append(merge_states([loader.state_dict() for loader in loaders]))
+    for loader in loaders:
+        loader.close()
+    return batches, states
+
+
+POLICIES = st.sampled_from(["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=9)])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataObject) -> None:
+    lanes = draw.draw(st.sampled_from([2, 4, 6, 12]), "lanes")
+    batch = draw.draw(st.sampled_from([2, 4, 12, 24]), "batch")
+    weights = draw.draw(st.tuples(*[st.floats(0.01, 1.0)] * 3), "weights")
+    changes = draw.draw(st.sampled_from([(), ({"step": 3, "weights": {"a": 0.0, "c": 1.0}},)]), "changes")
+    epochs = draw.draw(st.sampled_from([None, 1, 2]), "epochs")
+    data = config(
+        sources(corpus, weights, max_epochs=epochs),
+        lanes=lanes,
+        packing=draw.draw(POLICIES, "packing"),
+        weight_changes=changes,
+        window_bytes=draw.draw(st.sampled_from([512, 2048]), "window_bytes"),
+    )
+    sizes = [size for size in (1, 2, 3, 4, 6) if lanes % size == batch % size == 0]
+    expected, states = global_batches(data, batch, 12)
+    first, second = (draw.draw(st.sampled_from(sizes), "ranks") for _ in range(2))
+    assert global_batches(data, batch, 12, first) == (expected, states)
+    stop = draw.draw(st.integers(0, len(states)), "stop")
+    again, after = global_batches(data, batch, 2, first, states[stop - 1] if stop else None)
+    assert again == expected[stop : stop + 2]
+    # R -> R' -> R, resumed from what a resumed run saved.
+    if tail := expected[stop + len(after) :][:3]:
+        saved = (after or states[:stop] or [None])[-1]
+        assert global_batches(data, batch, len(tail), second, saved)[0] == tail
+
+
+def test_workers_make_the_same_batches(corpus: Path) -> None:
+    plain, states = global_batches(config(sources(corpus), lanes=4), 8, 20)
+    for workers in (1, 3):
+        data = config(sources(corpus), lanes=4, num_workers=workers, prefetch_bytes=workers * 3000)
+        assert global_batches(data, 8, 20) == (plain, states)
+        assert global_batches(data, 8, 9, 2, states[10])[0] == plain[11:]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "pad"])
+def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str) -> None:
+    """With one lane the run ends at the epoch's end: every token after a document's first was a target once."""
+    data = config([{"name": "all", "paths": [str(corpus / "*")], "max_epochs": 1}], lanes=1, packing=packing)
+    tokenizer, wanted = Tokenizer(TOKENIZER), Counter()
+    for path in sorted(corpus.glob("*")):
+        if not path.name.endswith(tuple(SUFFIXES)):
+            continue
+        for document in read_documents(path):
+            n = len(tokenizer.encode_document(document.text))
+            wanted.update((str(path), document.line, t) for t in range(1, n))
+    got: Counter[tuple[str, int, int]] = Counter()
+    with Loader(data, 1) as loader:
+        for batch in loader:
+            for origin in batch.origins():
+                got.update((origin.shard, origin.line, t) for t in range(origin.start + 1, origin.stop))
+    assert got == wanted
+
+
+def test_batch_says_what_it_holds(corpus: Path) -> None:
+    data = config(sources(corpus), lanes=4, packing="pad")
+    with Loader(data, 8, seed=3) as loader:
+        for batch in (next(loader) for _ in range(5)):
+            ids = batch.segment_ids
+            assert batch.tokens.dtype == ids.dtype == np.int32
+            assert batch.n_targets == ((ids[:, 1:] == ids[:, :-1]) & (ids[:, :-1] > 0)).sum()
+            assert batch.padding_tokens == (ids == 0).sum()
+            assert sum(batch.source_tokens.values()) == (ids > 0).sum()
+            for origin in batch.origins():
+                document = document_at(data, next(s for s in data.sources if s.name == origin.source), *origin[2:4])
+                piece = Tokenizer(TOKENIZER).encode_document(document.text)[origin.start : origin.stop]
+                assert piece.tolist() == batch.tokens[origin.slot][: len(piece)].tolist()
+
+
+def test_row_hashes_add_up_over_ranks_and_tell_slots_apart(corpus: Path) -> None:
+    data = config(sources(corpus), lanes=4)
+    loaders = [Loader(data, 8, 5, *ranks) for ranks in ((0, 1), (0, 2), (1, 2))]
+    whole, *halves = (next(loader) for loader in loaders)
+    assert whole.row_hash == sum(half.row_hash for half in halves) % 2**64
+    assert next(loaders[0]).row_hash != whole.row_hash
+    assert next(Loader(data, 8, 6)).row_hash != whole.row_hash
+
+
+def test_provenance_makes_a_step_again_from_an_older_state(corpus: Path) -> None:
+    data = config(sources(corpus), lanes=4)
+    with Loader(data, 8, seed=3) as loader:
+        batches = [next(loader) for _ in range(7)]
+    assert origins_after(data, 8, 3, batches[2].state, 3) == list(batches[6].origins())
+    assert origins_after(data, 8, 3, None, 1) == list(batches[1].origins())
+
+
+def test_shares_follow_weights_and_their_changes(corpus: Path) -> None:
+    data = config(
+        sources(corpus, (0.6, 0.3, 0.1)),
+        lanes=4,
+        packing="truncate",
+        weight_changes=[{"step": 50, "weights": {"a": 0.0, "c": 0.7}}],
+    )
+    before, after = Counter[str](), Counter[str]()
+    with Loader(data, 8) as loader:
+        for step in range(100):
+            rows = Counter(origin.source for origin in next(loader).origins())
+            (before if step < 50 else after).update(rows)
+    # 4 lanes, each within two rows of its share.
+    for counts, shares in ((before, (0.6, 0.3, 0.1)), (after, (0.0, 0.3, 0.7))):
+        for name, share in zip("abc", shares, strict=True):
+            assert abs(counts[name] - 400 * share) <= 8
+
+
+def test_an_exhausted_source_leaves_the_rest_to_share(corpus: Path) -> None:
+    listed = sources(corpus)
+    listed[0]["max_epochs"] = 1
+    data = config(listed, lanes=2, packing="truncate")
+    with Loader(data, 2) as loader:
+        drawn = [Counter(origin.source for origin in next(loader).origins()) for _ in range(400)]
+        epochs = next(loader).epochs
+    assert not any(counts["a"] for counts in drawn[-200:])
+    late = sum(drawn[-200:], Counter())
+    assert abs(late["b"] - 400 * 0.6) <= 4
+    assert epochs["a"] == 1.0
+
+
+def test_states_of_another_run_are_refused(corpus: Path) -> None:
+    with Loader(config(sources(corpus), lanes=4), 8) as loader:
+        next(loader)
+        state = loader.state_dict()
+    with Loader(config(sources(corpus), lanes=8), 8) as other, pytest.raises(CheckpointError, match=r"data\.lanes=4"):
+        other.load_state_dict(state)
+    with Loader(config(sources(corpus), lanes=4), 8, 0, 1, 2) as half:
+        next(half)
+        with pytest.raises(CheckpointError, match="lane 0 of 4"):
+            merge_states([half.state_dict()])
+        with Loader(config(sources(corpus), lanes=4), 8) as whole, pytest.raises(CheckpointError, match="lacks lane 0"):
+            whole.load_state_dict(half.state_dict())
+        with pytest.raises(CheckpointError, match="damaged"):
+            half.load_state_dict(state | {"lanes": {"1": {"rows": "x"}}})
+        with pytest.raises(CheckpointError, match="version 7"):
+            half.load_state_dict(state | {"version": 7})
+
+
+def test_impossible_splits_are_refused_with_those_that_work(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.lanes=12 cannot be split over 5 .* work: 1, 2, 4$"):
+        Loader(config(sources(corpus), lanes=12), 8, 0, 0, 5)
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=8"):
+        Loader(config(sources(corpus), lanes=12), 8, 0, 0, 3)
+    with pytest.raises(ConfigError, match=r"lower data\.lanes"):
+        Loader(config(sources(corpus, max_epochs=1), lanes=5000), 5000)
+
+
+def test_a_fingerprint_tells_what_differs(corpus: Path, tmp_path: Path) -> None:
+    def fingerprint(listed: list[dict[str, object]], **changes: object) -> dict[str, object]:
+        with Loader(config(listed, lanes=4, **changes), 8) as loader:
+            return json.loads(json.dumps(loader.fingerprint))
+
+    old = fingerprint(sources(corpus))
+    check_fingerprint(old, fingerprint(sources(corpus), num_workers=1, prefetch_bytes=1))
+    with pytest.raises(ConfigError, match=r"data.seq_len: the run was begun with 32, now it is 16"):
+        check_fingerprint(old, fingerprint(sources(corpus), seq_len=16))
+    with pytest.raises(ConfigError, match=r"data.sources\[1\].weight"):
+        check_fingerprint(old, fingerprint(sources(corpus, (0.5, 0.4, 0.2))))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in corpus.glob("?-*"):
+        if path.name.endswith(tuple(SUFFIXES)):
+            (moved / path.name).write_bytes(path.read_bytes())
+    check_fingerprint(old, fingerprint(sources(moved)))
+    write_shard(moved / "b-3.jsonl.zst", record("changed") * 9)
+    with pytest.raises(ShardError, match=r"b-3\.jsonl\.zst.*its content changed"):
+        check_fingerprint(old, fingerprint(sources(moved)))
+    write_shard(moved / "c-9.jsonl.zst", record("more") * 9)
+    (moved / "b-3.jsonl.zst").write_bytes((corpus / "b-3.jsonl.zst").read_bytes())
+    with pytest.raises(ShardError, match=r"'c'.*begun with 2 shards, now there are 3"):
+        check_fingerprint(old, fingerprint(sources(moved)))
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    living = [child for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "shards.worker" in child.cmdline()]
+
+
+def test_lost_and_hung_workers_are_replaced(corpus: Path) -> None:
+    plain, _ = global_batches(config(sources(corpus), lanes=4), 8, 30)
+    data = config(sources(corpus), lanes=4, num_workers=2, prefetch_bytes=0, worker_timeout=2.0)
+    with Loader(data, 8, 5) as loader:
+        for step, expected in enumerate(plain):
+            assert sorted(rows_of(next(loader), 0, 1)) == expected
+            if step % 10 == 5:
+                for worker in workers_of(os.getpid())[:1]:
+                    os.kill(worker.pid, signal.SIGKILL if step < 10 else signal.SIGSTOP)
+    assert not workers_of(os.getpid())
+
+
+def test_a_window_that_kills_every_worker_is_an_error(corpus: Path) -> None:
+    data = config(sources(corpus), lanes=4, num_workers=1, worker_timeout=0.001)
+    with Loader(data, 8, 5) as loader, pytest.raises(ShardError, match="3 workers in turn were lost"):
+        next(loader)
+
+
+PROGRAM = """
+import signal, sys, time
+from shards import Loader
+from tests.shards.corpora import config
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits "ignore"
+loader = Loader(config([{"name": "a", "paths": [sys.argv[1]]}], num_workers=2), 8)
+next(loader)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def loading_process(corpus: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(corpus / "a-*")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent_and_hold_no_torch(
+    loading_process: subprocess.Popen[str], ending: signal.Signals
+) -> None:
+    workers = workers_of(loading_process.pid)
+    assert len(workers) == 2
+    for worker in workers:
+        assert not any("torch" in mapped.path for mapped in worker.memory_maps())
+    loading_process.send_signal(ending)
+    loading_process.wait(timeout=10)
+    deadline = time.monotonic() + 5
+    while any(worker.is_running() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_the_bundled_sample_streams() -> None:
+    data = config(
+        [{"name": "pile", "paths": [str(SAMPLE / "pile-*")], "source_from": "meta.pile_set_name"}],
+        window_bytes=1 << 16,
+        seq_len=128,
+    )
+    with Loader(data, 16) as loader:
+        batch = next(loader)
+    assert set(batch.source_tokens) <= {
+        f"pile/{name}" for name in ("wiki", "books", "code", "docs", "math", "legal", "multilingual", "dialog")
+    }
+    assert batch.padding_tokens < 0.1 * batch.tokens.size
