@@ -188,7 +188,7 @@ class Loader:
         if path := self._config.bad_records_file:
             # A resumed run may write a record again: (source, shard, line) names it.
             with path.with_name(f"{path.name}.{self._dp_rank}").open("ab") as file:
-                file.writelines(msgspec.json.encode(record) + b"\n" for record in skipped)
+                file.writelines(msgspec.json.encode(record._asdict()) + b"\n" for record in skipped)
         total = sum(stream.cursor.skipped for lane in self._lanes.values() for stream in lane.streams)
         limit = self._config.max_bad_records
         if limit is not None and total > limit:
