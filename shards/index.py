@@ -24,9 +24,10 @@ from shards.plan import Ints
 
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
-LINE_FEED = 10
+LINE_FEED, SPACE = 10, 32
 WHITE_SPACE = np.zeros(256, np.bool_)  # what bytes.strip() takes away
 WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
+SLICE_BYTES = 1 << 16  # what is looked at in one go: fits the cache, and needs no fresh memory from the system
 READ_BYTES = 8 * MIB  # to hash a file
 
 Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the last call)
@@ -51,6 +52,11 @@ class ShardIndex(msgspec.Struct, frozen=True):
         """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
 
+    @property
+    def num_entries(self) -> int:
+        """Places from which decoding can start."""
+        return len(self.entries) // 16
+
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
         """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
         entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
@@ -71,11 +77,29 @@ class RecordTable:
 
     def feed(self, chunk: bytes) -> None:
         """Takes the next raw bytes, at least one."""
-        array = np.frombuffer(chunk, np.uint8)
-        ends = np.flatnonzero(array == LINE_FEED) + 1
-        self._count_documents(array, ends)
-        self._extend(ends + self.raw_bytes)
-        self.raw_bytes += len(chunk)
+        whole = np.frombuffer(chunk, np.uint8)
+        for start in range(0, len(whole), SLICE_BYTES):
+            array = whole[start : start + SLICE_BYTES]
+            hits = array == LINE_FEED
+            count = int(np.count_nonzero(hits))
+            stop = self.raw_bytes + len(array)
+            # Counting is several times cheaper than finding; most slices hold no cell's end and no blank line.
+            crosses = stop > self._cell[1] + self._cell_bytes
+            suspect = self._blank or bool(((array[1:] <= SPACE) & hits[:-1]).any())
+            ends = np.flatnonzero(hits) + 1 if crosses or suspect else None
+            if suspect:
+                assert ends is not None
+                self._count_documents(array, ends)
+            else:
+                self.num_documents += count
+                self._blank = bool(hits[-1])
+            if crosses:
+                assert ends is not None
+                self._extend(ends + self.raw_bytes)
+            elif count:
+                self.num_records += count
+                self._last_end = self.raw_bytes + chunk.rfind(b"\n", start, start + len(array)) - start + 1
+            self.raw_bytes = stop
 
     def finish(self) -> None:
         """Takes note that no more bytes come: a last record without line feed ends here."""
@@ -87,23 +111,12 @@ class RecordTable:
         self.cells.append((self.num_records, self.raw_bytes))
 
     def _count_documents(self, array: npt.NDArray[np.uint8], ends: npt.NDArray[np.intp]) -> None:
-        """Counts the whole records that hold something.
-
-        A record that begins with something else than white space does.
-        """
-        starts = ends if not len(ends) or ends[-1] < len(array) else ends[:-1]
-        suspects = self._blank or bool(WHITE_SPACE[array[starts]].any())
-        if not suspects:
-            self.num_documents += len(ends)
-        else:
-            bounds = np.concatenate([[0], starts])
-            filled = np.add.reduceat(~WHITE_SPACE[array], bounds, dtype=np.int64) > 0
-            filled[0] |= not self._blank
-            self.num_documents += int(filled[: len(ends)].sum())
-            if len(filled) > len(ends):
-                self._blank = not filled[-1]
-                return
-        self._blank = bool(len(ends)) and ends[-1] == len(array)
+        """Counts the whole records that hold something, byte by byte."""
+        bounds = np.concatenate([[0], ends if not len(ends) or ends[-1] < len(array) else ends[:-1]])
+        filled = np.add.reduceat(~WHITE_SPACE[array], bounds, dtype=np.int64) > 0
+        filled[0] |= not self._blank
+        self.num_documents += int(filled[: len(ends)].sum())
+        self._blank = not filled[-1] if len(filled) > len(ends) else True
 
     def _extend(self, ends: Ints) -> None:
         """Adds whole records by their raw ends."""

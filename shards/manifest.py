@@ -48,16 +48,14 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
     paths = files.expand(source.paths, source.name)
-    manifest_path = _manifest_path(config, paths)
-    kept = _read_manifest(manifest_path)
+    kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
     stats = {path: files.stat(path) for path in paths}
     stale = [path for path in paths if path not in kept or kept[path].stat != stats[path]]
     if stale:
         unindexed = [path for path in stale if _must_read(config, path, stats[path])]
         _check_amount(config, source, unindexed, stats)
         kept |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
-        manifest = Manifest(paths, [kept[path] for path in paths])
-        write_atomically(manifest_path, msgspec.msgpack.encode(manifest))
+        write(paths, [kept[path] for path in paths], config.index_dir, config.cell_bytes)
     shards = [Shard(path, kept[path]) for path in paths]
     if not any(shard.index.num_documents for shard in shards):
         raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank")
@@ -80,16 +78,22 @@ def index_path(path: str, index_dir: Path | None) -> Path:
     return index_dir / f"{Path(path).name}.{_digest([str(folder)])}{INDEX_SUFFIX}"
 
 
-def _manifest_path(config: DataConfig, paths: list[str]) -> Path:
-    name = f"headrace-{_digest([str(config.cell_bytes), *(os.path.abspath(path) for path in paths)])}.manifest"
-    return index_path(paths[0], config.index_dir).with_name(name)
+def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, cell_bytes: int) -> None:
+    """Writes the manifest of a list of shards."""
+    data = msgspec.msgpack.encode(Manifest(paths, indexes))
+    write_atomically(_manifest_path(paths, index_dir, cell_bytes), data)
+
+
+def _manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) -> Path:
+    name = f"headrace-{_digest([str(cell_bytes), *(os.path.abspath(path) for path in paths)])}.manifest"
+    return index_path(paths[0], index_dir).with_name(name)
 
 
 def _digest(parts: list[str]) -> str:
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, ShardIndex]:
+def _read(path: Path) -> dict[str, ShardIndex]:
     try:
         manifest = msgspec.msgpack.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):

@@ -1,6 +1,9 @@
 """The index pass: what it counts and where it cuts, against a plain rendering of the definitions."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import ShardError, index, manifest
-from tests.shards.corpora import config, record, words, write_shard
+from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 PIECES = st.lists(
     st.sampled_from([b"\n", b"{x}", b"  ", b"\r\n", b"\xef\xbb\xbf", b"{" + b"y" * 30 + b"}"]), max_size=40
@@ -108,3 +111,25 @@ def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ShardError, match=message):
             manifest.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))
+
+
+def test_the_command_indexes_and_ten_thousand_shards_start_fast(tmp_path: Path) -> None:
+    """The command's indexes are those that a start would make; then a start reads one manifest."""
+    shard = write_shard(tmp_path / "s/00000.jsonl.zst", record(words(1, 30)))
+    for i in range(1, 10_000):
+        os.link(shard, tmp_path / f"s/{i:05}.jsonl.zst")
+    pattern = str(tmp_path / "s/*.jsonl.zst")
+    data = config([{"name": "a", "paths": [pattern]}], index_dir=tmp_path / "i")
+    manifest.prepare(data)
+    started = time.perf_counter()
+    assert len(manifest.source_shards(data, data.sources[0])) == 10_000
+    assert time.perf_counter() - started < 2
+    made_by_start = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("0000*")}
+    command = [sys.executable, str(ROOT / "launch/index.py"), str(tmp_path / "s/0000*.zst"), "--verify", "--show"]
+    options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert "10 shards indexed" in done.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "j").glob("0000*")} == made_by_start
+    failed = subprocess.run([*command[:2], str(tmp_path / "none.jsonl")], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "none.jsonl: no such shard" in failed.stderr
