@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from pretrain.topology import free_port
+from shards import read_documents
 from tests.distributed.ranks import ROOT, rank_environment
 
 STEPS = 40
@@ -45,8 +47,9 @@ class Run:
         suite = folder / "suite"
         for domain in ("wiki", "code"):
             suite.joinpath(domain).mkdir(parents=True)
-            source = ROOT / "shards/sample/eval" / domain / "val.jsonl.zst"
-            suite.joinpath(domain, "val.jsonl.zst").write_bytes(source.read_bytes())
+            documents = islice(read_documents(str(ROOT / "shards/sample/eval" / domain / "val.jsonl.zst")), 3)
+            lines = [json.dumps({"text": document.text[:1000]}) + "\n" for document in documents]
+            suite.joinpath(domain, "val.jsonl").write_text("".join(lines))
         self.config = folder / "config.yaml"
         self.config.write_text(CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage))
 
