@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.interrupt import Interrupt
+from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.trainer import Trainer
@@ -33,11 +34,17 @@ class Outcome:
 
 
 def train(
-    config: RunConfig, folder: RunFolder, run_id: str, tokenizer: Tokenizer, topology: Topology, interrupt: Interrupt
+    config: RunConfig,
+    folder: RunFolder,
+    lease: Lease | None,
+    run_id: str,
+    tokenizer: Tokenizer,
+    topology: Topology,
+    interrupt: Interrupt,
 ) -> Outcome:
-    """Trains to the last step, or until all ranks agree to stop. Every rank calls it."""
+    """Trains to the last step, or until all ranks agree to stop. Every rank calls it; rank 0 holds the lease."""
     with ExitStack() as stack:
-        trainer = Trainer(config, folder, run_id, tokenizer, topology, stack)
+        trainer = Trainer(config, folder, lease, run_id, tokenizer, topology, stack)
         state = trainer.state
         if state.step == 0:
             trainer.evaluate(state)

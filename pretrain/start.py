@@ -63,14 +63,15 @@ def start(config: RunConfig, fresh: bool) -> Report:
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
+        lease = None
         if int(os.environ.get("RANK", "0")) == 0:
-            stack.enter_context(opened(config, folder, fresh))
+            lease = stack.enter_context(opened(config, folder, fresh))
             shards.prepare(config.data)
         here = stack.enter_context(topology.started(config.parallel))
         if here.is_main:
             announce(config, here)
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
-        outcome = loop.train(config, folder, str(run_id), tokenizer, here, interrupt)
+        outcome = loop.train(config, folder, lease, str(run_id), tokenizer, here, interrupt)
         sample = ""
         if outcome.finished:
             sample = continue_text(
@@ -80,7 +81,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
 
 
 @contextmanager
-def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[None]:
+def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]:
     """Holds the run's folder, readied for this config; rank 0 alone.
 
     Raises:
@@ -90,16 +91,16 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[None]:
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
     # A requeued job repeats its command: --fresh meant its first start
-    if fresh and not os.environ.get("SLURM_RESTART_COUNT"):
+    if fresh and folder.config.exists() and not os.environ.get("SLURM_RESTART_COUNT"):
         with Lease(folder.lease, job_id):
             aside = folder.move_aside()
         _logger.info("the run that stood in %s is now in %s", folder.root, aside)
         folder.create()
-    with Lease(folder.lease, job_id):
+    with Lease(folder.lease, job_id) as lease:
         if folder.config.exists():
             _check_same_run(load_config(folder.config), config, folder)
         atomic_write(folder.config, config.to_yaml())
-        yield
+        yield lease
 
 
 def _check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:

@@ -1,9 +1,12 @@
-"""The parts of a training, put together once, and what the loop does with them. loop -> trainer -> {engine, feed, journal}."""
+"""The parts of a training, put together once, and what the loop does with them. loop -> trainer -> {engine, feed}."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
 from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
 
 import msgspec
 import torch
@@ -15,6 +18,7 @@ from pretrain.engine import Engine, StepStats
 from pretrain.evaluate import eval_records, evaluate, load_suite
 from pretrain.feed import Feed, StepBatch, chain_hash
 from pretrain.journal import Journal
+from pretrain.lease import Lease
 from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.model.size import flops_per_token
 from pretrain.optim import learning_rate_at
@@ -32,6 +36,7 @@ class Trainer:
     """Every part of one process of a run, resumed from the newest valid checkpoint if there is one.
 
     Args:
+        lease: on the folder, which rank 0 holds; checked before anything is written there.
         run_id: of the wandb run.
         stack: closes the loader's workers and the journal when the caller leaves it.
     Attributes:
@@ -42,6 +47,7 @@ class Trainer:
         self,
         config: RunConfig,
         folder: RunFolder,
+        lease: Lease | None,
         run_id: str,
         tokenizer: Tokenizer,
         topology: Topology,
@@ -49,6 +55,7 @@ class Trainer:
     ) -> None:
         self._config = config
         self._topology = topology
+        self._lease = lease
         self.engine = _engine(config, topology)
         self._loader: Loader | None = None
         if topology.tp_rank == 0:
@@ -58,7 +65,9 @@ class Trainer:
         self.state = self._resume(folder, run_id)
         tracker = None
         if topology.is_main:
-            tracker = Tracker(config.wandb, folder, config.run.name, run_id, config.model_dump(mode="json"))
+            assert self._loader is not None
+            described = describe(config, self._loader)
+            tracker = Tracker(config.wandb, folder, config.run.name, run_id, described)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
         rows = config.train.global_batch_size // topology.dp_size
         sources = [source.name for source in config.data.sources]
@@ -106,6 +115,7 @@ class Trainer:
             batch.tokens, batch.segment_ids, batch.n_targets, state.step, learning_rate, self._meter
         )
         state = after(state, batch)
+        self._check_lease()
         evals_follow = self._eval_set is not None and (
             config.evaluation.due(state.step) or state.step >= config.train.steps
         )
@@ -153,14 +163,44 @@ class Trainer:
         self._journal.log_evals(eval_records(state.step, self._eval_set.suite, scores))
         self._evaluated = state.step
 
+    def _check_lease(self) -> None:
+        if self._lease:
+            self._lease.check()
+
     def save(self, state: RunState) -> None:
         """Writes the checkpoint of this step."""
+        self._check_lease()
         cursors = self._feed.cursors()
         data = None
         if cursors is not None and self._loader is not None:
             self._journal.sync()
             data = DataState(cursors, self._loader.fingerprint)
         save(self._store, self.engine, state, data, self._topology)
+
+
+def describe(config: RunConfig, loader: Loader) -> dict[str, object]:
+    """What the wandb run says of itself: the config, and what it was trained with and on."""
+    packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
+    return {
+        **config.model_dump(mode="json"),
+        "provenance": {
+            "git_commit": git_commit(),
+            "config_hash": config.hash(),
+            "data": loader.fingerprint,
+            "packages": {name: version(name) for name in packages},
+        },
+    }
+
+
+def git_commit() -> str:
+    """The commit that this program was started from, with "+" where files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + "+" * bool(changed)
 
 
 def after(state: RunState, batch: StepBatch) -> RunState:

@@ -113,7 +113,8 @@ def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | Non
         if not damage:
             return checkpoint
         if topology.is_main:
-            _logger.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(damage))
+            aside = store.set_aside(step)
+            _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(damage))
     if steps:
         raise CheckpointError(
             f"none of the checkpoints in {store.root} is whole (steps {', '.join(map(str, steps))});"

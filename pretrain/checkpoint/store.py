@@ -132,6 +132,14 @@ class CheckpointStore:
         fsync_folder(self.root)
         return folder
 
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, which makes room for a new one of its step; what is left of it is not lost."""
+        aside = self.folder_of(step).with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.folder_of(step).rename(aside)
+        fsync_folder(self.root)
+        return aside
+
     def prune(self) -> None:
         """Removes what the config does not keep. COMPLETE goes first: a half-removed checkpoint must not look whole."""
         for checkpoint in self.list()[: -self.config.keep]:

@@ -162,6 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path) -
     output = run.finish()
     assert "step 13 is damaged" in output
     assert victim.name in output
+    assert (newest.parent / "step_00000013.damaged").exists()
     assert "resumed after step 12" in output
     assert [m["batch_hash"] for m in run.metrics()] == [m["batch_hash"] for m in undisturbed.metrics()]
 
