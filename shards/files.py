@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from shards import remote
 from shards.errors import ShardError
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
@@ -34,7 +35,8 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
         pattern = os.path.expanduser(pattern)
         found = [pattern]
         if any(character in pattern for character in GLOB_CHARACTERS) and not os.path.exists(pattern):
-            found = sorted(path for path in glob.glob(pattern, recursive=True) if path.endswith(SHARD_SUFFIXES))
+            matches = remote.expand(pattern) if remote.is_remote(pattern) else glob.glob(pattern, recursive=True)
+            found = sorted(path for path in matches if path.endswith(SHARD_SUFFIXES))
             if not found:
                 raise ShardError(
                     f"source {source!r}: no shard matches {pattern!r} (looked from {os.getcwd()}; "
@@ -46,6 +48,8 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
 
 def stat(path: str) -> Stat:
     """Size and stamp of a shard. Raises: ShardError if it is missing, a folder, or may not be read."""
+    if remote.is_remote(path):
+        return Stat(*remote.stat(path))
     try:
         found = os.stat(path)
     except OSError as error:
@@ -55,14 +59,22 @@ def stat(path: str) -> Stat:
     return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
 
 
-def open_shard(path: str, offset: int = 0) -> BinaryIO:
+def open_shard(path: str, offset: int = 0) -> BinaryIO | remote.RemoteFile:
     """Opens a shard for reading at a compressed offset. Raises: ShardError if it cannot be opened."""
+    if remote.is_remote(path):
+        return remote.RemoteFile(path, offset)
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise _unreadable(path, error) from None
     file.seek(offset)
     return file
+
+
+def place(path: str) -> tuple[str, str]:
+    """(folder, name) of a shard, the folder spelt so that it is the same from everywhere on this machine."""
+    folder, name = os.path.split(path if remote.is_remote(path) else os.path.abspath(path))
+    return folder, name
 
 
 def _unreadable(path: str, error: OSError) -> ShardError:

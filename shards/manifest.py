@@ -68,14 +68,14 @@ def tables(shards: Iterable[Shard]) -> list[np.ndarray[tuple[int, ...], np.dtype
 
 
 def index_path(path: str, index_dir: Path | None) -> Path:
-    """Where a shard's index is kept: `index_dir`, else beside the shard, else (read-only folder) the user's cache."""
-    folder = Path(path).absolute().parent
+    """Where a shard's index is kept: `index_dir`, beside the shard, or (remote, read-only) the user's cache."""
+    folder, name = files.place(path)
     if index_dir is None and os.access(folder, os.W_OK):
-        return folder / (Path(path).name + INDEX_SUFFIX)
+        return Path(folder) / (name + INDEX_SUFFIX)
     if index_dir is None:
         index_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
     # Shards of the same name in several folders must not share an index.
-    return index_dir / f"{Path(path).name}.{_digest([str(folder)])}{INDEX_SUFFIX}"
+    return index_dir / f"{name}.{_digest([folder])}{INDEX_SUFFIX}"
 
 
 def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, cell_bytes: int) -> None:
@@ -85,7 +85,7 @@ def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, c
 
 
 def _manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) -> Path:
-    name = f"headrace-{_digest([str(cell_bytes), *(os.path.abspath(path) for path in paths)])}.manifest"
+    name = f"headrace-{_digest([str(cell_bytes), *(part for path in paths for part in files.place(path))])}.manifest"
     return index_path(paths[0], index_dir).with_name(name)
 
 

@@ -82,8 +82,10 @@ def pack(
         pieces, rows = _cut_stream(lengths, order, seq_len)
     else:
         pieces = _cut_documents(lengths, order, seq_len, packing)
-        # The other policies give each piece a row of its own.
-        rows = best_fit(pieces[2], seq_len + 1) if packing == "best_fit" else [[i] for i in range(len(pieces[0]))]
+        rows = [[i] for i in range(len(pieces[0]))]  # each piece a row of its own, except for best_fit
+    if packing == "best_fit":
+        rows = best_fit(pieces[2], seq_len + 1)
+        pieces = _close_rows(rows, pieces, lengths[pieces[0]] > seq_len + 1, seq_len + 1)
     if key is not None:
         rows = [rows[i] for i in permutation(key_of("rows", key), len(rows))]
     chosen = np.array([i for row in rows for i in row], np.int64)
@@ -130,6 +132,55 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
             rows_with[left].append(row)
             has_room |= 1 << left
     return rows
+
+
+def _close_rows(
+    rows: list[list[int]], pieces: tuple[Ints, Ints, Ints], cut: npt.NDArray[np.bool_], capacity: int
+) -> tuple[Ints, Ints, Ints]:
+    """Spreads rows that hold only pieces of cut documents over the room in other rows, while that saves rows.
+
+    Where most documents are long there are no short ones to fill the rows with. Cutting a long document once more loses
+    less than padding does; a document that fits a row is never cut.
+
+    Args:
+        rows: as `best_fit` gives them; changed in place.
+        pieces: (documents, starts, lengths), int64 [pieces] each.
+        cut: bool [pieces]: a piece of a document that does not fit a row.
+    Returns: the pieces; those cut again are shorter, and what was cut off stands at the end.
+    """
+    documents, starts, lengths = (column.tolist() for column in pieces)
+    room = [capacity - sum(lengths[i] for i in row) for row in rows]
+    spare = sum(room)
+    emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
+    closed: set[int] = set()
+    for row in emptiest:
+        if spare < capacity:  # no row can be saved any more
+            break
+        holes = sorted(
+            (r for r in range(len(rows)) if r not in closed and r != row and room[r] > 1), key=lambda r: room[r]
+        )
+        used = capacity - room[row]
+        # Each hole but the last costs a token that stands twice.
+        if sum(room[hole] - 1 for hole in holes) < used:
+            continue
+        for piece in rows[row]:
+            while True:
+                hole = holes.pop()
+                size = min(room[hole], lengths[piece])
+                room[hole] -= size
+                rows[hole].append(piece)
+                if room[hole] > 1:
+                    holes.append(hole)  # only the last of a piece leaves room, so the rest stay in order
+                if size == lengths[piece]:
+                    break
+                documents.append(documents[piece])
+                starts.append(starts[piece] + size - 1)
+                lengths.append(lengths[piece] - size + 1)
+                lengths[piece], piece = size, len(lengths) - 1
+        closed.add(row)
+        spare = sum(room[r] for r in range(len(rows)) if r not in closed)
+    rows[:] = [row for number, row in enumerate(rows) if number not in closed]
+    return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
 
 def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -> tuple[Ints, Ints, Ints]:

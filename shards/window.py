@@ -14,7 +14,7 @@ from shards.decoders import Decoders, RawRange
 from shards.errors import ShardError
 from shards.packing import Rows, pack
 from shards.plan import Ints
-from shards.reader import BadRecord, RecordParser, bad_record_error
+from shards.reader import BadRecord, RecordParser, Records, bad_record_error
 from shards.tokenizer import Tokenizer
 
 
@@ -49,18 +49,8 @@ class WindowMaker:
         self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:
-        """Raises: ShardError if the shard changed or is damaged, or holds a bad record that may not be skipped."""
-        raw = self._decoders.read(task.raw)
-        num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
-        if num_records != task.num_records:
-            raw_range = f"raw bytes {task.raw.start} to {task.raw.stop}"
-            raise ShardError(
-                f"{task.raw.path}: {raw_range} hold {num_records} lines, its index says {task.num_records}; it changed "
-                "after it was indexed: put the old file back, or start a new run"
-            )
-        records = self._parsers[task.source].parse(raw, task.first_record + 1)
-        if records.bad and self._config.on_bad_record == "fail":
-            raise bad_record_error(task.raw.path, records.bad[0])
+        """The rows of a window. Raises: as `read`."""
+        records = self.read(task)
         tokens, lengths = self._tokenizer.encode_documents(records.texts)
         rows = pack(tokens, lengths, self._config.seq_len, self._config.packing, task.key)
         names = sorted({name for name in records.sub_sources if name is not None})
@@ -73,6 +63,24 @@ class WindowMaker:
             skipped=tuple(records.bad),
             token_offsets=rows.token_offsets(),
         )
+
+    def read(self, task: WindowTask) -> Records:
+        """The records of a window.
+
+        Raises: ShardError if the shard changed or is damaged, or holds a bad record that may not be skipped.
+        """
+        raw = self._decoders.read(task.raw)
+        num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
+        if num_records != task.num_records:
+            raw_range = f"raw bytes {task.raw.start} to {task.raw.stop}"
+            raise ShardError(
+                f"{task.raw.path}: {raw_range} hold {num_records} lines, its index says {task.num_records}; it changed "
+                "after it was indexed: put the old file back, or start a new run"
+            )
+        records = self._parsers[task.source].parse(raw, task.first_record + 1)
+        if records.bad and self._config.on_bad_record == "fail":
+            raise bad_record_error(task.raw.path, records.bad[0])
+        return records
 
     def close(self) -> None:
         """Closes open shards."""

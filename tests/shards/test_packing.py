@@ -73,6 +73,15 @@ def test_best_fit_cuts_no_document_that_fits_a_row(lengths: list[int], seq_len: 
     assert all(pieces[d] == 1 for d, n in enumerate(lengths) if 0 < n <= seq_len + 1)
 
 
+@given(lengths=LENGTHS, seq_len=st.integers(8, 24))
+def test_best_fit_wastes_less_than_a_row_where_all_documents_are_long(lengths: list[int], seq_len: int) -> None:
+    long = [seq_len + 2 + n for n in lengths]
+    rows = pack_documents(documents_of(long), seq_len, "best_fit", 1)
+    room = rows.num_rows * (seq_len + 1) - int(rows.lengths.sum())
+    # Holes of one token cannot be filled: a piece there would only repeat one.
+    assert room <= seq_len + 1 + rows.num_rows
+
+
 @given(lengths=LENGTHS.map(sum), seq_len=st.integers(1, 24))
 def test_concat_pads_only_the_last_row(lengths: int, seq_len: int) -> None:
     rows = pack_documents(documents_of([min(lengths, 99)] * 5), seq_len, "concat", 3)

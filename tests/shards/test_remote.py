@@ -1,0 +1,126 @@
+"""Remote shards through a real HTTP server that drops, stalls, fails, serves ranges, or ignores them."""
+
+import itertools
+import re
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from shards import Loader, ShardError, remote
+from tests.shards.corpora import compress, config, record, words
+
+RAW = b"".join(record(words(i, 50 + i % 300)) for i in range(3000))
+DATA = compress(RAW, ".zst", frames=3)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves DATA at /shard.jsonl.zst, and misbehaves in turn as `faults` says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults: Iterator[str] = iter(())
+        self.ranges = True
+        self.bodies = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/shard.jsonl.zst"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        if self.path != "/shard.jsonl.zst":
+            self.send_error(404)
+            return
+        fault = next(self.server.faults, "") if with_body else ""
+        if fault in ("500", "503"):
+            self.send_error(int(fault))
+            return
+        if fault == "stall":
+            time.sleep(3)
+        start, stop = 0, len(DATA)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.server.ranges:
+            start, stop = int(asked[1]), min(len(DATA), int(asked[2] or len(DATA)) + 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(DATA)}")
+        else:
+            self.send_response(200)
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", '"one"')
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        if with_body:
+            self.server.bodies += 1
+            body = DATA[start:stop]
+            self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", len(DATA) // 9)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def read_all(url: str, offset: int = 0) -> bytes:
+    with remote.RemoteFile(url, offset, stall_seconds=1.0) as file:
+        return b"".join(iter(lambda: file.read(10_000), b""))
+
+
+def test_a_stream_through_faults_is_complete_and_the_same(server: Server) -> None:
+    assert read_all(server.url) == DATA
+    assert read_all(server.url, 12_345) == DATA[12_345:]
+    server.faults = itertools.cycle(["drop", "", "500", "", "503", "drop", ""])
+    assert read_all(server.url) == DATA
+    server.faults = iter(["", "stall", ""])
+    assert read_all(server.url) == DATA
+
+
+def test_failures_for_good_are_named(server: Server) -> None:
+    with pytest.raises(ShardError, match=r"none\.jsonl.*no such shard"):
+        remote.stat(server.url.replace("shard", "none"))
+    server.faults = itertools.repeat("503")
+    with pytest.raises(ShardError, match=r"shard\.jsonl\.zst at byte 0: failed 8 times"):
+        read_all(server.url)
+
+
+def test_a_server_that_ignores_ranges_is_told_from_one_that_serves_them(server: Server) -> None:
+    server.ranges = False
+    with pytest.raises(ShardError, match="ignores byte ranges"):
+        read_all(server.url)
+
+
+def test_a_remote_shard_gives_the_same_batches_as_a_local_one(server: Server, tmp_path: Path) -> None:
+    local = tmp_path / "shard.jsonl.zst"
+    local.write_bytes(DATA)
+
+    def hashes(path: str) -> list[int]:
+        data = config([{"name": "a", "paths": [path]}], index_dir=tmp_path / "i", window_bytes=1 << 17, lanes=4)
+        with Loader(data, 8, seed=1) as loader:
+            return [batch.row_hash for batch in itertools.islice(loader, 30)]
+
+    server.faults = itertools.cycle(["drop", "", "", "500", ""])
+    assert hashes(server.url) == hashes(str(local))
