@@ -19,7 +19,8 @@ from shards.errors import HeadraceError, ShardError
 from shards.window import Window, WindowMaker, WindowTask
 
 TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
-MAX_LOSSES = 3
+MAX_DEATHS = 10  # of workers in turn at one window: chance may kill a few, and each costs little
+MAX_STALLS = 3  # each costs a whole time-out
 STOP_SECONDS = 2.0
 NOW = -1.0  # due before anything that is only expected to be needed
 
@@ -69,7 +70,11 @@ class InProcess:
 
 
 class _WorkerLost(Exception):
-    """A worker died, or took too long."""
+    """A worker died, or took too long; `limit` is how many may be lost at one window before that is an error."""
+
+    def __init__(self, message: str, limit: int) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class _Worker:
@@ -104,7 +109,7 @@ class _Worker:
         try:
             os.write(self._stdin, wire.encode_request(request))  # far smaller than the pipe: never written in part
         except OSError as error:
-            raise _WorkerLost(f"cannot be written to: {error.strerror}") from None
+            raise _WorkerLost(f"cannot be written to: {error.strerror}", MAX_DEATHS) from None
 
     def _read(self, size: int, deadline: float) -> bytearray:
         data = bytearray(size)
@@ -112,10 +117,10 @@ class _Worker:
         while view:
             ready, _, _ = select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise _WorkerLost(f"gave no answer for {self._timeout:g} s")
+                raise _WorkerLost(f"gave no answer for {self._timeout:g} s", MAX_STALLS)
             got = os.readv(self._stdout, [view])
             if not got:
-                raise _WorkerLost(f"died (exit status {self._process.wait()})")
+                raise _WorkerLost(f"died (exit status {self._process.wait()})", MAX_DEATHS)
             view = view[got:]
         return data
 
@@ -265,7 +270,7 @@ class WorkerPool:
         with self._changed:
             name, task = self._making[numbers[0]]
             losses = self._losses[name] = self._losses.get(name, 0) + 1
-            if losses == MAX_LOSSES:
+            if losses >= lost.limit:
                 raw = task.raw
                 error = ShardError(
                     f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them, "

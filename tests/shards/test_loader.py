@@ -105,7 +105,8 @@ def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataO
     first, second = (draw.draw(st.sampled_from(sizes), "ranks") for _ in range(2))
     assert global_batches(data, batch, 12, first) == (expected, states)
     stop = draw.draw(st.integers(0, len(states)), "stop")
-    again, after = global_batches(data, batch, 2, first, states[stop - 1] if stop else None)
+    count = 2 if len(expected) < 12 else min(2, 12 - stop)  # a run that ended before ends there again
+    again, after = global_batches(data, batch, count, first, states[stop - 1] if stop else None)
     assert again == expected[stop : stop + 2]
     # R -> R' -> R, resumed from what a resumed run saved.
     if tail := expected[stop + len(after) :][:3]:
