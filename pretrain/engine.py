@@ -149,6 +149,7 @@ class Engine:
             lr=optim_config.learning_rate,
             betas=optim_config.betas,
             eps=optim_config.eps,
+            fused=True,  # one pass over ZeRO's flat partition, on CPU and GPU
         )
         # Compiled at the first start on CPUs (a minute, and a compiler), used for inference only
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

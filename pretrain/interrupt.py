@@ -5,18 +5,26 @@ the answer, so that every rank stops after the same step. What may arrive meanwh
 - Ctrl-C reaches every process of the terminal; DeepSpeed's launcher sends SIGTERM on top, up to half a minute later;
 - Slurm may send SIGUSR1 ahead of the time limit and SIGTERM at it.
 So another kind of signal is no impatience. The same one again, after a second, is.
+
+The `deepspeed` command itself dies of a SIGTERM without a word to those it started, which would train on unattended. So
+a process whose launcher has lost its parent sends the signal to itself.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
+
+import psutil
 
 STOPPED = 75  # EX_TEMPFAIL: stopped early and wants to go on; Slurm can requeue on it
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LAUNCHER = "deepspeed.launcher.launch"  # the module between the `deepspeed` command and its ranks
+_WATCH_SECONDS = 0.5
 _REPEAT_SECONDS = 1.0  # the same signal within this time came by several ways, not twice
 
 
@@ -32,10 +40,13 @@ class Interrupt:
         self._agreed = False
         self._first_at: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
+        self._left = threading.Event()
 
     def __enter__(self) -> Interrupt:
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
+        self._left.clear()
+        threading.Thread(target=self._watch_launcher, name="launcher-watch", daemon=True).start()
         return self
 
     def __exit__(
@@ -44,6 +55,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        self._left.set()
 
     def agree(self, stop: bool) -> None:
         """Notes what all ranks decided together; once they decided to stop, that stands."""
@@ -52,6 +64,20 @@ class Interrupt:
     def pending(self) -> bool:
         """Whether all ranks agreed to stop. Asks nobody: the same on every rank that heard the same answers."""
         return self._agreed
+
+    def _watch_launcher(self) -> None:
+        try:
+            launcher = psutil.Process().parent()
+            if launcher is None or _LAUNCHER not in launcher.cmdline():
+                return
+            parent = launcher.ppid()
+            while not self._left.wait(_WATCH_SECONDS):
+                if launcher.ppid() != parent:
+                    break
+        except psutil.Error:  # the launcher itself is gone
+            pass
+        if not self._left.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

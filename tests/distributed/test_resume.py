@@ -83,7 +83,7 @@ class Run:
 
     def wait_for_step(self, step: int, processes: list[subprocess.Popen[str]]) -> None:
         while self.steps_done() < step:
-            assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+            assert all(process.poll() is None for process in processes), "ended before its time"
             time.sleep(0.01)
 
     def figures(self) -> list[tuple]:
@@ -129,6 +129,25 @@ def test_terminated_saves_and_goes_on(undisturbed: Run, tmp_path: Path) -> None:
     assert (tmp_path / "resumed" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists()
     run.finish()
     assert run.figures() == undisturbed.figures()
+
+
+@pytest.mark.distributed
+def test_a_terminated_launcher_leaves_a_checkpoint_and_nobody_at_work(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=1)
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
+    command = [*deepspeed, "launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
+    log = (tmp_path / "log").open("w")
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run.wait_for_step(3, [launcher])
+    launcher.terminate()
+    launcher.wait()
+    for _ in range(600):
+        if not (tmp_path / "resumed" / "lease").exists():
+            break
+        time.sleep(0.1)
+    assert not (tmp_path / "resumed" / "lease").exists(), (tmp_path / "log").read_text()
+    stopped_at = run.steps_done()
+    assert (tmp_path / "resumed" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists()
 
 
 @pytest.mark.distributed
