@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import shards
 from pretrain import loop, topology
 from pretrain.config import RunConfig, compare_for_resume, load_config
+from pretrain.evaluate import suite_files
 from pretrain.generate import continue_text
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
@@ -60,6 +61,8 @@ def start(config: RunConfig, fresh: bool) -> Report:
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
             f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
         )
+    if config.evaluation.suite:
+        suite_files(config.evaluation.suite, config.evaluation.split)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def test_cosine_is_its_formula_everywhere() -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_after_the_warm_up_the_rate_never_rises_nor_leaves_its_floor(schedule: str) -> None:
     rates = curve(schedule=schedule)[10:]
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
     assert min(rates) == rates[-1] == pytest.approx(0.2)
 
 

@@ -1,0 +1,88 @@
+"""Bad input to the command: exit code 2, and a message that names the key or file and what would be right."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.pretrain import main
+from pretrain.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Runs the command with overrides on the quickstart; returns (exit code, what it said)."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog listens instead
+
+    def run(*arguments: str) -> tuple[int, str]:
+        caplog.clear()
+        words = ["launch/pretrain.py", "--config", str(CONFIG), f"run.dir={tmp_path}/runs", *arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        with caplog.at_level(logging.INFO):
+            return main(), caplog.text
+
+    return run
+
+
+@pytest.fixture
+def truncated_shard(tmp_path: Path) -> Path:
+    whole = (ROOT / "shards/sample/train/pile-00.jsonl.zst").read_bytes()
+    path = tmp_path / "cut.jsonl.zst"
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.learning_rat=1e-3"], "optim.learning_rat: unknown key; did you mean optim.learning_rate?"),
+        (["model.dim=wide"], "model.dim"),
+        (["model.n_heads=6"], "model.n_heads=6"),
+        (["parallel.tp_size=3"], "parallel.tp_size=3"),
+        (["parallel.compile=true", "parallel.zero_stage=3"], "use zero_stage 1 or 2, or compile=false"),
+        (["deepspeed.gradient_clipping=5.0"], "deepspeed.gradient_clipping=5.0 contradicts 1.0"),
+        (["model.vocab_size=32000"], "set model.vocab_size=4096"),
+        (["data.tokenizer=nowhere.model"], "nowhere.model"),
+        (["data.sources.0.paths=[nowhere/*.zst]"], "nowhere/*.zst"),
+        (["evaluation.suite=nowhere"], "evaluation.suite=nowhere is no folder"),
+        (["run.dir=README.md"], "set run.dir to a folder that you may write to"),
+    ],
+)
+def test_bad_input_is_named(command, overrides: list[str], message: str) -> None:
+    code, said = command(*overrides)
+    assert code == 2, said
+    assert message in said
+
+
+def test_a_truncated_shard_is_named(command, truncated_shard: Path) -> None:
+    code, said = command(f"data.sources.0.paths=[{truncated_shard}]")
+    assert code == 2
+    assert str(truncated_shard) in said
+    assert "truncated" in said or "ends" in said
+
+
+def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Path) -> None:
+    no_data = "data.sources.0.paths=[nowhere/*]"  # stops the command once the folder is its own
+    assert command(no_data)[0] == 2
+    code, said = command("model.dim=128", "train.steps=9")
+    assert code == 2
+    assert "model.dim: 256 -> 128" in said
+    assert "train.steps" not in said.partition("must not change")[2], "steps may change"
+    assert command("--fresh", "model.dim=128", no_data)[0] == 2
+    assert (tmp_path / "runs" / "quickstart.1" / "config.yaml").exists()
+    assert "dim: 128" in RunFolder(tmp_path / "runs" / "quickstart").config.read_text()
+
+
+def test_print_config_shows_what_follows_for_deepspeed(command, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = command("--print-config", "optim.grad_clip=0.7")
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "grad_clip: 0.7" in out
+    assert "gradient_clipping: 0.7" in out
