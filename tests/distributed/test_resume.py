@@ -21,7 +21,8 @@ from tests.distributed.ranks import ROOT, rank_environment
 STEPS = 40
 CONFIG = """
 run: {{name: resumed, dir: {folder}, seed: 7}}
-model: {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 64, vocab_size: 4096, tie_embeddings: true, dropout: 0.1}}
+model:
+  {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 64, vocab_size: 4096, tie_embeddings: true, dropout: 0.1}}
 data:
   seq_len: 64
   lanes: 8
@@ -65,7 +66,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             for rank in range(self.world_size)
         ]
 
