@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from pretrain.checkpoint.store import CheckpointConfig
-from pretrain.config_errors import explain
 from pretrain.engine import Precision, deepspeed_config
 from pretrain.evaluate import EvaluationConfig
 from pretrain.metrics import MetricsConfig
@@ -26,6 +25,7 @@ from pretrain.topology import ParallelConfig
 from pretrain.tracking import WandbConfig
 from pretrain.yaml_tree import dump, read_tree
 from shards import Config, ConfigError, DataConfig
+from shards.config_errors import explain
 from shards.loader import DEFAULT_MAX_LANES
 
 
@@ -149,7 +149,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        lines = explain(error, RunConfig, origins, str(path))
+        lines = explain(error, RunConfig, origins=origins, file=str(path))
         if {finding["type"] for finding in error.errors()} != {"value_error"}:
             # pydantic compares no sections while one of them is wrong; the user would hear of it at the next try
             lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]

@@ -1,13 +1,12 @@
 """What the user says about the data: sources, row length, packing, workers. The first thing the loader is handed."""
 
-import difflib
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, model_validator
 
+from shards.config_errors import explain
 from shards.errors import ConfigError
 
 Int = Annotated[int, Strict()]  # 8, never "8" or 8.0
@@ -32,34 +31,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(cls, at, dict(item)) for item in error.errors())) from None
-
-
-def _explain(config: type[BaseModel], at: str, item: dict[str, typing.Any]) -> str:
-    """One line for one of pydantic's findings: the key as the user would write it, the value, what would be right."""
-    path = [str(part) for part in item["loc"]]
-    key = ".".join(([at] if at else []) + path)
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(config, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{key}: missing, and it has no default"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{key or 'config'}: {message}" + ("" if item["type"] == "value_error" else f", not {item['input']!r}")
-
-
-def _fields_at(config: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the section under `path`; list positions in the path are passed over."""
-    for part in path:
-        field = config.model_fields.get(part)
-        if field is None:
-            continue
-        for kind in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                config = kind
-    return list(config.model_fields)
+            raise ConfigError("\n".join(explain(error, cls, at))) from None
 
 
 class OverflowTolerance(Config):

@@ -14,7 +14,7 @@ FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / pa
 LAYERS = (
     ("shards",),
     ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
-    ("pretrain.lease", "pretrain.yaml_tree", "pretrain.config_errors"),
+    ("pretrain.lease", "pretrain.yaml_tree"),
     ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
     ("pretrain.engine", "pretrain.checkpoint", "pretrain.evaluate", "pretrain.exchange"),
     (

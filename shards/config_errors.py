@@ -1,7 +1,5 @@
 """Says what is wrong in a config so that the user can put it right. config -> config_errors -> the user."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import typing
@@ -11,15 +9,23 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 
-def explain(error: ValidationError, root: type[BaseModel], origins: Mapping[str, str], file: str) -> list[str]:
+def explain(
+    error: ValidationError,
+    root: type[BaseModel],
+    at: str = "",
+    origins: Mapping[str, str] | None = None,
+    file: str = "",
+) -> list[str]:
     """One line for each finding: where it stands, the key, the value, what would be right.
 
     Args:
         error: what pydantic found in a tree.
         root: the class of the tree.
+        at: the key under which the tree stands; empty for a whole config.
         origins: key path -> where it was written.
-        file: where keys are missing that stand nowhere.
+        file: where keys are missing that stand nowhere; without it, lines begin with the key.
     """
+    above = (at,) if at else ()
     findings: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for item in error.errors():
         findings.setdefault(tuple(_key_path(root, item["loc"])), []).append(item)
@@ -27,24 +33,26 @@ def explain(error: ValidationError, root: type[BaseModel], origins: Mapping[str,
     for path, items in findings.items():
         if any(other[: len(path)] == path and other != path for other in findings):
             continue  # what is wrong below it is the reason
-        keys = [".".join(path[:n]) for n in range(len(path), 0, -1)]
-        where = next((origins[key] for key in keys if key in origins), file)
-        lines += [f"{where}: {line}" for line in _sentence(root, path, items).splitlines()]
+        keys = [".".join((*above, *path[:n])) for n in range(len(path), 0, -1)]
+        where = next((origins[key] for key in keys if key in origins), file) if origins else file
+        lines += [f"{where}: {line}" if where else line for line in _sentence(root, above, path, items).splitlines()]
     return lines
 
 
-def _sentence(root: type[BaseModel], path: tuple[str, ...], items: Sequence[ErrorDetails]) -> str:
+def _sentence(
+    root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...], items: Sequence[ErrorDetails]
+) -> str:
     """What pydantic found about one key; for a union that is one finding for each of its members."""
-    first, key = items[0], ".".join(path)
+    first, key = items[0], ".".join((*above, *path))
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_suggestion(root, path)}"
+        return f"{key}: unknown key; {_suggestion(root, above, path)}"
     if first["type"] == "missing":
         return f"{key}: missing, and it has no default"
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message  # those of the whole tree name their keys
     wanted = dict.fromkeys(_wanted(item) for item in items)
-    return f"{key}: {json.dumps(first['input'])} is wrong; it should be {' or '.join(wanted)}"
+    return f"{key}: {json.dumps(first['input'], default=str)} is wrong; it should be {' or '.join(wanted)}"
 
 
 def _wanted(item: ErrorDetails) -> str:
@@ -68,15 +76,15 @@ def _wanted(item: ErrorDetails) -> str:
     return item["msg"].removeprefix("Input should be ").removeprefix("Input should ")
 
 
-def _suggestion(root: type[BaseModel], path: tuple[str, ...]) -> str:
+def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...]) -> str:
     """The key that was probably meant: one nearby, else the same one of another section, else all that there are."""
-    *above, name = path
-    here = sorted({field for model in _models_at(root, above) for field in model.model_fields})
+    *section, name = path
+    here = sorted({field for model in _models_at(root, section) for field in model.model_fields})
     elsewhere: dict[str, list[str]] = {}
-    for other in _all_paths(root, ()):
+    for other in _all_paths(root, above):
         elsewhere.setdefault(other[-1], []).append(".".join(other))
     if near := difflib.get_close_matches(name, here, n=1, cutoff=0.7):
-        return f"did you mean {'.'.join((*above, near[0]))}?"
+        return f"did you mean {'.'.join((*above, *section, near[0]))}?"
     if near := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
         return f"did you mean {' or '.join(elsewhere[near[0]])}?"
     return f"known here: {', '.join(here)}"

@@ -1,0 +1,37 @@
+"""What is wrong in a data config is named as the user wrote it, without the rest of a run's config."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shards import ConfigError, DataConfig
+
+RIGHT = {"seq_len": 32, "tokenizer": "some.model", "sources": [{"name": "a", "paths": ["a-*"]}]}
+
+
+@pytest.mark.parametrize("at", ["", "data"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seqlen": 1}, "AT.seqlen: unknown key; did you mean AT.seq_len?"),
+        (
+            {"sources": [{"name": "a", "paths": ["x"], "wieght": 1}]},
+            "AT.sources.0.wieght: unknown key; did you mean AT.sources.0.weight?",
+        ),
+        ({"max_epochs": 1}, "AT.max_epochs: unknown key; did you mean AT.sources.max_epochs?"),
+        ({"sources": [{"paths": ["x"]}]}, "AT.sources.0.name: missing, and it has no default"),
+        ({"seq_len": "32"}, 'AT.seq_len: "32" is wrong; it should be a whole number'),
+        ({"seq_len": Path("x")}, 'AT.seq_len: "x" is wrong'),
+        ({"packing": {"overflow_tolerance": 0}}, "AT.packing.overflow_tolerance: 0 is wrong"),
+        ({"sources": [{"name": "a", "paths": ["x"]}] * 2}, "sources: the name 'a' stands twice"),
+    ],
+)
+def test_a_wrong_value_is_named(changes: dict[str, object], message: str, at: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message.replace("AT.", f"{at}." if at else ""))):
+        DataConfig.parse(RIGHT | changes, at)
+
+
+def test_plain_values_of_a_right_config_give_it_back() -> None:
+    data = DataConfig.parse(RIGHT)
+    assert DataConfig.parse(data.model_dump(mode="json")) == data
