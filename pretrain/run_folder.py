@@ -101,6 +101,16 @@ class StepLog:
             if step is not None and step > after:
                 yield msgspec.json.decode(line, type=dict[str, object])
 
+    def last(self, step: int | None = None) -> dict[str, object] | None:
+        """The last record of a step up to `step`, or of all; None if there is none. Records stand in order of steps."""
+        newest = None
+        for line, _ in self._lines():
+            found = _step_of(line)
+            if found is not None and step is not None and found > step:
+                break
+            newest = line if found is not None else newest
+        return None if newest is None else msgspec.json.decode(newest, type=dict[str, object])
+
     def cut_back(self, step: int) -> int:
         """Drops the records past a step, and a torn end, so that a resumed run writes each step once.
 

@@ -8,7 +8,7 @@ from shards.fingerprint import check_fingerprint
 from shards.loader import Loader
 from shards.manifest import prepare
 from shards.packing import Rows, pack_documents
-from shards.provenance import document_at, origins_after
+from shards.provenance import batch_after, document_at
 from shards.reader import Document, read_documents
 from shards.tokenizer import Tokenizer
 
@@ -30,10 +30,10 @@ __all__ = [
     "SourceConfig",
     "Tokenizer",
     "WeightChange",
+    "batch_after",
     "check_fingerprint",
     "document_at",
     "merge_states",
-    "origins_after",
     "pack_documents",
     "prepare",
     "read_documents",

@@ -1,36 +1,48 @@
-"""Which documents a step was trained on, made again from a saved state; and their text. loader, index -> provenance."""
+"""What a step was trained on, made again from a saved state; a document by its line. loader, index -> provenance."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from shards.batch import Origin
+from shards.batch import Batch
 from shards.config import DataConfig, SourceConfig
 from shards.decoders import Decoders
 from shards.errors import CheckpointError, ShardError
+from shards.fingerprint import check_fingerprint
 from shards.index import obtain
 from shards.loader import Loader
 from shards.manifest import index_path
 from shards.reader import Document, RecordParser
 
 
-def origins_after(
-    config: DataConfig, global_batch_size: int, seed: int, state: Mapping[str, object] | None, batches: int
-) -> list[Origin]:
-    """Where every piece of a global batch comes from.
+def batch_after(
+    config: DataConfig,
+    global_batch_size: int,
+    seed: int,
+    state: Mapping[str, object] | None,
+    batches: int,
+    fingerprint: Mapping[str, object] | None = None,
+) -> Batch:
+    """A whole global batch, as the ranks of a run had it between them; `origins()` says where its pieces come from.
 
     Args:
         config, global_batch_size, seed: of the run.
         state: all lanes' cursors, saved at or before that batch; None = the run's start.
         batches: global batches between the state and the one asked for.
-    Raises: CheckpointError if the state is of another run, or the run ends before that batch.
+        fingerprint: of the run's loader, where it is known: what differs now is named.
+    Raises: ConfigError or ShardError if the data is not what it was; CheckpointError if the state is of another run, or
+    the run ends before that batch.
     """
+    # Looking back must not add to the run's own file of bad records, nor fail on their number.
+    config = config.model_copy(update={"bad_records_file": None, "max_bad_records": None})
     with Loader(config, global_batch_size, seed) as loader:
+        if fingerprint is not None:
+            check_fingerprint(fingerprint, loader.fingerprint)
         if state is not None:
             loader.load_state_dict(state)
         for number, batch in enumerate(loader):
             if number == batches:
-                return list(batch.origins())
+                return batch
     raise CheckpointError(f"the run's data ends less than {batches + 1} batches after the state")
 
 

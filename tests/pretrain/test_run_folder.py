@@ -36,6 +36,14 @@ def test_a_log_gives_back_what_was_appended(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_last_record_up_to_a_step(tmp_path: Path, name: str) -> None:
+    log = filled(tmp_path / name, [0, 50, 100])
+    newest = [record and record["step"] for record in map(log.last, (-1, 0, 49, 50, 99, 1000, None))]
+    assert newest == [None, 0, 0, 50, 50, 100, 100]
+    assert StepLog(tmp_path / "nowhere.jsonl").last() is None
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cut_at_any_byte_a_log_keeps_its_whole_records_and_goes_on(tmp_path: Path, name: str) -> None:
     log = filled(tmp_path / name, [1, 2, 3])
     content = log.path.read_bytes()

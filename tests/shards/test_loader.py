@@ -25,10 +25,10 @@ from shards import (
     OverflowTolerance,
     ShardError,
     Tokenizer,
+    batch_after,
     check_fingerprint,
     document_at,
     merge_states,
-    origins_after,
     read_documents,
 )
 from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard
@@ -169,8 +169,9 @@ def test_provenance_makes_a_step_again_from_an_older_state(corpus: Path) -> None
     data = config(sources(corpus), lanes=4)
     with Loader(data, 8, seed=3) as loader:
         batches = [next(loader) for _ in range(7)]
-    assert origins_after(data, 8, 3, batches[2].state, 3) == list(batches[6].origins())
-    assert origins_after(data, 8, 3, None, 1) == list(batches[1].origins())
+    for again, batch in ((batch_after(data, 8, 3, batches[2].state, 3), 6), (batch_after(data, 8, 3, None, 1), 1)):
+        assert list(again.origins()) == list(batches[batch].origins())
+        assert again.row_hash == batches[batch].row_hash
 
 
 def test_shares_follow_weights_and_their_changes(corpus: Path) -> None:

@@ -1,0 +1,66 @@
+"""Which documents a step was trained on: its batch, made again from the nearest cursors before it, and proved the same.
+
+run folder, shards -> provenance -> launch/provenance.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pretrain.checkpoint.save import read_data
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+from pretrain.feed import chain_hash
+from pretrain.run_folder import RunFolder
+from shards import Batch, CheckpointError, ConfigError, DataConfig, Tokenizer, batch_after
+
+
+def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_size: int, seed: int) -> Batch:
+    """The global batch that a run was trained on in its `step`-th optimizer step, all rows of all ranks.
+
+    Args:
+        step: counted from 1, as in metrics.jsonl.
+        data, global_batch_size, seed: of the run.
+    Raises:
+        ConfigError: if the run has not come to that step, or its data is not what it was.
+        ShardError: if a shard is not what it was.
+        CheckpointError: if the batch made again has not the hash that the run wrote down.
+    """
+    trained = folder.metrics.last(step)
+    if step < 1 or trained is None or trained["step"] != step:
+        newest = folder.metrics.last()
+        reached = f"has trained steps 1 to {newest['step']} so far" if newest else "has not trained a step yet"
+        raise ConfigError(f"step {step}: the run in {folder.root} {reached}")
+    cursors = folder.cursors.last(step - 1)
+    state = {key: value for key, value in (cursors or {}).items() if key != "step"}
+    since = int(str(cursors["step"])) if cursors else 0
+    fingerprint = _fingerprint(folder)
+    batch = batch_after(data, global_batch_size, seed, state or None, step - 1 - since, fingerprint)
+    _check(folder, step, batch, str(trained["batch_hash"]))
+    return batch
+
+
+def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
+    """The text of each piece of a global batch, in the order of `batch.origins()`: that of its tokens in the row."""
+    tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+    for tokens, segment_ids in zip(batch.tokens, batch.segment_ids, strict=True):
+        for piece in range(1, int(segment_ids.max()) + 1):
+            yield tokenizer.decode(tokens[segment_ids == piece])
+
+
+def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
+    """What the run's data was, as its newest checkpoint says; None if there is no checkpoint."""
+    checkpoints = CheckpointStore(folder.checkpoints, CheckpointConfig()).list()
+    return read_data(checkpoints[-1]).fingerprint if checkpoints else None
+
+
+def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:
+    """Compares a batch with the chain of hashes in metrics.jsonl. Raises: CheckpointError."""
+    before = folder.metrics.last(step - 1) if step > 1 else {"step": 0, "batch_hash": ""}
+    if before is None or before["step"] != step - 1:
+        raise CheckpointError(f"{folder.metrics.path}: step {step - 1} is missing, so step {step} cannot be checked")
+    again = chain_hash(str(before["batch_hash"]), batch.row_hash)
+    if again != batch_hash:
+        raise CheckpointError(
+            f"step {step}: made again, its batch hash is {again}, but the run was trained on {batch_hash}; the shards, "
+            "the tokenizer or the program are not what they were"
+        )
