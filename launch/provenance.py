@@ -28,6 +28,8 @@ from pathlib import Path
 if __name__ == "__main__":
     # Python puts launch/ first, where `pretrain` is the script of that name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Nothing runs on one here, and where DeepSpeed has to look for it, it reports what it found on stdout
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step, texts
