@@ -74,7 +74,7 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     with started(config.parallel) as here:
         device = torch.cuda.get_device_name() if here.device.type == "cuda" else "CPU"
-        for size in arguments.micro_batch_sizes or [config.train.micro_batch_size]:
+        for size in arguments.micro_batch_sizes or [config.micro_batch_size(here.dp_size)]:
             if here.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             result = measure(config, here, size, arguments.steps, arguments.warmup)

@@ -52,7 +52,8 @@ def print_report(config: RunConfig, report: Report) -> None:
     console.print(report.sample, markup=False, highlight=False)
     root = report.folder.root
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
-    console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
+    if config.wandb.mode == "offline":
+        console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
     console.print(
         f"Next        the same command with train.steps={2 * config.train.steps} trains on from here; copy the config,"
         " set data.sources to your shards, and start it the same way",

@@ -42,9 +42,8 @@ class TrainConfig(Config):
 
     steps: int = Field(ge=1)  # optimizer steps
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
-    micro_batch_size: int = Field(
-        ge=1
-    )  # rows of one forward pass on one dp rank; memory grows with it, results do not change
+    # Rows of one forward pass on one dp rank: memory grows with it, results do not change. None: all that a rank has
+    micro_batch_size: int | None = Field(None, ge=1)
 
 
 class RunConfig(Config):
@@ -78,7 +77,11 @@ class RunConfig(Config):
 
     def micro_steps(self, dp_size: int) -> int:
         """Forward passes of one dp rank in one optimizer step."""
-        return self.train.global_batch_size // (dp_size * self.train.micro_batch_size)
+        return self.train.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
+
+    def micro_batch_size(self, dp_size: int) -> int:
+        """Rows of one forward pass of one dp rank."""
+        return self.train.micro_batch_size or self.train.global_batch_size // dp_size
 
     def check(self, dp_size: int) -> None:
         """Checks what depends on the number of data-parallel ranks.
@@ -86,7 +89,7 @@ class RunConfig(Config):
         Raises:
             ConfigError: naming each value that does not fit, and those that would.
         """
-        lanes, rows, micro = self.lanes, self.train.global_batch_size, self.train.micro_batch_size
+        lanes, rows, micro = self.lanes, self.train.global_batch_size, self.train.micro_batch_size or 1
         problems = []
         if lanes % dp_size:
             problems.append(
@@ -122,12 +125,11 @@ class RunConfig(Config):
 
     def deepspeed_config(self, dp_size: int) -> dict[str, JsonValue]:
         """The configuration that DeepSpeed is given."""
-        train = self.train
         return deepspeed_config(
             self.parallel,
             self.optim,
             self.precision,
-            train.micro_batch_size,
+            self.micro_batch_size(dp_size),
             self.micro_steps(dp_size),
             dp_size,
             self.deepspeed,
@@ -260,7 +262,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             ("model.ffn_dim", model.hidden_dim),
         ):
             yield from _not_divisible(key, value, "parallel.tp_size", parallel.tp_size)
-    if train:
+    if train and train.micro_batch_size:
         rows = ("train.global_batch_size", train.global_batch_size)
         yield from _not_divisible(*rows, "train.micro_batch_size", train.micro_batch_size)
     if checkpoint and checkpoint.keep_every:

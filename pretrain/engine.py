@@ -30,6 +30,10 @@ Precision = Literal["bf16", "fp32"]
 DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own JSON schema
 
 
+# What other sections of our config decide, beside the keys that are derived below
+_OWNED_KEYS = ("optimizer", "scheduler", "fp16", "amp", "prescale_gradients", "gradient_predivide_factor")
+
+
 @dataclass(frozen=True)
 class StepStats:
     """What one optimizer step found, the same on every rank.
@@ -64,6 +68,11 @@ def deepspeed_config(
             "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
             " without end; use zero_stage 1 or 2, or compile=false"
         )
+    owned = [key for key in _OWNED_KEYS if key in extra]
+    if owned:
+        raise ConfigError(
+            f"deepspeed.{owned[0]} is not to be set: it follows from the sections optim, precision and parallel"
+        )
     if parallel.offload == "parameters" and parallel.zero_stage != 3:
         raise ConfigError(
             f"parallel.offload=parameters needs parallel.zero_stage=3, not {parallel.zero_stage};"
@@ -72,10 +81,9 @@ def deepspeed_config(
     # Stage 0 has no fp32 accumulation, a wrong norm at tp > 1, and checkpoints that cannot change topology
     stage = max(1, parallel.zero_stage)
     zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
-    if parallel.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if parallel.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    for key, offloaded in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
+        on_cpu = parallel.offload in offloaded
+        zero[key] = {"device": "cpu" if on_cpu else "none", "pin_memory": on_cpu and torch.cuda.is_available()}
     derived: DeepSpeedConfig = {
         "train_batch_size": micro_batch_size * micro_steps * dp_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -134,11 +142,13 @@ class Engine:
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
         self.model_config = model_config
         # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
-        model = Transformer(model_config, _backend(parallel, topology), parallel.activation_checkpointing)
+        model = Transformer(
+            model_config, _backend(parallel, topology, model_config.head_dim), parallel.activation_checkpointing
+        )
         model.to(topology.device).initialize(seed)
         if parallel.compile:
             for block in model.blocks:
-                block.compile()
+                block.compile(dynamic=False)  # a graph for each shape: evaluation has one of its own
         self.model = model
         self.parameter_names = [name for name, _ in model.named_parameters()]
         self._universal_info = _universal_checkpoint_info(model)
@@ -240,6 +250,7 @@ class Engine:
             group["weight_decay"] = weight_decay
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
+        self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
 
 
 def valid_targets(segment_ids: Tensor) -> Tensor:
@@ -247,10 +258,16 @@ def valid_targets(segment_ids: Tensor) -> Tensor:
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
 
 
-def _backend(parallel: ParallelConfig, topology: Topology) -> AttentionBackend:
+def _backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
+    fits = topology.device.type == "cuda" and head_dim >= 16
+    if parallel.attention == "flex" and not fits:
+        raise ConfigError(
+            f"parallel.attention=flex needs CUDA and heads of at least 16, not {topology.device.type} and {head_dim};"
+            " use auto"
+        )
     if parallel.attention != "auto":
         return parallel.attention
-    return "flex" if topology.device.type == "cuda" else "sdpa"
+    return "flex" if fits else "sdpa"
 
 
 def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:

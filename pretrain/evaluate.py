@@ -29,7 +29,7 @@ class EvaluationConfig(Config):
     every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
     suite: Path | None = None  # a folder with one folder per domain; None: no evaluation
     split: str = "val"  # the files of a domain to read: <domain>/<split>.jsonl.zst or another format of a shard
-    batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: train.micro_batch_size
+    batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # what a finished run shows a continuation of
 
     def due(self, step: int) -> bool:
@@ -184,7 +184,7 @@ def eval_records(step: int, suite: str, scores: dict[str, Score]) -> list[dict[s
     total = Score(
         *(sum(getattr(s, key) for s in scores.values()) for key in ("nll", "tokens", "correct", "text_bytes"))
     )
-    perplexity = math.exp(macro["nll_per_token"])
+    perplexity = _perplexity(macro["nll_per_token"])
     counts = {"tokens": total.tokens, "bytes": total.text_bytes}
     head = {"step": step, "suite": suite, "domain": "macro"}
     return [*records, {**head, **macro, "perplexity": perplexity, **counts}, _record(step, suite, "micro", total)]
@@ -196,12 +196,16 @@ def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, objec
         "suite": suite,
         "domain": domain,
         "nll_per_token": score.nll_per_token,
-        "perplexity": math.exp(score.nll_per_token),
+        "perplexity": _perplexity(score.nll_per_token),
         "bits_per_byte": score.bits_per_byte,
         "accuracy": score.accuracy,
         "tokens": score.tokens,
         "bytes": score.text_bytes,
     }
+
+
+def _perplexity(nll_per_token: float) -> float:
+    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf  # a model that diverged is no reason to crash
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,7 +7,6 @@ collective, and so does everything else that they tell each other once a step, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from pretrain.topology import Topology
-from shards import Batch, Loader, merge_states
+from shards import Batch, DataConfig, HeadraceError, Loader, ShardError, merge_states
 
 _EPOCH_UNIT = 10**9  # epochs travel as integers, like all the rest
 
@@ -29,7 +28,7 @@ class StepBatch:
         n_targets: tokens that are predicted in this step.
         n_tokens, n_padding: tokens that are not padding, and those that are.
         row_hash: sum mod 2^64 of the rows' hashes.
-        tokens_per_source: the tokens that are not padding.
+        tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
         epoch_per_source: how often each source was read through since the run's start.
         stop_requested: whether any rank was asked to stop.
     """
@@ -50,16 +49,16 @@ class Feed:
 
     Args:
         loader: of this dp rank; None on the other ranks of its tensor-parallel group.
-        sources: their names, in the config's order.
-        rows, seq_len: of this rank's share of a global batch.
+        data: the config's part; names the sources.
+        rows: of this rank's share of a global batch.
     """
 
-    def __init__(
-        self, loader: Loader | None, sources: Sequence[str], rows: int, seq_len: int, topology: Topology
-    ) -> None:
+    def __init__(self, loader: Loader | None, data: DataConfig, rows: int, topology: Topology) -> None:
         self._loader = loader
-        self._sources = list(sources)
-        self._shape = (2, rows, seq_len + 1)
+        self._cursors = loader.state_dict() if loader else None  # after the last batch that was given out
+        self._sources = [source.name for source in data.sources]
+        self._has_sub_sources = any(source.source_from for source in data.sources)
+        self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
 
     def next(self, stop_requested: bool) -> StepBatch | None:
@@ -67,16 +66,27 @@ class Feed:
 
         Args:
             stop_requested: whether this process was asked to stop.
+        Raises:
+            ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
-        batch = next(self._loader, None) if self._loader else None
+        batch, failure = None, None
+        if self._loader:
+            try:
+                batch = next(self._loader, None)
+            except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
+                failure = error
         exhausted = self._loader is not None and batch is None
-        totals = iter(self._topology.sum_int64([int(stop_requested), int(exhausted), *self._own_totals(batch)]))
-        stop, exhausted_ranks = next(totals), next(totals)
+        flags = [int(stop_requested), int(failure is not None), int(exhausted)]
+        totals = iter(self._topology.sum_int64([*flags, *self._own_totals(batch)]))
+        stop, failures, exhausted_ranks = next(totals), next(totals), next(totals)
+        if failures:
+            raise failure or ShardError("another rank could not read its data; see its message")
         if exhausted_ranks:
             return None
+        self._cursors = self._loader.state_dict() if self._loader else None
         n_targets, n_padding, row_hash = next(totals), next(totals), next(totals)
         tokens_per_source = {source: next(totals) for source in self._sources}
-        dp_size = self._topology.dp_size
+        epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
         tokens, segment_ids = self._shared(batch)
         return StepBatch(
             tokens=tokens,
@@ -85,17 +95,30 @@ class Feed:
             n_tokens=sum(tokens_per_source.values()),
             n_padding=n_padding,
             row_hash=row_hash,
-            tokens_per_source=tokens_per_source,
-            epoch_per_source={source: next(totals) / _EPOCH_UNIT / dp_size for source in self._sources},
+            tokens_per_source=tokens_per_source | self._sub_sources(batch),
+            epoch_per_source=epochs,
             stop_requested=stop > 0,
         )
 
     def _own_totals(self, batch: Batch | None) -> list[int]:
         if batch is None:  # the dp rank's totals are told by the rank that has its loader
             return [0] * (3 + 2 * len(self._sources))
-        counts = [batch.source_tokens.get(source, 0) for source in self._sources]
+        counts = dict.fromkeys(self._sources, 0)
+        for name, tokens in batch.source_tokens.items():
+            counts[name.partition("/")[0]] += tokens  # a sub-source counts to its source
         epochs = [round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT) for source in self._sources]
-        return [batch.n_targets, batch.padding_tokens, batch.row_hash, *counts, *epochs]
+        return [batch.n_targets, batch.padding_tokens, batch.row_hash, *counts.values(), *epochs]
+
+    def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
+        """Tokens of each sub-source over all ranks; their names are known only once they are met."""
+        if not self._has_sub_sources:
+            return {}
+        own = {name: n for name, n in batch.source_tokens.items() if "/" in name} if batch else {}
+        sums: dict[str, int] = {}
+        for counts in self._topology.gather_objects(own):
+            for name, tokens in counts.items():
+                sums[name] = sums.get(name, 0) + tokens
+        return dict(sorted(sums.items()))
 
     def _shared(self, batch: Batch | None) -> Tensor:
         """(tokens, segment_ids) of this dp rank, on each of its tp ranks: [2, rows, seq_len + 1] int64."""
@@ -107,10 +130,9 @@ class Feed:
         return self._topology.broadcast_in_tp(rows).long()
 
     def cursors(self) -> dict[str, object] | None:
-        """Where all lanes stand after the last batch, on rank 0; every rank calls it."""
-        own = self._loader.state_dict() if self._loader else None
-        states = [state for state in self._topology.gather_objects(own) if state is not None]
-        return merge_states(states) if self._topology.is_main else None  # type: ignore[arg-type]
+        """Where all lanes stand after the last batch that was given out, on rank 0; every rank calls it."""
+        states = [state for state in self._topology.gather_objects(self._cursors) if state is not None]
+        return merge_states(states) if self._topology.is_main else None
 
 
 def chain_hash(before: str, row_hash: int) -> str:

@@ -34,7 +34,8 @@ def continue_text(
     device = engine.topology.device
     # The draws are made on the CPU: the same on every rank and device
     generator = torch.Generator().manual_seed(seed)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][:length]
+    start_of_document = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    ids = [*start_of_document, *tokenizer.encode(prompt)][:length]
     start = len(ids)
     tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     segment_ids = torch.zeros_like(tokens)
@@ -42,7 +43,8 @@ def continue_text(
         tokens[0, : len(ids)] = torch.tensor(ids, device=device)
         segment_ids[0, : len(ids)] = 1
         logits = gather_vocab(engine.logits(tokens, segment_ids)[:, len(ids) - 1])[0].float().cpu()
-        ids.append(_sample(logits, temperature, top_k, generator))
+        # Ranks that drew different tokens, for a last bit of difference in a logit, would wait for each other for ever
+        ids.append(engine.topology.broadcast_object(_sample(logits, temperature, top_k, generator)))
         if ids[-1] == tokenizer.eos_id:
             break
     return tokenizer.decode(ids[start:])

@@ -7,7 +7,7 @@ the answer, so that every rank stops after the same step. What may arrive meanwh
 So another kind of signal is no impatience. The same one again, after a second, is.
 
 The `deepspeed` command itself dies of a SIGTERM without a word to those it started, which would train on unattended. So
-a process whose launcher has lost its parent sends the signal to itself.
+a process whose launcher has lost its parent takes that for the request.
 """
 
 from __future__ import annotations
@@ -71,13 +71,17 @@ class Interrupt:
             if launcher is None or _LAUNCHER not in launcher.cmdline():
                 return
             parent = launcher.ppid()
-            while not self._left.wait(_WATCH_SECONDS):
-                if launcher.ppid() != parent:
-                    break
-        except psutil.Error:  # the launcher itself is gone
-            pass
-        if not self._left.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+        except psutil.Error:
+            return
+        while not self._left.wait(_WATCH_SECONDS):
+            try:
+                orphaned = launcher.ppid() != parent
+            except psutil.NoSuchProcess:
+                orphaned = True
+            if orphaned:
+                # No signal: on Ctrl-C the launcher has sent one already, and a second would mean impatience
+                self._request(signal.SIGTERM, "the launcher is gone")
+                return
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -86,9 +90,12 @@ class Interrupt:
         if now - first_at > _REPEAT_SECONDS:
             _say(f"{name} again: exiting at once; the run goes on from its last checkpoint\n")
             os._exit(128 + number if number == signal.SIGINT else STOPPED)
+        self._request(number, name)
+
+    def _request(self, number: int, reason: str) -> None:
         if not self.requested:
             self.requested = number
-            _say(f"{name}: saving after this step, then exiting; the same signal again exits at once\n")
+            _say(f"{reason}: saving after this step, then exiting; the same signal again exits at once\n")
 
 
 def _say(message: str) -> None:

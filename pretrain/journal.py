@@ -73,5 +73,6 @@ class Journal:
         self._folder.sync()
 
     def last_evaluated(self) -> int:
-        """The last step that stands in evals.jsonl; -1 if none."""
-        return max((int(str(record["step"])) for record in self._folder.evals.read()), default=-1)
+        """The last step whose evaluation stands whole in evals.jsonl, to its last line; -1 if none."""
+        steps = [int(str(record["step"])) for record in self._folder.evals.read() if record["domain"] == "micro"]
+        return max(steps, default=-1)

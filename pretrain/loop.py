@@ -46,20 +46,23 @@ def train(
     with ExitStack() as stack:
         trainer = Trainer(config, folder, lease, run_id, tokenizer, topology, stack)
         state = trainer.state
-        if state.step == 0:
-            trainer.evaluate(state)
         finished = state.step >= config.train.steps
+        evaluation_due = state.step == 0 or finished or config.evaluation.due(state.step)
+        if evaluation_due:
+            trainer.evaluate(state)  # of a resumed step only what a kill prevented
         while not finished and not interrupt.pending():
             batch = trainer.next_batch(bool(interrupt.requested))
             if batch is None:
                 _logger.info("the data ends before step %d, and with it the run", state.step + 1)
-                finished = True
+                finished = evaluation_due = True
             else:
                 interrupt.agree(batch.stop_requested)
-                state = trainer.train_on(batch, state)
-                finished = state.step >= config.train.steps
-            if finished or config.evaluation.due(state.step):
-                trainer.evaluate(state)
+                finished = state.step + 1 >= config.train.steps
+                evaluation_due = finished or (config.evaluation.due(state.step + 1) and not interrupt.pending())
+                state = trainer.train_on(batch, state, evals_follow=evaluation_due)
+            # First what cannot be computed again
             if finished or config.checkpoint.due(state.step) or interrupt.pending():
                 trainer.save(state)
+            if evaluation_due:
+                trainer.evaluate(state)
         return Outcome(finished, state.step, trainer.engine)

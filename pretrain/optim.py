@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from pydantic import Field
 
 from shards import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -20,7 +22,7 @@ class OptimConfig(Config):
     warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
     floor: float = Field(0.1, ge=0, le=1)  # the lowest learning rate after the warm-up, as a share of the peak
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
     grad_clip: float = Field(1.0, ge=0)  # the largest global gradient norm; 0 does not clip

@@ -49,8 +49,9 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
 
 def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
     """What the run's data was, as its newest checkpoint says; None if there is no checkpoint."""
-    checkpoints = CheckpointStore(folder.checkpoints, CheckpointConfig()).list()
-    return read_data(checkpoints[-1]).fingerprint if checkpoints else None
+    store = CheckpointStore(folder.checkpoints, CheckpointConfig())
+    steps = store.steps()
+    return read_data(store.open(steps[-1])).fingerprint if steps else None
 
 
 def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:

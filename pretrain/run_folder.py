@@ -217,6 +217,10 @@ class RunFolder:
             atomic_write(path, secrets.token_hex(4))
         return path.read_text()
 
+    def has_begun(self) -> bool:
+        """Whether there is anything of a run here that another config could corrupt."""
+        return any(True for _ in self.metrics.read()) or any(self.checkpoints.glob("step_*"))
+
     def create(self) -> None:
         """Makes the folder and those in it, where they are missing, and tries whether it can be written to.
 

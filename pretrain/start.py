@@ -1,7 +1,7 @@
 """From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
 
 In this order, so that what is wrong shows in the first second: the config against the number of ranks, the tokenizer,
-the run folder and its lease, the indexes of the shards (rank 0, before process groups exist and can time out).
+the run folder and its lease, the indexes of the shards (rank 0, while the others wait for it at the rendezvous).
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def start(config: RunConfig, fresh: bool) -> Report:
         suite_files(config.evaluation.suite, config.evaluation.split)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
         lease = None
         if int(os.environ.get("RANK", "0")) == 0:
             lease = stack.enter_context(opened(config, folder, fresh))
             shards.prepare(config.data)
         here = stack.enter_context(topology.started(config.parallel))
+        # Until here there is nothing to save, and a signal ends the process as it does any other
+        interrupt = stack.enter_context(Interrupt())
         if here.is_main:
             announce(config, here)
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
@@ -93,14 +94,15 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
-    # A requeued job repeats its command: --fresh meant its first start
-    if fresh and folder.config.exists() and not os.environ.get("SLURM_RESTART_COUNT"):
+    # A requeued job repeats its command, and so does torchrun: --fresh meant the first start
+    restarted = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if fresh and folder.config.exists() and not restarted:
         with Lease(folder.lease, job_id):
             aside = folder.move_aside()
         _logger.info("the run that stood in %s is now in %s", folder.root, aside)
         folder.create()
     with Lease(folder.lease, job_id) as lease:
-        if folder.config.exists():
+        if folder.has_begun():
             _check_same_run(load_config(folder.config), config, folder)
         atomic_write(folder.config, config.to_yaml())
         yield lease
@@ -121,8 +123,9 @@ def _check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
 def announce(config: RunConfig, here: topology.Topology) -> None:
     """Says what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
+    micro_batch_size = config.micro_batch_size(here.dp_size)
     bytes_per_weight = 2 if config.precision == "bf16" else 4
-    memory = memory_per_rank(model, config.parallel, here.dp_size, train.micro_batch_size, seq_len, bytes_per_weight)
+    memory = memory_per_rank(model, config.parallel, here.dp_size, micro_batch_size, seq_len, bytes_per_weight)
     tokens_per_step = train.global_batch_size * seq_len
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")
@@ -134,7 +137,7 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
         here.world_size, here.tp_size, here.dp_size, here.device.type, config.precision,
-        max(1, config.parallel.zero_stage), config.micro_steps(here.dp_size), train.micro_batch_size,
+        max(1, config.parallel.zero_stage), config.micro_steps(here.dp_size), micro_batch_size,
     )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",

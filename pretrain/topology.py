@@ -12,14 +12,17 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from pydantic import Field
+from torch.distributed import distributed_c10d
 
 from shards import Config, ConfigError
+
+T = TypeVar("T")
 
 
 class ParallelConfig(Config):
@@ -31,6 +34,7 @@ class ParallelConfig(Config):
     activation_checkpointing: bool = False  # keep only each block's input; costs one more forward pass of compute
     compile: bool = False  # torch.compile each block; not with zero_stage 3
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
+    deterministic: bool = False  # on CUDA, only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
 
@@ -86,13 +90,13 @@ class Topology:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
-    def gather_objects(self, value: object) -> list[object]:
+    def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, on every rank, by rank. For small things only: it pickles."""
-        values: list[object] = [None] * self.world_size
+        values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
@@ -185,27 +189,33 @@ def started(parallel: ParallelConfig) -> Iterator[Topology]:
     world_size = int(environment["WORLD_SIZE"])
     dp_size = dp_size_of(world_size, parallel)
     device = _device(int(environment["LOCAL_RANK"]))
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # from which DeepSpeed takes the number of its device
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    if parallel.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for to be deterministic
+        torch.use_deterministic_algorithms(True)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=parallel.timeout_minutes),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
-            fairscale_groups.initialize_model_parallel(parallel.tp_size)
-        rank = dist.get_rank()
-        yield Topology(
-            rank=rank,
-            world_size=world_size,
-            tp_rank=rank % parallel.tp_size,
-            tp_size=parallel.tp_size,
-            dp_rank=rank // parallel.tp_size,
-            dp_size=dp_size,
-            device=device,
-        )
-    finally:
-        fairscale_groups.destroy_model_parallel()
-        dist.destroy_process_group()
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
+        fairscale_groups.initialize_model_parallel(parallel.tp_size)
+    for group in (fairscale_groups.get_model_parallel_group(), fairscale_groups.get_data_parallel_group()):
+        distributed_c10d._set_pg_timeout(timeout, group)  # fairscale has no argument for it
+    rank = dist.get_rank()
+    yield Topology(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=rank % parallel.tp_size,
+        tp_size=parallel.tp_size,
+        dp_rank=rank // parallel.tp_size,
+        dp_size=dp_size,
+        device=device,
+    )
+    # Not after an error: on NCCL leaving a group waits for ranks that may be gone
+    fairscale_groups.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _device(local_rank: int) -> torch.device:

@@ -56,11 +56,11 @@ class Trainer:
         self._config = config
         self._topology = topology
         self._lease = lease
-        self.engine = _engine(config, topology)
         self._loader: Loader | None = None
         if topology.tp_rank == 0:
             sizes = (config.train.global_batch_size, config.run.seed, topology.dp_rank, topology.dp_size)
             self._loader = stack.enter_context(Loader(config.data, *sizes))
+        self.engine = _engine(config, topology)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.state = self._resume(folder, run_id)
         tracker = None
@@ -70,8 +70,7 @@ class Trainer:
             tracker = Tracker(config.wandb, folder, config.run.name, run_id, described)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
         rows = config.train.global_batch_size // topology.dp_size
-        sources = [source.name for source in config.data.sources]
-        self._feed = Feed(self._loader, sources, rows, config.data.seq_len, topology)
+        self._feed = Feed(self._loader, config.data, rows, topology)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len)
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated())
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
@@ -107,8 +106,12 @@ class Trainer:
         with self._meter.part("data_wait"):
             return self._feed.next(stop_requested)
 
-    def train_on(self, batch: StepBatch, state: RunState) -> RunState:
-        """One optimizer step, written down; returns where the run stands after it."""
+    def train_on(self, batch: StepBatch, state: RunState, evals_follow: bool) -> RunState:
+        """One optimizer step, written down; returns where the run stands after it.
+
+        Args:
+            evals_follow: the same step is evaluated next, and wandb shows both in one row.
+        """
         config = self._config
         learning_rate = learning_rate_at(state.step, config.optim, config.train.steps)
         stats = self.engine.train_step(
@@ -116,10 +119,8 @@ class Trainer:
         )
         state = after(state, batch)
         self._check_lease()
-        evals_follow = self._eval_set is not None and (
-            config.evaluation.due(state.step) or state.step >= config.train.steps
-        )
-        self._journal.log_step(self._record(state, batch, stats, learning_rate), evals_follow)
+        record = self._record(state, batch, stats, learning_rate)
+        self._journal.log_step(record, evals_follow and self._eval_set is not None)
         if state.step % CURSORS_EVERY == 0:
             self._journal.log_cursors(state.step, self._feed.cursors())
         return state
@@ -134,6 +135,7 @@ class Trainer:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
+            z_loss=stats.z_loss if config.optim.z_loss else None,
             grad_norm=stats.grad_norm,
             learning_rate=learning_rate,
             tokens=state.tokens,
@@ -158,7 +160,7 @@ class Trainer:
         """Scores the suite and writes the figures down, unless those of this step stand there already."""
         if self._eval_set is None or self._evaluated == state.step:
             return
-        batch_size = self._config.evaluation.batch_size or self._config.train.micro_batch_size
+        batch_size = self._config.evaluation.batch_size or self.engine.micro_batch_size
         scores = evaluate(self.engine, self._eval_set, self._topology, batch_size)
         self._journal.log_evals(eval_records(state.step, self._eval_set.suite, scores))
         self._evaluated = state.step

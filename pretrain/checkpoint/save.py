@@ -17,7 +17,7 @@ from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, ha
 from pretrain.engine import Engine
 from pretrain.run_folder import atomic_write, fsync_folder
 from pretrain.topology import Topology
-from shards import CheckpointError
+from shards import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataStat
     Raises:
         OSError: if the disk is full or broken; what was saved before stays as it was.
     """
-    if topology.broadcast_object(store.find(state.step) is not None if topology.is_main else None):
+    if topology.broadcast_object(topology.is_main and store.is_complete(state.step)):
         return  # a run that stopped right after it was resumed has this one already
     folder = store.folder_of(state.step)
     if topology.is_main:
@@ -74,11 +74,13 @@ def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataStat
     topology.barrier()
     engine.save(folder)
     topology.barrier()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    mine = [_made_durable(path, folder) for path in files[topology.rank :: topology.world_size]]
-    entries = [entry for part in topology.gather_objects(mine) for entry in part]  # type: ignore[attr-defined]
+    # One rank's listing for all: a network file system may show two ranks different ones
+    names = topology.broadcast_object(_file_names(folder) if topology.is_main else None)
+    assert isinstance(names, list)
+    mine = [_made_durable(folder, name) for name in names[topology.rank :: topology.world_size]]
+    entries = [entry for part in topology.gather_objects(mine) for entry in part]
     if topology.is_main:
-        for path in {path.parent for path in files}:
+        for path in {(folder / name).parent for name in names}:
             fsync_folder(path)
         store.complete(state.step, entries)
         store.prune()
@@ -89,10 +91,15 @@ def _write_json(path: Path, content: msgspec.Struct) -> None:
     atomic_write(path, msgspec.json.encode(content) + b"\n")
 
 
-def _made_durable(path: Path, folder: Path) -> FileEntry:
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _made_durable(folder: Path, name: str) -> FileEntry:
+    path = folder / name
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
+    return FileEntry(name, path.stat().st_size, hash_file(path))
 
 
 def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | None:
@@ -101,26 +108,39 @@ def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | Non
     Raises:
         CheckpointError: if there are checkpoints and none of them is whole.
     """
-    checkpoints = store.list() if topology.is_main else []
-    steps = topology.broadcast_object([checkpoint.step for checkpoint in checkpoints])
+    steps = topology.broadcast_object(store.steps() if topology.is_main else None)
     assert isinstance(steps, list)
+    damaged: dict[int, list[str]] = {}
     for step in reversed(steps):
-        checkpoint = store.find(step)
-        if checkpoint is None:
-            raise CheckpointError(f"{store.folder_of(step)} is not visible on every node; put run.dir on a shared disk")
-        broken = checkpoint.broken_files(topology.rank, topology.world_size)
-        damage = [found for part in topology.gather_objects(broken) for found in part]  # type: ignore[attr-defined]
-        if not damage:
-            return checkpoint
-        if topology.is_main:
-            aside = store.set_aside(step)
-            _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(damage))
-    if steps:
+        found = [sentence for part in topology.gather_objects(_damage(store, step, topology)) for sentence in part]
+        if not found:
+            _set_aside(store, damaged, topology)
+            return store.open(step)
+        damaged[step] = found
+    if damaged or list(store.root.glob("*.damaged")):
+        sentences = "; ".join(sentence for found in damaged.values() for sentence in found)
         raise CheckpointError(
-            f"none of the checkpoints in {store.root} is whole (steps {', '.join(map(str, steps))});"
+            f"none of the checkpoints in {store.root} is whole ({sentences});"
             " restore one from a copy, or start over with --fresh"
         )
     return None
+
+
+def _damage(store: CheckpointStore, step: int, topology: Topology) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        return store.open(step).broken_files(topology.rank, topology.world_size)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _set_aside(store: CheckpointStore, damaged: Mapping[int, list[str]], topology: Topology) -> None:
+    # Only now that a whole one is found: a disk that cannot be read today may be whole tomorrow
+    if topology.is_main:
+        for step, sentences in damaged.items():
+            aside = store.set_aside(step)
+            _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
+    topology.barrier()
 
 
 def read_state(checkpoint: Checkpoint) -> RunState:
@@ -137,14 +157,14 @@ def check_topology(state: RunState, topology: Topology, zero_stage: int, folder:
     """Refuses a checkpoint whose files are divided otherwise than this process group.
 
     Raises:
-        CheckpointError: with the topology that it was saved by.
+        ConfigError: with the topology that it was saved by.
     """
     saved = {"tp_size": state.tp_size, "dp_size": state.dp_size, "zero_stage": state.zero_stage}
     now: Mapping[str, int] = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in saved if saved[key] != now[key]]
     if changed:
         ranks = state.tp_size * state.dp_size
-        raise CheckpointError(
+        raise ConfigError(
             f"{folder} was saved by another topology ({', '.join(changed)});"
             f" start {ranks} ranks with parallel.tp_size={state.tp_size} and parallel.zero_stage={state.zero_stage}"
         )

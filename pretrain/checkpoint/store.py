@@ -90,7 +90,7 @@ def _damage(folder: Path, entry: FileEntry) -> str | None:
 
 
 class CheckpointStore:
-    """The checkpoints in one folder. Reading is open to all ranks; `prepare`, `complete` and `prune` are rank 0's."""
+    """The checkpoints in one folder. Reading is open to all ranks, changing anything is rank 0's."""
 
     def __init__(self, root: Path, config: CheckpointConfig) -> None:
         self.root = root
@@ -104,29 +104,31 @@ class CheckpointStore:
         manifest = Manifest(sorted(files, key=lambda entry: entry.name))
         atomic_write(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
 
-    def find(self, step: int) -> Checkpoint | None:
-        """The checkpoint of a step, if it is complete."""
+    def is_complete(self, step: int) -> bool:
+        """Whether the step has a checkpoint that was completed; its files may have been damaged since."""
+        return (self.folder_of(step) / COMPLETE).exists()
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints were completed, oldest first."""
+        return [step for step in self._all_steps() if self.is_complete(step)]
+
+    def open(self, step: int) -> Checkpoint:
+        """The checkpoint of a step.
+
+        Raises:
+            CheckpointError: if it is not complete, or COMPLETE itself is damaged.
+        """
         folder = self.folder_of(step)
         try:
             manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
-        except FileNotFoundError:
-            return None
         except (OSError, msgspec.MsgspecError) as error:
-            _logger.warning("%s is damaged (%s); this checkpoint is passed over", folder / COMPLETE, error)
-            return None
+            raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
         return Checkpoint(folder, step, manifest.files)
-
-    def list(self) -> list[Checkpoint]:
-        """All complete checkpoints, oldest first."""
-        found = (_FOLDER.fullmatch(path.name) for path in self.root.glob("step_*"))
-        steps = sorted(int(match[1]) for match in found if match)
-        return [checkpoint for step in steps if (checkpoint := self.find(step))]
 
     def prepare(self, step: int) -> Path:
         """An empty folder for a new checkpoint; what a killed save left there goes."""
         folder = self.folder_of(step)
-        if self.find(step) is not None:
-            raise CheckpointError(f"{folder} is complete already and is not written over")
+        assert not self.is_complete(step), f"{folder} is complete and is not written over"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         fsync_folder(self.root)
@@ -141,10 +143,23 @@ class CheckpointStore:
         return aside
 
     def prune(self) -> None:
-        """Removes what the config does not keep. COMPLETE goes first: a half-removed checkpoint must not look whole."""
-        for checkpoint in self.list()[: -self.config.keep]:
-            if self.config.keep_every and checkpoint.step % self.config.keep_every == 0:
+        """Removes what the config does not keep, and what killed saves left behind; a failure is only logged."""
+        steps = self.steps()
+        kept = set(steps[-self.config.keep :])
+        if self.config.keep_every:
+            kept |= {step for step in steps if step % self.config.keep_every == 0}
+        for step in self._all_steps():
+            if step in kept or step > steps[-1]:
                 continue
-            (checkpoint.folder / COMPLETE).unlink()
-            fsync_folder(checkpoint.folder)
-            shutil.rmtree(checkpoint.folder)
+            folder = self.folder_of(step)
+            try:
+                # COMPLETE first: a half-removed checkpoint must not look whole
+                (folder / COMPLETE).unlink(missing_ok=True)
+                fsync_folder(folder)
+                shutil.rmtree(folder)
+            except OSError as error:
+                _logger.warning("the old checkpoint %s could not be removed: %s", folder, error)
+
+    def _all_steps(self) -> list[int]:
+        found = (_FOLDER.fullmatch(path.name) for path in self.root.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)

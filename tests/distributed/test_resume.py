@@ -188,6 +188,58 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path) -
 
 
 @pytest.mark.distributed
+def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=1)
+    run.finish("train.steps=3", "evaluation.suite=null")
+    checkpoint = tmp_path / "resumed" / "checkpoints" / "step_00000003"
+    checkpoint.joinpath("state.json").write_text("{}")
+    for _ in range(2):  # nor does the second start, which finds things as the first has left them
+        output = wait(run.start("train.steps=3", "evaluation.suite=null"), [1])
+        assert "none of the checkpoints" in output
+        assert "state.json" in output
+        assert run.steps_done() == 3
+    assert checkpoint.joinpath("COMPLETE").exists()
+
+
+@pytest.mark.distributed
+def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=2)
+    lines = [
+        json.dumps({"text": f"{kind} {i} " * 40, "meta": {"pile_set_name": kind}})
+        for i in range(30)
+        for kind in ("a", "b")
+    ]
+    tmp_path.joinpath("tiny.jsonl").write_text("\n".join(lines))
+    source = f"{{name: tiny, paths: ['{tmp_path}/tiny.jsonl'], max_epochs: 1, source_from: meta.pile_set_name}}"
+    run.finish(f"data.sources=[{source}]", "data.lanes=2", "data.window_bytes=4096", "train.steps=100000")
+    metrics = run.metrics()
+    assert metrics[-1]["tokens"] == sum(m["tokens_per_source"]["tiny"] for m in metrics)
+    for m in metrics:
+        counts = m["tokens_per_source"]
+        assert counts["tiny"] == counts.get("tiny/a", 0) + counts.get("tiny/b", 0)
+        assert m["padding_share"] == pytest.approx(1 - counts["tiny"] / (8 * 65))
+    last = metrics[-1]["step"]
+    assert (tmp_path / "resumed" / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
+    evals = [json.loads(line) for line in (tmp_path / "resumed" / "evals.jsonl").read_text().splitlines()]
+    assert evals[-1]["step"] == last
+
+
+@pytest.mark.distributed
+def test_data_that_one_rank_cannot_read_stops_all_of_them(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=2)
+    lines = [json.dumps({"text": "word " * 60}) for _ in range(200)]
+    lines[120] = "{broken"
+    tmp_path.joinpath("bad.jsonl").write_text("\n".join(lines))
+    processes = run.start(
+        f"data.sources=[{{name: bad, paths: ['{tmp_path}/bad.jsonl']}}]", "data.window_bytes=2048", "data.lanes=2"
+    )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert sum("bad.jsonl" in output and "line 121" in output for output in outputs) == 1, outputs
+    assert sum("another rank could not read its data" in output for output in outputs) == 1
+
+
+@pytest.mark.distributed
 def test_batches_do_not_depend_on_the_ranks(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=4, tp_size=2)
     run.finish("train.steps=5", "data.num_workers=0", "model.dropout=0")
