@@ -133,22 +133,37 @@ def test_terminated_saves_and_goes_on(undisturbed: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_terminated_launcher_leaves_a_checkpoint_and_nobody_at_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=1)
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
-    command = [*deepspeed, "launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
-    log = (tmp_path / "log").open("w")
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    run.wait_for_step(3, [launcher])
-    launcher.terminate()
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
+    command += ["launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
+    # Steps of more than a second: the launcher's own signals arrive within one
+    command += ["train.global_batch_size=128", "data.seq_len=256", "evaluation.suite=null"]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    run.wait_for_step(2, [launcher])
+    if ctrl_c:  # the terminal sends it to every process of its group, the launcher to its children again
+        os.killpg(launcher.pid, signal.SIGINT)
+    else:
+        launcher.terminate()
     launcher.wait()
     for _ in range(600):
         if not (tmp_path / "resumed" / "lease").exists():
             break
         time.sleep(0.1)
-    assert not (tmp_path / "resumed" / "lease").exists(), (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert not (tmp_path / "resumed" / "lease").exists(), said
+    assert "exiting at once" not in said
     stopped_at = run.steps_done()
-    assert (tmp_path / "resumed" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists()
+    assert (tmp_path / "resumed" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists(), said
 
 
 @pytest.mark.distributed
