@@ -36,12 +36,9 @@ class _Decoder:
                 f"{wanted.path}: changed after it was indexed (size {wanted.stat.size} -> {found.size} bytes, "
                 f"modification time {wanted.stat.stamp} -> {found.stamp}); put the old file back, or start a new run"
             )
-        offset = 0 if wanted.compression == "plain" else wanted.entry[0]
-        self.position = wanted.entry[1]  # raw offset of the next byte
-        if wanted.compression == "plain":
-            offset = self.position = wanted.start  # every byte of a plain file is an entry
+        offset, self.position = wanted.entry  # position: raw offset of the next byte
         self._file = files.open_shard(wanted.path, offset)
-        self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, (offset, self.position))
+        self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, wanted.entry)
         self._left = b""
 
     def read(self, start: int, stop: int) -> bytes:
@@ -107,7 +104,8 @@ class Decoders:
         self._open[self._next_id] = (wanted, decoder)
         self._next_id += 1
         held = sum(opened.decoder_window for opened, _ in self._open.values())
-        while self._open and (len(self._open) > MAX_OPEN or held > MAX_OPEN_BYTES):
+        # One stays whatever it holds: else each window of a --long=29 shard would be decoded from the frame's start.
+        while len(self._open) > 1 and (len(self._open) > MAX_OPEN or held > MAX_OPEN_BYTES):
             _, (opened, oldest) = self._open.popitem(last=False)
             held -= opened.decoder_window
             oldest.close()

@@ -59,9 +59,12 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
         """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
-        entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
-        offset, raw_offset = entries[int(np.searchsorted(entries[:, 1], start, side="right")) - 1].tolist()
-        return RawRange(path, self.stat, self.compression, self.decoder_window, (offset, raw_offset), start, stop)
+        entry = (start, start)  # every byte of a plain file is an entry
+        if self.compression != "plain":
+            entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
+            offset, raw_offset = entries[int(np.searchsorted(entries[:, 1], start, side="right")) - 1].tolist()
+            entry = (offset, raw_offset)
+        return RawRange(path, self.stat, self.compression, self.decoder_window, entry, start, stop)
 
 
 class RecordTable:
