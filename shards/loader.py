@@ -186,6 +186,7 @@ class Loader:
         if not skipped:
             return
         if path := self._config.bad_records_file:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # A resumed run may write a record again: (source, shard, line) names it.
             with path.with_name(f"{path.name}.{self._dp_rank}").open("ab") as file:
                 file.writelines(msgspec.json.encode(record._asdict()) + b"\n" for record in skipped)

@@ -150,6 +150,7 @@ class WorkerPool:
         self._losses: dict[WindowId, int] = {}  # how many workers were lost while they were at it
         self._results: dict[WindowId, Window | HeadraceError] = {}
         self._next_number = 1
+        self._failure: Exception | None = None  # of a thread below, which then is gone
         self._workers: dict[int, _Worker] = {}
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"shards-pool-{slot}", daemon=True)
@@ -177,6 +178,8 @@ class WorkerPool:
             while name not in self._results:
                 if self._closed:
                     raise ShardError("the loader is closed")
+                if self._failure is not None:
+                    raise ShardError(f"no workers can be had: {self._failure!r}") from self._failure
                 self._changed.wait()
             result = self._results.pop(name)
         if isinstance(result, HeadraceError):
@@ -207,14 +210,25 @@ class WorkerPool:
         self._changed.notify_all()
 
     def _serve(self, slot: int) -> None:
-        """One worker's thread: hands out tasks, takes in answers, replaces the worker when it is lost."""
+        """One worker's thread; what ends it before the pool is closed, `take` raises."""
+        try:
+            self._keep_busy(slot)
+        except Exception as error:  # such as no memory for another process
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            self._drop_worker(slot)
+
+    def _keep_busy(self, slot: int) -> None:
+        """Hands out tasks, takes in answers, replaces the worker when it is lost."""
         asked: list[int] = []  # numbers that this worker has, in their order
         while True:
             with self._changed:
                 while not self._closed and not self._tasks and not asked:
                     self._changed.wait()
                 if self._closed:
-                    break
+                    return
                 fresh = self._next_tasks(TASKS_IN_WORKER - len(asked))
             try:
                 worker = self._worker(slot)
@@ -232,7 +246,6 @@ class WorkerPool:
                 continue
             asked.remove(number)
             self._deliver(number, result)
-        self._drop_worker(slot)
 
     def _next_tasks(self, count: int) -> list[int]:
         """Moves up to `count` of the most urgent tasks to `_making`; their numbers. The lock is held."""

@@ -333,3 +333,15 @@ def test_the_bundled_sample_streams() -> None:
         f"pile/{name}" for name in ("wiki", "books", "code", "docs", "math", "legal", "multilingual", "dialog")
     }
     assert batch.padding_tokens < 0.1 * batch.tokens.size
+
+
+def test_without_workers_to_be_had_the_loader_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr("shards.pool.subprocess.Popen", refuse)
+    with (
+        Loader(config(sources(corpus), num_workers=1), 8) as loader,
+        pytest.raises(ShardError, match="allocate memory"),
+    ):
+        next(loader)
