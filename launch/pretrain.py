@@ -15,6 +15,12 @@ if __name__ == "__main__":
     # Python puts launch/ first, where `pretrain` is this very file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
+if not torch.cuda.is_available():
+    # Where DeepSpeed has to look for a device itself, it reports what it found on stdout
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from rich.console import Console
 
 from pretrain import log
