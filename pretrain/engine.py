@@ -29,7 +29,6 @@ from shards import CheckpointError, ConfigError
 Precision = Literal["bf16", "fp32"]
 DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own JSON schema
 
-
 # What other sections of our config decide, beside the keys that are derived below
 _OWNED_KEYS = ("optimizer", "scheduler", "fp16", "amp", "prescale_gradients", "gradient_predivide_factor")
 
@@ -78,8 +77,7 @@ def deepspeed_config(
             f"parallel.offload=parameters needs parallel.zero_stage=3, not {parallel.zero_stage};"
             " offload=optimizer works with every stage"
         )
-    # Stage 0 has no fp32 accumulation, a wrong norm at tp > 1, and checkpoints that cannot change topology
-    stage = max(1, parallel.zero_stage)
+    stage = parallel.applied_zero_stage
     zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
     for key, offloaded in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
         on_cpu = parallel.offload in offloaded
@@ -140,7 +138,6 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
-        self.model_config = model_config
         # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
         model = Transformer(
             model_config, _backend(parallel, topology, model_config.head_dim), parallel.activation_checkpointing
@@ -150,7 +147,6 @@ class Engine:
             for block in model.blocks:
                 block.compile(dynamic=False)  # a graph for each shape: evaluation has one of its own
         self.model = model
-        self.parameter_names = [name for name, _ in model.named_parameters()]
         self._universal_info = _universal_checkpoint_info(model)
         groups = parameter_groups(model.parameters(), optim_config.weight_decay)
         self._weight_decays = [group["weight_decay"] for group in groups]

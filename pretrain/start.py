@@ -137,7 +137,7 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
         here.world_size, here.tp_size, here.dp_size, here.device.type, config.precision,
-        max(1, config.parallel.zero_stage), config.micro_steps(here.dp_size), micro_batch_size,
+        config.parallel.applied_zero_stage, config.micro_steps(here.dp_size), micro_batch_size,
     )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",

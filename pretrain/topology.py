@@ -37,6 +37,12 @@ class ParallelConfig(Config):
     deterministic: bool = False  # on CUDA, only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
+    @property
+    def applied_zero_stage(self) -> Literal[1, 2, 3]:
+        """The stage that DeepSpeed is given: 0 runs as 1, since DeepSpeed's own has no fp32 accumulation, a wrong norm
+        at tp > 1, and checkpoints that cannot change topology."""
+        return self.zero_stage or 1
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -80,7 +80,7 @@ class Trainer:
     def _resume(self, folder: RunFolder, run_id: str) -> RunState:
         """Takes up the newest valid checkpoint; without one, the state before the first step."""
         config, topology = self._config, self._topology
-        zero_stage = max(1, config.parallel.zero_stage)
+        zero_stage = config.parallel.applied_zero_stage
         checkpoint = newest_valid(self._store, topology)
         if topology.is_main:
             folder.cut_back(checkpoint.step if checkpoint else -1)
@@ -212,7 +212,8 @@ def after(state: RunState, batch: StepBatch) -> RunState:
         state,
         step=state.step + 1,
         tokens=state.tokens + batch.n_tokens,
-        tokens_per_source={source: seen.get(source, 0) + n for source, n in batch.tokens_per_source.items()},
+        # A batch names only those sub-sources that it holds; the others keep their count
+        tokens_per_source=seen | {name: seen.get(name, 0) + n for name, n in batch.tokens_per_source.items()},
         batch_hash=chain_hash(state.batch_hash, batch.row_hash),
     )
 

@@ -57,7 +57,7 @@ def memory_per_rank(
         weight_bytes: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32 (which needs no master copy).
     """
     own = parameter_count(config) // parallel.tp_size
-    stage = max(1, parallel.zero_stage)
+    stage = parallel.applied_zero_stage
     optimizer = (12 if weight_bytes == 2 else 8) * own // dp_size
     gradients = 4 * own // (dp_size if stage >= 2 else 1)
     weights = weight_bytes * own // (dp_size if stage == 3 else 1)

@@ -1,0 +1,24 @@
+"""Where a run stands after a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.checkpoint.save import RunState
+from pretrain.feed import StepBatch
+from pretrain.trainer import after
+
+
+def batch(tokens_per_source: dict[str, int]) -> StepBatch:
+    return StepBatch(
+        tokens=torch.zeros(0), segment_ids=torch.zeros(0), n_targets=0, n_tokens=tokens_per_source["pile"], n_padding=0,
+        row_hash=1, tokens_per_source=tokens_per_source, epoch_per_source={}, stop_requested=False,
+    )  # fmt: skip
+
+
+def test_a_sub_source_that_a_batch_does_not_hold_keeps_its_count() -> None:
+    state = RunState(0, 0, {}, "", "id", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+    for counts in ({"pile": 5, "pile/wiki": 5}, {"pile": 3, "pile/code": 3}, {"pile": 2, "pile/wiki": 2}):
+        state = after(state, batch(counts))
+    assert state.tokens_per_source == {"pile": 10, "pile/wiki": 7, "pile/code": 3}
+    assert (state.step, state.tokens) == (3, 10)
