@@ -2,12 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from shards import files
 from shards.config import DataConfig, SourceConfig
@@ -60,11 +58,6 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     if not any(shard.index.num_documents for shard in shards):
         raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank")
     return shards
-
-
-def tables(shards: Iterable[Shard]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
-    """The record tables of shards, for plan.SourcePlan."""
-    return [shard.index.table() for shard in shards]
 
 
 def index_path(path: str, index_dir: Path | None) -> Path:

@@ -138,17 +138,14 @@ class SourcePlan:
         """
         self.name, self._lanes, self._seed = name, lanes, seed
         self._window_limit = window_limit
-        self.raw_bytes = int(sum(table[-1, 1] for table in tables))
-        self.segment_bytes = min(max(self.raw_bytes // (SEGMENTS_PER_LANE * lanes), window_limit), MAX_SEGMENT_BYTES)
-        self.segment_bytes = max(self.segment_bytes, window_limit)
-        sizes = np.array([len(table) - 1 for table in tables], np.int64)
-        self._shard_cells = np.concatenate([[0], np.cumsum(sizes)])  # each shard's first cell
-        self._records = np.concatenate([table[:-1, 0] for table in tables] or [np.zeros(0, np.int64)])
-        self._offsets = np.concatenate([table[:-1, 1] for table in tables] or [np.zeros(0, np.int64)])
-        self._ends = np.array([table[-1] for table in tables], np.int64).reshape(-1, 2)
+        self._tables = tables
+        self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
         # Offsets in the concatenation of all shards, so that one search serves them all.
-        bases = np.repeat(np.cumsum(self._ends[:, 1]) - self._ends[:, 1], sizes)
-        self._global = np.append(bases + self._offsets, self.raw_bytes)
+        bases = np.cumsum([0, *(int(table[-1, 1]) for table in tables)])
+        offsets = [base + table[:-1, 1] for base, table in zip(bases[:-1], tables, strict=True)]
+        self._global = np.concatenate([*offsets, bases[-1:]])
+        self.raw_bytes = int(bases[-1])
+        self.segment_bytes = max(window_limit, min(self.raw_bytes // (SEGMENTS_PER_LANE * lanes), MAX_SEGMENT_BYTES))
         self._segments = greedy_groups(self._global, self._shard_cells, self.segment_bytes)
         self._permutation = lru_cache(maxsize=8)(self._permute)
 
@@ -184,6 +181,5 @@ class SourcePlan:
 
     def _mark(self, cell: int, shard: int) -> tuple[int, int]:
         """(record, raw offset) at which a cell of a shard begins, or at which the shard ends."""
-        if cell == self._shard_cells[shard + 1]:
-            return int(self._ends[shard, 0]), int(self._ends[shard, 1])
-        return int(self._records[cell]), int(self._offsets[cell])
+        record, offset = self._tables[shard][cell - int(self._shard_cells[shard])].tolist()
+        return record, offset

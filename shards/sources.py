@@ -3,7 +3,6 @@
 manifest, plan -> sources -> lane.
 """
 
-from shards import manifest
 from shards.config import DataConfig, SourceConfig
 from shards.manifest import Shard
 from shards.plan import SourcePlan, WindowPlan, key_of
@@ -24,8 +23,9 @@ class Source:
         """
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
-        self.plan = SourcePlan(self.config.name, manifest.tables(shards), config.window_limit, lanes, seed)
-        self._number, self._seed, self._lanes = number, seed, lanes
+        tables = [shard.index.table() for shard in shards]
+        self.plan = SourcePlan(self.config.name, tables, config.window_limit, lanes, seed)
+        self._number, self._seed = number, seed
 
     def segments_of_lane(self, lane: int) -> int | None:
         """How many segments the lane reads before the source is exhausted; None = no limit."""
