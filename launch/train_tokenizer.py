@@ -8,7 +8,6 @@ Byte fallback, split digits, identity normalization, no leading space: decoding 
 from __future__ import annotations
 
 import argparse
-import glob
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ if __name__ == "__main__":
 import sentencepiece
 
 from pretrain.run_folder import atomic_write
-from shards import read_documents
+from shards import HeadraceError, files, read_documents
 
 # SentencePiece learns from sentences and passes over long ones; pieces of this many characters lose few word pairs
 _SENTENCE_CHARACTERS = 2000
@@ -66,10 +65,12 @@ def main() -> int:
     parser.add_argument("--character-coverage", type=float, default=0.998, help="of the text; the rest falls to bytes")
     parser.add_argument("--out", type=Path, required=True, help="the .model file")
     arguments = parser.parse_args()
-    shards = sorted(path for pattern in arguments.shards for path in glob.glob(pattern))
-    if not shards:
-        parser.error(f"no file matches {' '.join(arguments.shards)}")
-    model = train(shards, arguments.vocab_size, arguments.character_coverage)
+    try:
+        shards = files.expand(tuple(arguments.shards), "PATTERN")
+        model = train(shards, arguments.vocab_size, arguments.character_coverage)
+    except HeadraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     atomic_write(arguments.out, model)
     print(f"{arguments.out}: {arguments.vocab_size} pieces, learned from {len(shards)} shards")
     return 0
