@@ -60,9 +60,8 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     wandb: WandbConfig = WandbConfig()
-    deepspeed: dict[str, JsonValue] = Field(
-        default_factory=dict
-    )  # DeepSpeed's own keys, beyond those derived from the above
+    # DeepSpeed's own keys, beyond those derived from the above
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -182,7 +181,7 @@ _MAY_CHANGE = (
     ("train.*", True),
     ("optim.*", True),  # a schedule that is changed on purpose, from here on
     ("precision", False),  # the optimizer's state has another shape
-    ("parallel.*", True),  # checkpoints are converted
+    ("parallel.*", True),  # a checkpoint says which layout it fits
     ("checkpoint.*", True),
     ("evaluation.*", True),
     ("metrics.*", True),

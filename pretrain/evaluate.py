@@ -97,7 +97,7 @@ def load_suite(config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int) -> 
     files = suite_files(config.suite, config.split)
     parts, text_bytes = [], []
     for shards_of_domain in files.values():
-        texts = [document.text for shard in shards_of_domain for document in read_documents(str(shard))]
+        texts = [document.text for shard in shards_of_domain for document in read_documents(shard)]
         rows = pack_documents([tokenizer.encode_document(text) for text in texts], seq_len)
         parts.append(rows.dense())
         text_bytes.append(sum(len(text.encode()) for text in texts))
@@ -127,17 +127,17 @@ def suite_files(suite: Path, split: str) -> dict[str, list[Path]]:
     return found
 
 
-def evaluate(engine: Engine, evalset: EvalSet, topology: Topology, batch_size: int) -> dict[str, Score]:
+def evaluate(engine: Engine, eval_set: EvalSet, topology: Topology, batch_size: int) -> dict[str, Score]:
     """Scores every domain. All ranks call it, and all get the whole result.
 
     Args:
         batch_size: rows a rank scores at once.
     """
     own = slice(topology.dp_rank, None, topology.dp_size)
-    tokens, segment_ids, row_domain = evalset.tokens[own], evalset.segment_ids[own], evalset.row_domain[own]
+    tokens, segment_ids, row_domain = eval_set.tokens[own], eval_set.segment_ids[own], eval_set.row_domain[own]
     # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty
-    passes = -(-len(evalset.tokens) // (topology.dp_size * batch_size))
-    sums = torch.zeros(len(evalset.domains), 3, dtype=torch.float64, device=topology.device)
+    passes = -(-len(eval_set.tokens) // (topology.dp_size * batch_size))
+    sums = torch.zeros(len(eval_set.domains), 3, dtype=torch.float64, device=topology.device)
     for start in range(0, passes * batch_size, batch_size):
         batch = slice(start, start + batch_size)
         ids, segments = (
@@ -150,7 +150,7 @@ def evaluate(engine: Engine, evalset: EvalSet, topology: Topology, batch_size: i
     return {
         domain: Score(nll, int(count), int(correct), text_bytes)
         for domain, (nll, count, correct), text_bytes in zip(
-            evalset.domains, topology.sum_over_dp(sums).tolist(), evalset.text_bytes, strict=True
+            eval_set.domains, topology.sum_over_dp(sums).tolist(), eval_set.text_bytes, strict=True
         )
     }
 

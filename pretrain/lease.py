@@ -114,9 +114,8 @@ class Lease:
     ) -> None:
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(
-            OSError
-        ):  # a lease that cannot be taken back is silent from now on, which frees it too
+        # One that cannot be taken back is silent from now on, which frees it too
+        with contextlib.suppress(OSError):
             if self._is_mine():
                 self.path.unlink()
         os.close(self._descriptor)
@@ -127,9 +126,8 @@ class Lease:
         Raises:
             HeadraceError: if another process has taken the lease over, as it may after a long stop of this one.
         """
-        if (
-            time.monotonic() - self._last_sign > 3 * self._heartbeat
-        ):  # this process stood still: the thread may not have looked yet
+        # This process stood still: the thread may not have looked yet
+        if time.monotonic() - self._last_sign > 3 * self._heartbeat:
             self._give_sign()
         if self._lost_to is not None:
             raise HeadraceError(

@@ -33,9 +33,8 @@ class MetricsConfig(Config):
     """What is shown while a run goes on. Every step stands in metrics.jsonl, whatever is set here."""
 
     log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, where the output is no terminal
-    peak_flops: float | None = Field(
-        None, gt=0
-    )  # bf16 FLOP/s of one device, dense; None: from the table, if it is there
+    # bf16 FLOP/s of one device, dense; None: from the table, if it is there
+    peak_flops: float | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)

@@ -250,13 +250,11 @@ class RunFolder:
         for log in (self.metrics, self.evals, self.cursors):
             log.sync()
 
-    def move_aside(self) -> Path | None:
+    def move_aside(self) -> Path:
         """Frees the run's name for a fresh start by renaming the folder to `<name>.<n>`; deletes nothing.
 
-        The caller holds the lease, which is gone with the folder. Returns where that went; None if there was none.
+        The caller holds the lease, which is gone with the folder. Returns where that went.
         """
-        if not self.root.exists():
-            return None
         numbered = re.compile(re.escape(self.root.name) + r"\.(\d+)")
         taken = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
         aside = self.root.with_name(f"{self.root.name}.{max(taken, default=0) + 1}")

@@ -16,12 +16,10 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field
 
 from pretrain.run_folder import RunFolder
 from shards import Config, ConfigError
@@ -41,14 +39,13 @@ Row = dict[str, object]
 class WandbConfig(Config):
     """Where the figures go besides the run folder's own files."""
 
-    mode: Literal["online", "offline", "disabled"] = (
-        "offline"  # offline: to the run folder; `wandb sync` uploads it later
-    )
+    # offline: to the run folder; `wandb sync` uploads it later
+    mode: Literal["online", "offline", "disabled"] = "offline"
     project: str = "headrace"
     entity: str | None = None  # user or team; None: the account's default
     group: str | None = None  # runs that are shown together
     tags: tuple[str, ...] = ()
-    system_metrics: bool = Field(True)  # utilization of GPUs, CPUs, memory and network, every 15 s
+    system_metrics: bool = True  # utilization of GPUs, CPUs, memory and network, every 15 s
 
 
 class Tracker:
@@ -221,7 +218,7 @@ def step_row(record: Mapping[str, object]) -> Row:
     return row
 
 
-def eval_rows(records: Sequence[Mapping[str, object]] | Iterator[Mapping[str, object]]) -> Iterator[Row]:
+def eval_rows(records: Iterable[Mapping[str, object]]) -> Iterator[Row]:
     """Lines of evals.jsonl, one row for each run of lines of the same step, figures under `eval/<domain>/<figure>`."""
     row: Row = {}
     for record in records:

@@ -52,8 +52,6 @@ class Batch:
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
         self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
-        self.source_tokens: dict[str, int] = {}  # tokens per source, or per SOURCE/SUB_SOURCE; padding apart
-        self.padding_tokens: int
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
         self.epochs = epochs  # passes over each source so far, from this rank's lanes: average it over ranks
         counts: Counter[str] = Counter()
@@ -64,7 +62,7 @@ class Batch:
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
         self.row_hash %= HASH_MODULUS
-        self.source_tokens = dict(counts)
+        self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE; padding apart
         self.padding_tokens = self.tokens.size - counts.total()
 
     def _count(self, counts: Counter[str], source: int, draw: Draw, lengths: npt.NDArray[np.int32]) -> None:

@@ -47,13 +47,11 @@ class SourceConfig(Config):
     """A named list of shards with a weight."""
 
     name: Name  # as it appears in metrics; unique
-    paths: tuple[str, ...] = Field(
-        min_length=1
-    )  # files or globs, sorted after expansion; relative to the current folder
+    # Files or globs, sorted after expansion; relative to the current folder
+    paths: tuple[str, ...] = Field(min_length=1)
     weight: Float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
-    max_epochs: Int | None = Field(
-        default=None, ge=1
-    )  # passes over the source, then it leaves the mix; None = no limit
+    # Passes over the source, then it leaves the mix; None = no limit
+    max_epochs: Int | None = Field(default=None, ge=1)
     text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
     id_key: Name = "id"  # of the record's id, where it has one (Dolma)
     source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
@@ -79,9 +77,8 @@ class DataConfig(Config):
     weight_changes: tuple[WeightChange, ...] = ()  # in order of their steps
 
     on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
-    max_bad_records: Int | None = Field(
-        default=None, ge=0
-    )  # records skipped on one rank before it fails; None = no limit
+    # Records skipped on one rank before it fails; None = no limit
+    max_bad_records: Int | None = Field(default=None, ge=0)
     bad_records_file: Path | None = None  # skipped records as JSON lines, one file per rank (.RANK is added)
 
     window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB

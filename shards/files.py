@@ -5,7 +5,7 @@ index and reader -> files.
 
 import glob
 import os
-from pathlib import Path
+from stat import S_ISDIR
 from typing import BinaryIO
 
 import msgspec
@@ -54,7 +54,7 @@ def stat(path: str) -> Stat:
         found = os.stat(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if Path(path).is_dir():
+    if S_ISDIR(found.st_mode):
         raise ShardError(f"{path}: is a folder, not a shard; name the files in it, e.g. {path.rstrip('/')}/*.jsonl.zst")
     return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
 

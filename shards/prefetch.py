@@ -22,12 +22,8 @@ class Prefetcher:
             max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed,
                 and never more than a few per stream, which small windows would not fill the bytes with.
         """
-        self._pool, self._lanes, self._weights, self._max_bytes = (
-            pool,
-            {lane.number: lane for lane in lanes},
-            weights,
-            max_bytes,
-        )
+        self._pool, self._weights, self._max_bytes = pool, weights, max_bytes
+        self._lanes = {lane.number: lane for lane in lanes}
         self._max_windows = WINDOWS_PER_STREAM * sum(len(lane.streams) for lane in lanes)
         self._sizes: dict[WindowId, int] = {}  # raw bytes of the windows requested and not taken
         self._bytes = 0

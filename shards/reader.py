@@ -7,7 +7,7 @@ record is blank, bad or a document is decided by its bytes alone.
 import json
 import typing
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -123,9 +123,9 @@ class RecordParser:
 
 
 def read_documents(
-    path: str,
+    path: str | Path,
     source: SourceConfig | None = None,
-    on_bad_record: str = "fail",
+    on_bad_record: typing.Literal["fail", "skip"] = "fail",
     max_decoder_window: int = 128 * MIB,
 ) -> Iterator[Document]:
     """Yields a shard's documents in order, from its beginning.
@@ -134,12 +134,12 @@ def read_documents(
         path: of one shard, in any of the compressions.
         source: which keys to read, and the name the documents carry; None = Pile and Dolma keys, and the
             shard's name without its suffixes.
-        on_bad_record: "fail" or "skip".
+        on_bad_record: a bad record ends the reading with an error, or is left out.
         max_decoder_window: bytes.
     Raises: ShardError if the shard is missing, damaged, cut short, or (with "fail") holds a bad record.
     """
     path = str(path)
-    name = source.name if source else PurePath(path).name.split(".")[0]
+    name = source.name if source else Path(path).name.split(".")[0]
     parser = RecordParser(source.text_key, source.id_key, source.source_from) if source is not None else RecordParser()
     files.stat(path)
     with files.open_shard(path) as file:

@@ -24,8 +24,8 @@ PIPE_BYTES = 1 << 16
 def main() -> None:
     """Answers requests until stdin ends."""
     # Signals to the process group are for the parent: it stops at a step's end, and until then needs its windows.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break into an answer
     requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()

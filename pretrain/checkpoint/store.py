@@ -8,6 +8,7 @@ checkpoints/step_00001000/
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -25,7 +26,6 @@ _logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
 _FOLDER = re.compile(r"step_(\d{8,})")
-_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointConfig(Config):
@@ -69,11 +69,8 @@ class Checkpoint:
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file's content."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _damage(folder: Path, entry: FileEntry) -> str | None:
