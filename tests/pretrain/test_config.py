@@ -219,7 +219,7 @@ def test_a_resume_refuses_what_would_corrupt_the_run(small: Path, override: str)
     "override",
     ["train.steps=200", "train.micro_batch_size=4", "run.dir=elsewhere", "data.num_workers=3", "parallel.zero_stage=2",
      "data.sources.0.paths=[moved/*.zst]", "wandb.mode=disabled", "evaluation.every=5", "optim.learning_rate=1e-5",
-     "checkpoint.every=7", "deepspeed.prescale_gradients=true", "data.tokenizer=moved.model"],
+     "checkpoint.every=7", "deepspeed.dump_state=true", "data.tokenizer=moved.model"],
 )  # fmt: skip
 def test_a_resume_allows_what_may_change_and_reports_it(small: Path, override: str) -> None:
     refused, allowed = compare_for_resume(load_config(small), load_config(small, [override]))

@@ -96,11 +96,9 @@ def test_compression_is_told_by_content_not_by_name() -> None:
         decode(b"")
 
 
-def test_repeats_unpack_in_bounded_chunks() -> None:
+def test_gzip_repeats_unpack_in_bounded_chunks() -> None:
     raw = b"a" * (16 << 20)
-    for suffix in (".zst", ".gz"):
-        file = formats.Peeked(io.BytesIO(compress(raw, suffix)), 18)
-        chunks = formats.decode(file, formats.detect(file.head, suffix), "x", MAX_WINDOW)
-        sizes = [len(chunk) for chunk in chunks]
-        assert sum(sizes) == len(raw)
-        assert max(sizes) <= 16 << 20
+    file = formats.Peeked(io.BytesIO(compress(raw, ".gz")), 18)
+    sizes = [len(chunk) for chunk in formats.decode(file, formats.detect(file.head, "x"), "x", MAX_WINDOW)]
+    assert sum(sizes) == len(raw)
+    assert max(sizes) <= formats.gzip.MAX_OUTPUT_BYTES

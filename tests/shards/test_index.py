@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import ShardError, index, manifest
+from shards.decoders import Decoders
 from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 PIECES = st.lists(
@@ -52,8 +53,6 @@ def test_an_index_leads_to_every_byte(tmp_path: Path, suffix: str) -> None:
     found = index.build(path, cell_bytes=4096, max_window=1 << 27)
     assert (found.raw_bytes, found.num_documents, found.num_records) == (len(raw), 300, 300)
     assert len(np.frombuffer(found.entries, "<i8")) == (2 if suffix == ".jsonl" else 8)
-    from shards.decoders import Decoders
-
     table, decoders = found.table(), Decoders(1 << 27)
     for cell in np.random.default_rng(0).permutation(len(table) - 1).tolist():
         start, stop = int(table[cell, 1]), int(table[cell + 1, 1])
