@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from shards import HeadraceError, ShardError, files, manifest
+from shards import HeadraceError, files, manifest
 from shards.config import MIB
 from shards.index import ShardIndex, obtain
 
@@ -96,7 +96,7 @@ def main() -> int:
             manifest.write(paths, indexes, arguments.index_dir, arguments.cell_bytes)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ShardError) else 1
+        return error.exit_code
     if arguments.show:
         show(part, indexes)
     raw, documents = sum(index.raw_bytes for index in indexes), sum(index.num_documents for index in indexes)

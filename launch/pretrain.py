@@ -29,7 +29,7 @@ from pretrain.interrupt import STOPPED
 from pretrain.metrics import domain_table
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, world_size_of
-from shards import ConfigError, HeadraceError, ShardError
+from shards import HeadraceError
 
 _logger = logging.getLogger("headrace")
 
@@ -79,7 +79,7 @@ def main() -> int:
         report = start(config, arguments.fresh)
     except HeadraceError as error:
         _logger.error("%s", error)
-        return 2 if isinstance(error, ConfigError | ShardError) else 1
+        return error.exit_code
     if rank == 0:
         if report.finished:
             print_report(config, report)

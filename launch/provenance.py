@@ -34,7 +34,7 @@ if __name__ == "__main__":
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step, texts
 from pretrain.run_folder import RunFolder
-from shards import ConfigError, HeadraceError, ShardError
+from shards import ConfigError, HeadraceError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,7 +75,7 @@ def main() -> int:
         name_documents(parse_arguments())
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | ShardError) else 1
+        return error.exit_code
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes it
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shards import ConfigError, Tokenizer
 
 _logger = logging.getLogger(__name__)
 
+_INDEXING_LINE_SECONDS = 10.0
 _SAMPLE_TOKENS = 80  # of the continuation that a finished run shows
 
 
@@ -68,7 +70,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
         lease = None
         if int(os.environ.get("RANK", "0")) == 0:
             lease = stack.enter_context(opened(config, folder, fresh))
-            shards.prepare(config.data)
+            shards.prepare(config.data, IndexingLog())
         here = stack.enter_context(topology.started(config.parallel))
         # Until here there is nothing to save, and a signal ends the process as it does any other
         interrupt = stack.enter_context(Interrupt())
@@ -118,6 +120,21 @@ def _check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
         )
     for key, before, now in allowed:
         _logger.info("%s changed since the last start: %r -> %r", key, before, now)
+
+
+class IndexingLog:
+    """Says which shards a start is indexing, and how far it is, every so many seconds; called from several threads."""
+
+    def __init__(self) -> None:
+        self._bytes_read: dict[str, int] = {}
+        self._last_line = time.monotonic()
+
+    def __call__(self, shard: str, bytes_read: int) -> None:
+        self._bytes_read[shard] = self._bytes_read.get(shard, 0) + bytes_read
+        if time.monotonic() - self._last_line >= _INDEXING_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            total = sum(self._bytes_read.values())
+            _logger.info("indexing: %.2f GB of %d shards read, now %s", total / 1e9, len(self._bytes_read), shard)
 
 
 def announce(config: RunConfig, here: topology.Topology) -> None:

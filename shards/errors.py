@@ -4,13 +4,19 @@
 class HeadraceError(Exception):
     """Something the user can put right; its message says what, where, and how."""
 
+    exit_code = 1  # of a command that it ends
+
 
 class ConfigError(HeadraceError):
     """A config value is unknown, ill-typed, or impossible together with another."""
 
+    exit_code = 2
+
 
 class ShardError(HeadraceError):
     """A shard, its index or the tokenizer is missing, damaged, or not what it was."""
+
+    exit_code = 2
 
 
 class CheckpointError(HeadraceError):

@@ -71,6 +71,9 @@ def test_a_truncated_shard_is_named(command, truncated_shard: Path) -> None:
 def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Path) -> None:
     no_data = "data.sources.0.paths=[nowhere/*]"  # stops the command once the folder is its own
     assert command(no_data)[0] == 2
+    assert "holds a run" not in command("model.dim=128", no_data)[1], "nothing has begun, nothing can be corrupted"
+    assert command(no_data)[0] == 2
+    (tmp_path / "runs" / "quickstart" / "metrics.jsonl").write_text('{"step": 1}\n')
     code, said = command("model.dim=128", "train.steps=9")
     assert code == 2
     assert "model.dim: 256 -> 128" in said

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -20,6 +21,9 @@ from pretrain.topology import Topology
 from shards import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)
+
+
+STATE_VERSION = 1  # of state.json and data.json
 
 
 class RunState(msgspec.Struct, frozen=True):
@@ -46,7 +50,7 @@ class RunState(msgspec.Struct, frozen=True):
     tp_size: int
     dp_size: int
     zero_stage: int
-    version: int = 1
+    version: int = STATE_VERSION
 
 
 class DataState(msgspec.Struct, frozen=True):
@@ -54,7 +58,10 @@ class DataState(msgspec.Struct, frozen=True):
 
     cursors: dict[str, object]  # as `shards.merge_states` gives it
     fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
-    version: int = 1
+    version: int = STATE_VERSION
+
+
+State = TypeVar("State", RunState, DataState)
 
 
 def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataState | None, topology: Topology) -> None:
@@ -144,13 +151,23 @@ def _set_aside(store: CheckpointStore, damaged: Mapping[int, list[str]], topolog
 
 
 def read_state(checkpoint: Checkpoint) -> RunState:
-    """Where the run stood at a checkpoint."""
-    return msgspec.json.decode((checkpoint.folder / "state.json").read_bytes(), type=RunState)
+    """Where the run stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    return _read_json(checkpoint.folder / "state.json", RunState)
 
 
 def read_data(checkpoint: Checkpoint) -> DataState:
-    """Where the loader stood at a checkpoint."""
-    return msgspec.json.decode((checkpoint.folder / "data.json").read_bytes(), type=DataState)
+    """Where the loader stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    return _read_json(checkpoint.folder / "data.json", DataState)
+
+
+def _read_json(path: Path, kind: type[State]) -> State:
+    content = path.read_bytes()
+    version = msgspec.json.decode(content).get("version")
+    if version != STATE_VERSION:
+        raise CheckpointError(
+            f"{path} has version {version}, this program reads {STATE_VERSION}; go on with the program that wrote it"
+        )
+    return msgspec.json.decode(content, type=kind)
 
 
 def check_topology(state: RunState, topology: Topology, zero_stage: int, folder: Path) -> None:

@@ -51,7 +51,6 @@ class Manifest(msgspec.Struct, frozen=True):
     """The content of COMPLETE."""
 
     files: list[FileEntry]
-    version: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""What counts as a checkpoint, which ones stay, and what a damaged file looks like."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint.save import read_state
+from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry, hash_file
+from shards import CheckpointError
+
+
+def store(root: Path, **config: object) -> CheckpointStore:
+    return CheckpointStore(root, CheckpointConfig.model_validate(config))
+
+
+def make(checkpoints: CheckpointStore, step: int, complete: bool = True) -> Path:
+    folder = checkpoints.prepare(step)
+    (folder / "engine").mkdir()
+    (folder / "engine" / "weights.pt").write_bytes(bytes([step % 256]) * 1000)
+    (folder / "state.json").write_text('{"version": 0}')
+    names = ("engine/weights.pt", "state.json")
+    if complete:
+        checkpoints.complete(step, [FileEntry(n, (folder / n).stat().st_size, hash_file(folder / n)) for n in names])
+    return folder
+
+
+def test_only_complete_folders_are_checkpoints(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    make(checkpoints, 10)
+    make(checkpoints, 20, complete=False)
+    tmp_path.joinpath("step_00000030.damaged").mkdir()
+    assert checkpoints.steps() == [10]
+    assert checkpoints.open(10).broken_files() == []
+    with pytest.raises(CheckpointError, match="step_00000020"):
+        checkpoints.open(20)
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"keep": 2}, [50, 60]),
+        ({"keep": 1, "keep_every": 20, "every": 10}, [20, 40, 60]),
+        ({"keep": 9}, [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path, config: dict[str, int], kept: list[int]) -> None:
+    checkpoints = store(tmp_path, **config)
+    for step in range(10, 70, 10):
+        make(checkpoints, step)
+    checkpoints.prune()
+    assert checkpoints.steps() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+def test_retention_clears_what_killed_saves_left_but_not_a_save_ahead(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, keep=1)
+    make(checkpoints, 10, complete=False)
+    make(checkpoints, 20)
+    make(checkpoints, 30, complete=False)
+    checkpoints.prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = store(tmp_path, keep=1)
+    make(checkpoints, 10)
+    make(checkpoints, 20)
+
+    def killed(folder: Path) -> None:
+        raise OSError("killed here")
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    checkpoints.prune()
+    assert (tmp_path / "step_00000010" / "engine" / "weights.pt").exists()
+    assert checkpoints.steps() == [20]
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "remove", "complete"])
+def test_any_damage_is_seen_and_named(tmp_path: Path, damage: str) -> None:
+    checkpoints = store(tmp_path)
+    folder = make(checkpoints, 10)
+    weights = folder / "engine" / "weights.pt"
+    content = bytearray(weights.read_bytes())
+    if damage == "flip":
+        content[500] ^= 1
+        weights.write_bytes(content)
+    elif damage == "shorten":
+        weights.write_bytes(content[:-1])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (folder / COMPLETE).write_text("{")
+        with pytest.raises(CheckpointError, match=COMPLETE):
+            checkpoints.open(10)
+        return
+    checkpoint = checkpoints.open(10)
+    assert len(checkpoint.broken_files()) == 1
+    assert "weights.pt" in checkpoint.broken_files()[0]
+    assert [*checkpoint.broken_files(0, 2), *checkpoint.broken_files(1, 2)] == checkpoint.broken_files()
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    make(checkpoints, 10)
+    with pytest.raises(CheckpointError, match="version 0"):
+        read_state(checkpoints.open(10))
