@@ -1,0 +1,68 @@
+"""What is traded for memory changes no number; and what DeepSpeed is told follows from the config."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.engine import Engine, deepspeed_config, valid_targets
+from pretrain.metrics import Meter
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig, Topology
+from shards import ConfigError
+from tests.distributed.parity import OPTIM, global_batches, model_config
+
+
+def history(topology: Topology, **parallel: object) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of three steps in bf16."""
+    config = ParallelConfig.model_validate(parallel)
+    derived = deepspeed_config(config, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    engine = Engine(model_config(tied=True), OPTIM, config, "bf16", derived, topology, seed=3)
+    found = []
+    for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
+        n_targets = int(valid_targets(segment_ids).sum())
+        stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
+        found.append((stats.loss, stats.grad_norm))
+    return found
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 1, "offload": "optimizer"},
+        {"zero_stage": 2, "offload": "optimizer", "activation_checkpointing": True},
+        {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": True},
+    ],
+)
+def test_memory_savings_change_no_number(topology: Topology, parallel: dict[str, object]) -> None:
+    for found, plain in zip(history(topology, **parallel), history(topology, zero_stage=1), strict=True):
+        assert found == pytest.approx(plain, rel=1e-5)
+
+
+def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
+    if topology.device.type == "cuda":
+        pytest.skip("there is CUDA here")
+    with pytest.raises(ConfigError, match=r"parallel\.attention=flex needs CUDA"):
+        history(topology, attention="flex")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "extra", "message"),
+    [
+        ({"zero_stage": 3, "compile": True}, {}, "compile=false"),
+        ({"zero_stage": 2, "offload": "parameters"}, {}, "zero_stage=3"),
+        ({}, {"zero_optimization": {"stage": 2}}, r"deepspeed\.zero_optimization\.stage=2 contradicts 1"),
+        ({}, {"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer is not to be set"),
+    ],
+)
+def test_contradictions_are_refused(parallel: dict[str, object], extra: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(ParallelConfig.model_validate(parallel), OptimConfig(), "bf16", 1, 1, 1, extra)
+
+
+def test_keys_of_deepspeed_that_we_do_not_derive_pass_through() -> None:
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "memory_breakdown": True}
+    derived = deepspeed_config(ParallelConfig(), OptimConfig(grad_clip=0.5), "bf16", 4, 2, 3, extra)
+    assert derived["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert derived["memory_breakdown"] is True
+    assert (derived["train_batch_size"], derived["gradient_clipping"]) == (24, 0.5)
