@@ -1,10 +1,10 @@
-"""Logging of a process, set up once by the command that runs in it: readable on a terminal, plain in a file."""
+"""Logging of a process, set up once by the command that runs in it: readable on a terminal, plain elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
+import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -13,16 +13,13 @@ from rich.logging import RichHandler
 _NOISY = ("torch.distributed", "urllib3", "fsspec", "filelock", "datasets", "wandb", "matplotlib")
 
 
-def set_up(rank: int = 0, level: int = logging.INFO, file: Path | None = None) -> None:
-    """Sends this process's log to stderr and, if wanted, to a file.
+def set_up(rank: int) -> None:
+    """Sends this process's log to stderr; calling it again replaces what the last call set up.
 
-    Rank 0 says everything from `level` up on stderr; the others, whose lines would repeat it, only warnings. A file
-    gets `level` from any rank. Calling it again replaces what the last call set up.
+    Rank 0 says everything from INFO up; the others, whose lines would repeat it, only warnings.
 
     Args:
         rank: world rank; stands in each plain line.
-        level: of the logging module.
-        file: is appended to; its folder must exist.
     """
     console = Console(stderr=True)
     handler: logging.Handler
@@ -31,22 +28,16 @@ def set_up(rank: int = 0, level: int = logging.INFO, file: Path | None = None) -
         handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_plain(rank))
-    handler.setLevel(level if rank == 0 else max(level, logging.WARNING))
-    handlers: list[logging.Handler] = [handler]
-    if file is not None:
-        handlers.append(logging.FileHandler(file))
-        handlers[-1].setFormatter(_plain(rank))
-    logging.basicConfig(level=level, handlers=handlers, force=True)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # DeepSpeed's collectives, by names that torch is about to drop: nothing that a user could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed sets its logger's level when it is imported, which may be later; a filter stays, and is not added twice
     logging.getLogger("DeepSpeed").addFilter(_is_news)
-
-
-def _plain(rank: int) -> logging.Formatter:
-    return logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -201,10 +201,6 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
     def wandb(self) -> Path:
         """wandb makes its own folder `wandb/` in the one that it is given, so this is the root's."""
         return self.root / "wandb"
@@ -228,7 +224,7 @@ class RunFolder:
             ConfigError: if it cannot.
         """
         try:
-            for folder in (self.root, self.checkpoints, self.logs):
+            for folder in (self.root, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
                 probe.write(b"?")
