@@ -40,5 +40,11 @@ def set_up(rank: int) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_news)
 
 
+def console() -> Console:
+    """Where the log goes. What is drawn live must share it, or the lines of the one break into the other."""
+    handlers = logging.getLogger().handlers
+    return next((h.console for h in handlers if isinstance(h, RichHandler)), Console(stderr=True))
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING

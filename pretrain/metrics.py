@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from pretrain import log
 from shards import Config
 
 _logger = logging.getLogger(__name__)
@@ -207,10 +208,10 @@ class StepProgress:
         Args:
             steps: of the whole run.
             config: how often plain lines come.
-            console: where the bar is drawn; by default stderr.
+            console: where the bar is drawn; by default where the log goes.
             clock: seconds, monotonic.
         """
-        console = console or Console(stderr=True)
+        console = console or log.console()
         self._steps = steps
         self._every = config.log_every_seconds
         self._clock = clock

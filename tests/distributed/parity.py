@@ -85,7 +85,7 @@ def main() -> None:
     results = {}
     with started(ParallelConfig(tp_size=tp_size)) as topology:
         rows = GLOBAL_ROWS // topology.dp_size
-        for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 1)):
+        for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
             case = f"{precision} {'tied' if tied else 'untied'} zero{stage} micro{micro}"
             results[case] = run_case(topology, stage, micro, tied, precision, folder)
         if topology.is_main:
