@@ -26,6 +26,8 @@ model:
 data:
   seq_len: 64
   lanes: 8
+  window_bytes: 65536
+  prefetch_bytes: 65536
   tokenizer: shards/sample/tokenizer-4k.model
   index_dir: {folder}/index
   sources:
