@@ -173,6 +173,7 @@ _MAY_CHANGE = (
     ("data.index_dir", True),
     ("data.max_index_at_start", True),
     ("data.max_decoder_window", True),
+    ("data.remote_cache*", True),
     ("data.num_workers", True),
     ("data.prefetch_bytes", True),
     ("data.worker_timeout", True),

@@ -57,6 +57,13 @@ class SourceConfig(Config):
     source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
 
 
+class RemoteCache(Config):
+    """Where what was read of remote shards is kept, to be read again without the network."""
+
+    dir: Path  # on a local disk; shared by all processes of a node, and by runs
+    max_bytes: Int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
+
+
 class WeightChange(Config):
     """New weights from a step on."""
 
@@ -85,6 +92,8 @@ class DataConfig(Config):
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
     max_index_at_start: Int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
     max_decoder_window: Int = Field(default=128 * MIB, ge=1024)  # bytes of zstd window; --long=31 needs 2 GiB
+
+    remote_cache: RemoteCache | None = None  # of remote shards; None = what is read again is fetched again
 
     num_workers: Int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
     prefetch_bytes: Int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from shards import remote
+from shards.cache import BlockCache
 from shards.errors import ShardError
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
@@ -59,10 +60,13 @@ def stat(path: str) -> Stat:
     return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
 
 
-def open_shard(path: str, offset: int = 0) -> BinaryIO | remote.RemoteFile:
-    """Opens a shard for reading at a compressed offset. Raises: ShardError if it cannot be opened."""
+def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> BinaryIO | remote.RemoteFile:
+    """Opens a shard for reading at a compressed offset, a remote one through `cache`.
+
+    Raises: ShardError if it cannot be opened.
+    """
     if remote.is_remote(path):
-        return remote.RemoteFile(path, offset)
+        return remote.RemoteFile(path, offset, cache=cache)
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from shards import files
+from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, write_atomically
@@ -111,6 +112,7 @@ def _check_amount(config: DataConfig, source: SourceConfig, paths: list[str], st
 
 
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
+    cache = BlockCache.of(config.remote_cache)
     # Threads will do: decoding, searching and hashing release the interpreter's lock.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
         found = executor.map(
@@ -120,6 +122,7 @@ def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None)
                 config.cell_bytes,
                 config.max_decoder_window,
                 progress=progress,
+                cache=cache,
             ),
             paths,
         )

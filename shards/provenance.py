@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shards.batch import Batch
+from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.decoders import Decoders
 from shards.errors import CheckpointError, ShardError
@@ -53,12 +54,13 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
         line: of the record in the unpacked shard, counted from 1.
     Raises: ShardError if there is no such line, or no document in it.
     """
-    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window)
+    cache = BlockCache.of(config.remote_cache)
+    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window, cache=cache)
     if not 1 <= line <= index.num_records:
         raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")
     table = index.table()
     cell = int(np.searchsorted(table[:, 0], line - 1, side="right")) - 1
-    decoders = Decoders(config.max_decoder_window)
+    decoders = Decoders(config.max_decoder_window, cache)
     raw = decoders.read(index.raw_range(path, int(table[cell, 1]), int(table[cell + 1, 1])))
     decoders.close()
     records = RecordParser(source.text_key, source.id_key, source.source_from).parse(raw, int(table[cell, 0]) + 1)

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shards.cache import BlockCache
 from shards.config import DataConfig
 from shards.decoders import Decoders, RawRange
 from shards.errors import ShardError
@@ -45,7 +46,7 @@ class WindowMaker:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        self._decoders = Decoders(config.max_decoder_window)
+        self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache))
         self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:
