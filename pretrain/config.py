@@ -164,6 +164,9 @@ _MAY_CHANGE = (
     ("model.*", False),  # the weights would not fit, or mean something else
     # All that decides which token stands where in which batch; the loader compares contents, so files may move
     ("data.sources.*.paths*", True),
+    ("data.sources.*.dataset*", True),
+    ("data.sources.*.split", True),
+    ("data.sources.*.revision", True),
     ("data.sources.*.id_key", True),
     ("data.sources.*.source_from", True),
     ("data.tokenizer", True),

@@ -44,17 +44,29 @@ Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
 
 
 class SourceConfig(Config):
-    """A named list of shards with a weight."""
+    """A named list of shards, or a data set, with a weight."""
 
     name: Name  # as it appears in metrics; unique
-    # Files or globs, sorted after expansion; relative to the current folder
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
+    dataset: str | None = None  # instead of paths: an HF data set: a local file or folder, or its name on the hub
+    dataset_config: str | None = None  # of its configurations, where it has several
+    split: str = "train"  # of the data set
+    revision: str | None = None  # of a data set on the hub; None = the newest
     weight: Float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
     # Passes over the source, then it leaves the mix; None = no limit
     max_epochs: Int | None = Field(default=None, ge=1)
     text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
+    input_ids_key: Name | None = None  # of token ids in a data set, taken as they are; None = the text is tokenized
     id_key: Name = "id"  # of the record's id, where it has one (Dolma)
     source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.paths) == (self.dataset is not None):
+            raise ValueError(f"source {self.name!r}: needs either paths or dataset")
+        if self.dataset is None and self.input_ids_key is not None:
+            raise ValueError(f"source {self.name!r}: input_ids_key is for a dataset; shards hold texts")
+        return self
 
 
 class RemoteCache(Config):

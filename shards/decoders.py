@@ -31,12 +31,7 @@ class _Decoder:
     """One open file, decoded forward from an entry."""
 
     def __init__(self, wanted: RawRange, max_window: int, cache: BlockCache | None) -> None:
-        found = files.stat(wanted.path)
-        if found != wanted.stat:
-            raise ShardError(
-                f"{wanted.path}: changed after it was indexed (size {wanted.stat.size} -> {found.size} bytes, "
-                f"modification time {wanted.stat.stamp} -> {found.stamp}); put the old file back, or start a new run"
-            )
+        files.check_unchanged(wanted.path, wanted.stat)
         offset, self.position = wanted.entry  # position: raw offset of the next byte
         self._file = files.open_shard(wanted.path, offset, cache)
         self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, wanted.entry)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from shards import remote
+from shards import arrow, remote
 from shards.cache import BlockCache
 from shards.errors import ShardError
 
@@ -51,6 +51,7 @@ def stat(path: str) -> Stat:
     """Size and stamp of a shard. Raises: ShardError if it is missing, a folder, or may not be read."""
     if remote.is_remote(path):
         return Stat(*remote.stat(path))
+    path = arrow.file_of(path)
     try:
         found = os.stat(path)
     except OSError as error:
@@ -58,6 +59,16 @@ def stat(path: str) -> Stat:
     if S_ISDIR(found.st_mode):
         raise ShardError(f"{path}: is a folder, not a shard; name the files in it, e.g. {path.rstrip('/')}/*.jsonl.zst")
     return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
+
+
+def check_unchanged(path: str, indexed: Stat) -> None:
+    """Raises: ShardError if a shard is not as it was when it was indexed."""
+    found = stat(path)
+    if found != indexed:
+        raise ShardError(
+            f"{path}: changed after it was indexed (size {indexed.size} -> {found.size} bytes, "
+            f"modification time {indexed.stamp} -> {found.stamp}); put the old file back, or start a new run"
+        )
 
 
 def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> BinaryIO | remote.RemoteFile:
