@@ -164,6 +164,9 @@ _MAY_CHANGE = (
     ("model.*", False),  # the weights would not fit, or mean something else
     # All that decides which token stands where in which batch; the loader compares contents, so files may move
     ("data.sources.*.paths*", True),
+    ("data.sources.*.dataset*", True),
+    ("data.sources.*.split", True),
+    ("data.sources.*.revision", True),
     ("data.sources.*.id_key", True),
     ("data.sources.*.source_from", True),
     ("data.tokenizer", True),
@@ -173,6 +176,7 @@ _MAY_CHANGE = (
     ("data.index_dir", True),
     ("data.max_index_at_start", True),
     ("data.max_decoder_window", True),
+    ("data.remote_cache*", True),
     ("data.num_workers", True),
     ("data.prefetch_bytes", True),
     ("data.worker_timeout", True),

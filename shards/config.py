@@ -44,17 +44,36 @@ Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
 
 
 class SourceConfig(Config):
-    """A named list of shards with a weight."""
+    """A named list of shards, or a data set, with a weight."""
 
     name: Name  # as it appears in metrics; unique
-    # Files or globs, sorted after expansion; relative to the current folder
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
+    dataset: str | None = None  # instead of paths: an HF data set: a local file or folder, or its name on the hub
+    dataset_config: str | None = None  # of its configurations, where it has several
+    split: str = "train"  # of the data set
+    revision: str | None = None  # of a data set on the hub; None = the newest
     weight: Float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
     # Passes over the source, then it leaves the mix; None = no limit
     max_epochs: Int | None = Field(default=None, ge=1)
     text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
+    input_ids_key: Name | None = None  # of token ids in a data set, taken as they are; None = the text is tokenized
     id_key: Name = "id"  # of the record's id, where it has one (Dolma)
     source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.paths) == (self.dataset is not None):
+            raise ValueError(f"source {self.name!r}: needs either paths or dataset")
+        if self.dataset is None and self.input_ids_key is not None:
+            raise ValueError(f"source {self.name!r}: input_ids_key is for a dataset; shards hold texts")
+        return self
+
+
+class RemoteCache(Config):
+    """Where what was read of remote shards is kept, to be read again without the network."""
+
+    dir: Path  # on a local disk; shared by all processes of a node, and by runs
+    max_bytes: Int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
 
 
 class WeightChange(Config):
@@ -85,6 +104,8 @@ class DataConfig(Config):
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
     max_index_at_start: Int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
     max_decoder_window: Int = Field(default=128 * MIB, ge=1024)  # bytes of zstd window; --long=31 needs 2 GiB
+
+    remote_cache: RemoteCache | None = None  # of remote shards; None = what is read again is fetched again
 
     num_workers: Int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
     prefetch_bytes: Int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use

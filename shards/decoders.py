@@ -8,6 +8,7 @@ from collections import OrderedDict
 import msgspec
 
 from shards import files, formats
+from shards.cache import BlockCache
 from shards.errors import ShardError
 
 MAX_OPEN = 32
@@ -29,15 +30,10 @@ class RawRange(msgspec.Struct, frozen=True):
 class _Decoder:
     """One open file, decoded forward from an entry."""
 
-    def __init__(self, wanted: RawRange, max_window: int) -> None:
-        found = files.stat(wanted.path)
-        if found != wanted.stat:
-            raise ShardError(
-                f"{wanted.path}: changed after it was indexed (size {wanted.stat.size} -> {found.size} bytes, "
-                f"modification time {wanted.stat.stamp} -> {found.stamp}); put the old file back, or start a new run"
-            )
+    def __init__(self, wanted: RawRange, max_window: int, cache: BlockCache | None) -> None:
+        files.check_unchanged(wanted.path, wanted.stat)
         offset, self.position = wanted.entry  # position: raw offset of the next byte
-        self._file = files.open_shard(wanted.path, offset)
+        self._file = files.open_shard(wanted.path, offset, cache)
         self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, wanted.entry)
         self._left = b""
 
@@ -62,8 +58,8 @@ class _Decoder:
 class Decoders:
     """Decoders kept open for the windows that follow, bounded in number and in bytes of decoder window."""
 
-    def __init__(self, max_window: int) -> None:
-        self._max_window = max_window
+    def __init__(self, max_window: int, cache: BlockCache | None = None) -> None:
+        self._max_window, self._cache = max_window, cache
         self._open: OrderedDict[int, tuple[RawRange, _Decoder]] = OrderedDict()  # least recently used first
         self._next_id = 0
 
@@ -98,7 +94,7 @@ class Decoders:
         for number, (opened, decoder) in self._open.items():
             if opened.path == wanted.path and best_position <= decoder.position <= wanted.start:
                 best, best_position = number, decoder.position
-        return _Decoder(wanted, self._max_window) if best is None else self._open.pop(best)[1]
+        return _Decoder(wanted, self._max_window, self._cache) if best is None else self._open.pop(best)[1]
 
     def _keep(self, wanted: RawRange, decoder: _Decoder) -> None:
         self._open[self._next_id] = (wanted, decoder)

@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from shards import remote
+from shards import arrow, remote
+from shards.cache import BlockCache
 from shards.errors import ShardError
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
@@ -50,6 +51,7 @@ def stat(path: str) -> Stat:
     """Size and stamp of a shard. Raises: ShardError if it is missing, a folder, or may not be read."""
     if remote.is_remote(path):
         return Stat(*remote.stat(path))
+    path = arrow.file_of(path)
     try:
         found = os.stat(path)
     except OSError as error:
@@ -59,10 +61,23 @@ def stat(path: str) -> Stat:
     return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
 
 
-def open_shard(path: str, offset: int = 0) -> BinaryIO | remote.RemoteFile:
-    """Opens a shard for reading at a compressed offset. Raises: ShardError if it cannot be opened."""
+def check_unchanged(path: str, indexed: Stat) -> None:
+    """Raises: ShardError if a shard is not as it was when it was indexed."""
+    found = stat(path)
+    if found != indexed:
+        raise ShardError(
+            f"{path}: changed after it was indexed (size {indexed.size} -> {found.size} bytes, "
+            f"modification time {indexed.stamp} -> {found.stamp}); put the old file back, or start a new run"
+        )
+
+
+def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> BinaryIO | remote.RemoteFile:
+    """Opens a shard for reading at a compressed offset, a remote one through `cache`.
+
+    Raises: ShardError if it cannot be opened.
+    """
     if remote.is_remote(path):
-        return remote.RemoteFile(path, offset)
+        return remote.RemoteFile(path, offset, cache=cache)
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except OSError as error:

@@ -13,7 +13,7 @@ from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
 CONFIG_KEYS = {"seq_len", "packing", "bos", "eos", "weight_changes"}
-SOURCE_KEYS = {"name", "weight", "max_epochs", "text_key"}
+SOURCE_KEYS = {"name", "weight", "max_epochs", "text_key", "input_ids_key"}
 
 
 def fingerprint(

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards import files, formats
+from shards import arrow, files, formats
+from shards.cache import BlockCache
 from shards.config import MIB
 from shards.decoders import RawRange
 from shards.errors import ShardError
-from shards.plan import Ints
+from shards.plan import Ints, greedy_groups
 
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
@@ -157,19 +158,28 @@ class _Watched:
         return data
 
 
-def build(path: str, cell_bytes: int, max_window: int, progress: Progress | None = None) -> ShardIndex:
+def build(
+    path: str,
+    cell_bytes: int,
+    max_window: int,
+    progress: Progress | None = None,
+    cache: BlockCache | None = None,
+) -> ShardIndex:
     """Reads a shard once, from its first byte to its last.
 
     Args:
         cell_bytes: raw bytes per cell.
         max_window: bytes of decoder window.
         progress: is told the compressed bytes as they are read.
+        cache: of remote shards.
     Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
     """
+    if arrow.is_column(path):
+        return _build_of_column(path, cell_bytes, progress)
     before = files.stat(path)
     table = RecordTable(cell_bytes)
     entries: list[tuple[int, int]] = []
-    with files.open_shard(path) as file:
+    with files.open_shard(path, cache=cache) as file:
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.zstd.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
@@ -196,10 +206,36 @@ def build(path: str, cell_bytes: int, max_window: int, progress: Progress | None
     )
 
 
-def content_hash(path: str) -> str:
-    """xxh3-128 of a file's bytes, in hex. Raises: ShardError if it cannot be read."""
+def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
+    """`build` for a column of an Arrow file; raw bytes are the lengths that stand in for them."""
+    before = files.stat(path)
+    found = arrow.measure(path)
+    if progress:
+        progress(path, before.size)
+    num_records = len(found.row_bytes)
+    offsets = np.concatenate([[0], np.cumsum(found.row_bytes)])
+    firsts = np.append(greedy_groups(offsets, np.array([0, num_records]), cell_bytes), num_records)
+    return ShardIndex(
+        version=INDEX_VERSION,
+        cell_bytes=cell_bytes,
+        stat=before,
+        content_hash=found.content_hash,
+        compression="arrow",
+        decoder_window=0,
+        raw_bytes=int(offsets[-1]),
+        num_records=num_records,
+        num_documents=found.num_documents,
+        cells=np.stack([firsts, offsets[firsts]], axis=1).astype("<i8").tobytes(),
+        entries=np.zeros((1, 2), "<i8").tobytes(),
+    )
+
+
+def content_hash(path: str, cache: BlockCache | None = None) -> str:
+    """xxh3-128 of a file's bytes (a column's values), in hex. Raises: ShardError if it cannot be read."""
+    if arrow.is_column(path):
+        return arrow.measure(path).content_hash
     found = xxhash.xxh3_128()
-    with files.open_shard(path) as file:
+    with files.open_shard(path, cache=cache) as file:
         while data := file.read(READ_BYTES):
             found.update(data)
     return found.hexdigest()
@@ -212,22 +248,24 @@ def obtain(
     max_window: int,
     verify: bool = False,
     progress: Progress | None = None,
+    cache: BlockCache | None = None,
 ) -> ShardIndex:
     """The index of a shard: the stored one if it is still true, else a new one, which is stored.
 
     Args:
         index_path: file where it is kept.
         verify: hash the file even if its size and modification time agree with the stored index.
+        cache: of remote shards.
     """
     stored = load(index_path, cell_bytes)
     if stored is None or stored.stat.size != files.stat(path).size:
-        index = build(path, cell_bytes, max_window, progress)
+        index = build(path, cell_bytes, max_window, progress, cache)
     elif stored.stat == files.stat(path) and not verify:
         return stored
-    elif content_hash(path) == stored.content_hash:
+    elif content_hash(path, cache) == stored.content_hash:
         index = msgspec.structs.replace(stored, stat=files.stat(path))
     else:
-        index = build(path, cell_bytes, max_window, progress)
+        index = build(path, cell_bytes, max_window, progress, cache)
     write_atomically(index_path, msgspec.json.encode(index))
     return index
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from shards import files
+from shards import arrow, files, hub
+from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, write_atomically
@@ -45,7 +46,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
 
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
-    paths = files.expand(source.paths, source.name)
+    paths = files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
     kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
     stats = {path: files.stat(path) for path in paths}
     stale = [path for path in paths if path not in kept or kept[path].stat != stats[path]]
@@ -56,7 +57,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
         write(paths, [kept[path] for path in paths], config.index_dir, config.cell_bytes)
     shards = [Shard(path, kept[path]) for path in paths]
     if not any(shard.index.num_documents for shard in shards):
-        raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank")
+        raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank or null")
     return shards
 
 
@@ -101,16 +102,20 @@ def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:
 
 def _check_amount(config: DataConfig, source: SourceConfig, paths: list[str], stats: dict[str, files.Stat]) -> None:
     """Stops a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
-    guess = sum(stats[path].size * (1 if path.endswith(".jsonl") else RAW_PER_COMPRESSED) for path in paths)
+    guess = sum(
+        stats[path].size * (1 if path.endswith(".jsonl") or arrow.is_column(path) else RAW_PER_COMPRESSED)
+        for path in paths
+    )
     if guess > config.max_index_at_start:
         raise ShardError(
             f"source {source.name!r}: {len(paths)} shards have no index, about {guess / 1e9:.1f} GB raw, more than "
             f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: "
-            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths)
+            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths or paths)
         )
 
 
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
+    cache = BlockCache.of(config.remote_cache)
     # Threads will do: decoding, searching and hashing release the interpreter's lock.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
         found = executor.map(
@@ -120,6 +125,7 @@ def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None)
                 config.cell_bytes,
                 config.max_decoder_window,
                 progress=progress,
+                cache=cache,
             ),
             paths,
         )

@@ -15,6 +15,7 @@ import msgspec
 from shards import files, formats
 from shards.config import MIB, SourceConfig
 from shards.errors import ShardError
+from shards.plan import Ints
 
 BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = MIB
@@ -45,6 +46,7 @@ class Records(NamedTuple):
     sub_sources: list[str | None]
     ids: list[str | None]
     bad: list[BadRecord]
+    token_ids: list[Ints] | None = None  # of each, where the source has them instead of texts, which are empty then
 
 
 class RecordParser:
@@ -87,7 +89,7 @@ class RecordParser:
                     continue
             records.texts.append(text)
             records.lines.append(line)
-            records.sub_sources.append(self._inner(outer))
+            records.sub_sources.append(self.sub_source(outer))
             records.ids.append(None if identity is None else str(identity))
         return records
 
@@ -113,7 +115,7 @@ class RecordParser:
         outer = found.get(self._sub_source[0]) if self._sub_source else None
         return text, found.get(self._id_key), outer
 
-    def _inner(self, value: object) -> str | None:
+    def sub_source(self, value: object) -> str | None:
         """The sub-source's name under the dotted key, given the value of its first part."""
         if not self._sub_source:
             return None

@@ -12,6 +12,7 @@ from typing import TypeVar
 import fsspec
 from fsspec.core import url_to_fs
 
+from shards.cache import BlockCache
 from shards.errors import ShardError
 
 BLOCK_BYTES = 4 << 20
@@ -49,15 +50,24 @@ def stat(url: str) -> tuple[int, str]:
 class RemoteFile:
     """Reads a remote file forward from an offset, one block ahead."""
 
-    def __init__(self, url: str, offset: int = 0, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        offset: int = 0,
+        stall_seconds: float = STALL_SECONDS,
+        cache: BlockCache | None = None,
+    ) -> None:
         """
         Args:
             offset: of the first byte to read.
             stall_seconds: a block that takes longer is asked for again.
+            cache: where blocks are looked for first, and kept.
         """
         self._url, self._next, self._stall_seconds = url, offset, stall_seconds
         self._system, self._path = _system(url)
-        self._size = stat(url)[0]
+        self._size, self._stamp = stat(url)
+        # Where nothing tells whether a file changed, a kept block could be of an older one.
+        self._cache = cache if self._stamp else None
         self._block, self._taken = b"", 0
         self._ahead = self._fetch()
 
@@ -84,11 +94,29 @@ class RemoteFile:
         self.close()
 
     def _fetch(self) -> "_Call":
-        start, stop = self._next, min(self._next + BLOCK_BYTES, self._size)
-        return _Call(lambda: bytes(self._system.cat_file(self._path, start, stop)) if start < stop else b"")
+        start, stop = self._range()
+        return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
+
+    def _range(self) -> tuple[int, int]:
+        """The bytes to fetch for the next block; the same for every offset in it if blocks are kept."""
+        start = self._next - (self._next % BLOCK_BYTES if self._cache else 0)
+        return start, min(start + BLOCK_BYTES, self._size)
+
+    def _block_of(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), or what the server gives instead."""
+        if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
+            return kept
+        data = bytes(self._system.cat_file(self._path, start, stop))
+        if self._cache and len(data) == stop - start:
+            self._system.invalidate_cache(self._path)  # a listing that fsspec remembers would hide a change
+            if stat(self._url) == (self._size, self._stamp):  # else they may be of another file than the stamp
+                self._cache.put(self._url, self._size, self._stamp, start, data)
+        return data
 
     def _await_block(self) -> bytes:
-        wanted = min(BLOCK_BYTES, self._size - self._next)
+        """The bytes from `_next` to the end of its block."""
+        start, stop = self._range()
+        wanted = stop - start
         calls = [self._ahead]
 
         def attempt() -> bytes:
@@ -103,7 +131,7 @@ class RemoteFile:
                 raise OSError(f"got {len(data)} of {wanted} bytes")
             return data
 
-        return _persist(f"{self._url} at byte {self._next}", attempt)
+        return _persist(f"{self._url} at byte {self._next}", attempt)[self._next - start :]
 
 
 class _Call:

@@ -9,6 +9,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shards import arrow
+from shards.cache import BlockCache
+from shards.columns import Columns
 from shards.config import DataConfig
 from shards.decoders import Decoders, RawRange
 from shards.errors import ShardError
@@ -45,13 +48,17 @@ class WindowMaker:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        self._decoders = Decoders(config.max_decoder_window)
+        self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache))
+        self._columns = Columns()
         self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:
         """The rows of a window. Raises: as `read`."""
         records = self.read(task)
-        tokens, lengths = self._tokenizer.encode_documents(records.texts)
+        if records.token_ids is None:
+            tokens, lengths = self._tokenizer.encode_documents(records.texts)
+        else:
+            tokens, lengths = self._join(records.token_ids, records.lines, task.raw.path)
         rows = pack(tokens, lengths, self._config.seq_len, self._config.packing, task.key)
         names = sorted({name for name in records.sub_sources if name is not None})
         number_of = {name: number for number, name in enumerate(names)}
@@ -69,6 +76,18 @@ class WindowMaker:
 
         Raises: ShardError if the shard changed or is damaged, or holds a bad record that may not be skipped.
         """
+        records = self._rows(task) if arrow.is_column(task.raw.path) else self._lines(task)
+        if records.bad and self._config.on_bad_record == "fail":
+            raise bad_record_error(task.raw.path, records.bad[0])
+        return records
+
+    def _rows(self, task: WindowTask) -> Records:
+        """The records of a window of a column."""
+        source = self._config.sources[task.source]
+        return self._columns.records(task.raw, task.first_record, task.num_records, source)
+
+    def _lines(self, task: WindowTask) -> Records:
+        """The records of a window of JSON lines."""
         raw = self._decoders.read(task.raw)
         num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
         if num_records != task.num_records:
@@ -77,11 +96,22 @@ class WindowMaker:
                 f"{task.raw.path}: {raw_range} hold {num_records} lines, its index says {task.num_records}; it changed "
                 "after it was indexed: put the old file back, or start a new run"
             )
-        records = self._parsers[task.source].parse(raw, task.first_record + 1)
-        if records.bad and self._config.on_bad_record == "fail":
-            raise bad_record_error(task.raw.path, records.bad[0])
-        return records
+        return self._parsers[task.source].parse(raw, task.first_record + 1)
+
+    def _join(self, token_ids: list[Ints], lines: list[int], path: str) -> tuple[npt.NDArray[np.integer], Ints]:
+        """(ids, lengths) as `Tokenizer.encode_documents` gives them. Raises: ShardError for one that is no piece's."""
+        lengths = np.array([len(ids) for ids in token_ids], np.int64)
+        tokens = np.concatenate([np.zeros(0, np.int64), *token_ids])
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= self._tokenizer.vocab_size))
+        if len(wrong):
+            document = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+            raise ShardError(
+                f"{path}, line {lines[document]}: token id {tokens[wrong[0]]}, but data.tokenizer has "
+                f"{self._tokenizer.vocab_size} pieces; name the tokenizer that the ids were made with"
+            )
+        return tokens.astype(self._tokenizer.dtype), lengths
 
     def close(self) -> None:
         """Closes open shards."""
         self._decoders.close()
+        self._columns.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shards import Loader, ShardError, remote
+from shards.cache import BlockCache
 from tests.shards.corpora import compress, config, record, words
 
 RAW = b"".join(record(words(i, 50 + i % 300)) for i in range(3000))
@@ -18,7 +19,7 @@ DATA = compress(RAW, ".zst", frames=3)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves DATA at /shard.jsonl.zst, and misbehaves in turn as `faults` says."""
+    """Serves `data` at /shard.jsonl.zst, and misbehaves in turn as `faults` says."""
 
     daemon_threads = True
 
@@ -26,6 +27,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults: Iterator[str] = iter(())
         self.ranges = True
+        self.data, self.etag = DATA, '"one"'
         self.bodies = 0
 
     @property
@@ -55,22 +57,24 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "stall":
             time.sleep(3)
-        start, stop = 0, len(DATA)
+        data = self.server.data
+        start, stop = 0, len(data)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and self.server.ranges:
-            start, stop = int(asked[1]), min(len(DATA), int(asked[2] or len(DATA)) + 1)
+            start, stop = int(asked[1]), min(len(data), int(asked[2] or len(data)) + 1)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(DATA)}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         else:
             self.send_response(200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", '"one"')
+        if self.server.etag:
+            self.send_header("ETag", self.server.etag)
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if with_body:
             self.server.bodies += 1
-            body = DATA[start:stop]
+            body = data[start:stop]
             self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
             self.close_connection = True
 
@@ -85,8 +89,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         running.shutdown()
 
 
-def read_all(url: str, offset: int = 0) -> bytes:
-    with remote.RemoteFile(url, offset, stall_seconds=1.0) as file:
+def read_all(url: str, offset: int = 0, cache: BlockCache | None = None) -> bytes:
+    with remote.RemoteFile(url, offset, stall_seconds=1.0, cache=cache) as file:
         return b"".join(iter(lambda: file.read(10_000), b""))
 
 
@@ -124,3 +128,61 @@ def test_a_remote_shard_gives_the_same_batches_as_a_local_one(server: Server, tm
 
     server.faults = itertools.cycle(["drop", "", "", "500", ""])
     assert hashes(server.url) == hashes(str(local))
+
+
+def test_what_is_kept_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10 * len(DATA))
+    server.faults = itertools.cycle(["drop", "", "500", ""])
+    assert read_all(server.url, 12_345, cache) == DATA[12_345:]
+    server.faults = iter(())
+    assert read_all(server.url, 0, cache) == DATA
+    bodies = server.bodies
+    for offset in (0, 1, 12_345, len(DATA) - 1, len(DATA)):
+        assert read_all(server.url, offset, BlockCache(tmp_path, 10 * len(DATA))) == DATA[offset:]
+    assert server.bodies == bodies
+
+
+def test_a_file_that_changed_is_read_anew(server: Server, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10 * len(DATA))
+    assert read_all(server.url, 0, cache) == DATA
+    server.data, server.etag = DATA[::-1], '"two"'
+    assert read_all(server.url, 0, cache) == DATA[::-1]
+    server.data, server.etag = DATA, '"one"'
+    assert read_all(server.url, 0, cache) == DATA
+
+
+def test_bytes_of_a_file_that_changes_under_the_reader_are_not_kept(server: Server, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10 * len(DATA))
+    with remote.RemoteFile(server.url, cache=cache) as file:
+        file.read(1)
+        server.data, server.etag = DATA[::-1], '"two"'
+        while file.read(1 << 20):
+            pass
+    server.data, server.etag = DATA, '"one"'
+    assert read_all(server.url, 0, cache) == DATA
+
+
+def test_without_a_stamp_nothing_is_kept(server: Server, tmp_path: Path) -> None:
+    server.etag = ""
+    cache = BlockCache(tmp_path, 10 * len(DATA))
+    assert read_all(server.url, 0, cache) == DATA
+    server.data = DATA[::-1]
+    assert read_all(server.url, 0, cache) == DATA[::-1]
+
+
+def test_a_second_run_takes_its_shards_from_the_cache(server: Server, tmp_path: Path) -> None:
+    def hashes(number: int) -> list[int]:
+        data = config(
+            [{"name": "a", "paths": [server.url]}],
+            index_dir=tmp_path / f"i{number}",
+            window_bytes=1 << 17,
+            lanes=4,
+            remote_cache={"dir": tmp_path / "cache", "max_bytes": 1 << 24},
+        )
+        with Loader(data, 8, seed=1) as loader:
+            return [batch.row_hash for batch in itertools.islice(loader, 10)]
+
+    first = hashes(0)
+    bodies = server.bodies
+    assert hashes(1) == first
+    assert server.bodies == bodies

@@ -1,0 +1,130 @@
+"""Blocks of remote shards on local disk, bounded in bytes, the least recently used given up first. remote -> cache.
+
+Shared by all processes of a node: a block appears whole or not at all, and one process at a time adds or removes.
+A block that is damaged, or of another content of its URL, is a block that is not there.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from shards.config import RemoteCache
+from shards.errors import ConfigError
+
+BLOCK_SUFFIX = ".block"
+LOCK_NAME = "lock"  # held while the folder changes; says how many bytes are taken, at most
+CHECK_BYTES = 16  # xxh3-128 of a block and its name, after the block
+EVICT_TO = 0.9  # of max_bytes: so that the folder is listed once in many blocks
+
+logger = logging.getLogger(__name__)
+
+
+class BlockCache:
+    """A folder of blocks. Where it cannot be written to, nothing is kept, and the log says so once."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """
+        Args:
+            folder: on a local disk; made if it is missing.
+            max_bytes: that all blocks may take together.
+        Raises: ConfigError if the folder cannot be made.
+        """
+        self._folder, self._max_bytes = folder, max_bytes
+        self._counted = False  # what the lock says is believed only after a listing: a crash of the machine may lose it
+        self._warned = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data.remote_cache.dir={folder}: cannot be made: {error.strerror}; name a folder on a local disk"
+            ) from None
+
+    @staticmethod
+    def of(config: RemoteCache | None) -> "BlockCache | None":
+        """The cache that a config asks for. Raises: as the constructor."""
+        return None if config is None else BlockCache(config.dir, config.max_bytes)
+
+    def get(self, url: str, size: int, stamp: str, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of what a URL held when it had this size and stamp; None if they are not here."""
+        path = self._path(url, size, stamp, start, stop)
+        try:
+            stored = path.read_bytes()
+            data = stored[:-CHECK_BYTES]
+            if len(data) != stop - start or stored[-CHECK_BYTES:] != _check(path, data):
+                return None
+            os.utime(path)  # the time of its last use decides what goes first
+        except OSError:
+            return None
+        return data
+
+    def put(self, url: str, size: int, stamp: str, start: int, data: bytes) -> None:
+        """Keeps bytes that a URL of this size and stamp holds from `start` on, if there is room for them at all."""
+        path = self._path(url, size, stamp, start, start + len(data))
+        needed = len(data) + CHECK_BYTES
+        if needed > self._max_bytes:
+            return
+        try:
+            with self._lock() as lock:
+                # Taken before it is used: who is killed in between leaves a number that is too large, never too small.
+                self._write_taken(lock, self._make_room(lock, needed) + needed)
+                part = self._folder / "part"  # one for all, since the lock is held
+                part.write_bytes(data + _check(path, data))
+                os.replace(part, path)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: cannot keep blocks of remote shards: %s", self._folder, error.strerror)
+            self._warned = True
+
+    def _make_room(self, lock: int, needed: int) -> int:
+        """Removes the oldest blocks if `needed` bytes are too many; the bytes that are taken, at most."""
+        said = os.pread(lock, 32, 0)
+        if self._counted and said.isdigit() and int(said) + needed <= self._max_bytes:
+            return int(said)
+        (self._folder / "part").unlink(missing_ok=True)  # of a process that was killed
+        blocks: list[tuple[int, int, str]] = []  # (last use, bytes, path)
+        for entry in os.scandir(self._folder):
+            if entry.name.endswith(BLOCK_SUFFIX):
+                found = entry.stat()
+                blocks.append((found.st_mtime_ns, found.st_size, entry.path))
+        taken = sum(size for _, size, _ in blocks)
+        limit = min(EVICT_TO * self._max_bytes, self._max_bytes - needed)
+        if taken + needed > self._max_bytes:
+            for _, size, path in sorted(blocks):
+                if taken <= limit:
+                    break
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                taken -= size
+        self._counted = True
+        return taken
+
+    def _write_taken(self, lock: int, taken: int) -> None:
+        os.pwrite(lock, str(taken).zfill(32).encode(), 0)
+
+    @contextmanager
+    def _lock(self) -> Iterator[int]:
+        """Waits until no other process or thread changes the folder; the lock's file descriptor."""
+        lock = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield lock
+        finally:
+            os.close(lock)  # which also ends the lock, as the end of the process would
+
+    def _path(self, url: str, size: int, stamp: str, start: int, stop: int) -> Path:
+        parts = "\0".join([url, str(size), stamp, str(start), str(stop)])
+        name = hashlib.blake2b(parts.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return self._folder / (name + BLOCK_SUFFIX)
+
+
+def _check(path: Path, data: bytes) -> bytes:
+    """What stands after a block: of its name too, so that a block under another's name is none."""
+    found = xxhash.xxh3_128(path.name.encode())
+    found.update(data)
+    return found.digest()

@@ -1,0 +1,176 @@
+"""HF data sets as sources: the same batches however they are read, ids as they are, errors that say what is wrong."""
+
+import itertools
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from shards import (
+    ConfigError,
+    Loader,
+    ShardError,
+    Tokenizer,
+    batch_after,
+    check_fingerprint,
+    document_at,
+    merge_states,
+)
+from shards.config import DataConfig
+from tests.shards.corpora import TOKENIZER, config, record, words
+
+TEXTS = [words(i, 5 + i * 37 % 120) for i in range(300)]
+IDS = [[3 + (i * 31 + j * j) % 4000 for j in range(i * 13 % 90)] for i in range(300)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from, or left in, the user's folders; nothing is asked of the network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def rows() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": TEXTS, "input_ids": IDS, "id": [f"d{i}" for i in range(300)]})
+
+
+def saved(tmp_path: Path, kind: str) -> str:
+    """The rows as a data set of a kind; its name."""
+    path = tmp_path / f"set.{kind}"
+    if kind == "parquet":
+        rows().to_parquet(path)
+    elif kind == "json":
+        rows().to_json(path)
+    elif kind == "folder":
+        path.mkdir()
+        for i in range(2):
+            rows().shard(2, i, contiguous=True).to_parquet(path / f"train-{i}.parquet")
+    elif kind == "disk":
+        datasets.DatasetDict({"train": rows()}).save_to_disk(path, num_shards={"train": 3})
+    return str(path)
+
+
+def of(name: str, source: dict[str, object] | None = None, **changes: object) -> DataConfig:
+    return config([{"name": "a", "dataset": name, **(source or {})}], **({"lanes": 8} | changes))
+
+
+def hashes(data: DataConfig, count: int = 30) -> list[int]:
+    with Loader(data, 8, seed=3) as loader:
+        return [batch.row_hash for batch in itertools.islice(loader, count)]
+
+
+@pytest.mark.parametrize("key", [None, "input_ids"])
+def test_batches_do_not_depend_on_ranks_workers_or_restarts(tmp_path: Path, key: str | None) -> None:
+    source = {"input_ids_key": key}
+    data = of(saved(tmp_path, "disk"), source)
+    straight = hashes(data)
+    assert len(set(straight)) == 30
+    assert hashes(data.model_copy(update={"num_workers": 2})) == straight
+    state: dict[str, object] = {}
+    got = []
+    for dp_size, count in ((2, 7), (8, 6), (1, 9), (4, 8)):
+        ranks = [Loader(data, 8, 3, rank, dp_size) for rank in range(dp_size)]
+        for rank in ranks:
+            if state:
+                rank.load_state_dict(state)
+        got += [sum(next(rank).row_hash for rank in ranks) % 2**64 for _ in range(count)]
+        state = merge_states([rank.state_dict() for rank in ranks])
+    assert got == straight
+
+
+def test_an_epoch_holds_the_ids_of_each_row_once_and_as_they_are(tmp_path: Path) -> None:
+    data = of(saved(tmp_path, "parquet"), {"input_ids_key": "input_ids", "max_epochs": 1}, seq_len=100, lanes=1)
+    with Loader(data, 1, seed=1) as loader:
+        seen = {}
+        for batch in loader:
+            for piece, origin in enumerate(batch.origins(), 1):
+                seen[origin.line] = batch.tokens[0][batch.segment_ids[0] == piece].tolist()
+    assert seen == {line: ids for line, ids in enumerate(IDS, 1) if ids}
+
+
+def test_texts_are_the_same_documents_as_those_of_a_shard(tmp_path: Path) -> None:
+    shard = tmp_path / "shard.jsonl"
+    shard.write_bytes(b"".join(record(text) for text in TEXTS))
+
+    def documents(data: DataConfig) -> list[list[int]]:
+        with Loader(data, 1, seed=1) as loader:
+            return sorted(
+                batch.tokens[0][batch.segment_ids[0] == piece].tolist()
+                for batch in loader
+                for piece in range(1, int(batch.segment_ids.max()) + 1)
+            )
+
+    shape = {"seq_len": 2000, "lanes": 1}
+    expected = documents(config([{"name": "a", "paths": [str(shard)], "max_epochs": 1}], **shape))
+    assert len(expected) == len(TEXTS)
+    for kind in ("json", "folder", "disk"):
+        assert documents(of(saved(tmp_path, kind), {"max_epochs": 1}, **shape)) == expected
+
+
+def test_provenance_names_the_row_and_its_document(tmp_path: Path) -> None:
+    for key in (None, "input_ids"):
+        data = of(saved(tmp_path, "disk"), {"input_ids_key": key})
+        origin = next(batch_after(data, 8, 3, None, 5).origins())
+        found = document_at(data, data.sources[0], origin.shard, origin.line)
+        assert found.id is not None
+        number = int(found.id[1:])
+        expected = TEXTS[number] if key is None else Tokenizer(TOKENIZER).decode(np.array(IDS[number]))
+        assert found.text == expected
+
+
+def test_other_contents_are_found_and_a_moved_data_set_is_not(tmp_path: Path) -> None:
+    def fingerprint(name: str) -> dict[str, object]:
+        with Loader(of(name), 8) as loader:
+            return loader.fingerprint
+
+    before = fingerprint(saved(tmp_path, "disk"))
+    (tmp_path / "set.disk").rename(tmp_path / "moved")
+    check_fingerprint(before, fingerprint(str(tmp_path / "moved")))
+    changed = rows().to_dict()
+    changed["text"][7] = TEXTS[7][::-1]  # as long as before
+    datasets.Dataset.from_dict(changed).save_to_disk(tmp_path / "other", num_shards=3)
+    with pytest.raises(ShardError, match=r"00000-of-00003\.arrow#text.*content changed"):
+        check_fingerprint(before, fingerprint(str(tmp_path / "other")))
+
+
+def test_nulls_are_bad_records(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    lines = [{"text": text, "input_ids": ids} for text, ids in zip(TEXTS, IDS, strict=True)]
+    lines[4] = {"text": None, "input_ids": None}
+    lines[5] = {"text": "x", "input_ids": [7, None]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for key, bad in ((None, {5}), ("input_ids", {5, 6})):
+        source = {"input_ids_key": key, "max_epochs": 1}
+        with pytest.raises(ShardError, match=r"#(text|input_ids), line 5: .* null"):
+            hashes(of(str(path), source, lanes=1), 1000)
+        with Loader(of(str(path), source, on_bad_record="skip", lanes=1), 1) as loader:
+            assert {skipped.line for batch in loader for skipped in batch.skipped} == bad
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    name = saved(tmp_path, "disk")
+    for source, message in (
+        ({"text_key": "body"}, r"source 'a'.*no column 'body' \(text_key\); its columns are text, input_ids, id"),
+        ({"input_ids_key": "ids"}, r"no column 'ids' \(input_ids_key\)"),
+        ({"input_ids_key": "text"}, r"column 'text' holds texts; name it with text_key"),
+        ({"text_key": "input_ids"}, r"column 'input_ids' holds token ids; name it with input_ids_key"),
+        ({"split": "valid"}, r"split 'valid'.*its splits are train"),
+        ({"dataset": "nobody/nothing-here"}, r"data set 'nobody/nothing-here'.*cannot be loaded"),
+    ):
+        with pytest.raises(ShardError, match=message):
+            Loader(of(name, source), 8)
+    rows().select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ShardError, match=r"cannot be loaded.*no data"):
+        Loader(of(str(tmp_path / "empty.parquet")), 8)
+    with pytest.raises(ShardError, match=r"is a part of its files"):
+        Loader(of(saved(tmp_path, "parquet"), {"split": "train[:10%]"}), 8)
+    large = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 70_000]]})
+    large.save_to_disk(tmp_path / "large")
+    with pytest.raises(ShardError, match=r"line 2: token id 70000, but data.tokenizer has 4096 pieces"):
+        hashes(of(str(tmp_path / "large"), {"input_ids_key": "input_ids"}))
+    for source in ({"name": "a"}, {"name": "a", "paths": ["x"], "dataset": "y"}):
+        with pytest.raises(ConfigError, match="either paths or dataset"):
+            DataConfig.parse({"seq_len": 8, "tokenizer": "t", "sources": [source]})
