@@ -150,17 +150,18 @@ def _close_rows(
     """
     documents, starts, lengths = (column.tolist() for column in pieces)
     room = [capacity - sum(lengths[i] for i in row) for row in rows]
-    spare = sum(room)
+    usable = sum(left - 1 for left in room if left > 1)
     emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
     closed: set[int] = set()
     for row in emptiest:
-        if spare < capacity:  # no row can be saved any more
+        # Each hole but the last costs a token that stands twice. A row that is spread is no hole itself,
+        # but has that much less to spread: this much is needed for any, so no later row can be saved either.
+        if usable < capacity - 1:
             break
         holes = sorted(
             (r for r in range(len(rows)) if r not in closed and r != row and room[r] > 1), key=lambda r: room[r]
         )
         used = capacity - room[row]
-        # Each hole but the last costs a token that stands twice.
         if sum(room[hole] - 1 for hole in holes) < used:
             continue
         for piece in rows[row]:
@@ -178,7 +179,7 @@ def _close_rows(
                 lengths.append(lengths[piece] - size + 1)
                 lengths[piece], piece = size, len(lengths) - 1
         closed.add(row)
-        spare = sum(room[r] for r in range(len(rows)) if r not in closed)
+        usable = sum(left - 1 for r, left in enumerate(room) if left > 1 and r not in closed)
     rows[:] = [row for number, row in enumerate(rows) if number not in closed]
     return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
