@@ -200,7 +200,8 @@ class Loader:
 
     def _check_lanes(self) -> None:
         """A lane without any segment would end the run before its first step. Raises: ConfigError."""
-        if self.num_lanes < FEW_LANES and sum(source.plan.raw_bytes for source in self._sources) > LARGE_RUN_BYTES:
+        raw_bytes = sum(source.plan.raw_bytes for source in self._sources)
+        if self._dp_rank == 0 and self.num_lanes < FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
             logger.warning(
                 "data.lanes=%d: a batch is only as diverse as its lanes; %d or more suit a run of this size",
                 self.num_lanes,

@@ -147,6 +147,7 @@ class WorkerPool:
         self._waiting: list[tuple[float, int, WindowId]] = []  # heap; a name may stand here twice, the first counts
         self._tasks: dict[WindowId, WindowTask] = {}  # asked for and not yet given to a worker
         self._making: dict[int, tuple[WindowId, WindowTask]] = {}  # by number, given to a worker
+        self._unwanted: set[int] = set()  # those of `_making` that `clear` came upon
         self._losses: dict[WindowId, int] = {}  # how many workers were lost while they were at it
         self._results: dict[WindowId, Window | HeadraceError] = {}
         self._next_number = 1
@@ -173,7 +174,8 @@ class WorkerPool:
     def take(self, name: WindowId, task: WindowTask) -> Window:
         """Waits for a window, requested or not, and hands it over. Raises: what making it raised."""
         with self._changed:
-            if name not in self._results and all(name != made for made, _ in self._making.values()):
+            making = (made for number, (made, _) in self._making.items() if number not in self._unwanted)
+            if name not in self._results and name not in making:
                 self._queue(name, task, NOW)
             while name not in self._results:
                 if self._closed:
@@ -187,11 +189,12 @@ class WorkerPool:
         return result
 
     def clear(self) -> None:
-        """Forgets all requests and what was made for them; what is being made may still be taken."""
+        """Forgets all requests and what was made for them; what is being made is thrown away when it comes."""
         with self._changed:
             self._waiting.clear()
             self._tasks.clear()
             self._results.clear()
+            self._unwanted.update(self._making)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -275,6 +278,9 @@ class WorkerPool:
         with self._changed:
             name, _ = self._making.pop(number)
             self._losses.pop(name, None)
+            if number in self._unwanted:
+                self._unwanted.remove(number)
+                return
             self._results[name] = result
             self._changed.notify_all()
 
@@ -292,4 +298,7 @@ class WorkerPool:
                 self._deliver(numbers.pop(0), error)
             for number in numbers:
                 name, task = self._making.pop(number)
-                self._queue(name, task, NOW)
+                if number in self._unwanted:
+                    self._unwanted.remove(number)
+                else:
+                    self._queue(name, task, NOW)

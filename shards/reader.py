@@ -56,13 +56,15 @@ class RecordParser:
         """Args: the keys of a SourceConfig; `source_from` may be dotted."""
         self._text_key, self._id_key = text_key, id_key
         self._sub_source = source_from.split(".") if source_from else []
-        keys = [text_key, id_key, *self._sub_source[:1]]
-        # Only these fields are built; everything else in a record is passed over by the parser.
-        optional: list[tuple[str, typing.Any, typing.Any]] = [("id", object, None), ("outer", object, None)]
-        names = dict(zip(("text", "id", "outer"), keys, strict=False))
-        kind: typing.Any = msgspec.defstruct(
-            "Record", [("text", str), *optional[: len(keys) - 1]], rename=names, gc=False
-        )
+        # Only these keys are built, each once; everything else in a record is passed over by the parser.
+        fields = {text_key: "text"}
+        self._id_field = fields.setdefault(id_key, "id")
+        self._outer_field = fields.setdefault(self._sub_source[0], "outer") if self._sub_source else None
+        optional: list[tuple[str, typing.Any, typing.Any]] = [
+            (field, object, None) for field in fields.values() if field != "text"
+        ]
+        names = {field: key for key, field in fields.items()}
+        kind: typing.Any = msgspec.defstruct("Record", [("text", str), *optional], rename=names, gc=False)
         self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:
@@ -78,7 +80,8 @@ class RecordParser:
                 record = record.removeprefix(BOM)
             try:
                 found = self._decoder.decode(record)
-                text, identity, outer = found.text, found.id, found.outer if self._sub_source else None
+                text, identity = found.text, getattr(found, self._id_field)
+                outer = getattr(found, self._outer_field) if self._outer_field else None
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 if not record.strip():
                     continue
@@ -116,12 +119,12 @@ class RecordParser:
         return text, found.get(self._id_key), outer
 
     def sub_source(self, value: object) -> str | None:
-        """The sub-source's name under the dotted key, given the value of its first part."""
+        """The sub-source's name under the dotted key, given the value of its first part; an empty one is none."""
         if not self._sub_source:
             return None
         for part in self._sub_source[1:]:
             value = value.get(part) if isinstance(value, dict) else None
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, str) and value else None
 
 
 def read_documents(

@@ -66,7 +66,7 @@ class WindowMaker:
             rows=rows,
             lines=np.array(records.lines, np.int64),
             sub_sources=tuple(names),
-            sub_source_of=np.array([number_of.get(name or "", -1) for name in records.sub_sources], np.int32),
+            sub_source_of=np.array([-1 if name is None else number_of[name] for name in records.sub_sources], np.int32),
             skipped=tuple(records.bad),
             token_offsets=rows.token_offsets(),
         )

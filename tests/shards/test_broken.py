@@ -74,6 +74,34 @@ def test_keys_and_sub_sources_are_the_configs(tmp_path: Path) -> None:
     ]
 
 
+def test_one_key_may_serve_as_text_id_and_sub_source(tmp_path: Path) -> None:
+    path = write_shard(
+        tmp_path / "a.jsonl", b'{"text": "x", "id": "i"}\n{"text": "y", "id": {"set": "deep"}, "n": NaN}\n'
+    )
+    for text_key, id_key, source_from, expected in (
+        ("text", "text", "text", [("x", "x", "x"), ("y", "y", "y")]),
+        ("text", "id", "id", [("x", "i", "i"), ("y", "s", "{'set': 'deep'}")]),
+        ("text", "id", "id.set", [("x", "s", "i"), ("y", "deep", "{'set': 'deep'}")]),
+        ("text", "id", "text.set", [("x", "s", "i"), ("y", "s", "{'set': 'deep'}")]),
+    ):
+        source = SourceConfig(name="s", paths=(str(path),), text_key=text_key, id_key=id_key, source_from=source_from)
+        found = [(document.text, document.source, document.id) for document in read_documents(path, source)]
+        assert found == expected
+
+
+def test_an_empty_sub_source_is_none(tmp_path: Path) -> None:
+    lines = [record("one", meta={"set": ""}), record("two"), record("three", meta={"set": "deep"})]
+    path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
+    source = {"name": "s", "paths": [str(path)], "source_from": "meta.set", "max_epochs": 1}
+    assert [document.source for document in read_documents(path, SourceConfig.model_validate(source))] == [
+        "s",
+        "s",
+        "deep",
+    ]
+    with Loader(config([source], lanes=1), 1) as loader:
+        assert set(next(loader).source_tokens) == {"s", "s/deep"}
+
+
 def broken_corpus(folder: Path) -> Path:
     """Bad lines of every kind among good ones, spread over the shard."""
     lines = list(GOOD)

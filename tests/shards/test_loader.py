@@ -232,6 +232,15 @@ def test_impossible_splits_are_refused_with_those_that_work(corpus: Path) -> Non
         Loader(config(sources(corpus, max_epochs=1), lanes=5000), 5000)
 
 
+def test_few_lanes_for_much_data_are_told_once(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shards.loader.LARGE_RUN_BYTES", 1)
+    for rank in range(4):
+        Loader(config(sources(corpus), lanes=8), 8, 0, rank, 4).close()
+    assert ["data.lanes=8" in line for line in caplog.messages] == [True]
+
+
 def test_a_fingerprint_tells_what_differs(corpus: Path, tmp_path: Path) -> None:
     def fingerprint(listed: list[dict[str, object]], **changes: object) -> dict[str, object]:
         with Loader(config(listed, lanes=4, **changes), 8) as loader:
