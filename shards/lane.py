@@ -1,5 +1,6 @@
 """A lane: one of V logical streams of rows, drawn from the sources by weight. sources, pool -> lane -> loader."""
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,9 @@ from shards.reader import BadRecord
 from shards.sources import Source
 from shards.window import Window, WindowTask
 
+MAX_FRUITLESS_SEGMENTS = (
+    64  # in turn, at most 1 GiB: with half of all segments without a row, chance gives none in 10^19
+)
 BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
 
 
@@ -52,9 +56,11 @@ class Stream:
     def draw(self, pool: Pool, skipped: list[tuple[WindowId, BadRecord]]) -> tuple[WindowId, Window, int] | None:
         """The next row; None when the source has no more for this lane. Bad records passed over go to `skipped`.
 
-        Raises: ShardError if a window cannot be made, or a whole pass over the source gives no row.
+        Raises: ShardError if a window cannot be made, or if neither the whole source nor MAX_FRUITLESS_SEGMENTS in
+            turn give a row.
         """
-        last_segment = self.cursor.segment + self.source.plan.num_segments
+        whole = self.cursor.window == self.cursor.row == 0  # this segment is read from its beginning here
+        fruitless: list[int] = []
         while not self.exhausted:
             cursor = self.cursor
             name = WindowId(self.number, self.lane, cursor.segment, cursor.window)
@@ -68,11 +74,23 @@ class Stream:
             segment, number = self._after(cursor.segment, cursor.window)
             self.cursor = cursor._replace(segment=segment, window=number, row=0)
             self._window = None
-            if segment > last_segment:
-                raise ShardError(
-                    f"source {self.source.config.name!r}: a whole pass over it gives no row; its lines are blank or bad"
-                )
+            if segment > cursor.segment:
+                if whole:
+                    fruitless.append(self.source.plan.segment_of(self.lane, cursor.segment)[1])
+                    self._check_fruitless(fruitless, skipped)
+                whole = True
         return None
+
+    def _check_fruitless(self, segments: list[int], skipped: list[tuple[WindowId, BadRecord]]) -> None:
+        """Raises: ShardError if segments without a row are all of the source, or too many in turn."""
+        whole_pass = len(set(segments)) == self.source.plan.num_segments
+        if not whole_pass and len(segments) < MAX_FRUITLESS_SEGMENTS:
+            return
+        what = "a whole pass over it gives" if whole_pass else f"{len(segments)} segments in turn give"
+        last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
+        raise ShardError(
+            f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is text_key right?"
+        )
 
     def next_request(self) -> tuple[WindowId, WindowTask] | None:
         """The first window that was not requested yet; None at the source's end."""
@@ -158,15 +176,31 @@ class Lane:
         left = tuple(0.0 if stream.exhausted else weight for stream, weight in zip(self.streams, weights, strict=True))
         return _shares(left) if any(left) else None
 
-    def rows_until(self, source: int, uses: int, shares: tuple[int, ...]) -> int | None:
-        """Rows that the lane draws until it has drawn `uses` from a source and comes to the next; None = never."""
-        places = _places(shares, source)
-        if not len(places):
-            return None
-        period = sum(shares)
-        now = (lane_phase(self.number, period) + self._mixing_rows) % period
-        turns, place = divmod(int(np.searchsorted(places, now)) + uses, len(places))
-        return turns * period + int(places[place]) - now
+    def row_of_use(self, source: int, uses: int, stages: Sequence[tuple[int, Sequence[float]]]) -> int | None:
+        """The row at which the lane has drawn `uses` more from a source and comes to the next; None = never.
+
+        Args:
+            stages: (row of this lane from which they count, weights), in their order.
+        """
+        row, mixing_rows = self.rows, self._mixing_rows
+        for (first, weights), (end, _) in itertools.pairwise([*stages, (None, ())]):
+            if end is not None and end <= row:
+                continue
+            if first >= row:
+                row, mixing_rows = first, 0
+            shares = self.shares(weights)
+            places = _places(shares, source) if shares else np.zeros(0, np.int64)
+            if shares and len(places):
+                period = sum(shares)
+                now = (lane_phase(self.number, period) + mixing_rows) % period
+                passed = int(np.searchsorted(places, now))
+                turns, place = divmod(passed + uses, len(places))
+                found = row + turns * period + int(places[place]) - now
+                if end is None or found < end:
+                    return found
+                turns, place = divmod(now + end - row, period)
+                uses -= turns * len(places) + int(np.searchsorted(places, place)) - passed
+        return None
 
     def cursor(self) -> LaneCursor:
         """Where the lane stands."""

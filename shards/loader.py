@@ -152,8 +152,9 @@ class Loader:
                 for i, source in enumerate(self._sources)
             ]
             self._lanes[int(number)] = Lane(int(number), streams, cursor.rows, cursor.mixing_rows)
-        weights = self._weights(state.rows)[0]
-        self._prefetcher = Prefetcher(self._pool, list(self._lanes.values()), weights, self._config.prefetch_bytes)
+        stages = [(step * self._global_batch_size, weights) for step, weights in self._stages]
+        lanes = list(self._lanes.values())
+        self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config.prefetch_bytes)
 
     def _draw(self, j: int) -> Draw | None:
         lane = self._lanes[j % self.num_lanes]

@@ -15,14 +15,22 @@ WINDOWS_PER_STREAM = 2
 class Prefetcher:
     """Keeps the pool busy with what the lanes of one rank will need next."""
 
-    def __init__(self, pool: Pool, lanes: Sequence[Lane], weights: Sequence[float], max_bytes: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        lanes: Sequence[Lane],
+        num_lanes: int,
+        stages: Sequence[tuple[int, Sequence[float]]],
+        max_bytes: int,
+    ) -> None:
         """
         Args:
-            weights: of the sources now.
+            num_lanes: V, those of other ranks counted.
+            stages: (row of the run from which they count, weights of the sources), in their order.
             max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed,
                 and never more than a few per stream, which small windows would not fill the bytes with.
         """
-        self._pool, self._weights, self._max_bytes = pool, weights, max_bytes
+        self._pool, self._num_lanes, self._stages, self._max_bytes = pool, num_lanes, stages, max_bytes
         self._lanes = {lane.number: lane for lane in lanes}
         self._max_windows = WINDOWS_PER_STREAM * sum(len(lane.streams) for lane in lanes)
         self._sizes: dict[WindowId, int] = {}  # raw bytes of the windows requested and not taken
@@ -61,7 +69,7 @@ class Prefetcher:
 
     def _offer(self, lane: Lane, source: int) -> None:
         """Puts a stream's next window in line."""
-        shares = lane.shares(self._weights)
-        rows = lane.rows_until(source, lane.streams[source].rows_until_request(), shares) if shares else None
-        if rows is not None:
-            heapq.heappush(self._next, (lane.rows + rows, lane.number, source))
+        stages = [(-(-(row - lane.number) // self._num_lanes), weights) for row, weights in self._stages]
+        due = lane.row_of_use(source, lane.streams[source].rows_until_request(), stages)
+        if due is not None:
+            heapq.heappush(self._next, (due, lane.number, source))

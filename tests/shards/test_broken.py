@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from shards import Document, Loader, ShardError, SourceConfig, Tokenizer, merge_states, read_documents
+from shards.window import WindowMaker
 from tests.shards.corpora import TOKENIZER, config, record, words, write_shard
 
 GOOD = [record(words(i, 12)) for i in range(40)]
@@ -155,6 +156,27 @@ def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path) -> 
         pytest.raises(ShardError, match="a whole pass over it gives no row"),
     ):
         next(loader)
+
+
+def test_a_wrong_text_key_is_told_after_so_many_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "a.jsonl", b'{"body": "no text here"}\n' * 20_000)
+    taken: list[int] = []
+    make = WindowMaker.make
+    monkeypatch.setattr(WindowMaker, "make", lambda maker, task: taken.append(task.raw.start) or make(maker, task))
+    data = config([{"name": "a", "paths": [str(path)]}], lanes=16, on_bad_record="skip")
+    with (
+        Loader(data, 16) as loader,
+        pytest.raises(ShardError, match=r"64 segments in turn give no row.*has no key 'text'.*'body'.*text_key"),
+    ):
+        next(loader)
+    assert len(taken) <= 64 * 3  # windows; two or three a segment
+
+
+def test_segments_without_a_row_are_passed_over_if_others_have_some(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 4000 + record("the only one") + b"{}\n" * 4000)
+    data = config([{"name": "a", "paths": [str(path)]}], lanes=2, on_bad_record="skip")
+    with Loader(data, 2) as loader:
+        assert {origin.line for batch in itertools.islice(loader, 5) for origin in batch.origins()} == {4001}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.gz"])

@@ -3,9 +3,12 @@
 import time
 from pathlib import Path
 
+import pytest
+
+from shards import DataConfig, Loader
 from shards.index import build
 from shards.pool import WindowId, WorkerPool
-from shards.window import WindowMaker, WindowTask
+from shards.window import Window, WindowMaker, WindowTask
 from tests.shards.corpora import config, record, words, write_shard
 
 
@@ -29,3 +32,48 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
     finally:
         pool.close()
     assert (again.rows.tokens == WindowMaker(data).make(task).rows.tokens).all()
+
+
+class Recording:
+    """A pool that makes windows when they are taken, and remembers which of them were asked for before."""
+
+    ahead = 2
+
+    def __init__(self, data: DataConfig) -> None:
+        self._maker = WindowMaker(data)
+        self.asked: set[WindowId] = set()
+        self.on_demand: list[WindowId] = []
+
+    def request(self, name: WindowId, task: WindowTask, due: float) -> None:
+        self.asked.add(name)
+
+    def take(self, name: WindowId, task: WindowTask) -> Window:
+        if name not in self.asked:
+            self.on_demand.append(name)
+        return self._maker.make(task)
+
+    def clear(self) -> None:
+        self.asked.clear()
+
+    def close(self) -> None:
+        self._maker.close()
+
+
+def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[dict[str, object]] = []
+    for number, name in enumerate("abc"):
+        raw = b"".join(record(words(1000 * number + i, 40)) for i in range(200))
+        path = str(write_shard(tmp_path / f"{name}.jsonl", raw))
+        sources.append({"name": name, "paths": [path], "weight": 1.0 if name == "a" else 0.0})
+    changes = ({"step": 6, "weights": {"b": 1.0}}, {"step": 12, "weights": {"a": 0.0, "b": 0.5, "c": 0.5}})
+    data = config(sources, lanes=4, num_workers=1, weight_changes=changes)
+    monkeypatch.setattr("shards.loader.WorkerPool", Recording)
+    with Loader(data, 10) as loader:
+        pool = loader._pool
+        assert isinstance(pool, Recording)
+        drawn = [next(loader).source_tokens for _ in range(30)]
+        assert drawn[5].keys() == {"a"}
+        assert drawn[6].keys() == {"a", "b"}
+        assert drawn[29].keys() == {"b", "c"}
+        assert len(pool.asked) > 12
+        assert not pool.on_demand
