@@ -179,14 +179,18 @@ def build(
     before = files.stat(path)
     table = RecordTable(cell_bytes)
     entries: list[tuple[int, int]] = []
+    window = formats.MIN_DECODER_BYTES
+
+    def on_entry(offset: int, raw_offset: int, frame_window: int) -> None:
+        nonlocal window
+        entries.append((offset, raw_offset))
+        window = max(window, frame_window)
+
     with files.open_shard(path, cache=cache) as file:
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.zstd.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
-        window = formats.decoder_window(compression, peeked.head)
-        for chunk in formats.decode(
-            peeked, compression, path, max_window, on_entry=lambda offset, raw: entries.append((offset, raw))
-        ):
+        for chunk in formats.decode(peeked, compression, path, max_window, on_entry=on_entry):
             table.feed(chunk)
         table.finish()
     if files.stat(path) != before:

@@ -12,7 +12,7 @@ from shards.formats import gzip, plain, zstd
 
 MIN_DECODER_BYTES = 1 << 18  # buffers, and the window of gzip
 
-OnEntry = Callable[[int, int], None]  # (compressed offset, raw offset) of a place to start from
+OnEntry = Callable[[int, int, int], None]  # (compressed offset, raw offset, bytes of window) of a place to start from
 
 
 class Readable(Protocol):
@@ -72,7 +72,7 @@ def decode(
         path: for error messages.
         max_window: bytes of decoder window that may be needed (zstd only).
         entry: (compressed offset, raw offset) where the file stands.
-        on_entry: called with each frame's or member's start as it is met.
+        on_entry: called with each frame's or member's start, and the window it needs, as it is met.
     Raises: ShardError where the bytes are damaged or end too soon, naming file and raw offset.
     """
     if compression == "zstd":
@@ -81,8 +81,3 @@ def decode(
         return gzip.decode(file, path, entry, on_entry)
     assert compression == "plain", compression
     return plain.decode(file)
-
-
-def decoder_window(compression: str, head: bytes) -> int:
-    """Bytes of memory that one open decoder of a shard with these first bytes holds, about."""
-    return max(MIN_DECODER_BYTES, zstd.window_bytes(head) if compression == "zstd" else 0)

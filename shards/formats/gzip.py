@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 17
 MAX_OUTPUT_BYTES = 1 << 20  # a chunk of zeros unpacks a thousandfold
+WINDOW_BYTES = 1 << 15
 GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
 
 
@@ -37,7 +38,7 @@ def decode(file: Readable, path: str, entry: tuple[int, int], on_entry: OnEntry 
                 f"the file is damaged after raw byte {raw_offset}, copy it again"
             )
         if on_entry:
-            on_entry(offset, raw_offset)
+            on_entry(offset, raw_offset, WINDOW_BYTES)
         member = isal_zlib.decompressobj(wbits=GZIP_WBITS)
         while True:
             try:

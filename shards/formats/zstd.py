@@ -31,9 +31,10 @@ def starts_frame(head: bytes) -> bool:
 
 
 def window_bytes(head: bytes) -> int:
-    """Bytes of decoded data that the frame beginning with `head` may refer back to; 0 for a skippable frame."""
-    if not head.startswith(MAGIC):
-        return 0
+    """Bytes of decoded data that the frame beginning with `head` may refer back to.
+
+    Raises: zstandard.ZstdError if the header is cut short, or asks for more than any decoder grants.
+    """
     return max(MIN_WINDOW_BYTES, zstandard.get_frame_parameters(head).window_size)
 
 
@@ -82,23 +83,36 @@ def decode(
                 f"{path}: byte {source.offset} should begin a zstd frame but holds {head[:4].hex(' ')}; "
                 f"the file is damaged or cut short after raw byte {raw_offset}, copy it again"
             )
+        window = _window(source, path, max_window, raw_offset)
         if on_entry:
-            on_entry(source.offset, raw_offset)
-        for raw in _decode_frame(source, path, max_window, raw_offset):
+            on_entry(source.offset, raw_offset, window)
+        for raw in _decode_frame(source, path, window, raw_offset):
             raw_offset += len(raw)
             yield raw
 
 
-def _decode_frame(source: _Input, path: str, max_window: int, raw_offset: int) -> Iterator[bytes]:
+def _window(source: _Input, path: str, max_window: int, raw_offset: int) -> int:
+    """Bytes of window of the frame that comes next. Raises: ShardError if it is more than allowed."""
+    head = source.peek(MAX_HEADER_BYTES)
     try:
-        window = window_bytes(source.peek(MAX_HEADER_BYTES))
-    except zstandard.ZstdError:
-        raise _truncated(source, path, raw_offset) from None
+        window = window_bytes(head)
+    except zstandard.ZstdError as error:
+        if len(head) < MAX_HEADER_BYTES:
+            raise _truncated(source, path, raw_offset) from None
+        raise ShardError(
+            f"{path}: the header of the zstd frame at byte {source.offset} cannot be used ({error}); windows of up to "
+            f"2 GiB can be decoded (zstd --long=31, with data.max_decoder_window: {1 << 31}); the file is damaged, "
+            "or has to be compressed again"
+        ) from None
     if window > max_window:
         raise ShardError(
             f"{path}: the zstd frame at byte {source.offset} needs a window of {window} bytes; "
             f"data.max_decoder_window is {max_window}; raise it to {window} (that much memory per open shard)"
         )
+    return window
+
+
+def _decode_frame(source: _Input, path: str, window: int, raw_offset: int) -> Iterator[bytes]:
     frame = zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
     feed = FIRST_FEED_BYTES
     while not frame.eof:

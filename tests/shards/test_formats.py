@@ -87,6 +87,21 @@ def test_a_window_beyond_the_limit_names_the_setting() -> None:
         decode(blob, max_window=1 << 20)
 
 
+def header(window_log: int) -> bytes:
+    """Magic and header of a frame without content size or checksum (RFC 8878, section 3.1.1)."""
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
+
+
+def test_a_31_bit_window_is_decoded_if_allowed_and_else_names_the_setting() -> None:
+    blob = header(31) + (1 | 5 << 3).to_bytes(3, "little") + b"long\n"  # one last raw block
+    with pytest.raises(ShardError, match=r"max_decoder_window is 134217728; raise it to 2147483648 "):
+        decode(blob)
+    assert decode(blob, max_window=1 << 31) == b"long\n"  # the decoder reserves 2 GiB, but touches none of it
+    beyond = header(33) + (1 | 5 << 3).to_bytes(3, "little") + b"long\n" + bytes(9)
+    with pytest.raises(ShardError, match=r"byte 0 .*--long=31, with data\.max_decoder_window: 2147483648"):
+        decode(beyond, max_window=1 << 40)
+
+
 def test_compression_is_told_by_content_not_by_name() -> None:
     assert decode(gzip.compress(b'{"text": "a"}\n'), "named.jsonl.zst") == b'{"text": "a"}\n'
     assert decode(b'\xef\xbb\xbf {"text": "a"}\n', "named.jsonl.zst").endswith(b"}\n")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import ShardError, index, manifest
 from shards.decoders import Decoders
+from shards.index import build
 from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 PIECES = st.lists(
@@ -57,6 +59,18 @@ def test_an_index_leads_to_every_byte(tmp_path: Path, suffix: str) -> None:
     for cell in np.random.default_rng(0).permutation(len(table) - 1).tolist():
         start, stop = int(table[cell, 1]), int(table[cell + 1, 1])
         assert decoders.read(found.raw_range(path, start, stop)) == raw[start:stop]
+
+
+def test_the_decoder_window_is_the_largest_of_all_frames(tmp_path: Path) -> None:
+    parts = [b"\x5a\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"]
+    for window_log in (18, 23, 19):
+        parameters = zstandard.ZstdCompressionParameters(window_log=window_log, write_content_size=False)
+        data = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        parts.append(data.compress(record("x") * 40) + data.flush())
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(parts))
+    index = build(str(path), 4096, 1 << 27)
+    assert (index.decoder_window, index.num_entries) == (1 << 23, 3)
 
 
 def test_an_index_is_reused_until_the_content_changes(tmp_path: Path) -> None:
