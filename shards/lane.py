@@ -1,6 +1,6 @@
 """A lane: one of V logical streams of rows, drawn from the sources by weight. sources, pool -> lane -> loader."""
 
-import itertools
+import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -183,8 +183,9 @@ class Lane:
             stages: (row of this lane from which they count, weights), in their order.
         """
         row, mixing_rows = self.rows, self._mixing_rows
-        for (first, weights), (end, _) in itertools.pairwise([*stages, (None, ())]):
-            if end is not None and end <= row:
+        ends = [first for first, _ in stages[1:]]
+        for (first, weights), end in zip(stages, [*ends, sys.maxsize], strict=True):
+            if end <= row:
                 continue
             if first >= row:
                 row, mixing_rows = first, 0
@@ -196,7 +197,7 @@ class Lane:
                 passed = int(np.searchsorted(places, now))
                 turns, place = divmod(passed + uses, len(places))
                 found = row + turns * period + int(places[place]) - now
-                if end is None or found < end:
+                if found < end:
                     return found
                 turns, place = divmod(now + end - row, period)
                 uses -= turns * len(places) + int(np.searchsorted(places, place)) - passed

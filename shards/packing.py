@@ -5,6 +5,7 @@ token of a piece, a target there, is the first of the next, where it is only con
 document's first is a target exactly once.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from shards.config import OverflowTolerance, Packing
 from shards.plan import Ints, key_of, permutation
 
+GATHER_TOKENS = 1 << 20
 PACKER_VERSION = 1  # raise it whenever the same documents would give other rows: runs do not continue across it
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
@@ -91,11 +93,17 @@ def pack(
     chosen = np.array([i for row in rows for i in row], np.int64)
     documents, starts, sizes = (column[chosen] for column in pieces)
     begin = _offsets(lengths)[:-1][documents] + starts
-    # Token t of the output is token t of its piece: one gather, whatever the number of pieces.
-    gather = np.arange(int(sizes.sum())) + np.repeat(begin - _offsets(sizes)[:-1], sizes)
+    # Token t of the output is token t of its piece: a gather of many pieces at a time, for its numbers take more memory
+    # than the tokens do.
+    offsets = _offsets(sizes)
+    gathered = np.empty(int(offsets[-1]), tokens.dtype)
+    marks = np.searchsorted(offsets, np.arange(0, len(gathered), GATHER_TOKENS)).tolist()
+    for a, b in itertools.pairwise([*marks, len(sizes)]):
+        places = np.arange(offsets[a], offsets[b]) + np.repeat(begin[a:b] - offsets[a:b], sizes[a:b])
+        gathered[offsets[a] : offsets[b]] = tokens[places]
     return Rows(
         seq_len=seq_len,
-        tokens=tokens[gather],  # type: ignore[arg-type]  # the caller's integer type is kept
+        tokens=gathered,
         row_pieces=_offsets(np.array([len(row) for row in rows], np.int64)),
         documents=documents.astype(np.int32),
         starts=starts.astype(np.int32),

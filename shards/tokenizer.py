@@ -11,10 +11,12 @@ import numpy.typing as npt
 import sentencepiece
 import xxhash
 
+from shards.cuts import Cuts
 from shards.errors import ConfigError
 from shards.plan import Ints
 
 MAX_UINT16_VOCABULARY = 1 << 16
+MAX_PART = 1 << 18  # characters encoded in one call: SentencePiece takes some 100 bytes for each while it works
 
 
 class Tokenizer:
@@ -38,6 +40,7 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ConfigError(f"data.tokenizer={path}: not a SentencePiece model") from None
+        self._cuts = Cuts(model)
         self.content_hash: str = xxhash.xxh3_128_hexdigest(model)
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
@@ -66,10 +69,16 @@ class Tokenizer:
         lengths = np.empty(len(texts), np.int64)
         prefix, suffix = np.array(self._prefix, self.dtype), np.array(self._suffix, self.dtype)
         for i, text in enumerate(texts):
-            ids = np.array(self.encode(text), self.dtype)
+            ids = self._encode_compact(text)
             lengths[i] = len(prefix) + len(ids) + len(suffix)
             parts += (prefix, ids, suffix)
         return (np.concatenate(parts) if parts else np.zeros(0, self.dtype)), lengths
+
+    def _encode_compact(self, text: str) -> npt.NDArray[np.integer]:
+        """As `encode`, in an array; a long text part by part where that is exact, so that it takes little memory."""
+        if len(text) <= MAX_PART or not self._cuts.exact:
+            return np.array(self.encode(text), self.dtype)
+        return np.concatenate([np.array(self.encode(part), self.dtype) for part in self._cuts.parts(text, MAX_PART)])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of token ids; control tokens such as BOS have none."""
