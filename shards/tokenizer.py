@@ -16,7 +16,7 @@ from shards.errors import ConfigError
 from shards.plan import Ints
 
 MAX_UINT16_VOCABULARY = 1 << 16
-MAX_PART = 1 << 18  # characters encoded in one call: SentencePiece takes some 100 bytes for each while it works
+MAX_PART = 1 << 15  # characters encoded in one call: larger ones take more memory, and more time each
 
 
 class Tokenizer:
