@@ -24,7 +24,7 @@ def test_parts_of_any_text_give_its_ids(text: str, size: int) -> None:
 
 
 def test_parts_of_real_text_give_its_ids() -> None:
-    for shard in sorted(SAMPLE.glob("*")):
+    for shard in sorted([*SAMPLE.glob("*.zst"), *SAMPLE.glob("*.gz")]):
         for number, document in enumerate(read_documents(str(shard))):
             if number % 20 == 0:
                 parts = list(CUTS.parts(document.text, 10))
