@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from shards import decoders, files
+from shards.cache import BlockCache
 from shards.index import build
 from tests.shards.corpora import record, words, write_shard
 
@@ -18,8 +19,8 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     opened = files.open_shard
 
     class Counting:
-        def __init__(self, path: str, offset: int = 0) -> None:
-            self._file = opened(path, offset)
+        def __init__(self, path: str, offset: int = 0, cache: BlockCache | None = None) -> None:
+            self._file = opened(path, offset, cache)
 
         def read(self, size: int) -> bytes:
             data = self._file.read(size)
