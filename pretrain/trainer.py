@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from pretrain.checkpoint.save import DataState, RunState, check_topology, newest_valid, read_data, read_state, save
+from pretrain.checkpoint.resume import check_topology, newest_valid
+from pretrain.checkpoint.save import save
+from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, StepStats

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.save import read_state
+from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry, hash_file
 from shards import CheckpointError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.checkpoint.save import RunState
+from pretrain.checkpoint.state import RunState
 from pretrain.feed import StepBatch
 from pretrain.trainer import after
 

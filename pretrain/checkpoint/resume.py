@@ -1,0 +1,72 @@
+"""Which checkpoint a run goes on from, decided by all ranks together. store -> resume -> trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore
+from pretrain.topology import Topology
+from shards import CheckpointError, ConfigError
+
+_logger = logging.getLogger(__name__)
+
+
+def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as they were saved; every rank checks a share of them.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none of them is whole.
+    """
+    steps = topology.broadcast_object(store.steps() if topology.is_main else None)
+    assert isinstance(steps, list)
+    damaged: dict[int, list[str]] = {}
+    for step in reversed(steps):
+        found = [sentence for part in topology.gather_objects(_damage(store, step, topology)) for sentence in part]
+        if not found:
+            _set_aside(store, damaged, topology)
+            return store.open(step)
+        damaged[step] = found
+    if damaged or list(store.root.glob("*.damaged")):
+        sentences = "; ".join(sentence for found in damaged.values() for sentence in found)
+        raise CheckpointError(
+            f"none of the checkpoints in {store.root} is whole ({sentences});"
+            " restore one from a copy, or start over with --fresh"
+        )
+    return None
+
+
+def _damage(store: CheckpointStore, step: int, topology: Topology) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        return store.open(step).broken_files(topology.rank, topology.world_size)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _set_aside(store: CheckpointStore, damaged: Mapping[int, list[str]], topology: Topology) -> None:
+    # Only now that a whole one is found: a disk that cannot be read today may be whole tomorrow
+    if topology.is_main:
+        for step, sentences in damaged.items():
+            aside = store.set_aside(step)
+            _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
+    topology.barrier()
+
+
+def check_topology(state: RunState, topology: Topology, zero_stage: int, folder: Path) -> None:
+    """Refuses a checkpoint whose files are divided otherwise than this process group.
+
+    Raises:
+        ConfigError: with the topology that it was saved by.
+    """
+    saved = {"tp_size": state.tp_size, "dp_size": state.dp_size, "zero_stage": state.zero_stage}
+    now: Mapping[str, int] = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in saved if saved[key] != now[key]]
+    if changed:
+        ranks = state.tp_size * state.dp_size
+        raise ConfigError(
+            f"{folder} was saved by another topology ({', '.join(changed)});"
+            f" start {ranks} ranks with parallel.tp_size={state.tp_size} and parallel.zero_stage={state.zero_stage}"
+        )

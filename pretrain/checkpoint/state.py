@@ -1,0 +1,71 @@
+"""What a checkpoint says of the run and of its data: state.json and data.json. trainer <-> state <-> files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from pretrain.checkpoint.store import Checkpoint
+from shards import CheckpointError
+
+STATE_VERSION = 1  # of state.json and data.json
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """Where a run stands after a step: the content of state.json.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: trained on since the run's start, over all ranks; padding is not counted.
+        tokens_per_source: the same, for each source.
+        batch_hash: of all batches so far, chained; 16 hex digits.
+        wandb_run_id: one for the run's life.
+        restarts: how often the run was taken up again.
+        config_hash: of the config that it ran with last.
+        tp_size, dp_size, zero_stage: what the engine's files fit.
+    """
+
+    step: int
+    tokens: int
+    tokens_per_source: dict[str, int]
+    batch_hash: str
+    wandb_run_id: str
+    restarts: int
+    config_hash: str
+    tp_size: int
+    dp_size: int
+    zero_stage: int
+    version: int = STATE_VERSION
+
+
+class DataState(msgspec.Struct, frozen=True):
+    """The content of data.json: V cursors, and what the batches are a pure function of."""
+
+    cursors: dict[str, object]  # as `shards.merge_states` gives it
+    fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
+    version: int = STATE_VERSION
+
+
+State = TypeVar("State", RunState, DataState)
+
+
+def read_state(checkpoint: Checkpoint) -> RunState:
+    """Where the run stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    return _read_json(checkpoint.folder / "state.json", RunState)
+
+
+def read_data(checkpoint: Checkpoint) -> DataState:
+    """Where the loader stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    return _read_json(checkpoint.folder / "data.json", DataState)
+
+
+def _read_json(path: Path, kind: type[State]) -> State:
+    content = path.read_bytes()
+    version = msgspec.json.decode(content).get("version")
+    if version != STATE_VERSION:
+        raise CheckpointError(
+            f"{path} has version {version}, this program reads {STATE_VERSION}; go on with the program that wrote it"
+        )
+    return msgspec.json.decode(content, type=kind)
