@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 import sentencepiece
 
-from pretrain.run_folder import atomic_write
 from shards import HeadraceError, files, read_documents
+from shards.durable import write_atomically
 
 # SentencePiece learns from sentences and passes over long ones; pieces of this many characters lose few word pairs
 _SENTENCE_CHARACTERS = 2000
@@ -71,7 +71,7 @@ def main() -> int:
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    atomic_write(arguments.out, model)
+    write_atomically(arguments.out, model)
     print(f"{arguments.out}: {arguments.vocab_size} pieces, learned from {len(shards)} shards")
     return 0
 

@@ -19,34 +19,10 @@ import msgspec
 import zstandard
 
 from shards import ConfigError, HeadraceError
+from shards.durable import fsync_folder, write_atomically
 
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 16
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable: an fsync of a file does not cover the name it goes by."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes a file that after a crash is there whole, or as it was before."""
-    # The process's id keeps apart two ranks that write the same name; a leftover of a kill is overwritten in time
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 class _Stamped(msgspec.Struct):
@@ -210,7 +186,7 @@ class RunFolder:
         path = self.wandb / "run_id"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            atomic_write(path, secrets.token_hex(4))
+            write_atomically(path, secrets.token_hex(4))
         return path.read_text()
 
     def has_begun(self) -> bool:

@@ -21,8 +21,9 @@ from pretrain.generate import continue_text
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
 from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
-from pretrain.run_folder import RunFolder, atomic_write
+from pretrain.run_folder import RunFolder
 from shards import ConfigError, Tokenizer
+from shards.durable import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]
     with Lease(folder.lease, job_id) as lease:
         if folder.has_begun():
             _check_same_run(load_config(folder.config), config, folder)
-        atomic_write(folder.config, config.to_yaml())
+        write_atomically(folder.config, config.to_yaml())
         yield lease
 
 

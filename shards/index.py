@@ -7,7 +7,6 @@ beyond `cell_bytes` with that record. So a longer record is a cell of its own, a
 from the table.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards import arrow, files, formats
+from shards import arrow, durable, files, formats
 from shards.cache import BlockCache
-from shards.config import MIB
 from shards.decoders import RawRange
 from shards.errors import ShardError
 from shards.plan import Ints, greedy_groups
@@ -29,7 +27,6 @@ LINE_FEED, SPACE = 10, 32
 WHITE_SPACE = np.zeros(256, np.bool_)  # what bytes.strip() takes away
 WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
 SLICE_BYTES = 1 << 16  # what is looked at in one go: fits the cache, and needs no fresh memory from the system
-READ_BYTES = 8 * MIB  # to hash a file
 
 Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the last call)
 
@@ -238,11 +235,8 @@ def content_hash(path: str, cache: BlockCache | None = None) -> str:
     """xxh3-128 of a file's bytes (a column's values), in hex. Raises: ShardError if it cannot be read."""
     if arrow.is_column(path):
         return arrow.measure(path).content_hash
-    found = xxhash.xxh3_128()
     with files.open_shard(path, cache=cache) as file:
-        while data := file.read(READ_BYTES):
-            found.update(data)
-    return found.hexdigest()
+        return durable.hash_stream(file)
 
 
 def obtain(
@@ -270,7 +264,7 @@ def obtain(
         index = msgspec.structs.replace(stored, stat=files.stat(path))
     else:
         index = build(path, cell_bytes, max_window, progress, cache)
-    write_atomically(index_path, msgspec.json.encode(index))
+    store(index_path, msgspec.json.encode(index))
     return index
 
 
@@ -283,13 +277,11 @@ def load(index_path: Path, cell_bytes: int) -> ShardIndex | None:
     return stored if (stored.version, stored.cell_bytes) == (INDEX_VERSION, cell_bytes) else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that others see all of it or nothing. Raises: ShardError if the folder cannot be written."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def store(path: Path, data: bytes) -> None:
+    """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        durable.write_atomically(path, data)
     except OSError as error:
         raise ShardError(
             f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"

@@ -11,7 +11,7 @@ from shards import arrow, files, hub
 from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.errors import ShardError
-from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, write_atomically
+from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, store
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
@@ -75,7 +75,7 @@ def index_path(path: str, index_dir: Path | None) -> Path:
 def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, cell_bytes: int) -> None:
     """Writes the manifest of a list of shards."""
     data = msgspec.msgpack.encode(Manifest(paths, indexes))
-    write_atomically(_manifest_path(paths, index_dir, cell_bytes), data)
+    store(_manifest_path(paths, index_dir, cell_bytes), data)
 
 
 def _manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) -> Path:

@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 
 from pretrain.checkpoint.state import DataState, RunState
-from pretrain.checkpoint.store import CheckpointStore, FileEntry, hash_file
+from pretrain.checkpoint.store import CheckpointStore, FileEntry
 from pretrain.engine import Engine
-from pretrain.run_folder import atomic_write, fsync_folder
 from pretrain.topology import Topology
+from shards.durable import fsync_folder, hash_file, write_atomically
 
 
 def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataState | None, topology: Topology) -> None:
@@ -49,7 +49,7 @@ def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataStat
 
 
 def _write_json(path: Path, content: msgspec.Struct) -> None:
-    atomic_write(path, msgspec.json.encode(content) + b"\n")
+    write_atomically(path, msgspec.json.encode(content) + b"\n")
 
 
 def _file_names(folder: Path) -> list[str]:

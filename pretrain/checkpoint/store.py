@@ -8,7 +8,6 @@ checkpoints/step_00001000/
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import xxhash
 from pydantic import Field
 
-from pretrain.run_folder import atomic_write, fsync_folder
 from shards import CheckpointError, Config
+from shards.durable import fsync_folder, hash_file, write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -66,12 +64,6 @@ class Checkpoint:
         return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
 def _damage(folder: Path, entry: FileEntry) -> str | None:
     path = folder / entry.name
     try:
@@ -98,7 +90,7 @@ class CheckpointStore:
     def complete(self, step: int, files: list[FileEntry]) -> None:
         """Declares a checkpoint complete; its files are durable already."""
         manifest = Manifest(sorted(files, key=lambda entry: entry.name))
-        atomic_write(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
+        write_atomically(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
 
     def is_complete(self, step: int) -> bool:
         """Whether the step has a checkpoint that was completed; its files may have been damaged since."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from pretrain.run_folder import RunFolder, StepLog, atomic_write
+from pretrain.run_folder import RunFolder, StepLog
 from shards import ConfigError, HeadraceError
 
 NAMES = ["metrics.jsonl", "cursors.jsonl.zst"]
@@ -95,34 +91,6 @@ def test_a_record_that_went_out_in_part_is_taken_back(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     log.append({"step": 2, "loss": 0.25})
     assert [record["step"] for record in log.read()] == [1, 2]
-
-
-WRITER = """
-import sys; from pathlib import Path; from pretrain.run_folder import atomic_write
-path = Path(sys.argv[1]); n = 0
-while True: atomic_write(path, str(n % 10) * 300_000); n += 1
-"""
-
-
-def test_a_killed_atomic_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    for i in range(5):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
-        while not path.exists():
-            time.sleep(0.01)
-        time.sleep(0.2 + 0.013 * i)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        content = path.read_text()
-        assert len(content) == 300_000
-        assert len(set(content)) == 1
-
-
-def test_a_failed_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
-    (tmp_path / "state").mkdir()
-    with pytest.raises(OSError):  # noqa: PT011 - which one depends on the file system
-        atomic_write(tmp_path / "state", "text")
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named() -> None:

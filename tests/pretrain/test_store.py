@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.state import read_state
-from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry, hash_file
+from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry
 from shards import CheckpointError
+from shards.durable import hash_file
 
 
 def store(root: Path, **config: object) -> CheckpointStore:

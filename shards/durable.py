@@ -1,0 +1,55 @@
+"""Files that survive a kill at any byte, and the hash that tells one content from another.
+
+index, manifest, a run's folder, checkpoints -> durable.
+"""
+
+import os
+from pathlib import Path
+
+import xxhash
+
+from shards.formats import Readable
+
+READ_BYTES = 8 << 20  # to hash a file
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file that after a crash is there whole, or as it was before; other processes see no part of it either.
+
+    Raises: OSError if the folder is missing or cannot be written to, or the disk is full.
+    """
+    # Node and process keep apart ranks that write the same name; what a killed one leaves, it overwrites in time.
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable: an fsync of a file does not cover the name it goes by."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file's content, in hex. Raises: OSError if it cannot be read."""
+    with path.open("rb", buffering=0) as file:
+        return hash_stream(file)
+
+
+def hash_stream(file: Readable) -> str:
+    """xxh3-128 of what is left to read of a file, in hex."""
+    found = xxhash.xxh3_128()
+    while data := file.read(READ_BYTES):
+        found.update(data)
+    return found.hexdigest()
