@@ -28,7 +28,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.interrupt import STOPPED
 from pretrain.metrics import domain_table
 from pretrain.start import Report, start
-from pretrain.topology import dp_size_of, world_size_of
+from pretrain.topology import dp_size_of, slurm_environment, world_size_of
 from shards import HeadraceError
 
 _logger = logging.getLogger("headrace")
@@ -69,6 +69,7 @@ def print_report(config: RunConfig, report: Report) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    os.environ.update(slurm_environment(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     log.set_up(rank)
     try:

@@ -150,6 +150,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What `deepspeed` or `torchrun` would have set, for one of several tasks of a Slurm step; empty elsewhere.
+
+    A command that runs on several ranks adds it to its environment first. Where to meet is the job script's to say.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+    }
+
+
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The five variables of `torch.distributed`'s env:// rendezvous: as the launcher set them, else for one process.
 
@@ -162,7 +176,8 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
         return {name: environment[name] for name in names}
     if "RANK" in environment or "WORLD_SIZE" in environment:
         raise ConfigError(
-            f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with `deepspeed` or `torchrun`"
+            f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with `deepspeed` or `torchrun`,"
+            " under Slurm with launch/submit.py"
         )
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return {**single, "MASTER_PORT": str(free_port())}
