@@ -58,14 +58,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
     """
     world_size = topology.world_size_of(os.environ)
     config.check(topology.dp_size_of(world_size, config.parallel))
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
-            f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
-        )
-    if config.evaluation.suite:
-        suite_files(config.evaluation.suite, config.evaluation.split)
+    tokenizer = checked_inputs(config)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         lease = None
@@ -87,6 +80,23 @@ def start(config: RunConfig, fresh: bool) -> Report:
     return Report(outcome.finished, outcome.step, folder, sample)
 
 
+def checked_inputs(config: RunConfig) -> Tokenizer:
+    """The tokenizer, once it is known to fit the model, and the texts of the evaluation to be there.
+
+    Raises:
+        ConfigError, ShardError: if something is missing or does not fit.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
+            f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    if config.evaluation.suite:
+        suite_files(config.evaluation.suite, config.evaluation.split)
+    return tokenizer
+
+
 @contextmanager
 def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]:
     """Holds the run's folder, readied for this config; rank 0 alone.
@@ -106,12 +116,13 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]
         folder.create()
     with Lease(folder.lease, job_id) as lease:
         if folder.has_begun():
-            _check_same_run(load_config(folder.config), config, folder)
+            check_same_run(load_config(folder.config), config, folder)
         write_atomically(folder.config, config.to_yaml())
         yield lease
 
 
-def _check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+    """Logs what changed since a run was begun. Raises ConfigError if that would corrupt it."""
     refused, allowed = compare_for_resume(old, new)
     if refused:
         changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)

@@ -41,21 +41,51 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> None:
         source_shards(config, source, progress)
 
 
+class Survey(msgspec.Struct, frozen=True):
+    """How the shards of a source stand, as far as their names, sizes and indexes tell.
+
+    Attributes:
+        stats: of every shard, in the order of the source's patterns.
+        indexed: the indexes that are kept in the manifest and true now.
+        unindexed: shards that have to be read first.
+        unindexed_bytes: a guess of what those unpack to.
+    """
+
+    stats: dict[str, files.Stat]
+    indexed: dict[str, ShardIndex]
+    unindexed: list[str]
+    unindexed_bytes: int
+
+
+def survey(config: DataConfig, source: SourceConfig) -> Survey:
+    """Looks at a source without reading any shard.
+
+    Raises: ShardError if a pattern matches nothing, or a shard is missing.
+    """
+    paths = files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
+    kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
+    stats = {path: files.stat(path) for path in paths}
+    indexed = {path: kept[path] for path in paths if path in kept and kept[path].stat == stats[path]}
+    unindexed = [path for path in paths if path not in indexed and _must_read(config, path, stats[path])]
+    guess = sum(
+        stats[path].size * (1 if path.endswith(".jsonl") or arrow.is_column(path) else RAW_PER_COMPRESSED)
+        for path in unindexed
+    )
+    return Survey(stats, indexed, unindexed, guess)
+
+
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
     """The shards of a source in the order of its patterns, each with an index that is true now.
 
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
-    paths = files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
-    kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
-    stats = {path: files.stat(path) for path in paths}
-    stale = [path for path in paths if path not in kept or kept[path].stat != stats[path]]
-    if stale:
-        unindexed = [path for path in stale if _must_read(config, path, stats[path])]
-        _check_amount(config, source, unindexed, stats)
-        kept |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
-        write(paths, [kept[path] for path in paths], config.index_dir, config.cell_bytes)
-    shards = [Shard(path, kept[path]) for path in paths]
+    found = survey(config, source)
+    paths, indexes = list(found.stats), dict(found.indexed)
+    if stale := [path for path in paths if path not in indexes]:
+        check_amount(config, source, found)
+        indexes |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
+        write(paths, [indexes[path] for path in paths], config.index_dir, config.cell_bytes)
+    shards = [Shard(path, indexes[path]) for path in paths]
     if not any(shard.index.num_documents for shard in shards):
         raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank or null")
     return shards
@@ -100,17 +130,14 @@ def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:
     return stored is None or stored.stat != stat
 
 
-def _check_amount(config: DataConfig, source: SourceConfig, paths: list[str], stats: dict[str, files.Stat]) -> None:
+def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> None:
     """Stops a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
-    guess = sum(
-        stats[path].size * (1 if path.endswith(".jsonl") or arrow.is_column(path) else RAW_PER_COMPRESSED)
-        for path in paths
-    )
-    if guess > config.max_index_at_start:
+    if found.unindexed_bytes > config.max_index_at_start:
         raise ShardError(
-            f"source {source.name!r}: {len(paths)} shards have no index, about {guess / 1e9:.1f} GB raw, more than "
+            f"source {source.name!r}: {len(found.unindexed)} shards have no index, about "
+            f"{found.unindexed_bytes / 1e9:.1f} GB raw, more than "
             f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: "
-            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths or paths)
+            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths or found.unindexed)
         )
 
 
