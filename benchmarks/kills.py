@@ -27,6 +27,8 @@ from shards import DataConfig, Loader
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 16
+STEP_SECONDS = 0.003  # of the training that uses a batch
+PATIENCE_SECONDS = 300.0  # the machine may have other work
 
 
 def config(num_workers: int) -> DataConfig:
@@ -63,6 +65,7 @@ def load(folder: Path) -> None:
             part = folder / "state.part"
             part.write_text(json.dumps({"step": number, "loader": batch.state}))
             os.replace(part, state)
+            time.sleep(STEP_SECONDS)
 
 
 def disturb(folder: Path, kills: int, seed: int) -> None:
@@ -80,7 +83,7 @@ def disturb(folder: Path, kills: int, seed: int) -> None:
         else:
             process.kill()
             process.wait()
-            gone = time.monotonic() + 5
+            gone = time.monotonic() + PATIENCE_SECONDS
             while any(worker.is_running() for worker in workers) and time.monotonic() < gone:
                 time.sleep(0.01)
             assert not any(worker.is_running() for worker in workers), "a worker outlived its parent"
@@ -95,9 +98,9 @@ def disturb(folder: Path, kills: int, seed: int) -> None:
 def wait_for_more(log: Path) -> None:
     """Waits until a batch more is delivered."""
     size = log.stat().st_size if log.exists() else 0
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + PATIENCE_SECONDS
     while not (log.exists() and log.stat().st_size > size):
-        assert time.monotonic() < limit, "no batch for a minute"
+        assert time.monotonic() < limit, "no further batch"
         time.sleep(0.005)
 
 
