@@ -13,7 +13,7 @@ from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.trainer import Trainer
-from shards import Tokenizer
+from shards import Prepared, Tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -38,13 +38,14 @@ def train(
     folder: RunFolder,
     lease: Lease | None,
     run_id: str,
+    prepared: tuple[Prepared, ...],
     tokenizer: Tokenizer,
     topology: Topology,
     interrupt: Interrupt,
 ) -> Outcome:
     """Trains to the last step, or until all ranks agree to stop. Every rank calls it; rank 0 holds the lease."""
     with ExitStack() as stack:
-        trainer = Trainer(config, folder, lease, run_id, tokenizer, topology, stack)
+        trainer = Trainer(config, folder, lease, run_id, prepared, tokenizer, topology, stack)
         state = trainer.state
         finished = state.step >= config.train.steps
         evaluation_due = state.step == 0 or finished or config.evaluation.due(state.step)

@@ -61,17 +61,19 @@ def start(config: RunConfig, fresh: bool) -> Report:
     tokenizer = checked_inputs(config)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
-        lease = None
+        lease, prepared = None, None
         if int(os.environ.get("RANK", "0")) == 0:
             lease = stack.enter_context(opened(config, folder, fresh))
-            shards.prepare(config.data, IndexingLog())
+            prepared = shards.prepare(config.data, IndexingLog())
         here = stack.enter_context(topology.started(config.parallel))
         # Until here there is nothing to save, and a signal ends the process as it does any other
         interrupt = stack.enter_context(Interrupt())
         if here.is_main:
             announce(config, here)
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
-        outcome = loop.train(config, folder, lease, str(run_id), tokenizer, here, interrupt)
+        prepared = here.broadcast_object(prepared)
+        assert prepared is not None
+        outcome = loop.train(config, folder, lease, str(run_id), prepared, tokenizer, here, interrupt)
         sample = ""
         if outcome.finished:
             sample = continue_text(

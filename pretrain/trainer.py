@@ -27,7 +27,7 @@ from pretrain.optim import learning_rate_at
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.tracking import Tracker
-from shards import Loader, Tokenizer, check_fingerprint
+from shards import Loader, Prepared, Tokenizer, check_fingerprint
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Trainer:
     Args:
         lease: on the folder, which rank 0 holds; checked before anything is written there.
         run_id: of the wandb run.
+        prepared: the shards' manifests, as rank 0 left them.
         stack: closes the loader's workers and the journal when the caller leaves it.
     Attributes:
         state: where the run stands after the resume.
@@ -51,6 +52,7 @@ class Trainer:
         folder: RunFolder,
         lease: Lease | None,
         run_id: str,
+        prepared: tuple[Prepared, ...],
         tokenizer: Tokenizer,
         topology: Topology,
         stack: ExitStack,
@@ -61,7 +63,10 @@ class Trainer:
         self._loader: Loader | None = None
         if topology.tp_rank == 0:
             sizes = (config.train.global_batch_size, config.run.seed, topology.dp_rank, topology.dp_size)
-            self._loader = stack.enter_context(Loader(config.data, *sizes))
+            self._loader = stack.enter_context(Loader(config.data, *sizes, prepared=prepared))
+        data = topology.broadcast_object(self._loader.fingerprint if self._loader else None)
+        if self._loader and data is not None:
+            check_fingerprint(data, self._loader.fingerprint)  # two nodes may see other files under the same names
         self.engine = _engine(config, topology)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.state = self._resume(folder, run_id)

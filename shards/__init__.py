@@ -6,7 +6,7 @@ from shards.cursor import LoaderState, merge_states
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.loader import Loader
-from shards.manifest import prepare
+from shards.manifest import Prepared, prepare
 from shards.packing import Rows, pack_documents
 from shards.provenance import batch_after, document_at
 from shards.reader import Document, read_documents
@@ -24,6 +24,7 @@ __all__ = [
     "LoaderState",
     "Origin",
     "OverflowTolerance",
+    "Prepared",
     "Rows",
     "ShardError",
     "Skipped",

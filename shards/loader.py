@@ -12,7 +12,7 @@ timing.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.lane import Draw, Lane, Stream
+from shards.manifest import Prepared
 from shards.pool import InProcess, Pool, WorkerPool
 from shards.prefetch import Prefetcher
 from shards.sources import Source
@@ -41,7 +42,13 @@ class Loader:
     """Iterates over the batches of one data-parallel rank; a context manager that ends its workers."""
 
     def __init__(
-        self, config: DataConfig, global_batch_size: int, seed: int = 0, dp_rank: int = 0, dp_size: int = 1
+        self,
+        config: DataConfig,
+        global_batch_size: int,
+        seed: int = 0,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        prepared: Sequence[Prepared] | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +56,8 @@ class Loader:
             global_batch_size: rows per optimizer step, over all ranks.
             seed: of all shuffling.
             dp_rank, dp_size: which rank of how many; ranks together give the same global batches for every dp_size.
+            prepared: what `prepare` said of this config, on any rank: then no shard is looked at before it is read.
+                None = all shards are looked at now, and indexed where that is missing.
         Raises: ConfigError if lanes or batch cannot be split over the ranks; ShardError if a shard is missing or
         damaged.
         """
@@ -57,10 +66,12 @@ class Loader:
         self._config, self._seed = config, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        self._sources = [
-            Source(config, number, manifest.source_shards(config, source), self.num_lanes, seed)
-            for number, source in enumerate(config.sources)
-        ]
+        if prepared is None:
+            shards = [manifest.source_shards(config, source) for source in config.sources]
+        else:
+            pairs = zip(config.sources, prepared, strict=True)
+            shards = [manifest.prepared_shards(config, source, found) for source, found in pairs]
+        self._sources = [Source(config, i, found, self.num_lanes, seed) for i, found in enumerate(shards)]
         self._check_lanes()
         self.fingerprint = fingerprint(config, self._sources, tokenizer, self.num_lanes, seed)
         self._stages = _weight_stages(config)

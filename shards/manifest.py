@@ -1,19 +1,23 @@
 """The indexes of all shards of a source, made where they are missing, kept in one file. index -> manifest -> loader."""
 
 import hashlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from shards import arrow, files, hub
+from shards import arrow, durable, files, hub
 from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, store
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
+
+logger = logging.getLogger(__name__)
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -30,15 +34,44 @@ class Manifest(msgspec.Struct, frozen=True):
     indexes: list[ShardIndex]
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> None:
-    """Makes the indexes that are missing, so that every rank's Loader finds them. Call it on one rank, first.
+class Prepared(NamedTuple):
+    """The manifest of a source as `prepare` left it."""
+
+    path: str
+    content_hash: str  # of the manifest
+
+
+def prepare(config: DataConfig, progress: Progress | None = None) -> tuple[Prepared, ...]:
+    """Looks at every shard and makes the indexes that are missing. Call it on one rank, first.
 
     Args:
         progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
+    Returns: for each source what the Loaders of all ranks are to be handed, so that they need not look again.
     Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
     """
+    prepared = []
     for source in config.sources:
-        source_shards(config, source, progress)
+        paths = [shard.path for shard in source_shards(config, source, progress)]
+        path = _manifest_path(paths, config.index_dir, config.cell_bytes)
+        prepared.append(Prepared(str(path), durable.hash_file(path)))
+    return tuple(prepared)
+
+
+def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared) -> list[Shard]:
+    """The shards of a source as `prepare` found them, here or on another node, from one file and no look at a shard.
+
+    Raises: as `source_shards`, where the manifest is not the one that `prepare` left.
+    """
+    path = Path(prepared.path)
+    if path.exists() and durable.hash_file(path) == prepared.content_hash:
+        return [Shard(shard, index) for shard, index in _read(path).items()]
+    logger.warning(
+        "source %r: %s is not here as the first rank left it, so each shard is looked at again; set data.index_dir to "
+        "a folder that all nodes share",
+        source.name,
+        path,
+    )
+    return source_shards(config, source)
 
 
 class Survey(msgspec.Struct, frozen=True):

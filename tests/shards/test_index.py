@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import ShardError, index, manifest
+from shards import Loader, ShardError, files, index, manifest
 from shards.decoders import Decoders
 from shards.index import build
 from tests.shards.corpora import ROOT, config, record, words, write_shard
@@ -126,17 +125,36 @@ def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
             manifest.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))
 
 
-def test_the_command_indexes_and_ten_thousand_shards_start_fast(tmp_path: Path) -> None:
-    """The command's indexes are those that a start would make; then a start reads one manifest."""
-    shard = write_shard(tmp_path / "s/00000.jsonl.zst", record(words(1, 30)))
-    for i in range(1, 10_000):
-        os.link(shard, tmp_path / f"s/{i:05}.jsonl.zst")
-    pattern = str(tmp_path / "s/*.jsonl.zst")
-    data = config([{"name": "a", "paths": [pattern]}], index_dir=tmp_path / "i")
+def test_other_ranks_read_the_manifest_and_look_at_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(4):
+        write_shard(tmp_path / f"s/{i}.jsonl", record(words(i, 30)) * 9)
+    data = config([{"name": "a", "paths": [str(tmp_path / "s/*.jsonl")]}], index_dir=tmp_path / "i")
+    prepared = manifest.prepare(data)
+    with Loader(data, 2) as loader:
+        expected = loader.fingerprint, next(loader).row_hash
+    seen: list[str] = []
+    stat = files.stat
+    monkeypatch.setattr(files, "stat", lambda path: seen.append(path) or stat(path))
+    with Loader(data, 2, prepared=prepared) as loader:
+        assert loader.fingerprint == expected[0]
+        assert not seen
+        assert next(loader).row_hash == expected[1]
+        assert seen  # a shard is checked when it is opened
+    # A manifest of this name that is another, as a node of its own may have from an earlier run.
+    write_shard(tmp_path / "s/2.jsonl", record(words(9, 30)) * 9)
     manifest.prepare(data)
-    started = time.perf_counter()
-    assert len(manifest.source_shards(data, data.sources[0])) == 10_000
-    assert time.perf_counter() - started < 2
+    with Loader(data, 2, prepared=prepared) as loader:
+        assert loader.fingerprint != expected[0]
+    assert "set data.index_dir to a folder that all nodes share" in caplog.text
+
+
+def test_the_command_makes_the_indexes_that_a_start_would(tmp_path: Path) -> None:
+    for i in range(12):
+        write_shard(tmp_path / f"s/{i:05}.jsonl.zst", record(words(i, 30)))
+    data = config([{"name": "a", "paths": [str(tmp_path / "s/*.jsonl.zst")]}], index_dir=tmp_path / "i")
+    manifest.prepare(data)
     made_by_start = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("0000*")}
     command = [sys.executable, str(ROOT / "launch/index.py"), str(tmp_path / "s/0000*.zst"), "--verify", "--show"]
     options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
