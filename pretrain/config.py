@@ -107,6 +107,11 @@ class RunConfig(Config):
             problems.append(f"as the config stands, these numbers of data-parallel ranks work: {_listed(working)}")
             raise ConfigError("\n".join(problems))
 
+    @property
+    def bytes_per_weight(self) -> int:
+        """Of the weights in forward and backward pass."""
+        return 2 if self.precision == "bf16" else 4
+
     def to_yaml(self) -> str:
         """All values, defaults too, as YAML that `load_config` reads back to an equal config."""
         return dump(self.model_dump(mode="json"))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from pretrain.metrics import Meter
@@ -113,6 +115,23 @@ def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, path: str) -> Deep
     return merged
 
 
+class _HandOver(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    """What DeepSpeed would write goes to a function instead; reading is left to DeepSpeed."""
+
+    def __init__(self, take: Callable[[Path, object], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def save(self, state_dict: object, path: str) -> None:
+        self._take(Path(path), state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folder is there: a rank that failed here would leave the others waiting for it."""
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # else DeepSpeed makes a copy of the weights, in fresh memory each time
+
+
 class Engine:
     """The model under DeepSpeed ZeRO.
 
@@ -168,6 +187,9 @@ class Engine:
                 dist_init_required=False,
             )
 
+        # It would copy two scripts into every checkpoint; `python -m deepspeed.utils.zero_to_fp32` is one of them
+        self.deepspeed._copy_recovery_script = lambda folder: None
+
     def train_step(
         self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
     ) -> StepStats:
@@ -220,8 +242,14 @@ class Engine:
         self.deepspeed.eval()
         return self.deepspeed(tokens, segment_ids)
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's files of every rank into `folder`/engine. Every rank must call it."""
+    def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
+        """Hands over what DeepSpeed's files of this rank, in `folder`/engine, are to hold. Every rank must call it.
+
+        Args:
+            take: is called with each file's path and content, whose tensors are the very ones that training goes on to
+                change; must not raise, since the other ranks wait for this one.
+        """
+        self.deepspeed.checkpoint_engine = _HandOver(take)
         self.deepspeed.save_checkpoint(
             str(folder),
             tag="engine",

@@ -31,6 +31,7 @@ class StepBatch:
         tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
         epoch_per_source: how often each source was read through since the run's start.
         stop_requested: whether any rank was asked to stop.
+        saving: whether any rank is still writing its part of a checkpoint.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class StepBatch:
     tokens_per_source: dict[str, int]
     epoch_per_source: dict[str, float]
     stop_requested: bool
+    saving: bool
 
 
 class Feed:
@@ -61,11 +63,12 @@ class Feed:
         self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
 
-    def next(self, stop_requested: bool) -> StepBatch | None:
+    def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
         """The next global batch; None, on all ranks, once any lane has run out of rows.
 
         Args:
             stop_requested: whether this process was asked to stop.
+            saving: whether it is still writing its part of a checkpoint.
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
@@ -76,9 +79,9 @@ class Feed:
             except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
                 failure = error
         exhausted = self._loader is not None and batch is None
-        flags = [int(stop_requested), int(failure is not None), int(exhausted)]
+        flags = [int(stop_requested), int(saving), int(failure is not None), int(exhausted)]
         totals = iter(self._topology.sum_int64([*flags, *self._own_totals(batch)]))
-        stop, failures, exhausted_ranks = next(totals), next(totals), next(totals)
+        stop, writing, failures, exhausted_ranks = (next(totals) for _ in flags)
         if failures:
             raise failure or ShardError("another rank could not read its data; see its message")
         if exhausted_ranks:
@@ -98,6 +101,7 @@ class Feed:
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source=epochs,
             stop_requested=stop > 0,
+            saving=writing > 0,
         )
 
     def _own_totals(self, batch: Batch | None) -> list[int]:

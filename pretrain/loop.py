@@ -13,7 +13,7 @@ from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.trainer import Trainer
-from shards import Prepared, Tokenizer
+from shards import CheckpointError, Prepared, Tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +64,17 @@ def train(
             # First what cannot be computed again
             if finished or config.checkpoint.due(state.step) or interrupt.pending():
                 trainer.save(state)
+            if finished or interrupt.pending():
+                _finish_saving(trainer, finished)
             if evaluation_due:
                 trainer.evaluate(state)
         return Outcome(finished, state.step, trainer.engine)
+
+
+def _finish_saving(trainer: Trainer, finished: bool) -> None:
+    try:
+        trainer.finish_saving()
+    except CheckpointError:
+        if finished:
+            raise  # without its last weights the run is not done
+        # A run that was asked to stop goes on from the checkpoint before; the error is in the log

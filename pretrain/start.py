@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import shards
 from pretrain import loop, topology
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, load_config
 from pretrain.evaluate import suite_files
 from pretrain.generate import continue_text
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
-from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
 from pretrain.run_folder import RunFolder
 from shards import ConfigError, Tokenizer
 from shards.durable import write_atomically
@@ -119,6 +120,9 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]
     with Lease(folder.lease, job_id) as lease:
         if folder.has_begun():
             check_same_run(load_config(folder.config), config, folder)
+        store = CheckpointStore(folder.checkpoints, config.checkpoint)
+        store.discard_incomplete()
+        store.check_room(checkpoint_bytes(config.model, config.bytes_per_weight))
         write_atomically(folder.config, config.to_yaml())
         yield lease
 
@@ -155,8 +159,7 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     """Says what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
     micro_batch_size = config.micro_batch_size(here.dp_size)
-    bytes_per_weight = 2 if config.precision == "bf16" else 4
-    memory = memory_per_rank(model, config.parallel, here.dp_size, micro_batch_size, seq_len, bytes_per_weight)
+    memory = memory_per_rank(model, config.parallel, here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
     tokens_per_step = train.global_batch_size * seq_len
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from pretrain.checkpoint.resume import check_topology, newest_valid
-from pretrain.checkpoint.save import save
+from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
@@ -22,7 +22,7 @@ from pretrain.feed import Feed, StepBatch, chain_hash
 from pretrain.journal import Journal
 from pretrain.lease import Lease
 from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
-from pretrain.model.size import flops_per_token
+from pretrain.model.size import checkpoint_bytes, flops_per_token
 from pretrain.optim import learning_rate_at
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
@@ -81,6 +81,11 @@ class Trainer:
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len)
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated())
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
+        estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
+        self._saver = stack.enter_context(
+            Saver(self._store, self.engine, topology, estimate, self._journal.sync, self._check_lease)
+        )
+        self._saving_seconds: float | None = None  # since the last step
         if self.state.step == 0:
             self._journal.log_cursors(0, self._feed.cursors())
 
@@ -111,7 +116,10 @@ class Trainer:
         """The next global batch; None on all ranks when the data is used up."""
         self._meter.start_step()
         with self._meter.part("data_wait"):
-            return self._feed.next(stop_requested)
+            batch = self._feed.next(stop_requested, self._saver.busy)
+        if batch is not None:
+            self._saver.settle(batch.saving)
+        return batch
 
     def train_on(self, batch: StepBatch, state: RunState, evals_follow: bool) -> RunState:
         """One optimizer step, written down; returns where the run stands after it.
@@ -127,6 +135,7 @@ class Trainer:
         state = after(state, batch)
         self._check_lease()
         record = self._record(state, batch, stats, learning_rate)
+        self._saving_seconds = None
         self._journal.log_step(record, evals_follow and self._eval_set is not None)
         if state.step % CURSORS_EVERY == 0:
             self._journal.log_cursors(state.step, self._feed.cursors())
@@ -142,6 +151,7 @@ class Trainer:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
+            checkpoint_seconds=self._saving_seconds,
             z_loss=stats.z_loss if config.optim.z_loss else None,
             grad_norm=stats.grad_norm,
             learning_rate=learning_rate,
@@ -177,14 +187,17 @@ class Trainer:
             self._lease.check()
 
     def save(self, state: RunState) -> None:
-        """Writes the checkpoint of this step."""
+        """Begins to save the checkpoint of this step."""
         self._check_lease()
         cursors = self._feed.cursors()
         data = None
         if cursors is not None and self._loader is not None:
-            self._journal.sync()
             data = DataState(cursors, self._loader.fingerprint)
-        save(self._store, self.engine, state, data, self._topology)
+        self._saving_seconds = self._saver.save(state, data)
+
+    def finish_saving(self) -> None:
+        """Waits for the newest checkpoint to be complete. Raises CheckpointError if it could not be saved."""
+        self._saver.finish()
 
 
 def describe(config: RunConfig, loader: Loader) -> dict[str, object]:

@@ -1,63 +1,234 @@
-"""Writes a checkpoint, over all ranks together. loop -> save -> {store, engine}.
+"""Saves a run's checkpoints, on all ranks together, while training goes on. trainer -> save -> {staging, write, store}.
 
-What happens in which order decides whether a kill can hurt: the files, then their fsync, then COMPLETE, then removal of
-older checkpoints. Nothing is changed in place.
+    training   ... step 100 | copy | step 101  step 102  step 103 ...
+    background                      write, fsync, hash | COMPLETE, older ones go
+
+Training waits for the copy alone (and for the save before, if that is still under way). Each rank writes its own files.
+Whether all have done so is told by the collective that every step makes anyway; then they tell each other the hashes,
+and rank 0 writes COMPLETE. What happens in which order decides whether a kill can hurt: the files, then their fsync,
+the journals' fsync, COMPLETE, and the removal of older checkpoints. Nothing is changed in place.
+
+A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again.
 """
 
 from __future__ import annotations
 
-import os
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import msgspec
 
+from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointStore, FileEntry
+from pretrain.checkpoint.write import Writer
 from pretrain.engine import Engine
 from pretrain.topology import Topology
-from shards.durable import fsync_folder, hash_file, write_atomically
+from shards import CheckpointError, ConfigError, HeadraceError
+
+_logger = logging.getLogger(__name__)
+
+_NOTEWORTHY_SECONDS = 1.0  # of waiting for the save before
 
 
-def save(store: CheckpointStore, engine: Engine, state: RunState, data: DataState | None, topology: Topology) -> None:
-    """Saves the checkpoint of `state.step`. Every rank calls it; rank 0 alone needs `data`.
+@dataclass
+class _Pending:
+    """A save whose files are being written."""
 
-    Raises:
-        OSError: if the disk is full or broken; what was saved before stays as it was.
+    step: int
+    folder: Path
+    begun: float  # time.monotonic()
+    files: list[Future[FileEntry]] = field(default_factory=list)  # this rank's
+
+
+class Saver:
+    """Saves one checkpoint at a time. Every rank has one, and calls the same methods in the same order.
+
+    Args:
+        store: where the checkpoints lie.
+        estimate: bytes of a checkpoint, for as long as there is none to go by.
+        sync_journals: makes durable what the run has written down so far; called on rank 0, in the background.
+        check_lease: raises HeadraceError if another process has taken the run over; likewise.
+    Attributes:
+        seconds: that the newest save took from its beginning to COMPLETE; rank 0 knows it. None before the first.
     """
-    if topology.broadcast_object(topology.is_main and store.is_complete(state.step)):
-        return  # a run that stopped right after it was resumed has this one already
-    folder = store.folder_of(state.step)
-    if topology.is_main:
-        assert data is not None
-        store.prepare(state.step)
-        _write_json(folder / "state.json", state)
-        _write_json(folder / "data.json", data)
-    topology.barrier()
-    engine.save(folder)
-    topology.barrier()
-    # One rank's listing for all: a network file system may show two ranks different ones
-    names = topology.broadcast_object(_file_names(folder) if topology.is_main else None)
-    assert isinstance(names, list)
-    mine = [_made_durable(folder, name) for name in names[topology.rank :: topology.world_size]]
-    entries = [entry for part in topology.gather_objects(mine) for entry in part]
-    if topology.is_main:
-        for path in {(folder / name).parent for name in names}:
-            fsync_folder(path)
-        store.complete(state.step, entries)
-        store.prune()
-    topology.barrier()
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Engine,
+        topology: Topology,
+        estimate: int,
+        sync_journals: Callable[[], None],
+        check_lease: Callable[[], None],
+    ) -> None:
+        self.seconds: float | None = None
+        self._store = store
+        self._engine = engine
+        self._topology = topology
+        self._estimate = estimate
+        self._sync_journals = sync_journals
+        self._check_lease = check_lease
+        self._writer = Writer()
+        self._staging = Staging(topology.device.type == "cuda") if store.config.asynchronous else None
+        self._pending: _Pending | None = None
+        self._settled: Future[None] | None = None  # what rank 0 does once all files are written; None on other ranks
+        self._failure: str | None = None  # of the newest save; on all ranks
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves behind a save that is under way: the other ranks may be gone."""
+        self._writer.__exit__(kind, error, trace)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._pending is not None and not all(file.done() for file in self._pending.files)
+
+    def save(self, state: RunState, data: DataState | None) -> float:
+        """Begins to save the checkpoint of `state.step`; what training does next does not change it.
+
+        Args:
+            data: rank 0 alone needs it.
+        Returns:
+            Seconds that training stood still.
+        """
+        begun = time.monotonic()
+        self._wait(state.step)
+        self._failure = None
+        # A run that stopped right after it was resumed has this one already
+        if not self._topology.broadcast_object(self._topology.is_main and self._store.is_complete(state.step)):
+            refusal = self._prepare(state.step) if self._topology.is_main else None
+            self._failure = self._topology.broadcast_object(refusal)
+            if self._failure is None:
+                self._write(state, data, begun)
+        return time.monotonic() - begun
+
+    def settle(self, busy: bool) -> None:
+        """Completes the save under way once no rank is busy with it; every rank calls it with the same answer.
+
+        Args:
+            busy: whether any rank is, as found by the step's collective.
+        """
+        if self._pending and not busy:
+            self._conclude(self._pending)
+
+    def finish(self) -> None:
+        """Waits until the newest save is complete.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed or was refused.
+        """
+        self._wait()
+        if self._failure:
+            raise CheckpointError(f"the newest state of the run is not saved: {self._failure}")
+
+    def _wait(self, next_step: int | None = None) -> None:
+        """Until nothing is under way: a save never overtakes the one before it."""
+        begun = time.monotonic()
+        if self._pending:
+            wait(self._pending.files)
+            self._conclude(self._pending)
+        settled, self._settled = self._settled, None
+        if self._topology.broadcast_object(settled is not None):
+            error = settled.exception() if settled else None
+            self._failure = self._topology.broadcast_object(str(error) if error else self._failure)
+        waited = time.monotonic() - begun
+        if next_step is not None and waited > _NOTEWORTHY_SECONDS and self._topology.is_main:
+            _logger.warning(
+                "the save of step %d waited %.1f s for the one before it; set checkpoint.every higher",
+                next_step, waited,
+            )  # fmt: skip
+
+    def _prepare(self, step: int) -> str | None:
+        """Makes room and a folder; what went wrong, if anything."""
+        try:
+            self._store.make_room(self._estimate)
+            self._store.prepare(step)
+        except (ConfigError, OSError) as error:
+            _report(step, str(error))
+            return str(error)
+        return None
+
+    def _write(self, state: RunState, data: DataState | None, begun: float) -> None:
+        folder = self._store.folder_of(state.step)
+        self._pending = pending = _Pending(state.step, folder, begun)
+        if self._topology.is_main:
+            assert data is not None
+            for name, content in (("state.json", state), ("data.json", data)):
+                pending.files.append(self._writer.write(folder, name, msgspec.json.encode(content) + b"\n"))
+
+        def take(path: Path, content: object) -> None:
+            name = path.relative_to(folder).as_posix()
+            try:
+                copied = self._staging.copy(path.name, content) if self._staging else content
+            except (MemoryError, RuntimeError) as error:
+                failed: Future[FileEntry] = Future()
+                failed.set_exception(CheckpointError(f"no host memory for the copy of {name}: {error}"))
+                pending.files.append(failed)
+                return
+            pending.files.append(self._writer.write(folder, name, copied))
+            if not self._staging:
+                wait(pending.files)  # the content is the model's own
+
+        self._engine.save(folder, take)
+        if not self._staging:
+            self._wait()
+
+    def _conclude(self, pending: _Pending) -> None:
+        """All ranks are done with their files: rank 0 completes the checkpoint, or removes what there is of it."""
+        self._pending = None
+        outcomes = self._topology.gather_objects([_outcome(file) for file in pending.files])
+        entries = [found for part in outcomes for found in part if isinstance(found, FileEntry)]
+        failures = [
+            f"rank {rank}: {found}" for rank, part in enumerate(outcomes) for found in part if isinstance(found, str)
+        ]
+        self._failure = "; ".join(failures) or None
+        if not self._topology.is_main:
+            return
+        if self._failure:
+            _report(pending.step, self._failure)
+            self._settled = self._writer.submit(self._store.try_to_discard, pending.step)
+        else:
+            self._settled = self._writer.submit(self._complete, pending, entries)
+
+    def _complete(self, pending: _Pending, entries: list[FileEntry]) -> None:
+        try:
+            self._sync_journals()
+            self._check_lease()
+            seconds = time.monotonic() - pending.begun
+            self._store.complete(pending.step, entries, seconds)
+        except (OSError, HeadraceError) as error:
+            _report(pending.step, str(error))
+            if isinstance(error, OSError):  # else the folder may be another process's by now
+                self._store.try_to_discard(pending.step)
+            raise
+        self.seconds = seconds
+        size = sum(entry.size for entry in entries)
+        _logger.info(
+            "the checkpoint of step %d is complete: %.3g GB in %.2f s, %.3g GB/s",
+            pending.step, size / 1e9, seconds, size / 1e9 / seconds,
+        )  # fmt: skip
+        self._store.prune()
 
 
-def _write_json(path: Path, content: msgspec.Struct) -> None:
-    write_atomically(path, msgspec.json.encode(content) + b"\n")
+def _report(step: int, failure: str) -> None:
+    _logger.error("step %d is not saved, training goes on without: %s", step, failure)
 
 
-def _file_names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _made_durable(folder: Path, name: str) -> FileEntry:
-    path = folder / name
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return FileEntry(name, path.stat().st_size, hash_file(path))
+def _outcome(file: Future[FileEntry]) -> FileEntry | str:
+    error = file.exception()
+    if error is None:
+        return file.result()
+    if not isinstance(error, CheckpointError):
+        _logger.error("a checkpoint's file could not be written", exc_info=error)
+    return str(error) or repr(error)

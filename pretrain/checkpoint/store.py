@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 from pydantic import Field
 
-from shards import CheckpointError, Config
+from shards import CheckpointError, Config, ConfigError
 from shards.durable import fsync_folder, hash_file, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ class CheckpointConfig(Config):
     every: int = Field(1000, ge=1)  # optimizer steps
     keep: int = Field(2, ge=1)  # how many of the newest stay
     keep_every: int | None = Field(None, ge=1)  # steps divisible by this stay for good, besides
+    # Write while training goes on, from a copy in host memory as large as what a rank saves
+    asynchronous: bool = True
+    reserve_bytes: int = Field(1 << 28, ge=0)  # of the disk, which a checkpoint leaves free for logs and other things
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
@@ -49,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True):
     """The content of COMPLETE."""
 
     files: list[FileEntry]
+    seconds: float = 0.0  # that the save took, from its beginning to this file
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,15 @@ class Checkpoint:
     folder: Path
     step: int
     files: list[FileEntry]
+    seconds: float  # that the save took
 
     def broken_files(self, share: int = 0, shares: int = 1) -> list[str]:
         """What is wrong with the files of one share of `shares`, a sentence each; empty if nothing."""
         return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _damage(folder: Path, entry: FileEntry) -> str | None:
@@ -87,9 +96,13 @@ class CheckpointStore:
     def folder_of(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
 
-    def complete(self, step: int, files: list[FileEntry]) -> None:
-        """Declares a checkpoint complete; its files are durable already."""
-        manifest = Manifest(sorted(files, key=lambda entry: entry.name))
+    def complete(self, step: int, files: list[FileEntry], seconds: float) -> None:
+        """Declares a checkpoint complete; its files, and their names, are durable already.
+
+        Args:
+            seconds: that the save took so far.
+        """
+        manifest = Manifest(sorted(files, key=lambda entry: entry.name), seconds)
         write_atomically(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
 
     def is_complete(self, step: int) -> bool:
@@ -111,16 +124,36 @@ class CheckpointStore:
             manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
         except (OSError, msgspec.MsgspecError) as error:
             raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
-        return Checkpoint(folder, step, manifest.files)
+        return Checkpoint(folder, step, manifest.files, manifest.seconds)
 
     def prepare(self, step: int) -> Path:
         """An empty folder for a new checkpoint; what a killed save left there goes."""
         folder = self.folder_of(step)
         assert not self.is_complete(step), f"{folder} is complete and is not written over"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / "engine").mkdir(parents=True)
+        fsync_folder(folder)
         fsync_folder(self.root)
         return folder
+
+    def discard(self, step: int) -> None:
+        """Removes a checkpoint, or what there is of it.
+
+        Raises:
+            OSError: if something of it stays; no checkpoint does.
+        """
+        folder = self.folder_of(step)
+        # COMPLETE first: a half-removed checkpoint must not look whole
+        (folder / COMPLETE).unlink(missing_ok=True)
+        fsync_folder(folder)
+        shutil.rmtree(folder)
+
+    def discard_incomplete(self) -> None:
+        """Removes what killed saves left behind, which would take up the room of new ones; none may be in progress."""
+        for step in self._all_steps():
+            if not self.is_complete(step):
+                self.try_to_discard(step)
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, which makes room for a new one of its step; what is left of it is not lost."""
@@ -133,20 +166,65 @@ class CheckpointStore:
     def prune(self) -> None:
         """Removes what the config does not keep, and what killed saves left behind; a failure is only logged."""
         steps = self.steps()
-        kept = set(steps[-self.config.keep :])
-        if self.config.keep_every:
-            kept |= {step for step in steps if step % self.config.keep_every == 0}
+        kept = {*steps[-self.config.keep :], *self._kept_for_good(steps)}
         for step in self._all_steps():
-            if step in kept or step > steps[-1]:
-                continue
-            folder = self.folder_of(step)
-            try:
-                # COMPLETE first: a half-removed checkpoint must not look whole
-                (folder / COMPLETE).unlink(missing_ok=True)
-                fsync_folder(folder)
-                shutil.rmtree(folder)
-            except OSError as error:
-                _logger.warning("the old checkpoint %s could not be removed: %s", folder, error)
+            if step not in kept and step < steps[-1]:
+                self.try_to_discard(step)
+
+    def check_room(self, estimate: int) -> None:
+        """Makes sure, removing nothing, that the next checkpoint can fit.
+
+        Args:
+            estimate: bytes of a checkpoint; the newest one's count instead, if there is one.
+        Raises:
+            ConfigError: with sizes, and what to do.
+        """
+        self._to_remove(estimate)
+
+    def make_room(self, estimate: int) -> None:
+        """Makes sure that the next checkpoint fits; where the disk is short, by removing the oldest ones.
+
+        The newest stays, and what `keep_every` keeps for good; if that is not enough, everything stays.
+
+        Raises:
+            ConfigError: if it does not fit, with sizes, and what to do.
+        """
+        for step in self._to_remove(estimate):
+            _logger.warning("the disk is short of room for the next checkpoint: the one of step %d goes", step)
+            self.try_to_discard(step)
+
+    def _to_remove(self, estimate: int) -> list[int]:
+        """The fewest of the oldest checkpoints without which the next one fits."""
+        steps = self.steps()
+        sizes = {step: _bytes_in(self.folder_of(step)) for step in steps}
+        needed = sizes[steps[-1]] if steps else estimate
+        free = shutil.disk_usage(self.root).free
+        removed = []
+        for step in [s for s in steps[:-1] if s not in self._kept_for_good(steps)]:
+            if free >= needed + self.config.reserve_bytes:
+                break
+            free += sizes[step]
+            removed.append(step)
+        if free >= needed + self.config.reserve_bytes:
+            return removed
+        raise ConfigError(
+            f"the next checkpoint does not fit on the disk of {self.root}: it takes {needed / 1e9:.2f} GB,"
+            f" checkpoint.reserve_bytes keeps {self.config.reserve_bytes / 1e9:.2f} GB free, and"
+            f" {free / 1e9:.2f} GB are there, counting the old checkpoints that may go;"
+            f" free {(needed + self.config.reserve_bytes - free) / 1e9:.2f} GB there"
+            f" ({len(steps)} checkpoints hold {sum(sizes.values()) / 1e9:.2f} GB), or move run.dir to a larger disk"
+        )
+
+    def _kept_for_good(self, steps: list[int]) -> set[int]:
+        every = self.config.keep_every
+        return {step for step in steps if every and step % every == 0}
+
+    def try_to_discard(self, step: int) -> None:
+        """As `discard`; a failure is only logged, and does no harm."""
+        try:
+            self.discard(step)
+        except OSError as error:
+            _logger.warning("the old checkpoint %s could not be removed: %s", self.folder_of(step), error)
 
     def _all_steps(self) -> list[int]:
         found = (_FOLDER.fullmatch(path.name) for path in self.root.glob("step_*"))

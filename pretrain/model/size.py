@@ -34,6 +34,15 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 3 * (2 * matrices + products)
 
 
+def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
+    """Bytes of a checkpoint of the whole model: weights as they are trained on, and what the optimizer keeps.
+
+    Args:
+        bytes_per_weight: 2 for bf16, 4 for fp32.
+    """
+    return (bytes_per_weight + 12) * parameter_count(config)  # fp32: the master weight and two moments
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on one rank, at the peak of a training step."""

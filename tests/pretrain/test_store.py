@@ -19,12 +19,12 @@ def store(root: Path, **config: object) -> CheckpointStore:
 
 def make(checkpoints: CheckpointStore, step: int, complete: bool = True) -> Path:
     folder = checkpoints.prepare(step)
-    (folder / "engine").mkdir()
     (folder / "engine" / "weights.pt").write_bytes(bytes([step % 256]) * 1000)
     (folder / "state.json").write_text('{"version": 0}')
     names = ("engine/weights.pt", "state.json")
     if complete:
-        checkpoints.complete(step, [FileEntry(n, (folder / n).stat().st_size, hash_file(folder / n)) for n in names])
+        entries = [FileEntry(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
+        checkpoints.complete(step, entries, seconds=1.0)
     return folder
 
 
