@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.engine import Precision, deepspeed_config
-from pretrain.evaluate import EvaluationConfig
+from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.metrics import MetricsConfig
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig

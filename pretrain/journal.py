@@ -6,10 +6,11 @@ trainer -> journal -> {run folder, tracking, console}.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 
+from pretrain.evaluation.scores import DocumentScores, eval_records
 from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run_folder import RunFolder
 from pretrain.tracking import Tracker
@@ -51,9 +52,11 @@ class Journal:
             self._tracker.log_step(record.as_json(), more=evals_follow)
             self._progress.show(record)
 
-    def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
-        """One evaluation: the lines of all its domains and averages."""
+    def log_evals(self, step: int, scores: DocumentScores) -> None:
+        """One evaluation: the lines of all its domains and averages, and the sums of its documents."""
         if self._tracker:
+            scores.save(self._folder.document_scores(step, scores.suite))
+            records = eval_records(step, scores)
             for record in records:
                 self._folder.evals.append(record)
             self._tracker.log_evals(records)
@@ -72,7 +75,7 @@ class Journal:
         """Makes durable what was written, before a checkpoint says that the run stands after it."""
         self._folder.sync()
 
-    def last_evaluated(self) -> int:
-        """The last step whose evaluation stands whole in evals.jsonl, to its last line; -1 if none."""
-        steps = [int(str(record["step"])) for record in self._folder.evals.read() if record["domain"] == "micro"]
-        return max(steps, default=-1)
+    def last_evaluated(self, suite: str) -> int:
+        """The last step whose evaluation on a suite stands whole in evals.jsonl, to its last line; -1 if none."""
+        last = {"suite": suite, "domain": "micro"}
+        return max((int(str(r["step"])) for r in self._folder.evals.read() if r.items() >= last.items()), default=-1)

@@ -164,6 +164,10 @@ class RunFolder:
     def evals(self) -> StepLog:
         return StepLog(self.root / "evals.jsonl")
 
+    def document_scores(self, step: int, suite: str) -> Path:
+        """The sums of each document of a suite at a step, which comparisons are made from."""
+        return self.root / "evals" / suite / f"step_{step:08d}.npz"
+
     @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")

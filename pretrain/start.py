@@ -17,13 +17,12 @@ import shards
 from pretrain import loop, topology
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, load_config
-from pretrain.evaluate import suite_files
 from pretrain.generate import continue_text
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
 from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
 from pretrain.run_folder import RunFolder
-from shards import ConfigError, Tokenizer
+from shards import ConfigError, Tokenizer, suite
 from shards.durable import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
             f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
         )
     if config.evaluation.suite:
-        suite_files(config.evaluation.suite, config.evaluation.split)
+        suite.find(config.evaluation.suite, config.evaluation.split)
     return tokenizer
 
 

@@ -17,7 +17,8 @@ from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, StepStats
-from pretrain.evaluate import eval_records, evaluate, load_suite
+from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
+from pretrain.evaluation.scoring import evaluate
 from pretrain.feed import Feed, StepBatch, chain_hash
 from pretrain.journal import Journal
 from pretrain.lease import Lease
@@ -78,8 +79,12 @@ class Trainer:
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
         rows = config.train.global_batch_size // topology.dp_size
         self._feed = Feed(self._loader, config.data, rows, topology)
-        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len)
-        self._evaluated = topology.broadcast_object(self._journal.last_evaluated())
+        own = (topology.dp_rank, topology.dp_size)
+        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, *own)
+        if topology.is_main and self._loader:
+            warn_of_training_shards(config.evaluation, self._loader)
+        suite = self._eval_set.suite if self._eval_set else ""
+        self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
         estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
         self._saver = stack.enter_context(
@@ -178,8 +183,7 @@ class Trainer:
         if self._eval_set is None or self._evaluated == state.step:
             return
         batch_size = self._config.evaluation.batch_size or self.engine.micro_batch_size
-        scores = evaluate(self.engine, self._eval_set, self._topology, batch_size)
-        self._journal.log_evals(eval_records(state.step, self._eval_set.suite, scores))
+        self._journal.log_evals(state.step, evaluate(self.engine.logits, self._eval_set, self._topology, batch_size))
         self._evaluated = state.step
 
     def _check_lease(self) -> None:

@@ -16,7 +16,7 @@ LAYERS = (
     ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
     ("pretrain.lease", "pretrain.yaml_tree"),
     ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
-    ("pretrain.engine", "pretrain.checkpoint", "pretrain.evaluate", "pretrain.exchange"),
+    ("pretrain.engine", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
     (
         "pretrain.generate",
         "pretrain.feed",

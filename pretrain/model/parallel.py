@@ -118,6 +118,30 @@ def vocab_parallel_argmax(logits: Tensor) -> Tensor:
     return index
 
 
+@torch.no_grad()
+def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What an evaluation asks of logits, without gathering them and without a gradient.
+
+    Args:
+        logits: [B, T, vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
+        targets: [B, T] int64 token ids.
+    Returns:
+        The negative log-likelihood of each target, [B, T] fp32, in nats; whether it was the most likely token, bool.
+        Both are the same on every tp rank.
+    """
+    nll, correct = torch.empty(targets.shape, device=logits.device), torch.empty_like(targets, dtype=torch.bool)
+    first = get_model_parallel_rank() * logits.shape[-1]
+    # Row by row: fp32 copies of a whole batch's logits would take more memory than its forward pass
+    for row, (own, wanted) in enumerate(zip(logits, targets, strict=True)):
+        place = wanted - first
+        here = (place >= 0) & (place < own.shape[-1])
+        found = own.gather(-1, torch.where(here, place, 0).unsqueeze(-1)).squeeze(-1).float()
+        found = reduce_from_model_parallel_region(torch.where(here, found, 0.0))
+        nll[row] = vocab_parallel_logsumexp(own) - found
+        correct[row] = vocab_parallel_argmax(own) == wanted
+    return nll, correct
+
+
 def gather_vocab(logits: Tensor) -> Tensor:
     """The whole logits [..., vocab_size] of a few positions, for sampling; never for training."""
     parts = [torch.empty_like(logits) for _ in range(get_model_parallel_world_size())]

@@ -1,0 +1,233 @@
+"""A suite, chosen, tokenized and packed: what every evaluation of a run scores. suite -> EvalSet -> scoring.
+
+Every document stands by itself; a long one is cut into windows of seq_len targets, which overlap by the one token that
+is a window's last target and the next one's only context. So every token after a document's first is a target exactly
+once, and how a document is cut depends on nothing else: not on the documents beside it, nor on ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from shards import Config, ConfigError, Loader, Tokenizer
+from shards.packing import best_fit
+from shards.plan import key_of
+from shards.suite import Suite, SuiteDocument, find, training_shards
+
+_logger = logging.getLogger(__name__)
+
+_PORTION_TOKENS = 1 << 20  # tokens that are packed together; more give fuller rows and take more memory for a moment
+
+Tokens = npt.NDArray[np.integer]
+
+
+class EvaluationConfig(Config):
+    """What is evaluated during a run, and when: before the first step, every so many steps, and after the last."""
+
+    every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
+    suite: Path | None = None  # a folder or a YAML file, see shards/suite.py; None: no evaluation
+    split: str = "val"  # which documents of the suite's sources
+    max_documents: int | None = Field(None, ge=1)  # of a domain; None: all
+    max_tokens: int | None = Field(None, ge=1)  # of a domain, in whole documents; None: all
+    subset_seed: int = Field(0, ge=0)  # which documents, where not all
+    batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
+    prompt: str = "The "  # what a finished run shows a continuation of
+
+    def due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+
+class Row(NamedTuple):
+    """A row of at most seq_len + 1 tokens, without padding."""
+
+    tokens: Tokens  # of all its pieces, one after the other
+    lengths: npt.NDArray[np.int32]  # [pieces], tokens, at least 2
+    documents: npt.NDArray[np.int32]  # [pieces]: number of the document in the suite
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A suite as one dp rank holds it: its own rows, and what there is to know of all documents.
+
+    Attributes:
+        suite: its name.
+        seq_len: predicted tokens a row.
+        domains: sorted by name; `sources` has the source of each.
+        document_domain: [documents], number of its domain.
+        document_key: uint64 [documents], a hash of its text.
+        document_bytes: [documents], UTF-8 bytes of its text.
+        document_targets: [documents], tokens that are predicted.
+        rows: every dp_size-th row, from this rank's on.
+        num_rows: of all ranks.
+    """
+
+    suite: str
+    seq_len: int
+    domains: tuple[str, ...]
+    sources: tuple[str, ...]
+    document_domain: npt.NDArray[np.int32]
+    document_key: npt.NDArray[np.uint64]
+    document_bytes: npt.NDArray[np.int64]
+    document_targets: npt.NDArray[np.int64]
+    rows: list[Row]
+    num_rows: int
+
+
+def load_suite(
+    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, dp_rank: int = 0, dp_size: int = 1
+) -> EvalSet | None:
+    """Reads, tokenizes and packs the config's suite; None where it names none.
+
+    A rank keeps 2 bytes a token of its own rows (4 beyond 65,536 pieces) and some 30 bytes a document.
+
+    Raises:
+        ConfigError: if the suite is not there, or a source or domain of it has nothing to score.
+        ShardError: if a file of it is damaged.
+    """
+    if config.suite is None:
+        return None
+    suite = find(config.suite, config.split)
+    packer = _Packer(seq_len, dp_rank, dp_size)
+    known: dict[str, str] = {}  # domain -> source
+    domains: list[str] = []
+    keys: list[int] = []
+    sizes: list[int] = []
+    targets: list[int] = []
+    for document, tokens in _chosen(suite, tokenizer, config):
+        known.setdefault(document.domain, document.source)
+        packer.add(len(domains), tokens)
+        domains.append(document.domain)
+        keys.append(document.key)
+        sizes.append(len(document.text.encode()))
+        targets.append(max(len(tokens) - 1, 0))
+    packer.pack()
+    names = tuple(sorted(known))
+    number_of = {name: number for number, name in enumerate(names)}
+    document_domain = np.array([number_of[name] for name in domains], np.int32)
+    document_targets = np.array(targets, np.int64)
+    _check_not_empty(suite, known, set(document_domain[document_targets > 0].tolist()), names)
+    return EvalSet(
+        suite=suite.name,
+        seq_len=seq_len,
+        domains=names,
+        sources=tuple(known[name] for name in names),
+        document_domain=document_domain,
+        document_key=np.array(keys, np.uint64),
+        document_bytes=np.array(sizes, np.int64),
+        document_targets=document_targets,
+        rows=packer.rows,
+        num_rows=packer.num_rows,
+    )
+
+
+def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], domains: tuple[str, ...]) -> None:
+    """A domain of which nothing is scored would have a perplexity of 1. Raises: ConfigError."""
+    silent = sorted({part.source.name for part in suite.parts} - set(known.values()))
+    silent += [domain for number, domain in enumerate(domains) if number not in scored]
+    if silent:
+        raise ConfigError(
+            f"the suite {suite.name}: there is nothing to predict in {', '.join(silent[:5])}; leave out what is empty"
+        )
+
+
+def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, Tokens]]:
+    """The documents that are evaluated, with their tokens, in the suite's order."""
+    if config.max_documents is None and config.max_tokens is None:
+        for document in suite.documents():
+            yield document, tokenizer.encode_documents([document.text])[0]
+        return
+    samples: dict[str, _Sample] = {}
+    for number, document in enumerate(suite.documents()):
+        sample = samples.setdefault(document.domain, _Sample(config))
+        if sample.wants(place := (key_of("subset", config.subset_seed, document.key), number)):
+            sample.add(place, document, tokenizer.encode_documents([document.text])[0])
+    kept = sorted((number, document, tokens) for s in samples.values() for number, document, tokens in s.kept())
+    for _, document, tokens in kept:
+        yield document, tokens
+
+
+def warn_of_training_shards(config: EvaluationConfig, loader: Loader) -> None:
+    """Says which of the suite's files are trained on, by their contents: their loss says nothing."""
+    if config.suite is None:
+        return
+    trained = loader.fingerprint["shards"]
+    assert isinstance(trained, dict)
+    for found in training_shards(find(config.suite, config.split), trained):
+        _logger.warning("the evaluation suite holds what is trained on: %s; its loss will look too good", found)
+
+
+class _Sample:
+    """One domain's part of a bounded suite: the longest run of its documents, by the hash of each, within the bounds.
+
+    The same whatever order they come in, and a part of every larger sample. The first document is in it however long.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self._max_documents = config.max_documents
+        self._max_tokens = config.max_tokens
+        # The last by hash on top, which is the first to go
+        self._heap: list[tuple[int, int, SuiteDocument, Tokens]] = []
+        self._tokens = 0
+        self._end: tuple[int, int] | None = None  # (hash, number) from which on no document fits any more
+
+    def wants(self, place: tuple[int, int]) -> bool:
+        return self._end is None or place < self._end
+
+    def add(self, place: tuple[int, int], document: SuiteDocument, tokens: Tokens) -> None:
+        heapq.heappush(self._heap, (-place[0], -place[1], document, tokens))
+        self._tokens += len(tokens)
+        while len(self._heap) > 1 and self._too_much():
+            value, number, _, dropped = heapq.heappop(self._heap)
+            self._tokens -= len(dropped)
+            self._end = (-value, -number)
+
+    def _too_much(self) -> bool:
+        return (self._max_documents is not None and len(self._heap) > self._max_documents) or (
+            self._max_tokens is not None and self._tokens > self._max_tokens
+        )
+
+    def kept(self) -> Iterator[tuple[int, SuiteDocument, Tokens]]:
+        for _, number, document, tokens in self._heap:
+            yield -number, document, tokens
+
+
+class _Packer:
+    """Cuts documents into windows and packs these into rows, a portion at a time; keeps the rows of one dp rank."""
+
+    def __init__(self, seq_len: int, dp_rank: int, dp_size: int) -> None:
+        self.rows: list[Row] = []
+        self.num_rows = 0  # of all ranks
+        self._seq_len, self._dp_rank, self._dp_size = seq_len, dp_rank, dp_size
+        self._windows: list[tuple[int, Tokens]] = []  # (document, tokens)
+        self._size = 0
+
+    def add(self, document: int, tokens: Tokens) -> None:
+        for start in range(0, len(tokens) - 1, self._seq_len):
+            self._windows.append((document, tokens[start : start + self._seq_len + 1]))
+        self._size += len(tokens)
+        if self._size >= _PORTION_TOKENS:
+            self.pack()
+
+    def pack(self) -> None:
+        """Makes rows of what was added since the last call."""
+        lengths = np.array([len(tokens) for _, tokens in self._windows], np.int64)
+        for members in best_fit(lengths, self._seq_len + 1):
+            if self.num_rows % self._dp_size == self._dp_rank:
+                self.rows.append(_row([self._windows[i] for i in members]))
+            self.num_rows += 1
+        self._windows, self._size = [], 0
+
+
+def _row(windows: Iterable[tuple[int, Tokens]]) -> Row:
+    documents, tokens = zip(*windows, strict=True)
+    lengths = np.array([len(window) for window in tokens], np.int32)
+    return Row(np.concatenate(tokens), lengths, np.array(documents, np.int32))

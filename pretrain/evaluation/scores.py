@@ -1,0 +1,163 @@
+"""What an evaluation found: sums of each document, figures of each domain, averages.
+
+scoring -> scores -> {journal, compare}.
+
+The documents' sums are kept beside evals.jsonl, since a comparison of two models needs them to say what is chance.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shards import CheckpointError
+from shards.durable import write_atomically
+
+_SOURCE = "source:"  # before the name of a source in the place of a domain's
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the targets of some documents.
+
+    Attributes:
+        nll: negative log-likelihood, in nats.
+        tokens: targets, the end-of-document tokens among them.
+        correct: targets that were the most likely token.
+        text_bytes: UTF-8 bytes of the texts.
+    """
+
+    nll: float
+    tokens: int
+    correct: int
+    text_bytes: int
+
+    @property
+    def nll_per_token(self) -> float:
+        return self.nll / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Independent of the tokenizer, since the bytes are the same for all."""
+        return self.nll / math.log(2) / max(self.text_bytes, 1)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(self.tokens, 1)
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """The sums of several scores' sums."""
+    listed = list(scores)
+    return Score(
+        nll=math.fsum(score.nll for score in listed),
+        tokens=sum(score.tokens for score in listed),
+        correct=sum(score.correct for score in listed),
+        text_bytes=sum(score.text_bytes for score in listed),
+    )
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """The sums of every document of a suite.
+
+    Attributes:
+        suite: its name.
+        domains, sources: of each domain its name, and the name of its source.
+        domain: int32 [documents], number in `domains`.
+        key: uint64 [documents], a hash of the text: the same document has the same in every run.
+        nll, tokens, correct, text_bytes: [documents], as in `Score`.
+    """
+
+    suite: str
+    domains: tuple[str, ...]
+    sources: tuple[str, ...]
+    domain: npt.NDArray[np.int32]
+    key: npt.NDArray[np.uint64]
+    nll: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.int64]
+    text_bytes: npt.NDArray[np.int64]
+
+    def by_domain(self) -> dict[str, Score]:
+        """The sums of each domain's documents, in the order of `domains`."""
+        sums = [
+            np.bincount(self.domain, weights=values, minlength=len(self.domains)).tolist()
+            for values in (self.nll, self.tokens, self.correct, self.text_bytes)
+        ]
+        return {
+            domain: Score(nll, int(tokens), int(correct), int(text_bytes))
+            for domain, nll, tokens, correct, text_bytes in zip(self.domains, *sums, strict=True)
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes all of it, atomically: some 20 bytes a document."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        arrays = {field.name: np.array(getattr(self, field.name)) for field in fields(self)}
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_atomically(path, buffer.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> DocumentScores:
+        """
+        Raises:
+            CheckpointError: if the file is missing or was written by another version.
+        """
+        try:
+            with np.load(path) as arrays:
+                values = {field.name: arrays[field.name] for field in fields(DocumentScores)}
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: no sums of documents can be read there: {error}") from None
+        names = {key: tuple(values[key].tolist()) for key in ("domains", "sources")}
+        return DocumentScores(**(values | names | {"suite": str(values["suite"])}))
+
+
+def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
+    """The lines of evals.jsonl for one evaluation: each domain, then the averages.
+
+    `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
+    `macro` over domains: the mean of each figure, and the perplexity that belongs to the mean loss, so that one large
+    domain weighs no more than a small one.
+    """
+    of_domains = scores.by_domain()
+    records = [_record(step, scores.suite, domain, score) for domain, score in of_domains.items()]
+    members: dict[str, list[Score]] = {}
+    for source, score in zip(scores.sources, of_domains.values(), strict=True):
+        members.setdefault(source, []).append(score)
+    records += [
+        _record(step, scores.suite, _SOURCE + source, total(parts))
+        for source, parts in members.items()
+        if len(parts) > 1
+    ]
+    micro = _record(step, scores.suite, "micro", total(of_domains.values()))
+    macro = {
+        key: math.fsum(getattr(score, key) for score in of_domains.values()) / len(of_domains)
+        for key in ("nll_per_token", "bits_per_byte", "accuracy")
+    }
+    return [*records, {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])}, micro]
+
+
+def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, object]:
+    return {
+        "step": step,
+        "suite": suite,
+        "domain": domain,
+        "nll_per_token": score.nll_per_token,
+        "perplexity": perplexity(score.nll_per_token),
+        "bits_per_byte": score.bits_per_byte,
+        "accuracy": score.accuracy,
+        "tokens": score.tokens,
+        "bytes": score.text_bytes,
+    }
+
+
+def perplexity(nll_per_token: float) -> float:
+    """exp of a loss in nats; infinite beyond a float's range: a model that diverged is no reason to crash."""
+    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf

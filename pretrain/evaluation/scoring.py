@@ -1,0 +1,75 @@
+"""Scores an EvalSet with a model, on all ranks together. engine, EvalSet -> scoring -> DocumentScores.
+
+Rows are dealt to the dp ranks in turn, so each window is scored by one of them; the sums of each document are added
+over them at the end, in float64. Neither the training's data nor any random state is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pretrain.engine import valid_targets
+from pretrain.evaluation.eval_set import EvalSet, Row
+from pretrain.evaluation.scores import DocumentScores
+from pretrain.model.parallel import vocab_parallel_score
+from pretrain.topology import Topology
+
+# tokens, segment ids [B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without gradients
+Logits = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
+    """Scores every document. All ranks call it, and all get the whole result.
+
+    Args:
+        batch_size: rows a rank scores at once.
+    """
+    # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty
+    passes = -(-eval_set.num_rows // (topology.dp_size * batch_size))
+    sums = np.zeros((len(eval_set.document_domain), 3))  # nll, targets, correct targets of each document
+    for start in range(0, passes * batch_size, batch_size):
+        rows = eval_set.rows[start : start + batch_size]
+        tokens, segment_ids = dense(rows, batch_size, eval_set.seq_len)
+        ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
+        nll, correct = vocab_parallel_score(logits(ids[:, :-1], segments[:, :-1]), ids[:, 1:])
+        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid_targets(segments), 0.0)
+        _add(sums, rows, figures.cpu().numpy())
+    totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
+    assert np.array_equal(totals[:, 1], eval_set.document_targets), "each target is counted exactly once"
+    return DocumentScores(
+        suite=eval_set.suite,
+        domains=eval_set.domains,
+        sources=eval_set.sources,
+        domain=eval_set.document_domain,
+        key=eval_set.document_key,
+        nll=totals[:, 0],
+        tokens=eval_set.document_targets,
+        correct=totals[:, 2].astype(np.int64),
+        text_bytes=eval_set.document_bytes,
+    )
+
+
+def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(tokens, segment_ids), int64 [batch_size, seq_len + 1]; pieces of a row count from 1, 0 is padding."""
+    tokens = np.zeros((batch_size, seq_len + 1), np.int64)
+    segment_ids = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = row.tokens
+        segment_ids[i, : len(row.tokens)] = np.repeat(np.arange(1, len(row.lengths) + 1), row.lengths)
+    return tokens, segment_ids
+
+
+def _add(sums: npt.NDArray[np.float64], rows: Sequence[Row], figures: npt.NDArray[np.float32]) -> None:
+    """Adds the figures [3, batch_size, seq_len] of each piece's targets to its document's sums [documents, 3]."""
+    for i, row in enumerate(rows):
+        starts = np.cumsum(row.lengths) - row.lengths
+        # A piece's targets end one before the next piece starts; what lies there is masked and counts nothing.
+        # float64 first: in a long document a float32 sum drifts
+        of_pieces = np.add.reduceat(figures[:, i].astype(np.float64), starts, axis=1)
+        np.add.at(sums, row.documents, of_pieces.T)

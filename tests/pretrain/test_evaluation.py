@@ -1,0 +1,202 @@
+"""Scores equal those of a plain model that is given one document at a time, however the work is split."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.scores import DocumentScores, Score, eval_records
+from pretrain.evaluation.scoring import evaluate
+from pretrain.generate import continue_text
+from pretrain.topology import Topology
+from shards import ConfigError, Tokenizer
+from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, write_suite
+from tests.distributed.ranks import run_ranks
+from tests.reference_model import piece_logits
+
+BATCH_SIZES = [1, 2, 7]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_suite(tmp_path_factory.mktemp("suite") / "texts")
+
+
+@pytest.fixture(scope="module")
+def engine(topology: Topology) -> Engine:
+    return engine_of(topology, zero_stage=1)
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> dict[str, Score]:
+    """One document at a time, long ones in windows of SEQ_LEN targets that do not overlap in targets."""
+    tokenizer = Tokenizer(TOKENIZER)
+    weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
+    scores = {}
+    for domain, texts in TEXTS.items():
+        nll, tokens, correct = 0.0, 0, 0
+        for text in texts:
+            ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+            for start in range(0, len(ids) - 1, SEQ_LEN):
+                window = ids[start : start + SEQ_LEN + 1]
+                logits = piece_logits(weights, SHAPE, window[:-1])
+                nll -= logits.log_softmax(-1).gather(1, window[1:, None]).double().sum().item()
+                correct += int((logits.argmax(-1) == window[1:]).sum())
+                tokens += len(window) - 1
+        scores[domain] = Score(nll, tokens, correct, sum(len(text.encode()) for text in texts))
+    return scores
+
+
+def loaded(suite: Path, *, tokenizer: Tokenizer | None = None, **changes: object) -> EvalSet:
+    config = EvaluationConfig.model_validate({"suite": suite, **changes})
+    found = load_suite(config, tokenizer or Tokenizer(TOKENIZER), SEQ_LEN)
+    assert found is not None
+    return found
+
+
+def assert_equal(found: dict[str, Score], expected: dict[str, Score], case: str) -> None:
+    assert list(found) == sorted(expected), case
+    for domain, score in expected.items():
+        assert found[domain].nll == pytest.approx(score.nll, rel=1e-5), f"{case}, {domain}"
+        assert found[domain].tokens == score.tokens, f"{case}, {domain}"
+        assert found[domain].correct == score.correct, f"{case}, {domain}"
+        assert found[domain].text_bytes == score.text_bytes, f"{case}, {domain}"
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_scores_equal_one_document_at_a_time(
+    suite: Path, engine: Engine, topology: Topology, expected: dict[str, Score], batch_size: int
+) -> None:
+    scores = evaluate(engine.logits, loaded(suite), topology, batch_size)
+    assert_equal(scores.by_domain(), expected, f"rows {batch_size}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("tp_size", "dp_size"), [(2, 1), (1, 2), (2, 2)])
+def test_scores_do_not_depend_on_the_ranks(
+    suite: Path, tmp_path: Path, expected: dict[str, Score], tp_size: int, dp_size: int
+) -> None:
+    run_ranks(tp_size * dp_size, "tests.distributed.evaluation", str(tp_size), str(suite), str(tmp_path))
+    results = sorted(tmp_path.glob("*.npz"))
+    assert len(results) == 3
+    for path in results:
+        assert_equal(DocumentScores.load(path).by_domain(), expected, f"tp {tp_size} dp {dp_size} {path.stem}")
+
+
+def test_rows_of_all_ranks_are_those_of_one(suite: Path) -> None:
+    tokenizer, config = Tokenizer(TOKENIZER), EvaluationConfig(suite=suite)
+    alone = loaded(suite)
+    shares = [load_suite(config, tokenizer, SEQ_LEN, rank, 3) for rank in range(3)]
+    dealt = [row for i in range(len(alone.rows)) for row in shares[i % 3].rows[i // 3 : i // 3 + 1]]  # type: ignore[union-attr]
+    assert [row.tokens.tolist() for row in dealt] == [row.tokens.tolist() for row in alone.rows]
+    assert sum(len(share.rows) for share in shares) == alone.num_rows  # type: ignore[union-attr]
+
+
+def test_a_document_without_anything_to_predict_counts_its_bytes_only(
+    tmp_path: Path, engine: Engine, topology: Topology
+) -> None:
+    tmp_path.joinpath("d.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": "more than that"}\n')
+    bare = Tokenizer(TOKENIZER, bos=False, eos=False)
+    assert len(bare.encode("a")) == 1
+    scores = evaluate(engine.logits, loaded(tmp_path, tokenizer=bare), topology, 2)
+    assert scores.tokens.tolist() == [0, 0, len(bare.encode("more than that")) - 1]
+    assert scores.text_bytes.tolist() == [0, 1, 14]
+    assert np.isfinite(scores.nll).all()
+
+
+def test_a_domain_without_anything_to_predict_is_named(tmp_path: Path) -> None:
+    tmp_path.joinpath("full.jsonl").write_text('{"text": "two words"}\n')
+    tmp_path.joinpath("empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="nothing to predict in empty"):
+        loaded(tmp_path)
+    tmp_path.joinpath("empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ConfigError, match="nothing to predict in empty"):
+        loaded(tmp_path, tokenizer=Tokenizer(TOKENIZER, bos=False, eos=False))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    texts = [f"document {i} " + "word " * (i * 37 % 60) for i in range(60)]
+    tmp_path.joinpath("one.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tmp_path.joinpath("two.jsonl").write_text("".join(json.dumps({"text": text + "2"}) + "\n" for text in texts))
+    return tmp_path
+
+
+def test_a_bounded_suite_is_a_fixed_part_of_every_larger_one(many: Path) -> None:
+    whole, few, more = loaded(many), loaded(many, max_documents=5), loaded(many, max_documents=20)
+    assert np.bincount(few.document_domain).tolist() == [5, 5]
+    assert set(few.document_key) < set(more.document_key) < set(whole.document_key)
+    assert set(loaded(many, max_documents=5, subset_seed=1).document_key) != set(few.document_key)
+    lines = many.joinpath("one.jsonl").read_text().splitlines(keepends=True)
+    many.joinpath("one.jsonl").write_text("".join(reversed(lines)))
+    assert set(loaded(many, max_documents=5).document_key) == set(few.document_key), "whatever order they come in"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 700])
+def test_a_bound_in_tokens_is_kept_in_whole_documents(many: Path, max_tokens: int) -> None:
+    whole, part = loaded(many), loaded(many, max_tokens=max_tokens)
+    for domain in (0, 1):
+        kept = part.document_targets[part.document_domain == domain]
+        assert len(kept) == 1 or (kept + 1).sum() <= max_tokens
+    assert set(part.document_key) <= set(whole.document_key)
+    assert set(part.document_key) <= set(loaded(many, max_tokens=max_tokens + 300).document_key)
+
+
+def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
+    scores = DocumentScores(
+        suite="suite",
+        domains=("a", "s/x", "s/y"),
+        sources=("a", "s", "s"),
+        domain=np.array([0, 1, 2, 0], np.int32),
+        key=np.arange(4, dtype=np.uint64),
+        nll=np.array([15.0, 6.0, 12.0, 5.0]),
+        tokens=np.array([7, 2, 3, 3]),
+        correct=np.array([4, 0, 3, 1]),
+        text_bytes=np.array([30, 4, 6, 10]),
+    )
+    records = {str(record["domain"]): record for record in eval_records(7, scores)}
+    assert list(records) == ["a", "s/x", "s/y", "source:s", "macro", "micro"]
+    assert {(record["step"], record["suite"]) for record in records.values()} == {(7, "suite")}
+    assert {tuple(sorted(record)) for record in records.values()} == {
+        ("accuracy", "bits_per_byte", "bytes", "domain", "nll_per_token", "perplexity", "step", "suite", "tokens")
+    }
+    assert records["a"]["bits_per_byte"] == pytest.approx(20 / math.log(2) / 40)
+    assert records["source:s"]["nll_per_token"] == pytest.approx(18 / 5)
+    assert records["macro"]["nll_per_token"] == pytest.approx((2.0 + 3.0 + 4.0) / 3)
+    assert records["macro"]["perplexity"] == pytest.approx(math.exp(3.0))
+    assert records["micro"]["nll_per_token"] == pytest.approx(38 / 15)
+    assert records["micro"]["bits_per_byte"] == pytest.approx(38 / math.log(2) / 50)
+    assert records["micro"]["accuracy"] == pytest.approx(8 / 15)
+    scores.save(tmp_path / "evals" / "s.npz")
+    assert DocumentScores.load(tmp_path / "evals" / "s.npz").by_domain() == scores.by_domain()
+
+
+def test_an_evaluation_leaves_weights_and_random_state(suite: Path, engine: Engine, topology: Topology) -> None:
+    before = [parameter.clone() for parameter in engine.model.parameters()]
+    state = torch.get_rng_state()
+    evaluate(engine.logits, loaded(suite), topology, 2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+def test_a_continuation_depends_on_its_seed_alone(engine: Engine) -> None:
+    tokenizer = Tokenizer(TOKENIZER)
+
+    def run(**options: float) -> str:
+        return continue_text(engine, tokenizer, "The word", SEQ_LEN, 12, **options)  # type: ignore[arg-type]
+
+    assert run(seed=1) == run(seed=1) != run(seed=2)
+    greedy = run(temperature=0)
+    ids = [tokenizer.bos_id, *tokenizer.encode("The word")]
+    prompt = len(ids)
+    weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
+    while len(ids) < prompt + 12 and ids[-1] != tokenizer.eos_id:
+        ids.append(int(piece_logits(weights, SHAPE, torch.tensor(ids))[-1].argmax()))
+    assert greedy == tokenizer.decode(ids[prompt:])
