@@ -7,13 +7,17 @@ the row-by-row mask in which no token may see another.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from shards import Config
 
 # q [B, n_heads, T, head_dim], k and v [B, n_kv_heads, T, head_dim] -> [B, n_heads, T, head_dim]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,7 +70,38 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+class RopeScaling(Config):
+    """Slows the rotations whose wavelength is long, so that a model trained on short contexts can be trained on long
+    ones. Keys as in a config.json of Llama 3.1.
+    """
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float = Field(gt=1)  # by which the longest wavelengths grow
+    low_freq_factor: float = Field(1.0, gt=0)  # wavelengths above the original length / this grow in full
+    high_freq_factor: float = Field(4.0, gt=0)  # wavelengths below the original length / this stay as they are
+    original_max_position_embeddings: int = Field(8192, ge=1)  # tokens of context before
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+    def scaled(self, frequencies: Tensor) -> Tensor:
+        """Frequencies in radians a token, any shape; in between the two bounds they pass over linearly.
+
+        Source: Llama 3.1's reference code; Grattafiori et al. 2024, arXiv 2407.21783, section 3.4.2.
+        """
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the two halves of a head alike.
 
     Computed from the positions rather than kept as a buffer: casting a model to bf16 would round a buffer too, and
@@ -75,7 +110,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     Source: Su et al. 2021, arXiv 2104.09864, in the "rotate half" layout of the Hugging Face checkpoints.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.unsqueeze(-1).float() * (theta**-exponents)
+    frequencies = theta**-exponents
+    if scaling:
+        frequencies = scaling.scaled(frequencies)
+    angles = positions.unsqueeze(-1).float() * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters of the whole model; tied embeddings count once."""
-    dim, head_dim = config.dim, config.head_dim
-    attention = dim * head_dim * (2 * config.n_heads + 2 * config.kv_heads)
-    norms = 2 * dim + (2 * head_dim if config.qk_norm else 0)
-    block = attention + 3 * dim * config.hidden_dim + norms
-    embeddings = config.vocab_size * dim * (1 if config.tie_embeddings else 2)
-    return config.n_layers * block + embeddings + dim
+    return sum(math.prod(spec.shape) for spec in weight_specs(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.model.attention import (
     Attend,
     AttentionBackend,
+    RopeScaling,
     attention_within_pieces,
     positions_in_pieces,
     rotary_angles,
     rotate,
 )
+from pretrain.model.cache import KVCache
 from pretrain.model.parallel import (
     column_linear,
     full_shape,
@@ -45,6 +47,7 @@ class ModelConfig(Config):
     vocab_size: int = Field(ge=1)  # pieces of the tokenizer
     norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
+    rope_scaling: RopeScaling | None = None  # of Llama 3.1 and later, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
     tie_embeddings: bool = False  # the output projection is the embedding
     dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
@@ -162,23 +165,32 @@ class Transformer(nn.Module):
             # One parameter in two layers: both split the vocabulary in the same way
             self.output.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Predicts each next token.
 
         Args:
             tokens: [B, T] int64.
-            segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding.
+            segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding. Needed without a cache.
+            cache: of the tokens before these, which go into it; each row is then one piece.
         Returns:
             [B, T, vocab_size / tp_size]: this rank's slice of the logits, in the weights' type.
         """
-        attend = attention_within_pieces(segment_ids, self.attention_backend)
-        cos, sin = rotary_angles(positions_in_pieces(segment_ids), self.config.head_dim, self.config.rope_theta)
+        if cache is None:
+            assert segment_ids is not None
+            attends = [attention_within_pieces(segment_ids, self.attention_backend)] * self.config.n_layers
+            positions = positions_in_pieces(segment_ids)
+        else:
+            attends, positions = cache.attends, cache.positions(tokens)
+        config = self.config
+        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.dropout(self.embedding(tokens))
-        for block in self.blocks:
+        for block, attend in zip(self.blocks, attends, strict=True):
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = block(x, cos, sin, attend)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
         return self.output(self.norm(x))
 
     @torch.no_grad()

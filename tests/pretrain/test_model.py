@@ -8,12 +8,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.engine import valid_targets
 from pretrain.model.attention import positions_in_pieces
+from pretrain.model.cache import KVCache
 from pretrain.model.parallel import vocab_parallel_argmax, vocab_parallel_logsumexp, vocab_parallel_nll
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import Topology
 from tests.reference_model import Shape, piece_logits, pieces
 
+# Of the frequencies of heads of 8, one is kept, one changed by 8, two lie in between
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 40.0,
+    "original_max_position_embeddings": 200,
+}  # fmt: skip
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [1] * 20 + [0] * 4])  # [2, 24]: three pieces; one and padding
 
 
@@ -29,15 +35,14 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("topology")
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [6, 2, 1])
-def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int) -> None:
-    ours = build(tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=5e4)
+@pytest.mark.parametrize(("tied", "kv_heads", "scaling"), [(False, 6, None), (True, 2, LLAMA3), (False, 1, LLAMA3)])
+def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: dict[str, object] | None) -> None:
+    ours = build(tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=5e4, rope_scaling=scaling)
     theirs = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=kv_heads,
             intermediate_size=80, vocab_size=97, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e4}, attn_implementation="eager",
+            rope_parameters={"rope_theta": 5e4, **(scaling or {"rope_type": "default"})}, attn_implementation="eager",
         )
     ).eval()  # fmt: skip
     names = {
@@ -57,6 +62,16 @@ def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int) -> None:
     with torch.no_grad():
         found, expected = ours(tokens, torch.ones_like(tokens)), theirs(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "n_kv_heads": 1, "rope_scaling": LLAMA3}])
+def test_a_cache_gives_each_token_the_logits_of_one_forward_pass(changes: dict[str, object]) -> None:
+    model, tokens, cache = build(**changes), random_tokens(2, 24), KVCache(n_layers=3, max_length=24)
+    with torch.no_grad():
+        whole = model(tokens, torch.ones_like(tokens))
+        parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 10, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("topology")

@@ -1,0 +1,60 @@
+"""What attention remembers of the tokens so far, so that the next one costs one position and not all of them.
+
+generate -> transformer -> cache, in place of the attention within a packed row's pieces.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.attention import Attend
+
+
+class KVCache:
+    """Keys and values of documents that are continued together, layer by layer; grows with each forward pass.
+
+    Args:
+        n_layers: of the model.
+        max_length: tokens of a document, prompt and continuation together; the memory is taken at once.
+    Attributes:
+        length: tokens of each document that the model has seen.
+        attends: for each layer, the attention that adds to the cache and reads all of it.
+    """
+
+    def __init__(self, n_layers: int, max_length: int) -> None:
+        self.length = 0
+        self.max_length = max_length
+        self._memory: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self.attends: list[Attend] = [self._attend_in(layer) for layer in range(n_layers)]
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        """The positions of the next tokens [B, T] in their documents, [B, T] int64."""
+        rows, length = tokens.shape
+        return torch.arange(self.length, self.length + length, device=tokens.device).expand(rows, length)
+
+    def advance(self, count: int) -> None:
+        """Counts tokens that every layer has seen."""
+        self.length += count
+
+    def _attend_in(self, layer: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            start, count = self.length, q.shape[2]
+            end = start + count
+            assert end <= self.max_length, f"a cache of {self.max_length} tokens is asked for {end}"
+            memory = self._memory[layer]
+            if memory is None:
+                rows, heads, _, head_dim = k.shape
+                shape = (rows, heads, self.max_length, head_dim)
+                memory = self._memory[layer] = (k.new_empty(shape), v.new_empty(shape))
+            for stored, new in zip(memory, (k, v), strict=True):
+                stored[:, :, start:end] = new
+            keys, values = (stored[:, :, :end] for stored in memory)
+            # [T (query), start + T (key)]: a token sees all before this pass, and of this pass those up to itself
+            mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(diagonal=start)
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
+            )
+
+        return attend

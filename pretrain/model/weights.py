@@ -1,0 +1,78 @@
+"""Which weights a model has, by name, and where they may come from. {checkpoint, exchange} -> weights -> models.
+
+A weight's name is the one that it has in `Transformer`. Whatever holds a model - a run's checkpoint, files in another
+program's layout - answers to these names and hands out whole weights or slices of them, one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pretrain.model.parallel import shard_dim
+from pretrain.model.transformer import ModelConfig, Transformer
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A weight's whole shape, and the dimension that tensor-parallel ranks split it along; None: each has all of it."""
+
+    shape: tuple[int, ...]
+    shard_dim: int | None = None
+
+    def slice_of(self, whole: Tensor, index: int, count: int) -> Tensor:
+        """The slice of tensor-parallel rank `index` of `count`, a view."""
+        return whole if self.shard_dim is None else whole.chunk(count, self.shard_dim)[index]
+
+    def bounds(self, index: int, count: int) -> tuple[slice, ...]:
+        """The same slice as an index into the whole weight."""
+        bounds = [slice(0, size) for size in self.shape]
+        if self.shard_dim is not None:
+            size = self.shape[self.shard_dim] // count
+            bounds[self.shard_dim] = slice(index * size, (index + 1) * size)
+        return tuple(bounds)
+
+
+class Weights(Protocol):
+    """Somewhere that a model's weights can be read from, one after the other."""
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """The slice of a weight that tensor-parallel rank `index` of `count` holds, on the CPU, in its stored type."""
+
+
+def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
+    """All weights of a model in the order in which its layers use them; a tied output projection is no weight."""
+    dim, head_dim, hidden = config.dim, config.head_dim, config.hidden_dim
+    queries, keys = config.n_heads * head_dim, config.kv_heads * head_dim
+    block = {
+        "attention_norm": WeightSpec((dim,)),
+        "attention.wq": WeightSpec((queries, dim), 0),
+        "attention.wk": WeightSpec((keys, dim), 0),
+        "attention.wv": WeightSpec((keys, dim), 0),
+        "attention.wo": WeightSpec((dim, queries), 1),
+        "ffn_norm": WeightSpec((dim,)),
+        "feed_forward.w1": WeightSpec((hidden, dim), 0),
+        "feed_forward.w3": WeightSpec((hidden, dim), 0),
+        "feed_forward.w2": WeightSpec((dim, hidden), 1),
+    }
+    if config.qk_norm:
+        block |= {"attention.q_norm": WeightSpec((head_dim,)), "attention.k_norm": WeightSpec((head_dim,))}
+    vocabulary = WeightSpec((config.vocab_size, dim), 0)
+    specs = {"embedding": vocabulary}
+    for layer in range(config.n_layers):
+        specs |= {f"blocks.{layer}.{name}": spec for name, spec in block.items()}
+    specs["norm"] = WeightSpec((dim,))
+    if not config.tie_embeddings:
+        specs["output"] = vocabulary
+    return {f"{name}.weight": spec for name, spec in specs.items()}
+
+
+@torch.no_grad()
+def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
+    """Gives every parameter of a model its values, rounded to the parameter's type where that is narrower."""
+    for name, parameter in model.named_parameters():
+        index, count = (0, 1) if shard_dim(parameter) is None else (tp_rank, tp_size)
+        parameter.copy_(weights.read(name, index, count))
