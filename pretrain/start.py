@@ -14,14 +14,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import shards
-from pretrain import loop, topology
+from pretrain import topology
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, load_config
 from pretrain.generate import continue_text
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
+from pretrain.loop import train
 from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
 from pretrain.run_folder import RunFolder
+from pretrain.trainer import Trainer
 from shards import ConfigError, Tokenizer, suite
 from shards.durable import write_atomically
 
@@ -73,13 +75,13 @@ def start(config: RunConfig, fresh: bool) -> Report:
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
         prepared = here.broadcast_object(prepared)
         assert prepared is not None
-        outcome = loop.train(config, folder, lease, str(run_id), prepared, tokenizer, here, interrupt)
+        trainer = Trainer(config, folder, lease, str(run_id), prepared, tokenizer, here, stack)
+        finished = train(trainer, config, interrupt)
         sample = ""
-        if outcome.finished:
-            sample = continue_text(
-                outcome.engine, tokenizer, config.evaluation.prompt, config.data.seq_len, _SAMPLE_TOKENS
-            )
-    return Report(outcome.finished, outcome.step, folder, sample)
+        if finished:
+            prompt = config.evaluation.prompt
+            sample = continue_text(trainer.engine, tokenizer, prompt, config.data.seq_len, _SAMPLE_TOKENS)
+    return Report(finished, trainer.state.step, folder, sample)
 
 
 def checked_inputs(config: RunConfig) -> Tokenizer:

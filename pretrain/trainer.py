@@ -44,7 +44,8 @@ class Trainer:
         prepared: the shards' manifests, as rank 0 left them.
         stack: closes the loader's workers and the journal when the caller leaves it.
     Attributes:
-        state: where the run stands after the resume.
+        state: where the run stands.
+        engine: the model and its optimizer.
     """
 
     def __init__(
@@ -126,28 +127,28 @@ class Trainer:
             self._saver.settle(batch.saving)
         return batch
 
-    def train_on(self, batch: StepBatch, state: RunState, evals_follow: bool) -> RunState:
-        """One optimizer step, written down; returns where the run stands after it.
+    def train_on(self, batch: StepBatch, evals_follow: bool) -> None:
+        """One optimizer step, written down.
 
         Args:
             evals_follow: the same step is evaluated next, and wandb shows both in one row.
         """
-        config = self._config
-        learning_rate = learning_rate_at(state.step, config.optim, config.train.steps)
+        config, step = self._config, self.state.step
+        learning_rate = learning_rate_at(step, config.optim, config.train.steps)
         stats = self.engine.train_step(
-            batch.tokens, batch.segment_ids, batch.n_targets, state.step, learning_rate, self._meter
+            batch.tokens, batch.segment_ids, batch.n_targets, step, learning_rate, self._meter
         )
-        state = after(state, batch)
+        self.state = after(self.state, batch)
         self._check_lease()
-        record = self._record(state, batch, stats, learning_rate)
+        record = self._record(batch, stats, learning_rate)
         self._saving_seconds = None
         self._journal.log_step(record, evals_follow and self._eval_set is not None)
-        if state.step % CURSORS_EVERY == 0:
-            self._journal.log_cursors(state.step, self._feed.cursors())
-        return state
+        if self.state.step % CURSORS_EVERY == 0:
+            self._journal.log_cursors(self.state.step, self._feed.cursors())
 
-    def _record(self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float) -> StepRecord:
-        config, topology = self._config, self._topology
+    def _record(self, batch: StepBatch, stats: StepStats, learning_rate: float) -> StepRecord:
+        """What metrics.jsonl says of the step that led to `state`."""
+        config, topology, state = self._config, self._topology, self.state
         seconds = self._meter.end_step()
         tokens_per_second = batch.n_tokens / seconds["step"]
         peak = config.metrics.peak_flops
@@ -178,26 +179,27 @@ class Trainer:
             ),
         )
 
-    def evaluate(self, state: RunState) -> None:
+    def evaluate(self) -> None:
         """Scores the suite and writes the figures down, unless those of this step stand there already."""
-        if self._eval_set is None or self._evaluated == state.step:
+        step = self.state.step
+        if self._eval_set is None or self._evaluated == step:
             return
         batch_size = self._config.evaluation.batch_size or self.engine.micro_batch_size
-        self._journal.log_evals(state.step, evaluate(self.engine.logits, self._eval_set, self._topology, batch_size))
-        self._evaluated = state.step
+        self._journal.log_evals(step, evaluate(self.engine.logits, self._eval_set, self._topology, batch_size))
+        self._evaluated = step
 
     def _check_lease(self) -> None:
         if self._lease:
             self._lease.check()
 
-    def save(self, state: RunState) -> None:
-        """Begins to save the checkpoint of this step."""
+    def save(self) -> None:
+        """Begins to save a checkpoint of where the run stands."""
         self._check_lease()
         cursors = self._feed.cursors()
         data = None
         if cursors is not None and self._loader is not None:
             data = DataState(cursors, self._loader.fingerprint)
-        self._saving_seconds = self._saver.save(state, data)
+        self._saving_seconds = self._saver.save(self.state, data)
 
     def finish_saving(self) -> None:
         """Waits for the newest checkpoint to be complete. Raises CheckpointError if it could not be saved."""
