@@ -177,7 +177,6 @@ _MAY_CHANGE = (
     ("data.tokenizer", True),
     ("data.on_bad_record", True),
     ("data.max_bad_records", True),
-    ("data.bad_records_file", True),
     ("data.index_dir", True),
     ("data.max_index_at_start", True),
     ("data.max_decoder_window", True),

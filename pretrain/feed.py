@@ -8,13 +8,14 @@ collective, and so does everything else that they tell each other once a step, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import xxhash
 from torch import Tensor
 
 from pretrain.topology import Topology
-from shards import Batch, DataConfig, HeadraceError, Loader, ShardError, merge_states
+from shards import Batch, DataConfig, HeadraceError, Loader, ShardError, Skipped, merge_states
 
 _EPOCH_UNIT = 10**9  # epochs travel as integers, like all the rest
 
@@ -30,6 +31,8 @@ class StepBatch:
         row_hash: sum mod 2^64 of the rows' hashes.
         tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
         epoch_per_source: how often each source was read through since the run's start.
+        skipped: the bad records that were passed over to get to these rows, of all ranks.
+        skipped_so_far: how many there were since the run's start.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
     """
@@ -42,6 +45,8 @@ class StepBatch:
     row_hash: int
     tokens_per_source: dict[str, int]
     epoch_per_source: dict[str, float]
+    skipped: list[Skipped]
+    skipped_so_far: int
     stop_requested: bool
     saving: bool
 
@@ -87,7 +92,7 @@ class Feed:
         if exhausted_ranks:
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
-        n_targets, n_padding, row_hash = next(totals), next(totals), next(totals)
+        n_targets, n_padding, row_hash, n_skipped, skipped_so_far = islice(totals, 5)
         tokens_per_source = {source: next(totals) for source in self._sources}
         epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
         tokens, segment_ids = self._shared(batch)
@@ -100,18 +105,21 @@ class Feed:
             row_hash=row_hash,
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source=epochs,
+            skipped=self._skipped(batch) if n_skipped else [],
+            skipped_so_far=skipped_so_far,
             stop_requested=stop > 0,
             saving=writing > 0,
         )
 
     def _own_totals(self, batch: Batch | None) -> list[int]:
         if batch is None:  # the dp rank's totals are told by the rank that has its loader
-            return [0] * (3 + 2 * len(self._sources))
+            return [0] * (5 + 2 * len(self._sources))
         counts = dict.fromkeys(self._sources, 0)
         for name, tokens in batch.source_tokens.items():
             counts[name.partition("/")[0]] += tokens  # a sub-source counts to its source
         epochs = [round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT) for source in self._sources]
-        return [batch.n_targets, batch.padding_tokens, batch.row_hash, *counts.values(), *epochs]
+        skipped = [len(batch.skipped), batch.skipped_so_far]
+        return [batch.n_targets, batch.padding_tokens, batch.row_hash, *skipped, *counts.values(), *epochs]
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
         """Tokens of each sub-source over all ranks; their names are known only once they are met."""
@@ -123,6 +131,10 @@ class Feed:
             for name, tokens in counts.items():
                 sums[name] = sums.get(name, 0) + tokens
         return dict(sorted(sums.items()))
+
+    def _skipped(self, batch: Batch | None) -> list[Skipped]:
+        """The bad records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
+        return sorted(found for part in self._topology.gather_objects(batch.skipped if batch else []) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
         """(tokens, segment_ids) of this dp rank, on each of its tp ranks: [2, rows, seq_len + 1] int64."""

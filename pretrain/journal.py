@@ -1,12 +1,12 @@
-"""What a run writes down: metrics.jsonl, evals.jsonl, cursors.jsonl.zst, wandb, the console. Rank 0 alone.
+"""What a run writes down: metrics.jsonl, evals.jsonl, bad_records.jsonl, cursors.jsonl.zst, wandb, console.
 
-trainer -> journal -> {run folder, tracking, console}.
+Rank 0 alone. trainer -> journal -> {run folder, tracking, console}.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -14,6 +14,7 @@ from pretrain.evaluation.scores import DocumentScores, eval_records
 from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run_folder import RunFolder
 from pretrain.tracking import Tracker
+from shards import Skipped
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +66,12 @@ class Journal:
                 "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
                 macro["step"], macro["bits_per_byte"], macro["perplexity"],
             )  # fmt: skip
+
+    def log_skipped(self, step: int, skipped: Sequence[Skipped]) -> None:
+        """The bad records that were passed over to get to a step's rows."""
+        if self._tracker:
+            for record in skipped:
+                self._folder.bad_records.append({"step": step, **record._asdict()})
 
     def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
         """Where the lanes stood after a step, for provenance."""

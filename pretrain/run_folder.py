@@ -169,6 +169,10 @@ class RunFolder:
         return self.root / "evals" / suite / f"step_{step:08d}.npz"
 
     @property
+    def bad_records(self) -> StepLog:
+        return StepLog(self.root / "bad_records.jsonl")
+
+    @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")
 
@@ -217,13 +221,13 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Takes back what a killed process wrote of the steps past a checkpoint's."""
-        for log in (self.metrics, self.evals, self.cursors):
+        for log in (self.metrics, self.evals, self.bad_records, self.cursors):
             if dropped := log.cut_back(step):
                 _logger.info("%s: dropped %d bytes past step %d, to be written again", log.path, dropped, step)
 
     def sync(self) -> None:
         """Makes all records durable: to be called before a checkpoint is declared complete."""
-        for log in (self.metrics, self.evals, self.cursors):
+        for log in (self.metrics, self.evals, self.bad_records, self.cursors):
             log.sync()
 
     def move_aside(self) -> Path:

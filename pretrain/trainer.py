@@ -142,6 +142,7 @@ class Trainer:
         self._check_lease()
         record = self._record(batch, stats, learning_rate)
         self._saving_seconds = None
+        self._journal.log_skipped(self.state.step, batch.skipped)
         self._journal.log_step(record, evals_follow and self._eval_set is not None)
         if self.state.step % CURSORS_EVERY == 0:
             self._journal.log_cursors(self.state.step, self._feed.cursors())
@@ -172,6 +173,7 @@ class Trainer:
             padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens),
             tokens_per_source=batch.tokens_per_source,
             epoch_per_source=batch.epoch_per_source,
+            skipped_records=batch.skipped_so_far,
             mfu=mfu(
                 flops_per_token(config.model, config.data.seq_len),
                 tokens_per_second,

@@ -98,7 +98,6 @@ class DataConfig(Config):
     on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
     # Records skipped on one rank before it fails; None = no limit
     max_bad_records: Int | None = Field(default=None, ge=0)
-    bad_records_file: Path | None = None  # skipped records as JSON lines, one file per rank (.RANK is added)
 
     window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache

@@ -40,6 +40,11 @@ class LoaderState(msgspec.Struct, frozen=True):
     source_names: tuple[str, ...]
     lanes: dict[str, LaneCursor]  # by lane number
 
+    @property
+    def skipped(self) -> int:
+        """Bad records that these lanes passed over since the run's start."""
+        return sum(cursor.skipped for lane in self.lanes.values() for cursor in lane.sources)
+
     def to_dict(self) -> dict[str, object]:
         """Plain dicts, lists, numbers and strings."""
         plain: dict[str, object] = msgspec.to_builtins(self)

@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-import msgspec
-
 from shards import manifest
-from shards.batch import Batch, Skipped
+from shards.batch import Batch
 from shards.config import DataConfig
 from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
 from shards.errors import CheckpointError, ConfigError, ShardError
@@ -116,7 +114,7 @@ class Loader:
         self._state = self._snapshot(first + self._global_batch_size)
         slots = [j - first for j in rows]
         batch = Batch(draws, slots, self._sources, self._config.seq_len, self._state, self._epochs())
-        self._report(batch.skipped)
+        self._check_skipped(batch)
         return batch
 
     def state_dict(self) -> dict[str, object]:
@@ -193,21 +191,13 @@ class Loader:
             for i, source in enumerate(self._sources)
         }
 
-    def _report(self, skipped: list[Skipped]) -> None:
-        """Writes down the bad records of a batch. Raises: ShardError if they are too many."""
-        if not skipped:
-            return
-        if path := self._config.bad_records_file:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A resumed run may write a record again: (source, shard, line) names it.
-            with path.with_name(f"{path.name}.{self._dp_rank}").open("ab") as file:
-                file.writelines(msgspec.json.encode(record._asdict()) + b"\n" for record in skipped)
-        total = sum(stream.cursor.skipped for lane in self._lanes.values() for stream in lane.streams)
-        limit = self._config.max_bad_records
-        if limit is not None and total > limit:
+    def _check_skipped(self, batch: Batch) -> None:
+        """Raises: ShardError if bad records are too many."""
+        limit, skipped = self._config.max_bad_records, batch.skipped
+        if skipped and limit is not None and batch.skipped_so_far > limit:
             raise ShardError(
-                f"{total} bad records on rank {self._dp_rank}, more than data.max_bad_records={limit}; the last: "
-                f"{skipped[-1].shard}, line {skipped[-1].line}: {skipped[-1].reason}"
+                f"{batch.skipped_so_far} bad records on rank {self._dp_rank}, more than data.max_bad_records={limit}; "
+                f"the last: {skipped[-1].shard}, line {skipped[-1].line}: {skipped[-1].reason}"
             )
 
     def _check_lanes(self) -> None:

@@ -37,8 +37,7 @@ def batch_after(
     Raises: ConfigError or ShardError if the data is not what it was; CheckpointError if the state is of another run, or
     the run ends before that batch.
     """
-    # Looking back must not add to the run's own file of bad records, nor fail on their number.
-    config = config.model_copy(update={"bad_records_file": None, "max_bad_records": None})
+    config = config.model_copy(update={"max_bad_records": None})  # looking back must not fail on their number
     with Loader(config, global_batch_size, seed) as loader:
         if fingerprint is not None:
             check_fingerprint(fingerprint, loader.fingerprint)

@@ -30,9 +30,11 @@ data:
   prefetch_bytes: 65536
   tokenizer: shards/sample/tokenizer-4k.model
   index_dir: {folder}/index
+  on_bad_record: skip
   sources:
     - {{name: pile, paths: ["shards/sample/train/pile-*"], weight: 0.6}}
-    - {{name: dolma, paths: ["shards/sample/train/dolma-*"], weight: 0.4}}
+    - {{name: dolma, paths: ["shards/sample/train/dolma-*"], weight: 0.3}}
+    - {{name: odd, paths: ["{folder}/odd.jsonl"], weight: 0.1}}
 train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 2}}
 optim: {{learning_rate: 1.0e-3, warmup_steps: 5, z_loss: 1.0e-4}}
 parallel: {{tp_size: {tp_size}, zero_stage: {zero_stage}}}
@@ -53,6 +55,9 @@ class Run:
             documents = islice(read_documents(str(ROOT / "shards/sample/eval" / domain / "val.jsonl.zst")), 3)
             lines = [json.dumps({"text": document.text[:1000]}) + "\n" for document in documents]
             suite.joinpath(domain, "val.jsonl").write_text("".join(lines))
+        # Few rows a window, so that lanes come upon bad records all along
+        lines = ["{broken" * 300 if i % 25 else json.dumps({"text": f"{i} line " * 30}) for i in range(1000)]
+        folder.joinpath("odd.jsonl").write_text("\n".join(lines))
         self.config = folder / "config.yaml"
         self.config.write_text(CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage))
 
@@ -79,6 +84,11 @@ class Run:
     def metrics(self) -> list[dict]:
         lines = (self.folder / "resumed" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+    def skipped(self) -> list[tuple[int, int]]:
+        """(step, line) of each bad record that was passed over, as they were written down."""
+        lines = (self.folder / "resumed" / "bad_records.jsonl").read_text().splitlines()
+        return [(record["step"], record["line"]) for record in map(json.loads, lines)]
 
     def steps_done(self) -> int:
         path = self.folder / "resumed" / "metrics.jsonl"
@@ -118,6 +128,11 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
     run.finish()
     assert [m["step"] for m in run.metrics()] == list(range(1, STEPS + 1)), f"killed after step {step}"
     assert run.figures() == undisturbed.figures(), f"killed after step {step}"
+    assert run.skipped() == undisturbed.skipped(), f"killed after step {step}"
+    assert len({step for step, _ in run.skipped()}) > 5
+    assert [m["skipped_records"] for m in run.metrics()] == [
+        sum(at <= m["step"] for at, _ in run.skipped()) for m in run.metrics()
+    ]
 
 
 @pytest.mark.distributed
@@ -248,7 +263,10 @@ def test_data_that_one_rank_cannot_read_stops_all_of_them(tmp_path: Path) -> Non
     lines[120] = "{broken"
     tmp_path.joinpath("bad.jsonl").write_text("\n".join(lines))
     processes = run.start(
-        f"data.sources=[{{name: bad, paths: ['{tmp_path}/bad.jsonl']}}]", "data.window_bytes=2048", "data.lanes=2"
+        f"data.sources=[{{name: bad, paths: ['{tmp_path}/bad.jsonl']}}]",
+        "data.window_bytes=2048",
+        "data.lanes=2",
+        "data.on_bad_record=fail",
     )
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
