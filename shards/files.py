@@ -16,6 +16,7 @@ from shards.errors import ShardError
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
 GLOB_CHARACTERS = "*?["
+WEB = ("http://", "https://")
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
         found = [pattern]
-        if any(character in pattern for character in GLOB_CHARACTERS) and not os.path.exists(pattern):
+        if _has_wildcards(pattern) and not os.path.exists(pattern):
             matches = remote.expand(pattern) if remote.is_remote(pattern) else glob.glob(pattern, recursive=True)
             found = sorted(path for path in matches if path.endswith(SHARD_SUFFIXES))
             if not found:
@@ -87,9 +88,23 @@ def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> B
 
 
 def place(path: str) -> tuple[str, str]:
-    """(folder, name) of a shard, the folder spelt so that it is the same from everywhere on this machine."""
+    """(folder, name) of a shard, the folder spelt so that it is the same from everywhere on this machine.
+
+    A web address's query belongs to the folder: the name becomes a file's, which a signature would be too long for.
+    """
+    if path.startswith(WEB):
+        address, mark, query = path.partition("?")
+        folder, name = os.path.split(address)
+        return folder + mark + query, name
     folder, name = os.path.split(path if remote.is_remote(path) else os.path.abspath(path))
     return folder, name
+
+
+def _has_wildcards(pattern: str) -> bool:
+    """True for a glob. In a web address a question mark begins the query, where no character is a wildcard."""
+    if pattern.startswith(WEB):
+        pattern = pattern.partition("?")[0]
+    return any(character in pattern for character in GLOB_CHARACTERS)
 
 
 def _unreadable(path: str, error: OSError) -> ShardError:

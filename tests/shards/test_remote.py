@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -29,10 +30,11 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.data, self.etag = DATA, '"one"'
         self.bodies = 0
+        self.query = ""  # without which nothing is served
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/shard.jsonl.zst"
+        return f"http://127.0.0.1:{self.server_port}/shard.jsonl.zst{self.query}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
-        if self.path != "/shard.jsonl.zst":
+        if unquote(self.path) != f"/shard.jsonl.zst{self.server.query}":
             self.send_error(404)
             return
         fault = next(self.server.faults, "") if with_body else ""
@@ -128,6 +130,16 @@ def test_a_remote_shard_gives_the_same_batches_as_a_local_one(server: Server, tm
 
     server.faults = itertools.cycle(["drop", "", "", "500", ""])
     assert hashes(server.url) == hashes(str(local))
+
+
+def test_an_address_may_have_a_query(server: Server, tmp_path: Path) -> None:
+    """Signed addresses do: of any characters, and longer than a file's name may be."""
+    server.query = "?token=a*b[c]/d&signature=" + 300 * "x"
+    data = config([{"name": "a", "paths": [server.url]}], index_dir=tmp_path / "i", window_bytes=1 << 17, lanes=4)
+    with Loader(data, 4) as loader:
+        assert next(loader).n_targets
+    (index,) = (tmp_path / "i").glob("*.index.json")
+    assert index.name.startswith("shard.jsonl.zst.")
 
 
 def test_what_is_kept_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
