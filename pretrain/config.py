@@ -24,9 +24,8 @@ from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig
 from pretrain.tracking import WandbConfig
 from pretrain.yaml_tree import dump, read_tree
-from shards import Config, ConfigError, DataConfig
+from shards import Config, ConfigError, DataConfig, SourceConfig
 from shards.config_errors import explain
-from shards.loader import DEFAULT_MAX_LANES
 
 
 class RunPart(Config):
@@ -72,7 +71,7 @@ class RunConfig(Config):
     @property
     def lanes(self) -> int:
         """The run's logical streams of data; dp_size must divide them."""
-        return self.data.lanes or min(self.train.global_batch_size, DEFAULT_MAX_LANES)
+        return self.data.num_lanes(self.train.global_batch_size)
 
     def micro_steps(self, dp_size: int) -> int:
         """Forward passes of one dp rank in one optimizer step."""
@@ -167,23 +166,13 @@ _MAY_CHANGE = (
     ("run.seed", False),  # orders the data, seeds dropout
     ("run.*", True),  # the folder may have been moved
     ("model.*", False),  # the weights would not fit, or mean something else
-    # All that decides which token stands where in which batch; the loader compares contents, so files may move
-    ("data.sources.*.paths*", True),
-    ("data.sources.*.dataset*", True),
-    ("data.sources.*.split", True),
-    ("data.sources.*.revision", True),
-    ("data.sources.*.id_key", True),
-    ("data.sources.*.source_from", True),
-    ("data.tokenizer", True),
-    ("data.on_bad_record", True),
-    ("data.max_bad_records", True),
-    ("data.index_dir", True),
-    ("data.max_index_at_start", True),
-    ("data.max_decoder_window", True),
-    ("data.remote_cache*", True),
-    ("data.num_workers", True),
-    ("data.prefetch_bytes", True),
-    ("data.worker_timeout", True),
+    # The loader compares contents, so files may move; what else decides which token stands where may not change
+    *(
+        (f"{section}.{key}{below}", True)
+        for section, keys in (("data.sources.*", SourceConfig.MAY_CHANGE), ("data", DataConfig.MAY_CHANGE))
+        for key in keys
+        for below in ("", ".*")
+    ),
     ("data.*", False),
     ("train.global_batch_size", False),  # which rows a step is made of
     ("train.*", True),

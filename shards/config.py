@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, model_validator
 
@@ -15,6 +15,7 @@ Float = Annotated[float, Strict()]  # an int will do
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
+DEFAULT_MAX_LANES = 1024
 
 
 class Config(BaseModel):
@@ -45,6 +46,11 @@ Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
 
 class SourceConfig(Config):
     """A named list of shards, or a data set, with a weight."""
+
+    # Keys that a run may change when it goes on: contents are compared instead, or no token depends on them
+    MAY_CHANGE: ClassVar = frozenset(
+        {"paths", "dataset", "dataset_config", "split", "revision", "id_key", "source_from"}
+    )
 
     name: Name  # as it appears in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
@@ -85,6 +91,12 @@ class WeightChange(Config):
 
 class DataConfig(Config):
     """Everything that decides what the batches hold, and how they are made."""
+
+    # As in SourceConfig; every other key decides what a batch holds
+    MAY_CHANGE: ClassVar = frozenset(
+        {"tokenizer", "on_bad_record", "max_bad_records", "index_dir", "max_index_at_start", "max_decoder_window"}
+        | {"remote_cache", "num_workers", "prefetch_bytes", "worker_timeout"}
+    )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     tokenizer: Path  # a SentencePiece model
@@ -127,6 +139,10 @@ class DataConfig(Config):
             weights = weights | change.weights
             _check_weights(weights, f"weight_changes at step {change.step}")
         return self
+
+    def num_lanes(self, global_batch_size: int) -> int:
+        """V, the logical streams of rows."""
+        return self.lanes or min(global_batch_size, DEFAULT_MAX_LANES)
 
     @property
     def window_limit(self) -> int:

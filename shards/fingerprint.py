@@ -12,17 +12,14 @@ from shards.packing import PACKER_VERSION
 from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
-CONFIG_KEYS = {"seq_len", "packing", "bos", "eos", "weight_changes"}
-SOURCE_KEYS = {"name", "weight", "max_epochs", "text_key", "input_ids_key"}
-
 
 def fingerprint(
     config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, lanes: int, seed: int
 ) -> dict[str, object]:
     """Plain values that are equal for two loaders only if they give the same global batches."""
-    plain = config.model_dump(mode="json", include=CONFIG_KEYS)
+    plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
     plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit}
-    plain["sources"] = [source.model_dump(mode="json", include=SOURCE_KEYS) for source in config.sources]
+    plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
     return {
         "config": plain,
         "tokenizer": tokenizer.content_hash,

@@ -29,7 +29,6 @@ from shards.prefetch import Prefetcher
 from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
-DEFAULT_MAX_LANES = 1024
 FEW_LANES = 256
 LARGE_RUN_BYTES = 100 * 10**9  # raw
 
@@ -59,7 +58,7 @@ class Loader:
         Raises: ConfigError if lanes or batch cannot be split over the ranks; ShardError if a shard is missing or
         damaged.
         """
-        self.num_lanes = config.lanes or min(global_batch_size, DEFAULT_MAX_LANES)
+        self.num_lanes = config.num_lanes(global_batch_size)
         _check_split(self.num_lanes, global_batch_size, dp_rank, dp_size)
         self._config, self._seed = config, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
