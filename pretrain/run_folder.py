@@ -229,6 +229,7 @@ class RunFolder:
         """Makes all records durable: to be called before a checkpoint is declared complete."""
         for log in (self.metrics, self.evals, self.bad_records, self.cursors):
             log.sync()
+        fsync_folder(self.root)  # one of them may be new
 
     def move_aside(self) -> Path:
         """Frees the run's name for a fresh start by renaming the folder to `<name>.<n>`; deletes nothing.

@@ -136,8 +136,7 @@ class Saver:
         """Until nothing is under way: a save never overtakes the one before it."""
         begun = time.monotonic()
         if self._pending:
-            wait(self._pending.files)
-            self._conclude(self._pending)
+            self._conclude(self._pending)  # whose first look at the files waits for them
         settled, self._settled = self._settled, None
         if self._topology.broadcast_object(settled is not None):
             error = settled.exception() if settled else None

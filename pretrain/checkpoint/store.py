@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import xxhash
 from pydantic import Field
 
 from shards import CheckpointError, Config, ConfigError
@@ -52,7 +53,13 @@ class Manifest(msgspec.Struct, frozen=True):
     """The content of COMPLETE."""
 
     files: list[FileEntry]
-    seconds: float = 0.0  # that the save took, from its beginning to this file
+    seconds: float  # that the save took, from its beginning to this file
+    hash: str = ""  # xxh3-128 of the rest as JSON, 32 hex digits
+
+    def signed(self) -> Manifest:
+        """The same, with the hash that it ought to have."""
+        rest = msgspec.structs.replace(self, hash="")
+        return msgspec.structs.replace(self, hash=xxhash.xxh3_128_hexdigest(msgspec.json.encode(rest)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class CheckpointStore:
         Args:
             seconds: that the save took so far.
         """
-        manifest = Manifest(sorted(files, key=lambda entry: entry.name), seconds)
+        manifest = Manifest(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
         write_atomically(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
 
     def is_complete(self, step: int) -> bool:
@@ -122,8 +129,10 @@ class CheckpointStore:
         folder = self.folder_of(step)
         try:
             manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: no UTF-8
             raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
+        if manifest != manifest.signed():
+            raise CheckpointError(f"{folder / COMPLETE} differs from what was saved")
         return Checkpoint(folder, step, manifest.files, manifest.seconds)
 
     def prepare(self, step: int) -> Path:
