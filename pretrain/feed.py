@@ -33,6 +33,7 @@ class StepBatch:
         epoch_per_source: how often each source was read through since the run's start.
         skipped: the bad records that were passed over to get to these rows, of all ranks.
         skipped_so_far: how many there were since the run's start.
+        contaminated: the documents that were dropped on the way, for sharing text with a suite, of all ranks.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
     """
@@ -47,6 +48,7 @@ class StepBatch:
     epoch_per_source: dict[str, float]
     skipped: list[Skipped]
     skipped_so_far: int
+    contaminated: list[Skipped]
     stop_requested: bool
     saving: bool
 
@@ -92,7 +94,7 @@ class Feed:
         if exhausted_ranks:
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
-        n_targets, n_padding, row_hash, n_skipped, skipped_so_far = islice(totals, 5)
+        n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated = islice(totals, 6)
         tokens_per_source = {source: next(totals) for source in self._sources}
         epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
         tokens, segment_ids = self._shared(batch)
@@ -105,20 +107,21 @@ class Feed:
             row_hash=row_hash,
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source=epochs,
-            skipped=self._skipped(batch) if n_skipped else [],
+            skipped=self._of_all_ranks(batch.skipped if batch else []) if n_skipped else [],
             skipped_so_far=skipped_so_far,
+            contaminated=self._of_all_ranks(batch.contaminated if batch else []) if n_contaminated else [],
             stop_requested=stop > 0,
             saving=writing > 0,
         )
 
     def _own_totals(self, batch: Batch | None) -> list[int]:
         if batch is None:  # the dp rank's totals are told by the rank that has its loader
-            return [0] * (5 + 2 * len(self._sources))
+            return [0] * (6 + 2 * len(self._sources))
         counts = dict.fromkeys(self._sources, 0)
         for name, tokens in batch.source_tokens.items():
             counts[name.partition("/")[0]] += tokens  # a sub-source counts to its source
         epochs = [round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT) for source in self._sources]
-        skipped = [len(batch.skipped), batch.skipped_so_far]
+        skipped = [len(batch.skipped), batch.skipped_so_far, len(batch.contaminated)]
         return [batch.n_targets, batch.padding_tokens, batch.row_hash, *skipped, *counts.values(), *epochs]
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
@@ -132,9 +135,9 @@ class Feed:
                 sums[name] = sums.get(name, 0) + tokens
         return dict(sorted(sums.items()))
 
-    def _skipped(self, batch: Batch | None) -> list[Skipped]:
-        """The bad records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
-        return sorted(found for part in self._topology.gather_objects(batch.skipped if batch else []) for found in part)
+    def _of_all_ranks(self, own: list[Skipped]) -> list[Skipped]:
+        """The records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
+        return sorted(found for part in self._topology.gather_objects(own) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
         """(tokens, segment_ids) of this dp rank, on each of its tp ranks: [2, rows, seq_len + 1] int64."""

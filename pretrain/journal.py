@@ -67,11 +67,12 @@ class Journal:
                 macro["step"], macro["bits_per_byte"], macro["perplexity"],
             )  # fmt: skip
 
-    def log_skipped(self, step: int, skipped: Sequence[Skipped]) -> None:
-        """The bad records that were passed over to get to a step's rows."""
+    def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
+        """The bad records, and the documents that a suite holds too, that were passed over to get to a step's rows."""
         if self._tracker:
-            for record in skipped:
-                self._folder.bad_records.append({"step": step, **record._asdict()})
+            for log, records in ((self._folder.bad_records, skipped), (self._folder.contaminated, contaminated)):
+                for record in records:
+                    log.append({"step": step, **record._asdict()})
 
     def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
         """Where the lanes stood after a step, for provenance."""

@@ -59,6 +59,8 @@ class StepRecord:
     epoch_per_source: dict[str, float]  # how often each source was read through since the run's start
     skipped_records: int  # bad ones, since the run's start, over all ranks; bad_records.jsonl names them
     checkpoint_seconds: float | None = None  # that training stood still for a save before this step; None without one
+    # Documents dropped on the way to this step's rows, since they share text with data.decontaminate's suite
+    contaminated_per_source: dict[str, int] | None = None
     z_loss: float | None = None  # what it adds to the loss that is trained on; None where it is off
     mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
 

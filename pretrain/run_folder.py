@@ -173,6 +173,11 @@ class RunFolder:
         return StepLog(self.root / "bad_records.jsonl")
 
     @property
+    def contaminated(self) -> StepLog:
+        """The documents that data.decontaminate kept out."""
+        return StepLog(self.root / "contaminated.jsonl")
+
+    @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")
 
@@ -221,13 +226,13 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Takes back what a killed process wrote of the steps past a checkpoint's."""
-        for log in (self.metrics, self.evals, self.bad_records, self.cursors):
+        for log in (self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors):
             if dropped := log.cut_back(step):
                 _logger.info("%s: dropped %d bytes past step %d, to be written again", log.path, dropped, step)
 
     def sync(self) -> None:
         """Makes all records durable: to be called before a checkpoint is declared complete."""
-        for log in (self.metrics, self.evals, self.bad_records, self.cursors):
+        for log in (self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors):
             log.sync()
         fsync_folder(self.root)  # one of them may be new
 

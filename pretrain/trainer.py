@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from collections import Counter
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -142,10 +143,14 @@ class Trainer:
         self._check_lease()
         record = self._record(batch, stats, learning_rate)
         self._saving_seconds = None
-        self._journal.log_skipped(self.state.step, batch.skipped)
+        self._journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         self._journal.log_step(record, evals_follow and self._eval_set is not None)
         if self.state.step % CURSORS_EVERY == 0:
             self._journal.log_cursors(self.state.step, self._feed.cursors())
+
+    def _contaminated(self, batch: StepBatch) -> dict[str, int]:
+        counts = Counter(record.source for record in batch.contaminated)
+        return {source.name: counts[source.name] for source in self._config.data.sources}
 
     def _record(self, batch: StepBatch, stats: StepStats, learning_rate: float) -> StepRecord:
         """What metrics.jsonl says of the step that led to `state`."""
@@ -174,6 +179,7 @@ class Trainer:
             tokens_per_source=batch.tokens_per_source,
             epoch_per_source=batch.epoch_per_source,
             skipped_records=batch.skipped_so_far,
+            contaminated_per_source=self._contaminated(batch) if config.data.decontaminate else None,
             mfu=mfu(
                 flops_per_token(config.model, config.data.seq_len),
                 tokens_per_second,

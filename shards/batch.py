@@ -28,7 +28,7 @@ class Origin(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A bad record that was passed over to get to the rows of a batch."""
+    """A record that was passed over to get to the rows of a batch."""
 
     source: str
     shard: str  # path
@@ -86,10 +86,19 @@ class Batch:
     @property
     def skipped(self) -> list[Skipped]:
         """The bad records of the windows that were entered to get to these rows."""
+        return self._passed_over(contaminated=False)
+
+    @property
+    def contaminated(self) -> list[Skipped]:
+        """The documents of these windows that were dropped for sharing text with an evaluation suite."""
+        return self._passed_over(contaminated=True)
+
+    def _passed_over(self, contaminated: bool) -> list[Skipped]:
         return [
             Skipped(self._sources[name.source].config.name, self._shard(name), bad.line, bad.reason)
             for draw in self._draws
             for name, bad in draw.skipped
+            if bad.contaminated == contaminated
         ]
 
     def origins(self) -> Iterator[Origin]:

@@ -82,6 +82,16 @@ class RemoteCache(Config):
     max_bytes: Int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
 
 
+class Decontamination(Config):
+    """Which documents are kept out of the training because they share text with an evaluation suite."""
+
+    suite: Path  # a folder or a YAML file, as in evaluation.suite
+    splits: tuple[Name, ...] = Field(default=("val", "test"), min_length=1)  # of the suite
+    # What has to be the same: a line without the white space at its ends, or so many words in turn wherever they stand
+    match: Literal["paragraph", "ngram"] = "paragraph"
+    min_tokens: Int = Field(default=13, ge=1)  # words of a paragraph, at least; words of an n-gram
+
+
 class WeightChange(Config):
     """New weights from a step on."""
 
@@ -96,6 +106,7 @@ class DataConfig(Config):
     MAY_CHANGE: ClassVar = frozenset(
         {"tokenizer", "on_bad_record", "max_bad_records", "index_dir", "max_index_at_start", "max_decoder_window"}
         | {"remote_cache", "num_workers", "prefetch_bytes", "worker_timeout"}
+        | {"decontaminate"}  # compared by what it drops
     )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -110,6 +121,8 @@ class DataConfig(Config):
     on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
     # Records skipped on one rank before it fails; None = no limit
     max_bad_records: Int | None = Field(default=None, ge=0)
+
+    decontaminate: Decontamination | None = None  # None = no document is dropped for what it says
 
     window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
@@ -128,6 +141,9 @@ class DataConfig(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sources: the name {name!r} stands twice; names must differ")
+        of_ids = [source.name for source in self.sources if source.input_ids_key is not None]
+        if self.decontaminate and of_ids:
+            raise ValueError(f"decontaminate: source {of_ids[0]!r} holds token ids; it works on texts only")
         weights = {source.name: source.weight for source in self.sources}
         _check_weights(weights, "sources")
         steps = [change.step for change in self.weight_changes]

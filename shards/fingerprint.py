@@ -6,6 +6,7 @@ loader -> fingerprint -> checkpoint.
 from collections.abc import Mapping, Sequence
 
 from shards.config import DataConfig
+from shards.decontaminate import Decontaminator
 from shards.errors import ConfigError, ShardError
 from shards.index import INDEX_VERSION
 from shards.packing import PACKER_VERSION
@@ -20,8 +21,10 @@ def fingerprint(
     plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
     plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit}
     plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
+    filtered = Decontaminator.of(config.decontaminate, config.index_dir) if config.decontaminate else None
     return {
         "config": plain,
+        "decontaminate": filtered.fingerprint if filtered else None,
         "tokenizer": tokenizer.content_hash,
         "packer_version": PACKER_VERSION,
         "index_version": INDEX_VERSION,
@@ -45,6 +48,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
     _check_config("data", old.get("config"), new.get("config"))
+    _check_config("data.decontaminate", old.get("decontaminate"), new.get("decontaminate"))
     old_shards, new_shards = old.get("shards"), new.get("shards")
     assert isinstance(old_shards, Mapping)
     assert isinstance(new_shards, Mapping)

@@ -66,7 +66,7 @@ class Stream:
             name = WindowId(self.number, self.lane, cursor.segment, cursor.window)
             window = self._open(name, pool)
             if cursor.row == 0:
-                cursor = cursor._replace(skipped=cursor.skipped + len(window.skipped))
+                cursor = cursor._replace(skipped=cursor.skipped + sum(not bad.contaminated for bad in window.skipped))
                 skipped += ((name, bad) for bad in window.skipped)
             if cursor.row < window.rows.num_rows:
                 self.cursor = cursor._replace(row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1)

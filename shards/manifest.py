@@ -12,6 +12,7 @@ import msgspec
 from shards import arrow, durable, files, hub
 from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
+from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
 from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, store
 
@@ -49,6 +50,8 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> tuple[Prepa
     Returns: for each source what the Loaders of all ranks are to be handed, so that they need not look again.
     Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
     """
+    if config.decontaminate:
+        Decontaminator.of(config.decontaminate, config.index_dir)
     prepared = []
     for source in config.sources:
         paths = [shard.path for shard in source_shards(config, source, progress)]

@@ -32,10 +32,11 @@ class Document(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that is not blank and holds no text."""
+    """A record that is not blank and holds no text, or one whose text is kept out of the training."""
 
     line: int  # counted from 1
     reason: str
+    contaminated: bool = False  # its text is also an evaluation suite's
 
 
 class Records(NamedTuple):

@@ -14,6 +14,7 @@ from shards.cache import BlockCache
 from shards.columns import Columns
 from shards.config import DataConfig
 from shards.decoders import Decoders, RawRange
+from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
 from shards.packing import Rows, pack
 from shards.plan import Ints
@@ -50,11 +51,14 @@ class WindowMaker:
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
         self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache))
         self._columns = Columns()
+        self._decontaminator = None
+        if config.decontaminate:
+            self._decontaminator = Decontaminator.of(config.decontaminate, config.index_dir)
         self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:
         """The rows of a window. Raises: as `read`."""
-        records = self.read(task)
+        records = self._kept(self.read(task))
         if records.token_ids is None:
             tokens, lengths = self._tokenizer.encode_documents(records.texts)
         else:
@@ -69,6 +73,25 @@ class WindowMaker:
             sub_source_of=np.array([-1 if name is None else number_of[name] for name in records.sub_sources], np.int32),
             skipped=tuple(records.bad),
             token_offsets=rows.token_offsets(),
+        )
+
+    def _kept(self, records: Records) -> Records:
+        """The records without those that share text with the evaluation suite, which go to the bad ones."""
+        if self._decontaminator is None:
+            return records
+        flags = self._decontaminator.shares_text(records.texts).tolist()
+        dropped = [
+            BadRecord(line, self._decontaminator.reason, contaminated=True)
+            for line, flag in zip(records.lines, flags, strict=True)
+            if flag
+        ]
+        kept = [i for i, flag in enumerate(flags) if not flag]
+        return Records(
+            texts=[records.texts[i] for i in kept],
+            lines=[records.lines[i] for i in kept],
+            sub_sources=[records.sub_sources[i] for i in kept],
+            ids=[records.ids[i] for i in kept],
+            bad=[*records.bad, *dropped],
         )
 
     def read(self, task: WindowTask) -> Records:

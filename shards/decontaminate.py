@@ -1,0 +1,247 @@
+"""Which training documents share text with an evaluation suite. suite -> decontaminate -> window.
+
+The suite's paragraphs, or its n-grams of words, are hashed to 8 bytes each, once, into a file that all processes of a
+node map: sorted hashes, and before them a bitmap that tells at once of nearly every other hash that it is none of them.
+A document is dropped if any of its own is among them. That is decided by its text alone.
+
+By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards import suite
+from shards.config import Decontamination
+from shards.durable import fsync_folder
+from shards.errors import ConfigError
+from shards.plan import Ints, key_of
+
+VERSION = 1  # raise it whenever the same text would give other hashes: runs do not continue across it
+BITS_PER_HASH = 16  # of the bitmap, at least: one in sixteen other hashes at most is looked for among the sorted ones
+BLOCK_BYTES = 1 << 18
+PRIME = 0x9E3779B185EBCA87
+BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
+
+# A word as Paloma counts them: a run of letters and digits, or a single Han or Kana character, which has no spaces
+SINGLE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{SINGLE}]|[^\W{SINGLE}]+")
+
+Hashes = npt.NDArray[np.uint64]
+
+logger = logging.getLogger(__name__)
+
+
+class HashSet:
+    """A set of 64-bit hashes in a file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        words = np.load(path, mmap_mode="r")
+        size = int(words[0])
+        self._hashes: Hashes = words[1 : 1 + size]
+        self._bitmap: Hashes = words[1 + size :]
+
+    @staticmethod
+    def write(path: Path, hashes: Hashes) -> None:
+        """Writes the set of `hashes`, atomically."""
+        unique = np.unique(hashes)
+        num_words = 1 << max(0, (max(1, len(unique)) * BITS_PER_HASH // 64 - 1).bit_length())
+        bitmap = np.zeros(num_words, np.uint64)
+        np.bitwise_or.at(bitmap, _word(unique, num_words), _bit(unique))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        with partial.open("wb") as file:  # not a whole second time in memory, as bytes
+            np.save(file, np.concatenate([np.array([len(unique)], np.uint64), unique, bitmap]))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_folder(path.parent)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    @property
+    def digest(self) -> str:
+        """Of the hashes; equal for equal sets."""
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._hashes).data)
+
+    def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """For each hash whether it is in the set."""
+        found = (self._bitmap[_word(hashes, len(self._bitmap))] & _bit(hashes)) != 0
+        likely = np.flatnonzero(found)
+        wanted = hashes[likely]
+        places = np.searchsorted(self._hashes, wanted)
+        places[places == len(self._hashes)] = 0
+        found[likely] = self._hashes[places] == wanted if len(self._hashes) else False
+        return found
+
+
+def _word(hashes: Hashes, num_words: int) -> npt.NDArray[np.int64]:
+    return ((hashes >> np.uint64(6)) & np.uint64(num_words - 1)).astype(np.int64)
+
+
+def _bit(hashes: Hashes) -> Hashes:
+    return np.uint64(1) << (hashes & np.uint64(63))
+
+
+class Decontaminator:
+    """Finds the documents that share text with a suite."""
+
+    def __init__(self, config: Decontamination, hashes: HashSet) -> None:
+        self._config, self._hashes = config, hashes
+
+    @classmethod
+    def of(cls, config: Decontamination, index_dir: Path | None) -> Self:
+        """The filter of a suite; made if it is not there yet, which reads the suite.
+
+        Args:
+            index_dir: where filters are kept, None = the user's cache.
+        Raises: ConfigError if the suite is not there, or holds nothing to look for.
+        """
+        suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
+        contents = [[part.source.text_key, *part.shards] for found in suites for part in found.parts]
+        digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
+        named = [[key, *(digests[shard] for shard in shards)] for key, *shards in contents]
+        key = key_of(VERSION, config.match, config.min_tokens, *(text for part in named for text in part))
+        folder = index_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+        path = folder / f"headrace-decontaminate-{key:016x}.npy"
+        if not path.exists():
+            texts = (document.text for found in suites for document in found.documents())
+            HashSet.write(path, _hashes_of_suite(texts, config))
+            logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
+        hashes = HashSet(path)
+        if not len(hashes):
+            raise ConfigError(
+                f"data.decontaminate.suite={config.suite}: no {config.match} of {config.min_tokens} words in it;"
+                " lower data.decontaminate.min_tokens, or leave it out"
+            )
+        return cls(config, hashes)
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """Equal for two filters only if they drop the same documents."""
+        rule = {"match": self._config.match, "min_tokens": self._config.min_tokens}
+        return {"version": VERSION, **rule, "hashes": self._hashes.digest}
+
+    @property
+    def reason(self) -> str:
+        """Why a document is dropped."""
+        what = f"{self._config.match} of {self._config.min_tokens} words"
+        return f"shares a {what}{' or more' * (self._config.match == 'paragraph')} with the suite {self._config.suite}"
+
+    def shares_text(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """bool [documents]: whether a text has a paragraph (an n-gram) of the suite."""
+        hashes, owners = _hashes_of(texts, self._config, 0)
+        flagged = np.zeros(len(texts), np.bool_)
+        flagged[owners[self._hashes.contains(hashes)]] = True
+        return flagged
+
+
+def _hashes_of(texts: Sequence[str], config: Decontamination, min_words: int) -> tuple[Hashes, Ints]:
+    if config.match == "paragraph":
+        return paragraphs(texts, config.min_tokens, min_words)
+    return ngrams(texts, config.min_tokens)
+
+
+def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> Hashes:
+    kept, pending, size = np.zeros(0, np.uint64), [], 0
+    for text in texts:
+        # Only here are words counted: what equals a paragraph of the suite has as many
+        pending.append(_hashes_of([text], config, config.min_tokens)[0])
+        size += len(pending[-1])
+        if size >= BATCH_HASHES:
+            kept, pending, size = np.unique(np.concatenate([kept, *pending])), [], 0
+    return np.concatenate([kept, *pending])
+
+
+def paragraphs(texts: Sequence[str], min_characters: int, min_words: int = 0) -> tuple[Hashes, Ints]:
+    """Hashes of the lines of texts, without the white space at their ends, and which text each is of.
+
+    Lines of fewer characters or words are left out.
+    """
+    hashes: list[int] = []
+    counts: list[int] = []
+    for text in texts:
+        before = len(hashes)
+        lines = [line for line in text.split("\n") if len(line) >= min_characters]
+        if min_words:
+            lines = [line for line in lines if len(WORD.findall(line)) >= min_words]
+        hashes += [xxhash.xxh3_64_intdigest(line.strip().encode()) for line in lines]
+        counts.append(len(hashes) - before)
+    return np.array(hashes, np.uint64), np.repeat(np.arange(len(texts)), counts)
+
+
+def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
+    """Hashes of all runs of n words of texts, and which text each is of.
+
+    A word is a run of ASCII letters (of either case alike) and digits and of bytes beyond ASCII.
+    """
+    parts = [text.encode() for text in texts]
+    words, starts = _words(np.frombuffer(b"\n".join(parts), np.uint8))
+    ends = np.cumsum([len(part) + 1 for part in parts])
+    owners = np.searchsorted(ends, starts, side="right")
+    count = max(0, len(words) - n + 1)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(n):
+        hashes = _mixed(hashes + words[i : i + count])
+    within = owners[:count] == owners[n - 1 : n - 1 + count]
+    return hashes[within], owners[:count][within]
+
+
+def _words(data: npt.NDArray[np.uint8]) -> tuple[Hashes, Ints]:
+    """A hash of each word, and where it starts; block by block, since the steps between take many times the text."""
+    hashes, starts, begin = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    while begin < len(data):
+        size = BLOCK_BYTES
+        while True:  # a block ends where a word does
+            values = _letters()[data[begin : begin + size]]
+            gaps = np.flatnonzero(values == 0)
+            if begin + size >= len(data) or len(gaps):
+                break
+            size *= 2
+        stop = len(values) if begin + size >= len(data) else int(gaps[-1]) + 1
+        values = values[:stop]
+        edges = np.flatnonzero(np.diff((values != 0).astype(np.int8), prepend=0, append=0))
+        first, end = edges[::2], edges[1::2]
+        powers, inverse = _powers(len(values))
+        sums = np.zeros(len(values) + 1, np.uint64)
+        np.cumsum(values * powers, out=sums[1:])
+        # sum of letter_i * P^i over a word, wherever it stands; all of it modulo 2^64
+        hashes.append(_mixed((sums[end] - sums[first]) * inverse[first]))
+        starts.append(first + begin)
+        begin += stop
+    return np.concatenate(hashes), np.concatenate(starts)
+
+
+def _mixed(x: Hashes) -> Hashes:
+    """splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@lru_cache(maxsize=1)
+def _letters() -> Hashes:
+    """[256]: a number for each byte of a word, 0 for those between words."""
+    values = np.array([key_of("letter", chr(byte).lower()) | 1 for byte in range(256)], np.uint64)
+    values[[byte for byte in range(128) if not chr(byte).isalnum()]] = 0
+    return values
+
+
+@lru_cache(maxsize=1)
+def _powers(size: int) -> tuple[Hashes, Hashes]:
+    """(P^i, P^-i) modulo 2^64 for i < size."""
+    tables = []
+    for base in (PRIME, pow(PRIME, -1, 1 << 64)):
+        table = np.full(size, base, np.uint64)
+        table[:1] = 1
+        tables.append(np.cumprod(table, out=table))
+    return tables[0], tables[1]
