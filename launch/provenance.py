@@ -34,7 +34,7 @@ if __name__ == "__main__":
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step, texts
 from pretrain.run_folder import RunFolder
-from shards import ConfigError, HeadraceError
+from shards import HeadraceError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,10 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 def name_documents(arguments: argparse.Namespace) -> None:
     """Prints the table. Raises: HeadraceError if the run or the step is not there, or not what it was."""
     folder = RunFolder(arguments.run)
-    if not folder.config.exists():
-        runs = sorted(str(path.parent) for path in folder.root.parent.glob("*/config.yaml"))
-        there = f"runs beside it: {', '.join(runs)}" if runs else "name a run's folder, e.g. runs/quickstart"
-        raise ConfigError(f"--run {folder.root}: no run there (it has no config.yaml); {there}")
+    folder.check_there()
     config = load_config(folder.config, arguments.overrides)
     rows = config.train.global_batch_size
     batch = batch_of_step(folder, arguments.step, config.data, rows, config.run.seed)

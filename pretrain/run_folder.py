@@ -202,6 +202,13 @@ class RunFolder:
             write_atomically(path, secrets.token_hex(4))
         return path.read_text()
 
+    def check_there(self) -> None:
+        """Raises: ConfigError naming the runs that there are, if this is none."""
+        if not self.config.exists():
+            runs = sorted(str(path.parent) for path in self.root.parent.glob("*/config.yaml"))
+            there = f"runs beside it: {', '.join(runs)}" if runs else "name a run's folder, e.g. runs/quickstart"
+            raise ConfigError(f"--run {self.root}: no run there (it has no config.yaml); {there}")
+
     def has_begun(self) -> bool:
         """Whether there is anything of a run here that another config could corrupt."""
         return any(True for _ in self.metrics.read()) or any(self.checkpoints.glob("step_*"))

@@ -80,6 +80,11 @@ class Tokenizer:
             return np.array(self.encode(text), self.dtype)
         return np.concatenate([np.array(self.encode(part), self.dtype) for part in self._cuts.parts(text, MAX_PART)])
 
+    def piece(self, index: int) -> str:
+        """What a token id stands for, as the model's vocabulary spells it."""
+        piece: str = self._processor.IdToPiece(index)
+        return piece
+
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of token ids; control tokens such as BOS have none."""
         text: str = self._processor.DecodeIds([int(i) for i in ids])

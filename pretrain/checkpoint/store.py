@@ -135,6 +135,19 @@ class CheckpointStore:
             raise CheckpointError(f"{folder / COMPLETE} differs from what was saved")
         return Checkpoint(folder, step, manifest.files, manifest.seconds)
 
+    def choose(self, step: int | None = None) -> Checkpoint:
+        """The checkpoint of a step, by default the newest.
+
+        Raises:
+            CheckpointError: if there is none; it names those that there are.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.root} has no complete checkpoint")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.root} has no complete checkpoint of step {step}; there are {steps}")
+        return self.open(steps[-1] if step is None else step)
+
     def prepare(self, step: int) -> Path:
         """An empty folder for a new checkpoint; what a killed save left there goes."""
         folder = self.folder_of(step)

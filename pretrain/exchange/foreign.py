@@ -1,0 +1,67 @@
+"""What a model in another program's layout says of itself, held against ours. {hf, meta} -> foreign.
+
+Nothing is guessed: a key that our model has no counterpart for is refused by name, and so is a model whose keys differ
+from those of the config that it is to be trained or run with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.model.transformer import ModelConfig
+from shards import ConfigError
+
+# The keys that decide what a model computes from its weights; the others say how it was drawn or is trained
+_ARCHITECTURE = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta", "rope_scaling",
+    "qk_norm", "tie_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """A model's description as found in a file.
+
+    Attributes:
+        file: which.
+        config: what it says, in our terms.
+        keys: our key -> the file's key.
+    """
+
+    file: Path
+    config: ModelConfig
+    keys: Mapping[str, str]
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises: ConfigError naming each key that differs from `model`, in both vocabularies."""
+        theirs, ours = architecture(self.config), architecture(model)
+        differing = [
+            f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
+            for key in _ARCHITECTURE
+            if theirs[key] != ours[key]
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.file} describes another model: {'; '.join(differing)}. Its own `model:` section is printed by"
+                f" `python launch/export.py --describe {self.file.parent}`"
+            )
+
+
+def architecture(config: ModelConfig) -> dict[str, object]:
+    """The keys of a model's config that decide what it computes, defaults filled in."""
+    values = config.model_dump(mode="json") | {"n_kv_heads": config.kv_heads, "ffn_dim": config.hidden_dim}
+    return {key: values[key] for key in _ARCHITECTURE}
+
+
+def refuse(file: Path, key: str, value: object, wanted: str) -> ConfigError:
+    """For a key with a value that our model has no counterpart for."""
+    return ConfigError(f"{file}: {key}={value!r} is another architecture than Headrace trains, which has {wanted}")
+
+
+def required(file: Path, values: Mapping[str, object], key: str) -> object:
+    """A key's value. Raises: ConfigError if the file lacks it."""
+    if values.get(key) is None:
+        raise ConfigError(f"{file}: the key {key} is missing; is this the description of a LLaMA model?")
+    return values[key]

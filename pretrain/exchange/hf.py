@@ -1,0 +1,219 @@
+"""Hugging Face folders of LLaMA models: config.json and safetensors, read lazily and written in a stream.
+
+Queries and keys need no permutation: our RoPE turns the two halves of a head, as transformers' does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pretrain.exchange.foreign import ForeignConfig, refuse, required
+from pretrain.exchange.safetensors_file import write_safetensors
+from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import Weights, WeightSpec, weight_specs
+from shards import ConfigError
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+_KEYS = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+_NAMES = {
+    "attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+}  # fmt: skip
+_OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+# Tables that old files hold beside the weights
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def hf_name(name: str) -> str:
+    """What transformers calls one of our weights."""
+    name = name.removesuffix(".weight")
+    if name in _OUTSIDE:
+        return f"{_OUTSIDE[name]}.weight"
+    _, layer, part = name.split(".", 2)
+    return f"model.layers.{layer}.{_NAMES[part]}.weight"
+
+
+class HFModel:
+    """A model in a Hugging Face folder; weights are read when asked for, and only the slice that is.
+
+    Raises:
+        ConfigError: if it is another architecture, or not all of its weights are there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description = read_config(folder / CONFIG)
+        self.specs = weight_specs(self.description.config)
+        self._files = self._find()
+
+    def _find(self) -> dict[str, Path]:
+        """Their name of each weight -> the file that holds it."""
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if index.exists():
+            names = json.loads(index.read_text())["weight_map"]
+            files = {name: self.folder / file for name, file in names.items()}
+        elif single.exists():
+            with _opened(single) as file:
+                files = dict.fromkeys(file.keys(), single)
+        else:
+            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {INDEX}; other formats of weights are not read")
+        wanted = {hf_name(name) for name in self.specs}
+        if self.description.config.tie_embeddings:
+            files.pop("lm_head.weight", None)  # some programs write the tied weight twice
+        unknown = sorted(name for name in files.keys() - wanted if not _IGNORED.fullmatch(name))
+        if unknown:
+            raise ConfigError(f"{self.folder} has weights of another architecture: {_listed(unknown)}")
+        if missing := sorted(wanted - files.keys()):
+            raise ConfigError(f"{self.folder} lacks weights: {_listed(missing)}")
+        return files
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """A weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
+        spec, theirs = self.specs[name], hf_name(name)
+        with _opened(self._files[theirs]) as file:
+            stored = file.get_slice(theirs)
+            if tuple(stored.get_shape()) != spec.shape:
+                raise ConfigError(
+                    f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, where {CONFIG} wants"
+                    f" {list(spec.shape)}"
+                )
+            tensor: Tensor = stored[spec.bounds(index, count)]
+        return tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def read_config(path: Path) -> ForeignConfig:
+    """What a config.json says of a LLaMA model.
+
+    Raises:
+        ConfigError: naming the first key that our model has no counterpart for.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    for key, wanted in (
+        ("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+        ("quantization_config", None),
+    ):  # fmt: skip
+        if values.get(key, wanted) != wanted:
+            raise refuse(path, key, values[key], f"{key}={wanted!r}")
+    found = {key: values.get(theirs) for key, theirs in _KEYS.items()}
+    for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size"):
+        required(path, values, _KEYS[key])
+    head_dim = values.get("head_dim") or found["dim"] // found["n_heads"]
+    if head_dim * found["n_heads"] != found["dim"]:
+        raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    found["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
+    found["rope_scaling"] = _rope_scaling(path, rope)
+    found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
+    found["tie_embeddings"] = bool(values.get("tie_word_embeddings", False))
+    return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS)
+
+
+def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise refuse(path, "rope_scaling.rope_type", kind, "'default' or 'llama3'")
+    return {"rope_type": kind, **{key: value for key, value in rope.items() if key not in ("rope_type", "type")}}
+
+
+def write_config(folder: Path, config: ModelConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int]) -> None:
+    """Writes config.json and generation_config.json.
+
+    Args:
+        seq_len: tokens of context that it was trained with.
+        ids: bos_token_id and eos_token_id, where the tokenizer has them.
+    Raises:
+        ConfigError: if transformers' LlamaForCausalLM cannot be this model.
+    """
+    if config.qk_norm:
+        raise ConfigError("model.qk_norm=true cannot be exported: LlamaForCausalLM has no norm on queries and keys")
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling.model_dump() if config.rope_scaling else None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **ids,
+    }
+    for name, content in ((CONFIG, values), ("generation_config.json", {**ids, "do_sample": True})):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_weights(
+    folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Writes the weights, in several files and their index if they take more than `max_shard_bytes`."""
+    ours = {hf_name(name): name for name in specs}
+    shapes = {theirs: specs[name].shape for theirs, name in ours.items()}
+    parts = list(_parts(shapes, dtype.itemsize, max_shard_bytes))
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        file = SINGLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        write_safetensors(folder / file, part, dtype, lambda theirs: weights.read(ours[theirs]))
+        places |= dict.fromkeys(part, file)
+    if len(parts) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts(
+    shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_bytes: int
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    part: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = math.prod(shape) * item_bytes
+        if part and size + bytes_ > max_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = shape
+        size += bytes_
+    yield part

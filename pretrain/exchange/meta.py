@@ -1,0 +1,206 @@
+"""Meta's layout of LLaMA models: params.json and consolidated.XX.pth, one file for each tensor-parallel rank.
+
+Meta's RoPE turns neighbouring pairs of a head (2i, 2i + 1), ours the pairs (i, i + head_dim / 2): the rows of the
+queries' and keys' matrices stand in another order, head by head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.exchange.foreign import ForeignConfig, required
+from pretrain.model.attention import RopeScaling
+from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import Weights, WeightSpec, weight_specs
+from shards import ConfigError
+
+PARAMS = "params.json"
+
+_KEYS = {
+    "dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
+    "rope_theta": "rope_theta", "rope_scaling": "use_scaled_rope", "ffn_dim": "(rows of feed_forward.w1)",
+    "vocab_size": "(rows of tok_embeddings)", "tie_embeddings": "(output equal to tok_embeddings)",
+}  # fmt: skip
+# What Meta's code has built in, of which params.json says only that it is used
+_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_LENGTH = 1.0, 4.0, 8192
+
+
+def meta_name(name: str) -> str:
+    """What Meta's code calls one of our weights."""
+    return name.replace("blocks.", "layers.").replace("embedding.", "tok_embeddings.")
+
+
+def interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of queries or keys [heads * head_dim, dim] from our order into Meta's."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def halved(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of queries or keys [heads * head_dim, dim] from Meta's order into ours."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+class MetaModel:
+    """A model in a folder with Meta's layout; its files are mapped, and weights put together when asked for.
+
+    Args:
+        rope_scaling: for a model that uses it, since params.json does not say by how much.
+    Raises:
+        ConfigError: if it is another architecture, or not all of its weights are there.
+    """
+
+    def __init__(self, folder: Path, rope_scaling: RopeScaling | None = None) -> None:
+        self.folder = folder
+        paths = sorted(folder.glob("consolidated.*.pth"))
+        if not paths:
+            raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
+        self._parts: list[dict[str, Tensor]] = [
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths
+        ]
+        self.description = self._described(folder / PARAMS, rope_scaling)
+        self.specs = weight_specs(self.description.config)
+        wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
+        if unknown := sorted(self._parts[0].keys() - wanted):
+            raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
+
+    def _described(self, path: Path, rope_scaling: RopeScaling | None) -> ForeignConfig:
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        dim = required(path, values, "dim")
+        # Not from params.json: it has -1 for the vocabulary of Llama 2, and the width only through a formula
+        vocab_size = self._rows("tok_embeddings.weight", len(self._parts) if self._embedding_dim(dim) == 0 else 1)
+        hidden_dim = self._rows("layers.0.feed_forward.w1.weight", len(self._parts))
+        found = {
+            "dim": dim,
+            **{key: required(path, values, key) for key in ("n_layers", "n_heads", "norm_eps")},
+            "n_kv_heads": values.get("n_kv_heads"),
+            "ffn_dim": hidden_dim,
+            "vocab_size": vocab_size,
+            "rope_theta": values.get("rope_theta", 10_000.0),
+            "rope_scaling": _scaling(path, values, rope_scaling),
+            "tie_embeddings": self._is_tied(dim),
+        }
+        return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS)
+
+    def _embedding_dim(self, dim: object) -> int:
+        """Llama 1 and 2 split the embedding along its width, Llama 3 along the vocabulary."""
+        return 0 if self._part(0, "tok_embeddings.weight").shape[1] == dim else 1
+
+    def _is_tied(self, dim: object) -> bool:
+        if "output.weight" not in self._parts[0]:
+            return True
+        embedding, output = (
+            self._whole("tok_embeddings.weight", self._embedding_dim(dim)),
+            self._whole("output.weight", 0),
+        )
+        return torch.equal(embedding[:1], output[:1]) and torch.equal(embedding, output)
+
+    def _part(self, rank: int, name: str) -> Tensor:
+        if name not in self._parts[rank]:
+            raise ConfigError(f"{self.folder}: consolidated.{rank:02d}.pth lacks {name}")
+        return self._parts[rank][name]
+
+    def _rows(self, name: str, count: int) -> int:
+        return sum(len(self._part(rank, name)) for rank in range(count))
+
+    def _whole(self, name: str, dim: int | None) -> Tensor:
+        if dim is None:
+            return self._part(0, name)
+        return torch.cat([self._part(rank, name) for rank in range(len(self._parts))], dim)
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """A weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
+        spec, config = self.specs[name], self.description.config
+        dim = self._embedding_dim(config.dim) if name == "embedding.weight" else spec.shard_dim
+        whole = self._whole(meta_name(name), dim)
+        if tuple(whole.shape) != spec.shape:
+            raise ConfigError(
+                f"{self.folder}: {meta_name(name)} has the shape {list(whole.shape)} over all files, where {PARAMS}"
+                f" wants {list(spec.shape)}"
+            )
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            whole = halved(whole, config.head_dim)
+        return spec.slice_of(whole, index, count)
+
+
+def _scaling(path: Path, values: Mapping[str, Any], of_the_run: RopeScaling | None) -> dict[str, Any] | None:
+    if not values.get("use_scaled_rope"):
+        return None
+    factor = values.get("rope_scaling_factor")
+    if factor is not None:
+        return {
+            "factor": factor,
+            "low_freq_factor": _LOW_FREQ_FACTOR,
+            "high_freq_factor": values.get("rope_high_freq_factor", _HIGH_FREQ_FACTOR),
+            "original_max_position_embeddings": _ORIGINAL_LENGTH,
+        }
+    if of_the_run is None:
+        raise ConfigError(
+            f"{path}: use_scaled_rope=true does not say by how much; set model.rope_scaling: {{factor: 8.0}} for"
+            " Llama 3.1, {factor: 32.0} for Llama 3.2"
+        )
+    return of_the_run.model_dump()
+
+
+def write_params(folder: Path, config: ModelConfig) -> None:
+    """Writes params.json. Raises: ConfigError if Meta's code cannot be this model."""
+    values: dict[str, object] = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        **_width(config.dim, config.hidden_dim),
+    }
+    if config.qk_norm:
+        raise ConfigError("model.qk_norm=true cannot be exported: Meta's LLaMA has no norm on queries and keys")
+    if scaling := config.rope_scaling:
+        built_in = (scaling.low_freq_factor, scaling.original_max_position_embeddings)
+        if built_in != (_LOW_FREQ_FACTOR, _ORIGINAL_LENGTH):
+            raise ConfigError(
+                f"model.rope_scaling cannot be exported: Meta's code has low_freq_factor={_LOW_FREQ_FACTOR} and"
+                f" original_max_position_embeddings={_ORIGINAL_LENGTH} built in, not {built_in[0]} and {built_in[1]}"
+            )
+        values |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
+        values |= {"rope_high_freq_factor": scaling.high_freq_factor}
+    (folder / PARAMS).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _width(dim: int, hidden_dim: int) -> dict[str, object]:
+    """The keys from which Meta's code computes SwiGLU's width: 8/3 dim times a factor, up to the next multiple."""
+    multiple_of = 256 if hidden_dim % 256 == 0 else hidden_dim
+    third = int(2 * (4 * dim) / 3)
+    if -(-third // multiple_of) * multiple_of == hidden_dim:
+        return {"multiple_of": multiple_of}
+    # In the middle of the last multiple, where no rounding reaches its ends
+    return {"multiple_of": multiple_of, "ffn_dim_multiplier": (hidden_dim - multiple_of / 2) / third}
+
+
+def write_weights(
+    folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], head_dim: int, dtype: torch.dtype, tp_size: int
+) -> None:
+    """Writes consolidated.XX.pth for each of `tp_size` ranks, one after the other; one is in memory at a time.
+
+    The embedding is split along the vocabulary, as in Llama 3; a tied output projection is written out.
+    """
+    for rank in range(tp_size):
+        part = {}
+        for name, spec in specs.items():
+            index, count = (0, 1) if spec.shard_dim is None else (rank, tp_size)
+            weight = weights.read(name, index, count).to(dtype)
+            if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+                weight = interleaved(weight, head_dim)
+            part[meta_name(name)] = weight.contiguous().clone()  # a view would be saved with all that it is a view of
+        part.setdefault("output.weight", part["tok_embeddings.weight"])
+        with (folder / f"consolidated.{rank:02d}.pth").open("wb") as file:
+            torch.save(part, file)

@@ -1,0 +1,188 @@
+"""A SentencePiece model as the files that `transformers.AutoTokenizer` reads, giving the same ids for every text.
+
+tokenizer.json says in the terms of the `tokenizers` library what the SentencePiece model does: normalization, merges in
+order of their scores, bytes for unknown characters, BOS. Written out by hand, since loading a `tokenizer.model` through
+transformers guesses: it drops the space that SentencePiece puts before a text that begins with one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from shards import ConfigError, HeadraceError, Tokenizer
+from shards.cuts import SPACE
+
+_logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> None:
+    """Writes tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    Args:
+        source: the SentencePiece model.
+        bos: a text encoded as a prompt begins with BOS, as a training document does.
+        max_length: tokens of context that the model was trained with.
+    """
+    model = source.read_bytes()
+    (folder / "tokenizer.model").write_bytes(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    reason = _inexpressible(proto)
+    if reason:
+        _logger.warning("%s: no tokenizer.json, since %s; load tokenizer.model with sentencepiece", source, reason)
+        return
+    pieces = [piece.piece for piece in proto.pieces]
+    special = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
+    special["unk_token"] = proto.trainer_spec.unk_id
+    config: Json = {
+        # Takes tokenizer.json as it stands; LlamaTokenizer would build its own normalization
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: pieces[index] for key, index in special.items() if index >= 0},
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "<s>" in a text is text, as in training
+        "model_max_length": max_length,
+    }
+    _write_json(folder / "tokenizer.json", _tokenizer_json(proto, bos))
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_json(path: Path, content: Json) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _inexpressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
+    """Where the `tokenizers` library does other than this model, found by comparing them; None if nowhere."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    kinds = {piece.type for piece in proto.pieces}
+    if trainer.model_type != trainer.BPE:
+        return "it is no BPE model, and other kinds break ties in another way there"
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        return f"it changes texts before it encodes them (normalization {normalizer.name!r}), differently there"
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        return "it treats spaces in its own way"
+    if not trainer.byte_fallback:
+        return "it has no bytes for unknown characters"
+    if kinds & {proto.SentencePiece.UNUSED, proto.SentencePiece.USER_DEFINED}:
+        return "it has unused or user-defined pieces"
+    return None
+
+
+def _tokenizer_json(proto: sentencepiece_model_pb2.ModelProto, bos: bool) -> Json:
+    special = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": piece.piece, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+            for i, piece in enumerate(proto.pieces) if piece.type in special
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(proto.normalizer_spec))},
+        "pre_tokenizer": None,
+        "post_processor": _begin(proto) if bos else None,
+        "decoder": {"type": "Sequence", "decoders": list(_decoders(proto.normalizer_spec))},
+        "model": _merges(proto),
+    }  # fmt: skip
+
+
+def _normalizers(spec: sentencepiece_model_pb2.NormalizerSpec) -> Iterator[Json]:
+    if spec.add_dummy_prefix:
+        yield {"type": "Prepend", "prepend": SPACE}
+    yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _decoders(spec: sentencepiece_model_pb2.NormalizerSpec) -> Iterator[Json]:
+    yield {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    yield {"type": "ByteFallback"}
+    yield {"type": "Fuse"}
+    if spec.add_dummy_prefix:
+        yield {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def _begin(proto: sentencepiece_model_pb2.ModelProto) -> Json:
+    begin = proto.pieces[proto.trainer_spec.bos_id].piece
+    bos, first, second = ({"SpecialToken": {"id": begin, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1))
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, {"SpecialToken": {"id": begin, "type_id": 1}}, second],
+        "special_tokens": {begin: {"id": begin, "ids": [proto.trainer_spec.bos_id], "tokens": [begin]}},
+    }
+
+
+def _sequence(name: str, type_id: int) -> Json:
+    return {"Sequence": {"id": name, "type_id": type_id}}
+
+
+def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Json:
+    """SentencePiece merges the neighbours whose joint piece scores best; the library, those of the earliest merge."""
+    normal = {p.piece: p.score for p in proto.pieces if p.type == proto.SentencePiece.NORMAL}
+    merges = [
+        (-score, -cut, piece[:cut], piece[cut:])
+        for piece, score in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
+        "merges": [[left, right] for _, _, left, right in sorted(merges)],
+    }
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
+    """Compares the pieces of a model's tokenizer, as its folder has it, with those of ours, by id.
+
+    Args:
+        key: of the config, with its value, that names our tokenizer.
+    Raises:
+        ConfigError: naming the first id that means something else.
+    """
+    theirs = _pieces(folder)
+    if theirs is None:
+        _logger.warning(
+            "%s has no tokenizer that could be compared with %s: nothing tells whether ids agree", folder, key
+        )
+        return
+    file, pieces = theirs
+    for index in range(tokenizer.vocab_size):
+        ours = tokenizer.piece(index)
+        if pieces.get(index) != ours:
+            raise ConfigError(
+                f"{key} is another tokenizer than the model's: id {index} is {ours!r} there and"
+                f" {pieces.get(index)!r} in {file}; use the model's own SentencePiece model"
+            )
+
+
+def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
+    """Id -> piece, and where it stands; None if the folder has no tokenizer in a format that is read."""
+    model, library = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.exists():
+        try:
+            tokenizer = Tokenizer(model, bos=False, eos=False)
+            return model, {index: tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
+        except HeadraceError:
+            _logger.info("%s is no SentencePiece model", model)  # Llama 3 has a list of byte sequences under this name
+    if library.exists():
+        content = json.loads(library.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+        if isinstance(vocabulary, dict):
+            return library, {index: piece for piece, index in vocabulary.items()} | added
+        return library, {index: entry[0] for index, entry in enumerate(vocabulary)} | added
+    return None
