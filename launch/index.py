@@ -1,7 +1,9 @@
-"""Indexes shards: `python launch/index.py 'data/pile/*.jsonl.zst'`.
+"""Indexes the shards of a run, `python launch/index.py --config configs/my-run.yaml`, or those of one source by its
+patterns, `python launch/index.py 'data/pile/*.jsonl.zst'`.
 
 A training start makes missing indexes by itself, up to data.max_index_at_start; beyond that, run this first. It may be
-a Slurm array: task i of n takes every n-th shard with `--part i/n`; run it once more without to write the manifest.
+a Slurm array: task i of n takes every n-th shard with `--part i/n`; run it once more without to write the manifests.
+With a config all sources are indexed as its run will look for them: data sets too, and its remote_cache is filled.
 
 Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 1 anything else.
 """
@@ -22,27 +24,52 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from shards import HeadraceError, files, manifest
-from shards.config import MIB
+from pretrain.yaml_tree import read_tree
+from shards import DataConfig, HeadraceError, SourceConfig, files, manifest
+from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="shards or globs, as in data.sources[].paths")
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="shards or globs, as in paths; with --config: key.path=value"
+    )
+    parser.add_argument("--config", type=Path, help="of a run: index all its sources")
     parser.add_argument("--index-dir", type=Path, help="where indexes go; default: beside the shards (data.index_dir)")
     parser.add_argument("--verify", action="store_true", help="hash shards even if size and modification time agree")
     parser.add_argument("--show", action="store_true", help="print what each index says")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards at a time")
     parser.add_argument("--part", metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0")
-    parser.add_argument(
-        "--cell-bytes", type=int, default=MIB, help="only for a run that sets data.window_bytes below 1 MiB"
+    parser.add_argument("--cell-bytes", type=int, help="only for a run that sets data.window_bytes below 1 MiB")
+    parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
+    arguments = parser.parse_intermixed_args()
+    if not arguments.config and not arguments.patterns:
+        parser.error("name shards, or a run's config with --config")
+    if arguments.config and (arguments.index_dir or arguments.cell_bytes or arguments.max_decoder_window):
+        parser.error("with --config say data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
+    return arguments
+
+
+def data_config(arguments: argparse.Namespace) -> DataConfig:
+    """What is to be indexed, and how. Raises: ConfigError."""
+    if arguments.config:
+        tree, _ = read_tree(arguments.config, arguments.patterns)
+        return DataConfig.parse(tree.get("data") or {}, "data")
+    said = {
+        "window_bytes": arguments.cell_bytes,
+        "index_dir": arguments.index_dir,
+        "max_decoder_window": arguments.max_decoder_window,
+    }
+    return DataConfig(
+        sources=(SourceConfig(name="PATTERN", paths=tuple(arguments.patterns)),),
+        tokenizer=Path(),  # takes no part in it, nor do rows
+        seq_len=1,
+        **{key: value for key, value in said.items() if value is not None},
     )
-    parser.add_argument("--max-decoder-window", type=int, default=128 * MIB, help="bytes (data.max_decoder_window)")
-    return parser.parse_args()
 
 
-def index_shards(arguments: argparse.Namespace, paths: list[str]) -> list[ShardIndex]:
+def index_shards(data: DataConfig, paths: list[str], workers: int, verify: bool) -> list[ShardIndex]:
     """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`."""
     columns = (
         TextColumn("{task.description}"),
@@ -51,21 +78,23 @@ def index_shards(arguments: argparse.Namespace, paths: list[str]) -> list[ShardI
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    cache = BlockCache.of(data.remote_cache)
     sizes = [files.stat(path).size for path in paths]
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as executor,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor,
     ):
         bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes))
         futures = [
             executor.submit(
                 obtain,
                 path,
-                manifest.index_path(path, arguments.index_dir),
-                arguments.cell_bytes,
-                arguments.max_decoder_window,
-                arguments.verify,
+                manifest.index_path(path, data.index_dir),
+                data.cell_bytes,
+                data.max_decoder_window,
+                verify,
+                cache=cache,
             )
             for path in paths
         ]
@@ -86,14 +115,17 @@ def show(paths: list[str], indexes: list[ShardIndex]) -> None:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        paths = files.expand(tuple(arguments.patterns), "PATTERN")
-        part = paths
+        data = data_config(arguments)
+        paths_of = [manifest.shard_paths(source) for source in data.sources]
+        part = list(dict.fromkeys(path for paths in paths_of for path in paths))
         if arguments.part:
             number, count = (int(word) for word in arguments.part.split("/"))
-            part = paths[number::count]
-        indexes = index_shards(arguments, part)
+            part = part[number::count]
+        indexes = index_shards(data, part, arguments.workers, arguments.verify)
         if not arguments.part:
-            manifest.write(paths, indexes, arguments.index_dir, arguments.cell_bytes)
+            index_of = dict(zip(part, indexes, strict=True))
+            for paths in paths_of:
+                manifest.write(paths, [index_of[path] for path in paths], data.index_dir, data.cell_bytes)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

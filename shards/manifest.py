@@ -93,12 +93,17 @@ class Survey(msgspec.Struct, frozen=True):
     unindexed_bytes: int
 
 
+def shard_paths(source: SourceConfig) -> list[str]:
+    """The paths of a source's shards, in order. Raises: ShardError for a pattern or a data set that is not there."""
+    return files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
+
+
 def survey(config: DataConfig, source: SourceConfig) -> Survey:
     """Looks at a source without reading any shard.
 
     Raises: ShardError if a pattern matches nothing, or a shard is missing.
     """
-    paths = files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
+    paths = shard_paths(source)
     kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
     stats = {path: files.stat(path) for path in paths}
     indexed = {path: kept[path] for path in paths if path in kept and kept[path].stat == stats[path]}

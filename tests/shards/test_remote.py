@@ -1,7 +1,10 @@
 """Remote shards through a real HTTP server that drops, stalls, fails, serves ranges, or ignores them."""
 
 import itertools
+import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import pytest
 
 from shards import Loader, ShardError, remote
 from shards.cache import BlockCache
-from tests.shards.corpora import compress, config, record, words
+from tests.shards.corpora import ROOT, compress, config, record, words
 
 RAW = b"".join(record(words(i, 50 + i % 300)) for i in range(3000))
 DATA = compress(RAW, ".zst", frames=3)
@@ -172,6 +175,25 @@ def test_bytes_of_a_file_that_changes_under_the_reader_are_not_kept(server: Serv
             pass
     server.data, server.etag = DATA, '"one"'
     assert read_all(server.url, 0, cache) == DATA
+
+
+def test_the_index_command_fills_the_cache_that_the_run_reads(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4 << 20)  # as in the command
+    data = config(
+        [{"name": "a", "paths": [server.url]}],
+        index_dir=tmp_path / "i",
+        remote_cache={"dir": tmp_path / "cache", "max_bytes": 1 << 24},
+        lanes=4,
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text(json.dumps({"data": data.model_dump(mode="json")}))  # JSON is YAML
+    subprocess.run([sys.executable, str(ROOT / "launch/index.py"), "--config", str(run)], check=True)
+    bodies = server.bodies
+    with Loader(data, 4) as loader:
+        assert next(loader).n_targets
+    assert server.bodies == bodies > 0
 
 
 def test_without_a_stamp_nothing_is_kept(server: Server, tmp_path: Path) -> None:
