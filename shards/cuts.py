@@ -1,51 +1,131 @@
-"""Where a long text can be cut without changing a single token id. tokenizer -> cuts.
+"""Where texts can be cut without changing a single token id, decided from the model alone. words -> cuts.
 
-A BPE model merges neighbours only into pieces of its vocabulary. Where no piece holds character a followed by b, no
-merge ever reaches from a to b, so a text may be cut there and its parts encoded apart. Sure only for models that leave
-text as it is before they merge, and that spell unknown characters in bytes.
+A BPE model begins with characters (a user-defined symbol counts as one) and merges neighbours, best score first,
+leftmost among equals, and only into pieces of its vocabulary. Where no piece holds character a followed by b, no merge
+and no symbol ever reaches from a to b. Then what happens on one side does not depend on the other, and the ids of a
+text are those of its parts, joined. Three things could still carry from one part into the next:
+
+- Unused pieces. A merge into one is taken back at the end, the way that it was last made anywhere in the text.
+- Unknown characters in a row, which become a single token, unless the model spells them in bytes. Such a model is cut
+  only beside a character that is a piece.
+- The normalizer. So cuts are for normalized text, and nothing is normalized again.
+
+A unigram model has no such cuts: SentencePiece adds up scores in 32 bits from the text's beginning, so which of two
+nearly equal ways to split a word wins depends on how much text stands before it.
 """
 
-from collections.abc import Iterator
-
+import numpy as np
+import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-SPACE = "\u2581"  # how a model writes " "; the character itself in a text means the same
+from shards.plan import Ints
+
+SPACE = "\u2581"  # how a model writes " "
+END = 0xFF  # stands between texts: no byte of UTF-8
+LEAD = 4  # bytes that must stand before the first place to cut
+SEEN_BITS = 20
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+BYTE_BITS = 8
+
+_NEVER, _ALWAYS, _ASK = 0, 1, 2
 
 
 class Cuts:
-    """Finds the places where one model's texts may be cut."""
+    """The places where normalized texts of one model may be cut.
 
-    def __init__(self, model: bytes) -> None:
-        """Args: model: a serialized SentencePiece model."""
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-        normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
-        pieces = [piece.piece for piece in proto.pieces]
-        self.exact: bool = (
-            trainer.model_type == trainer.BPE
-            and trainer.byte_fallback
-            and not trainer.treat_whitespace_as_suffix
-            and not normalizer.precompiled_charsmap
-            and not normalizer.remove_extra_whitespaces
-            and normalizer.escape_whitespaces
-            and SPACE in pieces
-        )
-        self._dummy_prefix: bool = normalizer.add_dummy_prefix
-        self._pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+    Such a text is spelled in UTF-8 with " " for the model's U+2581, where the model writes spaces so.
+    """
 
-    def parts(self, text: str, size: int) -> Iterator[str]:
-        """Cuts a text into parts of `size` characters or little more, whose ids joined are those of the text.
+    def __init__(self, model: sentencepiece_model_pb2.ModelProto) -> None:
+        trainer = model.trainer_spec
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        self._escaped: bool = model.normalizer_spec.escape_whitespaces
+        self.obstacle: str | None = None  # why no text may be cut
+        if trainer.model_type != trainer.BPE:
+            self.obstacle = f"it is a {trainer.ModelType.Name(trainer.model_type).lower()} model, not BPE"
+        elif any(piece.type == kinds.UNUSED for piece in model.pieces):
+            self.obstacle = "it has unused pieces"
+        if self.obstacle is not None:
+            return
+        # Pieces of other kinds are never made of text.
+        pieces = [self.spell(piece.piece) for piece in model.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)]
+        self._codes = _byte_codes(pieces, bool(trainer.byte_fallback))
+        self._seen = _seen_characters(pieces)
 
-        Where the model puts a space before a text, each part but the first lacks the space that it begins with.
+    def spell(self, normalized: str) -> str:
+        """A normalized text, or a piece, as it is searched for cuts."""
+        return normalized.replace(SPACE, " ") if self._escaped else normalized
+
+    def places(self, data: bytes, begin: int, end: int) -> Ints:
+        """int64, rising: where texts can be cut, strictly between `begin` and `end`.
+
+        Args:
+            data: spelled texts with END before, between and after them. LEAD - 1 bytes stand before the first END, and
+                LEAD after the last.
         """
-        begin = 0
-        while begin < len(text):
-            end = begin + size
-            while end < len(text) and not self._may_cut(text, end):
-                end += 1
-            yield text[begin:end]
-            begin = end + self._dummy_prefix
+        pairs = np.ndarray((end - begin - 1,), "<u2", data, offset=begin, strides=(1,))
+        codes = self._codes.take(pairs)
+        places = np.flatnonzero(codes)
+        unsure = codes.take(places) == _ASK
+        places += begin + 1
+        if unsure.any():
+            keep = ~unsure
+            keep[unsure] = ~self._together(data, places[unsure])
+            places = places[keep]
+        return places
 
-    def _may_cut(self, text: str, at: int) -> bool:
-        if self._dummy_prefix and (text[at] != " " or at + 1 == len(text)):
-            return False  # the model would put a space there, or none before an empty part
-        return text[at - 1 : at + 1].replace(" ", SPACE) not in self._pairs
+    def _together(self, data: bytes, places: Ints) -> npt.NDArray[np.bool_]:
+        """Whether some piece may hold the characters before and after each place side by side."""
+        fours = np.ndarray((len(data) - 3,), "<u4", data, strides=(1,))
+        before, after = fours[places - LEAD], fours[places]
+        # Of the four bytes before a place, those of the last character: after the last byte that begins one.
+        begins = [(before >> np.uint32(BYTE_BITS * i)) & np.uint32(0xC0) != 0x80 for i in (3, 2, 1)]
+        before >>= np.select(begins, [np.uint32(BYTE_BITS * i) for i in (3, 2, 1)], np.uint32(0)).astype(np.uint32)
+        first = after & np.uint32(0xFF)
+        bits = np.select([first < 0xC0, first < 0xE0, first < 0xF0], [24, 16, 8], 0).astype(np.uint32)
+        after &= np.uint32(0xFFFFFFFF) >> bits
+        return self._seen.take(_slots(before, after))
+
+
+def _byte_codes(pieces: list[str], spells_unknown: bool) -> npt.NDArray[np.uint8]:
+    """uint8 [65536]: whether to cut between two bytes of a text, by the uint16 that they are, the first one lowest."""
+    cut = np.ones((256, 256), bool)
+    for piece in pieces:
+        data = np.frombuffer(piece.encode(), np.uint8)
+        cut[data[:-1], data[1:]] = False
+    codes = np.where(cut, np.uint8(_ALWAYS), np.uint8(_NEVER))
+    if spells_unknown:
+        # Some two characters meet in these bytes, maybe not those at hand. That is looked into for characters of three
+        # bytes and more: their scripts are those that write without spaces.
+        wide = codes[0x80:, 0xE0:]
+        wide[wide == _NEVER] = _ASK
+    else:
+        singles = {ord(piece) for piece in pieces if len(piece) == 1}
+        unknown = np.array([byte not in singles or byte >= 0x80 for byte in range(256)])
+        codes[np.ix_(unknown, unknown)] = _NEVER
+    codes[:, 0x80:0xC0] = _NEVER  # inside a character
+    codes[END] = codes[:, END] = _ALWAYS
+    return np.ascontiguousarray(codes.T).reshape(-1)
+
+
+def _seen_characters(pieces: list[str]) -> npt.NDArray[np.bool_]:
+    """bool [2^SEEN_BITS]: true in the slot of every two neighbours in a piece.
+
+    Others may fall into the same slot: that only forbids a cut.
+    """
+    # Of others than `_ASK` is for nobody asks.
+    pairs = {piece[i : i + 2] for piece in pieces if not piece.isascii() for i in range(len(piece) - 1)}
+    codes = [[int.from_bytes(char.encode(), "little") for char in pair] for pair in pairs]
+    before, after = np.array(codes, np.uint32).reshape(-1, 2).T
+    seen = np.zeros(1 << SEEN_BITS, bool)
+    seen[_slots(before, after)] = True
+    return seen
+
+
+def _slots(before: npt.NDArray[np.uint32], after: npt.NDArray[np.uint32]) -> Ints:
+    """Slots of pairs of characters, each given by its bytes in UTF-8, the first one lowest."""
+    keys = before.astype(np.uint64) << np.uint64(32)
+    keys |= after
+    keys *= MULTIPLIER
+    keys >>= np.uint64(64 - SEEN_BITS)
+    return keys.view(np.int64)

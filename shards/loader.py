@@ -63,6 +63,9 @@ class Loader:
         self._config, self._seed = config, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        if tokenizer.obstacle and dp_rank == 0:
+            slower = "encodes documents whole, several times slower than word by word"
+            logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
         if prepared is None:
             shards = [manifest.source_shards(config, source) for source in config.sources]
         else:

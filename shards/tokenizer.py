@@ -1,6 +1,6 @@
 """Text -> token ids with a SentencePiece model, exactly as the model says.
 
-window, evaluation and generation -> tokenizer.
+window, evaluation and generation -> tokenizer -> words.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import xxhash
+from sentencepiece import sentencepiece_model_pb2
 
 from shards.cuts import Cuts
 from shards.errors import ConfigError
 from shards.plan import Ints
+from shards.words import WordEncoder
 
 MAX_UINT16_VOCABULARY = 1 << 16
-MAX_PART = 1 << 15  # characters encoded in one call: larger ones take more memory, and more time each
 
 
 class Tokenizer:
@@ -40,7 +41,6 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ConfigError(f"data.tokenizer={path}: not a SentencePiece model") from None
-        self._cuts = Cuts(model)
         self.content_hash: str = xxhash.xxh3_128_hexdigest(model)
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
@@ -53,6 +53,26 @@ class Tokenizer:
         self._prefix = [self.bos_id] if bos else []
         self._suffix = [self.eos_id] if eos else []
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= MAX_UINT16_VOCABULARY else np.int32)
+        self._prepare_words(sentencepiece_model_pb2.ModelProto.FromString(model))
+
+    def _prepare_words(self, model: sentencepiece_model_pb2.ModelProto) -> None:
+        """Decides how documents are encoded: word by word where that is exact, else whole."""
+        self._cuts = Cuts(model)
+        self.obstacle = (
+            self._cuts.obstacle
+        )  # why documents are encoded whole, several times slower; None = they are not
+        normalizer = model.normalizer_spec
+        # What an identity normalizer does is done here; any other is asked.
+        self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
+        self._normalizes |= model.trainer_spec.treat_whitespace_as_suffix
+        self._space = " " if normalizer.add_dummy_prefix else ""
+        self._words: WordEncoder | None = None
+        if self.obstacle is None:
+            normalizer.precompiled_charsmap = b""
+            normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+            verbatim = sentencepiece.SentencePieceProcessor()
+            verbatim.LoadFromSerializedProto(model.SerializeToString())
+            self._words = WordEncoder(verbatim, self._cuts, self._prefix, self._suffix, self.dtype)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
@@ -65,20 +85,20 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """(ids, lengths): ids of all documents in one array, uint16 where the vocabulary fits; tokens of each."""
-        parts: list[npt.NDArray[np.integer]] = []
-        lengths = np.empty(len(texts), np.int64)
+        if self._words is not None:
+            return self._words.encode([self._spell(text).encode() for text in texts])
         prefix, suffix = np.array(self._prefix, self.dtype), np.array(self._suffix, self.dtype)
-        for i, text in enumerate(texts):
-            ids = self._encode_compact(text)
-            lengths[i] = len(prefix) + len(ids) + len(suffix)
-            parts += (prefix, ids, suffix)
-        return (np.concatenate(parts) if parts else np.zeros(0, self.dtype)), lengths
+        parts = [np.zeros(0, self.dtype)]
+        for text in texts:
+            parts += (prefix, self._processor.EncodeAsNumpy(text).astype(self.dtype), suffix)
+        ends = np.cumsum([0, *map(len, parts[1:])])[::3]
+        return np.concatenate(parts), np.diff(ends)
 
-    def _encode_compact(self, text: str) -> npt.NDArray[np.integer]:
-        """As `encode`, in an array; a long text part by part where that is exact, so that it takes little memory."""
-        if len(text) <= MAX_PART or not self._cuts.exact:
-            return np.array(self.encode(text), self.dtype)
-        return np.concatenate([np.array(self.encode(part), self.dtype) for part in self._cuts.parts(text, MAX_PART)])
+    def _spell(self, text: str) -> str:
+        """The normalized text, as `Cuts.spell` has it."""
+        if self._normalizes:
+            return self._cuts.spell(self._processor.Normalize(text))
+        return self._cuts.spell(self._space + text) if text else ""
 
     def piece(self, index: int) -> str:
         """What a token id stands for, as the model's vocabulary spells it."""

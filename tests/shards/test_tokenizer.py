@@ -1,44 +1,141 @@
-"""Long texts are encoded in parts: the ids are those of the whole text, and memory stays small."""
+"""Whatever the text and the model, ids are those of SentencePieceProcessor.encode: word by word where that is exact."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
-from shards import Tokenizer, read_documents, tokenizer
-from shards.cuts import Cuts
+from shards import DataConfig, Loader, Tokenizer, read_documents, words
 from tests.shards.corpora import SAMPLE, TOKENIZER
 
-WHOLE = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
-CUTS = Cuts(TOKENIZER.read_bytes())
-TEXTS = st.text(
-    st.one_of(st.sampled_from(" \u2581\n\tae.,</s>0x"), st.characters(exclude_categories=["Cs"])), max_size=60
-)
+SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
+KINDS = {  # how each model is trained, and whether its texts can be cut
+    "bundled": (None, True),
+    "symbols": ({"user_defined_symbols": SYMBOLS, "byte_fallback": True, "normalization_rule_name": "identity"}, True),
+    "unknown": ({"user_defined_symbols": SYMBOLS, "normalization_rule_name": "identity"}, True),
+    "nmt_nfkc": ({"byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}, True),
+    "suffix": ({"byte_fallback": True, "treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False}, True),
+    "across_spaces": ({"split_by_whitespace": False, "normalization_rule_name": "identity"}, True),
+    "unescaped": ({"user_defined_symbols": SYMBOLS, "normalization_rule_name": "identity"}, True),
+    "unused": ({"byte_fallback": True, "normalization_rule_name": "identity"}, False),
+    "unigram": ({"model_type": "unigram", "byte_fallback": True}, False),
+}
+ODD = [
+    *SYMBOLS, "</s>", "<s>", "<unk>", "<0x0A>", "\u2581", "\u2581\u2581the", "\0", "\n", "\n\n", "\t", "\r\n",
+    " ", "   ", "\ufeff",
+    "the ", "The", "there", "é", "e\u0301", "ﬁ", "½", "日本", "本語", "\u3000", "한국", "я", "ся ", "🙂", "👩\u200d💻",
+    "\U0010ffff", "\ue000",
+    "0", "12", ".", ",\"", "ÿ", "a" * 40, "pneumono" * 5, "=" * 20, "日" * 30, "\u0800" * 6,
+]  # fmt: skip
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=6)), max_size=20
+).map("".join)
 
 
-@settings(max_examples=500)
-@given(text=TEXTS, size=st.integers(1, 8))
-def test_parts_of_any_text_give_its_ids(text: str, size: int) -> None:
-    assert CUTS.exact
-    assert [i for part in CUTS.parts(text, size) for i in WHOLE.encode(part)] == WHOLE.encode(text)
+def sentences() -> Iterator[str]:
+    for number, document in enumerate(read_documents(sorted(SAMPLE.glob("dolma-wiki*.gz"))[0])):
+        if number % 40 == 0:
+            yield from document.text.splitlines()[:5]
+    yield from ["日本語の文章。", "한국어 문장", "Всё смешалось в доме", "½ ﬁn 日本 語"] * 5
 
 
-def test_parts_of_real_text_give_its_ids() -> None:
+def train(kind: str, path: Path) -> Path:
+    options, _ = KINDS[kind]
+    if options is None:
+        return TOKENIZER
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences(),
+        model_writer=model,
+        minloglevel=2,
+        num_threads=1,
+        **{"vocab_size": 700, "model_type": "bpe", "character_coverage": 0.999, "hard_vocab_limit": False} | options,
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    if kind == "unused":
+        next(piece for piece in proto.pieces if piece.piece == "\u2581the").type = proto.SentencePiece.UNUSED
+    proto.normalizer_spec.escape_whitespaces = kind != "unescaped"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+class Model:
+    """A model as the project encodes with it, and as SentencePiece does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.ours = path, Tokenizer(path)
+        self.peer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def check(self, texts: list[str]) -> None:
+        ids, lengths = self.ours.encode_documents(texts)
+        assert ids.dtype == self.ours.dtype
+        assert len(lengths) == len(texts)
+        assert lengths.sum() == len(ids)
+        begin = 0
+        for text, length in zip(texts, lengths.tolist(), strict=True):
+            found = ids[begin : begin + length].tolist()
+            assert found == [self.ours.bos_id, *self.peer.encode(text), self.ours.eos_id], text
+            begin += length
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    made = Model(train(request.param, tmp_path_factory.mktemp("models") / f"{request.param}.model"))
+    assert (made.ours.obstacle is None) == KINDS[request.param][1]
+    return made
+
+
+@settings(max_examples=150)
+@given(texts=st.lists(TEXTS, max_size=4), block=st.sampled_from([1, 7, 40, 1 << 17]))
+def test_ids_of_any_text(model: Model, texts: list[str], block: int) -> None:
+    with mock.patch.object(words, "BLOCK_BYTES", block):
+        model.check(texts)
+
+
+def test_ids_of_real_text(model: Model) -> None:
     for shard in sorted([*SAMPLE.glob("*.zst"), *SAMPLE.glob("*.gz")]):
-        for number, document in enumerate(read_documents(str(shard))):
-            if number % 20 == 0:
-                parts = list(CUTS.parts(document.text, 10))
-                assert [i for part in parts for i in WHOLE.encode(part)] == WHOLE.encode(document.text)
-                assert len(parts) > len(document.text) // 200
+        model.check([document.text for document in list(read_documents(shard))[::40]])
 
 
-def test_a_long_document_is_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "MAX_PART", 50)
-    text = "the quick  brown fox\n" * 50 + " "
-    tokens = Tokenizer(TOKENIZER)
-    longest: list[int] = []
-    encode = tokens.encode
-    monkeypatch.setattr(tokens, "encode", lambda part: longest.append(len(part)) or encode(part))
-    ids, lengths = tokens.encode_documents([text, "short"])
-    assert max(longest) < 80
-    assert ids[: lengths[0]].tolist() == [tokens.bos_id, *WHOLE.encode(text), tokens.eos_id]
+@pytest.mark.parametrize(("limit", "value"), [("MAX_WORDS", 300), ("MAX_LONG_BYTES", 100), ("MAX_IDS", 2000)])
+def test_a_full_table_begins_anew(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(words, limit, value)
+    model = Model(TOKENIZER)
+    texts = [document.text for document in read_documents(sorted(SAMPLE.glob("*.gz"))[0])][:60]
+    clear = mock.Mock(wraps=model.ours._words._clear)
+    monkeypatch.setattr(model.ours._words, "_clear", clear)
+    model.check(texts)
+    assert clear.call_count > 3
+
+
+def test_words_that_meet_in_a_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All words hash to one slot: what decides is their bytes and lengths."""
+    monkeypatch.setattr(words, "MIX", words.np.uint64(0))
+    Model(TOKENIZER).check(["a a\0 a\0\0 b ab abcdefg abcdefgh abcdefgi abcdefghijklm \0 \0\0 a b", "ba a\0"])
+
+
+def test_the_log_says_once_why_documents_are_encoded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = train("unigram", tmp_path / "unigram.model")
+    config = DataConfig.parse(
+        {
+            "tokenizer": path,
+            "seq_len": 64,
+            "lanes": 1,
+            "num_workers": 0,
+            "index_dir": tmp_path,
+            "sources": [{"name": "wiki", "paths": [str(SAMPLE / "dolma-wiki*.gz")]}],
+        }
+    )
+    with caplog.at_level(logging.WARNING, "shards"), Loader(config, 1) as loader:
+        next(loader)
+    assert [record.getMessage() for record in caplog.records if "unigram" in record.getMessage()] == [
+        f"{path} encodes documents whole, several times slower than word by word: it is a unigram model, not BPE"
+    ]
