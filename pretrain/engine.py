@@ -159,7 +159,9 @@ class Engine:
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
         # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
         model = Transformer(
-            model_config, _backend(parallel, topology, model_config.head_dim), parallel.activation_checkpointing
+            model_config,
+            attention_backend(parallel, topology, model_config.head_dim),
+            parallel.activation_checkpointing,
         )
         model.to(topology.device).initialize(seed)
         if parallel.compile:
@@ -282,7 +284,8 @@ def valid_targets(segment_ids: Tensor) -> Tensor:
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
 
 
-def _backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
+def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
+    """The attention that a config asks for, "auto" resolved. Raises: ConfigError if this device cannot run it."""
     fits = topology.device.type == "cuda" and head_dim >= 16
     if parallel.attention == "flex" and not fits:
         raise ConfigError(

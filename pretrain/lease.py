@@ -134,6 +134,11 @@ class Lease:
                 f"lost {self.path} to {self._lost_to}: this process was silent for too long; it stops without writing"
             )
 
+    def is_free(self) -> bool:
+        """Whether nobody is at work in the folder, as far as can be seen from here. Takes nothing."""
+        found = self._look()
+        return found is None or self._is_free(*found)
+
     def _create(self) -> bool:
         """Takes a lease that nobody has."""
         try:

@@ -97,19 +97,25 @@ class StepLog:
         """
         if not self.path.exists():
             return 0
-        kept = 0  # where the last record to keep ends
+        kept = 0  # where the last record to keep ends, of those before the first to drop
+        later: list[bytes] = []  # records to keep that stand after it: of old checkpoints that were evaluated later
+        dropping = False
         for line, end in self._lines():
             found = _step_of(line)
-            if found is not None and found > step:
-                break
-            if found is not None:
-                kept = end
+            dropping |= found is not None and found > step
+            if found is not None and found <= step:
+                kept = kept if dropping else end
+                later += [line] if dropping else []
         size = self.path.stat().st_size
-        if kept < size:
+        if later:
+            assert not self._compressed, "only evaluations are written out of order"
+            head = self.path.read_bytes()[:kept]
+            write_atomically(self.path, head + b"".join(later))
+        elif kept < size:
             with self.path.open("rb+") as file:  # one truncation: done whole or not at all
                 file.truncate(kept)
                 os.fsync(file.fileno())
-        return size - kept
+        return size - kept - sum(map(len, later))
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
         """Each complete record, as JSON, and the offset in the file at which it ends."""

@@ -33,6 +33,8 @@ _FLUSH_SECONDS = 0.2  # of the local file; the default of 15 s is what a kill wo
 _INIT_SECONDS = 30.0  # until a start without a server goes on offline
 _FINISH_SECONDS = 30.0  # until the end gives up on a server; the local file stays
 
+_LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: how many of its rows are no training step's
+
 Row = dict[str, object]
 
 
@@ -48,10 +50,43 @@ class WandbConfig(Config):
     system_metrics: bool = True  # utilization of GPUs, CPUs, memory and network, every 15 s
 
 
+def log_late_evals(
+    config: WandbConfig,
+    folder: RunFolder,
+    name: str,
+    run_id: str,
+    suite: str,
+    records: Sequence[Mapping[str, object]],
+) -> None:
+    """Adds evaluations of old checkpoints to the run's wandb run, which nobody may be writing to meanwhile.
+
+    Their axis is `eval_step`, and their rows have no `step`: wandb takes no row for a step that is past, and a training
+    that goes on must not take them for its own. Figures stand under `eval-<suite>/<domain>/<figure>`, and once more in
+    a table of domains. What fails is logged: evals.jsonl has it all.
+
+    Args:
+        name, run_id: as in `Tracker`.
+        records: lines of evals.jsonl, of one suite.
+    """
+    if config.mode == "disabled" or not records:
+        return
+    tracker = Tracker(config, folder, name, run_id, {})
+    with tracker._tolerated():
+        tracker._log_late(suite, records)
+
+
 class Tracker:
     """One process's session of the run's wandb run. Entered on rank 0 alone: `with Tracker(...) as tracker`."""
 
-    def __init__(self, config: WandbConfig, folder: RunFolder, name: str, run_id: str, described: Mapping[str, object]):
+    def __init__(
+        self,
+        config: WandbConfig,
+        folder: RunFolder,
+        name: str,
+        run_id: str,
+        described: Mapping[str, object],
+        suite: str | None = None,
+    ):
         """
         Args:
             config: the `wandb` section.
@@ -59,7 +94,9 @@ class Tracker:
             name: of the run, as wandb shows it.
             run_id: the same for all sessions of a run; at most 64 letters, digits, `-` and `_`.
             described: config and provenance, as JSON-able values.
+            suite: whose lines of evals.jsonl are the training's own; None: all.
         """
+        self._suite = suite
         self._config = config
         self._folder = folder
         self._name = name
@@ -67,6 +104,7 @@ class Tracker:
         self._described = described
         self._run: wandb.Run | None = None
         self._last_step = -1  # the last whose row wandb has in full
+        self._late_rows = 0  # that the server has of evaluations of old checkpoints
         self._held: Row | None = None
 
     def __enter__(self) -> Tracker:
@@ -122,7 +160,26 @@ class Tracker:
         if step > self._last_step:
             self._last_step = step
             with self._tolerated():
-                self._run.log(row, step=step, commit=True)
+                self._run.log(row, step=step + self._late_rows, commit=True)
+
+    def _log_late(self, suite: str, records: Sequence[Mapping[str, object]]) -> None:
+        import wandb
+
+        run, _ = self._start()
+        axis, prefix = "eval_step", f"eval-{suite}/"
+        run.define_metric(axis, hidden=True)
+        run.define_metric(f"{prefix}*", step_metric=axis)
+        rows = list(eval_rows(records, prefix))
+        # First the count: rows that are there but not counted would pass for steps of the training
+        run.config.update({_LATE_ROWS: _late_rows(run) + len(rows) + 1}, allow_val_change=True)  # type: ignore[no-untyped-call]
+        for row in rows:
+            run.log({axis: row.pop("step"), **row})
+        columns = [key for key in records[0] if key != "suite"]
+        table = wandb.Table(
+            columns=list[str | int](columns), data=[[record[key] for key in columns] for record in records]
+        )
+        run.log({f"{prefix}domains": table})
+        run.finish()
 
     def _fill_gap(self) -> None:
         """Sends what the JSONL files have and wandb has not."""
@@ -130,7 +187,8 @@ class Tracker:
         for record in self._folder.metrics.read(after=self._last_step):
             row = step_row(record)
             rows[int(str(row["step"]))] = row
-        for row in eval_rows(self._folder.evals.read(after=self._last_step)):
+        evals = self._folder.evals.read(after=self._last_step)
+        for row in eval_rows(record for record in evals if self._suite in (None, record["suite"])):
             rows.setdefault(int(str(row["step"])), {}).update(row)
         for step in sorted(rows):
             self._held = rows[step]
@@ -160,7 +218,9 @@ class Tracker:
         if self._config.mode == "online":
             try:
                 run = self._init("online")
-                return run, run.starting_step - 1  # `_step` is our step, and the server names the next
+                # `_step` is our step, apart from rows that are none, and the server names the next
+                self._late_rows = _late_rows(run)
+                return run, run.starting_step - 1 - self._late_rows
             except wandb.errors.UsageError as error:
                 raise ConfigError(
                     f"wandb.mode=online: {error}; type `wandb login` or set WANDB_API_KEY, or choose wandb.mode=offline"
@@ -199,6 +259,10 @@ class Tracker:
         return run
 
 
+def _late_rows(run: wandb.Run) -> int:
+    return int(run.config.get(_LATE_ROWS, 0))  # type: ignore[no-untyped-call]
+
+
 def _forget_process() -> None:
     """Lets the next `init` start wandb's process anew."""
     import wandb
@@ -218,8 +282,8 @@ def step_row(record: Mapping[str, object]) -> Row:
     return row
 
 
-def eval_rows(records: Iterable[Mapping[str, object]]) -> Iterator[Row]:
-    """Lines of evals.jsonl, one row for each run of lines of the same step, figures under `eval/<domain>/<figure>`."""
+def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = "eval/") -> Iterator[Row]:
+    """Lines of evals.jsonl, a row for each run of lines of one step, figures under `<prefix><domain>/<figure>`."""
     row: Row = {}
     for record in records:
         if row and row["step"] != record["step"]:
@@ -227,7 +291,7 @@ def eval_rows(records: Iterable[Mapping[str, object]]) -> Iterator[Row]:
             row = {}
         figures = {key: value for key, value in record.items() if key not in ("step", "suite", "domain")}
         row["step"] = record["step"]
-        row.update({f"eval/{record['domain']}/{key}": value for key, value in figures.items()})
+        row.update({f"{prefix}{record['domain']}/{key}": value for key, value in figures.items()})
     if row:
         yield row
 

@@ -73,19 +73,18 @@ class Trainer:
         self.engine = _engine(config, topology)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.state = self._resume(folder, run_id)
+        own = (topology.dp_rank, topology.dp_size)
+        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, *own)
+        suite = self._eval_set.suite if self._eval_set else ""
         tracker = None
         if topology.is_main:
             assert self._loader is not None
+            warn_of_training_shards(config.evaluation, self._loader)
             described = describe(config, self._loader)
-            tracker = Tracker(config.wandb, folder, config.run.name, run_id, described)
+            tracker = Tracker(config.wandb, folder, config.run.name, run_id, described, suite)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
         rows = config.train.global_batch_size // topology.dp_size
         self._feed = Feed(self._loader, config.data, rows, topology)
-        own = (topology.dp_rank, topology.dp_size)
-        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, *own)
-        if topology.is_main and self._loader:
-            warn_of_training_shards(config.evaluation, self._loader)
-        suite = self._eval_set.suite if self._eval_set else ""
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
         estimate = checkpoint_bytes(config.model, config.bytes_per_weight)

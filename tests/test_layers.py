@@ -36,6 +36,8 @@ OWNERS = {
     "fairscale.nn.model_parallel.initialize": {"pretrain.topology", "pretrain.model.parallel"},
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
     "datasets": {"shards.hub"},
+    "lm_eval": {"pretrain.evaluation.harness"},
+    "matplotlib": {"pretrain.evaluation.compare"},
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,12 @@ class EvaluationConfig(Config):
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # what a finished run shows a continuation of
 
+    def label(self, suite: str) -> str:
+        """What a suite is called in evals.jsonl when it is read like this: figures under one name are comparable."""
+        bounds = {"docs": self.max_documents, "tokens": self.max_tokens, "seed": self.subset_seed or None}
+        parts = [] if self.split == type(self).model_fields["split"].default else [self.split]
+        return ".".join([suite, *parts, *(f"{name}{bound}" for name, bound in bounds.items() if bound)])
+
     def due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
 
@@ -59,7 +65,7 @@ class EvalSet:
     """A suite as one dp rank holds it: its own rows, and what there is to know of all documents.
 
     Attributes:
-        suite: its name.
+        suite: its label.
         seq_len: predicted tokens a row.
         domains: sorted by name; `sources` has the source of each.
         document_domain: [documents], number of its domain.
@@ -116,7 +122,7 @@ def load_suite(
     document_targets = np.array(targets, np.int64)
     _check_not_empty(suite, known, set(document_domain[document_targets > 0].tolist()), names)
     return EvalSet(
-        suite=suite.name,
+        suite=config.label(suite.name),
         seq_len=seq_len,
         domains=names,
         sources=tuple(known[name] for name in names),
@@ -219,15 +225,16 @@ class _Packer:
 
     def pack(self) -> None:
         """Makes rows of what was added since the last call."""
-        lengths = np.array([len(tokens) for _, tokens in self._windows], np.int64)
-        for members in best_fit(lengths, self._seq_len + 1):
+        for row in packed(self._windows, self._seq_len):
             if self.num_rows % self._dp_size == self._dp_rank:
-                self.rows.append(_row([self._windows[i] for i in members]))
+                self.rows.append(row)
             self.num_rows += 1
         self._windows, self._size = [], 0
 
 
-def _row(windows: Iterable[tuple[int, Tokens]]) -> Row:
-    documents, tokens = zip(*windows, strict=True)
-    lengths = np.array([len(window) for window in tokens], np.int32)
-    return Row(np.concatenate(tokens), lengths, np.array(documents, np.int32))
+def packed(windows: Sequence[tuple[int, Tokens]], seq_len: int) -> Iterator[Row]:
+    """Rows of windows, each (document, 2 to seq_len + 1 tokens)."""
+    lengths = np.array([len(tokens) for _, tokens in windows], np.int64)
+    for members in best_fit(lengths, seq_len + 1):
+        documents, tokens = zip(*(windows[i] for i in members), strict=True)
+        yield Row(np.concatenate(tokens), lengths[members].astype(np.int32), np.array(documents, np.int32))

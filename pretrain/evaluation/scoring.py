@@ -6,7 +6,7 @@ over them at the end, in float64. Neither the training's data nor any random sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +23,19 @@ from pretrain.topology import Topology
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
 def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
     """Scores every document. All ranks call it, and all get the whole result.
 
     Args:
         batch_size: rows a rank scores at once.
     """
-    # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty
-    passes = -(-eval_set.num_rows // (topology.dp_size * batch_size))
     sums = np.zeros((len(eval_set.document_domain), 3))  # nll, targets, correct targets of each document
-    for start in range(0, passes * batch_size, batch_size):
-        rows = eval_set.rows[start : start + batch_size]
-        tokens, segment_ids = dense(rows, batch_size, eval_set.seq_len)
-        ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
-        nll, correct = vocab_parallel_score(logits(ids[:, :-1], segments[:, :-1]), ids[:, 1:])
-        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid_targets(segments), 0.0)
-        _add(sums, rows, figures.cpu().numpy())
+    for row, figures in scored_rows(logits, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
+        starts = np.cumsum(row.lengths) - row.lengths
+        # A piece's targets end one before the next piece starts; what lies there is masked and counts nothing.
+        # float64 first: in a long document a float32 sum drifts
+        of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
+        np.add.at(sums, row.documents, of_pieces.T)
     totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
     assert np.array_equal(totals[:, 1], eval_set.document_targets), "each target is counted exactly once"
     return DocumentScores(
@@ -55,6 +51,29 @@ def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: 
     )
 
 
+@torch.no_grad()
+def scored_rows(
+    logits: Logits, rows: Sequence[Row], num_rows: int, seq_len: int, topology: Topology, batch_size: int
+) -> Iterator[tuple[Row, npt.NDArray[np.float32]]]:
+    """Scores a rank's rows, batch by batch. All ranks iterate to the end, together.
+
+    Args:
+        rows: of this dp rank: every dp_size-th of all.
+        num_rows: of all ranks.
+    Yields: each row, with float32 [3, seq_len]: for each next token its negative log-likelihood, 1, and whether it was
+        the most likely one; 0 where there is no target.
+    """
+    # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty
+    passes = -(-num_rows // (topology.dp_size * batch_size))
+    for start in range(0, passes * batch_size, batch_size):
+        batch = rows[start : start + batch_size]
+        tokens, segment_ids = dense(batch, batch_size, seq_len)
+        ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
+        nll, correct = vocab_parallel_score(logits(ids[:, :-1], segments[:, :-1]), ids[:, 1:])
+        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid_targets(segments), 0.0)
+        yield from zip(batch, figures.cpu().numpy().swapaxes(0, 1), strict=False)  # the last batch is not full
+
+
 def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(tokens, segment_ids), int64 [batch_size, seq_len + 1]; pieces of a row count from 1, 0 is padding."""
     tokens = np.zeros((batch_size, seq_len + 1), np.int64)
@@ -63,13 +82,3 @@ def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArr
         tokens[i, : len(row.tokens)] = row.tokens
         segment_ids[i, : len(row.tokens)] = np.repeat(np.arange(1, len(row.lengths) + 1), row.lengths)
     return tokens, segment_ids
-
-
-def _add(sums: npt.NDArray[np.float64], rows: Sequence[Row], figures: npt.NDArray[np.float32]) -> None:
-    """Adds the figures [3, batch_size, seq_len] of each piece's targets to its document's sums [documents, 3]."""
-    for i, row in enumerate(rows):
-        starts = np.cumsum(row.lengths) - row.lengths
-        # A piece's targets end one before the next piece starts; what lies there is masked and counts nothing.
-        # float64 first: in a long document a float32 sum drifts
-        of_pieces = np.add.reduceat(figures[:, i].astype(np.float64), starts, axis=1)
-        np.add.at(sums, row.documents, of_pieces.T)

@@ -1,0 +1,338 @@
+"""Scores models on text that they were not trained on: `python launch/evaluate.py --run runs/x --suite DIR`.
+
+    --run DIR [--steps all|1000,2000]   checkpoints of a run, by default the newest; none is scored twice
+    --run DIR --follow                  each new checkpoint as it appears, until the run is finished
+    --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer.model
+    --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead of a suite (pip install -e '.[eval]')
+    --compare DIR DIR                   evaluations side by side, with bootstrap intervals; draws a PNG
+
+Figures go to evals.jsonl in the folder, to the run's wandb run unless it is being trained, and to the terminal.
+Any number of ranks will do (`deepspeed launch/evaluate.py ...`), with --tp tensor-parallel ones. Values of the run's
+config are set as key.path=value, such as evaluation.max_documents=100. See docs/evaluation.md.
+
+Exit codes: 0 done, 2 no such run, suite or checkpoint, or bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Python puts launch/ first, where `pretrain` is the script of that name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+if not torch.cuda.is_available():
+    # Where DeepSpeed has to look for a device itself, it reports what it found on stdout
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import log, topology
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.weights import CheckpointWeights
+from pretrain.config import RunConfig, load_config
+from pretrain.engine import Precision
+from pretrain.evaluation import compare
+from pretrain.evaluation.bare_model import BareModel
+from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, evaluated_steps, write_down
+from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
+from pretrain.evaluation.scores import DocumentScores
+from pretrain.exchange.export import open_model
+from pretrain.lease import Lease
+from pretrain.model.weights import weight_specs
+from pretrain.run_folder import RunFolder
+from pretrain.topology import ParallelConfig, Topology
+from pretrain.tracking import log_late_evals
+from shards import ConfigError, HeadraceError, Tokenizer
+
+_logger = logging.getLogger("headrace")
+
+BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
+
+Records = list[dict[str, object]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="DIR", help="a run's folder, e.g. runs/quickstart")
+    what.add_argument("--model", type=Path, metavar="DIR", help="a model in another program's layout")
+    what.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
+    parser.add_argument("--suite", type=Path, help="a folder or YAML file; default: the run's evaluation.suite")
+    parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
+    parser.add_argument("--steps", default="newest", help="newest, all, or a list such as 1000,2000")
+    parser.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is finished")
+    parser.add_argument("--poll-seconds", type=float, default=30.0, help="between two looks for new checkpoints")
+    parser.add_argument("--tasks", help="names of harness tasks, with commas between")
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with task files of your own")
+    parser.add_argument("--limit", type=int, help="documents of each task")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
+    parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model")
+    parser.add_argument("--seq-len", type=int, help="tokens a window; default: the run's, or 2048")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
+    parser.add_argument("--plot", type=Path, default=Path("comparison.png"), help="where --compare draws")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
+    return parser.parse_intermixed_args()
+
+
+def evaluate_run(arguments: argparse.Namespace) -> None:
+    """Scores checkpoints of a run. Raises: HeadraceError if there is nothing of what is asked for."""
+    folder = RunFolder(arguments.run)
+    folder.check_there()
+    overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
+    for key, value in (
+        ("evaluation.suite", arguments.suite), ("evaluation.split", arguments.split),
+        ("data.seq_len", arguments.seq_len), ("precision", arguments.precision),
+    ):  # fmt: skip
+        overrides += [f"{key}={value}"] if value is not None else []
+    config = load_config(folder.config, overrides)
+    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    with topology.started(config.parallel) as here:
+        model = BareModel(config.model, config.parallel, config.precision, here)
+        if arguments.tasks:
+            checkpoint = store.choose(None if arguments.steps == "newest" else _numbers(arguments.steps)[0])
+            model.take(CheckpointWeights(checkpoint, weight_specs(config.model)))
+            _print_tasks(_tasks(arguments, model, tokenizer, config.data.seq_len, config.evaluation.batch_size, here))
+            return
+        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
+        records = _scored(arguments, folder, store, evaluator, config)
+        if here.is_main:
+            _print_table(records)
+            _send_to_wandb(config, folder, evaluator.eval_set.suite, records, arguments.follow)
+
+
+def _scored(
+    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, evaluator: Evaluator, config: RunConfig
+) -> Records:
+    """Scores the steps that are asked for; the lines of evals.jsonl, on rank 0."""
+    here, suite = evaluator.topology, evaluator.eval_set.suite
+    steps = iter(_steps(arguments, folder, store, suite)) if here.is_main else iter(())
+    records: Records = []
+    while (step := here.broadcast_object(next(steps, -1))) != -1:
+        if step is None:
+            continue  # nothing new yet; the others heard of it before they lost patience
+        begin = time.perf_counter()
+        try:
+            scores = evaluator.score_checkpoint(store, step)
+        except HeadraceError as error:
+            if arguments.steps not in ("all", "newest") and not arguments.follow:
+                raise
+            _logger.warning("%s; it is left out", error)
+            continue
+        if here.is_main:
+            records += write_down(folder, step, scores)
+            seconds = time.perf_counter() - begin
+            rate = scores.tokens.sum() / seconds
+            _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, suite, seconds, rate)
+    return records
+
+
+def _steps(
+    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str
+) -> Iterator[int | None]:
+    """The steps to score, on rank 0; None where there is none yet. Raises: CheckpointError if there is no such step."""
+    done = evaluated_steps(folder, suite)
+    if arguments.follow:
+        lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
+        yield from as_they_appear(
+            store, done, lambda: load_config(folder.config).train.steps, lease.is_free, arguments.poll_seconds
+        )
+        return
+    if arguments.steps == "all":
+        wanted = store.steps()
+    elif arguments.steps == "newest":
+        wanted = [store.choose().step]
+    else:
+        wanted = [store.choose(step).step for step in _numbers(arguments.steps)]
+    for step in wanted:
+        if step in done:
+            _logger.info("step %d: %s stands in %s already", step, suite, folder.evals.path)
+        else:
+            yield step
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--steps {text}: name steps such as 1000,2000, or say all or newest") from None
+
+
+def evaluate_model(arguments: argparse.Namespace) -> None:
+    """Scores a model in another layout. Raises: HeadraceError if it is none, or the suite is not there."""
+    weights = open_model(arguments.model)
+    config = weights.description.config
+    path = arguments.tokenizer or arguments.model / "tokenizer.model"
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {path} has {tokenizer.vocab_size} pieces, but {arguments.model} was made for"
+            f" {config.vocab_size}; name the tokenizer of this model"
+        )
+    values: dict[str, object] = {"suite": arguments.suite, "split": arguments.split}
+    for override in arguments.overrides:
+        key, _, value = override.partition("=")
+        if not key.startswith("evaluation."):
+            raise ConfigError(f"{override}: with --model only evaluation.* can be set")
+        values[key.removeprefix("evaluation.")] = int(value)
+    evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
+    seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
+    parallel = ParallelConfig(tp_size=arguments.tp)
+    with topology.started(parallel) as here:
+        model = BareModel(config, parallel, _precision(precision), here)
+        if arguments.tasks:
+            model.take(weights)
+            _print_tasks(_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size, here))
+            return
+        scores = _evaluator(evaluation, model, tokenizer, seq_len, here).score(weights)
+        if here.is_main:
+            _print_table(write_down(RunFolder(arguments.model), 0, scores))
+
+
+def _precision(word: str) -> Precision:
+    return "fp32" if word == "fp32" else "bf16"
+
+
+def _evaluator(
+    config: EvaluationConfig, model: BareModel, tokenizer: Tokenizer, seq_len: int, here: Topology
+) -> Evaluator:
+    eval_set = load_suite(config, tokenizer, seq_len, here.dp_rank, here.dp_size)
+    if eval_set is None:
+        raise ConfigError("there is no suite: give --suite, a folder or YAML file, or --tasks")
+    return Evaluator(model, eval_set, here, config.batch_size or BATCH_SIZE)
+
+
+def _tasks(
+    arguments: argparse.Namespace,
+    model: BareModel,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int | None,
+    here: Topology,
+) -> dict[str, dict[str, Any]]:
+    try:
+        from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an extra, and slow to import
+    except ImportError as error:
+        raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
+    lm = HeadraceLM(model, tokenizer, seq_len, here, batch_size or BATCH_SIZE)
+    return run_tasks(lm, arguments.tasks.split(","), arguments.task_path, arguments.limit)
+
+
+def _send_to_wandb(config: RunConfig, folder: RunFolder, suite: str, records: Records, wait: bool) -> None:
+    """Adds figures to the run's wandb run, unless a training writes to it."""
+    if config.wandb.mode == "disabled" or not records:
+        return
+    lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
+    deadline = time.monotonic() + (300.0 if wait else 0.0)  # a followed run is about to end
+    while not lease.is_free() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    if not lease.is_free():
+        _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
+        return
+    log_late_evals(config.wandb, folder, config.run.name, folder.run_id(), suite, records)
+
+
+def _print_table(records: Records) -> None:
+    """The domains of the last step that was scored."""
+    if not records:
+        return
+    last = records[-1]["step"]
+    table = Table("domain", title=f"{records[-1]['suite']}, step {last}")
+    for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
+        table.add_column(head, justify="right")
+    for record in records:
+        if record["step"] == last:
+            figures = f"{record['perplexity']:,.2f}", f"{record['bits_per_byte']:.4f}", f"{record['accuracy']:.3f}"
+            style = "bold" if record["domain"] in ("macro", "micro") else None
+            table.add_row(str(record["domain"]), *figures, f"{record['tokens']:,}", style=style)
+    Console().print(table)
+
+
+def _print_tasks(results: dict[str, dict[str, Any]]) -> None:
+    table = Table("task", "figure", "value")
+    for task, figures in results.items():
+        for name, value in figures.items():
+            if isinstance(value, float):
+                table.add_row(task, name, f"{value:.4f}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        Console().print(table)
+
+
+def compare_runs(arguments: argparse.Namespace) -> None:
+    """Prints and draws two evaluations. Raises: HeadraceError if they cannot be compared."""
+    folders = [RunFolder(root) for root in arguments.compare]
+    suite = _common_suite(folders, arguments)
+    steps = [_last_scored(folder, suite, arguments.steps) for folder in folders]
+    paths = [folder.document_scores(step, suite) for folder, step in zip(folders, steps, strict=True)]
+    found = [DocumentScores.load(path) for path in paths]
+    missing = compare.only_in_one(found[0], found[1])
+    for root, domains in zip(reversed(arguments.compare), missing, strict=True):
+        if domains:
+            _logger.warning("%s was not scored on %s", root, ", ".join(domains))
+    differences = compare.compare(found[0], found[1])
+    names = tuple(f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
+    table = Table("domain", title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents")
+    for head in (*names, "difference", "from", "to", "documents"):
+        table.add_column(head, justify="right")
+    for item in differences:
+        spread = ("-", "-") if item.low is None else (f"{item.low:+.4f}", f"{item.high:+.4f}")
+        figures = (f"{item.a:.4f}", f"{item.b:.4f}", f"{item.difference:+.4f}", *spread, f"{item.documents:,}")
+        style = None if not item.is_clear else "green" if item.difference < 0 else "red"
+        table.add_row(item.name, *figures, style=style)
+    Console().print(table)
+    compare.draw(differences, (names[0], names[1]), arguments.plot)
+    print(f"drawn in {arguments.plot}")
+
+
+def _common_suite(folders: list[RunFolder], arguments: argparse.Namespace) -> str:
+    """The label of the suite to compare on: the one that --suite names, or the only one that both have."""
+    labels = [{path.parent.name for path in (folder.root / "evals").glob("*/*.npz")} for folder in folders]
+    common = sorted(labels[0] & labels[1])
+    wanted = [label for label in common if arguments.suite in (None, Path(label))]
+    if len(wanted) == 1:
+        return wanted[0]
+    have = "; ".join(
+        f"{folder.root} has {', '.join(sorted(names)) or 'none'}" for folder, names in zip(folders, labels, strict=True)
+    )
+    raise ConfigError(f"--compare: name one suite that both were scored on with --suite ({have})")
+
+
+def _last_scored(folder: RunFolder, suite: str, steps: str) -> int:
+    scored = sorted(int(path.stem.partition("_")[2]) for path in folder.document_scores(0, suite).parent.glob("*.npz"))
+    if steps == "newest":
+        return scored[-1]
+    if int(steps) not in scored:
+        raise ConfigError(f"--steps {steps}: {folder.root} was scored on {suite} at {scored}")
+    return int(steps)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    log.set_up(int(os.environ.get("RANK", "0")))
+    try:
+        if arguments.compare:
+            compare_runs(arguments)
+        elif arguments.run:
+            evaluate_run(arguments)
+        else:
+            evaluate_model(arguments)
+    except HeadraceError as error:
+        _logger.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

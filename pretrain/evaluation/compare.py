@@ -1,0 +1,179 @@
+"""Two or more models on the same documents: how their losses differ, and how much of that may be chance.
+
+DocumentScores -> compare -> table, picture. The interval is a paired bootstrap: documents are drawn anew, with
+replacement, within each domain, the same for both models, and the differences of these samples are sorted.
+
+Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.evaluation.scores import DocumentScores, Score, total
+from shards import ConfigError
+
+_CHUNK = 1 << 22  # numbers that are drawn at once
+_MAX_BARS = 60  # of a picture: beyond, the largest differences are shown
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One domain or average of two models, on the documents that both were scored on.
+
+    Attributes:
+        name: of the domain; `macro` and `micro` as in evals.jsonl.
+        a, b: bits per byte of each model.
+        low, high: 95 % of the bootstrap's differences b - a lie between; None for a domain of a single document.
+        documents: how many both have.
+    """
+
+    name: str
+    a: float
+    b: float
+    low: float | None
+    high: float | None
+    documents: int
+
+    @property
+    def difference(self) -> float:
+        """b - a: below zero where b is better."""
+        return self.b - self.a
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int = 0) -> list[Difference]:
+    """Every domain that both have, in the order of a's, then `macro` and `micro` over these.
+
+    Raises:
+        ConfigError: if they have no document in common.
+    """
+    common = [domain for domain in a.domains if domain in b.domains]
+    generator = np.random.default_rng(seed)
+    found, means = [], []
+    sums = np.zeros((3, samples))  # over all domains: nll of a, nll of b, bytes
+    wholes: list[tuple[Score, Score]] = []
+    for domain in common:
+        ours, theirs = _paired(a, b, domain)
+        if not len(ours):
+            continue
+        columns = np.stack([a.nll[ours], b.nll[theirs], a.text_bytes[ours].astype(np.float64)])
+        drawn = _resampled(columns, samples, generator)
+        wholes.append((_score(a, ours), _score(b, theirs)))
+        differences = _bits(drawn[1], drawn[2]) - _bits(drawn[0], drawn[2])
+        found.append(_difference(domain, *wholes[-1], differences if len(ours) > 1 else None, len(ours)))
+        means.append(differences)
+        sums += drawn
+    if not found:
+        raise ConfigError(
+            f"the suites {a.suite} and {b.suite} have no document in common; compare evaluations of one suite"
+        )
+    count = sum(item.documents for item in found)
+    macro = [sum(getattr(item, side) for item in found) / len(found) for side in ("a", "b")]
+    micro = (total(x for x, _ in wholes), total(y for _, y in wholes))
+    spread = _interval(np.mean(means, axis=0))
+    return [
+        *found,
+        Difference("macro", macro[0], macro[1], *spread, count),
+        _difference("micro", *micro, _bits(sums[1], sums[2]) - _bits(sums[0], sums[2]), count),
+    ]
+
+
+def only_in_one(a: DocumentScores, b: DocumentScores) -> tuple[list[str], list[str]]:
+    """The domains that only a has, and those that only b has."""
+    return sorted(set(a.domains) - set(b.domains)), sorted(set(b.domains) - set(a.domains))
+
+
+def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Numbers of the documents of a domain in a and in b, those of the same text at the same place."""
+    places = []
+    for scores in (a, b):
+        numbers = np.flatnonzero(scores.domain == scores.domains.index(domain))
+        numbers = numbers[np.argsort(scores.key[numbers], kind="stable")]
+        keys = scores.key[numbers]
+        # The i-th of several documents with the same text is paired with the i-th
+        repeated = np.arange(len(keys)) - np.searchsorted(keys, keys)
+        places.append({(int(k), int(i)): int(n) for k, i, n in zip(keys, repeated, numbers, strict=True)})
+    both = [place for place in places[0] if place in places[1]]
+    ours, theirs = ([found[place] for place in both] for found in places)
+    return np.array(ours, np.int64), np.array(theirs, np.int64)
+
+
+def _resampled(columns: Floats, samples: int, generator: np.random.Generator) -> Floats:
+    """Sums [3, samples] of columns [3, documents] over documents drawn with replacement."""
+    count = columns.shape[1]
+    parts = []
+    for start in range(0, samples, max(1, _CHUNK // count)):
+        size = min(samples - start, max(1, _CHUNK // count))
+        times = generator.multinomial(count, np.full(count, 1 / count), size=size)  # [size, documents]
+        parts.append(columns @ times.T)
+    return np.concatenate(parts, axis=1)
+
+
+def _bits(nll: Floats, text_bytes: Floats) -> Floats:
+    return nll / np.log(2) / np.maximum(text_bytes, 1)
+
+
+def _score(scores: DocumentScores, numbers: npt.NDArray[np.int64]) -> Score:
+    columns = (scores.nll, scores.tokens, scores.correct, scores.text_bytes)
+    nll, tokens, correct, text_bytes = (column[numbers].sum() for column in columns)
+    return Score(float(nll), int(tokens), int(correct), int(text_bytes))
+
+
+def _difference(name: str, a: Score, b: Score, differences: Floats | None, documents: int) -> Difference:
+    low, high = (None, None) if differences is None else _interval(differences)
+    return Difference(name, a.bits_per_byte, b.bits_per_byte, low, high, documents)
+
+
+def _interval(differences: Floats) -> tuple[float, float]:
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) -> None:
+    """Draws the differences with their intervals, a line a domain, averages at the bottom, as a PNG.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("a picture needs matplotlib: pip install -e '.[eval]'") from None
+    domains, averages = list(differences[:-2]), list(differences[-2:])
+    left_out = len(domains) - _MAX_BARS
+    if left_out > 0:
+        domains = sorted(domains, key=lambda item: -abs(item.difference))[:_MAX_BARS]
+    shown = [*averages, *sorted(domains, key=lambda item: -item.difference)]  # matplotlib counts from the bottom
+    figure = Figure(figsize=(8, 1.6 + 0.26 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, item in enumerate(shown):
+        color = "#888888" if not item.is_clear else ("#1a7f37" if item.difference < 0 else "#b3261e")
+        if item.low is not None and item.high is not None:
+            axes.plot([item.low, item.high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
+        axes.plot(item.difference, place, "o", color=color, markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axhline(1.5, color="#cccccc", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [item.name for item in shown])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"bits per byte, {names[1]} minus {names[0]} (95 % bootstrap interval over documents)")
+    title = f"{names[1]} against {names[0]}: green is better, red worse, grey not clear"
+    if left_out > 0:
+        title += f"\nthe {_MAX_BARS} largest differences of {left_out + _MAX_BARS} domains"
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)

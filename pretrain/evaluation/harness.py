@@ -1,0 +1,142 @@
+"""Downstream tasks of EleutherAI's lm-evaluation-harness on our models. BareModel -> harness -> launch/evaluate.py.
+
+The only importer of lm_eval, which is an extra: `pip install -e '.[eval]'`. All ranks run the harness alike, on the
+same requests, which are dealt to the dp ranks; each then hears the others' answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import simple_evaluate, utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from pretrain.evaluation.bare_model import BareModel
+from pretrain.evaluation.eval_set import packed
+from pretrain.evaluation.scoring import scored_rows
+from pretrain.model.cache import KVCache
+from pretrain.model.parallel import vocab_parallel_argmax
+from pretrain.topology import Topology
+from shards import ConfigError, Tokenizer
+
+_MAX_NEW_TOKENS = 256  # where a task does not say
+
+Request = tuple[Any, list[int], list[int]]  # what it was made of; tokens of the context, and of the continuation
+
+
+class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
+    """Answers the harness's three kinds of questions.
+
+    Args:
+        seq_len: the most tokens of context that a prediction may have; longer contexts lose their beginning.
+        batch_size: rows a rank scores at once.
+    """
+
+    def __init__(self, model: BareModel, tokenizer: Tokenizer, seq_len: int, topology: Topology, batch_size: int):
+        super().__init__()
+        self._model, self._tokenizer, self._topology = model, tokenizer, topology
+        self._seq_len, self._batch_size = seq_len, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an answer without a context follows, as the first word of a training document does."""
+        return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+        """Token ids; unless told otherwise after BOS, as a training document has it."""
+        start = [] if add_special_tokens is False or self._tokenizer.bos_id < 0 else [self._tokenizer.bos_id]
+        return [*start, *self._tokenizer.encode(string)]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: object) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context."""
+        windows, targets = [], []
+        for number, (_, context, continuation) in enumerate(requests):
+            tokens = [*context, *continuation][-(self._seq_len + 1) :]
+            targets.append(min(len(continuation), len(tokens) - 1))
+            if len(tokens) > 1:
+                windows.append((number, np.array(tokens, np.int64)))
+        here = self._topology
+        rows = list(packed(windows, self._seq_len))
+        sums = np.zeros((len(requests), 3))
+        own = rows[here.dp_rank :: here.dp_size]
+        for row, figures in scored_rows(self._model.logits, own, len(rows), self._seq_len, here, self._batch_size):
+            for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
+                # The last prediction of a piece is for its last token, and stands one place before that
+                sums[number] += figures[:, end - 1 - targets[number] : end - 1].sum(axis=1, dtype=np.float64)
+        totals = here.sum_over_dp(torch.from_numpy(sums).to(here.device)).cpu().numpy()
+        assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
+        return [(-float(nll), bool(correct == count)) for nll, count, correct in totals]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in the harness's own windows: the last has as much context as fits."""
+        parts: list[Request] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self._seq_len, context_len=1)
+            before = len(parts)
+            parts += [(None, *utils.make_disjoint_window(window)) for window in windows]
+            counts.append(len(parts) - before)
+        values = [value for value, _ in self._loglikelihood_tokens(parts)]
+        ends = np.cumsum(counts).tolist()
+        return [sum(values[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, each up to the first of its stop strings."""
+        here = self._topology
+        own = [self._continue(*request.args) for request in requests[here.dp_rank :: here.dp_size]]
+        answers = here.gather_objects(own)[:: here.tp_size]
+        return [answers[i % here.dp_size][i // here.dp_size] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") and options.get("temperature", 0.0) > 0:
+            raise ConfigError("--tasks: a task that samples its answers (do_sample, temperature) is not supported")
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        most = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), self._seq_len - 1)
+        ids = self.tok_encode(context)[-(self._seq_len - most) :]
+        cache = KVCache(self._model.config.n_layers, self._seq_len)
+        fresh, answer, text = ids, [], ""
+        for _ in range(most):
+            tokens = torch.tensor([fresh], device=self._topology.device)
+            choice = int(vocab_parallel_argmax(self._model.next_logits(tokens, cache)))
+            if choice == self.eot_token_id:
+                break
+            answer.append(choice)
+            text = self._tokenizer.decode(answer)
+            if found := [text.index(stop) for stop in stops if stop in text]:
+                return text[: min(found)]
+            fresh = [choice]
+        return text
+
+
+def run_tasks(
+    lm: HeadraceLM, tasks: Sequence[str], task_path: Path | None, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """Runs tasks by name. Every rank calls it.
+
+    Args:
+        task_path: a folder with task files of one's own.
+        limit: documents of each task; None: all.
+    Returns:
+        For each task its figures, as the harness names them.
+    Raises:
+        ConfigError: if there is no task of a name.
+    """
+    manager = TaskManager(include_path=None if task_path is None else str(task_path))
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise ConfigError(f"--tasks: the harness knows no task {', '.join(unknown)}; give --task-path for your own")
+    results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    assert results is not None
+    return dict(results["results"])
