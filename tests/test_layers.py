@@ -23,6 +23,7 @@ LAYERS = (
         "pretrain.journal",
         "pretrain.provenance",
         "pretrain.preflight",
+        "pretrain.node_check",
         "pretrain.slurm",
     ),
     ("pretrain.config", "pretrain.trainer", "pretrain.loop", "pretrain.start"),

@@ -1,0 +1,184 @@
+"""Finds out, before a training starts, which nodes of a job cannot take part in it. srun -> node_check -> job script.
+
+Every rank of the job tries its own part: is the GPU free, does it compute right, is the run folder there; then the
+ranks of each node reduce among themselves, and at last all together. After each stage rank 0 gathers the findings
+through a key-value store, which needs no working fabric, and a rank that does not report in time is a finding too: so a
+GPU that hangs is named like one that is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from shards import ConfigError
+
+_STAGE_SECONDS = 120.0
+_COLLECTIVE_SECONDS = 60.0
+_LEAVE_SECONDS = 10.0
+_MATRIX = 1024  # of whole numbers so small that bf16 holds the sums of their products exactly
+_FREE_SHARE = 0.9  # of a GPU's memory; with less, somebody else is using it
+_REDUCED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Task:
+    """A rank's place in a Slurm step, with as many ranks on each node.
+
+    Attributes:
+        rank, world_size: in the step.
+        local_rank, local_size: on the node.
+        nodes: names of the step's nodes; ranks are dealt to them in blocks.
+        gpus: of the node, for this job; 0 on a job without.
+        meeting: address and port of rank 0.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    nodes: tuple[str, ...]
+    gpus: int
+    meeting: tuple[str, int]
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str], nodes: Sequence[str]) -> Task:
+        """As `srun` and the job script have set it. Raises ConfigError outside of a Slurm step."""
+        try:
+            world_size = int(environment["SLURM_STEP_NUM_TASKS"])
+            return cls(
+                rank=int(environment["SLURM_PROCID"]),
+                world_size=world_size,
+                local_rank=int(environment["SLURM_LOCALID"]),
+                local_size=world_size // len(nodes),
+                nodes=tuple(nodes),
+                gpus=int(environment.get("SLURM_GPUS_ON_NODE", "0")),
+                meeting=(environment["MASTER_ADDR"], int(environment["MASTER_PORT"])),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]} is not set; use srun, as slurm/pretrain.sbatch does") from None
+
+    @property
+    def device(self) -> torch.device:
+        if not self.gpus:
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())  # 1 where each task sees only its own
+
+    def node_of(self, rank: int) -> str:
+        return self.nodes[rank // self.local_size]
+
+
+def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dict[str, str]:
+    """Tries all nodes; every rank of the step calls it.
+
+    Args:
+        patience: seconds for all ranks to report.
+    Returns:
+        What is wrong with which node, the same on every rank; empty if all is well. Where every node is fine by itself,
+        all of them are named.
+    Raises:
+        RuntimeError: if rank 0 cannot be reached.
+    """
+    store = TCPStore(
+        *task.meeting,
+        world_size=task.world_size,
+        is_master=task.rank == 0,
+        timeout=timedelta(seconds=2 * patience),
+        wait_for_workers=False,
+    )
+    own_node = task.rank // task.local_size
+    stages: dict[str, Callable[[], str]] = {
+        "alone": lambda: _problem_alone(task, run_folder),
+        "node": lambda: _reduce(PrefixStore(f"node-{own_node}", store), task.local_rank, task.local_size, task.device),
+        "all": lambda: _reduce(PrefixStore("all", store), task.rank, task.world_size, task.device),
+    }
+    problems: dict[str, str] = {}
+    for stage, find in stages.items():
+        problems = _gathered(PrefixStore(stage, store), task, find, patience)
+        if problems:
+            break
+    store.set(f"left-{task.rank}", "")
+    if task.rank == 0:  # whose store the others are still reading
+        with contextlib.suppress(DistStoreError):
+            store.wait([f"left-{rank}" for rank in range(task.world_size)], timedelta(seconds=min(patience, _LEAVE_SECONDS)))
+    return problems
+
+
+def _gathered(store: Store, task: Task, find: Callable[[], str], patience: float) -> dict[str, str]:
+    """Every node's first problem, on every rank; `find` gives this rank's, or nothing."""
+    end = time.monotonic() + patience
+    store.set(f"found-{task.rank}", find())
+    if task.rank == 0:
+        lines: dict[str, str] = {}
+        for rank in range(task.world_size):
+            found = _report_of(store, rank, max(0.1, end - time.monotonic()))
+            if found:
+                lines.setdefault(task.node_of(rank), found)
+        store.set("verdict", "\n".join(f"{node} {found}" for node, found in lines.items()))
+    verdict = store.get("verdict").decode()
+    return dict(line.split(" ", 1) for line in verdict.splitlines())
+
+
+def _report_of(store: Store, rank: int, seconds: float) -> str:
+    try:
+        store.wait([f"found-{rank}"], timedelta(seconds=seconds))
+    except DistStoreError:
+        return f"rank {rank} did not report in time"
+    return store.get(f"found-{rank}").decode()
+
+
+def _problem_alone(task: Task, run_folder: Path) -> str:
+    """What is wrong with this rank's part of its node; empty if nothing."""
+    if not run_folder.is_dir():
+        return f"does not see the run folder {run_folder}, which has to lie on a disk that all nodes share"
+    if not task.gpus:
+        return ""
+    if not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return f"torch sees none of the {task.gpus} GPUs that the job was given (CUDA_VISIBLE_DEVICES={visible})"
+    try:
+        return gpu_problem(task.device)
+    except RuntimeError as error:  # what CUDA raises is as manifold as what can break
+        return f"{task.device}: {str(error).splitlines()[0]}"
+
+
+def gpu_problem(device: torch.device) -> str:
+    """Why a GPU should not be trained on; empty if it is free and computes right."""
+    torch.cuda.set_device(device)
+    free, total = torch.cuda.mem_get_info(device)
+    if free < _FREE_SHARE * total:
+        return f"{device}: another process uses {(total - free) / 1e9:.1f} of its {total / 1e9:.1f} GB"
+    numbers = torch.randint(-1, 2, (2, _MATRIX, _MATRIX), generator=torch.Generator().manual_seed(0)).float()
+    there = numbers.to(device, torch.bfloat16)
+    if not torch.equal((there[0] @ there[1]).float().cpu(), numbers[0] @ numbers[1]):
+        return f"{device}: computes a wrong product"
+    return ""
+
+
+def _reduce(store: Store, rank: int, world_size: int, device: torch.device) -> str:
+    """Sums a tensor over ranks that all call this; what went wrong, empty if nothing."""
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
+            device_id=device if device.type == "cuda" else None,
+        )
+        ones = torch.ones(_REDUCED_BYTES // 4, device=device)
+        dist.all_reduce(ones)
+        right = bool((ones == world_size).all())
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        return f"{world_size} ranks cannot reduce together: {str(error).splitlines()[0]}"
+    return "" if right else f"{world_size} ranks reduce to a wrong sum"
