@@ -108,8 +108,9 @@ def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dic
             break
     store.set(f"left-{task.rank}", "")
     if task.rank == 0:  # whose store the others are still reading
+        everybody = [f"left-{rank}" for rank in range(task.world_size)]
         with contextlib.suppress(DistStoreError):
-            store.wait([f"left-{rank}" for rank in range(task.world_size)], timedelta(seconds=min(patience, _LEAVE_SECONDS)))
+            store.wait(everybody, timedelta(seconds=min(patience, _LEAVE_SECONDS)))
     return problems
 
 
