@@ -25,7 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, SourceConfig, files, manifest
+from shards import DataConfig, HeadraceError, SourceConfig, files, kept, manifest
 from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 
@@ -90,7 +90,7 @@ def index_shards(data: DataConfig, paths: list[str], workers: int, verify: bool)
             executor.submit(
                 obtain,
                 path,
-                manifest.index_path(path, data.index_dir),
+                kept.index_path(path, data.index_dir),
                 data.cell_bytes,
                 data.max_decoder_window,
                 verify,

@@ -3,16 +3,33 @@
 formats -> decoders -> window.
 """
 
+import logging
 from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+import xxhash
 
 from shards import files, formats
 from shards.cache import BlockCache
 from shards.errors import ShardError
+from shards.formats import Start
+from shards.kept import index_path, windows_path
+from shards.splice import Splice, read_window
 
 MAX_OPEN = 32
 MAX_OPEN_BYTES = 256 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class CellCheck(NamedTuple):
+    """What a cell's raw bytes must be."""
+
+    start: int  # raw offset
+    stop: int  # raw offset
+    hash: int  # xxh3-64
 
 
 class RawRange(msgspec.Struct, frozen=True):
@@ -22,19 +39,26 @@ class RawRange(msgspec.Struct, frozen=True):
     stat: files.Stat  # of the file when it was indexed
     compression: str
     decoder_window: int  # bytes that one open decoder of this shard holds
-    entry: tuple[int, int]  # (compressed offset, raw offset), at or before start
+    entry: tuple[int, int]  # (compressed offset, raw offset) of a frame or member, at or before start
     start: int  # raw offset
     stop: int  # raw offset
+    splice: Splice | None = None  # a nearer place inside it
+    checks: tuple[CellCheck, ...] = ()  # of the whole cells in the range
 
 
 class _Decoder:
     """One open file, decoded forward from an entry."""
 
-    def __init__(self, wanted: RawRange, max_window: int, cache: BlockCache | None) -> None:
+    def __init__(
+        self, wanted: RawRange, splice: Splice | None, start: Start, max_window: int, cache: BlockCache | None
+    ) -> None:
+        """Args: `splice`, if that is where `start` is."""
         files.check_unchanged(wanted.path, wanted.stat)
-        offset, self.position = wanted.entry  # position: raw offset of the next byte
-        self._file = files.open_shard(wanted.path, offset, cache)
-        self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, wanted.entry)
+        self.splice = splice
+        self.position = start.raw_offset  # of the next byte
+        self.held_bytes = wanted.decoder_window + len(start.window)
+        self._file = files.open_shard(wanted.path, start.offset, cache)
+        self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, start)
         self._left = b""
 
     def read(self, start: int, stop: int) -> bytes:
@@ -56,31 +80,44 @@ class _Decoder:
 
 
 class Decoders:
-    """Decoders kept open for the windows that follow, bounded in number and in bytes of decoder window."""
+    """Decoders kept open for the windows that follow, bounded in number and in bytes that they hold."""
 
-    def __init__(self, max_window: int, cache: BlockCache | None = None) -> None:
-        self._max_window, self._cache = max_window, cache
-        self._open: OrderedDict[int, tuple[RawRange, _Decoder]] = OrderedDict()  # least recently used first
+    def __init__(self, max_window: int, cache: BlockCache | None = None, index_dir: Path | None = None) -> None:
+        """
+        Args:
+            max_window: bytes of decoder window that a shard may need.
+            cache: of remote shards.
+            index_dir: where indexes are kept, if not beside the shards.
+        """
+        self._max_window, self._cache, self._index_dir = max_window, cache, index_dir
+        self._open: OrderedDict[int, tuple[str, _Decoder]] = OrderedDict()  # (path, decoder), least recently used first
         self._next_id = 0
+        self._distrusted: set[tuple[str, Splice]] = set()
+
+    @property
+    def replays(self) -> int:
+        """Splice points so far that gave other bytes than the index names, so that decoding began before them."""
+        return len(self._distrusted)
 
     def read(self, wanted: RawRange) -> bytes:
-        """The bytes of `wanted`.
+        """The bytes of `wanted`, each whole cell of them compared with its hash in the index.
 
         Raises: ShardError if the file changed, is damaged, or ends before the range does.
         """
         decoder = self._take(wanted)
         try:
             raw = decoder.read(wanted.start, wanted.stop)
+            _check(wanted, raw, decoder.position)
+        except ShardError as error:
+            decoder.close()
+            if decoder.splice is None:
+                raise
+            self._distrust(wanted.path, decoder.splice, error)
+            return self.read(wanted)
         except BaseException:
             decoder.close()
             raise
-        if len(raw) != wanted.stop - wanted.start:
-            decoder.close()
-            raise ShardError(
-                f"{wanted.path}: ends at raw byte {decoder.position}, its index says that it reaches {wanted.stop}; "
-                "it changed after it was indexed: put the old file back, or start a new run"
-            )
-        self._keep(wanted, decoder)
+        self._keep(wanted.path, decoder)
         return raw
 
     def close(self) -> None:
@@ -90,18 +127,56 @@ class Decoders:
 
     def _take(self, wanted: RawRange) -> _Decoder:
         """The open decoder that is nearest before the range, if no entry is nearer; else a new one."""
-        best, best_position = None, wanted.entry[1]
-        for number, (opened, decoder) in self._open.items():
-            if opened.path == wanted.path and best_position <= decoder.position <= wanted.start:
+        splice = None if (wanted.path, wanted.splice) in self._distrusted else wanted.splice
+        best, best_position = None, splice.raw_offset if splice else wanted.entry[1]
+        for number, (path, decoder) in self._open.items():
+            if path == wanted.path and best_position <= decoder.position <= wanted.start:
                 best, best_position = number, decoder.position
-        return _Decoder(wanted, self._max_window, self._cache) if best is None else self._open.pop(best)[1]
+        if best is not None:
+            return self._open.pop(best)[1]
+        start = Start(*wanted.entry)
+        if splice:
+            try:
+                window = read_window(windows_path(index_path(wanted.path, self._index_dir)), splice)
+                start = Start(splice.offset, splice.raw_offset, window, splice.state)
+            except (OSError, *formats.DECODE_ERRORS) as error:
+                self._distrust(wanted.path, splice, error)
+                splice = None
+        return _Decoder(wanted, splice, start, self._max_window, self._cache)
 
-    def _keep(self, wanted: RawRange, decoder: _Decoder) -> None:
-        self._open[self._next_id] = (wanted, decoder)
+    def _distrust(self, path: str, splice: Splice, error: Exception) -> None:
+        self._distrusted.add((path, splice))
+        logger.warning(
+            "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); reading on from the last "
+            "frame's start, which takes longer; to make its entries anew, delete %s",
+            path,
+            splice.raw_offset,
+            error,
+            index_path(path, self._index_dir),
+        )
+
+    def _keep(self, path: str, decoder: _Decoder) -> None:
+        self._open[self._next_id] = (path, decoder)
         self._next_id += 1
-        held = sum(opened.decoder_window for opened, _ in self._open.values())
+        held = sum(decoder.held_bytes for _, decoder in self._open.values())
         # One stays whatever it holds: else each window of a --long=29 shard would be decoded from the frame's start.
         while len(self._open) > 1 and (len(self._open) > MAX_OPEN or held > MAX_OPEN_BYTES):
-            _, (opened, oldest) = self._open.popitem(last=False)
-            held -= opened.decoder_window
+            _, (_, oldest) = self._open.popitem(last=False)
+            held -= oldest.held_bytes
             oldest.close()
+
+
+def _check(wanted: RawRange, raw: bytes, reached: int) -> None:
+    """Raises: ShardError if what was read of a range, up to raw offset `reached`, is not what the index says."""
+    if len(raw) != wanted.stop - wanted.start:
+        raise ShardError(
+            f"{wanted.path}: ends at raw byte {reached}, its index says that it reaches {wanted.stop}; "
+            "it changed after it was indexed: put the old file back, or start a new run"
+        )
+    view = memoryview(raw)
+    for cell in wanted.checks:
+        if xxhash.xxh3_64_intdigest(view[cell.start - wanted.start : cell.stop - wanted.start]) != cell.hash:
+            raise ShardError(
+                f"{wanted.path}: raw bytes {cell.start} to {cell.stop} are not those that were indexed; the file is "
+                "damaged: put the old file back, or start a new run"
+            )

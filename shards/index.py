@@ -1,32 +1,26 @@
 """One pass over a shard -> its index: size, content hash, record table, entries.
 
-files, formats -> index -> manifest, plan.
-
-Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow
-beyond `cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come
-from the table.
+formats, record_table, splice -> index -> manifest, plan.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from shards import arrow, durable, files, formats
 from shards.cache import BlockCache
-from shards.decoders import RawRange
+from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
+from shards.kept import store, windows_path
 from shards.plan import Ints, greedy_groups
+from shards.record_table import RecordTable
+from shards.splice import Splice, SpliceCounts, Splicer
 
-INDEX_VERSION = 1
-INDEX_SUFFIX = ".index.json"
-LINE_FEED, SPACE = 10, 32
-WHITE_SPACE = np.zeros(256, np.bool_)  # what bytes.strip() takes away
-WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
-SLICE_BYTES = 1 << 16  # what is looked at in one go: fits the cache, and needs no fresh memory from the system
+INDEX_VERSION = 2
 
 Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the last call)
 
@@ -44,7 +38,10 @@ class ShardIndex(msgspec.Struct, frozen=True):
     num_records: int  # lines, a last one without line feed counted
     num_documents: int  # records that are not blank; bad ones are among them, since nothing is parsed here
     cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
-    entries: bytes  # [entries]: (compressed offset, raw offset), the shard's start first
+    checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; of a column: none
+    entries: bytes  # [entries]: (compressed offset, raw offset) where frames or members begin, the shard's start first
+    splices: tuple[Splice, ...] = ()  # entries inside them, in their order
+    splice_counts: SpliceCounts = SpliceCounts()
 
     def table(self) -> Ints:
         """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
@@ -53,91 +50,38 @@ class ShardIndex(msgspec.Struct, frozen=True):
     @property
     def num_entries(self) -> int:
         """Places from which decoding can start."""
-        return len(self.entries) // 16
+        return len(self.entries) // 16 + len(self.splices)
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
         """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
-        entry = (start, start)  # every byte of a plain file is an entry
+        entry, splice = (start, start), None  # every byte of a plain file is an entry
         if self.compression != "plain":
             entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
             offset, raw_offset = entries[int(np.searchsorted(entries[:, 1], start, side="right")) - 1].tolist()
             entry = (offset, raw_offset)
-        return RawRange(path, self.stat, self.compression, self.decoder_window, entry, start, stop)
+            number = bisect_right(self.splices, start, key=lambda splice: splice.raw_offset) - 1
+            splice = self.splices[number] if number >= 0 and self.splices[number].raw_offset > raw_offset else None
+        return RawRange(
+            path=path,
+            stat=self.stat,
+            compression=self.compression,
+            decoder_window=self.decoder_window,
+            entry=entry,
+            splice=splice,
+            start=start,
+            stop=stop,
+            checks=self._checks(start, stop),
+        )
 
-
-class RecordTable:
-    """Finds records and cells in raw bytes that come in chunks; keeps no bytes."""
-
-    def __init__(self, cell_bytes: int) -> None:
-        self._cell_bytes = cell_bytes
-        self.raw_bytes = self.num_records = self.num_documents = 0
-        self.cells: list[tuple[int, int]] = []
-        self._cell = (0, 0)  # (record, raw offset) where the open cell begins
-        self._last_end = 0  # raw offset after the last whole record
-        self._blank = True  # the record that the next chunk goes on with has held only white space so far
-
-    def feed(self, chunk: bytes) -> None:
-        """Takes the next raw bytes, at least one."""
-        whole = np.frombuffer(chunk, np.uint8)
-        for start in range(0, len(whole), SLICE_BYTES):
-            array = whole[start : start + SLICE_BYTES]
-            hits = array == LINE_FEED
-            count = int(np.count_nonzero(hits))
-            stop = self.raw_bytes + len(array)
-            # Counting is several times cheaper than finding; most slices hold no cell's end and no blank line.
-            crosses = stop > self._cell[1] + self._cell_bytes
-            suspect = self._blank or bool(((array[1:] <= SPACE) & hits[:-1]).any())
-            ends = np.flatnonzero(hits) + 1 if crosses or suspect else None
-            if suspect:
-                assert ends is not None
-                self._count_documents(array, ends)
-            else:
-                self.num_documents += count
-                self._blank = bool(hits[-1])
-            if crosses:
-                assert ends is not None
-                self._extend(ends + self.raw_bytes)
-            elif count:
-                self.num_records += count
-                self._last_end = self.raw_bytes + chunk.rfind(b"\n", start, start + len(array)) - start + 1
-            self.raw_bytes = stop
-
-    def finish(self) -> None:
-        """Takes note that no more bytes come: a last record without line feed ends here."""
-        if self._last_end < self.raw_bytes:
-            self.num_documents += not self._blank
-            self._extend(np.array([self.raw_bytes]))
-        if self._cell[1] < self.raw_bytes:
-            self.cells.append(self._cell)
-        self.cells.append((self.num_records, self.raw_bytes))
-
-    def _count_documents(self, array: npt.NDArray[np.uint8], ends: npt.NDArray[np.intp]) -> None:
-        """Counts the whole records that hold something, byte by byte."""
-        bounds = np.concatenate([[0], ends if not len(ends) or ends[-1] < len(array) else ends[:-1]])
-        filled = np.add.reduceat(~WHITE_SPACE[array], bounds, dtype=np.int64) > 0
-        filled[0] |= not self._blank
-        self.num_documents += int(filled[: len(ends)].sum())
-        self._blank = not filled[-1] if len(filled) > len(ends) else True
-
-    def _extend(self, ends: Ints) -> None:
-        """Adds whole records by their raw ends."""
-        first = self.num_records  # number of the record that ends[0] ends
-        self.num_records += len(ends)
-        last = 0  # ends[:last] are in cells already
-        while True:
-            fit = int(np.searchsorted(ends, self._cell[1] + self._cell_bytes, side="right"))
-            if fit == len(ends):
-                break
-            start = int(ends[fit - 1]) if fit > last else self._last_end if fit == 0 else self._cell[1]
-            self.cells.append(self._cell)
-            if start > self._cell[1]:
-                self._cell = (first + fit, start)
-            else:  # the cell is empty, so the record is longer than a cell: it makes one
-                self._cell = (first + fit + 1, int(ends[fit]))
-                fit += 1
-            last = fit
-        if len(ends):
-            self._last_end = int(ends[-1])
+    def _checks(self, start: int, stop: int) -> tuple[CellCheck, ...]:
+        """What the whole cells within raw bytes [start, stop) must be."""
+        if not self.checks:
+            return ()
+        bounds, hashes = self.table()[:, 1], np.frombuffer(self.checks, "<u8")
+        first, last = int(np.searchsorted(bounds, start)), int(np.searchsorted(bounds, stop, side="right")) - 1
+        return tuple(
+            CellCheck(int(bounds[cell]), int(bounds[cell + 1]), int(hashes[cell])) for cell in range(first, last)
+        )
 
 
 class _Watched:
@@ -161,6 +105,8 @@ def build(
     max_window: int,
     progress: Progress | None = None,
     cache: BlockCache | None = None,
+    windows: Path | None = None,
+    verify_entries: bool = True,
 ) -> ShardIndex:
     """Reads a shard once, from its first byte to its last.
 
@@ -169,6 +115,8 @@ def build(
         max_window: bytes of decoder window.
         progress: is told the compressed bytes as they are read.
         cache: of remote shards.
+        windows: file for the windows of splice points; None = no splice points.
+        verify_entries: compare what splice points give up to the next, and not only at their beginning.
     Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
     """
     if arrow.is_column(path):
@@ -177,21 +125,24 @@ def build(
     table = RecordTable(cell_bytes)
     entries: list[tuple[int, int]] = []
     window = formats.MIN_DECODER_BYTES
-
-    def on_entry(offset: int, raw_offset: int, frame_window: int) -> None:
-        nonlocal window
-        entries.append((offset, raw_offset))
-        window = max(window, frame_window)
-
     with files.open_shard(path, cache=cache) as file:
         watched = _Watched(path, file, progress)
-        peeked = formats.Peeked(watched, formats.zstd.MAX_HEADER_BYTES)
+        peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
-        for chunk in formats.decode(peeked, compression, path, max_window, on_entry=on_entry):
-            table.feed(chunk)
+        splicer = Splicer(compression if windows else "plain", before.size, verify_entries)
+        for piece in formats.pieces(peeked, compression, path, max_window):
+            splicer.see(piece)
+            if piece.begins:
+                entries.append((piece.offset, piece.raw_offset))
+                window = max(window, piece.window)
+            elif piece.raw:
+                table.feed(piece.raw)
         table.finish()
     if files.stat(path) != before:
         raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
+    splices = splicer.finish()
+    if windows and splices.splices:  # before the index, which must not name what is not there
+        store(windows, splices.windows)
     return ShardIndex(
         version=INDEX_VERSION,
         cell_bytes=cell_bytes,
@@ -203,7 +154,10 @@ def build(
         num_records=table.num_records,
         num_documents=table.num_documents,
         cells=np.array(table.cells, "<i8").tobytes(),
+        checks=np.array(table.checks, "<u8").tobytes(),
         entries=np.array(entries or [(0, 0)], "<i8").tobytes(),
+        splices=splices.splices,
+        splice_counts=splices.counts,
     )
 
 
@@ -227,6 +181,7 @@ def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> S
         num_records=num_records,
         num_documents=found.num_documents,
         cells=np.stack([firsts, offsets[firsts]], axis=1).astype("<i8").tobytes(),
+        checks=b"",
         entries=np.zeros((1, 2), "<i8").tobytes(),
     )
 
@@ -247,23 +202,29 @@ def obtain(
     verify: bool = False,
     progress: Progress | None = None,
     cache: BlockCache | None = None,
+    verify_entries: bool = True,
 ) -> ShardIndex:
     """The index of a shard: the stored one if it is still true, else a new one, which is stored.
 
     Args:
-        index_path: file where it is kept.
+        index_path: file where it is kept; the windows of splice points lie beside it.
         verify: hash the file even if its size and modification time agree with the stored index.
         cache: of remote shards.
+        verify_entries: see `build`.
     """
+
+    def fresh() -> ShardIndex:
+        return build(path, cell_bytes, max_window, progress, cache, windows_path(index_path), verify_entries)
+
     stored = load(index_path, cell_bytes)
     if stored is None or stored.stat.size != files.stat(path).size:
-        index = build(path, cell_bytes, max_window, progress, cache)
+        index = fresh()
     elif stored.stat == files.stat(path) and not verify:
         return stored
     elif content_hash(path, cache) == stored.content_hash:
         index = msgspec.structs.replace(stored, stat=files.stat(path))
     else:
-        index = build(path, cell_bytes, max_window, progress, cache)
+        index = fresh()
     store(index_path, msgspec.json.encode(index))
     return index
 
@@ -275,14 +236,3 @@ def load(index_path: Path, cell_bytes: int) -> ShardIndex | None:
     except (OSError, msgspec.MsgspecError):
         return None
     return stored if (stored.version, stored.cell_bytes) == (INDEX_VERSION, cell_bytes) else None
-
-
-def store(path: Path, data: bytes) -> None:
-    """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_atomically(path, data)
-    except OSError as error:
-        raise ShardError(
-            f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"
-        ) from None

@@ -1,6 +1,5 @@
 """The indexes of all shards of a source, made where they are missing, kept in one file. index -> manifest -> loader."""
 
-import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,8 @@ from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
-from shards.index import INDEX_SUFFIX, Progress, ShardIndex, load, obtain, store
+from shards.index import Progress, ShardIndex, load, obtain
+from shards.kept import digest, index_path, store
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
@@ -132,17 +132,6 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     return shards
 
 
-def index_path(path: str, index_dir: Path | None) -> Path:
-    """Where a shard's index is kept: `index_dir`, beside the shard, or (remote, read-only) the user's cache."""
-    folder, name = files.place(path)
-    if index_dir is None and os.access(folder, os.W_OK):
-        return Path(folder) / (name + INDEX_SUFFIX)
-    if index_dir is None:
-        index_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
-    # Shards of the same name in several folders must not share an index.
-    return index_dir / f"{name}.{_digest([folder])}{INDEX_SUFFIX}"
-
-
 def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, cell_bytes: int) -> None:
     """Writes the manifest of a list of shards."""
     data = msgspec.msgpack.encode(Manifest(paths, indexes))
@@ -150,12 +139,8 @@ def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, c
 
 
 def _manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) -> Path:
-    name = f"headrace-{_digest([str(cell_bytes), *(part for path in paths for part in files.place(path))])}.manifest"
+    name = f"headrace-{digest([str(cell_bytes), *(part for path in paths for part in files.place(path))])}.manifest"
     return index_path(paths[0], index_dir).with_name(name)
-
-
-def _digest(parts: list[str]) -> str:
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
 
 def _read(path: Path) -> dict[str, ShardIndex]:

@@ -13,8 +13,8 @@ from shards.decoders import Decoders
 from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.index import obtain
+from shards.kept import index_path
 from shards.loader import Loader
-from shards.manifest import index_path
 from shards.reader import Document, RecordParser
 from shards.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
     if arrow.is_column(path):
         records = Columns().records(raw_range, line - 1, 1, source)
     else:
-        decoders = Decoders(config.max_decoder_window, cache)
+        decoders = Decoders(config.max_decoder_window, cache, config.index_dir)
         raw = decoders.read(raw_range)
         decoders.close()
         records = RecordParser(source.text_key, source.id_key, source.source_from).parse(raw, first + 1)

@@ -149,7 +149,7 @@ def read_documents(
     parser = RecordParser(source.text_key, source.id_key, source.source_from) if source is not None else RecordParser()
     files.stat(path)
     with files.open_shard(path) as file:
-        peeked = formats.Peeked(file, formats.zstd.MAX_HEADER_BYTES)
+        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
         chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
         line = 1
         for block in _whole_lines(chunks):

@@ -49,7 +49,7 @@ class WindowMaker:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache))
+        self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache), config.index_dir)
         self._columns = Columns()
         self._decontaminator = None
         if config.decontaminate:

@@ -1,24 +1,22 @@
-"""Compressed shard -> raw bytes, from any entry. index and reader -> formats -> zstd, gzip, plain.
+"""Compressed shard -> raw bytes, from any entry. blocks, base -> zstd, gzip, plain -> formats -> decoders, index.
 
 The compression is told by the file's first bytes, not by its name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Protocol
 
 from shards.errors import ShardError
-from shards.formats import gzip, plain, zstd
+from shards.formats import blocks, gzip, plain, zstd
+from shards.formats.base import DECODE_ERRORS, Piece, Readable, Start
 
-MIN_DECODER_BYTES = 1 << 18  # buffers, and the window of gzip
+__all__ = ["DECODE_ERRORS", "Peeked", "Piece", "Readable", "Start", "decode", "detect", "pieces", "restart"]
 
-OnEntry = Callable[[int, int, int], None]  # (compressed offset, raw offset, bytes of window) of a place to start from
+MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the window of gzip
+MAX_HEADER_BYTES = blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
 
-
-class Readable(Protocol):
-    """The one method that decoding needs of a file."""
-
-    def read(self, size: int, /) -> bytes: ...
+SHARD_START = Start()
 
 
 class Peeked:
@@ -56,28 +54,36 @@ def detect(head: bytes, path: str) -> str:
     return "plain"
 
 
-def decode(
-    file: Readable,
-    compression: str,
-    path: str,
-    max_window: int,
-    entry: tuple[int, int] = (0, 0),
-    on_entry: OnEntry | None = None,
-) -> Iterator[bytes]:
-    """Yields the raw bytes of a shard in chunks, from an entry to the file's end.
+def pieces(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[Piece]:
+    """Yields what a shard's compressed bytes decode to, from a place in it to the file's end.
 
     Args:
-        file: stands at the entry's compressed offset.
+        file: stands at the start's compressed offset.
         compression: what `detect` said of the file's first bytes.
         path: for error messages.
         max_window: bytes of decoder window that may be needed (zstd only).
-        entry: (compressed offset, raw offset) where the file stands.
-        on_entry: called with each frame's or member's start, and the window it needs, as it is met.
+        start: a frame's or member's start, or a place inside it.
     Raises: ShardError where the bytes are damaged or end too soon, naming file and raw offset.
     """
     if compression == "zstd":
-        return zstd.decode(file, path, max_window, entry, on_entry)
+        return zstd.pieces(file, path, max_window, start)
     if compression == "gzip":
-        return gzip.decode(file, path, entry, on_entry)
+        return gzip.pieces(file, path, start)
     assert compression == "plain", compression
-    return plain.decode(file)
+    return plain.pieces(file, start)
+
+
+def decode(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[bytes]:
+    """Yields the raw bytes of a shard in chunks, none empty. Args, Raises: as `pieces`."""
+    return (piece.raw for piece in pieces(file, compression, path, max_window, start) if piece.raw)
+
+
+class Decompressor(Protocol):
+    """What turns compressed bytes into raw ones, as they come."""
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def restart(compression: str, start: Start) -> Decompressor:
+    """A decompressor that goes on inside a frame or member, as `pieces` does there."""
+    return (zstd if compression == "zstd" else gzip).restart(start.window, start.state)

@@ -1,63 +1,117 @@
-"""gzip members (RFC 1952) -> raw bytes, with their checksums checked. formats -> gzip."""
+"""gzip members (RFC 1952) -> raw bytes, with their checksums checked. base -> gzip -> formats.
 
-from __future__ import annotations
+Inside a member decoding can start where a block of deflate (RFC 1951) begins, given the 32 KiB before it. Such a place
+is any bit of a byte; empty blocks made for the purpose lead up to that bit.
+"""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
 from shards.errors import ShardError
-
-if TYPE_CHECKING:
-    from shards.formats import OnEntry, Readable
+from shards.formats.base import DECODE_ERRORS, Input, Piece, Readable, Start
 
 MAGIC = b"\x1f\x8b"
-CHUNK_BYTES = 1 << 17
 MAX_OUTPUT_BYTES = 1 << 20  # a chunk of zeros unpacks a thousandfold
 WINDOW_BYTES = 1 << 15
+TRAILER_BYTES = 8  # CRC-32 and size of a member
 GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
+DEFLATE_WBITS = -15  # neither
+
+# Empty blocks, as bits in the order of the stream. RFC 1951, section 3.2.6: a fixed one is BFINAL=0, BTYPE=01 and the
+# code 0000000 of the end. Section 3.2.7: a dynamic one of an odd number of bits is BFINAL=0, BTYPE=10, HLIT=0, HDIST=0,
+# HCLEN=14; lengths of 1 for the code lengths 18 (3rd of them) and 1 (18th), 0 for the others; 138 and 117 zeros, a 1
+# for literal 255, the end and a distance; the end.
+EMPTY_FIXED = "010" + "0000000"
+EMPTY_DYNAMIC = (
+    "001" + "00000" + "00000" + "0111"
+    + "000" * 2 + "100" + "000" * 14 + "100"
+    + "1" + f"{138 - 11:07b}"[::-1] + "1" + f"{117 - 11:07b}"[::-1] + "000"
+    + "1"
+)  # fmt: skip
 
 
-def decode(file: Readable, path: str, entry: tuple[int, int], on_entry: OnEntry | None) -> Iterator[bytes]:
-    """Yields raw bytes of all members from `entry` (a member's start) on. See `formats.decode`."""
-    offset, raw_offset = entry
-    data = file.read(CHUNK_BYTES)
-    while data:
-        member_data = data.lstrip(b"\0")  # zeros may pad a member, as tape tools do
-        offset += len(data) - len(member_data)
-        if len(member_data) < len(MAGIC) and (more := file.read(CHUNK_BYTES)):
-            data = member_data + more
-            continue
-        data = member_data
-        if not data:
-            return
-        if not data.startswith(MAGIC):
+def restart_state(bits: int, first: int) -> int:
+    """`Start.state` of a place inside a byte, from which on the deflate block's other bytes follow.
+
+    Args:
+        bits: of that byte that belong to the block before, 0 to 7.
+        first: that byte.
+    """
+    return first << 3 | bits
+
+
+def restart(window: bytes, state: int) -> "isal_zlib.Decompress":
+    """A decompressor that takes the bytes after the one that a block inside a member begins in.
+
+    Args:
+        window: 32 KiB of raw bytes before the block, or all that the member has.
+        state: from `restart_state`.
+    """
+    first, before = state >> 3, state & 7
+    bits = EMPTY_DYNAMIC * (before % 2)
+    bits += EMPTY_FIXED * ((before - len(bits)) // 2 % 4)
+    bits += f"{first:08b}"[::-1][before:]
+    assert len(bits) % 8 == 0, (len(bits), before)
+    member = isal_zlib.decompressobj(wbits=DEFLATE_WBITS, zdict=window)
+    member.decompress(bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8)))
+    return member
+
+
+def pieces(file: Readable, path: str, start: Start) -> Iterator[Piece]:
+    """Yields the pieces of all members from `start` on. See `formats.pieces`."""
+    source = Input(file, start.offset)
+    raw_offset = start.raw_offset
+    if start.window:
+        for piece in _member(source, path, restart(start.window, start.state), raw_offset):
+            raw_offset = piece.raw_offset + len(piece.raw)
+            yield piece
+        if len(source.take(TRAILER_BYTES)) < TRAILER_BYTES:
+            raise _truncated(source, path, raw_offset)
+    while head := _head_of_member(source):
+        if head != MAGIC:
             raise ShardError(
-                f"{path}: byte {offset} should begin a gzip member but holds {data[:2].hex(' ')}; "
+                f"{path}: byte {source.offset} should begin a gzip member but holds {head.hex(' ')}; "
                 f"the file is damaged after raw byte {raw_offset}, copy it again"
             )
-        if on_entry:
-            on_entry(offset, raw_offset, WINDOW_BYTES)
-        member = isal_zlib.decompressobj(wbits=GZIP_WBITS)
-        while True:
-            try:
-                raw = member.decompress(data, MAX_OUTPUT_BYTES)
-            except isal_zlib.error as error:  # type: ignore[misc]  # the stub calls the class an instance
-                raise ShardError(
-                    f"{path}: damaged gzip data near byte {offset}, raw byte {raw_offset} ({error}); copy it again"
-                ) from None
-            rest = member.unused_data if member.eof else member.unconsumed_tail
-            offset += len(data) - len(rest)
-            raw_offset += len(raw)
-            if raw:
-                yield raw
-            data = rest
-            if member.eof:
-                data = data or file.read(CHUNK_BYTES)
-                break
-            if not data and len(raw) < MAX_OUTPUT_BYTES and not (data := file.read(CHUNK_BYTES)):
-                raise ShardError(
-                    f"{path}: the file ends at byte {offset} inside a gzip member, after raw byte {raw_offset}; "
-                    "it is truncated, copy it again"
-                )
+        yield Piece(source.offset, raw_offset, b"", b"", WINDOW_BYTES, True)
+        for piece in _member(source, path, isal_zlib.decompressobj(wbits=GZIP_WBITS), raw_offset):
+            raw_offset = piece.raw_offset + len(piece.raw)
+            yield piece
+
+
+def _head_of_member(source: Input) -> bytes:
+    """The first two bytes of the next member; zeros may pad a member, as tape tools do. b"" at the file's end."""
+    while data := source.available():
+        member_data = data.lstrip(b"\0")
+        source.pass_over(len(data) - len(member_data))
+        if member_data:
+            return source.peek(len(MAGIC))
+    return b""
+
+
+def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset: int) -> Iterator[Piece]:
+    """Yields the pieces of the rest of a member, whose next byte `source` stands at."""
+    raw = b""
+    while not member.eof:
+        data = source.available()
+        if not data and len(raw) < MAX_OUTPUT_BYTES:
+            raise _truncated(source, path, raw_offset)
+        try:
+            raw = member.decompress(data, MAX_OUTPUT_BYTES)
+        except DECODE_ERRORS as error:
+            raise ShardError(
+                f"{path}: damaged gzip data near byte {source.offset}, raw byte {raw_offset} ({error}); copy it again"
+            ) from None
+        rest = member.unused_data if member.eof else member.unconsumed_tail
+        taken = data[: len(data) - len(rest)]
+        yield Piece(source.offset, raw_offset, taken, raw, WINDOW_BYTES, False)
+        source.pass_over(len(taken))
+        raw_offset += len(raw)
+
+
+def _truncated(source: Input, path: str, raw_offset: int) -> ShardError:
+    return ShardError(
+        f"{path}: the file ends at byte {source.offset} inside a gzip member, after raw byte {raw_offset}; "
+        "it is truncated, copy it again"
+    )

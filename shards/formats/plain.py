@@ -1,17 +1,13 @@
-"""Uncompressed JSON lines -> raw bytes. formats -> plain."""
-
-from __future__ import annotations
+"""Uncompressed JSON lines -> raw bytes. base -> plain -> formats."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from shards.formats import Readable
-
-CHUNK_BYTES = 1 << 18
+from shards.formats.base import CHUNK_BYTES, Piece, Readable, Start
 
 
-def decode(file: Readable) -> Iterator[bytes]:
-    """Yields the file's bytes in chunks; any byte is an entry of its own."""
+def pieces(file: Readable, start: Start) -> Iterator[Piece]:
+    """Yields the file's bytes from `start` on; any byte is an entry of its own."""
+    offset = start.offset
     while chunk := file.read(CHUNK_BYTES):
-        yield chunk
+        yield Piece(offset, offset, chunk, chunk, 0, False)
+        offset += len(chunk)

@@ -1,33 +1,27 @@
-"""zstd frames (RFC 8878, section 3) -> raw bytes. formats -> zstd.
+"""zstd frames (RFC 8878, section 3) -> raw bytes, block by block. blocks -> zstd -> formats.
 
 One decompressor per frame, because the library's streaming readers end silently on a truncated file and stop after the
-first frame; a frame is complete only if its decompressor says so.
+first frame; a frame is complete only if its decompressor says so. Feeding whole blocks bounds what comes out of one
+call (repeats unpack ten-thousandfold), and every bound of blocks is a place from which decoding might start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import zstandard
 
 from shards.errors import ShardError
+from shards.formats import blocks
+from shards.formats.base import CHUNK_BYTES, Input, Piece, Readable, Start
 
-if TYPE_CHECKING:
-    from shards.formats import OnEntry, Readable
-
-MAGIC = b"\x28\xb5\x2f\xfd"
-SKIPPABLE_MAGICS = tuple(bytes([low, 0x2A, 0x4D, 0x18]) for low in range(0x50, 0x60))  # section 3.1.2
-MAX_HEADER_BYTES = 18  # magic and frame header, section 3.1.1
-CHUNK_BYTES = 1 << 17
-FIRST_FEED_BYTES = 1 << 14  # grows while the frame lasts: a small frame ends within it
-MAX_OUTPUT_BYTES = 1 << 22  # feed less at a time where more comes out: repeats unpack ten-thousandfold
+PIECE_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
+MAX_OUTPUT_BYTES = 1 << 20  # of a piece
 MIN_WINDOW_BYTES = 1 << 10
+MIN_WINDOW_LOG = 10
 
 
 def starts_frame(head: bytes) -> bool:
     """True if `head` begins a zstd frame or a skippable frame."""
-    return head.startswith((MAGIC, *SKIPPABLE_MAGICS))
+    return head.startswith((blocks.MAGIC, *blocks.SKIPPABLE_MAGICS))
 
 
 def window_bytes(head: bytes) -> int:
@@ -38,66 +32,61 @@ def window_bytes(head: bytes) -> int:
     return max(MIN_WINDOW_BYTES, zstandard.get_frame_parameters(head).window_size)
 
 
-class _Input:
-    """Compressed bytes with a position, read in chunks."""
-
-    def __init__(self, file: Readable, offset: int) -> None:
-        self._file = file
-        self.offset = offset  # in the file, of the next byte that `take` gives
-        self._data = b""
-        self._next = 0  # position in _data: small frames must not copy what follows them again and again
-
-    def peek(self, size: int) -> bytes:
-        """The next `size` bytes without taking them; fewer only at the file's end."""
-        while len(self._data) - self._next < size and (more := self._file.read(CHUNK_BYTES)):
-            self._data = self._data[self._next :] + more
-            self._next = 0
-        return self._data[self._next : self._next + size]
-
-    def take(self, size: int) -> bytes:
-        """Up to `size` bytes; none only at the file's end."""
-        self.peek(1)
-        taken = self._data[self._next : self._next + size]
-        self._next += len(taken)
-        self.offset += len(taken)
-        return taken
-
-    def give_back(self, size: int) -> None:
-        """Undoes the last `size` bytes of the latest `take`."""
-        self._next -= size
-        self.offset -= size
+def restart_state(header: bytes) -> int:
+    """`Start.state` of places inside the frame with this header: its window's size, rounded up, and whether a checksum
+    ends it."""
+    window_log = max(MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
+    return window_log << 1 | blocks.has_checksum(header)
 
 
-def decode(
-    file: Readable, path: str, max_window: int, entry: tuple[int, int], on_entry: OnEntry | None
-) -> Iterator[bytes]:
-    """Yields raw bytes of all frames from `entry` (a frame's start) on. See `formats.decode`."""
-    source = _Input(file, entry[0])
-    raw_offset = entry[1]
-    while head := source.peek(MAX_HEADER_BYTES):
-        if head.startswith(SKIPPABLE_MAGICS):
+def restart(window: bytes, state: int) -> "zstandard.ZstdDecompressionObj":
+    """A decompressor that takes blocks from inside a frame.
+
+    Args:
+        window: raw bytes before the first of them, at most the frame's window.
+        state: from `restart_state`.
+    """
+    dictionary = zstandard.ZstdCompressionDict(window, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    frame = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=1 << (state >> 1)).decompressobj()
+    frame.decompress(blocks.made_header(state >> 1))
+    return frame
+
+
+def pieces(file: Readable, path: str, max_window: int, start: Start) -> Iterator[Piece]:
+    """Yields the pieces of all frames from `start` on. See `formats.pieces`."""
+    source = Input(file, start.offset)
+    raw_offset = start.raw_offset
+    if start.window:
+        frame = restart(start.window, start.state)
+        for piece in _blocks(source, path, frame, 1 << (start.state >> 1), raw_offset, bool(start.state & 1)):
+            raw_offset = piece.raw_offset + len(piece.raw)
+            yield piece
+    while head := source.peek(blocks.MAX_HEADER_BYTES):
+        if head.startswith(blocks.SKIPPABLE_MAGICS):
             _skip(source, path, raw_offset)
             continue
-        if not head.startswith(MAGIC):
+        if not head.startswith(blocks.MAGIC):
             raise ShardError(
                 f"{path}: byte {source.offset} should begin a zstd frame but holds {head[:4].hex(' ')}; "
                 f"the file is damaged or cut short after raw byte {raw_offset}, copy it again"
             )
         window = _window(source, path, max_window, raw_offset)
-        if on_entry:
-            on_entry(source.offset, raw_offset, window)
-        for raw in _decode_frame(source, path, window, raw_offset):
-            raw_offset += len(raw)
-            yield raw
+        offset, header = source.offset, source.take(blocks.frame_header_bytes(head))
+        frame = zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
+        _decompress(frame, header, path, offset, raw_offset)
+        yield Piece(offset, raw_offset, header, b"", window, True)
+        for piece in _blocks(source, path, frame, window, raw_offset, blocks.has_checksum(header)):
+            raw_offset = piece.raw_offset + len(piece.raw)
+            yield piece
 
 
-def _window(source: _Input, path: str, max_window: int, raw_offset: int) -> int:
+def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
     """Bytes of window of the frame that comes next. Raises: ShardError if it is more than allowed."""
-    head = source.peek(MAX_HEADER_BYTES)
+    head = source.peek(blocks.MAX_HEADER_BYTES)
     try:
         window = window_bytes(head)
     except zstandard.ZstdError as error:
-        if len(head) < MAX_HEADER_BYTES:
+        if len(head) < blocks.MAX_HEADER_BYTES:
             raise _truncated(source, path, raw_offset) from None
         raise ShardError(
             f"{path}: the header of the zstd frame at byte {source.offset} cannot be used ({error}); windows of up to "
@@ -112,43 +101,66 @@ def _window(source: _Input, path: str, max_window: int, raw_offset: int) -> int:
     return window
 
 
-def _decode_frame(source: _Input, path: str, window: int, raw_offset: int) -> Iterator[bytes]:
-    frame = zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
-    feed = FIRST_FEED_BYTES
+def _blocks(
+    source: Input, path: str, frame: "zstandard.ZstdDecompressionObj", window: int, raw_offset: int, checksum: bool
+) -> Iterator[Piece]:
+    """Yields the pieces of the rest of a frame, whose next block `source` stands at."""
     while not frame.eof:
-        data = source.take(feed)
-        if not data:
-            raise _truncated(source, path, raw_offset)
-        try:
-            raw = frame.decompress(data)
-        except zstandard.ZstdError as error:
-            raise ShardError(
-                f"{path}: damaged zstd data near byte {source.offset}, raw byte {raw_offset} ({error}); copy it again"
-            ) from None
-        if len(raw) > MAX_OUTPUT_BYTES:
-            feed = max(1, feed // 8)
-        elif feed < CHUNK_BYTES:
-            feed *= 2
+        offset = source.offset
+        parts: list[bytes] = []
+        size = raw_limit = 0
+        last = False
+        while not last and size < PIECE_BYTES and raw_limit + blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
+            head = source.peek(blocks.BLOCK_HEADER_BYTES)
+            last, kind, content, limit = blocks.block_header(head)
+            if len(head) == blocks.BLOCK_HEADER_BYTES and (
+                kind == blocks.RESERVED or max(content, limit) > blocks.MAX_BLOCK_BYTES
+            ):
+                raise _damaged(path, source.offset, raw_offset, "no block has such a header")
+            wanted = blocks.BLOCK_HEADER_BYTES + content + (blocks.CHECKSUM_BYTES if last and checksum else 0)
+            part = source.peek(wanted)
+            if len(part) < wanted:
+                if parts:  # what is whole is given out before the error, which comes with the next piece
+                    last = False
+                    break
+                source.take(wanted)
+                raise _truncated(source, path, raw_offset)
+            source.pass_over(wanted)
+            parts.append(part)
+            size, raw_limit = size + wanted, raw_limit + limit
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        raw = _decompress(frame, data, path, offset, raw_offset)
+        yield Piece(offset, raw_offset, data, raw, window, False)
         raw_offset += len(raw)
-        if raw:
-            yield raw
-    source.give_back(len(frame.unused_data))
+        if last != frame.eof:
+            raise _damaged(path, source.offset, raw_offset, "the frame does not end with its last block")
 
 
-def _skip(source: _Input, path: str, raw_offset: int) -> None:
+def _decompress(frame: "zstandard.ZstdDecompressionObj", data: bytes, path: str, offset: int, raw_offset: int) -> bytes:
+    try:
+        return frame.decompress(data)
+    except zstandard.ZstdError as error:
+        raise _damaged(path, offset, raw_offset, str(error)) from None
+
+
+def _skip(source: Input, path: str, raw_offset: int) -> None:
     """Passes over a skippable frame: magic, 4 bytes of size (little-endian), that many bytes."""
     header = source.take(8)
     left = int.from_bytes(header[4:8], "little")
     if len(header) < 8:
         raise _truncated(source, path, raw_offset)
     while left:
-        taken = source.take(left)
+        taken = source.take(min(left, CHUNK_BYTES))
         if not taken:
             raise _truncated(source, path, raw_offset)
         left -= len(taken)
 
 
-def _truncated(source: _Input, path: str, raw_offset: int) -> ShardError:
+def _damaged(path: str, offset: int, raw_offset: int, reason: str) -> ShardError:
+    return ShardError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); copy it again")
+
+
+def _truncated(source: Input, path: str, raw_offset: int) -> ShardError:
     return ShardError(
         f"{path}: the file ends at byte {source.offset} inside a zstd frame, after raw byte {raw_offset}; "
         "it is truncated, copy it again"

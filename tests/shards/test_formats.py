@@ -15,7 +15,7 @@ MAX_WINDOW = 128 << 20
 
 
 def decode(data: bytes, path: str = "x.jsonl.zst", max_window: int = MAX_WINDOW) -> bytes:
-    file = formats.Peeked(io.BytesIO(data), formats.zstd.MAX_HEADER_BYTES)
+    file = formats.Peeked(io.BytesIO(data), formats.MAX_HEADER_BYTES)
     return b"".join(formats.decode(file, formats.detect(file.head, path), path, max_window))
 
 

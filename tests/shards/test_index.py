@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shards import Loader, ShardError, files, index, manifest
 from shards.decoders import Decoders
 from shards.index import build
+from shards.record_table import RecordTable
 from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 PIECES = st.lists(
@@ -38,7 +39,7 @@ def reference_cells(raw: bytes, cell_bytes: int) -> list[tuple[int, int]]:
 @given(pieces=PIECES, cell_bytes=st.integers(1, 80), step=st.integers(1, 50))
 def test_cells_and_counts_do_not_depend_on_how_bytes_arrive(pieces: list[bytes], cell_bytes: int, step: int) -> None:
     raw = b"".join(pieces)
-    table = index.RecordTable(cell_bytes)
+    table = RecordTable(cell_bytes)
     for i in range(0, len(raw), step):
         table.feed(raw[i : i + step])
     table.finish()

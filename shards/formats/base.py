@@ -1,0 +1,68 @@
+"""What the formats share: the file they read, where they start, the pieces they give. base -> zstd, gzip, plain."""
+
+from typing import NamedTuple, Protocol, cast
+
+import zstandard
+from isal import isal_zlib
+
+CHUNK_BYTES = 1 << 17  # read at a time
+# The stub of isal calls the class an instance.
+DECODE_ERRORS = (zstandard.ZstdError, cast(type[Exception], isal_zlib.error))
+
+
+class Readable(Protocol):
+    """The one method that decoding needs of a file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Start(NamedTuple):
+    """A place from which decoding can start: by itself where a frame begins, else with what stands before it."""
+
+    offset: int = 0  # in the compressed file
+    raw_offset: int = 0
+    window: bytes = b""  # raw bytes before it that what follows may refer to; b"" where a frame or member begins
+    state: int = 0  # inside a frame or member, what else its format must know: for `restart`
+
+
+class Piece(NamedTuple):
+    """Compressed bytes that follow those of the piece before, and what they decode to."""
+
+    offset: int  # in the compressed file, of `data`
+    raw_offset: int  # of `raw`
+    data: bytes
+    raw: bytes  # at most 1 MiB; b"" for a frame's or member's header
+    window: int  # raw bytes that the frame or member may refer back
+    begins: bool  # `data` begins a frame or member, so that decoding can start here
+
+
+class Input:
+    """Compressed bytes with a position, read in chunks."""
+
+    def __init__(self, file: Readable, offset: int) -> None:
+        self._file = file
+        self.offset = offset  # in the file, of the next byte that `take` gives
+        self._data = b""
+        self._next = 0  # position in _data: small frames must not copy what follows them again and again
+
+    def available(self) -> bytes:
+        """The next bytes without taking them, as many as are at hand; none only at the file's end."""
+        return self._data[self._next :] or (self.peek(1) and self._data[self._next :])
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes without taking them; fewer only at the file's end."""
+        while len(self._data) - self._next < size and (more := self._file.read(CHUNK_BYTES)):
+            self._data = self._data[self._next :] + more
+            self._next = 0
+        return self._data[self._next : self._next + size]
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the file's end."""
+        taken = self.peek(size)
+        self.pass_over(len(taken))
+        return taken
+
+    def pass_over(self, size: int) -> None:
+        """Leaves out `size` bytes that `peek` has shown."""
+        self._next += size
+        self.offset += size

@@ -1,0 +1,75 @@
+"""Finds where a block of deflate begins in gzip data whose decoded bytes are known. gzip -> deflate -> splice.
+
+Blocks are not marked and begin at any bit. What cannot be the header of one with dynamic Huffman codes (RFC 1951,
+section 3.2.7), as nearly all are, is ruled out by arithmetic on all bits at once; the few places that are left are
+decoded from: what is no block fails within a few bytes, or gives other bytes than the known ones.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.formats import gzip
+from shards.formats.base import DECODE_ERRORS, Start
+
+STEP_BYTES = 1 << 13  # looked at in one go; blocks are 20 to 40 KiB
+HEADER_BITS = 17 + 19 * 3  # BFINAL to HCLEN, and the longest list of code length lengths
+
+
+def find_starts(
+    data: bytes, raw: bytes, before: bytes, offset: int, raw_offset: int, search_bytes: int
+) -> Iterator[Start]:
+    """Yields places in order from which `data` can be decoded; where that gives `raw`'s end, it is a place to keep.
+
+    Args:
+        data: compressed bytes inside one member.
+        raw: all that they decode to; `before`: the bytes before that.
+        offset, raw_offset: of `data` and `raw` in the shard.
+        search_bytes: how much of `data` to look through.
+    """
+    for first in range(0, min(search_bytes, len(data)), STEP_BYTES):
+        part = np.frombuffer(data[first : first + STEP_BYTES + HEADER_BITS // 8 + 1], np.uint8)
+        for bit in _dynamic_headers(part, STEP_BYTES * 8):
+            at = first + bit // 8
+            state = gzip.restart_state(bit % 8, data[at])
+            length = _decoded_bytes(data[at + 1 :], state)
+            if length is not None and length <= len(raw):
+                split = len(raw) - length
+                window = (before + raw[:split])[-gzip.WINDOW_BYTES :]
+                yield Start(offset + at + 1, raw_offset + split, window, state)
+
+
+def _decoded_bytes(data: bytes, state: int) -> int | None:
+    """How many bytes `data` decodes to from there, whatever stands before; None if it cannot be decoded."""
+    try:
+        member = gzip.restart(bytes(gzip.WINDOW_BYTES), state)
+        length = len(member.decompress(data))
+    except DECODE_ERRORS:
+        return None
+    return None if member.eof else length
+
+
+def _dynamic_headers(data: npt.NDArray[np.uint8], limit: int) -> list[int]:
+    """The bits, below `limit`, at which the header of a block with dynamic codes that is not the last may begin."""
+    bits = np.unpackbits(data, bitorder="little")
+    count = min(limit, len(bits) - HEADER_BITS)
+    if count <= 0:
+        return []
+
+    def at(shift: int) -> npt.NDArray[np.uint8]:
+        return bits[shift : shift + count]
+
+    # BFINAL=0, BTYPE=10 (low bit first); HLIT and HDIST of 30 and 31 are none.
+    fits = (at(0) | at(1) | at(2) ^ 1) == 0
+    fits &= (at(4) & at(5) & at(6) & at(7)) == 0
+    fits &= (at(9) & at(10) & at(11) & at(12)) == 0
+    found = np.flatnonzero(fits)
+    lengths = sum((bits[found + 13 + i].astype(np.int32) << i for i in range(4)), np.zeros(len(found), np.int32)) + 4
+    # The code lengths' own code must be complete: sum of 2^-length = 1.
+    total = np.zeros(len(found), np.int32)
+    for i in range(19):
+        triple = found + 17 + 3 * i
+        length = bits[triple] | bits[triple + 1] << 1 | bits[triple + 2] << 2
+        total += np.where((length > 0) & (i < lengths), 128 >> length.astype(np.int32), 0)
+    return [int(bit) for bit in found[total == 128]]

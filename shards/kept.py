@@ -1,0 +1,43 @@
+"""Where Headrace keeps what it found out about a shard, and how it writes that. files -> kept -> index, decoders."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from shards import durable, files
+from shards.errors import ShardError
+
+INDEX_SUFFIX = ".index.json"
+WINDOWS_SUFFIX = ".windows"
+
+
+def index_path(path: str, index_dir: Path | None) -> Path:
+    """Where a shard's index is kept: `index_dir`, beside the shard, or (remote, read-only) the user's cache."""
+    folder, name = files.place(path)
+    if index_dir is None and os.access(folder, os.W_OK):
+        return Path(folder) / (name + INDEX_SUFFIX)
+    if index_dir is None:
+        index_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+    # Shards of the same name in several folders must not share an index.
+    return index_dir / f"{name}.{digest([folder])}{INDEX_SUFFIX}"
+
+
+def windows_path(index: Path) -> Path:
+    """Where the windows of a shard's splice points are kept, given where its index is."""
+    return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + WINDOWS_SUFFIX)
+
+
+def digest(parts: list[str]) -> str:
+    """A short name for a list of names."""
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
+def store(path: Path, data: bytes) -> None:
+    """Writes an index, windows or a manifest. Raises: ShardError if the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_atomically(path, data)
+    except OSError as error:
+        raise ShardError(
+            f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"
+        ) from None

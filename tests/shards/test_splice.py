@@ -1,0 +1,219 @@
+"""Splice points: what is read from them is what is read from the start; and where it is not, it is not delivered."""
+
+import gzip
+import itertools
+from pathlib import Path
+
+import msgspec
+import pytest
+import zstandard
+
+from shards import Loader, ShardError, files, formats, kept, splice
+from shards.decoders import Decoders
+from shards.formats import Start, blocks, zstd
+from shards.index import ShardIndex, build
+from tests.shards.corpora import SAMPLE, config
+
+CELL = 1 << 16
+MAX_WINDOW = 1 << 27
+
+
+def zstandard_all(data: bytes) -> bytes:
+    """What zstd data of any number of frames decodes to, by the library's own reader."""
+    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(data, read_across_frames=True).read()
+
+
+TEXT = b"".join(zstandard_all(path.read_bytes())[: 1 << 20] for path in sorted(SAMPLE.glob("*.zst"))[:4])
+
+
+@pytest.fixture(autouse=True)
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries every 256 KiB, whatever they cost."""
+    for name, value in {"MIN_GAP_BYTES": 1 << 18, "SPACING_BYTES": 1 << 18, "WINDOWS_PER_GAP": 0}.items():
+        monkeypatch.setattr(splice, name, value)
+    monkeypatch.setattr(splice, "share", lambda size, packed: 1e9)
+    monkeypatch.setattr(splice, "GATHERED_BYTES", 1 << 16)
+    monkeypatch.setattr(splice, "TRIAL_BYTES", 1 << 17)
+
+
+def compressed(raw: bytes, level: int = 3, block_bytes: int = 0, **parameters: int | bool) -> bytes:
+    """One zstd frame, cut into blocks by flushes where `block_bytes` is given."""
+    chosen = zstandard.ZstdCompressionParameters.from_level(level, write_content_size=False, **parameters)
+    stream = zstandard.ZstdCompressor(compression_params=chosen).compressobj()
+    step = block_bytes or len(raw)
+    parts = [
+        stream.compress(raw[i : i + step]) + (stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) if block_bytes else b"")
+        for i in range(0, len(raw), step)
+    ]
+    return b"".join(parts) + stream.flush()
+
+
+SHARDS = {
+    "level 1, checksum": compressed(TEXT, 1, write_checksum=True),
+    "level 3, window of 128 KiB": compressed(TEXT, 3, window_log=17),
+    "level 19, small blocks": compressed(TEXT[: 1 << 21], 19, block_bytes=20_000, window_log=18),
+    "long mode": compressed(TEXT, 3, window_log=27, enable_ldm=True),
+    "two frames": compressed(TEXT, 3) + compressed(TEXT, 5, write_checksum=True),
+    "gzip": gzip.compress(TEXT, 6),
+    "two gzip members": gzip.compress(TEXT, 1) + gzip.compress(TEXT, 9),
+}
+
+
+def indexed(folder: Path, data: bytes, verify: bool = True) -> tuple[str, ShardIndex]:
+    path = folder / "a.jsonl.zst"
+    path.write_bytes(data)
+    windows = kept.windows_path(kept.index_path(str(path), None))
+    return str(path), build(str(path), CELL, MAX_WINDOW, windows=windows, verify_entries=verify)
+
+
+def raw_of(data: bytes) -> bytes:
+    return zstandard_all(data) if data.startswith(blocks.MAGIC) else gzip.decompress(data)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", SHARDS)
+def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: str, verify: bool) -> None:
+    data = SHARDS[name]
+    path, index = indexed(tmp_path, data, verify)
+    raw = raw_of(data)
+    assert index.raw_bytes == len(raw)
+    assert len(index.splices) >= 3
+    ends = [found.raw_offset for found in index.splices[1:]] + [len(raw)]
+    for found, end in zip(index.splices, ends, strict=True):
+        decoders = Decoders(MAX_WINDOW)
+        wanted = index.raw_range(path, found.raw_offset, end if verify else min(end, found.raw_offset + 100_000))
+        assert wanted.splice == found
+        assert decoders.read(wanted) == raw[wanted.start : wanted.stop]
+        assert decoders.read(index.raw_range(path, len(raw) - 5, len(raw))) == raw[-5:]  # over frames' ends
+        assert decoders.replays == 0
+
+
+@pytest.mark.parametrize(("level", "block_bytes"), [(16, 5_000), (19, 2_000)])
+def test_headers_tell_exactly_which_blocks_refer_to_trees_and_tables_from_before(level: int, block_bytes: int) -> None:
+    data = compressed(TEXT[: 200 * block_bytes], level, block_bytes)
+    found, window, state = [], b"", 0
+    for piece in formats.pieces(formats.Peeked(_File(data), 18), "zstd", "x", MAX_WINDOW):
+        if piece.begins:
+            state = zstd.restart_state(piece.data)
+            continue
+        if window:
+            try:
+                zstd.restart(window, state).decompress(piece.data[: _first_block_bytes(piece.data)])
+                decoded = True
+            except zstandard.ZstdError:
+                decoded = False
+            found.append((blocks.stands_alone(piece.data), decoded))
+        window += piece.raw
+    assert {alone for alone, _ in found} == {True, False}
+    assert all(alone == decoded for alone, decoded in found)
+
+
+def _first_block_bytes(data: bytes) -> int:
+    return blocks.BLOCK_HEADER_BYTES + blocks.block_header(data)[2]
+
+
+class _File:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read(self, size: int) -> bytes:
+        part, self._data = self._data[:size], self._data[size:]
+        return part
+
+
+def test_a_small_frame_that_unpacks_to_much_comes_in_bounded_pieces() -> None:
+    data = compressed(bytes(64 << 20))
+    assert len(data) < 1 << 14
+    sizes = [len(chunk) for chunk in formats.decode(_File(data), "zstd", "x", MAX_WINDOW)]
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= zstd.MAX_OUTPUT_BYTES
+
+
+@pytest.mark.parametrize("name", ["level 3, window of 128 KiB", "gzip"])
+def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    path, index = indexed(tmp_path, SHARDS[name])
+    raw = raw_of(SHARDS[name])
+    found = index.splices[1]
+    windows = kept.windows_path(kept.index_path(path, None))
+    packed = bytearray(windows.read_bytes())
+    window = splice.read_window(windows, found)
+    # A window that is whole, and another: as many bytes, packed into as many.
+    other = zstandard.ZstdCompressor(level=0, write_checksum=True).compress(window[::-1])[: found.packed_bytes]
+    for wrong in (other.ljust(found.packed_bytes, b"\0"), None, b"\0" * found.packed_bytes):
+        caplog.clear()
+        if wrong is None:
+            windows.unlink()
+        else:
+            packed[found.position : found.position + found.packed_bytes] = wrong
+            windows.write_bytes(packed)
+        decoders = Decoders(MAX_WINDOW)
+        cells = [int(bound) for bound in index.table()[:, 1] if bound >= found.raw_offset][:4]
+        for start, stop in itertools.pairwise(cells):
+            assert decoders.read(index.raw_range(path, start, stop)) == raw[start:stop]
+        assert decoders.replays == 1
+        assert caplog.text.count(f"its entry at raw byte {found.raw_offset} is not used") == 1
+
+
+def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if an entry decodes without error to something else, as stale repeat offsets can."""
+    path, index = indexed(tmp_path, SHARDS["level 3, window of 128 KiB"])
+    raw = raw_of(SHARDS["level 3, window of 128 KiB"])
+    pieces = formats.pieces
+
+    def lying(*args: object) -> object:
+        start = args[4]
+        assert isinstance(start, Start)
+        for piece in pieces(*args):  # type: ignore[arg-type]
+            yield piece._replace(raw=piece.raw.replace(b"e", b"o")) if start.window else piece
+
+    monkeypatch.setattr(formats, "pieces", lying)
+    replays = 0
+    for start, stop in itertools.pairwise(index.table()[:, 1].tolist()):
+        decoders = Decoders(MAX_WINDOW)
+        assert decoders.read(index.raw_range(path, start, stop)) == raw[start:stop]
+        replays += decoders.replays
+    assert replays > len(index.splices)
+
+
+def test_flipped_bits_that_no_format_notices_are_noticed_by_the_index(tmp_path: Path) -> None:
+    path, index = indexed(tmp_path, TEXT)  # not compressed
+    broken = TEXT.replace(b" the ", b" teh ", 1)
+    assert len(broken) == len(TEXT)
+    Path(path).write_bytes(broken)
+    index = msgspec.structs.replace(index, stat=files.stat(path))
+    with pytest.raises(ShardError, match=r"raw bytes 0 to \d+ are not those that were indexed"):
+        Decoders(MAX_WINDOW).read(index.raw_range(path, 0, len(TEXT)))
+
+
+def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(SHARDS["level 1, checksum"])
+    data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
+    streams = []
+    for _ in range(2):
+        with Loader(data, 8) as loader:
+            batches = [(batch.row_hash, batch.state) for batch in itertools.islice(loader, 40)]
+            streams.append((loader.fingerprint, batches))
+        index_path = kept.index_path(str(path), None)
+        found = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
+        if not found.splices:
+            break
+        index_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, splices=())))
+        kept.windows_path(index_path).unlink()
+        for manifest in tmp_path.glob("*.manifest"):
+            manifest.unlink()
+    assert len(streams) == 2
+    assert streams[0] == streams[1]
+
+
+def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(splice, "MIN_GAP_BYTES", 1 << 17)
+    monkeypatch.setattr(splice, "WINDOWS_PER_GAP", 0)
+    for window_log, least, most in ((10, 8, splice.SHARE), (17, 1, splice.SMALL_SHARE), (27, 0, 0.0)):
+        _, index = indexed(tmp_path, compressed(TEXT * 2, 3, window_log=window_log))
+        taken = sum(found.packed_bytes for found in index.splices)
+        assert len(index.splices) >= least
+        assert taken <= most * index.stat.size
