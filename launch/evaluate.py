@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pretrain import log, topology
 from pretrain.checkpoint.store import CheckpointStore
@@ -249,7 +249,7 @@ def _print_table(records: Records) -> None:
     if not records:
         return
     last = records[-1]["step"]
-    table = Table("domain", title=f"{records[-1]['suite']}, step {last}")
+    table = Table(Column("domain", overflow="fold"), title=f"{records[-1]['suite']}, step {last}")
     for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
         table.add_column(head, justify="right")
     for record in records:
@@ -283,7 +283,10 @@ def compare_runs(arguments: argparse.Namespace) -> None:
             _logger.warning("%s was not scored on %s", root, ", ".join(domains))
     differences = compare.compare(found[0], found[1])
     names = tuple(f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
-    table = Table("domain", title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents")
+    table = Table(
+        Column("domain", overflow="fold"),
+        title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",
+    )
     for head in (*names, "difference", "from", "to", "documents"):
         table.add_column(head, justify="right")
     for item in differences:

@@ -49,7 +49,9 @@ def print_report(config: RunConfig, report: Report) -> None:
     console = Console(soft_wrap=True)
     evals = list(report.folder.evals.read())
     if evals:
-        first, last = evals[0]["step"], evals[-1]["step"]
+        evals = [e for e in evals if e["suite"] == evals[0]["suite"]]  # others are of launch/evaluate.py
+        steps = [int(str(e["step"])) for e in evals]
+        first, last = min(steps), max(steps)
         console.print(
             domain_table([e for e in evals if e["step"] == first], [e for e in evals if e["step"] == last]),
         )

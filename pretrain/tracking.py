@@ -209,6 +209,8 @@ class Tracker:
     def _open(self) -> None:
         """Opens a session and brings wandb up to the JSONL files."""
         self._run, self._last_step = self._start()
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
         self._fill_gap()
 
     def _start(self) -> tuple[wandb.Run, int]:
@@ -234,7 +236,7 @@ class Tracker:
     def _init(self, mode: Literal["online", "offline"]) -> wandb.Run:
         import wandb
 
-        run = wandb.init(
+        return wandb.init(
             mode=mode,
             id=self._id,
             resume="allow",
@@ -254,9 +256,6 @@ class Tracker:
                 x_disable_stats=not self._config.system_metrics,
             ),
         )
-        run.define_metric("step", hidden=True)
-        run.define_metric("*", step_metric="step")
-        return run
 
 
 def _late_rows(run: wandb.Run) -> int:

@@ -1,0 +1,103 @@
+"""Evaluation in the loop leaves the training as it is; evaluation after the fact finds what the loop has found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.evaluation.scores import DocumentScores
+from pretrain.run_folder import RunFolder
+from pretrain.topology import free_port
+from tests.distributed.ranks import ROOT, rank_environment
+from tests.distributed.test_resume import Run, wait
+
+# One run for all of them, on which they work one after the other
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("evaluate_run")]
+
+FAST = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", "precision=fp32", "data.num_workers=0")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of six steps with dropout that is evaluated before, between and after them."""
+    run = Run(tmp_path_factory.mktemp("evaluated"), world_size=1)
+    run.finish(*FAST, "evaluation.every=2", "wandb.mode=offline", "wandb.system_metrics=false")
+    return run
+
+
+def evaluate(*arguments: str, world_size: int = 1) -> str:
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "launch/evaluate.py", *arguments],
+            cwd=ROOT,
+            env=rank_environment(rank, world_size, port) | {"COLUMNS": "200"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]
+    return wait(processes, [0])
+
+
+def evals(folder: Path) -> dict[tuple[int, str, str], dict]:
+    lines = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    found = {(line["step"], line["suite"], line["domain"]): line for line in lines}
+    assert len(found) == len(lines), "each figure stands once"
+    return found
+
+
+def test_steps_after_an_evaluation_are_bit_identical_to_those_without(evaluated: Run, tmp_path: Path) -> None:
+    plain = Run(tmp_path, world_size=1)
+    plain.finish(*FAST, "evaluation.suite=null")
+    assert plain.figures() == evaluated.figures()
+    assert len(evals(evaluated.folder / "resumed")) == 4 * 4  # steps 0, 2, 4, 6; two domains and two averages
+    assert not (tmp_path / "resumed" / "evals.jsonl").exists()
+
+
+def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: Run) -> None:
+    folder = RunFolder(evaluated.folder / "resumed")
+    before = evals(folder.root)
+    # The same documents under another name: what the loop has scored is not scored again
+    (evaluated.folder / "again.yaml").write_text(
+        json.dumps({"sources": [{"name": name, "path": f"suite/{name}"} for name in ("code", "wiki")]})
+    )
+    suite = str(evaluated.folder / "again.yaml")
+    command = ("--run", str(folder.root), "--suite", suite)
+    assert "wiki" in evaluate(*command, "--steps", "2,6", "--tp", "2", world_size=2)
+    after = evals(folder.root)
+    for step in (2, 6):
+        for domain in ("code", "wiki", "macro", "micro"):
+            one, two = before[step, "suite", domain], after[step, "again", domain]
+            assert two["nll_per_token"] == pytest.approx(one["nll_per_token"], rel=1e-5), (step, domain)
+            assert two["tokens"] == one["tokens"]
+    assert {key for key in after if key[1] == "suite"} == set(before)
+    assert "stands in" in evaluate(*command)
+    rows = wandb_rows(folder.wandb)
+    late = [row for row in rows if "eval-again/wiki/perplexity" in row]
+    assert [row["eval_step"] for row in late] == [2, 6]
+    assert all("step" not in row for row in late), "a training that goes on must not take them for its own"
+    assert any(key.startswith("eval-again/domains") for row in rows for key in row)
+
+
+def wandb_rows(folder: Path) -> list[dict]:
+    rows = []
+    for file in sorted(folder.glob("offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        rows += [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line]
+    return rows
+
+
+def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -> None:
+    """Runs after the test above, on lines that stand out of order."""
+    folder = RunFolder(evaluated.folder / "resumed")
+    kept = {key for key in evals(folder.root) if key[0] <= 4}
+    folder.evals.cut_back(4)
+    assert set(evals(folder.root)) == kept
+    assert DocumentScores.load(folder.document_scores(4, "suite")).suite == "suite"
