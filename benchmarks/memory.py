@@ -1,12 +1,12 @@
 """How much memory the loader of one rank takes, its workers counted: `python benchmarks/memory.py`.
 
     document    a shard with one document of 100 MB among short ones, as .zst and as .gz: indexed and read to its end
-    many        64 lanes x 8 sources at seq_len 4096: until all windows are open, and 1,000 windows more
+    many        64 lanes x 8 sources at seq_len 4096: until 512 windows were opened, and 1,000 more
 
 The loading process and its workers are watched from outside. `PSS` counts a page that n processes share as 1/n;
 `peaks` adds up the most that each process ever held (VmHWM), whenever that was, with pages they share counted in each:
 no moment can have taken more. Exits with 1 if a bound is not kept: 1.5 GB for the document, 2 GB for the rest, and
-less than 5 % growth.
+less than 5 % growth over the last 800 windows.
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def measure_many(command: list[str]) -> bool:
         found = [sight.pss for sight in sights if start <= sight.windows < start + WINDOWS // 5]
         medians.append(statistics.median(found))
         print(f"|   windows {start} to {start + WINDOWS // 5}, median | {medians[-1] / 1e9:.2f} | |", flush=True)
-    growth = medians[-1] / medians[0] - 1
-    print(f"|   growth over {WINDOWS} windows, % | {100 * growth:.1f} | |", flush=True)
+    # The first fifth still has the allocator's room for windows that are freed in another order than they came.
+    growth = medians[-1] / medians[1] - 1
+    print(f"|   growth over the last {WINDOWS * 4 // 5} windows, % | {100 * growth:.1f} | |", flush=True)
     return most < MANY_BOUND and growth < GROWTH_BOUND
 
 

@@ -48,10 +48,13 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
     return list(shards)
 
 
-def stat(path: str) -> Stat:
-    """Size and stamp of a shard. Raises: ShardError if it is missing, a folder, or may not be read."""
+def stat(path: str, fresh: bool = False) -> Stat:
+    """Size and stamp of a shard, of a remote one maybe as it was last listed unless `fresh`.
+
+    Raises: ShardError if it is missing, a folder, or may not be read.
+    """
     if remote.is_remote(path):
-        return Stat(*remote.stat(path))
+        return Stat(*remote.stat(path, fresh))
     path = arrow.file_of(path)
     try:
         found = os.stat(path)
@@ -64,7 +67,7 @@ def stat(path: str) -> Stat:
 
 def check_unchanged(path: str, indexed: Stat) -> None:
     """Raises: ShardError if a shard is not as it was when it was indexed."""
-    found = stat(path)
+    found = stat(path, fresh=True)
     if found != indexed:
         raise ShardError(
             f"{path}: changed after it was indexed (size {indexed.size} -> {found.size} bytes, "

@@ -31,13 +31,21 @@ def is_remote(path: str) -> bool:
 def expand(pattern: str) -> list[str]:
     """The URLs that a glob matches, sorted. Raises: ShardError if the listing fails for good."""
     system, path = _system(pattern)
+    system.invalidate_cache()  # of listings, which fsspec remembers for the life of the process
     found = _persist(pattern, lambda: system.glob(path))
     return sorted(str(system.unstrip_protocol(name)) for name in found)
 
 
-def stat(url: str) -> tuple[int, str]:
-    """(size in bytes, stamp that changes with the content). Raises: ShardError if it is missing or has no size."""
+def stat(url: str, fresh: bool = False) -> tuple[int, str]:
+    """(size in bytes, stamp that changes with the content).
+
+    Args:
+        fresh: asks the server, also where the listing that a glob was expanded from has told both.
+    Raises: ShardError if it is missing or has no size.
+    """
     system, path = _system(url)
+    if fresh:
+        system.invalidate_cache(path)
     info = _persist(url, lambda: system.info(path))
     if info.get("type") == "directory":
         raise ShardError(f"{url}: is a folder, not a shard; name the files in it, e.g. {url.rstrip('/')}/*.jsonl.zst")
@@ -106,10 +114,11 @@ class RemoteFile:
         """Bytes [start, stop), or what the server gives instead."""
         if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
             return kept
-        data = bytes(self._system.cat_file(self._path, start, stop))
+        # By name, since S3's second argument is another.
+        data = bytes(self._system.cat_file(self._path, start=start, end=stop))
         if self._cache and len(data) == stop - start:
-            self._system.invalidate_cache(self._path)  # a listing that fsspec remembers would hide a change
-            if stat(self._url) == (self._size, self._stamp):  # else they may be of another file than the stamp
+            unchanged = stat(self._url, fresh=True) == (self._size, self._stamp)
+            if unchanged:  # else they may be of another file than the stamp
                 self._cache.put(self._url, self._size, self._stamp, start, data)
         return data
 

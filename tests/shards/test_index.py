@@ -137,7 +137,7 @@ def test_other_ranks_read_the_manifest_and_look_at_no_shard(
         expected = loader.fingerprint, next(loader).row_hash
     seen: list[str] = []
     stat = files.stat
-    monkeypatch.setattr(files, "stat", lambda path: seen.append(path) or stat(path))
+    monkeypatch.setattr(files, "stat", lambda path, fresh=False: seen.append(path) or stat(path, fresh))
     with Loader(data, 2, prepared=prepared) as loader:
         assert loader.fingerprint == expected[0]
         assert not seen
