@@ -21,6 +21,9 @@ from shards.plan import integer_weights, lane_phase, mixing_sequence
 WEIGHTS = (0.5, 0.3, 0.15, 0.05)
 LANES = (8, 64, 256, 1024)
 ROWS = 2000  # per lane
+SHOWN = 60  # of them, in the picture
+
+Figures = npt.NDArray[np.float64]
 
 
 def draws(lanes: int) -> npt.NDArray[np.int32]:
@@ -35,7 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, help="a PNG to write")
     arguments = parser.parse_args()
-    shares_of: dict[int, npt.NDArray[np.float64]] = {}
+    shares_of: dict[int, Figures] = {}
+    errors_of: dict[int, Figures] = {}
     print(
         "| lanes = batch | worst share in a batch, points off | worst lane prefix, rows off | batches of one source |"
     )
@@ -46,26 +50,35 @@ def main() -> None:
         shares_of[lanes] = hot.mean(axis=1)
         batch_error = 100 * np.abs(shares_of[lanes] - WEIGHTS).max()
         expected = np.arange(1, ROWS + 1)[:, None, None] * np.array(WEIGHTS)
-        lane_error = np.abs(hot.cumsum(axis=0) - expected).max()
+        errors_of[lanes] = hot.cumsum(axis=0) - expected  # [rows, lanes, sources]
         single = int((shares_of[lanes].max(axis=1) == 1).sum())
-        print(f"| {lanes} | {batch_error:.2f} | {lane_error:.2f} | {single} |")
+        print(f"| {lanes} | {batch_error:.2f} | {np.abs(errors_of[lanes]).max():.2f} | {single} |")
     if arguments.plot:
-        plot(shares_of, arguments.plot)
+        plot(shares_of, errors_of, arguments.plot)
 
 
-def plot(shares_of: dict[int, npt.NDArray[np.float64]], path: Path) -> None:
-    """For each number of lanes, each source's share in the first 200 batches."""
+def plot(shares_of: dict[int, Figures], errors_of: dict[int, Figures], path: Path) -> None:
+    """For each number of lanes: sources' shares in each global batch, and how far lanes' prefixes are off theirs."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(shares_of), figsize=(14, 3.5), sharey=True, layout="constrained")
-    for axis, (lanes, shares) in zip(axes, shares_of.items(), strict=True):
+    figure, axes = plt.subplots(2, len(shares_of), figsize=(14, 6.5), sharex=True, sharey="row", layout="constrained")
+    for column, lanes in enumerate(shares_of):
+        above, below = axes[:, column]
         for source, weight in enumerate(WEIGHTS):
-            axis.plot(shares[:200, source], linewidth=0.8, label=f"weight {weight}")
-            axis.axhline(weight, color="gray", linewidth=0.5, linestyle="--")
-        axis.set_title(f"{lanes} lanes")
-        axis.set_xlabel("global batch")
-    axes[0].set_ylabel("share of the batch's rows")
-    axes[-1].legend(fontsize="small")
+            color = f"C{source}"
+            above.plot(shares_of[lanes][:SHOWN, source], linewidth=0.7, color=color)
+            above.axhline(weight, linewidth=1.2, linestyle="--", color=color, label=f"weight {weight}")
+            errors = errors_of[lanes][:SHOWN, :, source]
+            below.fill_between(range(SHOWN), errors.min(axis=1), errors.max(axis=1), color=color, alpha=0.2)
+            below.plot(errors.min(axis=1), linewidth=0.9, color=color)
+            below.plot(errors.max(axis=1), linewidth=0.9, color=color)
+        for bound in (-2, 2):
+            below.axhline(bound, linewidth=1, linestyle=":", color="black")
+        above.set_title(f"{lanes} lanes, batches of {lanes} rows")
+        below.set_xlabel("global batch = row of each lane")
+    axes[0, 0].set_ylabel("share of the batch's rows")
+    axes[1, 0].set_ylabel("rows drawn so far, minus the share\n(from the lowest lane to the highest)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WEIGHTS))
     figure.savefig(path, dpi=150)
 
 
