@@ -1,7 +1,7 @@
 """Which training documents share text with an evaluation suite. suite -> decontaminate -> window.
 
 The suite's paragraphs, or its n-grams of words, are hashed to 8 bytes each, once, into a file that all processes of a
-node map: sorted hashes, and before them a bitmap that tells at once of nearly every other hash that it is none of them.
+node map: sorted hashes, and a bitmap that tells of nearly every other paragraph or n-gram that it is none of them.
 A document is dropped if any of its own is among them. That is decided by its text alone.
 
 By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,10 @@ from shards.errors import ConfigError
 from shards.plan import Ints, key_of
 
 VERSION = 1  # raise it whenever the same text would give other hashes: runs do not continue across it
-BITS_PER_HASH = 16  # of the bitmap, at least: one in sixteen other hashes at most is looked for among the sorted ones
+BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
+LINE_FEED, SPACE = 10, 32
+WHITE_SPACE = bytes(range(SPACE + 1))
+EIGHT_SPACES = np.uint64(0x2020202020202020)
 BLOCK_BYTES = 1 << 18
 PRIME = 0x9E3779B185EBCA87
 BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
@@ -41,7 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 class HashSet:
-    """A set of 64-bit hashes in a file, mapped into memory."""
+    """A set of 64-bit hashes in a file, mapped into memory, and a bitmap that rules nearly all others out.
+
+    The bitmap is of signatures: of the hashes themselves, or of something that is cheaper to have than a hash.
+    """
 
     def __init__(self, path: Path) -> None:
         words = np.load(path, mmap_mode="r")
@@ -50,12 +56,12 @@ class HashSet:
         self._bitmap: Hashes = words[1 + size :]
 
     @staticmethod
-    def write(path: Path, hashes: Hashes) -> None:
-        """Writes the set of `hashes`, atomically."""
+    def write(path: Path, hashes: Hashes, signatures: Hashes) -> None:
+        """Writes the set of `hashes`, atomically; `signatures` [hashes] belong to them."""
         unique = np.unique(hashes)
         num_words = 1 << max(0, (max(1, len(unique)) * BITS_PER_HASH // 64 - 1).bit_length())
         bitmap = np.zeros(num_words, np.uint64)
-        np.bitwise_or.at(bitmap, _word(unique, num_words), _bit(unique))
+        np.bitwise_or.at(bitmap, _word(signatures, num_words), _bit(signatures))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         with partial.open("wb") as file:  # not a whole second time in memory, as bytes
@@ -73,14 +79,18 @@ class HashSet:
         """Of the hashes; equal for equal sets."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._hashes).data)
 
+    def candidates(self, signatures: Hashes) -> Ints:
+        """Places of those signatures of which the hash may be in the set."""
+        found = self._bitmap[_word(signatures, len(self._bitmap))] & _bit(signatures)
+        return np.flatnonzero(found)
+
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """For each hash whether it is in the set."""
-        found = (self._bitmap[_word(hashes, len(self._bitmap))] & _bit(hashes)) != 0
-        likely = np.flatnonzero(found)
-        wanted = hashes[likely]
-        places = np.searchsorted(self._hashes, wanted)
+        if not len(self._hashes):
+            return np.zeros(len(hashes), np.bool_)
+        places = np.searchsorted(self._hashes, hashes)
         places[places == len(self._hashes)] = 0
-        found[likely] = self._hashes[places] == wanted if len(self._hashes) else False
+        found: npt.NDArray[np.bool_] = self._hashes[places] == hashes
         return found
 
 
@@ -115,7 +125,7 @@ class Decontaminator:
         path = folder / f"headrace-decontaminate-{key:016x}.npy"
         if not path.exists():
             texts = (document.text for found in suites for document in found.documents())
-            HashSet.write(path, _hashes_of_suite(texts, config))
+            HashSet.write(path, *_hashes_of_suite(texts, config))
             logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
         hashes = HashSet(path)
         if not len(hashes):
@@ -139,44 +149,100 @@ class Decontaminator:
 
     def shares_text(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """bool [documents]: whether a text has a paragraph (an n-gram) of the suite."""
-        hashes, owners = _hashes_of(texts, self._config, 0)
         flagged = np.zeros(len(texts), np.bool_)
+        if self._config.match == "paragraph":
+            lines = Lines.of(texts, self._config.min_tokens)
+            likely = self._hashes.candidates(lines.signatures())
+            hashes, owners = lines.hashes(likely), lines.owners[likely]
+        else:
+            hashes, owners = ngrams(texts, self._config.min_tokens)
+            likely = self._hashes.candidates(hashes)
+            hashes, owners = hashes[likely], owners[likely]
         flagged[owners[self._hashes.contains(hashes)]] = True
         return flagged
 
 
-def _hashes_of(texts: Sequence[str], config: Decontamination, min_words: int) -> tuple[Hashes, Ints]:
-    if config.match == "paragraph":
-        return paragraphs(texts, config.min_tokens, min_words)
-    return ngrams(texts, config.min_tokens)
-
-
-def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> Hashes:
-    kept, pending, size = np.zeros(0, np.uint64), [], 0
+def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:
+    """(hashes, signatures) of all that a suite's texts hold; equal ones once."""
+    kept = np.zeros((0, 2), np.uint64)
+    pending: list[Hashes] = []
     for text in texts:
-        # Only here are words counted: what equals a paragraph of the suite has as many
-        pending.append(_hashes_of([text], config, config.min_tokens)[0])
-        size += len(pending[-1])
-        if size >= BATCH_HASHES:
-            kept, pending, size = np.unique(np.concatenate([kept, *pending])), [], 0
-    return np.concatenate([kept, *pending])
+        if config.match == "paragraph":
+            # Only here are words counted: what equals a paragraph of the suite has as many
+            long = [line for line in text.split("\n") if len(WORD.findall(line)) >= config.min_tokens]
+            lines = Lines.of(["\n".join(long)], config.min_tokens)
+            pending.append(np.stack([lines.hashes(np.arange(len(lines.owners))), lines.signatures()], axis=1))
+        else:
+            found = ngrams([text], config.min_tokens)[0]
+            pending.append(np.stack([found, found], axis=1))
+        if sum(map(len, pending)) >= BATCH_HASHES:
+            kept, pending = np.unique(np.concatenate([kept, *pending]), axis=0), []
+    kept = np.concatenate([kept, *pending])
+    return kept[:, 0], kept[:, 1]
 
 
-def paragraphs(texts: Sequence[str], min_characters: int, min_words: int = 0) -> tuple[Hashes, Ints]:
-    """Hashes of the lines of texts, without the white space at their ends, and which text each is of.
+class Lines(NamedTuple):
+    """The lines of texts, without white space and control characters (up to U+0020) at their ends."""
 
-    Lines of fewer characters or words are left out.
-    """
-    hashes: list[int] = []
-    counts: list[int] = []
-    for text in texts:
-        before = len(hashes)
-        lines = [line for line in text.split("\n") if len(line) >= min_characters]
-        if min_words:
-            lines = [line for line in lines if len(WORD.findall(line)) >= min_words]
-        hashes += [xxhash.xxh3_64_intdigest(line.strip().encode()) for line in lines]
-        counts.append(len(hashes) - before)
-    return np.array(hashes, np.uint64), np.repeat(np.arange(len(texts)), counts)
+    data: bytes  # of all texts, in UTF-8
+    starts: Ints  # [lines]: offset of the first byte
+    ends: Ints  # [lines]: offset after the last byte
+    owners: Ints  # [lines]: which text each is of
+
+    @classmethod
+    def of(cls, texts: Sequence[str], min_characters: int) -> Self:
+        """All lines of at least so many characters; in any case of 8 bytes, which a signature needs."""
+        min_bytes = max(8, min_characters)
+        parts = [text.encode() for text in texts]
+        data = b"\n".join(parts)
+        breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == LINE_FEED)
+        starts, ends = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(data)]])
+        long = ends - starts >= min_bytes
+        starts, ends = starts[long], ends[long]
+        _trim(data, starts, ends)
+        long = ends - starts >= min_bytes
+        starts, ends = starts[long], ends[long]
+        before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines up to each text's end
+        return cls(data, starts, ends, np.repeat(np.arange(len(parts)), np.diff(before, prepend=0)))
+
+    def signatures(self) -> Hashes:
+        """Of each line a number made of its length and of 8 bytes at its beginning, middle and end."""
+        if not len(self.starts):
+            return np.zeros(0, np.uint64)
+        words, sizes = _words_at(self.data), self.ends - self.starts
+        mixed = _mixed(words[self.starts + (sizes - 8) // 2] + sizes.astype(np.uint64))
+        return _mixed(words[self.starts] + _mixed(words[self.ends - 8] + mixed))
+
+    def hashes(self, numbers: Ints) -> Hashes:
+        """Of some lines."""
+        view = memoryview(self.data)
+        pairs = zip(self.starts[numbers].tolist(), self.ends[numbers].tolist(), strict=True)
+        return np.array([xxhash.xxh3_64_intdigest(view[start:end]) for start, end in pairs], np.uint64)
+
+
+def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
+    """Moves the ends of stretches of at least 8 bytes inward past white space, in place."""
+    buffer, words = np.frombuffer(data, np.uint8), _words_at(data)
+    for bounds, step in ((starts, 1), (ends, -1)):
+        rest = np.flatnonzero(buffer[bounds if step > 0 else bounds - 1] <= SPACE)
+        for width in (8, 1):  # an indentation is passed over in eights
+            moving = rest
+            for _ in range(8):
+                moving = moving[ends[moving] - starts[moving] >= width]
+                at = bounds[moving] if step > 0 else bounds[moving] - width
+                moving = moving[words[at] == EIGHT_SPACES if width == 8 else buffer[at] <= SPACE]
+                if not len(moving):
+                    break
+                bounds[moving] += step * width
+        for i in moving.tolist():  # whatever is longer
+            line = data[int(starts[i]) : int(ends[i])]
+            left = line.lstrip(WHITE_SPACE) if step > 0 else line.rstrip(WHITE_SPACE)
+            bounds[i] += step * (len(line) - len(left))
+
+
+def _words_at(data: bytes) -> Hashes:
+    """Every 8 bytes as a number, those that overlap too: a view of the text."""
+    return np.ndarray(max(0, len(data) - 7), "<u8", data, strides=(1,))
 
 
 def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:

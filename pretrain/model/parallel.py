@@ -137,8 +137,14 @@ def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
         here = (place >= 0) & (place < own.shape[-1])
         found = own.gather(-1, torch.where(here, place, 0).unsqueeze(-1)).squeeze(-1).float()
         found = reduce_from_model_parallel_region(torch.where(here, found, 0.0))
-        nll[row] = vocab_parallel_logsumexp(own) - found
-        correct[row] = vocab_parallel_argmax(own) == wanted
+        largest = own.amax(dim=-1).float()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
+        sum_exp = torch.sub(own, largest.unsqueeze(-1)).exp_().sum(dim=-1)  # fp32, whatever the logits are
+        nll[row] = reduce_from_model_parallel_region(sum_exp).log() + largest - found
+        # An argmax costs more than all the rest, and is asked only where the target may be it
+        likely = found == largest
+        correct[row] = likely
+        correct[row, likely] = vocab_parallel_argmax(own[likely]) == wanted[likely]
     return nll, correct
 
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from shards import ConfigError, DataConfig, Loader, check_fingerprint, merge_states, read_documents
-from shards.decontaminate import WORD, HashSet, ngrams, paragraphs
+from shards.decontaminate import WORD, HashSet, Lines, ngrams
 from shards.suite import find
 from tests.shards.corpora import ROOT, SAMPLE, config, record, words, write_shard
 
@@ -36,7 +36,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
         if line % 10 == 0:
             cuts = [0, *(m.end() for m in re.finditer("\n", text)), len(text)]
             place = chance.choice(cuts)
-            margin = chance.choice(["", " ", "\t", "\u2003"])
+            margin = chance.choice(["", " ", "\t ", " " * 99])
             text = f"{text[:place]}\n{margin}{chance.choice(held_out)}{margin}\r\n{text[place:]}"
             lines.add(line)
         raw.append(record(text))
@@ -139,18 +139,27 @@ def test_a_set_of_hashes_holds_what_was_put_in(tmp_path: Path, size: int) -> Non
     generator = np.random.default_rng(size)
     inside = generator.integers(0, 2**64, size, np.uint64)
     others = generator.integers(0, 2**64, 20_000, np.uint64)
-    HashSet.write(tmp_path / "set.npy", np.concatenate([inside, inside[: size // 2]]))
+    twice = np.concatenate([inside, inside[: size // 2]])
+    HashSet.write(tmp_path / "set.npy", twice, twice // np.uint64(3))
     found = HashSet(tmp_path / "set.npy")
     assert len(found) == size
     assert found.contains(inside).all()
     assert not found.contains(others).any()
     assert found.contains(np.zeros(0, np.uint64)).shape == (0,)
+    assert found.candidates(inside // np.uint64(3)).tolist() == list(range(size))
+    assert len(found.candidates(others // np.uint64(3))) < len(others) / 8
 
 
 def test_a_paragraph_is_what_stands_between_line_feeds_without_its_margins() -> None:
-    hashes, owners = paragraphs(["  first line here \r\nshort\nsecond\u2028line here", "first line here"], 10)
-    assert owners.tolist() == [0, 0, 1]
-    assert hashes[0] == hashes[2] != hashes[1]
+    spaces = " " * 300
+    texts = ["  first line here \r\nshort\nsecond\u2028line here\n\n", f"first line here\t{spaces}", "", spaces, "\n\n"]
+    lines = Lines.of([*texts, f"\t{spaces}first line here"], 10)
+    assert lines.owners.tolist() == [0, 0, 1, 5]
+    found = [lines.data[a:b].decode() for a, b in zip(lines.starts, lines.ends, strict=True)]
+    assert found == ["first line here", "second\u2028line here", "first line here", "first line here"]
+    for numbers in (lines.hashes(np.arange(4)), lines.signatures()):
+        assert numbers[0] == numbers[2] == numbers[3] != numbers[1]
+    assert not len(Lines.of([], 10).signatures())
 
 
 def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
