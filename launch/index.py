@@ -25,9 +25,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, SourceConfig, files, kept, manifest
+from shards import DataConfig, HeadraceError, SourceConfig, document, files, kept, manifest
 from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
+from shards.splice import explain
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,13 +39,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="of a run: index all its sources")
     parser.add_argument("--index-dir", type=Path, help="where indexes go; default: beside the shards (data.index_dir)")
     parser.add_argument("--verify", action="store_true", help="hash shards even if size and modification time agree")
+    parser.add_argument(
+        "--verify-entries",
+        choices=("on", "off"),
+        default="on",
+        help="decode from each splice point to the next and compare; off: compare only its first MiB",
+    )
+    parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and leave; with --document")
+    parser.add_argument("--document", type=int, metavar="N", help="its line in the unpacked shard, counted from 1")
     parser.add_argument("--show", action="store_true", help="print what each index says")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards at a time")
     parser.add_argument("--part", metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0")
     parser.add_argument("--cell-bytes", type=int, help="only for a run that sets data.window_bytes below 1 MiB")
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
     arguments = parser.parse_intermixed_args()
-    if not arguments.config and not arguments.patterns:
+    if (arguments.cat is None) != (arguments.document is None):
+        parser.error("--cat and --document belong together")
+    if not arguments.config and not arguments.patterns and not arguments.cat:
         parser.error("name shards, or a run's config with --config")
     if arguments.config and (arguments.index_dir or arguments.cell_bytes or arguments.max_decoder_window):
         parser.error("with --config say data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
@@ -69,7 +80,9 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     )
 
 
-def index_shards(data: DataConfig, paths: list[str], workers: int, verify: bool) -> list[ShardIndex]:
+def index_shards(
+    data: DataConfig, paths: list[str], workers: int, verify: bool, verify_entries: bool
+) -> list[ShardIndex]:
     """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`."""
     columns = (
         TextColumn("{task.description}"),
@@ -95,6 +108,7 @@ def index_shards(data: DataConfig, paths: list[str], workers: int, verify: bool)
                 data.max_decoder_window,
                 verify,
                 cache=cache,
+                verify_entries=verify_entries,
             )
             for path in paths
         ]
@@ -105,23 +119,31 @@ def index_shards(data: DataConfig, paths: list[str], workers: int, verify: bool)
 
 def show(paths: list[str], indexes: list[ShardIndex]) -> None:
     """A table of what the indexes say."""
-    table = Table("shard", "format", "bytes", "raw bytes", "documents", "lines", "entries", "content hash")
+    table = Table(
+        "shard", "format", "bytes", "raw bytes", "documents", "lines", "entries", "splice points", "content hash"
+    )
     for path, index in zip(paths, indexes, strict=True):
         counts = (index.stat.size, index.raw_bytes, index.num_documents, index.num_records, index.num_entries)
-        table.add_row(path, index.compression, *(f"{count:,}" for count in counts), index.content_hash)
+        reason = ""
+        if index.compression in ("zstd", "gzip"):
+            reason = explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splices)
+        table.add_row(path, index.compression, *(f"{count:,}" for count in counts), reason, index.content_hash)
     Console().print(table)
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
+        if arguments.cat:
+            print(document(arguments.cat, arguments.document, index_dir=arguments.index_dir).text)
+            return 0
         data = data_config(arguments)
         paths_of = [manifest.shard_paths(source) for source in data.sources]
         part = list(dict.fromkeys(path for paths in paths_of for path in paths))
         if arguments.part:
             number, count = (int(word) for word in arguments.part.split("/"))
             part = part[number::count]
-        indexes = index_shards(data, part, arguments.workers, arguments.verify)
+        indexes = index_shards(data, part, arguments.workers, arguments.verify, arguments.verify_entries == "on")
         if not arguments.part:
             index_of = dict(zip(part, indexes, strict=True))
             for paths in paths_of:

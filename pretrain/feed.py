@@ -33,6 +33,7 @@ class StepBatch:
         epoch_per_source: how often each source was read through since the run's start.
         skipped: the bad records that were passed over to get to these rows, of all ranks.
         skipped_so_far: how many there were since the run's start.
+        replays: entries of shards that did not hold, so that decoding took longer to reach these rows, of all ranks.
         contaminated: the documents that were dropped on the way, for sharing text with a suite, of all ranks.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
@@ -48,6 +49,7 @@ class StepBatch:
     epoch_per_source: dict[str, float]
     skipped: list[Skipped]
     skipped_so_far: int
+    replays: int
     contaminated: list[Skipped]
     stop_requested: bool
     saving: bool
@@ -94,7 +96,7 @@ class Feed:
         if exhausted_ranks:
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
-        n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated = islice(totals, 6)
+        n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated, replays = islice(totals, 7)
         tokens_per_source = {source: next(totals) for source in self._sources}
         epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
         tokens, segment_ids = self._shared(batch)
@@ -109,6 +111,7 @@ class Feed:
             epoch_per_source=epochs,
             skipped=self._of_all_ranks(batch.skipped if batch else []) if n_skipped else [],
             skipped_so_far=skipped_so_far,
+            replays=replays,
             contaminated=self._of_all_ranks(batch.contaminated if batch else []) if n_contaminated else [],
             stop_requested=stop > 0,
             saving=writing > 0,
@@ -116,12 +119,12 @@ class Feed:
 
     def _own_totals(self, batch: Batch | None) -> list[int]:
         if batch is None:  # the dp rank's totals are told by the rank that has its loader
-            return [0] * (6 + 2 * len(self._sources))
+            return [0] * (7 + 2 * len(self._sources))
         counts = dict.fromkeys(self._sources, 0)
         for name, tokens in batch.source_tokens.items():
             counts[name.partition("/")[0]] += tokens  # a sub-source counts to its source
         epochs = [round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT) for source in self._sources]
-        skipped = [len(batch.skipped), batch.skipped_so_far, len(batch.contaminated)]
+        skipped = [len(batch.skipped), batch.skipped_so_far, len(batch.contaminated), batch.replays]
         return [batch.n_targets, batch.padding_tokens, batch.row_hash, *skipped, *counts.values(), *epochs]
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:

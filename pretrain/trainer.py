@@ -178,6 +178,7 @@ class Trainer:
             tokens_per_source=batch.tokens_per_source,
             epoch_per_source=batch.epoch_per_source,
             skipped_records=batch.skipped_so_far,
+            replayed_entries=batch.replays,
             contaminated_per_source=self._contaminated(batch) if config.data.decontaminate else None,
             mfu=mfu(
                 flops_per_token(config.model, config.data.seq_len),

@@ -10,6 +10,7 @@ from shards.manifest import Prepared, prepare
 from shards.packing import Rows, pack_documents
 from shards.provenance import batch_after, document_at
 from shards.reader import Document, read_documents
+from shards.seek import document, open_at
 from shards.tokenizer import Tokenizer
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "WeightChange",
     "batch_after",
     "check_fingerprint",
+    "document",
     "document_at",
     "merge_states",
+    "open_at",
     "pack_documents",
     "prepare",
     "read_documents",

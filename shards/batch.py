@@ -84,6 +84,11 @@ class Batch:
         return self._state.to_dict()
 
     @property
+    def replays(self) -> int:
+        """Entries that did not hold when the windows were read that these rows begin."""
+        return sum(draw.window.replays for draw in self._draws if draw.row == 0)
+
+    @property
     def skipped(self) -> list[Skipped]:
         """The bad records of the windows that were entered to get to these rows."""
         return self._passed_over(contaminated=False)

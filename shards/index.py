@@ -229,10 +229,14 @@ def obtain(
     return index
 
 
-def load(index_path: Path, cell_bytes: int) -> ShardIndex | None:
-    """The stored index of a shard, whether true or not; None if there is none of this version and cell size."""
+def load(index_path: Path, cell_bytes: int | None = None) -> ShardIndex | None:
+    """The stored index of a shard, whether true or not; None if there is none of this version and cell size.
+
+    Args:
+        cell_bytes: None = any.
+    """
     try:
         stored = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
     except (OSError, msgspec.MsgspecError):
         return None
-    return stored if (stored.version, stored.cell_bytes) == (INDEX_VERSION, cell_bytes) else None
+    return stored if stored.version == INDEX_VERSION and cell_bytes in (None, stored.cell_bytes) else None

@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from shards import arrow
 from shards.batch import Batch
 from shards.cache import BlockCache
 from shards.columns import Columns
 from shards.config import DataConfig, SourceConfig
-from shards.decoders import Decoders
 from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.index import obtain
 from shards.kept import index_path
 from shards.loader import Loader
-from shards.reader import Document, RecordParser
+from shards.reader import Document
+from shards.seek import document
 from shards.tokenizer import Tokenizer
 
 
@@ -56,26 +54,16 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
         line: of the record in the unpacked shard, counted from 1.
     Raises: ShardError if there is no such line, or no document in it.
     """
-    cache = BlockCache.of(config.remote_cache)
-    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window, cache=cache)
+    if not arrow.is_column(path):
+        cache = BlockCache.of(config.remote_cache)
+        return document(path, line, source, config.index_dir, config.max_decoder_window, cache)
+    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window)
     if not 1 <= line <= index.num_records:
         raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")
-    table = index.table()
-    cell = int(np.searchsorted(table[:, 0], line - 1, side="right")) - 1
-    (first, start), (_, stop) = table[cell].tolist(), table[cell + 1].tolist()
-    raw_range = index.raw_range(path, start, stop)
-    if arrow.is_column(path):
-        records = Columns().records(raw_range, line - 1, 1, source)
-    else:
-        decoders = Decoders(config.max_decoder_window, cache, config.index_dir)
-        raw = decoders.read(raw_range)
-        decoders.close()
-        records = RecordParser(source.text_key, source.id_key, source.source_from).parse(raw, first + 1)
-    if line not in records.lines:
-        reasons = [bad.reason for bad in records.bad if bad.line == line]
-        raise ShardError(f"{path}, line {line}: {reasons[0] if reasons else 'blank'}")
-    i = records.lines.index(line)
-    text = records.texts[i]
+    records = Columns().records(index.raw_range(path, 0, index.raw_bytes), line - 1, 1, source)
+    if not records.lines:
+        raise ShardError(f"{path}, line {line}: {records.bad[0].reason if records.bad else 'blank'}")
+    text = records.texts[0]
     if records.token_ids is not None:
-        text = Tokenizer(config.tokenizer, config.bos, config.eos).decode(records.token_ids[i])
-    return Document(text, records.sub_sources[i] or source.name, path, line, records.ids[i])
+        text = Tokenizer(config.tokenizer, config.bos, config.eos).decode(records.token_ids[0])
+    return Document(text, records.sub_sources[0] or source.name, path, line, records.ids[0])

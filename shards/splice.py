@@ -91,7 +91,7 @@ class Splicer:
         self._windows: list[bytes] = []
         self._stored_bytes = 0
         self._looked_at = self._qualified = self._failed = 0
-        self._packer = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self._packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self._last = (0, 0)  # (compressed offset, raw offset) of the last entry
         self._state = 0  # what `Start.state` is for the frame
         self._held: deque[bytes] = deque()  # the last raw bytes of the frame or member, a window at least
@@ -215,6 +215,26 @@ class Splicer:
 def share(size: int, packed_bytes: float) -> float:
     """The share of a shard's compressed size that its windows may take, if one takes `packed_bytes`."""
     return SHARE if MIN_ENTRIES * packed_bytes <= SHARE * size else SMALL_SHARE
+
+
+def explain(size: int, raw_bytes: int, window: int, splices: tuple[Splice, ...]) -> str:
+    """Why a shard has the splice points it has, in words.
+
+    Args:
+        size: compressed bytes of the shard.
+        window: bytes that its frames may refer back, the largest of them.
+    """
+    if splices:
+        packed = sum(found.packed_bytes for found in splices)
+        return f"{len(splices)}, their windows {packed / size:.1%} of the shard"
+    guess = window / raw_bytes
+    if window > MAX_WINDOW_BYTES:
+        return f"none: windows of {window // MIB} MiB are too large to keep, so it is decoded from frames' starts"
+    if raw_bytes < max(MIN_GAP_BYTES, WINDOWS_PER_GAP * window):
+        return f"none: too short to gain by them, with windows of {window / MIB:.2g} MiB"
+    if guess > SMALL_SHARE:
+        return f"none: one window would be {guess:.0%} of the shard, more than {SMALL_SHARE:.0%}"
+    return "none needed: its frames are short"
 
 
 def read_window(path: Path, splice: Splice) -> bytes:

@@ -41,6 +41,7 @@ class Window(NamedTuple):
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
     skipped: tuple[BadRecord, ...]
     token_offsets: Ints  # [rows + 1]: where each row's tokens begin
+    replays: int = 0  # entries that did not hold when it was read, so that decoding began before them
 
 
 class WindowMaker:
@@ -58,6 +59,7 @@ class WindowMaker:
 
     def make(self, task: WindowTask) -> Window:
         """The rows of a window. Raises: as `read`."""
+        replays = self._decoders.replays
         records = self._kept(self.read(task))
         if records.token_ids is None:
             tokens, lengths = self._tokenizer.encode_documents(records.texts)
@@ -73,6 +75,7 @@ class WindowMaker:
             sub_source_of=np.array([-1 if name is None else number_of[name] for name in records.sub_sources], np.int32),
             skipped=tuple(records.bad),
             token_offsets=rows.token_offsets(),
+            replays=self._decoders.replays - replays,
         )
 
     def _kept(self, records: Records) -> Records:

@@ -34,6 +34,7 @@ class Reply(msgspec.Struct, frozen=True):
     arrays: tuple[tuple[str, int], ...] = ()  # dtype and length of each array that follows
     sub_sources: tuple[str, ...] = ()
     skipped: tuple[BadRecord, ...] = ()
+    replays: int = 0
 
 
 def encode_request(request: Request) -> bytes:
@@ -58,7 +59,7 @@ def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
         )
     ]
     kinds = tuple((array.dtype.str, len(array)) for array in arrays)
-    reply = Reply(number, None, rows.seq_len, kinds, window.sub_sources, window.skipped)
+    reply = Reply(number, None, rows.seq_len, kinds, window.sub_sources, window.skipped, window.replays)
     return [*_framed(reply), *(array.view(np.uint8).data for array in arrays)]
 
 
@@ -82,7 +83,7 @@ def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | Head
         for kind, length in reply.arrays
     ]
     rows = Rows(reply.seq_len, *arrays[:5])
-    window = Window(rows, arrays[5], reply.sub_sources, arrays[6], reply.skipped, rows.token_offsets())
+    window = Window(rows, arrays[5], reply.sub_sources, arrays[6], reply.skipped, rows.token_offsets(), reply.replays)
     return reply.number, window
 
 

@@ -41,6 +41,7 @@ RECORD = StepRecord(
     peak_memory_bytes=1 << 30,
     padding_share=0.004,
     skipped_records=0,
+    replayed_entries=0,
     tokens_per_source={"pile": 4_000, "dolma": 100},
     epoch_per_source={"pile": 0.5, "dolma": 2.0},
 )

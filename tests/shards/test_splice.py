@@ -191,21 +191,27 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(SHARDS["level 1, checksum"])
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
-    streams = []
-    for _ in range(2):
-        with Loader(data, 8) as loader:
-            batches = [(batch.row_hash, batch.state) for batch in itertools.islice(loader, 40)]
-            streams.append((loader.fingerprint, batches))
-        index_path = kept.index_path(str(path), None)
-        found = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
-        if not found.splices:
-            break
-        index_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, splices=())))
-        kept.windows_path(index_path).unlink()
-        for manifest in tmp_path.glob("*.manifest"):
-            manifest.unlink()
-    assert len(streams) == 2
-    assert streams[0] == streams[1]
+    index_path = kept.index_path(str(path), None)
+
+    def stream(num_workers: int) -> tuple[object, list[tuple[int, object]], int]:
+        """Fingerprint, batches with their states, and how many entries did not hold."""
+        with Loader(data.model_copy(update={"num_workers": num_workers}), 8) as loader:
+            batches = list(itertools.islice(loader, 40))
+            return loader.fingerprint, [(b.row_hash, b.state) for b in batches], sum(b.replays for b in batches)
+
+    *with_entries, replays = stream(0)
+    found = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
+    assert found.splices
+    assert replays == 0
+    kept.windows_path(index_path).unlink()
+    *without_windows, replays = stream(1)
+    assert replays > 0
+    index_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, splices=())))
+    for manifest in tmp_path.glob("*.manifest"):
+        manifest.unlink()
+    *without_entries, replays = stream(0)
+    assert replays == 0
+    assert with_entries == without_windows == without_entries
 
 
 def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
