@@ -16,15 +16,17 @@ from shards import DataConfig, Loader, Tokenizer, read_documents, words
 from tests.shards.corpora import SAMPLE, TOKENIZER
 
 SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
+PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 KINDS = {  # how each model is trained, and whether its texts can be cut
     "bundled": (None, True),
-    "symbols": ({"user_defined_symbols": SYMBOLS, "byte_fallback": True, "normalization_rule_name": "identity"}, True),
-    "unknown": ({"user_defined_symbols": SYMBOLS, "normalization_rule_name": "identity"}, True),
+    "symbols": (PLAIN | {"user_defined_symbols": SYMBOLS, "byte_fallback": True}, True),
+    "unknown": (PLAIN | {"user_defined_symbols": SYMBOLS}, True),
     "nmt_nfkc": ({"byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}, True),
-    "suffix": ({"byte_fallback": True, "treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False}, True),
-    "across_spaces": ({"split_by_whitespace": False, "normalization_rule_name": "identity"}, True),
-    "unescaped": ({"user_defined_symbols": SYMBOLS, "normalization_rule_name": "identity"}, True),
-    "unused": ({"byte_fallback": True, "normalization_rule_name": "identity"}, False),
+    "squeezed": ({"byte_fallback": True, "normalization_rule_name": "identity"}, True),
+    "suffix": (PLAIN | {"byte_fallback": True, "treat_whitespace_as_suffix": True}, True),
+    "across_spaces": (PLAIN | {"split_by_whitespace": False}, True),
+    "unescaped": (PLAIN | {"user_defined_symbols": SYMBOLS}, True),
+    "unused": (PLAIN | {"byte_fallback": True}, False),
     "unigram": ({"model_type": "unigram", "byte_fallback": True}, False),
 }
 ODD = [
@@ -92,7 +94,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(texts=st.lists(TEXTS, max_size=4), block=st.sampled_from([1, 7, 40, 1 << 17]))
 def test_ids_of_any_text(model: Model, texts: list[str], block: int) -> None:
     with mock.patch.object(words, "BLOCK_BYTES", block):
@@ -116,10 +118,11 @@ def test_a_full_table_begins_anew(limit: str, value: int, monkeypatch: pytest.Mo
     assert clear.call_count > 3
 
 
-def test_words_that_meet_in_a_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All words hash to one slot: what decides is their bytes and lengths."""
-    monkeypatch.setattr(words, "MIX", words.np.uint64(0))
-    Model(TOKENIZER).check(["a a\0 a\0\0 b ab abcdefg abcdefgh abcdefgi abcdefghijklm \0 \0\0 a b", "ba a\0"])
+@pytest.mark.parametrize("factor", ["MIX", "MULTIPLIER"])
+def test_words_that_meet_in_a_slot_are_told_apart(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All words hash to one slot, or all that begin alike: what decides is their bytes and lengths."""
+    monkeypatch.setattr(words, factor, words.np.uint64(0))
+    Model(TOKENIZER).check(["interested interest interesting a a\0 ab abcdefg abcdefgh \0 \0\0", "interesting the a b"])
 
 
 def test_the_log_says_once_why_documents_are_encoded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
