@@ -51,7 +51,7 @@ from pretrain.exchange.export import open_model
 from pretrain.lease import Lease
 from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import ParallelConfig, Topology, slurm_environment
 from pretrain.tracking import log_late_evals
 from shards import ConfigError, HeadraceError, Tokenizer
 
@@ -323,6 +323,7 @@ def _last_scored(folder: RunFolder, suite: str, steps: str) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
+    os.environ.update(slurm_environment(os.environ))
     log.set_up(int(os.environ.get("RANK", "0")))
     try:
         if arguments.compare:

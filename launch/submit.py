@@ -80,6 +80,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch's, e.g. --sbatch=--mem=0"
     )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="a job beside the training that scores its checkpoints as they appear"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, and stop")
     return parser.parse_intermixed_args()
 
@@ -145,6 +148,47 @@ def script_of(arguments: argparse.Namespace, request: slurm.JobRequest, runs: li
     }
     template = (ROOT / "slurm" / "pretrain.sbatch").read_text()
     return slurm.job_script(template, request.directives(), settings)
+
+
+def submit_evaluation(arguments: argparse.Namespace, console: Console, base: RunConfig) -> None:
+    """Submits launch/evaluate.py --follow for the run of a config. Raises: HeadraceError if there is nothing to do."""
+    if base.evaluation.suite is None:
+        raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
+    checked_inputs(base)
+    folder = base.run.dir / base.run.name
+    request = slurm.JobRequest(
+        name=f"{base.run.name}-eval",
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        cpus_per_task=arguments.cpus_per_task or 2,
+        time=arguments.time,
+        grace_seconds=0,
+        output=str(folder / "logs" / "eval-%j.log"),
+        chdir=Path.cwd(),
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        after=arguments.after,
+        options=tuple(arguments.sbatch),
+    )
+    settings = {
+        "run": slurm.shell_words([str(folder)]),
+        "checkout": slurm.shell_words([str(ROOT)]),
+        "python": slurm.shell_words([sys.executable]),
+        # The run's own config says the rest
+        "arguments": f"({slurm.shell_words([word for word in arguments.overrides if word.startswith('evaluation.')])})",
+    }
+    template = (ROOT / "slurm" / "evaluate.sbatch").read_text()
+    # Nothing is to be saved before the end, and a script without a trap would be ended by the signal
+    script = slurm.job_script(template, request.directives() | {"signal": None}, settings)
+    print(script, end="", flush=True)
+    if arguments.dry_run:
+        return
+    if not slurm.has_slurm():
+        raise ConfigError("there is no sbatch on this machine, so nothing can be submitted from here; try --dry-run")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    job = slurm.submit(script)
+    console.print(f"\nSubmitted as job {job}; it says what it does in {folder}/logs/eval-{job}.log.", style="bold")
 
 
 def layout_problem(config: RunConfig, ranks: int) -> str:
@@ -271,6 +315,9 @@ def main() -> int:
         console.width = 120  # of a log file
     try:
         base = load_config(arguments.config, arguments.overrides)
+        if arguments.evaluate:
+            submit_evaluation(arguments, console, base)
+            return 0
         runs = runs_of(arguments)
         partition = slurm.partition(arguments.partition) if slurm.has_slurm() else None
         bytes_each = max(checkpoint_bytes(run.config.model, weight_bytes(run.config)) for run in runs)

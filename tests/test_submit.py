@@ -41,6 +41,20 @@ def test_a_dry_run_shows_a_whole_script(submit: Command, tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists(), "nothing has happened yet"
 
 
+def test_an_evaluation_is_a_job_of_its_own(submit: Command, tmp_path: Path) -> None:
+    job = ("--evaluate", "--nodes=1", "--gpus-per-node=2")
+    code, script, said = submit(*job, "--dry-run", "evaluation.max_documents=9")
+    assert code == 0, said
+    assert f"run={tmp_path}/runs/quickstart" in script
+    assert "arguments=(evaluation.max_documents=9)" in script
+    assert "#SBATCH --ntasks-per-node=2" in script
+    assert "--signal" not in script, "without a trap it would end the job"
+    assert subprocess.run(["/bin/bash", "-n"], input=script, text=True, check=False).returncode == 0
+    code, _, said = submit(*job, "evaluation.suite=null")
+    assert code == 2
+    assert "evaluation.suite" in said
+
+
 def test_without_slurm_nothing_is_submitted(submit: Command) -> None:
     code, script, said = submit("--nodes=1", "--gpus-per-node=1")
     assert (code, script) == (2, "")
