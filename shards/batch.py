@@ -60,7 +60,7 @@ class Batch:
         counts: Counter[str] = Counter()
         for i, (name, window, row, _) in enumerate(draws):
             lengths = window.rows.fill(row, int(window.token_offsets[row]), self.tokens[i], self.segment_ids[i])
-            self.n_targets += int(lengths.sum()) - len(lengths)
+            self.n_targets += sum(lengths) - len(lengths)
             self._count(counts, name.source, draws[i], lengths)
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
@@ -68,14 +68,14 @@ class Batch:
         self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE; padding apart
         self.padding_tokens = self.tokens.size - counts.total()
 
-    def _count(self, counts: Counter[str], source: int, draw: Draw, lengths: npt.NDArray[np.int32]) -> None:
+    def _count(self, counts: Counter[str], source: int, draw: Draw, lengths: list[int]) -> None:
         name, window = self._sources[source].config.name, draw.window
         if not window.sub_sources:
-            counts[name] += int(lengths.sum())
+            counts[name] += sum(lengths)
             return
         rows = window.rows
         documents = rows.documents[rows.row_pieces[draw.row] : rows.row_pieces[draw.row + 1]]
-        for number, length in zip(window.sub_source_of[documents].tolist(), lengths.tolist(), strict=True):
+        for number, length in zip(window.sub_source_of[documents].tolist(), lengths, strict=True):
             counts[name if number < 0 else f"{name}/{window.sub_sources[number]}"] += length
 
     @property

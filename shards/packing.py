@@ -53,13 +53,14 @@ class Rows(NamedTuple):
 
     def fill(
         self, row: int, offset: int, tokens: npt.NDArray[np.int32], segment_ids: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int32]:
+    ) -> list[int]:
         """Writes one row, its tokens beginning at `offset`, into two zeroed int32 [seq_len + 1]; pieces' lengths."""
         lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
-        size = int(lengths.sum())
+        sizes: list[int] = lengths.tolist()  # few: Python adds them up faster than numpy is called
+        size = sum(sizes)
         tokens[:size] = self.tokens[offset : offset + size]
-        segment_ids[:size] = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-        return lengths
+        segment_ids[:size] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), lengths)
+        return sizes
 
 
 def pack_documents(
