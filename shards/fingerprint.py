@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from shards.config import DataConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ConfigError, ShardError
-from shards.index import INDEX_VERSION
 from shards.packing import PACKER_VERSION
+from shards.record_table import TABLE_VERSION
 from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def fingerprint(
         "decontaminate": filtered.fingerprint if filtered else None,
         "tokenizer": tokenizer.content_hash,
         "packer_version": PACKER_VERSION,
-        "index_version": INDEX_VERSION,
+        "table_version": TABLE_VERSION,  # not that of an index: better entries give the same batches
         "shards": {
             source.config.name: [[shard.path, shard.index.content_hash] for shard in source.shards]
             for source in sources
@@ -40,7 +40,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
 
     Raises: ConfigError or ShardError that names what differs.
     """
-    for key in ("packer_version", "index_version"):
+    for key in ("packer_version", "table_version"):
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"the run was begun with {key}={old.get(key)}, this program has {new.get(key)}; use the old program"

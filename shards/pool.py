@@ -97,7 +97,6 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
-        self.pid = self._process.pid
         # Beyond what the user may have in pipes, or not on Linux, it works as well, only with more waiting.
         with contextlib.suppress(OSError, AttributeError):
             fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -165,12 +164,6 @@ class WorkerPool:
         ]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers that run now."""
-        with self._changed:
-            return [worker.pid for worker in self._workers.values()]
 
     def request(self, name: WindowId, task: WindowTask, due: float) -> None:
         """Asks for a window that will be taken; the smaller `due`, the sooner it is made."""

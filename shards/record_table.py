@@ -13,6 +13,7 @@ import xxhash
 
 from shards.plan import Ints
 
+TABLE_VERSION = 1  # raise it whenever the same bytes would give other cells: runs do not continue across it
 LINE_FEED, SPACE = 10, 32
 WHITE_SPACE = np.zeros(256, np.bool_)  # what bytes.strip() takes away
 WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
