@@ -47,7 +47,7 @@ from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, evaluated_steps, write_down
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
 from pretrain.evaluation.scores import DocumentScores
-from pretrain.exchange.export import open_model
+from pretrain.exchange.folder import open_model
 from pretrain.lease import Lease
 from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder

@@ -27,7 +27,8 @@ from pretrain import log
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config import load_config
-from pretrain.exchange.export import DTYPES, describe, export
+from pretrain.exchange.export import DTYPES, export
+from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
 from shards import HeadraceError

@@ -50,6 +50,8 @@ class RunConfig(Config):
 
     run: RunPart
     model: ModelConfig
+    # A folder with a model of Hugging Face's or Meta's layout: its weights instead of drawn ones, before the first step
+    init_from: Path | None = None
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()

@@ -16,13 +16,17 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from pretrain.metrics import Meter
 from pretrain.model.attention import AttentionBackend
+from pretrain.model.cache import KVCache
 from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
 from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
@@ -243,6 +247,36 @@ class Engine:
         """[B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without dropout or gradients."""
         self.deepspeed.eval()
         return self.deepspeed(tokens, segment_ids)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Tokens [B, T] after those in a cache -> this rank's slice of the last one's logits [B, vocab_size / tp_size].
+
+        Compiled blocks run as they are written: each length would be a graph of its own.
+        """
+        self.deepspeed.eval()
+        with torch.compiler.set_stance("force_eager"):
+            return self.deepspeed(tokens, cache=cache)[:, -1]
+
+    @torch.no_grad()
+    def take(self, weights: Weights) -> None:
+        """Puts other weights in the place of those that were drawn, before the first step. Every rank must call it.
+
+        Each rank reads its own slices, one at a time. The fp32 master weights get them unrounded, whatever the
+        precision of the forward pass.
+        """
+        here = self.topology
+        for name, parameter in self.model.named_parameters():
+            value = weights.read(name, here.tp_rank, here.tp_size).to(here.device, torch.float32)
+            # Of ZeRO-3, where a rank has a part of the weight, all dp ranks get dp rank 0's
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+            if hasattr(parameter, "ds_id"):
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                padded = F.pad(value.flatten(), (0, size * here.dp_size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[size * here.dp_rank :][:size])
+            else:
+                safe_set_full_fp32_param(parameter, value)
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Hands over what DeepSpeed's files of this rank, in `folder`/engine, are to hold. Every rank must call it.

@@ -17,7 +17,9 @@ import shards
 from pretrain import topology
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, load_config
-from pretrain.generate import continue_text
+from pretrain.exchange.folder import open_model
+from pretrain.exchange.tokenizer_files import check_tokenizer
+from pretrain.generate import Sampling, codec_of, generate
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
 from pretrain.loop import train
@@ -79,8 +81,9 @@ def start(config: RunConfig, fresh: bool) -> Report:
         finished = train(trainer, config, interrupt)
         sample = ""
         if finished:
-            prompt = config.evaluation.prompt
-            sample = continue_text(trainer.engine, tokenizer, prompt, config.data.seq_len, _SAMPLE_TOKENS)
+            codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
+            model = (trainer.engine.next_logits, config.model.n_layers, config.data.seq_len)
+            sample = "".join(generate(*model, codec, config.evaluation.prompt, sampling, here))
     return Report(finished, trainer.state.step, folder, sample)
 
 
@@ -96,6 +99,10 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
             f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
         )
+    begun = CheckpointStore(config.run.dir / config.run.name / "checkpoints", config.checkpoint).steps()
+    if config.init_from and not begun:
+        open_model(config.init_from, config.model)
+        check_tokenizer(config.init_from, tokenizer, f"data.tokenizer={config.data.tokenizer}")
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
     return tokenizer

@@ -20,6 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
 from pretrain.evaluation.scoring import evaluate
+from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.feed import Feed, StepBatch, chain_hash
 from pretrain.journal import Journal
 from pretrain.lease import Lease
@@ -80,7 +81,7 @@ class Trainer:
         if topology.is_main:
             assert self._loader is not None
             warn_of_training_shards(config.evaluation, self._loader)
-            described = describe(config, self._loader)
+            described = describe(config, self._loader, self.state.init_hash)
             tracker = Tracker(config.wandb, folder, config.run.name, run_id, described, suite)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
         rows = config.train.global_batch_size // topology.dp_size
@@ -106,7 +107,7 @@ class Trainer:
         if checkpoint is None:
             return RunState(
                 step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id=run_id, restarts=0,
-                config_hash=config.hash(), **layout,
+                config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **layout,
             )  # fmt: skip
         state = read_state(checkpoint)
         check_topology(state, topology, zero_stage, checkpoint.folder)
@@ -117,6 +118,17 @@ class Trainer:
         self.engine.load(checkpoint.folder)
         _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
         return msgspec.structs.replace(state, restarts=state.restarts + 1, config_hash=config.hash(), **layout)
+
+    def _begin_with(self, source: Path | None) -> str:
+        """Gives the engine the weights of another model, if one is named; returns the hash of its files."""
+        if source is None:
+            return ""
+        topology = self._topology
+        self.engine.take(open_model(source, self._config.model))
+        shares = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
+        found = content_hash([line for share in shares for line in share])
+        _logger.info("begun with the weights in %s (files' hash %s)", source, found)
+        return found
 
     def next_batch(self, stop_requested: bool) -> StepBatch | None:
         """The next global batch; None on all ranks when the data is used up."""
@@ -214,7 +226,7 @@ class Trainer:
         self._saver.finish()
 
 
-def describe(config: RunConfig, loader: Loader) -> dict[str, object]:
+def describe(config: RunConfig, loader: Loader, init_hash: str) -> dict[str, object]:
     """What the wandb run says of itself: the config, and what it was trained with and on."""
     packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
     return {
@@ -223,6 +235,7 @@ def describe(config: RunConfig, loader: Loader) -> dict[str, object]:
             "git_commit": git_commit(),
             "config_hash": config.hash(),
             "data": loader.fingerprint,
+            "init_hash": init_hash,
             "packages": {name: version(name) for name in packages},
         },
     }

@@ -1,6 +1,23 @@
-"""What holds for all tests."""
+"""What holds for all tests, and what many share: a process group of one, for models of model-parallel layers."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pretrain.topology import Topology
 
 # Two tests run at once, and torch's threads collapse when they have to share a core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def topology() -> Iterator[Topology]:
+    from pretrain.topology import ParallelConfig, started  # the loader's tests need no torch
+
+    with started(ParallelConfig()) as here:
+        yield here

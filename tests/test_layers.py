@@ -16,9 +16,8 @@ LAYERS = (
     ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
     ("pretrain.lease", "pretrain.yaml_tree"),
     ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
-    ("pretrain.engine", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
+    ("pretrain.engine", "pretrain.generate", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
     (
-        "pretrain.generate",
         "pretrain.feed",
         "pretrain.journal",
         "pretrain.provenance",

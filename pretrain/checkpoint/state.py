@@ -25,6 +25,7 @@ class RunState(msgspec.Struct, frozen=True):
         restarts: how often the run was taken up again.
         config_hash: of the config that it ran with last.
         tp_size, dp_size, zero_stage: what the engine's files fit.
+        init_hash: of the files in init_from, which the run began with; empty if its weights were drawn.
     """
 
     step: int
@@ -37,6 +38,7 @@ class RunState(msgspec.Struct, frozen=True):
     tp_size: int
     dp_size: int
     zero_stage: int
+    init_hash: str = ""
     version: int = STATE_VERSION
 
 

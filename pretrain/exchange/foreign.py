@@ -28,11 +28,13 @@ class ForeignConfig:
         file: which.
         config: what it says, in our terms.
         keys: our key -> the file's key.
+        context: tokens that it was made for.
     """
 
     file: Path
     config: ModelConfig
     keys: Mapping[str, str]
+    context: int
 
     def check(self, model: ModelConfig) -> None:
         """Raises: ConfigError naming each key that differs from `model`, in both vocabularies."""

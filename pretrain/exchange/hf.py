@@ -136,7 +136,8 @@ def read_config(path: Path) -> ForeignConfig:
     found["rope_scaling"] = _rope_scaling(path, rope)
     found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
     found["tie_embeddings"] = bool(values.get("tie_word_embeddings", False))
-    return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS)
+    context = values.get("max_position_embeddings", 2048)  # the default of LlamaConfig, as above
+    return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
 
 
 def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -148,12 +149,14 @@ def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": kind, **{key: value for key, value in rope.items() if key not in ("rope_type", "type")}}
 
 
-def write_config(folder: Path, config: ModelConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int]) -> None:
+def write_config(
+    folder: Path, config: ModelConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int | None]
+) -> None:
     """Writes config.json and generation_config.json.
 
     Args:
         seq_len: tokens of context that it was trained with.
-        ids: bos_token_id and eos_token_id, where the tokenizer has them.
+        ids: bos_token_id and eos_token_id; None where there is none.
     Raises:
         ConfigError: if transformers' LlamaForCausalLM cannot be this model.
     """

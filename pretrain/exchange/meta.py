@@ -88,7 +88,8 @@ class MetaModel:
             "rope_scaling": _scaling(path, values, rope_scaling),
             "tie_embeddings": self._is_tied(dim),
         }
-        return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS)
+        context = values.get("max_seq_len", 2048)  # Meta's code is told when it is started; this is its default
+        return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
 
     def _embedding_dim(self, dim: object) -> int:
         """Llama 1 and 2 split the embedding along its width, Llama 3 along the vocabulary."""

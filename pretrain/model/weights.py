@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import ModelConfig, Transformer
+from shards import ConfigError
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,16 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
     """Gives every parameter of a model its values, rounded to the parameter's type where that is narrower."""
     for name, parameter in model.named_parameters():
-        index, count = (0, 1) if shard_dim(parameter) is None else (tp_rank, tp_size)
-        parameter.copy_(weights.read(name, index, count))
+        parameter.copy_(weights.read(name, tp_rank, tp_size))
+
+
+def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
+    """Raises: ConfigError naming what of a model `tp_size` ranks cannot divide; `key` is what the user set it with."""
+    for name, value in (
+        ("n_heads", config.n_heads),
+        ("n_kv_heads", config.kv_heads),
+        ("ffn_dim", config.hidden_dim),
+        ("vocab_size", config.vocab_size),
+    ):
+        if value % tp_size:
+            raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")

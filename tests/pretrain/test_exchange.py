@@ -10,7 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pretrain.exchange.export import describe, export, open_model
+from pretrain.exchange.export import export
+from pretrain.exchange.folder import describe, open_model
 from pretrain.exchange.meta import halved, interleaved
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.model.transformer import ModelConfig, Transformer

@@ -1,0 +1,142 @@
+"""Continues prompts with a model: `python launch/generate.py --run runs/x --prompt "The "`; without --prompt, it asks.
+
+The model is a run's checkpoint, of whatever topology, or with --model a folder in the layout of Hugging Face or Meta.
+Started by `deepspeed` or `torchrun`, all ranks share one model tensor-parallel, each with its slices.
+
+The text goes to stdout as it comes, without the prompt. Exit codes: 0 done, 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts launch/ first, where other modules of the same names could be found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed has to look for a device, it reports on stdout
+
+from pretrain import log
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.weights import CheckpointWeights
+from pretrain.config import load_config
+from pretrain.engine import Precision
+from pretrain.evaluation.bare_model import BareModel
+from pretrain.exchange.folder import open_codec, open_model
+from pretrain.generate import Codec, Sampling, codec_of, generate
+from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import Weights, check_splits, weight_specs
+from pretrain.run_folder import RunFolder
+from pretrain.topology import ParallelConfig, Topology, started, world_size_of
+from shards import HeadraceError, Tokenizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    defaults = Sampling()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="a run's folder, e.g. runs/quickstart")
+    source.add_argument("--model", type=Path, help="a folder with an exported or downloaded model")
+    parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+    parser.add_argument("--prompt", action="append", help="may be repeated; without it, lines are read")
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: the most likely token")
+    parser.add_argument("--top-k", type=int, help="sample among so many tokens")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p, help="and the fewest that reach this sum")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given several times"
+    )
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's; for --model fp32")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and how it speaks."""
+
+    config: ModelConfig
+    weights: Weights
+    codec: Codec
+    context: int  # tokens that it was trained with
+    precision: Precision
+
+
+def opened(arguments: argparse.Namespace) -> Source:
+    """Raises: HeadraceError if there is no such model."""
+    if arguments.model:
+        model = open_model(arguments.model)
+        description = model.description
+        return Source(
+            description.config, model, open_codec(arguments.model), description.context, arguments.precision or "fp32"
+        )
+    folder = RunFolder(arguments.run)
+    folder.check_there()
+    config = load_config(folder.config)
+    checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
+    weights = CheckpointWeights(checkpoint, weight_specs(config.model))
+    codec = codec_of(Tokenizer(config.data.tokenizer, config.data.bos, eos=False), config.data.bos)
+    return Source(config.model, weights, codec, config.data.seq_len, arguments.precision or config.precision)
+
+
+def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
+    """The prompts given, or the lines that rank 0 reads until its input ends."""
+    if arguments.prompt:
+        yield from arguments.prompt
+        return
+    while True:
+        line = None
+        if here.is_main:
+            try:
+                line = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                line = None
+        line = here.broadcast_object(line)
+        if line is None:
+            return
+        yield line
+
+
+def speak(arguments: argparse.Namespace) -> None:
+    """Prints the continuations. Raises: HeadraceError if the model or the arguments are not right."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    sampling = Sampling.parse({name: getattr(arguments, name) for name in names}, at="--")
+    tp_size = world_size_of(os.environ)
+    source = opened(arguments)
+    check_splits(source.config, tp_size, "the number of ranks")
+    with started(ParallelConfig(tp_size=tp_size)) as here:
+        model = BareModel(source.config, ParallelConfig(tp_size=tp_size), source.precision, here)
+        model.take(source.weights)
+        for prompt in prompts(arguments, here):
+            given = (source.codec, prompt, sampling, here)
+            for part in generate(model.next_logits, source.config.n_layers, source.context, *given):
+                if here.is_main:
+                    print(part, end="", flush=True)
+            if here.is_main:
+                print(flush=True)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    log.set_up(int(os.environ.get("RANK", "0")))
+    try:
+        speak(arguments)
+    except HeadraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

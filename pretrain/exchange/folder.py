@@ -1,0 +1,86 @@
+"""A folder with a model in another program's layout, whichever it is. {trainer, commands} -> folder -> {hf, meta}."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from pretrain.exchange import hf, meta
+from pretrain.exchange.foreign import architecture
+from pretrain.generate import Codec, codec_of
+from pretrain.model.transformer import ModelConfig
+from pretrain.yaml_tree import dump
+from shards import ConfigError, Tokenizer
+from shards.durable import hash_file
+
+Model = hf.HFModel | meta.MetaModel
+
+
+def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
+    """The model in a folder, of whichever layout it has.
+
+    Args:
+        expected: the config that it is to be used with.
+    Raises:
+        ConfigError: if there is no model that ours can be, or it differs from `expected`.
+    """
+    model: Model
+    if (folder / hf.CONFIG).exists():
+        model = hf.HFModel(folder)
+    elif (folder / meta.PARAMS).exists():
+        model = meta.MetaModel(folder, expected.rope_scaling if expected else None)
+    else:
+        raise ConfigError(
+            f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
+        )
+    if expected:
+        model.description.check(expected)
+    return model
+
+
+def describe(folder: Path) -> str:
+    """A model's `model:` section for a run's config, as YAML. Raises: ConfigError if ours cannot be this model."""
+    values = architecture(open_model(folder).description.config)
+    return dump({"init_from": str(folder), "model": values})
+
+
+def open_codec(folder: Path) -> Codec:
+    """The tokenizer in a model's folder: a SentencePiece model, else a tokenizer.json through the `tokenizers` library.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    model, library = folder / "tokenizer.model", folder / "tokenizer.json"
+    config = json.loads((folder / hf.CONFIG).read_text()) if (folder / hf.CONFIG).exists() else {}
+    if model.exists():
+        with contextlib.suppress(ConfigError):  # Llama 3 has a list of byte sequences under this name
+            tokenizer = Tokenizer(model, bos=False, eos=False)
+            return codec_of(tokenizer, bos=tokenizer.bos_id >= 0 and config.get("bos_token_id", 1) is not None)
+    if not library.exists():
+        raise ConfigError(f"{folder} has neither a SentencePiece model tokenizer.model nor a tokenizer.json")
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError(f"{library} is read with the tokenizers library; pip install tokenizers") from None
+    loaded = tokenizers.Tokenizer.from_file(str(library))
+    ends = config.get("eos_token_id")
+    return Codec(
+        lambda prompt: list(loaded.encode(prompt).ids),
+        lambda ids: str(loaded.decode(list(ids))),
+        frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+    )
+
+
+def file_hashes(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """ "name hash" of each file in one share of a folder's files."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [f"{path.name} {hash_file(path)}" for path in files[share::shares]]
+
+
+def content_hash(hashes: Sequence[str]) -> str:
+    """32 hex digits for all files of a folder, from what `file_hashes` gave for each share."""
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(hashes)).encode())

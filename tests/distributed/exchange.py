@@ -1,0 +1,59 @@
+"""Run on every rank: starts from a model's folder at each ZeRO stage, and leaves what DeepSpeed saves of it.
+
+Usage: python -m tests.distributed.exchange TP_SIZE MODEL FOLDER CASE...; a case is zero1-bf16 and the like. FOLDER/text
+gets a continuation by the last engine.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pretrain.engine import Engine, deepspeed_config
+from pretrain.exchange.folder import open_codec, open_model
+from pretrain.generate import Sampling, generate
+from pretrain.metrics import Meter
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig, Topology, started
+
+PROMPT, SAMPLING = "Once upon", Sampling(max_tokens=12, temperature=0)
+OPTIM = OptimConfig()
+
+
+def engine_with(topology: Topology, model: Path, zero_stage: int, precision: str) -> Engine:
+    source = open_model(model)
+    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
+    derived = deepspeed_config(parallel, OPTIM, precision, 1, 1, topology.dp_size, {})
+    engine = Engine(source.description.config, OPTIM, parallel, precision, derived, topology, seed=3)
+    engine.take(source)
+    return engine
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+def main() -> None:
+    tp_size, model, folder = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    with started(ParallelConfig(tp_size=tp_size)) as topology:
+        for case in sys.argv[4:]:
+            stage, precision = case.removeprefix("zero").split("-")
+            engine = engine_with(topology, model, int(stage), precision)
+            engine.save(folder / case, write)
+            # A step without a learning rate leaves masters as they are, and makes the weights anew from them
+            tokens = torch.arange(9)[None].expand(1, -1)
+            before = engine.logits(tokens, torch.ones_like(tokens))
+            engine.train_step(tokens, torch.ones_like(tokens), 8 * topology.dp_size, 0, 0.0, Meter())
+            assert torch.equal(engine.logits(tokens, torch.ones_like(tokens)), before), case
+        codec = open_codec(model)
+        layers = engine.model.config.n_layers
+        text = "".join(generate(engine.next_logits, layers, 32, codec, PROMPT, SAMPLING, topology))
+        if topology.is_main:
+            (folder / "text").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
