@@ -1,7 +1,7 @@
 """Run on every rank: starts from a model's folder at each ZeRO stage, and leaves what DeepSpeed saves of it.
 
 Usage: python -m tests.distributed.exchange TP_SIZE MODEL FOLDER CASE...; a case is zero1-bf16 and the like. FOLDER/text
-gets a continuation by the last engine.
+gets a continuation by the last engine, which has to be fp32 for its text not to depend on tp_size.
 """
 
 from __future__ import annotations

