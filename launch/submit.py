@@ -203,7 +203,7 @@ def layout_problem(config: RunConfig, ranks: int) -> str:
 def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Finding]:
     """Whether lanes and batch can be dealt to the ranks, now and after a restart on another number of nodes."""
     nodes, each, parallel = request.nodes, request.ranks_per_node, config.parallel
-    devices = f"{nodes} nodes x {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
+    devices = f"{nodes} nodes, each of {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
     working = [str(n) for n in range(1, _MOST_NODES + 1) if not layout_problem(config, n * each)]
     others = f"; numbers of such nodes that work: {', '.join(working)}" if working else ""
     if problem := layout_problem(config, request.ranks):
@@ -213,7 +213,7 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
     rows = config.micro_batch_size(dp_size)
     yield Finding(
         "ok", "layout",
-        f"{devices} = {request.ranks} ranks, tp {parallel.tp_size} x dp {dp_size}, ZeRO-{parallel.applied_zero_stage};"
+        f"{devices}: {request.ranks} ranks, tp {parallel.tp_size} x dp {dp_size}, ZeRO-{parallel.applied_zero_stage};"
         f" {config.micro_steps(dp_size)} micro-steps of {rows} rows{others}",
     )  # fmt: skip
     if each % parallel.tp_size:

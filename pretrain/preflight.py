@@ -71,7 +71,7 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
             yield Finding(
                 "note", "data",
                 f"{shards}; {len(found.unindexed)} without an index, about {_size(found.unindexed_bytes)} raw,"
-                " which the first start reads while all ranks wait (or before: python launch/index.py)",
+                " which the first start reads while all ranks wait (or before: python launch/index.py --config ...)",
             )  # fmt: skip
         else:
             yield Finding("ok", "data", f"{shards}, all with an index")
