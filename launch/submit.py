@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,12 +57,25 @@ class Run:
         return self.config.run.dir / self.config.run.name
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return whole_number
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.learning_rate=1e-3")
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpus-per-node", type=int, required=True, help="also the ranks; 0: one CPU rank a node")
+    parser.add_argument("--nodes", type=at_least(1), required=True)
+    parser.add_argument(
+        "--gpus-per-node", type=at_least(0), required=True, help="also the ranks; 0: one CPU rank a node"
+    )
     parser.add_argument("--time", required=True, help="limit of one start, as sbatch takes it, e.g. 24:00:00")
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -71,9 +84,9 @@ def parse_arguments() -> argparse.Namespace:
         "--array", type=Path, metavar="SWEEP.YAML", help="lists of values by key: a run for each of all"
     )
     parser.add_argument("--after", metavar="JOB", help="start when this job has succeeded; if it fails, do not")
-    parser.add_argument("--cpus-per-task", type=int, help="cores of one rank; default: data.num_workers + 2")
+    parser.add_argument("--cpus-per-task", type=at_least(1), help="cores of one rank; default: data.num_workers + 2")
     parser.add_argument(
-        "--grace", type=int, metavar="SECONDS", help="before the time limit; default: from the save's time"
+        "--grace", type=at_least(1), metavar="SECONDS", help="before the time limit; default: from the save's time"
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, where the partition does not tell")
     parser.add_argument("--no-node-check", action="store_true", help="begin without trying the nodes first")
@@ -93,15 +106,17 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
     base = Run(typed, load_config(arguments.config, typed))
     if arguments.array is None:
         return [base]
-    runs = []
+    runs, problems = [], []
     for task in slurm.read_sweep(arguments.array):
         name = base.config.run.name
         named = (f"run.name={name}-{task.suffix}", f"wandb.group={base.config.wandb.group or name}")
         try:
             config = load_config(arguments.config, (*typed, *task.overrides, *named))
+            runs.append(Run((*task.overrides, *named), config))
         except ConfigError as error:
-            raise ConfigError(f"{arguments.array}, {' '.join(task.overrides)}: {error}") from None
-        runs.append(Run((*task.overrides, *named), config))
+            problems.append(f"{arguments.array}, {' '.join(task.overrides)}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
     return runs
 
 

@@ -97,7 +97,14 @@ def test_a_task_of_a_sweep_has_its_overrides_and_its_folder(submit: Command, tmp
 
 def test_a_sweep_that_cannot_be_is_named(submit: Command, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("model.n_heads: [4, 5]\n")
+    sweep.write_text("model.n_heads: [3, 4, 5]\n")
     code, script, said = submit("--nodes=1", "--gpus-per-node=1", f"--array={sweep}", "--dry-run")
     assert (code, script) == (2, "")
+    assert "model.n_heads=3" in said
     assert "model.n_heads=5" in said
+
+
+def test_a_job_has_nodes(submit: Command) -> None:
+    with pytest.raises(SystemExit) as ended:
+        submit("--nodes=0", "--gpus-per-node=1")
+    assert ended.value.code == 2
