@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pretrain import log, topology
+from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config import RunConfig, load_config
@@ -45,7 +47,7 @@ from pretrain.engine import Precision
 from pretrain.evaluation import compare
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, evaluated_steps, write_down
-from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
 from pretrain.evaluation.scores import DocumentScores
 from pretrain.exchange.folder import open_model
 from pretrain.lease import Lease
@@ -107,10 +109,22 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             _print_tasks(_tasks(arguments, model, tokenizer, config.data.seq_len, config.evaluation.batch_size, here))
             return
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
+        evaluator = _renamed(evaluator, config, load_config(folder.config))
+        if here.is_main:
+            for step in store.steps()[-1:]:
+                warn_of_training_shards(config.evaluation, read_data(store.open(step)).fingerprint)
         records = _scored(arguments, folder, store, evaluator, config)
         if here.is_main:
             _print_table(records)
             _send_to_wandb(config, folder, evaluator.eval_set.suite, records, arguments.follow)
+
+
+def _renamed(evaluator: Evaluator, config: RunConfig, own: RunConfig) -> Evaluator:
+    """Under a name that tells the figures from those of the run's own seq_len and precision, where these differ."""
+    suite = evaluator.eval_set.suite
+    suite += f".seq{config.data.seq_len}" if config.data.seq_len != own.data.seq_len else ""
+    suite += f".{config.precision}" if config.precision != own.precision else ""
+    return replace(evaluator, eval_set=replace(evaluator.eval_set, suite=suite))
 
 
 def _scored(
@@ -131,7 +145,7 @@ def _scored(
                 raise
             _logger.warning("%s; it is left out", error)
             continue
-        if here.is_main:
+        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
             records += write_down(folder, step, scores)
             seconds = time.perf_counter() - begin
             rate = scores.tokens.sum() / seconds

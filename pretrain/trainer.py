@@ -80,7 +80,7 @@ class Trainer:
         tracker = None
         if topology.is_main:
             assert self._loader is not None
-            warn_of_training_shards(config.evaluation, self._loader)
+            warn_of_training_shards(config.evaluation, self._loader.fingerprint)
             described = describe(config, self._loader, self.state.init_hash)
             tracker = Tracker(config.wandb, folder, config.run.name, run_id, described, suite)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))

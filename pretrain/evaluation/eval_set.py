@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from shards import Config, ConfigError, Loader, Tokenizer
+from shards import Config, ConfigError, Tokenizer
 from shards.packing import best_fit
 from shards.plan import key_of
 from shards.suite import Suite, SuiteDocument, find, training_shards
@@ -161,11 +161,15 @@ def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Ite
         yield document, tokens
 
 
-def warn_of_training_shards(config: EvaluationConfig, loader: Loader) -> None:
-    """Says which of the suite's files are trained on, by their contents: their loss says nothing."""
+def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, object]) -> None:
+    """Says which of the suite's files are trained on, by their contents: their loss says nothing.
+
+    Args:
+        fingerprint: of the run's data, as a loader has it.
+    """
     if config.suite is None:
         return
-    trained = loader.fingerprint["shards"]
+    trained = fingerprint["shards"]
     assert isinstance(trained, dict)
     for found in training_shards(find(config.suite, config.split), trained):
         _logger.warning("the evaluation suite holds what is trained on: %s; its loss will look too good", found)
