@@ -9,7 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pretrain.engine import valid_targets
 from pretrain.model.attention import positions_in_pieces
 from pretrain.model.cache import KVCache
-from pretrain.model.parallel import vocab_parallel_argmax, vocab_parallel_logsumexp, vocab_parallel_nll
+from pretrain.model.parallel import (
+    vocab_parallel_argmax,
+    vocab_parallel_logsumexp,
+    vocab_parallel_nll,
+    vocab_parallel_score,
+)
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import Topology
@@ -138,6 +143,20 @@ def test_positions_restart_in_each_piece() -> None:
 def test_targets_are_the_next_tokens_of_the_same_piece() -> None:
     segments = torch.tensor([[1, 1, 2, 3, 3, 0, 0]])
     assert valid_targets(segments).tolist() == [[True, False, False, True, False, False]]
+
+
+@pytest.mark.usefixtures("topology")
+def test_scores_of_logits_equal_torch_also_where_several_tokens_are_as_likely() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randint(
+        -4, 5, (4, 50, 23), generator=generator
+    ).bfloat16()  # the largest stands there twice and more
+    targets = torch.randint(23, (4, 50), generator=generator)
+    nll, correct = vocab_parallel_score(logits, targets)
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    assert torch.allclose(nll.flatten(), expected, rtol=1e-6)
+    assert torch.equal(correct, logits.float().argmax(-1) == targets)
+    assert 5 < correct.sum() < 40
 
 
 @pytest.mark.usefixtures("topology")

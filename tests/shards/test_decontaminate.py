@@ -70,6 +70,7 @@ def test_all_planted_overlaps_are_found_and_no_other_document_is_dropped(
             assert {item.source for item in batch.contaminated} <= {"train"}
             assert all("shares a paragraph" in item.reason for item in batch.contaminated)
             assert not batch.skipped, "what is dropped is no bad record"
+            assert batch.skipped_so_far == 0
             kept_lines |= {origin.line for origin in batch.origins()}
     # The last batch that cannot be filled is not given out, so a few documents are never reached
     assert len(set(found)) == len(found), "each once"
