@@ -148,9 +148,7 @@ def test_targets_are_the_next_tokens_of_the_same_piece() -> None:
 @pytest.mark.usefixtures("topology")
 def test_scores_of_logits_equal_torch_also_where_several_tokens_are_as_likely() -> None:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randint(
-        -4, 5, (4, 50, 23), generator=generator
-    ).bfloat16()  # the largest stands there twice and more
+    logits = torch.randint(-4, 5, (4, 50, 23), generator=generator).bfloat16()  # many equal ones
     targets = torch.randint(23, (4, 50), generator=generator)
     nll, correct = vocab_parallel_score(logits, targets)
     expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
