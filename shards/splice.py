@@ -27,6 +27,7 @@ MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some 
 WINDOWS_PER_GAP = 4  # opening handles a window twice, so nearer entries would save nothing
 MAX_WINDOW_BYTES = 128 * MIB  # beyond, no pass holds that many bytes for it
 TRIAL_BYTES = MIB  # what is compared in any case
+TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's windows out of the cache
 GATHERED_BYTES = 192 << 10  # of gzip data, to find a block's beginning in the first third of
 
 
@@ -98,6 +99,8 @@ class Splicer:
         self._held_bytes = 0
         self._gathered: list[Piece] = []  # gzip data that a block's beginning is to be looked for in
         self._before = b""  # the window before it
+        self._waiting: list[Piece] = []  # to be compared
+        self._waiting_bytes = 0
         self._trials: list[_Trial] = []  # that of the last entry, until a newer one has held for TRIAL_BYTES
 
     def see(self, piece: Piece) -> None:
@@ -107,8 +110,13 @@ class Splicer:
         if piece.begins:
             self._begin(piece)
             return
-        self._compare(piece)
+        if self._trials:
+            self._waiting.append(piece)
+            self._waiting_bytes += len(piece.raw)
+            if self._waiting_bytes >= TURN_BYTES or self._trials[-1].compared < TRIAL_BYTES:
+                self._compare()
         if self._gathered or self._due(piece):
+            self._compare()  # what is tried now begins with this piece, or has taken it in
             if self._compression == "zstd":
                 self._try_block(piece)
             else:
@@ -179,9 +187,11 @@ class Splicer:
         self._failed += 1
         return False
 
-    def _compare(self, piece: Piece) -> None:
-        """Decodes the piece from each splice point that is being tried."""
-        agreeing = [trial for trial in self._trials if trial.agrees(piece)]
+    def _compare(self) -> None:
+        """Decodes the pieces that wait from each splice point that is being tried."""
+        agreeing = [trial for trial in self._trials if all(trial.agrees(piece) for piece in self._waiting)]
+        self._waiting.clear()
+        self._waiting_bytes = 0
         self._failed += len(self._trials) - len(agreeing)
         self._trials = agreeing
         if not self._trials or self._trials[-1].compared < TRIAL_BYTES:
@@ -191,6 +201,7 @@ class Splicer:
             self._settle(self._trials.pop(0))
 
     def _settle_all(self) -> None:
+        self._compare()
         for trial in self._trials:
             self._settle(trial)
         self._trials.clear()
