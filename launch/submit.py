@@ -265,11 +265,22 @@ def weight_bytes(config: RunConfig) -> int:
     return 2 if config.precision == "bf16" else 4
 
 
+def partition_of(arguments: argparse.Namespace) -> tuple[slurm.Partition | None, str]:
+    """The partition that was asked for, or why no cluster can say. Raises ConfigError if it says that there is none."""
+    if not slurm.has_slurm():
+        return None, "there is no sbatch on this machine"
+    try:
+        return slurm.partition(arguments.partition), ""
+    except slurm.SlurmError as error:
+        return None, str(error)
+
+
 def cluster_findings(
     arguments: argparse.Namespace,
     request: slurm.JobRequest,
     save: preflight.SaveTime,
     partition: slurm.Partition | None,
+    silent: str,
 ) -> Iterator[Finding]:
     """What the checks of the job have to say, whatever the runs in it are."""
     limit = slurm.seconds_of(arguments.time)
@@ -280,7 +291,7 @@ def cluster_findings(
     else:
         yield from preflight.grace_findings(save, request.grace_seconds, limit, *preemption)
     if partition is None:
-        text = "there is no sbatch on this machine: nothing was asked of a cluster, nor can be submitted from here"
+        text = f"{silent}: no cluster was asked, and none can be given a job from here"
         yield Finding("note" if arguments.dry_run else "error", "slurm", text)
 
 
@@ -334,7 +345,7 @@ def main() -> int:
             submit_evaluation(arguments, console, base)
             return 0
         runs = runs_of(arguments)
-        partition = slurm.partition(arguments.partition) if slurm.has_slurm() else None
+        partition, silent = partition_of(arguments)
         bytes_each = max(checkpoint_bytes(run.config.model, weight_bytes(run.config)) for run in runs)
         save = preflight.save_time(runs[0].folder, base.checkpoint, bytes_each, arguments.nodes)
         request = request_of(arguments, runs, base, save)
@@ -345,7 +356,7 @@ def main() -> int:
         findings = [finding for run in runs for finding in findings_of(run, request, gpu_bytes)]
         steps, folders = max(run.config.train.steps for run in runs), [run.folder for run in runs]
         findings += preflight.disk_findings(base.checkpoint, steps, bytes_each, folders)
-        findings += cluster_findings(arguments, request, save, partition)
+        findings += cluster_findings(arguments, request, save, partition, silent)
         if partition:
             findings.append(tried_out(script))
         show(console, findings)

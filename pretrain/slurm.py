@@ -25,6 +25,10 @@ _NO_NAME = re.compile(r"[^A-Za-z0-9._]+")
 _MAX_NAME = 120  # characters of a sweep's run.name; file systems take 255
 
 
+class SlurmError(HeadraceError):
+    """Slurm's commands are there, but no cluster answers them."""
+
+
 @dataclass(frozen=True)
 class JobRequest:
     """What is asked of Slurm.
@@ -218,6 +222,7 @@ def partition(name: str | None) -> Partition:
 
     Raises:
         ConfigError: if there is none of that name.
+        SlurmError: if no cluster answers.
     """
     found = [dict(_fields(line)) for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines()]
     chosen = [p for p in found if p["PartitionName"] == name or (name is None and p.get("Default") == "YES")]
@@ -259,5 +264,5 @@ def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
 def _slurm(*command: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise HeadraceError(f"{shell_words(command)}: {ran.stderr.strip()}")
+        raise SlurmError(ran.stderr.strip().rpartition("\n")[2])
     return ran.stdout

@@ -61,6 +61,17 @@ def test_without_slurm_nothing_is_submitted(submit: Command) -> None:
     assert "no sbatch" in said
 
 
+def test_where_no_cluster_answers_the_script_can_be_seen(submit: Command, tmp_path: Path) -> None:
+    for name in ("sbatch", "scontrol"):
+        command = tmp_path / name
+        command.write_text("#!/bin/sh\necho nobody there >&2\nexit 1\n")
+        command.chmod(0o755)
+    code, script, said = submit("--nodes=1", "--gpus-per-node=1", "--dry-run")
+    assert (code, script[:11]) == (0, "#!/bin/bash")
+    assert "nobody there: no cluster was asked" in said
+    assert submit("--nodes=1", "--gpus-per-node=1")[0] == 2
+
+
 def test_all_that_is_wrong_is_said_at_once(submit: Command) -> None:
     code, _, said = submit(
         "--nodes=3", "--gpus-per-node=8", "--time=1", "--dry-run", "data.sources.0.paths=[nowhere/*.zst]",
