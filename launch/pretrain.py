@@ -25,10 +25,10 @@ from rich.console import Console
 
 from pretrain import log
 from pretrain.config import RunConfig, load_config
-from pretrain.interrupt import STOPPED
+from pretrain.interrupt import STOPPED, Stopped
 from pretrain.metrics import domain_table
 from pretrain.start import Report, start
-from pretrain.topology import dp_size_of, slurm_environment, world_size_of
+from pretrain.topology import dp_size_of, is_lost_peer, slurm_environment, world_size_of
 from shards import HeadraceError
 
 _logger = logging.getLogger("headrace")
@@ -83,6 +83,15 @@ def main() -> int:
     except HeadraceError as error:
         _logger.error("%s", error)
         return error.exit_code
+    except Stopped:
+        return STOPPED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        # One line of each of many ranks; the traceback that says why is the other's
+        reason = str(error).strip().partition("\n")[0]
+        _logger.error("another rank is gone, and rank %d ends with it: %s", rank, reason)
+        return 1
     if rank == 0:
         if report.finished:
             print_report(config, report)

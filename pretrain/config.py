@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
@@ -43,6 +43,17 @@ class TrainConfig(Config):
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
     # Rows of one forward pass on one dp rank: memory grows with it, results do not change. None: all that a rank has
     micro_batch_size: int | None = Field(None, ge=1)
+    # A step whose loss or gradient norm is not finite changes nothing. Then the run goes on (skip), or ends without
+    # saving (stop); the step's documents are listed in the run's folder, under nonfinite/
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    # A step, or a batch of an evaluation, that takes longer ends the process: its stacks in the log, exit code 75
+    stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
+    max_nonfinite: int = Field(10, ge=1)  # such steps in a row at which a run that skips them ends too
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """Steps in a row without a finite loss and gradient that end the run."""
+        return 1 if self.on_nonfinite == "stop" else self.max_nonfinite
 
 
 class RunConfig(Config):
@@ -180,7 +191,7 @@ _MAY_CHANGE = (
     ("train.*", True),
     ("optim.*", True),  # a schedule that is changed on purpose, from here on
     ("precision", False),  # the optimizer's state has another shape
-    ("parallel.*", True),  # a checkpoint says which layout it fits
+    ("parallel.*", True),  # a checkpoint is converted for another layout
     ("checkpoint.*", True),
     ("evaluation.*", True),
     ("metrics.*", True),

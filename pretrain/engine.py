@@ -46,12 +46,14 @@ class StepStats:
     Attributes:
         loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss.
         z_loss: mean squared logsumexp of the logits times its weight; 0 where it is off.
-        grad_norm: L2 norm of the gradient of the whole model before clipping.
+        grad_norm: L2 norm of the gradient of the whole model before clipping; infinite where it is no number.
+        applied: False where loss or gradient was not finite: weights and optimizer are what they were.
     """
 
     loss: float
     z_loss: float
     grad_norm: float
+    applied: bool
 
 
 def deepspeed_config(
@@ -215,7 +217,7 @@ class Engine:
             group["lr"] = learning_rate
         sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # of nll and of z-loss
         # DeepSpeed averages gradients over dp ranks; the loss is a sum over them
-        scale = self.topology.dp_size / max(n_targets, 1)
+        scale = torch.tensor(self.topology.dp_size / max(n_targets, 1), device=tokens.device)
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
@@ -225,12 +227,16 @@ class Engine:
             dropout_seed = derive_seed(self.seed, "dropout", step, micro_step, self.topology.dp_rank)
             with meter.part("forward_backward"), seeded(dropout_seed, tokens.device):
                 nll, z_loss = self._losses(ids, segments)
-                self.deepspeed.backward((nll + z_loss) * scale, scale_wrt_gas=False)
+                loss = nll + z_loss
+                # DeepSpeed leaves a step out, on all ranks, whose gradient is not finite; an infinite loss may have one
+                loss = loss * torch.where(loss.isfinite(), scale, torch.nan)
+                self.deepspeed.backward(loss, scale_wrt_gas=False)
             sums += torch.stack((nll.detach(), z_loss.detach())).double()
         with meter.part("optimizer"):
             self.deepspeed.step()
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / max(n_targets, 1)).tolist()
-        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()))
+        applied = not self.deepspeed.optimizer.overflow
+        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied)
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the valid targets of one micro-batch: negative log-likelihood, weighted z-loss; fp32 scalars."""
@@ -294,14 +300,29 @@ class Engine:
         )
 
     def load(self, folder: Path) -> None:
-        """Takes weights and optimizer state from `folder`/engine. Every rank must call it.
+        """Takes weights and optimizer state from `folder`/engine, saved in this same layout. Every rank calls it.
 
         Raises:
-            CheckpointError: if it is not a checkpoint of this model in this topology.
+            CheckpointError: if it is not a checkpoint of this model in this layout.
         """
+        self._load(folder, universal=False)
+
+    def load_universal(self, folder: Path) -> None:
+        """Takes them from a folder that `checkpoint.universal` made for this tp_size. Every rank calls it.
+
+        Raises:
+            CheckpointError: if it is not a checkpoint of this model.
+        """
+        self._load(folder / f"tp_{self.topology.tp_rank}", universal=True)
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            # A tensor that counts in place: DeepSpeed leaves one for all groups, and on the CPU
+            state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
+
+    def _load(self, folder: Path, universal: bool) -> None:
+        self.deepspeed._config.load_universal_checkpoint = universal  # looked at nowhere but here
         try:
             path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
-        except (RuntimeError, KeyError, AssertionError) as error:
+        except (RuntimeError, KeyError, AssertionError, OSError) as error:
             raise CheckpointError(f"{folder / 'engine'} does not fit this model: {error}") from error
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")

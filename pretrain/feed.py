@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from pretrain.topology import Topology
-from shards import Batch, DataConfig, HeadraceError, Loader, ShardError, Skipped, merge_states
+from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, merge_states
 
 _EPOCH_UNIT = 10**9  # epochs travel as integers, like all the rest
 
@@ -71,6 +71,7 @@ class Feed:
         self._has_sub_sources = any(source.source_from for source in data.sources)
         self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
+        self._batch: Batch | None = None  # the last that was given out
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
         """The next global batch; None, on all ranks, once any lane has run out of rows.
@@ -96,6 +97,7 @@ class Feed:
         if exhausted_ranks:
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
+        self._batch = batch
         n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated, replays = islice(totals, 7)
         tokens_per_source = {source: next(totals) for source in self._sources}
         epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
@@ -150,6 +152,11 @@ class Feed:
         else:
             rows = torch.stack((torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_ids))).to(device)
         return self._topology.broadcast_in_tp(rows).long()
+
+    def origins(self) -> list[Origin]:
+        """Where every piece of the last global batch comes from, by slot; every rank calls it."""
+        own = list(self._batch.origins()) if self._batch else []
+        return sorted(origin for origins in self._topology.gather_objects(own) for origin in origins)
 
     def cursors(self) -> dict[str, object] | None:
         """Where all lanes stand after the last batch that was given out, on rank 0; every rank calls it."""

@@ -1,7 +1,9 @@
 """Signals that ask a run to stop, turned into one decision that all ranks share. signals -> interrupt -> loop.
 
-A handler only notes what arrived. Between two steps the loop asks all ranks with a collective, and tells this module
-the answer, so that every rank stops after the same step. What may arrive meanwhile:
+What arrived is noted by a thread, since Python calls a handler only where the main thread comes back from what it
+waits for. Between two steps, or two batches of an evaluation, the loop asks all ranks with a collective, and tells this
+module the answer, so that every rank stops at the same place. Before there are process groups there is nobody to ask
+and nothing to save: there a signal ends the start. What may arrive meanwhile:
 - Ctrl-C reaches every process of the terminal; DeepSpeed's launcher sends SIGTERM on top, up to half a minute later;
 - Slurm may send SIGUSR1 ahead of the time limit and SIGTERM at it.
 So another kind of signal is no impatience. The same one again, after a second, is.
@@ -14,8 +16,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import psutil
@@ -26,6 +31,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHER = "deepspeed.launcher.launch"  # the module between the `deepspeed` command and its ranks
 _WATCH_SECONDS = 0.5
 _REPEAT_SECONDS = 1.0  # the same signal within this time came by several ways, not twice
+_LEAVE_SECONDS = 10.0  # that a start has to leave in order; it may hang at the rendezvous
+LAUNCHER_GRACE_SECONDS = 30.0  # between the launcher's SIGTERM and its SIGKILL
+
+
+class Stopped(BaseException):
+    """A signal ended a start, before there was anything to save; no error, so that nothing takes it for one."""
 
 
 class Interrupt:
@@ -33,6 +44,7 @@ class Interrupt:
 
     Attributes:
         requested: the number of the signal that this process received first; 0 if none.
+        has_launcher: whether the `deepspeed` command started this process, which kills it half a minute after SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -41,11 +53,18 @@ class Interrupt:
         self._first_at: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._left = threading.Event()
+        self._starting = False  # whether a signal ends the start
+        self._leaving = False  # whether one does
+        self.has_launcher = False
 
     def __enter__(self) -> Interrupt:
+        self._ears, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+            self._previous[number] = signal.signal(number, self._in_main_thread)
         self._left.clear()
+        threading.Thread(target=self._listen, args=(self._ears,), name="signals", daemon=True).start()
         threading.Thread(target=self._watch_launcher, name="launcher-watch", daemon=True).start()
         return self
 
@@ -55,7 +74,20 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        signal.set_wakeup_fd(self._previous_fd)
         self._left.set()
+        self._mouth.close()  # which ends the thread that listens
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped; if that gets nowhere, the process ends."""
+        self._starting = True
+        try:
+            if self.requested:
+                raise Stopped
+            yield
+        finally:
+            self._starting = False
 
     def agree(self, stop: bool) -> None:
         """Notes what all ranks decided together; once they decided to stop, that stands."""
@@ -71,6 +103,7 @@ class Interrupt:
             if launcher is None or _LAUNCHER not in launcher.cmdline():
                 return
             parent = launcher.ppid()
+            self.has_launcher = True
         except psutil.Error:
             return
         while not self._left.wait(_WATCH_SECONDS):
@@ -83,7 +116,18 @@ class Interrupt:
                 self._request(signal.SIGTERM, "the launcher is gone")
                 return
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        if self._starting and not self._leaving:
+            self._leaving = True
+            raise Stopped
+
+    def _listen(self, ears: socket.socket) -> None:
+        while arrived := ears.recv(1):
+            if arrived[0] in _SIGNALS:
+                self._receive(arrived[0])
+        ears.close()
+
+    def _receive(self, number: int) -> None:
         now = time.monotonic()
         first_at = self._first_at.setdefault(number, now)
         name = signal.Signals(number).name
@@ -93,9 +137,19 @@ class Interrupt:
         self._request(number, name)
 
     def _request(self, number: int, reason: str) -> None:
-        if not self.requested:
-            self.requested = number
+        if self.requested:
+            return
+        starting = self._starting or self._leaving
+        self.requested = number
+        if starting:
+            _say(f"{reason}: nothing is trained yet, leaving\n")
+            threading.Thread(target=self._leave, name="leave", daemon=True).start()
+        else:
             _say(f"{reason}: saving after this step, then exiting; the same signal again exits at once\n")
+
+    def _leave(self) -> None:
+        if not self._left.wait(_LEAVE_SECONDS) and (self._starting or self._leaving):
+            os._exit(STOPPED)
 
 
 def _say(message: str) -> None:

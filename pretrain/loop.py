@@ -20,16 +20,15 @@ def train(trainer: Trainer, config: RunConfig, interrupt: Interrupt) -> bool:
     """
     step = trainer.state.step
     finished = step >= config.train.steps
-    evaluation_due = step == 0 or finished or config.evaluation.due(step)
-    if evaluation_due:
-        trainer.evaluate()  # of a resumed step only what a kill prevented
+    evaluated = True  # as far as is due
+    if step == 0 or finished or config.evaluation.due(step):
+        evaluated = trainer.evaluate()  # of a resumed step only what a kill or a signal prevented
     while not finished and not interrupt.pending():
-        batch = trainer.next_batch(bool(interrupt.requested))
+        batch = trainer.next_batch()
         if batch is None:
             _logger.info("the data ends before step %d, and with it the run", step + 1)
             finished = evaluation_due = True
         else:
-            interrupt.agree(batch.stop_requested)
             step += 1
             finished = step >= config.train.steps
             evaluation_due = finished or (config.evaluation.due(step) and not interrupt.pending())
@@ -40,8 +39,11 @@ def train(trainer: Trainer, config: RunConfig, interrupt: Interrupt) -> bool:
         if finished or interrupt.pending():
             _finish_saving(trainer, finished)
         if evaluation_due:
-            trainer.evaluate()
-    return finished
+            evaluated = trainer.evaluate()
+    if not evaluated and not finished and step > 0:
+        trainer.save()  # where an evaluation was left; nothing if that step is saved already
+        _finish_saving(trainer, finished)
+    return finished and evaluated
 
 
 def _finish_saving(trainer: Trainer, finished: bool) -> None:

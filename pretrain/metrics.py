@@ -63,6 +63,7 @@ class StepRecord:
     # Documents dropped on the way to this step's rows, since they share text with data.decontaminate's suite
     contaminated_per_source: dict[str, int] | None = None
     z_loss: float | None = None  # what it adds to the loss that is trained on; None where it is off
+    nonfinite: bool | None = None  # True where loss or gradient was no number, and the step changed nothing
     mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
 
     def as_json(self) -> dict[str, object]:

@@ -178,6 +178,10 @@ class RunFolder:
     def bad_records(self) -> StepLog:
         return StepLog(self.root / "bad_records.jsonl")
 
+    def nonfinite(self, step: int) -> Path:
+        """The documents of a step whose loss or gradient was no number, tab-separated."""
+        return self.root / "nonfinite" / f"step_{step:08d}.tsv"
+
     @property
     def contaminated(self) -> StepLog:
         """The documents that data.decontaminate kept out."""

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import shards
 from pretrain import topology
+from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.universal import make_ready
 from pretrain.config import RunConfig, compare_for_resume, load_config
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
@@ -59,25 +61,28 @@ def start(config: RunConfig, fresh: bool) -> Report:
         fresh: begin again from nothing; the folder of a run of this name is moved aside first.
     Raises:
         ConfigError, ShardError: if the config or its data cannot be trained on as they are.
+        Stopped: if a signal came before there was anything to save.
     """
-    world_size = topology.world_size_of(os.environ)
-    config.check(topology.dp_size_of(world_size, config.parallel))
+    dp_size = topology.dp_size_of(topology.world_size_of(os.environ), config.parallel)
+    config.check(dp_size)
     tokenizer = checked_inputs(config)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
-        lease, prepared = None, None
-        if int(os.environ.get("RANK", "0")) == 0:
-            lease = stack.enter_context(opened(config, folder, fresh))
-            prepared = shards.prepare(config.data, IndexingLog())
-        here = stack.enter_context(topology.started(config.parallel))
-        # Until here there is nothing to save, and a signal ends the process as it does any other
         interrupt = stack.enter_context(Interrupt())
+        lease, prepared = None, None
+        with interrupt.starting():
+            if int(os.environ.get("RANK", "0")) == 0:
+                lease = stack.enter_context(opened(config, folder, fresh))
+                prepared = shards.prepare(config.data, IndexingLog())
+                layout = Layout(config.parallel.tp_size, dp_size, config.parallel.applied_zero_stage)
+                make_ready(CheckpointStore(folder.checkpoints, config.checkpoint), layout)
+            here = stack.enter_context(topology.started(config.parallel))
         if here.is_main:
             announce(config, here)
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
         prepared = here.broadcast_object(prepared)
         assert prepared is not None
-        trainer = Trainer(config, folder, lease, str(run_id), prepared, tokenizer, here, stack)
+        trainer = Trainer(config, folder, lease, str(run_id), prepared, tokenizer, here, interrupt, stack)
         finished = train(trainer, config, interrupt)
         sample = ""
         if finished:

@@ -90,6 +90,10 @@ class Topology:
         dist.all_reduce(values, group=self.dp_group)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        return self.sum_int64([int(value)])[0] > 0
+
     def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Gives every tp rank the tensor of tp rank 0, in place."""
         if self.tp_size > 1:
@@ -181,6 +185,11 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
         )
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return {**single, "MASTER_PORT": str(free_port())}
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended; gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

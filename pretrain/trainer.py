@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import subprocess
 from collections import Counter
 from contextlib import ExitStack
@@ -11,30 +13,39 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
-from pretrain.checkpoint.resume import check_topology, newest_valid
+from pretrain.checkpoint.resume import newest_valid
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
+from pretrain.checkpoint.store import COMPLETE, CheckpointStore
 from pretrain.config import RunConfig
+from pretrain.deadline import Deadline, job_end
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
 from pretrain.evaluation.scoring import evaluate
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.feed import Feed, StepBatch, chain_hash
+from pretrain.interrupt import LAUNCHER_GRACE_SECONDS, Interrupt
 from pretrain.journal import Journal
 from pretrain.lease import Lease
 from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.model.size import checkpoint_bytes, flops_per_token
+from pretrain.nonfinite import NonFiniteSteps
 from pretrain.optim import learning_rate_at
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.tracking import Tracker
-from shards import Loader, Prepared, Tokenizer, check_fingerprint
+from pretrain.watchdog import Watchdog
+from shards import CheckpointError, Loader, Prepared, Tokenizer, check_fingerprint
 
 _logger = logging.getLogger(__name__)
 
 CURSORS_EVERY = 50  # optimizer steps between two records of cursors.jsonl.zst; provenance computes on from the nearest
+
+
+class _Left(Exception):
+    """All ranks leave an evaluation."""
 
 
 class Trainer:
@@ -44,6 +55,7 @@ class Trainer:
         lease: on the folder, which rank 0 holds; checked before anything is written there.
         run_id: of the wandb run.
         prepared: the shards' manifests, as rank 0 left them.
+        interrupt: is told what all ranks agree on.
         stack: closes the loader's workers and the journal when the caller leaves it.
     Attributes:
         state: where the run stands.
@@ -59,9 +71,15 @@ class Trainer:
         prepared: tuple[Prepared, ...],
         tokenizer: Tokenizer,
         topology: Topology,
+        interrupt: Interrupt,
         stack: ExitStack,
     ) -> None:
         self._config = config
+        self._interrupt = interrupt
+        self._watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
+        self._deadline = Deadline(job_end(os.environ) if topology.is_main else None)
+        self._save_seconds: float | None = None  # that the newest save took
+        self._slowest_step = 0.0  # seconds, of the last few
         self._topology = topology
         self._lease = lease
         self._loader: Loader | None = None
@@ -93,31 +111,40 @@ class Trainer:
             Saver(self._store, self.engine, topology, estimate, self._journal.sync, self._check_lease)
         )
         self._saving_seconds: float | None = None  # since the last step
+        self._nonfinite = NonFiniteSteps(config.train.nonfinite_limit, folder, topology)
         if self.state.step == 0:
             self._journal.log_cursors(0, self._feed.cursors())
 
     def _resume(self, folder: RunFolder, run_id: str) -> RunState:
         """Takes up the newest valid checkpoint; without one, the state before the first step."""
         config, topology = self._config, self._topology
-        zero_stage = config.parallel.applied_zero_stage
+        layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
         checkpoint = newest_valid(self._store, topology)
         if topology.is_main:
             folder.cut_back(checkpoint.step if checkpoint else -1)
-        layout = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
         if checkpoint is None:
             return RunState(
                 step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id=run_id, restarts=0,
-                config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **layout,
+                config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **dataclasses.asdict(layout),
             )  # fmt: skip
         state = read_state(checkpoint)
-        check_topology(state, topology, zero_stage, checkpoint.folder)
+        self._save_seconds = checkpoint.seconds or None
         if self._loader:
             data = read_data(checkpoint)
             check_fingerprint(data.fingerprint, self._loader.fingerprint)
             self._loader.load_state_dict(data.cursors)
-        self.engine.load(checkpoint.folder)
+        if state.layout == layout:
+            self.engine.load(checkpoint.folder)
+        else:
+            converted = self._store.universal_folder(state.step, layout.tp_size)
+            if not topology.broadcast_object((converted / COMPLETE).exists()):
+                # A newer one was taken for whole when this start looked for what to convert
+                raise CheckpointError(f"{checkpoint.folder} is not converted for {layout} yet; start once more")
+            self.engine.load_universal(converted)
         _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
-        return msgspec.structs.replace(state, restarts=state.restarts + 1, config_hash=config.hash(), **layout)
+        return msgspec.structs.replace(
+            state, restarts=state.restarts + 1, config_hash=config.hash(), **dataclasses.asdict(layout)
+        )
 
     def _begin_with(self, source: Path | None) -> str:
         """Gives the engine the weights of another model, if one is named; returns the hash of its files."""
@@ -130,14 +157,32 @@ class Trainer:
         _logger.info("begun with the weights in %s (files' hash %s)", source, found)
         return found
 
-    def next_batch(self, stop_requested: bool) -> StepBatch | None:
-        """The next global batch; None on all ranks when the data is used up."""
+    def next_batch(self) -> StepBatch | None:
+        """The next global batch, and with it what all ranks agree on; None on all of them when the data is used up."""
+        self._watchdog.begin("step", f"step {self.state.step + 1}")
         self._meter.start_step()
         with self._meter.part("data_wait"):
-            batch = self._feed.next(stop_requested, self._saver.busy)
-        if batch is not None:
-            self._saver.settle(batch.saving)
+            batch = self._feed.next(self._wants_to_stop(), self._saver.busy)
+        if batch is None:
+            self._watchdog.end()
+            return None
+        self._interrupt.agree(batch.stop_requested)
+        self._saver.settle(batch.saving)
         return batch
+
+    def _wants_to_stop(self) -> bool:
+        """Whether this rank was asked to, or is the one that looks at the clock, and time is up."""
+        measured = self._saver.seconds
+        if measured is not None and measured != self._save_seconds:
+            self._save_seconds = measured
+            if self._interrupt.has_launcher and measured + self._slowest_step > LAUNCHER_GRACE_SECONDS:
+                _logger.warning(
+                    "a step takes up to %.0f s and a save %.0f s, but the deepspeed launcher kills its processes %.0f s"
+                    " after it was told to stop: a stopped run may go on from an older checkpoint; start it with"
+                    " torchrun or srun",
+                    self._slowest_step, measured, LAUNCHER_GRACE_SECONDS,
+                )  # fmt: skip
+        return self._deadline.reached(self._slowest_step, self._save_seconds) or bool(self._interrupt.requested)
 
     def train_on(self, batch: StepBatch, evals_follow: bool) -> None:
         """One optimizer step, written down.
@@ -150,14 +195,17 @@ class Trainer:
         stats = self.engine.train_step(
             batch.tokens, batch.segment_ids, batch.n_targets, step, learning_rate, self._meter
         )
-        self.state = after(self.state, batch)
         self._check_lease()
+        self._nonfinite.note(step + 1, stats, self._feed.origins)
+        self.state = after(self.state, batch)
         record = self._record(batch, stats, learning_rate)
+        self._slowest_step = max(record.step_seconds, 0.9 * self._slowest_step)
         self._saving_seconds = None
         self._journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         self._journal.log_step(record, evals_follow and self._eval_set is not None)
         if self.state.step % CURSORS_EVERY == 0:
             self._journal.log_cursors(self.state.step, self._feed.cursors())
+        self._watchdog.end()
 
     def _contaminated(self, batch: StepBatch) -> dict[str, int]:
         counts = Counter(record.source for record in batch.contaminated)
@@ -174,6 +222,7 @@ class Trainer:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
+            nonfinite=None if stats.applied else True,
             checkpoint_seconds=self._saving_seconds,
             z_loss=stats.z_loss if config.optim.z_loss else None,
             grad_norm=stats.grad_norm,
@@ -199,14 +248,34 @@ class Trainer:
             ),
         )
 
-    def evaluate(self) -> None:
-        """Scores the suite and writes the figures down, unless those of this step stand there already."""
+    def evaluate(self) -> bool:
+        """Scores the suite and writes the figures down, unless those of this step stand there already.
+
+        Returns:
+            False, on all ranks, if they agreed to stop before it was done: then nothing of it is written.
+        """
         step = self.state.step
         if self._eval_set is None or self._evaluated == step:
-            return
+            return True
         batch_size = self._config.evaluation.batch_size or self.engine.micro_batch_size
-        self._journal.log_evals(step, evaluate(self.engine.logits, self._eval_set, self._topology, batch_size))
+        try:
+            scores = evaluate(self._logits, self._eval_set, self._topology, batch_size)
+        except _Left:
+            _logger.info("the evaluation of step %d is left undone; the next start makes it", step)
+            return False
+        finally:
+            self._watchdog.end()
+        self._journal.log_evals(step, scores)
         self._evaluated = step
+        return True
+
+    def _logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+        """The engine's, for an evaluation; which all ranks may leave, together, before each batch."""
+        self._watchdog.begin("evaluation", f"a batch of the evaluation of step {self.state.step}")
+        self._interrupt.agree(self._topology.any(self._wants_to_stop()))
+        if self._interrupt.pending():
+            raise _Left
+        return self.engine.logits(tokens, segment_ids)
 
     def _check_lease(self) -> None:
         if self._lease:

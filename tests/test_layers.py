@@ -20,6 +20,9 @@ LAYERS = (
     (
         "pretrain.feed",
         "pretrain.journal",
+        "pretrain.nonfinite",
+        "pretrain.watchdog",
+        "pretrain.deadline",
         "pretrain.provenance",
         "pretrain.preflight",
         "pretrain.node_check",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
-from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.topology import Topology
-from shards import CheckpointError, ConfigError
+from shards import CheckpointError
 
 _logger = logging.getLogger(__name__)
 
@@ -53,20 +51,3 @@ def _set_aside(store: CheckpointStore, damaged: Mapping[int, list[str]], topolog
             aside = store.set_aside(step)
             _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
     topology.barrier()
-
-
-def check_topology(state: RunState, topology: Topology, zero_stage: int, folder: Path) -> None:
-    """Refuses a checkpoint whose files are divided otherwise than this process group.
-
-    Raises:
-        ConfigError: with the topology that it was saved by.
-    """
-    saved = {"tp_size": state.tp_size, "dp_size": state.dp_size, "zero_stage": state.zero_stage}
-    now: Mapping[str, int] = {"tp_size": topology.tp_size, "dp_size": topology.dp_size, "zero_stage": zero_stage}
-    changed = [f"{key} {saved[key]} -> {now[key]}" for key in saved if saved[key] != now[key]]
-    if changed:
-        ranks = state.tp_size * state.dp_size
-        raise ConfigError(
-            f"{folder} was saved by another topology ({', '.join(changed)});"
-            f" start {ranks} ranks with parallel.tp_size={state.tp_size} and parallel.zero_stage={state.zero_stage}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,18 @@ from pretrain.checkpoint.store import Checkpoint
 from shards import CheckpointError
 
 STATE_VERSION = 1  # of state.json and data.json
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint's engine files are divided over ranks: only the same layout reads them as they are."""
+
+    tp_size: int
+    dp_size: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        return f"tp {self.tp_size} x dp {self.dp_size}, ZeRO-{self.zero_stage}"
 
 
 class RunState(msgspec.Struct, frozen=True):
@@ -40,6 +53,10 @@ class RunState(msgspec.Struct, frozen=True):
     zero_stage: int
     init_hash: str = ""
     version: int = STATE_VERSION
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp_size, self.dp_size, self.zero_stage)
 
 
 class DataState(msgspec.Struct, frozen=True):

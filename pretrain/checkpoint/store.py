@@ -93,6 +93,23 @@ def _damage(folder: Path, entry: FileEntry) -> str | None:
     return None
 
 
+def write_manifest(folder: Path, files: list[FileEntry], seconds: float) -> None:
+    """Declares a folder complete."""
+    manifest = Manifest(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
+    write_atomically(folder / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
+
+
+def read_manifest(folder: Path, step: int) -> Checkpoint:
+    """A folder that was declared complete. Raises: CheckpointError if it was not, or COMPLETE itself is damaged."""
+    try:
+        manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: no UTF-8
+        raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
+    if manifest != manifest.signed():
+        raise CheckpointError(f"{folder / COMPLETE} differs from what was saved")
+    return Checkpoint(folder, step, manifest.files, manifest.seconds)
+
+
 class CheckpointStore:
     """The checkpoints in one folder. Reading is open to all ranks, changing anything is rank 0's."""
 
@@ -109,8 +126,7 @@ class CheckpointStore:
         Args:
             seconds: that the save took so far.
         """
-        manifest = Manifest(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
-        write_atomically(self.folder_of(step) / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
+        write_manifest(self.folder_of(step), files, seconds)
 
     def is_complete(self, step: int) -> bool:
         """Whether the step has a checkpoint that was completed; its files may have been damaged since."""
@@ -126,14 +142,18 @@ class CheckpointStore:
         Raises:
             CheckpointError: if it is not complete, or COMPLETE itself is damaged.
         """
-        folder = self.folder_of(step)
-        try:
-            manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: no UTF-8
-            raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
-        if manifest != manifest.signed():
-            raise CheckpointError(f"{folder / COMPLETE} differs from what was saved")
-        return Checkpoint(folder, step, manifest.files, manifest.seconds)
+        return read_manifest(self.folder_of(step), step)
+
+    def universal_folder(self, step: int, tp_size: int) -> Path:
+        """Where what `universal` makes of a checkpoint lies; it goes when a newer checkpoint is complete."""
+        return self.folder_of(step).with_suffix(f".universal-tp{tp_size}")
+
+    def discard_universal(self, step: int | None = None) -> None:
+        """Removes what `universal` made of a step's checkpoint, or of all; COMPLETE first."""
+        name = "step_*" if step is None else self.folder_of(step).name
+        for folder in self.root.glob(f"{name}.universal-tp*"):
+            (folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def choose(self, step: int | None = None) -> Checkpoint:
         """The checkpoint of a step, by default the newest.
@@ -152,6 +172,7 @@ class CheckpointStore:
         """An empty folder for a new checkpoint; what a killed save left there goes."""
         folder = self.folder_of(step)
         assert not self.is_complete(step), f"{folder} is complete and is not written over"
+        self.discard_universal(step)  # of a checkpoint of this step that was damaged and set aside
         if folder.exists():
             shutil.rmtree(folder)
         (folder / "engine").mkdir(parents=True)
@@ -192,6 +213,24 @@ class CheckpointStore:
         for step in self._all_steps():
             if step not in kept and step < steps[-1]:
                 self.try_to_discard(step)
+        self.discard_universal()  # the newest was saved in the layout that trains
+
+    def check_room_for_universal(self, needed: int) -> None:
+        """Makes sure that a conversion fits, and the checkpoint after it.
+
+        Args:
+            needed: bytes of the conversion.
+        Raises:
+            ConfigError: with sizes, and what to do.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < 2 * needed + self.config.reserve_bytes:
+            raise ConfigError(
+                f"the newest checkpoint is to be converted for another layout, which takes {needed / 1e9:.2f} GB in"
+                f" {self.root}, and the next checkpoint as much again; {free / 1e9:.2f} GB are free, of which"
+                f" checkpoint.reserve_bytes keeps {self.config.reserve_bytes / 1e9:.2f} GB; free"
+                f" {(2 * needed + self.config.reserve_bytes - free) / 1e9:.2f} GB, or start the layout that saved it"
+            )
 
     def check_room(self, estimate: int) -> None:
         """Makes sure, removing nothing, that the next checkpoint can fit.

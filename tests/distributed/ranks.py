@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,15 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def run_forked(config: Path, starts: list[tuple[int, list[str], str]]) -> tuple[list[list[int]], str]:
+    """Runs `tests.distributed.forked`; returns the exit codes of each start's ranks, and all that they said."""
+    command = [sys.executable, "-m", "tests.distributed.forked", str(config), json.dumps(starts)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
 def run_ranks(world_size: int, module: str, *arguments: str, timeout: float = 300) -> str:

@@ -26,6 +26,24 @@ with Interrupt() as interrupt:
 """
 
 
+STARTING = """
+import time
+from pretrain.interrupt import Interrupt, Stopped
+try:
+    with Interrupt() as interrupt, interrupt.starting():
+        print("ready", flush=True)
+        time.sleep(30)
+except Stopped:
+    print("left in order", flush=True)
+    raise SystemExit(75)
+"""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():  # a thread notes it
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def listener() -> Callable[[], subprocess.Popen[str]]:
     def start() -> subprocess.Popen[str]:
@@ -45,7 +63,7 @@ def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> Non
     with Interrupt() as interrupt:
         assert interrupt.requested == 0
         os.kill(os.getpid(), number)
-        assert interrupt.requested == number
+        wait_until(lambda: interrupt.requested == number)
         assert not interrupt.pending()  # the ranks have not agreed yet
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
@@ -54,6 +72,7 @@ def test_the_first_signal_counts_and_another_kind_changes_nothing() -> None:
     with Interrupt() as interrupt:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
+        wait_until(lambda: len(interrupt._first_at) == 3)
         assert interrupt.requested == signal.SIGUSR1
 
 
@@ -83,3 +102,13 @@ def test_the_same_signal_again_exits_at_once(
         said = process.stderr.read()
     assert said.count(number.name) == 2
     assert "again: exiting at once" in said
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_start_in_order(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "left in order\n"
+    assert process.returncode == 75

@@ -1,0 +1,72 @@
+"""When the last save has to begin, so that it is done before the job's time is up. Slurm -> deadline -> trainer.
+
+Rank 0 alone looks at the clock; what it finds travels with the request to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+_logger = logging.getLogger(__name__)
+
+_UNKNOWN_SAVE_SECONDS = 60.0  # counted for a save as long as none was measured
+_SPARE_SECONDS = 15.0  # to end workers, wandb and the process
+_NEWS = 1.25  # the margin is logged again when it has grown by this factor
+
+
+class Deadline:
+    """Compares the time that is left with what saving takes.
+
+    Args:
+        end: of the job, in seconds since the epoch; None if there is none.
+        clock: the same, now.
+    """
+
+    def __init__(self, end: float | None, clock: Callable[[], float] = time.time) -> None:
+        self._end = end
+        self._clock = clock
+        self._logged = 0.0  # the margin that was
+        self._reached = False
+
+    def reached(self, step_seconds: float, save_seconds: float | None) -> bool:
+        """Whether to stop now.
+
+        Args:
+            step_seconds: of the slowest step lately: one more is trained before the run stops.
+            save_seconds: that the last save took; None before the first.
+        """
+        if self._end is None:
+            return False
+        # A save may meet a busier disk than the last one did
+        margin = 1.5 * (save_seconds or _UNKNOWN_SAVE_SECONDS) + 2 * step_seconds + _SPARE_SECONDS
+        left = self._end - self._clock()
+        if margin > _NEWS * self._logged:
+            self._logged = margin
+            measured = f"the last one took {save_seconds:.1f} s" if save_seconds else "none was measured yet"
+            _logger.info(
+                "the job ends at %s, in %.0f s; the last save is to begin %.0f s before (%s, a step takes %.1f s)",
+                datetime.fromtimestamp(self._end).strftime("%F %T"), left, margin, measured, step_seconds,
+            )  # fmt: skip
+        if left < margin and not self._reached:
+            self._reached = True
+            _logger.warning("the job ends in %.0f s: saving now, %.0f s were set aside for it", left, margin)
+        return self._reached
+
+
+def job_end(environment: Mapping[str, str]) -> float | None:
+    """When the Slurm job of this process is to end, in seconds since the epoch; None without one or its limit."""
+    if "SLURM_JOB_END_TIME" in environment:
+        return float(environment["SLURM_JOB_END_TIME"])
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    command = ["squeue", "--noheader", "--jobs", environment["SLURM_JOB_ID"], "--format", "%e"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return datetime.fromisoformat(found).timestamp()  # of this node's time zone
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        _logger.warning("the job's end is not known, so no save is begun ahead of it: %s", error)
+        return None

@@ -1,0 +1,70 @@
+"""A run goes on with other numbers of ranks and other ZeRO stages as if nothing had changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import run_forked
+
+CONFIG = """
+run: {{name: elastic, dir: {folder}, seed: 7}}
+model:
+  {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 48, vocab_size: 4096, tie_embeddings: true,
+    qk_norm: true}}
+data:
+  seq_len: 32
+  lanes: 8
+  window_bytes: 65536
+  prefetch_bytes: 65536
+  num_workers: 0
+  tokenizer: shards/sample/tokenizer-4k.model
+  index_dir: {folder}/index
+  sources: [{{name: pile, paths: ["shards/sample/train/pile-*"]}}]
+train: {{steps: 1, global_batch_size: 8, micro_batch_size: 2}}
+optim: {{learning_rate: 1.0e-2, schedule: constant}}
+precision: {precision}
+checkpoint: {{every: 1000, keep: 2}}
+evaluation: {{suite: null}}
+wandb: {{mode: disabled}}
+"""
+
+STEPS = 3  # of each start
+# (tp_size, dp_size, ZeRO stage) of each start
+LAYOUTS = {
+    "bf16": [(1, 4, 1), (2, 2, 2), (1, 1, 1), (2, 1, 1), (1, 4, 2)],
+    "fp32": [(2, 1, 1), (1, 2, 3), (2, 1, 3), (1, 1, 2)],
+}
+TOLERANCE = {"bf16": {"loss": 1e-2, "grad_norm": 0.1}, "fp32": {"loss": 1e-5, "grad_norm": 1e-3}}  # relative
+
+
+def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> list[dict]:
+    """Starts a run several times, each on so many ranks with these overrides; returns its metrics."""
+    folder.mkdir()
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(folder=folder, precision=precision))
+    codes, output = run_forked(config, [(world_size, overrides, "") for world_size, overrides in starts])
+    assert codes == [[0] * world_size for world_size, _ in starts], output
+    return [json.loads(line) for line in (folder / "elastic" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_every_change_of_layout_keeps_batches_and_losses(precision: str, tmp_path: Path) -> None:
+    layouts = LAYOUTS[precision]
+    starts = [
+        (tp * dp, [f"train.steps={STEPS * (i + 1)}", f"parallel.tp_size={tp}", f"parallel.zero_stage={stage}"])
+        for i, (tp, dp, stage) in enumerate(layouts)
+    ]
+    changed = train(tmp_path / "changed", precision, starts)
+    straight = train(tmp_path / "straight", precision, [(1, [f"train.steps={STEPS * len(layouts)}"])])
+    assert [m["step"] for m in changed] == list(range(1, STEPS * len(layouts) + 1))
+    assert [m["batch_hash"] for m in changed] == [m["batch_hash"] for m in straight]
+    for key, tolerance in TOLERANCE[precision].items():
+        wanted = pytest.approx([m[key] for m in straight], rel=tolerance)
+        assert [m[key] for m in changed] == wanted, key
+    left = {path.name for path in (tmp_path / "changed" / "elastic" / "checkpoints").iterdir()}
+    newest = STEPS * len(layouts)
+    assert left == {f"step_{step:08d}" for step in (newest, newest - STEPS)}  # a conversion goes with the next save

@@ -1,0 +1,72 @@
+"""What one rank goes through, all of them hear of: a signal in an evaluation, an error, a step without end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import run_forked
+from tests.distributed.test_elastic import CONFIG
+
+# Rank 1 is told to stop in the middle of the evaluation of step 2
+SIGNALLED = """
+import os, signal
+from pretrain.trainer import Trainer
+logits, batches = Trainer._logits, []
+
+def signalled(trainer, tokens, segment_ids):
+    batches.append(trainer.state.step)
+    if rank == 1 and batches.count(2) == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not trainer._interrupt.requested:
+            pass
+    return logits(trainer, tokens, segment_ids)
+
+Trainer._logits = signalled
+"""
+
+FAILING = """
+import os, time
+from pretrain.engine import Engine
+train_step = Engine.train_step
+
+def failing(engine, tokens, segment_ids, n_targets, step, *others):
+    if rank == 1 and step + 1 == {step}:
+        {fault}
+    return train_step(engine, tokens, segment_ids, n_targets, step, *others)
+
+Engine.train_step = failing
+"""
+
+
+@pytest.mark.distributed
+def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
+    suite = tmp_path / "suite" / "wiki"
+    suite.mkdir(parents=True)
+    lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(40)]
+    suite.joinpath("val.jsonl").write_text("".join(lines))
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    evaluated = ["train.steps=4", "evaluation.every=2", f"evaluation.suite={suite.parent}", "evaluation.batch_size=2"]
+    run = tmp_path / "elastic"
+
+    codes, output = run_forked(config, [(2, evaluated, SIGNALLED)])
+    assert codes == [[75, 75]], output
+    assert {json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()} == {0}
+    assert (run / "checkpoints" / "step_00000002" / "COMPLETE").exists(), output
+
+    faults = [(3, "raise ValueError('out of luck')"), (3, "os.kill(os.getpid(), 9)"), (4, "time.sleep(100)")]
+    evaluated.append("train.stall_timeout=3")
+    starts = [(2, evaluated, FAILING.format(step=step, fault=fault)) for step, fault in faults]
+    codes, output = run_forked(config, [*starts, (2, evaluated, "")])
+    assert codes == [[1, 1], [1, -9], [75, 75], [0, 0]], output
+    assert output.count("ValueError: out of luck") == 1
+    assert output.count("Traceback (most recent call last)") == 1, output  # that of the rank that failed, and no other
+    assert output.count("another rank is gone, and rank 0 ends with it") == 2
+    assert output.index("out of luck") < output.index("another rank is gone")
+    assert "rank 1: step 4 has taken more than train.stall_timeout=3 s" in output
+    steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [0, 2, 4]
+    assert len(steps) == 3 * steps.count(0)

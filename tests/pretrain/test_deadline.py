@@ -1,0 +1,34 @@
+"""The last save begins early enough for the job's end, whatever a save and a step take."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.deadline import Deadline, job_end
+
+
+@pytest.mark.parametrize(("step_seconds", "save_seconds"), [(1.0, 10.0), (30.0, 200.0), (0.1, None)])
+def test_what_begins_when_it_is_reached_is_done_in_time(step_seconds: float, save_seconds: float | None) -> None:
+    now = [0.0]
+    deadline = Deadline(end=3600.0, clock=lambda: now[0])
+    while not deadline.reached(step_seconds, save_seconds):
+        now[0] += step_seconds
+    assert now[0] + step_seconds + (save_seconds or 0) < 3600  # one more step, then the save
+    assert now[0] > 3600 - 2 * (save_seconds or 60) - 3 * step_seconds - 30  # and not much earlier
+    now[0] = 0.0
+    assert deadline.reached(step_seconds, save_seconds), "a decision to stop stands"
+
+
+def test_a_longer_save_moves_it_forward() -> None:
+    deadline = Deadline(end=1000.0, clock=lambda: 500.0)
+    assert not deadline.reached(1.0, 10.0)
+    assert deadline.reached(1.0, 400.0)
+
+
+def test_without_an_end_there_is_no_deadline() -> None:
+    assert not Deadline(None).reached(1e9, 1e9)
+    assert job_end({}) is None
+
+
+def test_the_end_of_a_job_is_read() -> None:
+    assert job_end({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1795000000"}) == 1795000000.0
