@@ -13,7 +13,6 @@ from datetime import datetime
 
 _logger = logging.getLogger(__name__)
 
-_UNKNOWN_SAVE_SECONDS = 60.0  # counted for a save as long as none was measured
 _SPARE_SECONDS = 15.0  # to end workers, wandb and the process
 _NEWS = 1.25  # the margin is logged again when it has grown by this factor
 
@@ -32,24 +31,23 @@ class Deadline:
         self._logged = 0.0  # the margin that was
         self._reached = False
 
-    def reached(self, step_seconds: float, save_seconds: float | None) -> bool:
+    def reached(self, step_seconds: float, save_seconds: float) -> bool:
         """Whether to stop now.
 
         Args:
             step_seconds: of the slowest step lately: one more is trained before the run stops.
-            save_seconds: that the last save took; None before the first.
+            save_seconds: that the last save took; before the first, what it is guessed to take.
         """
         if self._end is None:
             return False
         # A save may meet a busier disk than the last one did
-        margin = 1.5 * (save_seconds or _UNKNOWN_SAVE_SECONDS) + 2 * step_seconds + _SPARE_SECONDS
+        margin = 1.5 * save_seconds + 2 * step_seconds + _SPARE_SECONDS
         left = self._end - self._clock()
         if margin > _NEWS * self._logged:
             self._logged = margin
-            measured = f"the last one took {save_seconds:.1f} s" if save_seconds else "none was measured yet"
             _logger.info(
-                "the job ends at %s, in %.0f s; the last save is to begin %.0f s before (%s, a step takes %.1f s)",
-                datetime.fromtimestamp(self._end).strftime("%F %T"), left, margin, measured, step_seconds,
+                "the job ends at %s, in %.0f s; the last save begins %.0f s before: one takes %.1f s, a step %.1f s",
+                datetime.fromtimestamp(self._end).strftime("%F %T"), left, margin, save_seconds, step_seconds,
             )  # fmt: skip
         if left < margin and not self._reached:
             self._reached = True

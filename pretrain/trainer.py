@@ -33,6 +33,7 @@ from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_
 from pretrain.model.size import checkpoint_bytes, flops_per_token
 from pretrain.nonfinite import NonFiniteSteps
 from pretrain.optim import learning_rate_at
+from pretrain.preflight import save_time
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.tracking import Tracker
@@ -78,7 +79,6 @@ class Trainer:
         self._interrupt = interrupt
         self._watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
         self._deadline = Deadline(job_end(os.environ) if topology.is_main else None)
-        self._save_seconds: float | None = None  # that the newest save took
         self._slowest_step = 0.0  # seconds, of the last few
         self._topology = topology
         self._lease = lease
@@ -92,6 +92,8 @@ class Trainer:
         self.engine = _engine(config, topology)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.state = self._resume(folder, run_id)
+        estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
+        self._save_seconds = save_time(folder.root, config.checkpoint, estimate, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, *own)
         suite = self._eval_set.suite if self._eval_set else ""
@@ -106,7 +108,6 @@ class Trainer:
         self._feed = Feed(self._loader, config.data, rows, topology)
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
-        estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
         self._saver = stack.enter_context(
             Saver(self._store, self.engine, topology, estimate, self._journal.sync, self._check_lease)
         )
@@ -128,7 +129,6 @@ class Trainer:
                 config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **dataclasses.asdict(layout),
             )  # fmt: skip
         state = read_state(checkpoint)
-        self._save_seconds = checkpoint.seconds or None
         if self._loader:
             data = read_data(checkpoint)
             check_fingerprint(data.fingerprint, self._loader.fingerprint)
