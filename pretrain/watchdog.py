@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
+import tempfile
 import threading
 import time
 from types import TracebackType
@@ -62,11 +62,15 @@ class Watchdog:
                 self._give_up(watched[0], timeout)
 
     def _give_up(self, name: str, timeout: float) -> None:
-        # No logging: the thread that hangs may hold its lock
         message = (
-            f"rank {self._rank}: {name} has taken more than train.stall_timeout={timeout:g} s; here is where every"
-            " thread stands. Exiting for another start, which goes on from the last checkpoint\n"
+            f"{name} has taken more than train.stall_timeout={timeout:g} s; here is where every thread stands."
+            " Exiting for another start, which goes on from the last checkpoint\n"
         )
-        os.write(2, message.encode())
-        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        with tempfile.TemporaryFile("w+") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            lines = [message, *stacks]
+        # In one piece, and with its rank on each line, since all ranks may say it at once. No logging: the thread that
+        # hangs may hold its lock
+        os.write(2, "".join(f"rank {self._rank}: {line}" for line in lines).encode())
         os._exit(STOPPED)
