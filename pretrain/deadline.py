@@ -57,13 +57,15 @@ class Deadline:
 
 def job_end(environment: Mapping[str, str]) -> float | None:
     """When the Slurm job of this process is to end, in seconds since the epoch; None without one or its limit."""
-    if "SLURM_JOB_END_TIME" in environment:
-        return float(environment["SLURM_JOB_END_TIME"])
+    if end := environment.get("SLURM_JOB_END_TIME"):
+        return float(end)
     if "SLURM_JOB_ID" not in environment:
         return None
     command = ["squeue", "--noheader", "--jobs", environment["SLURM_JOB_ID"], "--format", "%e"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        if found in ("", "NONE", "N/A", "Unknown"):
+            return None
         return datetime.fromisoformat(found).timestamp()  # of this node's time zone
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         _logger.warning("the job's end is not known, so no save is begun ahead of it: %s", error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
 from pretrain.deadline import Deadline, job_end
@@ -28,6 +31,18 @@ def test_a_longer_save_moves_it_forward() -> None:
 def test_without_an_end_there_is_no_deadline() -> None:
     assert not Deadline(None).reached(1e9, 1e9)
     assert job_end({}) is None
+
+
+@pytest.mark.parametrize(("said", "end"), [("2026-11-24T12:00:00", True), ("NONE", False), ("sudden nonsense", False)])
+def test_slurm_is_asked_where_the_environment_does_not_say(
+    said: str, end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n[ $3 = 7 ] && echo '{said}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = job_end({"SLURM_JOB_ID": "7"})
+    assert found == (datetime(2026, 11, 24, 12).timestamp() if end else None)
 
 
 def test_the_end_of_a_job_is_read() -> None:
