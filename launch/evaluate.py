@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 no such run, suite or checkpoint, or bad input, 1 anything
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -55,7 +56,7 @@ from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, slurm_environment
 from pretrain.tracking import log_late_evals
-from shards import ConfigError, HeadraceError, Tokenizer
+from shards import CheckpointError, ConfigError, HeadraceError, Tokenizer
 
 _logger = logging.getLogger("headrace")
 
@@ -111,8 +112,8 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
         evaluator = _renamed(evaluator, config, load_config(folder.config))
         if here.is_main:
-            for step in store.steps()[-1:]:
-                warn_of_training_shards(config.evaluation, read_data(store.open(step)).fingerprint)
+            with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
+                warn_of_training_shards(config.evaluation, read_data(store.choose()).fingerprint)
         records = _scored(arguments, folder, store, evaluator, config)
         if here.is_main:
             _print_table(records)
