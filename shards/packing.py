@@ -56,10 +56,12 @@ class Rows(NamedTuple):
     ) -> list[int]:
         """Writes one row, its tokens beginning at `offset`, into two zeroed int32 [seq_len + 1]; pieces' lengths."""
         lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
-        sizes: list[int] = lengths.tolist()  # few: Python adds them up faster than numpy is called
-        size = sum(sizes)
-        tokens[:size] = self.tokens[offset : offset + size]
-        segment_ids[:size] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), lengths)
+        sizes: list[int] = lengths.tolist()
+        end = 0
+        for number, size in enumerate(sizes, 1):  # few: slices are written faster than numpy repeats numbers
+            segment_ids[end : end + size] = number
+            end += size
+        tokens[:end] = self.tokens[offset : offset + end]
         return sizes
 
 
