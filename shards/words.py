@@ -19,8 +19,8 @@ Keys = npt.NDArray[np.uint64]
 
 BLOCK_BYTES = 1 << 17  # of text at a time: what numpy makes on the way stays in the CPU's cache
 SHORT = 15  # bytes of a word that fit a key
-MAX_WORDS = 1 << 20  # in the table; with what is below, at most about 90 MB
-MAX_LONG_BYTES = 1 << 24  # in the table's longer words
+MAX_WORDS = 1 << 20  # in the table; with what is below, at most about 100 MB
+MAX_LONG_BYTES = 1 << 22  # in the table's longer words, which are Python objects
 MAX_IDS = 1 << 23  # in the table
 SLOT_BITS = 21  # twice as many slots as words
 
