@@ -275,6 +275,7 @@ class Trainer:
         self._interrupt.agree(self._topology.any(self._wants_to_stop()))
         if self._interrupt.pending():
             raise _Left
+        self._saver.pulse()  # completes a save that was begun just before
         return self.engine.logits(tokens, segment_ids)
 
     def _check_lease(self) -> None:

@@ -34,6 +34,7 @@ from shards import CheckpointError, ConfigError, HeadraceError
 _logger = logging.getLogger(__name__)
 
 _NOTEWORTHY_SECONDS = 1.0  # of waiting for the save before
+_FAILURES_SHOWN = 4  # of the files of all ranks; a full disk fails thousands
 
 
 @dataclass
@@ -41,7 +42,6 @@ class _Pending:
     """A save whose files are being written."""
 
     step: int
-    folder: Path
     begun: float  # time.monotonic()
     files: list[Future[FileEntry]] = field(default_factory=list)  # this rank's
 
@@ -104,13 +104,10 @@ class Saver:
         """
         begun = time.monotonic()
         self._wait(state.step)
-        self._failure = None
-        # A run that stopped right after it was resumed has this one already
-        if not self._topology.broadcast_object(self._topology.is_main and self._store.is_complete(state.step)):
-            refusal = self._prepare(state.step) if self._topology.is_main else None
-            self._failure = self._topology.broadcast_object(refusal)
-            if self._failure is None:
-                self._write(state, data, begun)
+        verdict = self._prepare(state.step) if self._topology.is_main else (False, None)
+        prepared, self._failure = self._topology.broadcast_object(verdict)
+        if prepared:
+            self._write(state, data, begun)
         return time.monotonic() - begun
 
     def settle(self, busy: bool) -> None:
@@ -121,6 +118,11 @@ class Saver:
         """
         if self._pending and not busy:
             self._conclude(self._pending)
+
+    def pulse(self) -> None:
+        """As `settle`, with a collective of its own: for all ranks together, where training makes none for long."""
+        if self._pending:
+            self.settle(self._topology.sum_int64([int(self.busy)])[0] > 0)
 
     def finish(self) -> None:
         """Waits until the newest save is complete.
@@ -148,19 +150,21 @@ class Saver:
                 next_step, waited,
             )  # fmt: skip
 
-    def _prepare(self, step: int) -> str | None:
-        """Makes room and a folder; what went wrong, if anything."""
+    def _prepare(self, step: int) -> tuple[bool, str | None]:
+        """Makes room and a folder: whether there is anything to be written now, and what went wrong, if anything."""
         try:
+            if self._store.is_complete(step):  # a run that stopped right after it was resumed has this one already
+                return False, None
             self._store.make_room(self._estimate)
             self._store.prepare(step)
         except (ConfigError, OSError) as error:
             _report(step, str(error))
-            return str(error)
-        return None
+            return False, str(error)
+        return True, None
 
     def _write(self, state: RunState, data: DataState | None, begun: float) -> None:
         folder = self._store.folder_of(state.step)
-        self._pending = pending = _Pending(state.step, folder, begun)
+        self._pending = pending = _Pending(state.step, begun)
         if self._topology.is_main:
             assert data is not None
             for name, content in (("state.json", state), ("data.json", data)):
@@ -191,7 +195,8 @@ class Saver:
         failures = [
             f"rank {rank}: {found}" for rank, part in enumerate(outcomes) for found in part if isinstance(found, str)
         ]
-        self._failure = "; ".join(failures) or None
+        more = f"; and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
+        self._failure = "; ".join(failures[:_FAILURES_SHOWN]) + more if failures else None
         if not self._topology.is_main:
             return
         if self._failure:
@@ -221,7 +226,7 @@ class Saver:
 
 
 def _report(step: int, failure: str) -> None:
-    _logger.error("step %d is not saved, training goes on without: %s", step, failure)
+    _logger.error("step %d is not saved: %s", step, failure)
 
 
 def _outcome(file: Future[FileEntry]) -> FileEntry | str:

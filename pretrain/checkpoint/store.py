@@ -76,10 +76,6 @@ class Checkpoint:
         return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _damage(folder: Path, entry: FileEntry) -> str | None:
     path = folder / entry.name
     try:
@@ -208,9 +204,13 @@ class CheckpointStore:
 
     def prune(self) -> None:
         """Removes what the config does not keep, and what killed saves left behind; a failure is only logged."""
-        steps = self.steps()
+        try:
+            steps, folders = self.steps(), self._all_steps()
+        except OSError as error:
+            _logger.warning("old checkpoints in %s could not be looked for: %s", self.root, error)
+            return
         kept = {*steps[-self.config.keep :], *self._kept_for_good(steps)}
-        for step in self._all_steps():
+        for step in folders:
             if step not in kept and step < steps[-1]:
                 self.try_to_discard(step)
         self.discard_universal()  # the newest was saved in the layout that trains
@@ -257,7 +257,7 @@ class CheckpointStore:
     def _to_remove(self, estimate: int) -> list[int]:
         """The fewest of the oldest checkpoints without which the next one fits."""
         steps = self.steps()
-        sizes = {step: _bytes_in(self.folder_of(step)) for step in steps}
+        sizes = {step: self._size_of(step) for step in steps}
         needed = sizes[steps[-1]] if steps else estimate
         free = shutil.disk_usage(self.root).free
         removed = []
@@ -275,6 +275,13 @@ class CheckpointStore:
             f" free {(needed + self.config.reserve_bytes - free) / 1e9:.2f} GB there"
             f" ({len(steps)} checkpoints hold {sum(sizes.values()) / 1e9:.2f} GB), or move run.dir to a larger disk"
         )
+
+    def _size_of(self, step: int) -> int:
+        """Bytes of a checkpoint: as COMPLETE counts them, since a large run has thousands of files."""
+        try:
+            return sum(entry.size for entry in self.open(step).files)
+        except CheckpointError:  # it goes like any other
+            return sum(path.stat().st_size for path in self.folder_of(step).rglob("*") if path.is_file())
 
     def _kept_for_good(self, steps: list[int]) -> set[int]:
         every = self.config.keep_every

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import pytest
 from pretrain.topology import free_port
 from shards import read_documents
 from tests.distributed.ranks import ROOT, rank_environment
+from tests.pretrain.disk import KILLED
 
 STEPS = 40
 CONFIG = """
@@ -61,9 +65,10 @@ class Run:
         self.config = folder / "config.yaml"
         self.config.write_text(CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage))
 
-    def start(self, *overrides: str) -> list[subprocess.Popen[str]]:
+    def start(self, *overrides: str, faults: Sequence[tuple[int, str, object]] = ()) -> list[subprocess.Popen[str]]:
         port = free_port()
-        command = [sys.executable, "launch/pretrain.py", "--config", str(self.config), *overrides]
+        program = ["-m", "tests.distributed.faulty", json.dumps(faults)] if faults else ["launch/pretrain.py"]
+        command = [sys.executable, *program, "--config", str(self.config), *overrides]
         return [
             subprocess.Popen(
                 command,
@@ -200,6 +205,44 @@ def test_ranks_killed_together_resume_exactly(world_size: int, tp_size: int, zer
         runs.append(run)
     assert runs[0].figures() == runs[1].figures()
     assert len(runs[1].figures()) == 20
+
+
+@pytest.mark.distributed
+def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=2)
+    checkpoints = tmp_path / "resumed" / "checkpoints"
+
+    def complete() -> list[int]:
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in checkpoints.glob("*/COMPLETE"))
+
+    # One save fails on rank 1, which dies in the midst of the third
+    faults = [(1, "step_00000006/engine", errno.ENOSPC), (1, "step_00000018", "kill")]
+    processes = run.start("evaluation.suite=null", faults=faults)
+    run.wait_for_step(18, processes[:1])
+    assert processes[1].wait() == KILLED
+    processes[0].kill()
+    output = processes[0].communicate()[0]
+    assert "step 6 is not saved: rank 1: " in output
+    assert re.search(r"rank 1: \S*/step_00000006/engine/\S+optim_states.pt cannot be written: No space left", output)
+    assert complete() == [12]
+    # The last save fails on rank 0
+    output = wait(run.start("evaluation.suite=null", "train.steps=20", faults=[(0, "step_00000020", errno.EIO)]), [1])
+    assert "resumed after step 12" in output
+    assert "the newest state of the run is not saved: rank 0: " in output
+    assert complete() == [12, 18]
+    # A request to stop comes while a save is under way, and training goes on beside it
+    overrides = ("evaluation.suite=null", "train.steps=400", "checkpoint.every=24")
+    processes = run.start(*overrides, faults=[(1, "step_00000024", "wait")])
+    run.wait_for_step(26, processes)
+    assert complete() == [12, 18]
+    processes[0].send_signal(signal.SIGTERM)
+    (tmp_path / "go-on").touch()
+    wait(processes, [75])
+    assert complete() == [24, run.steps_done()]
+    found, expected = run.metrics(), undisturbed.metrics()
+    assert [m["batch_hash"] for m in found][: len(expected)] == [m["batch_hash"] for m in expected][: len(found)]
+    # Of each step what the last process wrote that made it: those were resumed after 12 and after 18
+    assert [m["step"] for m in found if "checkpoint_seconds" in m] == [7, 25]
 
 
 @pytest.mark.distributed

@@ -111,7 +111,7 @@ class Disk:
         return act
 
     def _io_open(self, file: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **options: Any) -> Any:
-        if isinstance(file, int) or not {"w", "x", "a"} & set(mode) or "b" not in mode:
+        if isinstance(file, int) or "opener" in options or not {"w", "x", "a"} & set(mode) or "b" not in mode:
             return self._real["io_open"](file, mode, buffering, *arguments, **options)
         path, disk = Path(file), self
 

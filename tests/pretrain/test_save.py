@@ -36,6 +36,9 @@ class OneRank:
     def gather_objects(self, value: object) -> list[object]:
         return [value]
 
+    def sum_int64(self, values: list[int]) -> list[int]:
+        return values
+
     def barrier(self) -> None:
         pass
 
@@ -272,6 +275,15 @@ def test_a_save_never_overtakes_the_one_before(tmp_path: Path, caplog: pytest.Lo
         number for number, operation in enumerate(disk.operations) if "step_00000010" in str(operation.path)
     )
     assert run.newest() == 20
+
+
+def test_a_save_is_completed_in_the_midst_of_an_evaluation(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.saver() as saver:
+        run.begin(saver, 10)
+        while not run.store.is_complete(10):
+            saver.pulse()
+        saver.finish()
 
 
 def test_a_save_is_completed_once_no_rank_is_busy(tmp_path: Path) -> None:
