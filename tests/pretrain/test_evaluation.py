@@ -14,7 +14,6 @@ from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.scores import DocumentScores, Score, eval_records
 from pretrain.evaluation.scoring import evaluate
-from pretrain.generate import continue_text
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, write_suite
@@ -184,19 +183,3 @@ def test_an_evaluation_leaves_weights_and_random_state(suite: Path, engine: Engi
     evaluate(engine.logits, loaded(suite), topology, 2)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
-
-
-def test_a_continuation_depends_on_its_seed_alone(engine: Engine) -> None:
-    tokenizer = Tokenizer(TOKENIZER)
-
-    def run(**options: float) -> str:
-        return continue_text(engine, tokenizer, "The word", SEQ_LEN, 12, **options)  # type: ignore[arg-type]
-
-    assert run(seed=1) == run(seed=1) != run(seed=2)
-    greedy = run(temperature=0)
-    ids = [tokenizer.bos_id, *tokenizer.encode("The word")]
-    prompt = len(ids)
-    weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
-    while len(ids) < prompt + 12 and ids[-1] != tokenizer.eos_id:
-        ids.append(int(piece_logits(weights, SHAPE, torch.tensor(ids))[-1].argmax()))
-    assert greedy == tokenizer.decode(ids[prompt:])
