@@ -149,7 +149,9 @@ class Splicer:
             return False
         guess = piece.window * piece.offset / piece.raw_offset
         spent = self._stored_bytes + guess * len(self._trials)
-        return spent + guess <= share(self._size, guess) * (piece.offset + self._size / (MIN_ENTRIES + 1))
+        # A part of the budget is free from the start, so that the first entry need not wait; all of it only at the end.
+        free = piece.offset + (self._size - piece.offset) / (MIN_ENTRIES + 1)
+        return spent + guess <= share(self._size, guess) * free
 
     def _try_block(self, piece: Piece) -> None:
         """Tries the bound of a zstd block, if the block's headers refer to nothing before it."""
