@@ -28,7 +28,7 @@ LAYERS = (
         "pretrain.node_check",
         "pretrain.slurm",
     ),
-    ("pretrain.config", "pretrain.trainer", "pretrain.loop", "pretrain.start"),
+    ("pretrain.config", "pretrain.trainer", "pretrain.loop", "pretrain.start", "pretrain.submission"),
 )
 
 # Third-party engines, and the only modules that import them
@@ -103,6 +103,6 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
             )
 
 
-def test_only_what_runs_a_whole_training_sees_the_whole_config() -> None:
+def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
-    assert users <= {"pretrain.trainer", "pretrain.loop", "pretrain.start"}
+    assert users <= {"pretrain.trainer", "pretrain.loop", "pretrain.start", "pretrain.submission"}
