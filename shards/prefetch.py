@@ -4,6 +4,7 @@ It decides only when a window is made, never which rows a lane gives out.
 """
 
 import heapq
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from shards.lane import Lane
@@ -33,8 +34,9 @@ class Prefetcher:
         self._pool, self._num_lanes, self._stages, self._max_bytes = pool, num_lanes, stages, max_bytes
         self._lanes = {lane.number: lane for lane in lanes}
         self._max_windows = WINDOWS_PER_STREAM * sum(len(lane.streams) for lane in lanes)
-        self._sizes: dict[WindowId, int] = {}  # raw bytes of the windows requested and not taken
-        self._bytes = 0
+        # By (source, lane) the windows requested and not taken, in their order, with their raw bytes.
+        self._requested: defaultdict[tuple[int, int], deque[tuple[WindowId, int]]] = defaultdict(deque)
+        self._windows = self._bytes = 0  # of all of them
         self._next: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs it, lane, source)
         if pool.ahead:
             for lane in lanes:
@@ -44,13 +46,17 @@ class Prefetcher:
 
     def taken(self, name: WindowId) -> None:
         """Takes note that a lane drew from this window, maybe for the first time."""
-        if not self._pool.ahead or (size := self._sizes.pop(name, None)) is None:
-            return
-        self._bytes -= size
-        self._fill()
+        requested = self._requested[name.source, name.lane]
+        before = self._windows
+        # Those before it that gave no row were taken, too.
+        while requested and requested[0][0] <= name:
+            self._bytes -= requested.popleft()[1]
+            self._windows -= 1
+        if self._windows < before:
+            self._fill()
 
     def _fill(self) -> None:
-        while self._next and (self._has_room() or len(self._sizes) < self._pool.ahead):
+        while self._next and (self._has_room() or self._windows < self._pool.ahead):
             due, number, source = heapq.heappop(self._next)
             lane = self._lanes[number]
             stream = lane.streams[source]
@@ -60,12 +66,14 @@ class Prefetcher:
             name, task = wanted
             self._pool.request(name, task, due)
             stream.requested(task)
-            self._sizes[name] = task.raw.stop - task.raw.start
-            self._bytes += self._sizes[name]
+            size = task.raw.stop - task.raw.start
+            self._requested[name.source, name.lane].append((name, size))
+            self._bytes += size
+            self._windows += 1
             self._offer(lane, source)
 
     def _has_room(self) -> bool:
-        return self._bytes < self._max_bytes and len(self._sizes) < self._max_windows
+        return self._bytes < self._max_bytes and self._windows < self._max_windows
 
     def _offer(self, lane: Lane, source: int) -> None:
         """Puts a stream's next window in line."""

@@ -77,3 +77,21 @@ def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkey
         assert drawn[29].keys() == {"b", "c"}
         assert len(pool.asked) > 12
         assert not pool.on_demand
+
+
+def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        record(words(i, 40)) if i % 40 < 24 else b'{"text": null, "pad": "%s"}\n' % (b"x" * 200) for i in range(800)
+    ]
+    path = str(write_shard(tmp_path / "a.jsonl", b"".join(lines)))
+    data = config([{"name": "a", "paths": [path]}], lanes=2, num_workers=1, on_bad_record="skip")
+    monkeypatch.setattr("shards.loader.WorkerPool", Recording)
+    with Loader(data, 2) as loader:
+        pool = loader._pool
+        assert isinstance(pool, Recording)
+        batches = [next(loader) for _ in range(2000)]
+        assert sum(len(batch.skipped) for batch in batches) > 200
+        # Several of them in a row are more than is asked for ahead.
+        assert len(pool.on_demand) < len(pool.asked) / 10
