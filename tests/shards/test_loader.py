@@ -122,6 +122,68 @@ def test_workers_make_the_same_batches(corpus: Path) -> None:
         assert global_batches(data, 8, 9, 2, states[10])[0] == plain[11:]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a few hundred rows, each document with an id of its own."""
+    folder = tmp_path_factory.mktemp("small")
+    for shard in range(3):
+        lines = [record(words(i, 3 + i * i % 50), id=f"{shard}-{i}") for i in range(40)]
+        write_shard(folder / f"{shard}{SUFFIXES[shard]}", b"".join(lines), frames=2)
+    return folder
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_a_run_goes_on_across_an_epochs_end_with_any_workers_and_ranks(small: Path, draw: st.DataObject) -> None:
+    lanes, batch = draw.draw(st.sampled_from([(2, 4), (4, 4), (6, 12)]), "lanes, batch")
+    source = {"name": "a", "paths": [str(small / "*")], "max_epochs": draw.draw(st.sampled_from([None, 2]), "epochs")}
+    data = config([source], lanes=lanes, packing=draw.draw(POLICIES, "packing"), window_bytes=1024)
+    with Loader(data, batch, 5) as loader:
+        ends = next(k for k, made in enumerate(loader) if made.epochs["a"] > 1)
+    expected, states = global_batches(data, batch, ends + 6)
+    stop = draw.draw(st.integers(max(1, ends - 2), min(ends + 2, len(states))), "stop")
+    size = draw.draw(st.sampled_from([1, 2]), "ranks")
+    workers = draw.draw(st.integers(0, 2), "workers")
+    data = data.model_copy(update={"num_workers": workers, "prefetch_bytes": draw.draw(st.sampled_from([0, 8192]))})
+    again = global_batches(data, batch, ends + 6 - stop, size, states[stop - 1])
+    assert again == (expected[stop:], states[stop:])
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lanes=st.sampled_from([2, 3, 7]),
+    packing=POLICIES,
+    window_bytes=st.sampled_from([512, 2048]),
+    workers=st.integers(0, 2),
+)
+def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
+    small: Path, lanes: int, packing: str, window_bytes: int, workers: int
+) -> None:
+    ids = {
+        (document.shard, document.line): document.id
+        for path in sorted(small.glob("*"))
+        if path.name.endswith(tuple(SUFFIXES))
+        for document in read_documents(path)
+    }
+    source: dict[str, object] = {"name": "a", "paths": [str(small / "*")]}
+    data = config([source], lanes=lanes, packing=packing, window_bytes=window_bytes, num_workers=workers)
+    begun: dict[int, list[str | None]] = {0: [], 1: [], 2: [], 3: []}
+    with Loader(data, lanes) as loader:  # a row of each lane a batch: the state says of which segment it is
+        segments = loader._sources[0].plan.num_segments
+        for batch in loader:
+            cursors = batch.state["lanes"]
+            assert isinstance(cursors, dict)
+            epochs = [(cursors[str(v)]["sources"][0][1] * lanes + v) // segments for v in range(lanes)]
+            if min(epochs) == 2:
+                break
+            for origin in batch.origins():
+                if origin.start == 0:
+                    begun[min(epochs[origin.slot], 3)].append(ids[origin.shard, origin.line])
+    for epoch in (0, 1):
+        assert sorted(begun[epoch], key=str) == sorted(ids.values(), key=str)
+    assert len(set(ids.values())) == 120
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "pad"])
 def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str) -> None:
     """With one lane the run ends at the epoch's end: every token after a document's first was a target once."""
