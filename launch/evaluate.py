@@ -20,11 +20,9 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     # Python puts launch/ first, where `pretrain` is the script of that name
@@ -37,7 +35,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from pretrain import log, topology
 from pretrain.checkpoint.state import read_data
@@ -47,9 +44,10 @@ from pretrain.config import RunConfig, load_config
 from pretrain.engine import Precision
 from pretrain.evaluation import compare
 from pretrain.evaluation.bare_model import BareModel
-from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, evaluated_steps, write_down
+from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
-from pretrain.evaluation.scores import DocumentScores
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
+from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
 from pretrain.lease import Lease
 from pretrain.model.weights import weight_specs
@@ -61,8 +59,6 @@ from shards import CheckpointError, ConfigError, HeadraceError, Tokenizer
 _logger = logging.getLogger("headrace")
 
 BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
-
-Records = list[dict[str, object]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,19 +101,24 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     with topology.started(config.parallel) as here:
         model = BareModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:
-            checkpoint = store.choose(None if arguments.steps == "newest" else _numbers(arguments.steps)[0])
-            model.take(CheckpointWeights(checkpoint, weight_specs(config.model)))
-            _print_tasks(_tasks(arguments, model, tokenizer, config.data.seq_len, config.evaluation.batch_size, here))
+            model.take(CheckpointWeights(store.choose(_one_step(arguments.steps)), weight_specs(config.model)))
+            batch_size = config.evaluation.batch_size or BATCH_SIZE
+            _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
             return
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
         evaluator = _renamed(evaluator, config, load_config(folder.config))
         if here.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.choose()).fingerprint)
-        records = _scored(arguments, folder, store, evaluator, config)
-        if here.is_main:
-            _print_table(records)
-            _send_to_wandb(config, folder, evaluator.eval_set.suite, records, arguments.follow)
+        lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
+        suite = evaluator.eval_set.suite
+        steps = _steps(arguments, folder, store, suite, lease)
+        is_list = not arguments.follow and arguments.steps not in ("all", "newest")
+        records = score_steps(evaluator, store, folder, steps, must_be_there=is_list)
+        if here.is_main and records:
+            Console().print(step_table([record for record in records if record["step"] == records[-1]["step"]]))
+            patience = 300.0 if arguments.follow else 0.0  # a followed run is about to end
+            log_late_evals(config.wandb, folder, config.run.name, suite, records, lease, patience)
 
 
 def _renamed(evaluator: Evaluator, config: RunConfig, own: RunConfig) -> Evaluator:
@@ -128,42 +129,17 @@ def _renamed(evaluator: Evaluator, config: RunConfig, own: RunConfig) -> Evaluat
     return replace(evaluator, eval_set=replace(evaluator.eval_set, suite=suite))
 
 
-def _scored(
-    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, evaluator: Evaluator, config: RunConfig
-) -> Records:
-    """Scores the steps that are asked for; the lines of evals.jsonl, on rank 0."""
-    here, suite = evaluator.topology, evaluator.eval_set.suite
-    steps = iter(_steps(arguments, folder, store, suite)) if here.is_main else iter(())
-    records: Records = []
-    while (step := here.broadcast_object(next(steps, -1))) != -1:
-        if step is None:
-            continue  # nothing new yet; the others heard of it before they lost patience
-        begin = time.perf_counter()
-        try:
-            scores = evaluator.score_checkpoint(store, step)
-        except HeadraceError as error:
-            if arguments.steps not in ("all", "newest") and not arguments.follow:
-                raise
-            _logger.warning("%s; it is left out", error)
-            continue
-        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
-            records += write_down(folder, step, scores)
-            seconds = time.perf_counter() - begin
-            rate = scores.tokens.sum() / seconds
-            _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, suite, seconds, rate)
-    return records
-
-
 def _steps(
-    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str
+    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str, lease: Lease
 ) -> Iterator[int | None]:
-    """The steps to score, on rank 0; None where there is none yet. Raises: CheckpointError if there is no such step."""
+    """The steps to score; None where there is none yet. Raises: CheckpointError if there is no such step."""
     done = evaluated_steps(folder, suite)
     if arguments.follow:
-        lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
-        yield from as_they_appear(
-            store, done, lambda: load_config(folder.config).train.steps, lease.is_free, arguments.poll_seconds
-        )
+
+        def last_step() -> int:
+            return load_config(folder.config).train.steps
+
+        yield from as_they_appear(store, done, last_step, lease.is_free, arguments.poll_seconds)
         return
     if arguments.steps == "all":
         wanted = store.steps()
@@ -183,6 +159,14 @@ def _numbers(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise ConfigError(f"--steps {text}: name steps such as 1000,2000, or say all or newest") from None
+
+
+def _one_step(text: str) -> int | None:
+    """The step that is asked for; None for the newest."""
+    numbers = [] if text == "newest" else _numbers(text)
+    if len(numbers) > 1:
+        raise ConfigError(f"--steps {text}: name one step with --tasks or --compare")
+    return numbers[0] if numbers else None
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
@@ -209,11 +193,11 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         model = BareModel(config, parallel, _precision(precision), here)
         if arguments.tasks:
             model.take(weights)
-            _print_tasks(_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size, here))
+            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or BATCH_SIZE, here)
             return
         scores = _evaluator(evaluation, model, tokenizer, seq_len, here).score(weights)
         if here.is_main:
-            _print_table(write_down(RunFolder(arguments.model), 0, scores))
+            Console().print(step_table(write_down(RunFolder(arguments.model), 0, scores)))
 
 
 def _precision(word: str) -> Precision:
@@ -229,111 +213,36 @@ def _evaluator(
     return Evaluator(model, eval_set, here, config.batch_size or BATCH_SIZE)
 
 
-def _tasks(
-    arguments: argparse.Namespace,
-    model: BareModel,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    batch_size: int | None,
-    here: Topology,
-) -> dict[str, dict[str, Any]]:
+def _run_tasks(
+    arguments: argparse.Namespace, model: BareModel, tokenizer: Tokenizer, seq_len: int, batch_size: int, here: Topology
+) -> None:
+    """Runs and prints tasks of lm-evaluation-harness. Raises: ConfigError if it is not installed or knows none such."""
     try:
         from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an extra, and slow to import
     except ImportError as error:
         raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
-    lm = HeadraceLM(model, tokenizer, seq_len, here, batch_size or BATCH_SIZE)
-    return run_tasks(lm, arguments.tasks.split(","), arguments.task_path, arguments.limit)
-
-
-def _send_to_wandb(config: RunConfig, folder: RunFolder, suite: str, records: Records, wait: bool) -> None:
-    """Adds figures to the run's wandb run, unless a training writes to it."""
-    if config.wandb.mode == "disabled" or not records:
-        return
-    lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
-    deadline = time.monotonic() + (300.0 if wait else 0.0)  # a followed run is about to end
-    while not lease.is_free() and time.monotonic() < deadline:
-        time.sleep(1.0)
-    if not lease.is_free():
-        _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
-        return
-    log_late_evals(config.wandb, folder, config.run.name, folder.run_id(), suite, records)
-
-
-def _print_table(records: Records) -> None:
-    """The domains of the last step that was scored."""
-    if not records:
-        return
-    last = records[-1]["step"]
-    table = Table(Column("domain", overflow="fold"), title=f"{records[-1]['suite']}, step {last}")
-    for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
-        table.add_column(head, justify="right")
-    for record in records:
-        if record["step"] == last:
-            figures = f"{record['perplexity']:,.2f}", f"{record['bits_per_byte']:.4f}", f"{record['accuracy']:.3f}"
-            style = "bold" if record["domain"] in ("macro", "micro") else None
-            table.add_row(str(record["domain"]), *figures, f"{record['tokens']:,}", style=style)
-    Console().print(table)
-
-
-def _print_tasks(results: dict[str, dict[str, Any]]) -> None:
-    table = Table("task", "figure", "value")
-    for task, figures in results.items():
-        for name, value in figures.items():
-            if isinstance(value, float):
-                table.add_row(task, name, f"{value:.4f}")
-    if int(os.environ.get("RANK", "0")) == 0:
-        Console().print(table)
+    lm = HeadraceLM(model, tokenizer, seq_len, here, batch_size)
+    results = run_tasks(lm, arguments.tasks.split(","), arguments.task_path, arguments.limit)
+    if here.is_main:
+        Console().print(task_table(results))
 
 
 def compare_runs(arguments: argparse.Namespace) -> None:
     """Prints and draws two evaluations. Raises: HeadraceError if they cannot be compared."""
     folders = [RunFolder(root) for root in arguments.compare]
-    suite = _common_suite(folders, arguments)
-    steps = [_last_scored(folder, suite, arguments.steps) for folder in folders]
-    paths = [folder.document_scores(step, suite) for folder, step in zip(folders, steps, strict=True)]
-    found = [DocumentScores.load(path) for path in paths]
-    missing = compare.only_in_one(found[0], found[1])
-    for root, domains in zip(reversed(arguments.compare), missing, strict=True):
+    suite = compare.common_suite(folders, str(arguments.suite) if arguments.suite else None)
+    steps = [compare.scored_step(folder, suite, _one_step(arguments.steps)) for folder in folders]
+    a, b = (
+        DocumentScores.load(folder.document_scores(step, suite)) for folder, step in zip(folders, steps, strict=True)
+    )
+    for root, domains in zip(reversed(arguments.compare), compare.only_in_one(a, b), strict=True):
         if domains:
             _logger.warning("%s was not scored on %s", root, ", ".join(domains))
-    differences = compare.compare(found[0], found[1])
-    names = tuple(f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
-    table = Table(
-        Column("domain", overflow="fold"),
-        title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",
-    )
-    for head in (*names, "difference", "from", "to", "documents"):
-        table.add_column(head, justify="right")
-    for item in differences:
-        spread = ("-", "-") if item.low is None else (f"{item.low:+.4f}", f"{item.high:+.4f}")
-        figures = (f"{item.a:.4f}", f"{item.b:.4f}", f"{item.difference:+.4f}", *spread, f"{item.documents:,}")
-        style = None if not item.is_clear else "green" if item.difference < 0 else "red"
-        table.add_row(item.name, *figures, style=style)
-    Console().print(table)
-    compare.draw(differences, (names[0], names[1]), arguments.plot)
+    differences = compare.compare(a, b)
+    first, second = (f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
+    Console().print(difference_table(suite, (first, second), differences))
+    compare.draw(differences, (first, second), arguments.plot)
     print(f"drawn in {arguments.plot}")
-
-
-def _common_suite(folders: list[RunFolder], arguments: argparse.Namespace) -> str:
-    """The label of the suite to compare on: the one that --suite names, or the only one that both have."""
-    labels = [{path.parent.name for path in (folder.root / "evals").glob("*/*.npz")} for folder in folders]
-    common = sorted(labels[0] & labels[1])
-    wanted = [label for label in common if arguments.suite in (None, Path(label))]
-    if len(wanted) == 1:
-        return wanted[0]
-    have = "; ".join(
-        f"{folder.root} has {', '.join(sorted(names)) or 'none'}" for folder, names in zip(folders, labels, strict=True)
-    )
-    raise ConfigError(f"--compare: name one suite that both were scored on with --suite ({have})")
-
-
-def _last_scored(folder: RunFolder, suite: str, steps: str) -> int:
-    scored = sorted(int(path.stem.partition("_")[2]) for path in folder.document_scores(0, suite).parent.glob("*.npz"))
-    if steps == "newest":
-        return scored[-1]
-    if int(steps) not in scored:
-        raise ConfigError(f"--steps {steps}: {folder.root} was scored on {suite} at {scored}")
-    return int(steps)
 
 
 def main() -> int:

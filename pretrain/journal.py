@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from pretrain.evaluation.scores import DocumentScores, eval_records
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run_folder import RunFolder
 from pretrain.tracking import Tracker
@@ -56,10 +56,7 @@ class Journal:
     def log_evals(self, step: int, scores: DocumentScores) -> None:
         """One evaluation: the lines of all its domains and averages, and the sums of its documents."""
         if self._tracker:
-            scores.save(self._folder.document_scores(step, scores.suite))
-            records = eval_records(step, scores)
-            for record in records:
-                self._folder.evals.append(record)
+            records = write_down(self._folder, step, scores)
             self._tracker.log_evals(records)
             macro = next(record for record in records if record["domain"] == "macro")
             _logger.info(
@@ -84,6 +81,5 @@ class Journal:
         self._folder.sync()
 
     def last_evaluated(self, suite: str) -> int:
-        """The last step whose evaluation on a suite stands whole in evals.jsonl, to its last line; -1 if none."""
-        last = {"suite": suite, "domain": "micro"}
-        return max((int(str(r["step"])) for r in self._folder.evals.read() if r.items() >= last.items()), default=-1)
+        """The last step whose evaluation on a suite stands whole in evals.jsonl; -1 if none."""
+        return max(evaluated_steps(self._folder, suite), default=-1)

@@ -1,4 +1,4 @@
-"""What a step did and what its seconds went into: records for metrics.jsonl, the console's progress, the closing table.
+"""What a step did and what its seconds went into: records for metrics.jsonl, and the console's progress.
 
 loop -> StepRecord -> {metrics.jsonl, console, wandb}.
 """
@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from pretrain import log
 from shards import Config
@@ -250,29 +249,3 @@ class StepProgress:
         elif now - self._last_line >= self._every or record.step == self._steps:
             self._last_line = now
             _logger.info("%s", line)
-
-
-def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
-    """Perplexity and bits per byte of each domain, at two times.
-
-    Args:
-        before, after: lines of evals.jsonl; rows come in the order of `after`.
-    """
-    table = Table("domain", title="Held-out text, before and after")
-    for head in ("perplexity before", "after", "bits per byte before", "after"):
-        table.add_column(head, justify="right")
-    old = {str(record["domain"]): record for record in before}
-    for record in after:
-        domain = str(record["domain"])
-        figures = [
-            _figure(source, key) for key in ("perplexity", "bits_per_byte") for source in (old.get(domain, {}), record)
-        ]
-        table.add_row(domain, *figures, style="bold" if domain in ("macro", "micro") else None)
-    return table
-
-
-def _figure(record: Mapping[str, object], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, int | float):
-        return "-"
-    return f"{value:.3f}" if key == "bits_per_byte" else f"{value:,.1f}"

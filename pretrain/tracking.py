@@ -16,11 +16,13 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
 from shards import Config, ConfigError
 
@@ -54,23 +56,32 @@ def log_late_evals(
     config: WandbConfig,
     folder: RunFolder,
     name: str,
-    run_id: str,
     suite: str,
     records: Sequence[Mapping[str, object]],
+    lease: Lease,
+    patience_seconds: float,
 ) -> None:
-    """Adds evaluations of old checkpoints to the run's wandb run, which nobody may be writing to meanwhile.
+    """Adds evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
 
     Their axis is `eval_step`, and their rows have no `step`: wandb takes no row for a step that is past, and a training
     that goes on must not take them for its own. Figures stand under `eval-<suite>/<domain>/<figure>`, and once more in
     a table of domains. What fails is logged: evals.jsonl has it all.
 
     Args:
-        name, run_id: as in `Tracker`.
+        name: as in `Tracker`.
         records: lines of evals.jsonl, of one suite.
+        lease: the run's, not entered.
+        patience_seconds: how long to wait for a training to end.
     """
     if config.mode == "disabled" or not records:
         return
-    tracker = Tracker(config, folder, name, run_id, {})
+    deadline = time.monotonic() + patience_seconds
+    while not lease.is_free() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    if not lease.is_free():
+        _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
+        return
+    tracker = Tracker(config, folder, name, folder.run_id(), {})
     with tracker._tolerated():
         tracker._log_late(suite, records)
 

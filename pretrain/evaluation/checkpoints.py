@@ -15,7 +15,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import EvalSet
-from pretrain.evaluation.scores import DocumentScores, eval_records
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run_folder import RunFolder
@@ -57,19 +57,36 @@ class Evaluator:
         return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
 
 
-def write_down(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
-    """Adds one evaluation to a run's folder, or to that of a model; rank 0 alone. Returns the lines of evals.jsonl."""
-    scores.save(folder.document_scores(step, scores.suite))
-    records = eval_records(step, scores)
-    for record in records:
-        folder.evals.append(record)
+def score_steps(
+    evaluator: Evaluator, store: CheckpointStore, folder: RunFolder, steps: Iterator[int | None], must_be_there: bool
+) -> list[dict[str, object]]:
+    """Scores checkpoints one after the other, and writes down what was found. Every rank calls it.
+
+    Args:
+        steps: on rank 0 (that of other ranks is not looked at); None where there is nothing new yet.
+        must_be_there: whether one that cannot be read is an error, rather than left out with a warning.
+    Returns:
+        The lines of evals.jsonl, on rank 0.
+    """
+    here, suite = evaluator.topology, evaluator.eval_set.suite
+    records: list[dict[str, object]] = []
+    while (step := here.broadcast_object(next(steps, -1) if here.is_main else None)) != -1:
+        if step is None:
+            continue  # nothing new yet; the others heard of it before they lost patience
+        begin = time.perf_counter()
+        try:
+            scores = evaluator.score_checkpoint(store, step)
+        except HeadraceError as error:
+            if must_be_there:
+                raise
+            _logger.warning("%s; it is left out", error)
+            continue
+        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
+            records += write_down(folder, step, scores)
+            seconds = time.perf_counter() - begin
+            rate = scores.tokens.sum() / seconds
+            _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, suite, seconds, rate)
     return records
-
-
-def evaluated_steps(folder: RunFolder, suite: str) -> set[int]:
-    """The steps of which the evaluation on a suite stands whole in evals.jsonl."""
-    last = {"suite": suite, "domain": "micro"}
-    return {int(str(record["step"])) for record in folder.evals.read() if record.items() >= last.items()}
 
 
 def as_they_appear(

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.evaluation.scores import DocumentScores, Score, total
+from pretrain.run_folder import RunFolder
 from shards import ConfigError
 
 _CHUNK = 1 << 22  # numbers that are drawn at once
@@ -93,6 +94,30 @@ def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int
 def only_in_one(a: DocumentScores, b: DocumentScores) -> tuple[list[str], list[str]]:
     """The domains that only a has, and those that only b has."""
     return sorted(set(a.domains) - set(b.domains)), sorted(set(b.domains) - set(a.domains))
+
+
+def common_suite(folders: Sequence[RunFolder], wanted: str | None) -> str:
+    """The suite to compare on: the one that is wanted, or the only one that all have been scored on.
+
+    Raises:
+        ConfigError: if that is none or several, with those of each folder.
+    """
+    suites = [{path.parent.name for path in (folder.root / "evals").glob("*/*.npz")} for folder in folders]
+    common = [suite for suite in sorted(set.intersection(*suites)) if wanted in (None, suite)]
+    if len(common) == 1:
+        return common[0]
+    have = "; ".join(
+        f"{folder.root} has {', '.join(sorted(names)) or 'none'}" for folder, names in zip(folders, suites, strict=True)
+    )
+    raise ConfigError(f"--compare: name one suite that both were scored on with --suite ({have})")
+
+
+def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
+    """The step that is wanted, or the last one that was scored. Raises: ConfigError if that step was not scored."""
+    scored = sorted(int(path.stem.partition("_")[2]) for path in folder.document_scores(0, suite).parent.glob("*.npz"))
+    if wanted is not None and wanted not in scored:
+        raise ConfigError(f"--steps {wanted}: {folder.root} was scored on {suite} at {scored}")
+    return scored[-1] if wanted is None else wanted
 
 
 def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,6 +1,6 @@
 """What an evaluation found: sums of each document, figures of each domain, averages.
 
-scoring -> scores -> {journal, compare}.
+scoring -> scores -> {evals.jsonl, compare}.
 
 The documents' sums are kept beside evals.jsonl, since a comparison of two models needs them to say what is chance.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.run_folder import RunFolder
 from shards import CheckpointError
 from shards.durable import write_atomically
 
@@ -142,6 +143,21 @@ def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
         for key in ("nll_per_token", "bits_per_byte", "accuracy")
     }
     return [*records, {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])}, micro]
+
+
+def write_down(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
+    """Adds one evaluation to a run's folder, or to that of a model; rank 0 alone. Returns the lines of evals.jsonl."""
+    scores.save(folder.document_scores(step, scores.suite))
+    records = eval_records(step, scores)
+    for record in records:
+        folder.evals.append(record)
+    return records
+
+
+def evaluated_steps(folder: RunFolder, suite: str) -> set[int]:
+    """The steps of which the evaluation on a suite stands whole in evals.jsonl."""
+    last = {"suite": suite, "domain": "micro"}
+    return {int(str(record["step"])) for record in folder.evals.read() if record.items() >= last.items()}
 
 
 def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, object]:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from pretrain.evaluation.tables import domain_table
 from pretrain.metrics import (
     Meter,
     MetricsConfig,
     StepProgress,
     StepRecord,
-    domain_table,
     mfu,
     peak_flops_of,
     peak_memory_bytes,

@@ -1,0 +1,76 @@
+"""Evaluations as tables for the terminal. evals.jsonl, compare, harness -> tables -> launch/{pretrain,evaluate}.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Column, Table
+
+from pretrain.evaluation.compare import Difference
+
+_AVERAGES = ("macro", "micro")
+
+
+def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
+    """Perplexity and bits per byte of each domain, at two times.
+
+    Args:
+        before, after: lines of evals.jsonl; rows come in the order of `after`.
+    """
+    table = Table("domain", title="Held-out text, before and after")
+    for head in ("perplexity before", "after", "bits per byte before", "after"):
+        table.add_column(head, justify="right")
+    old = {str(record["domain"]): record for record in before}
+    for record in after:
+        domain = str(record["domain"])
+        figures = [
+            _figure(source, key) for key in ("perplexity", "bits_per_byte") for source in (old.get(domain, {}), record)
+        ]
+        table.add_row(domain, *figures, style="bold" if domain in _AVERAGES else None)
+    return table
+
+
+def step_table(records: Sequence[Mapping[str, object]]) -> Table:
+    """All figures of each domain. `records`: the lines of evals.jsonl of one step and suite, one at least."""
+    table = Table(Column("domain", overflow="fold"), title=f"{records[0]['suite']}, step {records[0]['step']}")
+    for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
+        table.add_column(head, justify="right")
+    for record in records:
+        figures = f"{record['perplexity']:,.2f}", f"{record['bits_per_byte']:.4f}", f"{record['accuracy']:.3f}"
+        style = "bold" if record["domain"] in _AVERAGES else None
+        table.add_row(str(record["domain"]), *figures, f"{record['tokens']:,}", style=style)
+    return table
+
+
+def difference_table(suite: str, names: tuple[str, str], differences: Sequence[Difference]) -> Table:
+    """Two models side by side; differences that are clear in colour, green where the second is better."""
+    table = Table(
+        Column("domain", overflow="fold"),
+        title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",
+    )
+    for head in (*names, "difference", "from", "to", "documents"):
+        table.add_column(head, justify="right")
+    for item in differences:
+        spread = ("-", "-") if item.low is None else (f"{item.low:+.4f}", f"{item.high:+.4f}")
+        figures = (f"{item.a:.4f}", f"{item.b:.4f}", f"{item.difference:+.4f}", *spread, f"{item.documents:,}")
+        style = None if not item.is_clear else "green" if item.difference < 0 else "red"
+        table.add_row(item.name, *figures, style=style)
+    return table
+
+
+def task_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What the harness found, by task and figure."""
+    table = Table("task", "figure", "value")
+    for task, figures in results.items():
+        for name, value in figures.items():
+            if isinstance(value, float):
+                table.add_row(task, name, f"{value:.4f}")
+    return table
+
+
+def _figure(record: Mapping[str, object], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.3f}" if key == "bits_per_byte" else f"{value:,.1f}"
