@@ -77,7 +77,9 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
-            print(config.describe(dp_size_of(world_size_of(os.environ), config.parallel)), end="")
+            # Without a launcher, of one copy of the model
+            ranks = world_size_of(os.environ) if "WORLD_SIZE" in os.environ else config.parallel.tp_size
+            print(config.describe(dp_size_of(ranks, config.parallel)), end="")
             return 0
         report = start(config, arguments.fresh)
     except HeadraceError as error:

@@ -8,7 +8,6 @@ By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs look
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -21,8 +20,9 @@ import xxhash
 
 from shards import suite
 from shards.config import Decontamination
-from shards.durable import fsync_folder
+from shards.durable import written_atomically
 from shards.errors import ConfigError
+from shards.kept import user_cache
 from shards.plan import Ints, key_of
 
 VERSION = 1  # raise it whenever the same text would give other hashes: runs do not continue across it
@@ -63,13 +63,8 @@ class HashSet:
         bitmap = np.zeros(num_words, np.uint64)
         np.bitwise_or.at(bitmap, _word(signatures, num_words), _bit(signatures))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        with partial.open("wb") as file:  # not a whole second time in memory, as bytes
+        with written_atomically(path) as file:  # not a whole second time in memory, as bytes
             np.save(file, np.concatenate([np.array([len(unique)], np.uint64), unique, bitmap]))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -121,8 +116,7 @@ class Decontaminator:
         digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
         named = [[key, *(digests[shard] for shard in shards)] for key, *shards in contents]
         key = key_of(VERSION, config.match, config.min_tokens, *(text for part in named for text in part))
-        folder = index_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
-        path = folder / f"headrace-decontaminate-{key:016x}.npy"
+        path = (index_dir or user_cache()) / f"headrace-decontaminate-{key:016x}.npy"
         if not path.exists():
             texts = (document.text for found in suites for document in found.documents())
             HashSet.write(path, *_hashes_of_suite(texts, config))

@@ -4,7 +4,10 @@ index, manifest, a run's folder, checkpoints -> durable.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -18,11 +21,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises: OSError if the folder is missing or cannot be written to, or the disk is full.
     """
-    # Node and process keep apart ranks that write the same name; what a killed one leaves, it overwrites in time.
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with written_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """`write_atomically` for what is written piece by piece; after an error the file is as it was before."""
+    partial = partial_name(path)
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -30,6 +39,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def partial_name(path: Path) -> Path:
+    """What a file or folder is called until it is complete."""
+    # Node and process keep apart ranks that write the same name; what a killed one leaves, it overwrites in time.
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
 def fsync_folder(folder: Path) -> None:

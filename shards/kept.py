@@ -16,10 +16,13 @@ def index_path(path: str, index_dir: Path | None) -> Path:
     folder, name = files.place(path)
     if index_dir is None and os.access(folder, os.W_OK):
         return Path(folder) / (name + INDEX_SUFFIX)
-    if index_dir is None:
-        index_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
     # Shards of the same name in several folders must not share an index.
-    return index_dir / f"{name}.{digest([folder])}{INDEX_SUFFIX}"
+    return (index_dir or user_cache()) / f"{name}.{digest([folder])}{INDEX_SUFFIX}"
+
+
+def user_cache() -> Path:
+    """Where what is no shard's neighbour goes, if the config names no folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
 def windows_path(index: Path) -> Path:

@@ -89,3 +89,10 @@ def test_print_config_shows_what_follows_for_deepspeed(command, capsys: pytest.C
     assert code == 0
     assert "grad_clip: 0.7" in out
     assert "gradient_clipping: 0.7" in out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_that_come_with_it_are_valid(path: Path, command, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = command("--print-config", "--config", str(path))
+    assert code == 0, said
+    assert f"name: {path.stem.removesuffix('-tp2')}" in capsys.readouterr().out

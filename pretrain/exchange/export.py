@@ -19,7 +19,7 @@ from pretrain.exchange.tokenizer_files import write_tokenizer
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
-from shards.durable import fsync_folder
+from shards.durable import fsync_folder, partial_name
 
 Format = Literal["hf", "meta"]
 
@@ -70,7 +70,7 @@ def _appearing(to: Path) -> Iterator[Path]:
     """A folder beside `to` that gets its name once it is complete and durable."""
     if to.exists():
         raise ConfigError(f"--to {to} is there already; name another folder, or remove it")
-    partial = to.with_name(f".{to.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    partial = partial_name(to)
     try:
         partial.mkdir(parents=True)
         yield partial
