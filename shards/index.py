@@ -121,7 +121,7 @@ def build(
     """
     if arrow.is_column(path):
         return _build_of_column(path, cell_bytes, progress)
-    before = files.stat(path)
+    before = files.stat(path, fresh=True)
     table = RecordTable(cell_bytes)
     entries: list[tuple[int, int]] = []
     window = formats.MIN_DECODER_BYTES
@@ -138,7 +138,7 @@ def build(
             elif piece.raw:
                 table.feed(piece.raw)
         table.finish()
-    if files.stat(path) != before:
+    if files.stat(path, fresh=True) != before:
         raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
     splices = splicer.finish()
     if windows and splices.splices:  # before the index, which must not name what is not there

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shards import DataConfig, Loader, ShardError, remote
+from shards import DataConfig, Loader, ShardError, files, remote
+from shards.index import build
 from tests.shards.corpora import compress, config, record, words
 
 moto_server = pytest.importorskip("moto.server")
@@ -89,3 +90,12 @@ def test_what_is_not_there_is_named(bucket: "s3fs.S3FileSystem", tmp_path: Path)
     ):
         with pytest.raises(ShardError, match=message):
             Loader(of(path, tmp_path), 8)
+
+
+def test_an_index_is_of_what_was_read_and_not_of_what_was_listed_before(bucket: "s3fs.S3FileSystem") -> None:
+    path = remote.expand("s3://data/*")[0]
+    other = s3fs.S3FileSystem(skip_instance_cache=True)  # as another machine, of whose writes ours knows nothing
+    other.pipe("data/part-0.jsonl.zst", SHARDS["part-1.jsonl.zst"])
+    index = build(path, 1 << 16, 1 << 27)
+    assert index.stat == files.stat(path, fresh=True)
+    assert index.raw_bytes == len(RAW[1])
