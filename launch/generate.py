@@ -1,7 +1,7 @@
 """Continues prompts with a model: `python launch/generate.py --run runs/x --prompt "The "`; without --prompt, it asks.
 
 The model is a run's checkpoint, of whatever topology, or with --model a folder in the layout of Hugging Face or Meta.
-Started by `deepspeed` or `torchrun`, all ranks share one model tensor-parallel, each with its slices.
+Started by `deepspeed`, `torchrun` or `srun`, all ranks share one model tensor-parallel, each with its slices.
 
 The text goes to stdout as it comes, without the prompt. Exit codes: 0 done, 2 bad input, 1 anything else.
 """
@@ -35,7 +35,7 @@ from pretrain.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from pretrain.run_folder import RunFolder
-from pretrain.topology import ParallelConfig, Topology, started, world_size_of
+from pretrain.topology import ParallelConfig, Topology, slurm_environment, started, world_size_of
 from shards import HeadraceError, Tokenizer
 
 
@@ -127,6 +127,7 @@ def speak(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    os.environ.update(slurm_environment(os.environ))
     log.set_up(int(os.environ.get("RANK", "0")))
     try:
         speak(arguments)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 
+from launch import evaluate, generate
 from pretrain.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words
-from pretrain.topology import launcher_environment, slurm_environment
+from pretrain.topology import launcher_environment, slurm_environment, world_size_of
 from shards import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "pretrain.sbatch"
@@ -110,3 +115,15 @@ def test_a_task_of_a_slurm_step_is_a_rank() -> None:
     assert slurm_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
     with pytest.raises(ConfigError, match="MASTER_ADDR.*launch/submit.py"):
         launcher_environment(slurm_environment(step))
+
+
+@pytest.mark.parametrize("command", [evaluate, generate])
+def test_commands_beside_the_training_are_ranks_too(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(command, "parse_arguments", lambda: argparse.Namespace(compare=None, run="a run"))
+    for work in ("evaluate_run", "speak"):
+        monkeypatch.setattr(command, work, lambda _: seen.append(world_size_of(os.environ)), raising=False)
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    with mock.patch.dict(os.environ, step):
+        assert command.main() == 0
+    assert seen == [16]
