@@ -31,8 +31,9 @@ def train(trainer: Trainer, config: RunConfig, interrupt: Interrupt) -> bool:
         else:
             step += 1
             finished = step >= config.train.steps
-            evaluation_due = finished or (config.evaluation.due(step) and not interrupt.pending())
-            trainer.train_on(batch, evals_follow=evaluation_due)
+            due = finished or config.evaluation.due(step)
+            trainer.train_on(batch, evals_follow=due)  # by the next start, if this one is to stop
+            evaluation_due = finished or (due and not interrupt.pending())
         # First what cannot be computed again
         if finished or config.checkpoint.due(step) or interrupt.pending():
             trainer.save()

@@ -117,6 +117,7 @@ class Tracker:
         self._last_step = -1  # the last whose row wandb has in full
         self._late_rows = 0  # that the server has of evaluations of old checkpoints
         self._held: Row | None = None
+        self._evals_follow = False  # whether what is held waits for its evaluation
 
     def __enter__(self) -> Tracker:
         """
@@ -133,12 +134,13 @@ class Tracker:
     ) -> None:
         if self._config.mode == "disabled":
             return
-        self._send_held()
         if self._run is None:
             # A launcher that stops a run sends SIGTERM to wandb's process too; a new one gets what that had not
             with self._tolerated():
                 _forget_process()
                 self._open()
+        if not self._evals_follow:  # else the next start makes the evaluation, and sends both
+            self._send_held()
         if self._run is not None:
             with self._tolerated():
                 self._run.finish(exit_code=0 if kind is None else 1)
@@ -148,12 +150,12 @@ class Tracker:
 
         Args:
             record: with its `step`; a step that wandb already has is passed over.
-            more: the step's evaluation follows; both then go out as one row.
+            more: the step's evaluation follows; both then go out as one row, if need be from the next session. A step
+                that is evaluated all the same, as where the data ends, is held until the next one too.
         """
         self._send_held()
         self._held = step_row(record)
-        if not more:
-            self._send_held()
+        self._evals_follow = more
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
         """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
@@ -161,6 +163,7 @@ class Tracker:
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
             self._held = {**(self._held or {}), **row}
+        self._evals_follow = False
         self._send_held()
 
     def _send_held(self) -> None:
@@ -193,7 +196,8 @@ class Tracker:
         run.finish()
 
     def _fill_gap(self) -> None:
-        """Sends what the JSONL files have and wandb has not."""
+        """Sends what the JSONL files have and wandb has not; the last row is held: it may be evaluated only now."""
+        self._held = None  # it stands in the files too
         rows: dict[int, Row] = {}
         for record in self._folder.metrics.read(after=self._last_step):
             row = step_row(record)
@@ -202,8 +206,8 @@ class Tracker:
         for row in eval_rows(record for record in evals if self._suite in (None, record["suite"])):
             rows.setdefault(int(str(row["step"])), {}).update(row)
         for step in sorted(rows):
-            self._held = rows[step]
             self._send_held()
+            self._held = rows[step]
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:

@@ -27,17 +27,27 @@ folder = RunFolder(Path(sys.argv[1]))
 folder.create()
 folder.cut_back(resumed_at)
 described = {"model": {"dim": 8}, "commit": "c0ffee"}
+
+
+def evaluate(tracker, step):
+    evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
+    folder.evals.append(evals)
+    tracker.log_evals([evals])
+
+
 with Tracker(WandbConfig(system_metrics=False), folder, "name", "an-id", described) as tracker:
+    if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
+        evaluate(tracker, resumed_at)
     for step in range(resumed_at + 1, last + 1):
         if step == last and end == "service stopped":
             [process.terminate() or process.wait() for process in psutil.Process().children()]
         record = {"step": step, "loss": 1 / step, "tokens_per_source": {"pile": step}}
         folder.metrics.append(record)
         tracker.log_step(record, more=step % 4 == 0)
-        if step % 4 == 0:
-            evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
-            folder.evals.append(evals)
-            tracker.log_evals([evals])
+        if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
+            evaluate(tracker, step)
+    if end == "finished":
+        evaluate(tracker, last)  # as where the data ends, which the step before could not know
     if end == "killed":
         time.sleep(0.1)  # some of it is flushed to the file by now, some is not
         for process in [*psutil.Process().children(), psutil.Process()]:
@@ -69,13 +79,14 @@ def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) 
     root = tmp_path / "run"
     session(root, 0, 22, "killed")
     session(root, 10, 30, "service stopped")  # as the launcher does it
-    session(root, 25, 34, "finished")
+    session(root, 25, 32, "left before the evaluation")
+    session(root, 32, 34, "finished")
     rows = history(root)
     assert [row["step"] for row in rows] == list(range(1, 35))
     assert all(row["_step"] == row["step"] for row in rows)
     assert [row["loss"] for row in rows] == [1 / step for step in range(1, 35)]
     assert [row["tokens_per_source/pile"] for row in rows] == list(range(1, 35))
-    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == [4, 8, 12, 16, 20, 24, 28, 32, 34]
 
 
 def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
