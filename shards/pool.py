@@ -265,6 +265,8 @@ class WorkerPool:
             worker = _Worker(self._settings, self._config.worker_timeout)
             with self._changed:
                 self._workers[slot] = worker
+                if self._closed:
+                    worker.interrupt()  # `close` has not seen it
         return worker
 
     def _drop_worker(self, slot: int) -> None:

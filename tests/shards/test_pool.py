@@ -1,5 +1,6 @@
 """What is made ahead: nothing is kept that nobody will take, and what lanes will need is asked for in time."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from shards import DataConfig, Loader
 from shards.index import build
-from shards.pool import WindowId, WorkerPool
+from shards.pool import MAX_DEATHS, WindowId, WorkerPool, _WorkerLost
 from shards.window import Window, WindowMaker, WindowTask
 from tests.shards.corpora import config, record, words, write_shard
 
@@ -95,3 +96,39 @@ def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
         assert sum(len(batch.skipped) for batch in batches) > 200
         # Several of them in a row are more than is asked for ahead.
         assert len(pool.on_demand) < len(pool.asked) / 10
+
+
+def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, go = threading.Event(), threading.Event()
+
+    class Late:
+        def __init__(self, settings: str, timeout: float) -> None:
+            self._ended = threading.Event()
+            starting.set()
+            go.wait(10)
+
+        def ask(self, number: int, task: WindowTask) -> None:
+            pass
+
+        def answer(self) -> None:
+            self._ended.wait(10)
+            raise _WorkerLost("died", MAX_DEATHS)
+
+        def interrupt(self) -> None:
+            self._ended.set()
+
+        def kill(self) -> None:
+            self._ended.set()
+
+    monkeypatch.setattr("shards.pool._Worker", Late)
+    monkeypatch.setattr("shards.pool.STOP_SECONDS", 0.0)
+    path = str(write_shard(tmp_path / "a.jsonl", record(words(1, 30))))
+    data = config([{"name": "a", "paths": [path]}], num_workers=1)
+    index = build(path, data.cell_bytes, data.max_decoder_window)
+    pool = WorkerPool(data)
+    pool.request(WindowId(0, 0, 0, 0), WindowTask(0, index.raw_range(path, 0, index.raw_bytes), 0, 1, 1), 0.0)
+    assert starting.wait(10)
+    pool.close()
+    go.set()
+    pool._threads[0].join(2)
+    assert not pool._threads[0].is_alive()
