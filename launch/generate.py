@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python puts launch/ first, where other modules of the same names could be found
+    # Python puts launch/ first, where `pretrain` is the script of that name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
-class Source:
+class Speaker:
     """Where a model comes from, and how it speaks."""
 
     config: ModelConfig
@@ -71,12 +71,12 @@ class Source:
     precision: Precision
 
 
-def opened(arguments: argparse.Namespace) -> Source:
+def opened(arguments: argparse.Namespace) -> Speaker:
     """Raises: HeadraceError if there is no such model."""
     if arguments.model:
         model = open_model(arguments.model)
         description = model.description
-        return Source(
+        return Speaker(
             description.config, model, open_codec(arguments.model), description.context, arguments.precision or "fp32"
         )
     folder = RunFolder(arguments.run)
@@ -85,7 +85,7 @@ def opened(arguments: argparse.Namespace) -> Source:
     checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
     weights = CheckpointWeights(checkpoint, weight_specs(config.model))
     codec = codec_of(Tokenizer(config.data.tokenizer, config.data.bos, eos=False), config.data.bos)
-    return Source(config.model, weights, codec, config.data.seq_len, arguments.precision or config.precision)
+    return Speaker(config.model, weights, codec, config.data.seq_len, arguments.precision or config.precision)
 
 
 def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
@@ -111,14 +111,14 @@ def speak(arguments: argparse.Namespace) -> None:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     sampling = Sampling.parse({name: getattr(arguments, name) for name in names}, at="--")
     tp_size = world_size_of(os.environ)
-    source = opened(arguments)
-    check_splits(source.config, tp_size, "the number of ranks")
+    speaker = opened(arguments)
+    check_splits(speaker.config, tp_size, "the number of ranks")
     with started(ParallelConfig(tp_size=tp_size)) as here:
-        model = BareModel(source.config, ParallelConfig(tp_size=tp_size), source.precision, here)
-        model.take(source.weights)
+        model = BareModel(speaker.config, ParallelConfig(tp_size=tp_size), speaker.precision, here)
+        model.take(speaker.weights)
         for prompt in prompts(arguments, here):
-            given = (source.codec, prompt, sampling, here)
-            for part in generate(model.next_logits, source.config.n_layers, source.context, *given):
+            given = (speaker.codec, prompt, sampling, here)
+            for part in generate(model.next_logits, speaker.config.n_layers, speaker.context, *given):
                 if here.is_main:
                     print(part, end="", flush=True)
             if here.is_main:

@@ -176,7 +176,7 @@ def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("a picture needs matplotlib: pip install -e '.[eval]'") from None
+        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from None
     domains, averages = list(differences[:-2]), list(differences[-2:])
     left_out = len(domains) - _MAX_BARS
     if left_out > 0:
