@@ -42,25 +42,27 @@ def _step_of(line: bytes) -> int | None:
 class StepLog:
     """A file of records, one or more for a step, that is only ever appended to, or cut back to a step.
 
-    A record is one JSON line, or where the name ends in `.zst` one zstd frame with one JSON line. Each goes out in a
-    single write, so that a kill tears at most the last one, and readers pass over what is torn. Numbers that are not
-    finite become null, since JSON has none.
+    A record is one JSON line, or where the name ends in `.zst` one zstd frame with one JSON line. What is appended goes
+    out in a single write, so that a kill tears at most the last one, and readers pass over what is torn. Numbers that
+    are not finite become null, since JSON has none.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._compressed = path.suffix == ".zst"
 
-    def append(self, record: Mapping[str, object]) -> None:
-        line = msgspec.json.encode(record) + b"\n"
+    def append(self, *records: Mapping[str, object]) -> None:
+        """Adds records in a single write: a kill between the lines of one evaluation would have them written twice."""
+        lines = [msgspec.json.encode(record) + b"\n" for record in records]
         if self._compressed:
-            line = zstandard.ZstdCompressor(level=6, write_checksum=True).compress(line)
+            lines = [zstandard.ZstdCompressor(level=6, write_checksum=True).compress(line) for line in lines]
+        content = b"".join(lines)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            written = os.write(descriptor, line)
-            if written != len(line):  # a full disk: the torn record would hide the next one on its line
+            written = os.write(descriptor, content)
+            if written != len(content):  # a full disk: the torn record would hide the next one on its line
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
-                raise HeadraceError(f"{self.path}: cannot append {len(line)} bytes; is the disk full?")
+                raise HeadraceError(f"{self.path}: cannot append {len(content)} bytes; is the disk full?")
         finally:
             os.close(descriptor)
 

@@ -149,8 +149,7 @@ def write_down(folder: RunFolder, step: int, scores: DocumentScores) -> list[dic
     """Adds one evaluation to a run's folder, or to that of a model; rank 0 alone. Returns the lines of evals.jsonl."""
     scores.save(folder.document_scores(step, scores.suite))
     records = eval_records(step, scores)
-    for record in records:
-        folder.evals.append(record)
+    folder.evals.append(*records)
     return records
 
 

@@ -143,3 +143,20 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
     folder.cut_back(1)
     folder.sync()
     assert [len(list(log.read())) for log in (folder.metrics, folder.evals, folder.cursors)] == [1, 1, 1]
+
+
+def test_a_kill_does_not_come_between_the_lines_of_one_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = StepLog(tmp_path / "evals.jsonl")
+    records: list[dict[str, object]] = [{"step": 3, "domain": domain} for domain in ("wiki", "web", "micro")]
+    write, writes = os.write, iter((True, False))
+
+    def killed_after_one(descriptor: int, content: bytes) -> int:
+        if not next(writes):
+            raise KeyboardInterrupt
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", killed_after_one)
+    log.append(*records)
+    assert list(log.read()) == records
