@@ -5,7 +5,7 @@
 
 Side by side, each measurement in a process of its own: Headrace with splice points and without (replay), HF `datasets`
 streaming with `load_state_dict`, and plain decode-and-skip. A row is 2,049 tokens. Then one, two and more readers of
-the last shard but one, each with its own part: the rate of decoding of all together.
+the largest shard, each with its own part: the rate of decoding of all together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ SEQ_LEN = 2048
 MAX_WINDOW = 128 * MIB
 POSITIONS = (0.1, 0.5, 0.95)
 METHODS = {"entries": "Headrace", "replay": "Headrace by replay", "datasets": "HF datasets", "plain": "decode and skip"}
-RAW_PART_BYTES = 4 * MIB  # of what a reader asks for at once
 
 
 def prepare(path: str, work: Path) -> ShardIndex:
@@ -265,8 +264,8 @@ def main() -> None:
         return
     sizes = {path: prepare(path, arguments.work).raw_bytes / 1e9 for path in arguments.shards}
     points = measure(arguments, sizes)
-    readers_of = arguments.shards[max(0, len(arguments.shards) - 2)]
-    measure_readers(arguments, readers_of, sizes[readers_of])
+    largest = max(sizes, key=lambda path: sizes[path])
+    measure_readers(arguments, largest, sizes[largest])
     if arguments.plot:
         plot(points, arguments.plot)
 
