@@ -19,5 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def topology() -> Iterator[Topology]:
     from pretrain.topology import ParallelConfig, started  # the loader's tests need no torch
 
+    before = dict(os.environ)
     with started(ParallelConfig()) as here:
+        # The rank's variables would reach every process that other tests start, and make ranks of them. DeepSpeed asks
+        # for this one each time.
+        for name in set(os.environ) - set(before) - {"LOCAL_RANK"}:
+            del os.environ[name]
         yield here
