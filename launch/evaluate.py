@@ -39,18 +39,16 @@ from rich.console import Console
 from pretrain import log, topology
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Precision
 from pretrain.evaluation import compare
 from pretrain.evaluation.bare_model import BareModel
-from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps
+from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps, take_checkpoint
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
 from pretrain.lease import Lease
-from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, slurm_environment
 from pretrain.tracking import log_late_evals
@@ -101,7 +99,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     with topology.started(config.parallel) as here:
         model = BareModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:
-            model.take(CheckpointWeights(store.choose(_one_step(arguments.steps)), weight_specs(config.model)))
+            take_checkpoint(model, store, _one_step(arguments.steps), here)
             batch_size = config.evaluation.batch_size or BATCH_SIZE
             _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
             return

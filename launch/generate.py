@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,14 @@ if not torch.cuda.is_available():
 
 from pretrain import log
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config import load_config
 from pretrain.engine import Precision
 from pretrain.evaluation.bare_model import BareModel
+from pretrain.evaluation.checkpoints import take_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import Weights, check_splits, weight_specs
+from pretrain.model.weights import check_splits
 from pretrain.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, slurm_environment, started, world_size_of
 from shards import HeadraceError, Tokenizer
@@ -65,7 +65,7 @@ class Speaker:
     """Where a model comes from, and how it speaks."""
 
     config: ModelConfig
-    weights: Weights
+    fill: Callable[[BareModel, Topology], object]  # with its weights; every rank calls it
     codec: Codec
     context: int  # tokens that it was trained with
     precision: Precision
@@ -77,15 +77,24 @@ def opened(arguments: argparse.Namespace) -> Speaker:
         model = open_model(arguments.model)
         description = model.description
         return Speaker(
-            description.config, model, open_codec(arguments.model), description.context, arguments.precision or "fp32"
+            description.config,
+            lambda bare, _: bare.take(model),
+            open_codec(arguments.model),
+            description.context,
+            arguments.precision or "fp32",
         )
     folder = RunFolder(arguments.run)
     folder.check_there()
     config = load_config(folder.config)
-    checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
-    weights = CheckpointWeights(checkpoint, weight_specs(config.model))
+    store = CheckpointStore(folder.checkpoints, config.checkpoint)
     codec = codec_of(Tokenizer(config.data.tokenizer, config.data.bos, eos=False), config.data.bos)
-    return Speaker(config.model, weights, codec, config.data.seq_len, arguments.precision or config.precision)
+    return Speaker(
+        config.model,
+        lambda bare, here: take_checkpoint(bare, store, arguments.step, here),
+        codec,
+        config.data.seq_len,
+        arguments.precision or config.precision,
+    )
 
 
 def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
@@ -115,7 +124,7 @@ def speak(arguments: argparse.Namespace) -> None:
     check_splits(speaker.config, tp_size, "the number of ranks")
     with started(ParallelConfig(tp_size=tp_size)) as here:
         model = BareModel(speaker.config, ParallelConfig(tp_size=tp_size), speaker.precision, here)
-        model.take(speaker.weights)
+        speaker.fill(model, here)
         for prompt in prompts(arguments, here):
             given = (speaker.codec, prompt, sampling, here)
             for part in generate(model.next_logits, speaker.config.n_layers, speaker.context, *given):

@@ -6,6 +6,7 @@ model's slices of the logits are gathered, and rank 0's choice counts on all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from pretrain.model.cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import Config, Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 # Tokens [B, T] after those in the cache -> this rank's slice of the last one's logits [B, vocab_size / tp_size]
 NextLogits = Callable[[Tensor, KVCache], Tensor]
@@ -74,13 +77,17 @@ def generate(
         n_layers: of the model.
         max_length: tokens of context; the prompt and its continuation end there.
     """
-    ids = (codec.encode(prompt) or [0])[:max_length]  # a model needs a token to begin with
+    ids = codec.encode(prompt) or [0]  # a model needs a token to begin with
+    if len(ids) >= max_length:
+        _logger.warning("the prompt's %d tokens fill the context of %d: nothing can follow", len(ids), max_length)
+        return
     stream = TextStream(codec, ids, sampling.stop)
-    cache = KVCache(n_layers, max_length)
+    end = min(max_length, len(ids) + sampling.max_tokens)
+    cache = KVCache(n_layers, end)  # not of max_length: a long context takes more memory than the model
     # The draws are made on the CPU: the same on every device
     generator = torch.Generator().manual_seed(sampling.seed)
     new = ids
-    for _ in range(min(sampling.max_tokens, max_length - len(ids))):
+    for _ in range(end - len(ids)):
         tokens = torch.tensor([new], device=topology.device)
         logits = gather_vocab(next_logits(tokens, cache))[0].float().cpu()
         # Ranks that drew different tokens, for a last bit of difference in a logit, would wait for each other for ever

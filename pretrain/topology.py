@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from pydantic import Field
 from torch.distributed import distributed_c10d
 
-from shards import Config, ConfigError
+from shards import Config, ConfigError, HeadraceError
 
 T = TypeVar("T")
 
@@ -111,6 +111,24 @@ class Topology:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What an action gives on this rank, once it has succeeded on every one. Every rank calls it.
+
+        Raises:
+            HeadraceError: that of the first rank where it failed, on all of them, so that none waits for those.
+        """
+        given: list[T] = []
+        failure: HeadraceError | None = None
+        try:
+            given.append(action())
+        except HeadraceError as error:
+            failure = error
+        except OSError as error:  # such as a file that a training removed meanwhile
+            failure = HeadraceError(str(error))
+        if failures := [found for found in self.gather_objects(failure) if found]:
+            raise failures[0]
+        return given[0]
 
     def barrier(self) -> None:
         dist.barrier()

@@ -200,6 +200,10 @@ def _stem(path: Path) -> str:
     return path.name.partition(".")[0]
 
 
+def _whole_stem(path: Path) -> str:
+    return next(path.name.removesuffix(suffix) for suffix in files.SHARD_SUFFIXES if path.name.endswith(suffix))
+
+
 def _splits_in(folder: Path) -> list[str]:
     """What could be named as a split for a folder."""
     below = [child.name for child in folder.iterdir() if child.is_dir() and _shards_in(child)]
@@ -211,7 +215,9 @@ def _file_each(folder: Path, key: str) -> list[Part]:
     shards = _shards_in(folder)
     if any(_stem(path) in SPLITS for path in shards):
         return []
-    return [Part(SuiteSource.parse({"name": _stem(path), "path": str(path)}, key), (str(path),)) for path in shards]
+    return [
+        Part(SuiteSource.parse({"name": _whole_stem(path), "path": str(path)}, key), (str(path),)) for path in shards
+    ]
 
 
 def _not_found(path: Path, split: str, key: str, without: Sequence[Path]) -> str:

@@ -20,7 +20,7 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
-from shards import CheckpointError, HeadraceError
+from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
@@ -47,14 +47,26 @@ class Evaluator:
         Raises:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
-        failure = ""
         try:
-            self.model.take(CheckpointWeights(store.open(step), weight_specs(self.model.config)))
-        except (CheckpointError, OSError) as error:  # the other ranks must not wait for this one
-            failure = str(error)
-        if failures := [found for found in self.topology.gather_objects(failure) if found]:
-            raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {failures[0]}")
+            take_checkpoint(self.model, store, step, self.topology)
+        except HeadraceError as error:
+            raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
         return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
+
+
+def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
+    """Fills a model with the weights of one checkpoint, the same on every rank. Every rank calls it.
+
+    Args:
+        step: None: the newest, as rank 0 finds it; the others may find another, where a training saves meanwhile.
+    Returns:
+        The step.
+    Raises:
+        HeadraceError: on all ranks, if any of them cannot read the checkpoint.
+    """
+    chosen = here.broadcast_object(here.together(lambda: store.choose(step).step if here.is_main else -1))
+    here.together(lambda: model.take(CheckpointWeights(store.open(chosen), weight_specs(model.config))))
+    return chosen
 
 
 def score_steps(
@@ -70,7 +82,11 @@ def score_steps(
     """
     here, suite = evaluator.topology, evaluator.eval_set.suite
     records: list[dict[str, object]] = []
-    while (step := here.broadcast_object(next(steps, -1) if here.is_main else None)) != -1:
+
+    def named() -> int | None:
+        return next(steps, -1) if here.is_main else None
+
+    while (step := here.broadcast_object(here.together(named))) != -1:
         if step is None:
             continue  # nothing new yet; the others heard of it before they lost patience
         begin = time.perf_counter()

@@ -66,7 +66,10 @@ class HFModel:
         """Their name of each weight -> the file that holds it."""
         index, single = self.folder / INDEX, self.folder / SINGLE
         if index.exists():
-            names = json.loads(index.read_text())["weight_map"]
+            try:
+                names = json.loads(index.read_text())["weight_map"]
+            except (OSError, ValueError, KeyError) as error:
+                raise ConfigError(f"{index}: cannot be read as an index of weights: {error!r}") from None
             files = {name: self.folder / file for name, file in names.items()}
         elif single.exists():
             with _opened(single) as file:

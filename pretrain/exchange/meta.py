@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,9 +61,7 @@ class MetaModel:
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
             raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
-        self._parts: list[dict[str, Tensor]] = [
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths
-        ]
+        self._parts = [_loaded(path) for path in paths]
         self.description = self._described(folder / PARAMS, rope_scaling)
         self.specs = weight_specs(self.description.config)
         wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
@@ -130,6 +129,15 @@ class MetaModel:
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             whole = halved(whole, config.head_dim)
         return spec.slice_of(whole, index, count)
+
+
+def _loaded(path: Path) -> dict[str, Tensor]:
+    try:
+        part: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path}: cannot be read as weights: {reason}; was it copied to its end?") from None
+    return part
 
 
 def _scaling(path: Path, values: Mapping[str, Any], of_the_run: RopeScaling | None) -> dict[str, Any] | None:

@@ -106,9 +106,9 @@ def test_metas_layout_round_trips_at_every_number_of_files(
 
 
 def test_metas_order_of_rows_gives_its_pairwise_rotation_our_scores() -> None:
-    heads, head_dim, x = 3, 8, torch.randn(5, 24)
-    ours_q, ours_k = torch.randn(2, heads * head_dim, 24).unbind()
-    frequencies = 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    heads, head_dim, x = 3, 8, torch.randn(5, 24).double()  # fp32 differs by more than a tolerance, now and then
+    ours_q, ours_k = torch.randn(2, heads * head_dim, 24).double().unbind()
+    frequencies = 1e4 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     angles = torch.arange(5)[:, None] * frequencies  # [position, head_dim / 2]
 
     def halves(weight: torch.Tensor) -> torch.Tensor:
@@ -242,3 +242,20 @@ def test_a_description_is_a_config_of_the_same_model(tmp_path: Path) -> None:
     found = ModelConfig.model_validate(yaml.safe_load(text)["model"])
     open_model(tmp_path / "hf", found)
     assert found.rope_scaling == ours.config.rope_scaling
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("consolidated.00.pth", b"PK\x03\x04 cut short"),
+        ("consolidated.00.pth", b""),
+        ("model.safetensors.index.json", b"{"),
+        ("model.safetensors.index.json", b"{}"),
+    ],
+)
+def test_files_that_were_cut_short_are_named(file: str, content: bytes, tmp_path: Path) -> None:
+    model, layout = build(PLAIN), "meta" if file.endswith(".pth") else "hf"
+    export(Memory(model), model.config, DATA, tmp_path / "model", layout)
+    (tmp_path / "model" / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file}: cannot be read as"):
+        open_model(tmp_path / "model")

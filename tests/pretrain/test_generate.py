@@ -109,3 +109,21 @@ def test_a_seed_draws_the_same_text_again(topology: Topology) -> None:
         )
 
     assert continued(1) == continued(1) != continued(2)
+
+
+def test_memory_is_that_of_the_continuation_and_not_of_the_context(
+    topology: Topology, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = []
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        lengths.append(cache.max_length)
+        return torch.arange(4096.0).unsqueeze(0)
+
+    prompt = "Once upon a time"
+    tokens = len(CODEC.encode(prompt))
+    list(generate(next_logits, 1, 1 << 17, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    list(generate(next_logits, 1, tokens + 2, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    assert lengths == [tokens + 3] * 3 + [tokens + 2] * 2
+    assert list(generate(next_logits, 1, tokens, CODEC, prompt, Sampling(), topology)) == []
+    assert f"the prompt's {tokens} tokens fill the context of {tokens}" in caplog.text

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from pretrain.checkpoint.store import Checkpoint
+from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.model.weights import WeightSpec, weight_specs
+from shards import CheckpointError
 
 
 @pytest.mark.usefixtures("topology")
@@ -29,3 +35,21 @@ def test_bounds_name_the_slice(dim: int | None) -> None:
         assert torch.equal(whole[spec.bounds(index, 3)], spec.slice_of(whole, index, 3))
     parts = [spec.slice_of(whole, index, 3) for index in range(3)]
     assert torch.equal(torch.cat(parts, dim or 0) if dim is not None else parts[1], whole)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(2, False), (3, True), (4, False)])
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, rows: int, fits: bool) -> None:
+    """Also where it has more values than are asked for, which would be cut into nonsense."""
+    (tmp_path / "engine").mkdir()
+    flat = torch.arange(12.0)
+    state = {
+        "single_partition_of_fp32_groups": [flat],
+        "param_slice_mappings": [{"w": SimpleNamespace(start=0, numel=12)}],
+    }
+    torch.save({"optimizer_state_dict": state}, tmp_path / "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    weights = CheckpointWeights(Checkpoint(tmp_path, 1, [], 0.0), {"w": WeightSpec((rows, 4), 0)})
+    if fits:
+        assert torch.equal(weights.read("w"), flat.view(3, 4))
+    else:
+        with pytest.raises(CheckpointError, match=f"w has 12 values on tp rank 0, not {rows * 4}"):
+            weights.read("w")

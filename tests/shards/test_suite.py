@@ -80,6 +80,12 @@ def test_a_list_of_sources(tmp_path: Path) -> None:
     assert find(tmp_path / "suite.yaml", "val").name == "ours"
 
 
+def test_files_whose_names_have_dots_are_domains_of_their_own(tmp_path: Path) -> None:
+    for domain in ("falcon-1.5", "falcon-1.7"):
+        write_shard(tmp_path / f"{domain}.jsonl", record(domain))
+    assert domains(tmp_path) == {"falcon-1.5": ["falcon-1.5"], "falcon-1.7": ["falcon-1.7"]}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
