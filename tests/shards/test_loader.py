@@ -177,7 +177,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
             if min(epochs) == 2:
                 break
             for origin in batch.origins():
-                if origin.start == 0:
+                if origin.start == 0 and origin.stop > 1:  # a row's last token is the first of the next row too
                     begun[min(epochs[origin.slot], 3)].append(ids[origin.shard, origin.line])
     for epoch in (0, 1):
         assert sorted(begun[epoch], key=str) == sorted(ids.values(), key=str)
