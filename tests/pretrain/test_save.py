@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStor
 from pretrain.run_folder import RunFolder
 from shards import CheckpointError, ConfigError
 from tests.pretrain.disk import KILLED, Disk, Moment, Operation, Recording
+
+PATIENCE = 3000  # looks, a hundredth of a second apart, at what a thread should have done long before
 
 
 class OneRank:
@@ -281,8 +284,12 @@ def test_a_save_is_completed_in_the_midst_of_an_evaluation(tmp_path: Path) -> No
     run = Run(tmp_path)
     with run.saver() as saver:
         run.begin(saver, 10)
-        while not run.store.is_complete(10):
+        for _ in range(PATIENCE):
             saver.pulse()
+            if run.store.is_complete(10):
+                break
+            time.sleep(0.01)
+        assert run.newest() == 10  # and nobody asked for its end
         saver.finish()
 
 
@@ -290,8 +297,11 @@ def test_a_save_is_completed_once_no_rank_is_busy(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with run.saver() as saver:
         run.begin(saver, 10)
-        while saver.busy:
-            pass
+        for _ in range(PATIENCE):
+            if not saver.busy:
+                break
+            time.sleep(0.01)
+        assert not saver.busy
         saver.settle(busy=True)  # another rank is
         assert run.store.steps() == []
         saver.settle(busy=False)
