@@ -16,7 +16,7 @@ from tests.distributed.ranks import ROOT, rank_environment
 from tests.distributed.test_resume import Run, wait
 
 # One run for all of them, on which they work one after the other
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("evaluate_run")]
+pytestmark = pytest.mark.distributed
 
 FAST = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", "precision=fp32", "data.num_workers=0")
 

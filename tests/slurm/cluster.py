@@ -1,12 +1,14 @@
 """A Slurm cluster of several nodes on this host: munged, slurmctld, and a slurmd for each node, without systemd.
 
-Everything lies in one folder and listens on free ports of 127.0.0.1, so that two clusters do not meet.
+Everything lies in one folder and listens on free ports of 127.0.0.1, and jobs are numbered from a number of the
+cluster's own, from which the ports of their ranks follow: two clusters do not meet.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -54,6 +56,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 MinJobAge=3600
+FirstJobId={first_job}
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -97,9 +100,9 @@ class Cluster:
         ]
         for name in ("state", *(f"spool/{node}" for node in self.nodes)):
             self.folder.joinpath(name).mkdir(parents=True)
-        self.config.write_text(
-            CONFIG.format(host=host, port=free_port(), user=getuser(), folder=self.folder, nodes="\n".join(nodes))
-        )
+        port = free_port()
+        values = {"host": host, "port": port, "first_job": port, "user": getuser(), "folder": self.folder}
+        self.config.write_text(CONFIG.format(**values, nodes="\n".join(nodes)))
         gres = [f"NodeName={node} Name=gpu File={','.join(map(str, gpus))}\n" for node in self.nodes]
         self.folder.joinpath("gres.conf").write_text("".join(gres))
 
@@ -118,7 +121,8 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Starts a node's daemon, and waits until the cluster counts on it."""
         self._run("slurmd", "-N", node, "-f", str(self.config))
-        wait_for(lambda: "*" not in self.ask("sinfo", "-hN", "-n", node, "-o", "%t"), f"{node} answers")
+        silent = re.compile(r"unk|\*")
+        wait_for(lambda: not silent.search(self.ask("sinfo", "-hN", "-n", node, "-o", "%t")), f"{node} answers")
 
     def lose_node(self, node: str) -> None:
         """A node as after a power cut: nothing runs there any more, and the cluster has noticed."""

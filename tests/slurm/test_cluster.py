@@ -18,7 +18,7 @@ from shards import Loader
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import Cluster, environment_of, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 CONFIG = """
 run: {{name: tiny, dir: {folder}/runs, seed: 7}}
