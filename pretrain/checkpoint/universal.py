@@ -19,16 +19,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.shares import Saved, Share, read_shares, whole
 from pretrain.checkpoint.state import Layout, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_manifest, write_manifest
 from pretrain.checkpoint.write import Writer
@@ -39,10 +37,6 @@ _logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0  # between two lines about how far it is
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")  # of AdamW: the master weight and its two moments
-_SHARE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
-
-# What DeepSpeed saves is its own to describe
-_Saved = Mapping[str, Any]
 
 
 def make_ready(store: CheckpointStore, layout: Layout) -> None:
@@ -96,7 +90,7 @@ def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
     Raises:
         CheckpointError: if the source's files are not all there, or a file cannot be written.
     """
-    shares, metadata = _read(source / "engine")
+    shares, metadata = read_shares(source / "engine")
     dims = _shard_dims(metadata)
     names = sorted({name for share in shares[0] for name in share})  # a small weight may lie on one dp rank alone
     written: list[FileEntry] = []
@@ -110,7 +104,7 @@ def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
             for key in (*_STATES, "step"):
-                slices = _slices([_whole(ranks, name, key) for ranks in shares], dims.get(name), tp_size, key)
+                slices = _slices([whole(ranks, name, key) for ranks in shares], dims.get(name), tp_size, key)
                 for rank, part in enumerate(slices):
                     content = {"param": part} if key in _STATES else part
                     pending.append(writer.write(target, f"tp_{rank}/engine/zero/{name}/{key}.pt", content))
@@ -127,73 +121,6 @@ def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
     return written
 
 
-@dataclass(frozen=True)
-class _Fragment:
-    """One rank's piece of one weight: the flat states of its group, and where in them the piece lies."""
-
-    shape: torch.Size  # of the weight on its tensor-parallel rank
-    states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq": flat; "step": the optimizer's count
-    start: int
-    numel: int
-
-
-_Share = Mapping[str, _Fragment]  # what one rank holds, by weight
-
-
-def _read(engine: Path) -> tuple[list[list[_Share]], _Saved]:
-    """What each rank holds, [tp_rank][dp_rank], mapped from the disk rather than read; and one model file's content."""
-    files = {(int(m[2]), int(m[1])): path for path in engine.iterdir() if (m := _SHARE.search(path.name))}
-    tp_size, dp_size = (max((place[i] for place in files), default=-1) + 1 for i in (0, 1))
-    if not files or len(files) != tp_size * dp_size:
-        raise CheckpointError(f"{engine} does not hold the optimizer's files of all ranks")
-    shares: list[list[_Share]] = []
-    for tp_rank in range(tp_size):
-        metadata = _load(next(engine.glob(f"*mp_rank_{tp_rank:02d}_model_states.pt")))
-        of_rank = [_load(files[tp_rank, dp_rank])["optimizer_state_dict"] for dp_rank in range(dp_size)]
-        read = _partitioned_share if "fp32_flat_groups" in of_rank[0] else _sliced_share
-        groups: Sequence[Mapping[str, torch.Size]] = metadata["param_shapes"]
-        shares.append([dict(read(saved, groups, dp_rank, dp_size)) for dp_rank, saved in enumerate(of_rank)])
-    return shares, metadata
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed saves classes of its own
-
-
-def _sliced_share(
-    saved: _Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
-) -> Iterator[tuple[str, _Fragment]]:
-    """ZeRO-1 and 2: each group of weights is one flat tensor, cut at equal lengths; who holds what is written down."""
-    shapes = {name: shape for group in groups for name, shape in group.items()}
-    optimizer = saved["base_optimizer_state"]["state"]
-    for i, addresses in enumerate(saved["param_slice_mappings"]):
-        states = {**optimizer[i], "fp32": saved["single_partition_of_fp32_groups"][i]}
-        for name, address in addresses.items():
-            yield name, _Fragment(shapes[name], states, address.start, address.numel)
-
-
-def _partitioned_share(
-    saved: _Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
-) -> Iterator[tuple[str, _Fragment]]:
-    """ZeRO-3: each weight is cut into dp_size equal pieces, the last ones padded; a group's pieces lie in a row."""
-    for i, shapes in enumerate(groups):
-        states = {**saved["optimizer_state_dict"]["state"][i], "fp32": saved["fp32_flat_groups"][i]}
-        start = 0
-        for name, shape in shapes.items():
-            piece = ceil(shape.numel() / dp_size)
-            yield name, _Fragment(shape, states, start, max(0, min(piece, shape.numel() - dp_rank * piece)))
-            start += piece
-
-
-def _whole(ranks: Sequence[_Share], name: str, key: str) -> Tensor:
-    """A state of a weight as its tensor-parallel rank holds it, from the pieces of the dp ranks."""
-    pieces = [rank[name] for rank in ranks if name in rank]
-    if key == "step":
-        return torch.as_tensor(pieces[0].states[key])
-    flat = torch.cat([piece.states[key].narrow(0, piece.start, piece.numel) for piece in pieces])
-    return flat.view(pieces[0].shape)
-
-
 def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) -> Sequence[Tensor]:
     """The parts of the tensor-parallel ranks that were -> those of the ranks that will be."""
     if dim is None or key == "step":
@@ -201,7 +128,7 @@ def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) ->
     return [part.contiguous() for part in torch.cat(list(parts), dim).chunk(tp_size, dim)]
 
 
-def _shard_dims(metadata: _Saved) -> dict[str, int]:
+def _shard_dims(metadata: Saved) -> dict[str, int]:
     """The dimension that each sharded weight is split along; replicated ones are not in it."""
     info = metadata["universal_checkpoint_info"]
     names = [name for group in metadata["param_shapes"] for name in group]
@@ -213,7 +140,7 @@ def _shard_dims(metadata: _Saved) -> dict[str, int]:
     return {name: int(name in rows) for name in names if name not in named_by("tp_replicated_parameter_patterns")}
 
 
-def _common(metadata: _Saved, shares: Sequence[Sequence[_Share]]) -> dict[str, object]:
+def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, object]:
     """The files besides the weights, under the names that every stage looks for."""
     weights = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
     model_states = {key: value for key, value in metadata.items() if key not in weights}
