@@ -49,12 +49,16 @@ class Input:
         """The next bytes without taking them, as many as are at hand; none only at the file's end."""
         return self._data[self._next :] or (self.peek(1) and self._data[self._next :])
 
-    def peek(self, size: int) -> bytes:
-        """The next `size` bytes without taking them; fewer only at the file's end."""
-        while len(self._data) - self._next < size and (more := self._file.read(CHUNK_BYTES)):
+    def peek(self, size: int, skip: int = 0) -> bytes:
+        """`size` bytes after the next `skip`, without taking them; fewer only at the file's end."""
+        while len(self._data) - self._next < skip + size and (more := self._file.read(CHUNK_BYTES)):
             self._data = self._data[self._next :] + more
             self._next = 0
-        return self._data[self._next : self._next + size]
+        return self._data[self._next + skip : self._next + skip + size]
+
+    def has(self, size: int) -> bool:
+        """True if at least `size` bytes are left."""
+        return len(self._data) - self._next >= size or len(self.peek(size)) == size
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes; fewer only at the file's end."""

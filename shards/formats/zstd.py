@@ -107,28 +107,24 @@ def _blocks(
     """Yields the pieces of the rest of a frame, whose next block `source` stands at."""
     while not frame.eof:
         offset = source.offset
-        parts: list[bytes] = []
         size = raw_limit = 0
         last = False
         while not last and size < PIECE_BYTES and raw_limit + blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
-            head = source.peek(blocks.BLOCK_HEADER_BYTES)
+            head = source.peek(blocks.BLOCK_HEADER_BYTES, size)
             last, kind, content, limit = blocks.block_header(head)
             if len(head) == blocks.BLOCK_HEADER_BYTES and (
                 kind == blocks.RESERVED or max(content, limit) > blocks.MAX_BLOCK_BYTES
             ):
-                raise _damaged(path, source.offset, raw_offset, "no block has such a header")
+                raise _damaged(path, source.offset + size, raw_offset, "no block has such a header")
             wanted = blocks.BLOCK_HEADER_BYTES + content + (blocks.CHECKSUM_BYTES if last and checksum else 0)
-            part = source.peek(wanted)
-            if len(part) < wanted:
-                if parts:  # what is whole is given out before the error, which comes with the next piece
+            if not source.has(size + wanted):
+                if size:  # what is whole is given out before the error, which comes with the next piece
                     last = False
                     break
                 source.take(wanted)
                 raise _truncated(source, path, raw_offset)
-            source.pass_over(wanted)
-            parts.append(part)
             size, raw_limit = size + wanted, raw_limit + limit
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = source.take(size)
         raw = _decompress(frame, data, path, offset, raw_offset)
         yield Piece(offset, raw_offset, data, raw, window, False)
         raw_offset += len(raw)
