@@ -126,7 +126,7 @@ def show(paths: list[str], indexes: list[ShardIndex]) -> None:
         counts = (index.stat.size, index.raw_bytes, index.num_documents, index.num_records, index.num_entries)
         reason = ""
         if index.compression in ("zstd", "gzip"):
-            reason = explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splices)
+            reason = explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splice_points)
         table.add_row(path, index.compression, *(f"{count:,}" for count in counts), reason, index.content_hash)
     Console().print(table)
 

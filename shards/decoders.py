@@ -148,7 +148,7 @@ class Decoders:
         self._distrusted.add((path, splice))
         logger.warning(
             "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); reading on from the last "
-            "frame's start, which takes longer; to make its entries anew, delete %s and the manifests beside it",
+            "frame's start, which takes longer; to make its entries anew, delete %s and run launch/index.py",
             path,
             splice.raw_offset,
             error,

@@ -5,6 +5,7 @@ formats, record_table, splice -> index -> manifest, plan.
 
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,10 @@ from shards import arrow, durable, files, formats
 from shards.cache import BlockCache
 from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
-from shards.kept import store, windows_path
+from shards.kept import store, stored, windows_path
 from shards.plan import Ints, greedy_groups
 from shards.record_table import RecordTable
-from shards.splice import Splice, SpliceCounts, Splicer
+from shards.splice import Splice, SpliceCounts, Splicer, Splices
 
 INDEX_VERSION = 2
 
@@ -46,6 +47,16 @@ class ShardIndex(msgspec.Struct, frozen=True):
     def table(self) -> Ints:
         """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
+
+    @property
+    def splice_points(self) -> Splices:
+        """The splice points, and what became of other places for some."""
+        return Splices(self.splices, self.splice_counts)
+
+    @property
+    def windows_bytes(self) -> int:
+        """Size of the file with the windows of the splice points."""
+        return self.splices[-1].position + self.splices[-1].packed_bytes if self.splices else 0
 
     @property
     def num_entries(self) -> int:
@@ -92,7 +103,10 @@ class _Watched:
         self.hash = xxhash.xxh3_128()
 
     def read(self, size: int, /) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from None
         self.hash.update(data)
         if self._progress:
             self._progress(self._path, len(data))
@@ -125,24 +139,27 @@ def build(
     table = RecordTable(cell_bytes)
     entries: list[tuple[int, int]] = []
     window = formats.MIN_DECODER_BYTES
-    with files.open_shard(path, cache=cache) as file:
+    with files.open_shard(path, cache=cache) as file, stored(windows) if windows else nullcontext() as windows_file:
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
-        splicer = Splicer(compression if windows else "plain", before.size, verify_entries)
+        splicer = None
+        if windows_file and compression != "plain":
+            splicer = Splicer(compression, before.size, verify_entries, windows_file)
         for piece in formats.pieces(peeked, compression, path, max_window):
-            splicer.see(piece)
+            if splicer:
+                splicer.see(piece)
             if piece.begins:
                 entries.append((piece.offset, piece.raw_offset))
                 window = max(window, piece.window)
             elif piece.raw:
                 table.feed(piece.raw)
         table.finish()
-    if files.stat(path, fresh=True) != before:
-        raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
-    splices = splicer.finish()
-    if windows and splices.splices:  # before the index, which must not name what is not there
-        store(windows, splices.windows)
+        splices = splicer.finish() if splicer else Splices()
+        if files.stat(path, fresh=True) != before:
+            raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
+    if windows and not splices.splices:
+        windows.unlink(missing_ok=True)
     return ShardIndex(
         version=INDEX_VERSION,
         cell_bytes=cell_bytes,

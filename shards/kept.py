@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from shards import durable, files
 from shards.errors import ShardError
@@ -36,10 +39,21 @@ def digest(parts: list[str]) -> str:
 
 
 def store(path: Path, data: bytes) -> None:
-    """Writes an index, windows or a manifest. Raises: ShardError if the folder cannot be written."""
+    """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
+    with stored(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def stored(path: Path) -> Iterator[BinaryIO]:
+    """`store` for what is written piece by piece: it is there, whole, once the block ends.
+
+    Raises: ShardError for any OSError, which must be one of writing.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_atomically(path, data)
+        with durable.written_atomically(path) as file:
+            yield file
     except OSError as error:
         raise ShardError(
             f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"

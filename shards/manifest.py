@@ -14,7 +14,7 @@ from shards.config import DataConfig, SourceConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
 from shards.index import Progress, ShardIndex, load, obtain
-from shards.kept import digest, index_path, store
+from shards.kept import digest, index_path, store, windows_path
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
@@ -106,7 +106,7 @@ def survey(config: DataConfig, source: SourceConfig) -> Survey:
     paths = shard_paths(source)
     kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
     stats = {path: files.stat(path) for path in paths}
-    indexed = {path: kept[path] for path in paths if path in kept and kept[path].stat == stats[path]}
+    indexed = {path: kept[path] for path in paths if path in kept and _holds(config, path, kept[path], stats[path])}
     unindexed = [path for path in paths if path not in indexed and _must_read(config, path, stats[path])]
     guess = sum(
         stats[path].size * (1 if path.endswith(".jsonl") or arrow.is_column(path) else RAW_PER_COMPRESSED)
@@ -149,6 +149,16 @@ def _read(path: Path) -> dict[str, ShardIndex]:
     except (OSError, msgspec.MsgspecError):
         return {}
     return dict(zip(manifest.paths, manifest.indexes, strict=True))
+
+
+def _holds(config: DataConfig, path: str, index: ShardIndex, stat: files.Stat) -> bool:
+    """True if what a manifest says of a shard is true, and its splice points are those that were made last."""
+    if index.stat != stat or not index.splices:
+        return index.stat == stat
+    try:
+        return windows_path(index_path(path, config.index_dir)).stat().st_size == index.windows_bytes
+    except OSError:
+        return False
 
 
 def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:

@@ -1,16 +1,17 @@
-"""Splice points: entries inside a frame or member. Chosen, verified and packed while a shard is indexed.
+"""Splice points: entries inside a frame or member. Chosen, thinned and verified while a shard is indexed.
 
-formats -> splice -> index, decoders.
+formats, thinning -> splice -> index, decoders.
 
-A splice point is where decoding goes on given the raw bytes before it, its *window*, which is kept beside the index.
-Whether a place will do is not proven from the data's structure: it is decoded from, beside the decoding of the whole
-shard, up to the next entry, and what comes out is compared. What reads from it later compares once more, with the
+A splice point is where decoding goes on given the raw bytes before it, its *window*, which is kept beside the index,
+thinned. Whether a place will do is not proven from the data's structure: it is decoded from, beside the decoding of the
+whole shard, up to the next entry, and what comes out is compared. What reads from it later compares once more, with the
 record table's hashes; so no entry can make a wrong byte be read, only cost time.
 """
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import zstandard
@@ -18,15 +19,16 @@ import zstandard
 from shards import formats
 from shards.config import MIB
 from shards.formats import Piece, Start, blocks, deflate, zstd
+from shards.thinning import Follower, thinned
 
 SPACING_BYTES = 64 * MIB  # raw bytes from one entry to the next, where that is affordable
 MIN_ENTRIES = 8  # of a shard, so that several readers can share a small one
 SHARE = 0.02  # of the shard's compressed size, that all its windows may take
-SMALL_SHARE = 0.2  # where MIN_ENTRIES would not fit into SHARE
+SMALL_SHARE = 0.1  # where MIN_ENTRIES would not fit into SHARE
 MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some milliseconds
 WINDOWS_PER_GAP = 4  # opening handles a window twice, so nearer entries would save nothing
-MAX_WINDOW_BYTES = 128 * MIB  # beyond, no pass holds that many bytes for it
-TRIAL_BYTES = MIB  # what is compared in any case
+MAX_WINDOW_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
+TRIAL_BYTES = MIB  # raw: what is compared in any case, and a window's length at the least
 TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's windows out of the cache
 GATHERED_BYTES = 192 << 10  # of gzip data, to find a block's beginning in the first third of
 
@@ -42,181 +44,199 @@ class Splice(msgspec.Struct, frozen=True):
 
 
 class SpliceCounts(msgspec.Struct, frozen=True):
-    """What became of the block boundaries that were looked at, where an entry was due."""
+    """What became of the places that were looked at, where an entry was due."""
 
     looked_at: int = 0
     qualified: int = 0  # as their block's headers tell (zstd), or as decoding a few blocks from them tells (gzip)
     failed: int = 0  # in decoding from them
+    too_large: int = 0  # of their windows, for what all of the shard's may take
 
 
 class Splices(NamedTuple):
     """The splice points of a shard, as the pass over it leaves them."""
 
-    splices: tuple[Splice, ...]
-    counts: SpliceCounts
-    windows: bytes  # packed, one after the other
+    splices: tuple[Splice, ...] = ()
+    counts: SpliceCounts = SpliceCounts()
 
 
 class _Trial:
-    """Decoding from a splice point, beside that of the whole shard."""
+    """A splice point that is being decoded from, beside the decoding of the whole shard."""
 
-    def __init__(self, compression: str, start: Start) -> None:
-        self.start = start
-        self._decompressor = formats.restart(compression, start)
-        self._ahead = b""  # decoded, and not yet compared
-        self.compared = 0  # raw bytes
+    def __init__(self, compression: str, start: Start, packed: bytes) -> None:
+        """Args: `packed`, the start's window."""
+        self.offset, self.raw_offset, _, self.state = start
+        self.packed = packed
+        self._follower = Follower(compression, start)
 
-    def agrees(self, piece: Piece) -> bool:
-        """Decodes the next piece; False if that does not give its raw bytes."""
+    def holds(self, pieces: Sequence[Piece]) -> bool:
+        """Decodes the next pieces; False if that does not give their raw bytes."""
         try:
-            got = self._ahead + self._decompressor.decompress(piece.data)
+            return all(self._follower.follow(piece) == piece.raw for piece in pieces)
         except formats.DECODE_ERRORS:
             return False
-        self._ahead = got[len(piece.raw) :]
-        self.compared += len(piece.raw)
-        return got.startswith(piece.raw)
 
 
 class Splicer:
     """Sees all pieces of a shard in turn, and chooses splice points among them."""
 
-    def __init__(self, compression: str, size: int, verify: bool) -> None:
+    def __init__(self, compression: str, size: int, verify: bool, windows: BinaryIO) -> None:
         """
         Args:
-            compression: of the shard; those of other than zstd and gzip have no splice points.
+            compression: of the shard, zstd or gzip.
             size: compressed bytes of the shard.
-            verify: compare up to the next entry, and not only TRIAL_BYTES.
+            verify: compare up to the next entry, and not only what is compared in any case.
+            windows: file for the packed windows, one after the other.
         """
-        self._compression, self._size, self._verify = compression, size, verify
+        self._compression, self._size, self._verify, self._file = compression, size, verify, windows
         self._splices: list[Splice] = []
-        self._windows: list[bytes] = []
         self._stored_bytes = 0
-        self._looked_at = self._qualified = self._failed = 0
+        self._looked_at = self._qualified = self._failed = self._too_large = 0
+        self._failed_in_turn = 0
         self._packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
-        self._last = (0, 0)  # (compressed offset, raw offset) of the last entry
+        self._packed_bytes = 0  # of the window packed last
+        self._last = (0, 0)  # (compressed offset, raw offset) of the last settled entry
         self._state = 0  # what `Start.state` is for the frame
         self._held: deque[bytes] = deque()  # the last raw bytes of the frame or member, a window at least
         self._held_bytes = 0
-        self._gathered: list[Piece] = []  # gzip data that a block's beginning is to be looked for in
-        self._before = b""  # the window before it
-        self._waiting: list[Piece] = []  # to be compared
+        self._gathered: list[Piece] = []  # from where an entry is due on, until it can be tried
+        self._before = b""  # the window before them
+        self._trial: _Trial | None = None  # the newest entry, until it has held to the next
+        self._waiting: list[Piece] = []  # to be compared with what it gives
         self._waiting_bytes = 0
-        self._trials: list[_Trial] = []  # that of the last entry, until a newer one has held for TRIAL_BYTES
 
     def see(self, piece: Piece) -> None:
         """Takes note of a piece, and of what an entry at its beginning would give."""
-        if self._compression not in ("zstd", "gzip"):
-            return
         if piece.begins:
             self._begin(piece)
             return
-        if self._trials:
+        if self._trial:
             self._waiting.append(piece)
             self._waiting_bytes += len(piece.raw)
-            if self._waiting_bytes >= TURN_BYTES or self._trials[-1].compared < TRIAL_BYTES:
+            if self._waiting_bytes >= TURN_BYTES:
                 self._compare()
-        if self._gathered or self._due(piece):
-            self._compare()  # what is tried now begins with this piece, or has taken it in
-            if self._compression == "zstd":
-                self._try_block(piece)
-            else:
-                self._gather(piece)
+        if self._gathered or (self._due(piece) and self._may_start(piece)):
+            self._gathered.append(piece)
+            if self._enough_gathered(piece):
+                self._try_gathered()
         if piece.window <= MAX_WINDOW_BYTES:
             self._hold(piece)
 
     def finish(self) -> Splices:
         """What was chosen, once there are no more pieces."""
-        self._settle_all()
-        counts = SpliceCounts(self._looked_at, self._qualified, self._failed)
-        return Splices(tuple(self._splices), counts, b"".join(self._windows))
+        self._end_frame()
+        counts = SpliceCounts(self._looked_at, self._qualified, self._failed, self._too_large)
+        return Splices(tuple(self._splices), counts)
 
     def _begin(self, piece: Piece) -> None:
-        """A frame or member begins: what is being tried has held to the last one's end."""
-        self._settle_all()
+        self._end_frame()
         self._last = (piece.offset, piece.raw_offset)
         self._state = zstd.restart_state(piece.data) if self._compression == "zstd" else 0
         self._held.clear()
         self._held_bytes = 0
-        self._gathered.clear()
+
+    def _end_frame(self) -> None:
+        """What is being tried has held to the frame's or member's end."""
+        if self._gathered:
+            self._try_gathered()
+        self._compare()
+        self._settle()
 
     def _due(self, piece: Piece) -> bool:
         """True if an entry at this piece is far enough from the last one, and its window affordable by now."""
-        offset, raw_offset = self._trials[-1].start[:2] if self._trials else self._last
+        offset, raw_offset = (self._trial.offset, self._trial.raw_offset) if self._trial else self._last
         gap, raw_gap = piece.offset - offset, piece.raw_offset - raw_offset
-        if raw_gap < max(MIN_GAP_BYTES, WINDOWS_PER_GAP * piece.window) or piece.window > MAX_WINDOW_BYTES:
+        # Where nothing holds, ever less is tried: an attempt costs what decoding several windows does.
+        nearest = max(MIN_GAP_BYTES, (WINDOWS_PER_GAP + self._failed_in_turn**2) * piece.window)
+        if raw_gap < nearest or piece.window > MAX_WINDOW_BYTES:
             return False
         if raw_gap < SPACING_BYTES and gap * (MIN_ENTRIES + 1) < self._size:
             return False
-        guess = piece.window * piece.offset / piece.raw_offset
-        spent = self._stored_bytes + guess * len(self._trials)
-        # A part of the budget is free from the start, so that the first entry need not wait; all of it only at the end.
+        # A part of the budget is free from the start, so that the first entries need not wait; all of it at the end.
         free = piece.offset + (self._size - piece.offset) / (MIN_ENTRIES + 1)
-        return spent + guess <= share(self._size, guess) * free
+        return self._affordable(self._packed_bytes, free)
 
-    def _try_block(self, piece: Piece) -> None:
-        """Tries the bound of a zstd block, if the block's headers refer to nothing before it."""
+    def _affordable(self, packed_bytes: int, size: float) -> bool:
+        """True if all windows, with one more, take no more than their share of `size` compressed bytes."""
+        spent = self._stored_bytes + (len(self._trial.packed) if self._trial else 0)
+        return spent + packed_bytes <= share(self._size, packed_bytes) * size
+
+    def _may_start(self, piece: Piece) -> bool:
+        """True if an entry may be where this piece begins (zstd), or somewhere in it or those that follow (gzip)."""
         self._looked_at += 1
-        if blocks.stands_alone(piece.data):
-            window = b"".join(self._held)[-piece.window :]
-            start = Start(piece.offset, piece.raw_offset, window, self._state)
-            self._try(start, piece)
+        if self._compression == "zstd" and not blocks.stands_alone(piece.data):
+            return False
+        self._before = b"".join(self._held)[-piece.window :]
+        return True
 
-    def _gather(self, piece: Piece) -> None:
-        """Looks for a block's beginning in gzip data, once there is enough to tell one."""
-        if not self._gathered:
-            self._before = b"".join(self._held)[-piece.window :]
-        self._gathered.append(piece)
-        data = b"".join(part.data for part in self._gathered)
-        if len(data) < GATHERED_BYTES:
-            return
-        raw = b"".join(part.raw for part in self._gathered)
-        first = self._gathered[0]
+    def _enough_gathered(self, last: Piece) -> bool:
+        if self._compression == "zstd":
+            return last.raw_offset + len(last.raw) - self._gathered[0].raw_offset >= max(last.window, TRIAL_BYTES)
+        return last.offset + len(last.data) - self._gathered[0].offset >= GATHERED_BYTES
+
+    def _try_gathered(self) -> None:
+        """Tries the places for an entry in what was gathered, until one holds."""
+        self._compare()  # the trial before has taken in the same pieces
+        self._failed_in_turn += 1
+        for start, pieces in self._candidates():
+            self._qualified += 1
+            if self._try(start, pieces):
+                self._failed_in_turn = 0
+                break
         self._gathered = []
-        self._looked_at += 1
+
+    def _candidates(self) -> Iterator[tuple[Start, Sequence[Piece]]]:
+        """Places for an entry, each with the pieces that follow it."""
+        first = self._gathered[0]
+        if self._compression == "zstd":
+            yield Start(first.offset, first.raw_offset, self._before, self._state), self._gathered
+            return
+        data, raw = (
+            b"".join(parts) for parts in zip(*((piece.data, piece.raw) for piece in self._gathered), strict=True)
+        )
         search = (data, raw, self._before, first.offset, first.raw_offset, GATHERED_BYTES // 3)
         for start in deflate.find_starts(*search):
             at, raw_at = start.offset - first.offset, start.raw_offset - first.raw_offset
-            rest = Piece(start.offset, start.raw_offset, data[at:], raw[raw_at:], piece.window, False)
-            if self._try(start, rest):
-                return
+            yield start, [Piece(start.offset, start.raw_offset, data[at:], raw[raw_at:], first.window, False)]
 
-    def _try(self, start: Start, piece: Piece) -> bool:
-        self._qualified += 1
-        trial = _Trial(self._compression, start)
-        if trial.agrees(piece):
-            self._trials.append(trial)
-            return True
-        self._failed += 1
-        return False
+    def _try(self, start: Start, pieces: Sequence[Piece]) -> bool:
+        """True if decoding from a place gives the pieces' raw bytes, and its window is affordable."""
+        try:
+            window = thinned(self._compression, start, pieces)
+        except formats.DECODE_ERRORS:
+            self._failed += 1
+            return False
+        packed = self._packer.compress(window)
+        self._packed_bytes = len(packed)
+        if not self._affordable(len(packed), self._size):
+            self._too_large += 1
+            return False
+        trial = _Trial(self._compression, start._replace(window=window), packed)
+        if not trial.holds(pieces):
+            self._failed += 1
+            return False
+        self._settle()  # the one before has held up to this one
+        self._trial = trial
+        if not self._verify:
+            self._settle()
+        return True
 
     def _compare(self) -> None:
-        """Decodes the pieces that wait from each splice point that is being tried."""
-        agreeing = [trial for trial in self._trials if all(trial.agrees(piece) for piece in self._waiting)]
+        """Decodes the pieces that wait from the splice point that is being tried."""
+        if self._trial and not self._trial.holds(self._waiting):
+            self._failed += 1
+            self._trial = None
         self._waiting.clear()
         self._waiting_bytes = 0
-        self._failed += len(self._trials) - len(agreeing)
-        self._trials = agreeing
-        if not self._trials or self._trials[-1].compared < TRIAL_BYTES:
+
+    def _settle(self) -> None:
+        """Keeps the splice point that is being tried for good."""
+        if self._trial is None:
             return
-        # The newest has held: the one before it has reached the next entry.
-        while len(self._trials) > self._verify:
-            self._settle(self._trials.pop(0))
-
-    def _settle_all(self) -> None:
-        self._compare()
-        for trial in self._trials:
-            self._settle(trial)
-        self._trials.clear()
-
-    def _settle(self, trial: _Trial) -> None:
-        """Keeps a splice point for good, with its window packed."""
-        start = trial.start
-        packed = self._packer.compress(start.window)
-        self._last = (start.offset, start.raw_offset)
-        if self._stored_bytes + len(packed) <= share(self._size, len(packed)) * self._size:
-            self._splices.append(Splice(start.offset, start.raw_offset, start.state, self._stored_bytes, len(packed)))
-            self._windows.append(packed)
-            self._stored_bytes += len(packed)
+        trial, self._trial = self._trial, None
+        self._file.write(trial.packed)
+        self._splices.append(Splice(trial.offset, trial.raw_offset, trial.state, self._stored_bytes, len(trial.packed)))
+        self._stored_bytes += len(trial.packed)
+        self._last = (trial.offset, trial.raw_offset)
 
     def _hold(self, piece: Piece) -> None:
         self._held.append(piece.raw)
@@ -225,28 +245,31 @@ class Splicer:
             self._held_bytes -= len(self._held.popleft())
 
 
-def share(size: int, packed_bytes: float) -> float:
+def share(size: int, packed_bytes: int) -> float:
     """The share of a shard's compressed size that its windows may take, if one takes `packed_bytes`."""
     return SHARE if MIN_ENTRIES * packed_bytes <= SHARE * size else SMALL_SHARE
 
 
-def explain(size: int, raw_bytes: int, window: int, splices: tuple[Splice, ...]) -> str:
+def explain(size: int, raw_bytes: int, window: int, found: Splices) -> str:
     """Why a shard has the splice points it has, in words.
 
     Args:
         size: compressed bytes of the shard.
         window: bytes that its frames may refer back, the largest of them.
     """
+    splices, counts = found
     if splices:
-        packed = sum(found.packed_bytes for found in splices)
-        return f"{len(splices)}, their windows {packed / size:.1%} of the shard"
-    guess = window / raw_bytes
+        packed = sum(splice.packed_bytes for splice in splices)
+        gap = raw_bytes / (len(splices) + 1) / MIB
+        return f"{len(splices)}, about every {gap:,.0f} MiB raw; their windows are {packed / size:.1%} of the shard"
     if window > MAX_WINDOW_BYTES:
-        return f"none: windows of {window // MIB} MiB are too large to keep, so it is decoded from frames' starts"
+        return f"none: windows of {window // MIB} MiB are too large to handle, so it is decoded from frames' starts"
     if raw_bytes < max(MIN_GAP_BYTES, WINDOWS_PER_GAP * window):
         return f"none: too short to gain by them, with windows of {window / MIB:.2g} MiB"
-    if guess > SMALL_SHARE:
-        return f"none: one window would be {guess:.0%} of the shard, more than {SMALL_SHARE:.0%}"
+    if counts.too_large:
+        return f"none: one window, though thinned, would be more than {SMALL_SHARE:.0%} of the shard"
+    if counts.looked_at:
+        return f"none: of {counts.looked_at} places, none could be decoded from; it is decoded from frames' starts"
     return "none needed: its frames are short"
 
 

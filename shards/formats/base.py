@@ -21,7 +21,7 @@ class Start(NamedTuple):
 
     offset: int = 0  # in the compressed file
     raw_offset: int = 0
-    window: bytes = b""  # raw bytes before it that what follows may refer to; b"" where a frame or member begins
+    window: bytes | memoryview = b""  # raw bytes before it, that what follows may refer to; b"" where a frame begins
     state: int = 0  # inside a frame or member, what else its format must know: for `restart`
 
 

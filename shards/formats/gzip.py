@@ -41,7 +41,7 @@ def restart_state(bits: int, first: int) -> int:
     return first << 3 | bits
 
 
-def restart(window: bytes, state: int) -> "isal_zlib.Decompress":
+def restart(window: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
     """A decompressor that takes the bytes after the one that a block inside a member begins in.
 
     Args:

@@ -39,7 +39,7 @@ def restart_state(header: bytes) -> int:
     return window_log << 1 | blocks.has_checksum(header)
 
 
-def restart(window: bytes, state: int) -> "zstandard.ZstdDecompressionObj":
+def restart(window: bytes | memoryview, state: int) -> "zstandard.ZstdDecompressionObj":
     """A decompressor that takes blocks from inside a frame.
 
     Args:

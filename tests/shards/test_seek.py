@@ -18,7 +18,13 @@ from shards.kept import index_path, windows_path
 from tests.shards.corpora import ROOT, SAMPLE, config
 
 SHARDS = [SAMPLE / "pile-00.jsonl.zst", SAMPLE / "dolma-wikipedia-0000.json.gz"]
-NEAR = {"MIN_GAP_BYTES": 1 << 18, "SPACING_BYTES": 1 << 18, "WINDOWS_PER_GAP": 0, "GATHERED_BYTES": 1 << 16}
+NEAR = {
+    "MIN_GAP_BYTES": 1 << 18,
+    "SPACING_BYTES": 1 << 18,
+    "WINDOWS_PER_GAP": 0,
+    "TRIAL_BYTES": 1 << 17,
+    "GATHERED_BYTES": 1 << 16,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 import zstandard
 
-from shards import Loader, ShardError, files, formats, kept, splice
+from shards import Loader, ShardError, files, formats, kept, manifest, splice
 from shards.decoders import Decoders
 from shards.formats import Start, blocks, zstd
-from shards.index import ShardIndex, build
+from shards.index import ShardIndex, build, load, obtain
 from tests.shards.corpora import SAMPLE, config
 
 CELL = 1 << 16
@@ -52,7 +52,7 @@ SHARDS = {
     "level 1, checksum": compressed(TEXT, 1, write_checksum=True),
     "level 3, window of 128 KiB": compressed(TEXT, 3, window_log=17),
     "level 19, small blocks": compressed(TEXT[: 1 << 21], 19, block_bytes=20_000, window_log=18),
-    "long mode": compressed(TEXT, 3, window_log=27, enable_ldm=True),
+    "long mode": compressed(TEXT, 3, window_log=18, enable_ldm=True),
     "two frames": compressed(TEXT, 3) + compressed(TEXT, 5, write_checksum=True),
     "gzip": gzip.compress(TEXT, 6),
     "two gzip members": gzip.compress(TEXT, 1) + gzip.compress(TEXT, 9),
@@ -92,7 +92,7 @@ def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: st
 def test_headers_tell_exactly_which_blocks_refer_to_trees_and_tables_from_before(level: int, block_bytes: int) -> None:
     data = compressed(TEXT[: 200 * block_bytes], level, block_bytes)
     found, window, state = [], b"", 0
-    for piece in formats.pieces(formats.Peeked(_File(data), 18), "zstd", "x", MAX_WINDOW):
+    for piece in formats.pieces(formats.Peeked(ByteFile(data), 18), "zstd", "x", MAX_WINDOW):
         if piece.begins:
             state = zstd.restart_state(piece.data)
             continue
@@ -112,7 +112,7 @@ def _first_block_bytes(data: bytes) -> int:
     return blocks.BLOCK_HEADER_BYTES + blocks.block_header(data)[2]
 
 
-class _File:
+class ByteFile:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
@@ -124,7 +124,7 @@ class _File:
 def test_a_small_frame_that_unpacks_to_much_comes_in_bounded_pieces() -> None:
     data = compressed(bytes(64 << 20))
     assert len(data) < 1 << 14
-    sizes = [len(chunk) for chunk in formats.decode(_File(data), "zstd", "x", MAX_WINDOW)]
+    sizes = [len(chunk) for chunk in formats.decode(ByteFile(data), "zstd", "x", MAX_WINDOW)]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= 1 << 20
 
@@ -207,8 +207,8 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     *without_windows, replays = stream(1)
     assert replays > 0
     index_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, splices=())))
-    for manifest in tmp_path.glob("*.manifest"):
-        manifest.unlink()
+    for stale in tmp_path.glob("*.manifest"):
+        stale.unlink()
     *without_entries, replays = stream(0)
     assert replays == 0
     assert with_entries == without_windows == without_entries
@@ -216,10 +216,39 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
 
 def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(splice, "MIN_GAP_BYTES", 1 << 17)
-    monkeypatch.setattr(splice, "WINDOWS_PER_GAP", 0)
-    for window_log, least, most in ((10, 8, splice.SHARE), (17, 1, splice.SMALL_SHARE), (27, 0, 0.0)):
+    for name, value in {"MIN_GAP_BYTES": 1 << 17, "TRIAL_BYTES": 1 << 17, "WINDOWS_PER_GAP": 0}.items():
+        monkeypatch.setattr(splice, name, value)
+    for window_log, least, most in ((10, 8, splice.SHARE), (17, 6, splice.SMALL_SHARE), (20, 1, splice.SMALL_SHARE)):
         _, index = indexed(tmp_path, compressed(TEXT * 2, 3, window_log=window_log))
         taken = sum(found.packed_bytes for found in index.splices)
         assert len(index.splices) >= least
         assert taken <= most * index.stat.size
+
+
+def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a manifest still names those of an index that was deleted and made anew."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(SHARDS["level 1, checksum"])
+    data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
+    manifest.prepare(data)
+    index_path = kept.index_path(str(path), None)
+    index_path.unlink()
+    monkeypatch.setattr(splice, "SPACING_BYTES", 1 << 19)
+    obtain(str(path), index_path, CELL, MAX_WINDOW)
+    with Loader(data, 4) as loader:
+        assert sum(batch.replays for batch in itertools.islice(loader, 20)) == 0
+    assert manifest.survey(data, data.sources[0]).indexed[str(path)] == load(index_path)
+
+
+def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path: Path) -> None:
+    path, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+    windows = kept.windows_path(kept.index_path(path, None))
+    before = windows.read_bytes()
+    assert len(before) == index.windows_bytes
+    with pytest.raises(ShardError, match="truncated"):
+        indexed(tmp_path, SHARDS["level 1, checksum"][:-100])
+    assert windows.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [Path(path), windows]
+    _, index = indexed(tmp_path, compressed(TEXT[:1000]))
+    assert index.splices == ()
+    assert [Path(path)] == list(tmp_path.iterdir())
