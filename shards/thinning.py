@@ -16,8 +16,7 @@ from shards.formats import Piece, Start
 
 Bytes = npt.NDArray[np.uint8]
 
-# A mark has two digits, each in a window of its own. The lower is never 0, so that no byte stays what it is.
-LOW, HIGH = 255, 256
+MARKS = (1 << 16) - 1  # 1 and up: two digits of a byte, each in a window of its own
 
 
 class Follower:
@@ -40,7 +39,7 @@ class Follower:
 def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryview:
     """A splice point's window with zeros for all that the pieces do not refer to.
 
-    There are 65,280 marks, so it is kept in grains: of 1 byte in windows up to 64 KiB, of 33 in those of 2 MiB.
+    There are 65,535 marks, so it is kept in grains: of 1 byte in windows of 32 KiB, of 33 in those of 2 MiB.
 
     Args:
         pieces: those that follow the start, which decoding from there gives the raw bytes of. As many raw bytes as the
@@ -48,9 +47,8 @@ def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryvi
     Raises: one of DECODE_ERRORS if they cannot be decoded from there.
     """
     window = np.frombuffer(start.window, np.uint8)
-    grain_bytes = -(-len(window) // (LOW * HIGH))
-    number = np.arange(-(-len(window) // grain_bytes))
-    low, high = (number % LOW + 1).astype(np.uint8), (number // LOW).astype(np.uint8)
+    grain_bytes = -(-len(window) // MARKS)
+    marks = np.arange(1, -(-len(window) // grain_bytes) + 1, dtype=np.uint16)  # of the grains
 
     def spread(grains: Bytes) -> Bytes:
         return np.repeat(grains, grain_bytes)[: len(window)]
@@ -64,9 +62,10 @@ def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryvi
 
     seen = np.zeros(1 << 16, np.uint8)  # by mark; 0 is what was not copied from the window
     # The one after the other: two decoders in turns push each other's windows out of the cache.
-    for first, second in zip(*(list(changes(digits)) for digits in (low, high)), strict=True):
-        marks = second.astype(np.uint16)
-        marks <<= 8
-        marks |= first
-        seen[marks.astype(np.intp)] = 1
-    return (window * spread(seen[high.astype(np.intp) << 8 | low])).data
+    low, high = (list(changes(digits.astype(np.uint8))) for digits in (marks & 255, marks >> 8))
+    for first, second in zip(low, high, strict=True):
+        copied = second.astype(np.uint16)
+        copied <<= 8
+        copied |= first
+        seen[copied.astype(np.intp)] = 1
+    return (window * spread(seen[marks])).data
