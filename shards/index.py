@@ -233,13 +233,13 @@ def obtain(
     def fresh() -> ShardIndex:
         return build(path, cell_bytes, max_window, progress, cache, windows_path(index_path), verify_entries)
 
-    stored = load(index_path, cell_bytes)
-    if stored is None or stored.stat.size != files.stat(path).size:
+    stored, now = load(index_path, cell_bytes), files.stat(path, fresh=True)
+    if stored is None or stored.stat.size != now.size:
         index = fresh()
-    elif stored.stat == files.stat(path) and not verify:
+    elif stored.stat == now and not verify:
         return stored
     elif content_hash(path, cache) == stored.content_hash:
-        index = msgspec.structs.replace(stored, stat=files.stat(path))
+        index = msgspec.structs.replace(stored, stat=now)
     else:
         index = fresh()
     store(index_path, msgspec.json.encode(index))

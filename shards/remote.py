@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from shards.cache import BlockCache
@@ -114,8 +115,10 @@ class RemoteFile:
         """Bytes [start, stop), or what the server gives instead."""
         if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
             return kept
+        # Those that are not asynchronous open a file for it, which would read on beyond the range.
+        options = {} if isinstance(self._system, AsyncFileSystem) else {"cache_type": "none"}
         # By name, since S3's second argument is another.
-        data = bytes(self._system.cat_file(self._path, start=start, end=stop))
+        data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
         if self._cache and len(data) == stop - start:
             unchanged = stat(self._url, fresh=True) == (self._size, self._stamp)
             if unchanged:  # else they may be of another file than the stamp
