@@ -79,7 +79,7 @@ def plot(shares_of: dict[int, Figures], errors_of: dict[int, Figures], path: Pat
     axes[0, 0].set_ylabel("share of the batch's rows")
     axes[1, 0].set_ylabel("rows drawn so far, minus the share\n(from the lowest lane to the highest)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WEIGHTS))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """How long the loader takes to start on many shards that are indexed: `python benchmarks/start.py --shards 10000`.
 
-The shards are hard links of one, each indexed by itself. `first rank` looks at every shard and finds its manifest true;
-`other ranks` read the manifest alone; both up to the point where the first window could be made.
+The shards are hard links of one, each indexed by itself, with some splice points as large shards have. `first rank`
+looks at every shard and finds its manifest true; `other ranks` read the manifest alone; both up to the point where the
+first window could be made.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -16,25 +18,33 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import msgspec
 import zstandard
 
-from shards import DataConfig, Loader, prepare, read_documents
-from shards.manifest import Prepared
+from shards import DataConfig, Loader, prepare, read_documents, splice
+from shards.manifest import Prepared, survey
 
 SAMPLE = Path(__file__).resolve().parents[1] / "shards/sample"
 RAW_BYTES = 1 << 18  # per shard
+BLOCK_BYTES = 1 << 13
 BATCH = 256
 
 
 def make(folder: Path, num_shards: int) -> DataConfig:
     """Writes the shards; a config with cells small enough that each shard has sixteen, as one of 16 MiB would."""
-    raw = bytearray()
+    splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 0, 0, BLOCK_BYTES
+    splice.share = lambda size, packed_bytes: 1.0
+    parameters = zstandard.ZstdCompressionParameters(window_log=15, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    raw, packed = bytearray(), bytearray()
     for document in read_documents(SAMPLE / "train/pile-00.jsonl.zst"):
-        raw += b'{"text": "' + b"x" * len(document.text) + b'"}\n'
+        raw += msgspec.json.encode({"text": document.text}) + b"\n"
         if len(raw) >= RAW_BYTES:
             break
+    for at in range(0, len(raw), BLOCK_BYTES):
+        packed += stream.compress(bytes(raw[at : at + BLOCK_BYTES])) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     first = folder / "00000.jsonl.zst"
-    first.write_bytes(zstandard.compress(bytes(raw)))
+    first.write_bytes(packed + stream.flush())
     for i in range(1, num_shards):
         os.link(first, folder / f"{i:05}.jsonl.zst")
     source = {"name": "a", "paths": [str(folder / "*.zst")]}
@@ -70,10 +80,12 @@ def main() -> None:
         prepared = prepare(data)
         looked = time.perf_counter() - begin
         size = os.path.getsize(prepared[0].path)
+        points = len(survey(data, data.sources[0]).indexed[f"{name}/00000.jsonl.zst"].splices)
         first = looked + start(data, prepared)
         others = [start(data, prepared) for _ in range(5)]
     print(f"first rank {first:.2f} s, of that {looked:.2f} s to look at the shards")
-    print(f"other ranks {min(others):.2f} s, one manifest of {size / 1e6:.1f} MB")
+    print(f"other ranks {statistics.median(others):.2f} s, one manifest of {size / 1e6:.1f} MB")
+    print(f"{points} splice points a shard")
 
 
 if __name__ == "__main__":

@@ -13,22 +13,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Queue
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, SourceConfig, document, files, kept, manifest
+from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, kept, manifest
 from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 from shards.splice import explain
+
+REPORT_BYTES = 4 << 20
+REFRESH_SECONDS = 0.2
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,10 +83,26 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     )
 
 
+class Reporter:
+    """Tells the command's process from a worker what was read of a shard, some MiB at a time."""
+
+    def __init__(self, queue: Queue[tuple[str, int]]) -> None:
+        self._queue, self._unsaid = queue, 0
+
+    def __call__(self, path: str, size: int) -> None:
+        self._unsaid += size
+        if self._unsaid >= REPORT_BYTES:
+            self._queue.put((path, self._unsaid))
+            self._unsaid = 0
+
+
 def index_shards(
     data: DataConfig, paths: list[str], workers: int, verify: bool, verify_entries: bool
 ) -> list[ShardIndex]:
-    """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`."""
+    """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`.
+
+    Raises: ShardError that names every shard that is missing or damaged, once all others have their indexes.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,14 +111,18 @@ def index_shards(
         TimeRemainingColumn(),
     )
     cache = BlockCache.of(data.remote_cache)
-    sizes = [files.stat(path).size for path in paths]
+    sizes = {path: files.stat(path).size for path in paths}
+    read = dict.fromkeys(paths, 0)
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
+    spawn = get_context("spawn")
     with (
+        spawn.Manager() as manager,
         Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor,
+        ProcessPoolExecutor(workers, mp_context=spawn) as executor,
     ):
-        bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes))
-        futures = [
+        bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes.values()))
+        reports: Queue[tuple[str, int]] = manager.Queue()
+        path_of = {
             executor.submit(
                 obtain,
                 path,
@@ -107,28 +130,39 @@ def index_shards(
                 data.cell_bytes,
                 data.max_decoder_window,
                 verify,
+                progress=Reporter(reports),
                 cache=cache,
                 verify_entries=verify_entries,
-            )
+            ): path
             for path in paths
-        ]
-        for future, size in zip(futures, sizes, strict=True):
-            future.add_done_callback(lambda _, size=size: progress.advance(bar, size))
-        return [future.result() for future in futures]
+        }
+        running = set(path_of)
+        while running:
+            done, running = wait(running, REFRESH_SECONDS)
+            while not reports.empty():
+                path, size = reports.get()
+                read[path] += size
+            read |= {path_of[future]: sizes[path_of[future]] for future in done}
+            progress.update(bar, completed=sum(read.values()))
+    errors = [error for future in path_of if (error := future.exception())]
+    if wrong := [str(error) for error in errors if isinstance(error, HeadraceError)]:
+        raise ShardError("\n".join(wrong))
+    return [future.result() for future in path_of]
 
 
-def show(paths: list[str], indexes: list[ShardIndex]) -> None:
-    """A table of what the indexes say."""
-    table = Table(
-        "shard", "format", "bytes", "raw bytes", "documents", "lines", "entries", "splice points", "content hash"
+def show(path: str, index: ShardIndex) -> None:
+    """What the index of a shard says."""
+    print(path)
+    print(
+        f"  {index.compression}, {index.stat.size:,} bytes, {index.raw_bytes:,} raw, content hash {index.content_hash}"
     )
-    for path, index in zip(paths, indexes, strict=True):
-        counts = (index.stat.size, index.raw_bytes, index.num_documents, index.num_records, index.num_entries)
-        reason = ""
-        if index.compression in ("zstd", "gzip"):
-            reason = explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splice_points)
-        table.add_row(path, index.compression, *(f"{count:,}" for count in counts), reason, index.content_hash)
-    Console().print(table)
+    print(f"  {index.num_documents:,} documents in {index.num_records:,} lines")
+    if index.compression in ("zstd", "gzip"):
+        starts = "frames" if index.compression == "zstd" else "members"
+        print(f"  {starts}: {index.num_entries - len(index.splices):,}")
+        print(
+            f"  splice points: {explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splice_points)}"
+        )
 
 
 def main() -> int:
@@ -152,7 +186,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if arguments.show:
-        show(part, indexes)
+        for path, index in zip(part, indexes, strict=True):
+            show(path, index)
     raw, documents = sum(index.raw_bytes for index in indexes), sum(index.num_documents for index in indexes)
     print(f"{len(part)} shards indexed: {raw:,} raw bytes, {documents:,} documents")
     return 0

@@ -261,11 +261,11 @@ def explain(size: int, raw_bytes: int, window: int, found: Splices) -> str:
     if splices:
         packed = sum(splice.packed_bytes for splice in splices)
         gap = raw_bytes / (len(splices) + 1) / MIB
-        return f"{len(splices)}, about every {gap:,.0f} MiB raw; their windows are {packed / size:.1%} of the shard"
+        return f"{len(splices)}, about one every {gap:,.0f} MiB raw; their windows are {packed / size:.2%} of the shard"
     if window > MAX_WINDOW_BYTES:
         return f"none: windows of {window // MIB} MiB are too large to handle, so it is decoded from frames' starts"
     if raw_bytes < max(MIN_GAP_BYTES, WINDOWS_PER_GAP * window):
-        return f"none: too short to gain by them, with windows of {window / MIB:.2g} MiB"
+        return f"none: too short to gain by them, with windows of {window / MIB:.4g} MiB"
     if counts.too_large:
         return f"none: one window, though thinned, would be more than {SMALL_SHARE:.0%} of the shard"
     if counts.looked_at:

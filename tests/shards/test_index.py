@@ -161,7 +161,18 @@ def test_the_command_makes_the_indexes_that_a_start_would(tmp_path: Path) -> Non
     options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert "10 shards indexed" in done.stdout
+    assert done.stdout.count("splice points: none: too short to gain by them, with windows of") == 10
     assert {path.name: path.read_bytes() for path in (tmp_path / "j").glob("0000*")} == made_by_start
+    for name in ("00003", "00005"):
+        damaged = tmp_path / f"s/{name}.jsonl.zst"
+        damaged.write_bytes(damaged.read_bytes()[:-5])
+    failed = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert [f"{name}.jsonl.zst: the file ends at byte" in failed.stderr for name in ("00003", "00004", "00005")] == [
+        1,
+        0,
+        1,
+    ]
     failed = subprocess.run([*command[:2], str(tmp_path / "none.jsonl")], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "none.jsonl: no such shard" in failed.stderr
