@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pyzstd
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,21 @@ def test_the_decoder_window_is_the_largest_of_all_frames(tmp_path: Path) -> None
     path.write_bytes(b"".join(parts))
     index = build(str(path), 4096, 1 << 27)
     assert (index.decoder_window, index.num_entries) == (1 << 23, 3)
+
+
+def test_the_frames_of_the_seekable_format_are_entries(tmp_path: Path) -> None:
+    raw = b"".join(record(words(i, 20 + i % 50)) for i in range(2000))
+    path = str(tmp_path / "a.jsonl.zst")
+    with pyzstd.SeekableZstdFile(path, "w", max_frame_content_size=50_000) as file:
+        file.write(raw)
+    found = build(path, 4096, 1 << 27)
+    starts = np.frombuffer(found.entries, "<i8").reshape(-1, 2)[:, 1].tolist()
+    assert starts == list(range(0, len(raw), 50_000))
+    assert found.raw_bytes == len(raw)
+    for start in starts:
+        wanted = found.raw_range(path, start, min(start + 30_000, len(raw)))
+        assert wanted.entry[1] == start
+        assert Decoders(1 << 27).read(wanted) == raw[start : wanted.stop]
 
 
 def test_an_index_is_reused_until_the_content_changes(tmp_path: Path) -> None:
