@@ -1,0 +1,55 @@
+"""Entries change how soon a segment opens, never what a training reads: same losses and batches with and without."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import run_forked
+
+CONFIG = """
+run: {{name: unnamed, dir: {folder}, seed: 7}}
+model: {{dim: 32, n_layers: 1, n_heads: 4, ffn_dim: 64, vocab_size: 4096}}
+data:
+  seq_len: 128
+  lanes: 8
+  window_bytes: 65536
+  tokenizer: shards/sample/tokenizer-4k.model
+  sources:
+    - {{name: pile, paths: ["shards/sample/train/pile-*"]}}
+    - {{name: dolma, paths: ["shards/sample/train/dolma-*.json.gz"]}}
+train: {{steps: 8, global_batch_size: 8}}
+optim: {{learning_rate: 1.0e-3, warmup_steps: 2}}
+checkpoint: {{every: 4}}
+evaluation: {{suite: null}}
+wandb: {{mode: disabled}}
+"""
+NEAR = """
+from shards import splice
+splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 1 << 18, 0, 1 << 17
+splice.share = lambda size, packed_bytes: 1.0
+"""
+NONE = "from shards import splice\nsplice.MIN_GAP_BYTES = 1 << 60\n"
+
+
+@pytest.mark.distributed
+def test_a_training_reads_the_same_with_and_without_entries(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    starts = []
+    for name, code in (("with", NEAR), ("without", NONE)):
+        overrides = [f"run.name={name}", f"data.index_dir={tmp_path / name}-indexes"]
+        # The second start goes on from cursors. Segments lie all over the shards, so both make use of entries.
+        starts += [(1, [*overrides, "train.steps=4"], code), (1, overrides, code)]
+    codes, output = run_forked(config, starts)
+    assert codes == [[0]] * 4, output
+    found = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("with", "without")
+    }
+    steps = [(line["loss"], line["grad_norm"], line["batch_hash"]) for line in found["with"]]
+    assert len(steps) == 8
+    assert steps == [(line["loss"], line["grad_norm"], line["batch_hash"]) for line in found["without"]]
+    assert not any(line["replayed_entries"] for line in found["with"])
+    assert len(list(tmp_path.glob("with-indexes/*.windows"))) >= 3
+    assert not list(tmp_path.glob("without-indexes/*.windows"))
