@@ -34,6 +34,14 @@ REPORT_BYTES = 4 << 20
 REFRESH_SECONDS = 0.2
 
 
+def part(text: str) -> tuple[int, int]:
+    """(I, N) of --part I/N. Raises: argparse.ArgumentTypeError."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1, such as 0/100 to 99/100")
+    return int(number), int(count)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -46,13 +54,15 @@ def parse_arguments() -> argparse.Namespace:
         "--verify-entries",
         choices=("on", "off"),
         default="on",
-        help="decode from each splice point to the next and compare; off: compare only its first MiB",
+        help="decode from each splice point to the next and compare; off: only for a window's length, 1 MiB at least",
     )
     parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and leave; with --document")
     parser.add_argument("--document", type=int, metavar="N", help="its line in the unpacked shard, counted from 1")
     parser.add_argument("--show", action="store_true", help="print what each index says")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards at a time")
-    parser.add_argument("--part", metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0")
+    parser.add_argument(
+        "--part", type=part, metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0"
+    )
     parser.add_argument("--cell-bytes", type=int, help="only for a run that sets data.window_bytes below 1 MiB")
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
     arguments = parser.parse_intermixed_args()
@@ -144,10 +154,10 @@ def index_shards(
                 read[path] += size
             read |= {path_of[future]: sizes[path_of[future]] for future in done}
             progress.update(bar, completed=sum(read.values()))
-    errors = [error for future in path_of if (error := future.exception())]
-    if wrong := [str(error) for error in errors if isinstance(error, HeadraceError)]:
+    found = [(future.exception(), future) for future in path_of]
+    if wrong := [str(error) for error, _ in found if isinstance(error, HeadraceError)]:
         raise ShardError("\n".join(wrong))
-    return [future.result() for future in path_of]
+    return [future.result() for _, future in found]
 
 
 def show(path: str, index: ShardIndex) -> None:
@@ -159,9 +169,10 @@ def show(path: str, index: ShardIndex) -> None:
     print(f"  {index.num_documents:,} documents in {index.num_records:,} lines")
     if index.compression in ("zstd", "gzip"):
         starts = "frames" if index.compression == "zstd" else "members"
-        print(f"  {starts}: {index.num_entries - len(index.splices):,}")
+        print(f"  {starts}: {index.num_frames:,}")
         print(
-            f"  splice points: {explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splice_points)}"
+            "  splice points: "
+            + explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splices, index.splice_counts)
         )
 
 
@@ -173,23 +184,23 @@ def main() -> int:
             return 0
         data = data_config(arguments)
         paths_of = [manifest.shard_paths(source) for source in data.sources]
-        part = list(dict.fromkeys(path for paths in paths_of for path in paths))
+        paths = list(dict.fromkeys(path for paths in paths_of for path in paths))
         if arguments.part:
-            number, count = (int(word) for word in arguments.part.split("/"))
-            part = part[number::count]
-        indexes = index_shards(data, part, arguments.workers, arguments.verify, arguments.verify_entries == "on")
+            number, count = arguments.part
+            paths = paths[number::count]
+        indexes = index_shards(data, paths, arguments.workers, arguments.verify, arguments.verify_entries == "on")
         if not arguments.part:
-            index_of = dict(zip(part, indexes, strict=True))
-            for paths in paths_of:
-                manifest.write(paths, [index_of[path] for path in paths], data.index_dir, data.cell_bytes)
+            index_of = dict(zip(paths, indexes, strict=True))
+            for listed in paths_of:
+                manifest.write(listed, [index_of[path] for path in listed], data.index_dir, data.cell_bytes)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if arguments.show:
-        for path, index in zip(part, indexes, strict=True):
+        for path, index in zip(paths, indexes, strict=True):
             show(path, index)
     raw, documents = sum(index.raw_bytes for index in indexes), sum(index.num_documents for index in indexes)
-    print(f"{len(part)} shards indexed: {raw:,} raw bytes, {documents:,} documents")
+    print(f"{len(paths)} shards indexed: {raw:,} raw bytes, {documents:,} documents")
     return 0
 
 

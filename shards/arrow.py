@@ -7,17 +7,15 @@ way. Lengths stand in for raw bytes: those of a text in UTF-8, 4 per token id, a
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from shards.errors import ShardError
+from shards.plan import Ints
 
 MARK = ".arrow#"
 BYTES_PER_TOKEN_ID = 4
-
-Ints = npt.NDArray[np.int64]
 
 
 class Measure(NamedTuple):

@@ -53,9 +53,8 @@ class Batch:
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
         self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
-        self.skipped_so_far = (
-            state.skipped
-        )  # bad records since the run's start, of this rank's lanes: sum it over ranks
+        # Bad records since the run's start, of this rank's lanes: sum it over ranks
+        self.skipped_so_far = state.skipped
         self.epochs = epochs  # passes over each source so far, from this rank's lanes: average it over ranks
         counts: Counter[str] = Counter()
         for i, (name, window, row, _) in enumerate(draws):

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from shards import arrow, files
 from shards.config import SourceConfig
-from shards.decoders import MAX_OPEN, RawRange
+from shards.decoders import MAX_OPEN
 from shards.errors import ShardError
 from shards.plan import Ints
 from shards.reader import BadRecord, RecordParser, Records
@@ -18,26 +18,27 @@ class Columns:
     def __init__(self) -> None:
         self._open: OrderedDict[str, pa.Table] = OrderedDict()  # by file, least recently used first
 
-    def records(self, wanted: RawRange, first: int, count: int, source: SourceConfig) -> Records:
+    def records(self, path: str, indexed: files.Stat, first: int, count: int, source: SourceConfig) -> Records:
         """Consecutive rows of a column, as the records of its source.
 
         Args:
-            wanted: the column, as it was indexed.
+            path: of the column.
+            indexed: of its file when it was indexed.
             first: row, counted from 0.
             count: rows; a null, or a list with a null in it, is a bad record.
         Raises: ShardError if the file changed after it was indexed.
         """
-        rows = self._table(wanted).slice(first, count)
+        rows = self._table(path, indexed).slice(first, count)
         if rows.num_rows != count:
-            raise ShardError(f"{wanted.path}: has fewer rows than its index says; put the old file back")
-        name = wanted.path.rpartition("#")[2]
+            raise ShardError(f"{path}: has fewer rows than its index says; put the old file back")
+        name = path.rpartition("#")[2]
         texts: list[str | None] = [""] * count
         token_ids: list[Ints | None] = []
         if source.input_ids_key is None:
             texts = rows.column(name).to_pylist()
         else:
             token_ids = arrow.token_ids(rows.column(name))
-        parser = RecordParser(source.text_key, source.id_key, source.source_from)
+        parser = RecordParser.of(source)
         outer = _values(rows, source.source_from.split(".")[0] if source.source_from else None)
         found = Records([], [], [], [], [], [] if token_ids else None)
         for i, (text, value, identity) in enumerate(zip(texts, outer, _values(rows, source.id_key), strict=True)):
@@ -57,14 +58,14 @@ class Columns:
         """Lets go of all files."""
         self._open.clear()
 
-    def _table(self, wanted: RawRange) -> pa.Table:
-        if wanted.path not in self._open:
-            files.check_unchanged(wanted.path, wanted.stat)
-            self._open[wanted.path] = arrow.table(arrow.file_of(wanted.path))
-        self._open.move_to_end(wanted.path)
+    def _table(self, path: str, indexed: files.Stat) -> pa.Table:
+        if path not in self._open:
+            files.check_unchanged(path, indexed)
+            self._open[path] = arrow.table(arrow.file_of(path))
+        self._open.move_to_end(path)
         while len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
-        return self._open[wanted.path]
+        return self._open[path]
 
 
 def _values(rows: pa.Table, name: str | None) -> list[object]:

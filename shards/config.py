@@ -16,6 +16,7 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
 DEFAULT_MAX_LANES = 1024
+DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
 
 class Config(BaseModel):
@@ -127,7 +128,9 @@ class DataConfig(Config):
     window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
     max_index_at_start: Int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
-    max_decoder_window: Int = Field(default=128 * MIB, ge=1024)  # bytes of zstd window; --long=31 needs 2 GiB
+    max_decoder_window: Int = Field(
+        default=DEFAULT_MAX_DECODER_WINDOW, ge=1024
+    )  # bytes of zstd window; --long=31 needs 2 GiB
 
     remote_cache: RemoteCache | None = None  # of remote shards; None = what is read again is fetched again
 

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-from shards.plan import Ints
+from shards.plan import GOLDEN, Ints
 
 SPACE = "\u2581"  # how a model writes " "
 END = 0xFF  # stands between texts: no byte of UTF-8
 LEAD = 4  # bytes that must stand before the first place to cut
 SEEN_BITS = 20
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER = np.uint64(GOLDEN)
 BYTE_BITS = 8
 
 _NEVER, _ALWAYS, _ASK = 0, 1, 2

@@ -4,7 +4,6 @@ formats -> decoders -> window.
 """
 
 import logging
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ class RawRange(msgspec.Struct, frozen=True):
     stat: files.Stat  # of the file when it was indexed
     compression: str
     decoder_window: int  # bytes that one open decoder of this shard holds
-    entry: tuple[int, int]  # (compressed offset, raw offset) of a frame or member, at or before start
+    frame: tuple[int, int]  # (compressed offset, raw offset) where a frame or member begins, at or before start
     start: int  # raw offset
     stop: int  # raw offset
     splice: Splice | None = None  # a nearer place inside it
@@ -54,7 +53,7 @@ class _Decoder:
     ) -> None:
         """Args: `splice`, if that is where `start` is."""
         files.check_unchanged(wanted.path, wanted.stat)
-        self.splice = splice
+        self.path, self.splice = wanted.path, splice
         self.position = start.raw_offset  # of the next byte
         self.held_bytes = wanted.decoder_window + len(start.window)
         self._file = files.open_shard(wanted.path, start.offset, cache)
@@ -90,8 +89,7 @@ class Decoders:
             index_dir: where indexes are kept, if not beside the shards.
         """
         self._max_window, self._cache, self._index_dir = max_window, cache, index_dir
-        self._open: OrderedDict[int, tuple[str, _Decoder]] = OrderedDict()  # (path, decoder), least recently used first
-        self._next_id = 0
+        self._open: list[_Decoder] = []  # least recently used first
         self._distrusted: set[tuple[str, Splice]] = set()
 
     @property
@@ -117,24 +115,24 @@ class Decoders:
         except BaseException:
             decoder.close()
             raise
-        self._keep(wanted.path, decoder)
+        self._keep(decoder)
         return raw
 
     def close(self) -> None:
-        for _, decoder in self._open.values():
+        for decoder in self._open:
             decoder.close()
         self._open.clear()
 
     def _take(self, wanted: RawRange) -> _Decoder:
         """The open decoder that is nearest before the range, if no entry is nearer; else a new one."""
         splice = None if (wanted.path, wanted.splice) in self._distrusted else wanted.splice
-        best, best_position = None, splice.raw_offset if splice else wanted.entry[1]
-        for number, (path, decoder) in self._open.items():
-            if path == wanted.path and best_position <= decoder.position <= wanted.start:
-                best, best_position = number, decoder.position
-        if best is not None:
-            return self._open.pop(best)[1]
-        start = Start(*wanted.entry)
+        nearest = splice.raw_offset if splice else wanted.frame[1]
+        usable = [one for one in self._open if one.path == wanted.path and nearest <= one.position <= wanted.start]
+        if usable:
+            decoder = max(usable, key=lambda one: one.position)
+            self._open.remove(decoder)
+            return decoder
+        start = Start(*wanted.frame)
         if splice:
             try:
                 window = read_window(windows_path(index_path(wanted.path, self._index_dir)), splice)
@@ -155,13 +153,12 @@ class Decoders:
             index_path(path, self._index_dir),
         )
 
-    def _keep(self, path: str, decoder: _Decoder) -> None:
-        self._open[self._next_id] = (path, decoder)
-        self._next_id += 1
-        held = sum(decoder.held_bytes for _, decoder in self._open.values())
+    def _keep(self, decoder: _Decoder) -> None:
+        self._open.append(decoder)
+        held = sum(one.held_bytes for one in self._open)
         # One stays whatever it holds: else each window of a --long=29 shard would be decoded from the frame's start.
         while len(self._open) > 1 and (len(self._open) > MAX_OPEN or held > MAX_OPEN_BYTES):
-            _, (_, oldest) = self._open.popitem(last=False)
+            oldest = self._open.pop(0)
             held -= oldest.held_bytes
             oldest.close()
 

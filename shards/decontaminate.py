@@ -23,7 +23,7 @@ from shards.config import Decontamination
 from shards.durable import written_atomically
 from shards.errors import ConfigError
 from shards.kept import user_cache
-from shards.plan import Ints, key_of
+from shards.plan import Hashes, Ints, key_of, mixed
 
 VERSION = 1  # raise it whenever the same text would give other hashes: runs do not continue across it
 BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
@@ -38,7 +38,6 @@ BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filte
 SINGLE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{SINGLE}]|[^\W{SINGLE}]+")
 
-Hashes = npt.NDArray[np.uint64]
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +203,8 @@ class Lines(NamedTuple):
         if not len(self.starts):
             return np.zeros(0, np.uint64)
         words, sizes = _words_at(self.data), self.ends - self.starts
-        mixed = _mixed(words[self.starts + (sizes - 8) // 2] + sizes.astype(np.uint64))
-        return _mixed(words[self.starts] + _mixed(words[self.ends - 8] + mixed))
+        middle = mixed(words[self.starts + (sizes - 8) // 2] + sizes.astype(np.uint64))
+        return mixed(words[self.starts] + mixed(words[self.ends - 8] + middle))
 
     def hashes(self, numbers: Ints) -> Hashes:
         """Of some lines."""
@@ -251,7 +250,7 @@ def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
     count = max(0, len(words) - n + 1)
     hashes = np.zeros(count, np.uint64)
     for i in range(n):
-        hashes = _mixed(hashes + words[i : i + count])
+        hashes = mixed(hashes + words[i : i + count])
     within = owners[:count] == owners[n - 1 : n - 1 + count]
     return hashes[within], owners[:count][within]
 
@@ -275,17 +274,10 @@ def _words(data: npt.NDArray[np.uint8]) -> tuple[Hashes, Ints]:
         sums = np.zeros(len(values) + 1, np.uint64)
         np.cumsum(values * powers, out=sums[1:])
         # sum of letter_i * P^i over a word, wherever it stands; all of it modulo 2^64
-        hashes.append(_mixed((sums[end] - sums[first]) * inverse[first]))
+        hashes.append(mixed((sums[end] - sums[first]) * inverse[first]))
         starts.append(first + begin)
         begin += stop
     return np.concatenate(hashes), np.concatenate(starts)
-
-
-def _mixed(x: Hashes) -> Hashes:
-    """splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @lru_cache(maxsize=1)

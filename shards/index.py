@@ -4,7 +4,7 @@ formats, record_table, splice -> index -> manifest, plan.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from shards import arrow, durable, files, formats
 from shards.cache import BlockCache
 from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
-from shards.kept import store, stored, windows_path
+from shards.formats import Piece
+from shards.kept import store, windows_path, written
 from shards.plan import Ints, greedy_groups
 from shards.record_table import RecordTable
-from shards.splice import Splice, SpliceCounts, Splicer, Splices
+from shards.splice import Splice, SpliceCounts, Splicer
 
 INDEX_VERSION = 2
 
@@ -27,7 +28,7 @@ Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the
 
 
 class ShardIndex(msgspec.Struct, frozen=True):
-    """What one pass over a shard found. Tables are int64, little-endian, two columns."""
+    """What one pass over a shard found. `cells` and `frames` are int64 tables, little-endian, of two columns."""
 
     version: int
     cell_bytes: int
@@ -40,7 +41,8 @@ class ShardIndex(msgspec.Struct, frozen=True):
     num_documents: int  # records that are not blank; bad ones are among them, since nothing is parsed here
     cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
     checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; of a column: none
-    entries: bytes  # [entries]: (compressed offset, raw offset) where frames or members begin, the shard's start first
+    # [frames]: (compressed offset, raw offset) where frames or members begin, the shard's start first
+    frames: bytes = msgspec.field(name="entries")
     splices: tuple[Splice, ...] = ()  # entries inside them, in their order
     splice_counts: SpliceCounts = SpliceCounts()
 
@@ -49,27 +51,22 @@ class ShardIndex(msgspec.Struct, frozen=True):
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
 
     @property
-    def splice_points(self) -> Splices:
-        """The splice points, and what became of other places for some."""
-        return Splices(self.splices, self.splice_counts)
-
-    @property
     def windows_bytes(self) -> int:
         """Size of the file with the windows of the splice points."""
         return self.splices[-1].position + self.splices[-1].packed_bytes if self.splices else 0
 
     @property
-    def num_entries(self) -> int:
-        """Places from which decoding can start."""
-        return len(self.entries) // 16 + len(self.splices)
+    def num_frames(self) -> int:
+        """Frames or members, at least 1."""
+        return len(self.frames) // 16
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
         """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
-        entry, splice = (start, start), None  # every byte of a plain file is an entry
+        frame, splice = (start, start), None  # every byte of a plain file is an entry
         if self.compression != "plain":
-            entries = np.frombuffer(self.entries, "<i8").reshape(-1, 2)
-            offset, raw_offset = entries[int(np.searchsorted(entries[:, 1], start, side="right")) - 1].tolist()
-            entry = (offset, raw_offset)
+            frames = np.frombuffer(self.frames, "<i8").reshape(-1, 2)
+            offset, raw_offset = frames[int(np.searchsorted(frames[:, 1], start, side="right")) - 1].tolist()
+            frame = (offset, raw_offset)
             number = bisect_right(self.splices, start, key=lambda splice: splice.raw_offset) - 1
             splice = self.splices[number] if number >= 0 and self.splices[number].raw_offset > raw_offset else None
         return RawRange(
@@ -77,7 +74,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
             stat=self.stat,
             compression=self.compression,
             decoder_window=self.decoder_window,
-            entry=entry,
+            frame=frame,
             splice=splice,
             start=start,
             stop=stop,
@@ -136,29 +133,21 @@ def build(
     if arrow.is_column(path):
         return _build_of_column(path, cell_bytes, progress)
     before = files.stat(path, fresh=True)
-    table = RecordTable(cell_bytes)
-    entries: list[tuple[int, int]] = []
-    window = formats.MIN_DECODER_BYTES
-    with files.open_shard(path, cache=cache) as file, stored(windows) if windows else nullcontext() as windows_file:
+    with (
+        files.open_shard(path, cache=cache) as file,
+        written(windows) if windows else nullcontext() as windows_file,
+    ):
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
         splicer = None
         if windows_file and compression != "plain":
             splicer = Splicer(compression, before.size, verify_entries, windows_file)
-        for piece in formats.pieces(peeked, compression, path, max_window):
-            if splicer:
-                splicer.see(piece)
-            if piece.begins:
-                entries.append((piece.offset, piece.raw_offset))
-                window = max(window, piece.window)
-            elif piece.raw:
-                table.feed(piece.raw)
-        table.finish()
-        splices = splicer.finish() if splicer else Splices()
+        table, frames, window = _scan(formats.pieces(peeked, compression, path, max_window), cell_bytes, splicer)
+        splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
         if files.stat(path, fresh=True) != before:
             raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
-    if windows and not splices.splices:
+    if windows and not splices:
         windows.unlink(missing_ok=True)
     return ShardIndex(
         version=INDEX_VERSION,
@@ -172,10 +161,29 @@ def build(
         num_documents=table.num_documents,
         cells=np.array(table.cells, "<i8").tobytes(),
         checks=np.array(table.checks, "<u8").tobytes(),
-        entries=np.array(entries or [(0, 0)], "<i8").tobytes(),
-        splices=splices.splices,
-        splice_counts=splices.counts,
+        frames=np.array(frames or [(0, 0)], "<i8").tobytes(),
+        splices=splices,
+        splice_counts=counts,
     )
+
+
+def _scan(
+    pieces: Iterator[Piece], cell_bytes: int, splicer: Splicer | None
+) -> tuple[RecordTable, list[tuple[int, int]], int]:
+    """Takes in all pieces of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
+    table = RecordTable(cell_bytes)
+    frames: list[tuple[int, int]] = []
+    window = formats.MIN_DECODER_BYTES
+    for piece in pieces:
+        if splicer:
+            splicer.see(piece)
+        if piece.begins:
+            frames.append((piece.offset, piece.raw_offset))
+            window = max(window, piece.window)
+        elif piece.raw:
+            table.feed(piece.raw)
+    table.finish()
+    return table, frames, window
 
 
 def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
@@ -199,7 +207,7 @@ def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> S
         num_documents=found.num_documents,
         cells=np.stack([firsts, offsets[firsts]], axis=1).astype("<i8").tobytes(),
         checks=b"",
-        entries=np.zeros((1, 2), "<i8").tobytes(),
+        frames=np.zeros((1, 2), "<i8").tobytes(),
     )
 
 

@@ -40,12 +40,12 @@ def digest(parts: list[str]) -> str:
 
 def store(path: Path, data: bytes) -> None:
     """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
-    with stored(path) as file:
+    with written(path) as file:
         file.write(data)
 
 
 @contextmanager
-def stored(path: Path) -> Iterator[BinaryIO]:
+def written(path: Path) -> Iterator[BinaryIO]:
     """`store` for what is written piece by piece: it is there, whole, once the block ends.
 
     Raises: ShardError for any OSError, which must be one of writing.

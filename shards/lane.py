@@ -16,9 +16,8 @@ from shards.reader import BadRecord
 from shards.sources import Source
 from shards.window import Window, WindowTask
 
-MAX_FRUITLESS_SEGMENTS = (
-    64  # in turn, at most 1 GiB: with half of all segments without a row, chance gives none in 10^19
-)
+# In turn, at most 1 GiB: with half of all segments without a row, chance gives none in 10^19
+MAX_FRUITLESS_SEGMENTS = 64
 BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
 
 

@@ -179,7 +179,8 @@ def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> Non
 
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
     cache = BlockCache.of(config.remote_cache)
-    # Threads will do: decoding, searching and hashing release the interpreter's lock.
+    # Threads will do for what a start may index: decoding and hashing release the interpreter's lock. For more there is
+    # launch/index.py, which takes processes.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
         found = executor.map(
             lambda path: obtain(

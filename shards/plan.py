@@ -16,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
 MIXING_PERIOD = 1 << 14  # rows after which the sequence of sources repeats; a weight is exact to 1 in this
 MAX_SEGMENT_BYTES = 16 << 20
@@ -29,16 +30,16 @@ def key_of(*parts: int | str) -> int:
 
 
 def permutation(key: int, size: int) -> Ints:
-    """The keyed permutation of range(size): numbers in the order of their hashes, ties (if any) by number.
+    """The keyed permutation of range(size): numbers in the order of their hashes (splitmix64), ties by number."""
+    hashes = mixed(np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+    return np.argsort(hashes, kind="stable")
 
-    Source of the hash: splitmix64; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
-    """
-    with np.errstate(over="ignore"):
-        x = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return np.argsort(x, kind="stable")
+
+def mixed(x: Hashes) -> Hashes:
+    """splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:

@@ -60,7 +60,7 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
     index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window)
     if not 1 <= line <= index.num_records:
         raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")
-    records = Columns().records(index.raw_range(path, 0, index.raw_bytes), line - 1, 1, source)
+    records = Columns().records(path, index.stat, line - 1, 1, source)
     if not records.lines:
         raise ShardError(f"{path}, line {line}: {records.bad[0].reason if records.bad else 'blank'}")
     text = records.texts[0]

@@ -8,12 +8,12 @@ import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
 from shards import files, formats
-from shards.config import MIB, SourceConfig
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.errors import ShardError
 from shards.plan import Ints
 
@@ -67,6 +67,11 @@ class RecordParser:
         names = {field: key for key, field in fields.items()}
         kind: typing.Any = msgspec.defstruct("Record", [("text", str), *optional], rename=names, gc=False)
         self._decoder = msgspec.json.Decoder(kind)
+
+    @classmethod
+    def of(cls, source: SourceConfig | None) -> Self:
+        """The parser that a source asks for; None = Pile and Dolma keys."""
+        return cls(source.text_key, source.id_key, source.source_from) if source else cls()
 
     def parse(self, raw: bytes, first_line: int) -> Records:
         """Parses whole lines; the last may lack its line feed.
@@ -132,7 +137,7 @@ def read_documents(
     path: str | Path,
     source: SourceConfig | None = None,
     on_bad_record: typing.Literal["fail", "skip"] = "fail",
-    max_decoder_window: int = 128 * MIB,
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> Iterator[Document]:
     """Yields a shard's documents in order, from its beginning.
 
@@ -146,7 +151,7 @@ def read_documents(
     """
     path = str(path)
     name = source.name if source else Path(path).name.split(".")[0]
-    parser = RecordParser(source.text_key, source.id_key, source.source_from) if source is not None else RecordParser()
+    parser = RecordParser.of(source)
     files.stat(path)
     with files.open_shard(path) as file:
         peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)

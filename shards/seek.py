@@ -7,21 +7,19 @@ import numpy as np
 
 from shards import arrow, files
 from shards.cache import BlockCache
-from shards.config import MIB, SourceConfig
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.decoders import Decoders
 from shards.errors import ShardError
 from shards.index import ShardIndex, load, obtain
 from shards.kept import index_path
 from shards.reader import Document, RecordParser
 
-MAX_DECODER_WINDOW = 128 * MIB  # bytes, as data.max_decoder_window is by default
-
 
 def open_at(
     path: str | Path,
     raw_offset: int = 0,
     index_dir: Path | None = None,
-    max_decoder_window: int = MAX_DECODER_WINDOW,
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> "io.BufferedReader[RawShard]":
     """Opens a shard's raw bytes, whatever its compression, at any of them; the file that it gives can seek, too.
 
@@ -45,7 +43,7 @@ def document(
     n: int,
     source: SourceConfig | None = None,
     index_dir: Path | None = None,
-    max_decoder_window: int = MAX_DECODER_WINDOW,
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
     cache: BlockCache | None = None,
 ) -> Document:
     """One document of a shard, read from the nearest entry.
@@ -68,7 +66,7 @@ def document(
     decoders = Decoders(max_decoder_window, cache, index_dir)
     raw = decoders.read(index.raw_range(path, start, stop))
     decoders.close()
-    parser = RecordParser(source.text_key, source.id_key, source.source_from) if source else RecordParser()
+    parser = RecordParser.of(source)
     records = parser.parse(raw, first + 1)
     if n not in records.lines:
         reasons = [bad.reason for bad in records.bad if bad.line == n]

@@ -28,9 +28,9 @@ SMALL_SHARE = 0.1  # where MIN_ENTRIES would not fit into SHARE
 MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some milliseconds
 WINDOWS_PER_GAP = 4  # opening handles a window twice, so nearer entries would save nothing
 MAX_WINDOW_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
-TRIAL_BYTES = MIB  # raw: what is compared in any case, and a window's length at the least
+TRIAL_BYTES = MIB  # raw, of zstd: what a place is tried with at least; a window's length, if that is more
 TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's windows out of the cache
-GATHERED_BYTES = 192 << 10  # of gzip data, to find a block's beginning in the first third of
+GATHERED_BYTES = 192 << 10  # of gzip data: to find a block's beginning in the first third, and try it with the rest
 
 
 class Splice(msgspec.Struct, frozen=True):
@@ -52,28 +52,14 @@ class SpliceCounts(msgspec.Struct, frozen=True):
     too_large: int = 0  # of their windows, for what all of the shard's may take
 
 
-class Splices(NamedTuple):
-    """The splice points of a shard, as the pass over it leaves them."""
-
-    splices: tuple[Splice, ...] = ()
-    counts: SpliceCounts = SpliceCounts()
-
-
-class _Trial:
+class _Trial(NamedTuple):
     """A splice point that is being decoded from, beside the decoding of the whole shard."""
 
-    def __init__(self, compression: str, start: Start, packed: bytes) -> None:
-        """Args: `packed`, the start's window."""
-        self.offset, self.raw_offset, _, self.state = start
-        self.packed = packed
-        self._follower = Follower(compression, start)
-
-    def holds(self, pieces: Sequence[Piece]) -> bool:
-        """Decodes the next pieces; False if that does not give their raw bytes."""
-        try:
-            return all(self._follower.follow(piece) == piece.raw for piece in pieces)
-        except formats.DECODE_ERRORS:
-            return False
+    offset: int
+    raw_offset: int
+    state: int
+    packed: bytes  # its window
+    follower: Follower
 
 
 class Splicer:
@@ -84,7 +70,7 @@ class Splicer:
         Args:
             compression: of the shard, zstd or gzip.
             size: compressed bytes of the shard.
-            verify: compare up to the next entry, and not only what is compared in any case.
+            verify: compare up to the next entry, and not only what a place is tried with.
             windows: file for the packed windows, one after the other.
         """
         self._compression, self._size, self._verify, self._file = compression, size, verify, windows
@@ -105,7 +91,7 @@ class Splicer:
         self._waiting_bytes = 0
 
     def see(self, piece: Piece) -> None:
-        """Takes note of a piece, and of what an entry at its beginning would give."""
+        """Takes note of a piece; where an entry is due, gathers it and those that follow to try one."""
         if piece.begins:
             self._begin(piece)
             return
@@ -114,18 +100,14 @@ class Splicer:
             self._waiting_bytes += len(piece.raw)
             if self._waiting_bytes >= TURN_BYTES:
                 self._compare()
-        if self._gathered or (self._due(piece) and self._may_start(piece)):
-            self._gathered.append(piece)
-            if self._enough_gathered(piece):
-                self._try_gathered()
+        self._gather(piece)
         if piece.window <= MAX_WINDOW_BYTES:
             self._hold(piece)
 
-    def finish(self) -> Splices:
+    def finish(self) -> tuple[tuple[Splice, ...], SpliceCounts]:
         """What was chosen, once there are no more pieces."""
         self._end_frame()
-        counts = SpliceCounts(self._looked_at, self._qualified, self._failed, self._too_large)
-        return Splices(tuple(self._splices), counts)
+        return tuple(self._splices), SpliceCounts(self._looked_at, self._qualified, self._failed, self._too_large)
 
     def _begin(self, piece: Piece) -> None:
         self._end_frame()
@@ -160,13 +142,18 @@ class Splicer:
         spent = self._stored_bytes + (len(self._trial.packed) if self._trial else 0)
         return spent + packed_bytes <= share(self._size, packed_bytes) * size
 
-    def _may_start(self, piece: Piece) -> bool:
-        """True if an entry may be where this piece begins (zstd), or somewhere in it or those that follow (gzip)."""
-        self._looked_at += 1
-        if self._compression == "zstd" and not blocks.stands_alone(piece.data):
-            return False
-        self._before = b"".join(self._held)[-piece.window :]
-        return True
+    def _gather(self, piece: Piece) -> None:
+        """Adds a piece to those that an entry is looked for in; the first only where one is due and may be."""
+        if not self._gathered:
+            if not self._due(piece):
+                return
+            self._looked_at += 1
+            if self._compression == "zstd" and not blocks.stands_alone(piece.data):
+                return
+            self._before = b"".join(self._held)[-piece.window :]
+        self._gathered.append(piece)
+        if self._enough_gathered(piece):
+            self._try_gathered()
 
     def _enough_gathered(self, last: Piece) -> bool:
         if self._compression == "zstd":
@@ -190,11 +177,11 @@ class Splicer:
         if self._compression == "zstd":
             yield Start(first.offset, first.raw_offset, self._before, self._state), self._gathered
             return
-        data, raw = (
-            b"".join(parts) for parts in zip(*((piece.data, piece.raw) for piece in self._gathered), strict=True)
-        )
-        search = (data, raw, self._before, first.offset, first.raw_offset, GATHERED_BYTES // 3)
-        for start in deflate.find_starts(*search):
+        data = b"".join(piece.data for piece in self._gathered)
+        raw = b"".join(piece.raw for piece in self._gathered)
+        for start in deflate.find_starts(
+            data, raw, self._before, first.offset, first.raw_offset, search_bytes=GATHERED_BYTES // 3
+        ):
             at, raw_at = start.offset - first.offset, start.raw_offset - first.raw_offset
             yield start, [Piece(start.offset, start.raw_offset, data[at:], raw[raw_at:], first.window, False)]
 
@@ -210,19 +197,19 @@ class Splicer:
         if not self._affordable(len(packed), self._size):
             self._too_large += 1
             return False
-        trial = _Trial(self._compression, start._replace(window=window), packed)
-        if not trial.holds(pieces):
+        follower = Follower(self._compression, start._replace(window=window))
+        if not follower.holds(pieces):
             self._failed += 1
             return False
         self._settle()  # the one before has held up to this one
-        self._trial = trial
+        self._trial = _Trial(start.offset, start.raw_offset, start.state, packed, follower)
         if not self._verify:
             self._settle()
         return True
 
     def _compare(self) -> None:
         """Decodes the pieces that wait from the splice point that is being tried."""
-        if self._trial and not self._trial.holds(self._waiting):
+        if self._trial and not self._trial.follower.holds(self._waiting):
             self._failed += 1
             self._trial = None
         self._waiting.clear()
@@ -250,22 +237,22 @@ def share(size: int, packed_bytes: int) -> float:
     return SHARE if MIN_ENTRIES * packed_bytes <= SHARE * size else SMALL_SHARE
 
 
-def explain(size: int, raw_bytes: int, window: int, found: Splices) -> str:
+def explain(size: int, raw_bytes: int, window: int, splices: tuple[Splice, ...], counts: SpliceCounts) -> str:
     """Why a shard has the splice points it has, in words.
 
     Args:
         size: compressed bytes of the shard.
-        window: bytes that its frames may refer back, the largest of them.
+        window: bytes that one open decoder of it holds.
     """
-    splices, counts = found
     if splices:
         packed = sum(splice.packed_bytes for splice in splices)
         gap = raw_bytes / (len(splices) + 1) / MIB
         return f"{len(splices)}, about one every {gap:,.0f} MiB raw; their windows are {packed / size:.2%} of the shard"
+    nearest = max(MIN_GAP_BYTES, WINDOWS_PER_GAP * window)
     if window > MAX_WINDOW_BYTES:
         return f"none: windows of {window // MIB} MiB are too large to handle, so it is decoded from frames' starts"
-    if raw_bytes < max(MIN_GAP_BYTES, WINDOWS_PER_GAP * window):
-        return f"none: too short to gain by them, with windows of {window / MIB:.4g} MiB"
+    if raw_bytes < nearest:
+        return f"none: too short to gain by them, being below {nearest / MIB:,.4g} MiB raw"
     if counts.too_large:
         return f"none: one window, though thinned, would be more than {SMALL_SHARE:.0%} of the shard"
     if counts.looked_at:

@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 from shards import arrow, files, hub
 from shards.columns import Columns
 from shards.config import Config, Name, SourceConfig
-from shards.decoders import RawRange
 from shards.errors import ConfigError
 from shards.index import content_hash
 from shards.reader import read_documents
@@ -237,10 +236,10 @@ def _read(source: SuiteSource, shard: str) -> Iterator[tuple[str | None, str]]:
             yield document.source if document.source != source.name else None, document.text
         return
     columns = Columns()
-    whole = RawRange(shard, files.stat(shard), "", 0, (0, 0), 0, 0)
+    indexed = files.stat(shard)
     rows = arrow.num_rows(arrow.file_of(shard))
     for first in range(0, rows, ROWS_AT_ONCE):
-        records = columns.records(whole, first, min(ROWS_AT_ONCE, rows - first), config)
+        records = columns.records(shard, indexed, first, min(ROWS_AT_ONCE, rows - first), config)
         if records.bad:
             raise ConfigError(f"{shard}, row {records.bad[0].line}: {records.bad[0].reason}")
         yield from zip(records.sub_sources, records.texts, strict=True)

@@ -1,8 +1,9 @@
 """A splice point's window, thinned to the bytes that are referred to from there on. formats -> thinning -> splice.
 
 That is a few percent of it; with zeros in place of the rest, a window packs to a fifth of its size or less. References
-are not parsed but seen: decoding does the same whatever the window holds, so what it makes of a window of marks tells
-where each byte was copied from, over any number of copies in between.
+are not parsed but seen. Decoding only copies and inserts: if each grain of the window is changed (XOR) by a mark of its
+own, each byte comes out changed by the mark of the grain that it was copied from, over any number of copies in between,
+and a byte that was inserted comes out as it is.
 Source of the idea, for gzip: Knespel, Brunst 2023, "Rapidgzip", HPDC '23.
 """
 
@@ -27,13 +28,20 @@ class Follower:
         self._ahead = b""  # of the next piece: gzip data may give out what it holds with the piece after
 
     def follow(self, piece: Piece) -> bytes:
-        """What stands here for the piece's raw bytes, and as many, unless that cannot be had.
+        """As many bytes as the piece has raw ones, the next that decoding from here gives; fewer if it gives no more.
 
         Raises: one of DECODE_ERRORS if the piece cannot be decoded.
         """
         got = self._ahead + self._decompressor.decompress(piece.data)
         self._ahead = got[len(piece.raw) :]
         return got[: len(piece.raw)]
+
+    def holds(self, pieces: Sequence[Piece]) -> bool:
+        """Decodes the next pieces; False if that does not give their raw bytes."""
+        try:
+            return all(self.follow(piece) == piece.raw for piece in pieces)
+        except formats.DECODE_ERRORS:
+            return False
 
 
 def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryview:
@@ -42,8 +50,9 @@ def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryvi
     There are 65,535 marks, so it is kept in grains: of 1 byte in windows of 32 KiB, of 33 in those of 2 MiB.
 
     Args:
-        pieces: those that follow the start, which decoding from there gives the raw bytes of. As many raw bytes as the
-            window has: what comes after them cannot refer to it.
+        pieces: those that follow the start, with as many raw bytes as the window has: what comes after them cannot
+            refer to it. Where decoding does not give their raw bytes, the result is of no use, which decoding from it
+            shows.
     Raises: one of DECODE_ERRORS if they cannot be decoded from there.
     """
     window = np.frombuffer(start.window, np.uint8)

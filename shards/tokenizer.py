@@ -58,9 +58,8 @@ class Tokenizer:
     def _prepare_words(self, model: sentencepiece_model_pb2.ModelProto) -> None:
         """Decides how documents are encoded: word by word where that is exact, else whole."""
         self._cuts = Cuts(model)
-        self.obstacle = (
-            self._cuts.obstacle
-        )  # why documents are encoded whole, several times slower; None = they are not
+        # Why documents are encoded whole, several times slower; None = they are not
+        self.obstacle = self._cuts.obstacle
         normalizer = model.normalizer_spec
         # What an identity normalizer does is done here; any other is asked.
         self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces

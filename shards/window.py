@@ -55,7 +55,7 @@ class WindowMaker:
         self._decontaminator = None
         if config.decontaminate:
             self._decontaminator = Decontaminator.of(config.decontaminate, config.index_dir)
-        self._parsers = [RecordParser(source.text_key, source.id_key, source.source_from) for source in config.sources]
+        self._parsers = [RecordParser.of(source) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:
         """The rows of a window. Raises: as `read`."""
@@ -110,7 +110,7 @@ class WindowMaker:
     def _rows(self, task: WindowTask) -> Records:
         """The records of a window of a column."""
         source = self._config.sources[task.source]
-        return self._columns.records(task.raw, task.first_record, task.num_records, source)
+        return self._columns.records(task.raw.path, task.raw.stat, task.first_record, task.num_records, source)
 
     def _lines(self, task: WindowTask) -> Records:
         """The records of a window of JSON lines."""

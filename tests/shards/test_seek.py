@@ -12,27 +12,13 @@ from threading import Thread
 import pytest
 import zstandard
 
-from shards import Loader, ShardError, document, files, open_at, read_documents, remote, splice
+from shards import Loader, ShardError, document, files, open_at, read_documents, remote
 from shards.index import obtain
 from shards.kept import index_path, windows_path
 from tests.shards.corpora import ROOT, SAMPLE, config
 
 SHARDS = [SAMPLE / "pile-00.jsonl.zst", SAMPLE / "dolma-wikipedia-0000.json.gz"]
-NEAR = {
-    "MIN_GAP_BYTES": 1 << 18,
-    "SPACING_BYTES": 1 << 18,
-    "WINDOWS_PER_GAP": 0,
-    "TRIAL_BYTES": 1 << 17,
-    "GATHERED_BYTES": 1 << 16,
-}
-
-
-@pytest.fixture(autouse=True)
-def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries every 256 KiB, whatever they cost."""
-    for name, value in NEAR.items():
-        monkeypatch.setattr(splice, name, value)
-    monkeypatch.setattr(splice, "share", lambda size, packed: 1e9)
+pytestmark = pytest.mark.usefixtures("near")
 
 
 @pytest.mark.parametrize("path", SHARDS, ids=lambda path: path.name)

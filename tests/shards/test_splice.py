@@ -1,6 +1,5 @@
 """Splice points: what is read from them is what is read from the start; and where it is not, it is not delivered."""
 
-import gzip
 import itertools
 from pathlib import Path
 
@@ -11,63 +10,11 @@ import zstandard
 from shards import Loader, ShardError, files, formats, kept, manifest, splice
 from shards.decoders import Decoders
 from shards.formats import Start, blocks, zstd
-from shards.index import ShardIndex, build, load, obtain
-from tests.shards.corpora import SAMPLE, config
+from shards.index import ShardIndex, load, obtain
+from tests.shards.corpora import config
+from tests.shards.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of
 
-CELL = 1 << 16
-MAX_WINDOW = 1 << 27
-
-
-def zstandard_all(data: bytes) -> bytes:
-    """What zstd data of any number of frames decodes to, by the library's own reader."""
-    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(data, read_across_frames=True).read()
-
-
-TEXT = b"".join(zstandard_all(path.read_bytes())[: 1 << 20] for path in sorted(SAMPLE.glob("*.zst"))[:4])
-
-
-@pytest.fixture(autouse=True)
-def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries every 256 KiB, whatever they cost."""
-    for name, value in {"MIN_GAP_BYTES": 1 << 18, "SPACING_BYTES": 1 << 18, "WINDOWS_PER_GAP": 0}.items():
-        monkeypatch.setattr(splice, name, value)
-    monkeypatch.setattr(splice, "share", lambda size, packed: 1e9)
-    monkeypatch.setattr(splice, "GATHERED_BYTES", 1 << 16)
-    monkeypatch.setattr(splice, "TRIAL_BYTES", 1 << 17)
-
-
-def compressed(raw: bytes, level: int = 3, block_bytes: int = 0, **parameters: int | bool) -> bytes:
-    """One zstd frame, cut into blocks by flushes where `block_bytes` is given."""
-    chosen = zstandard.ZstdCompressionParameters.from_level(level, write_content_size=False, **parameters)
-    stream = zstandard.ZstdCompressor(compression_params=chosen).compressobj()
-    step = block_bytes or len(raw)
-    parts = [
-        stream.compress(raw[i : i + step]) + (stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) if block_bytes else b"")
-        for i in range(0, len(raw), step)
-    ]
-    return b"".join(parts) + stream.flush()
-
-
-SHARDS = {
-    "level 1, checksum": compressed(TEXT, 1, write_checksum=True),
-    "level 3, window of 128 KiB": compressed(TEXT, 3, window_log=17),
-    "level 19, small blocks": compressed(TEXT[: 1 << 21], 19, block_bytes=20_000, window_log=18),
-    "long mode": compressed(TEXT, 3, window_log=18, enable_ldm=True),
-    "two frames": compressed(TEXT, 3) + compressed(TEXT, 5, write_checksum=True),
-    "gzip": gzip.compress(TEXT, 6),
-    "two gzip members": gzip.compress(TEXT, 1) + gzip.compress(TEXT, 9),
-}
-
-
-def indexed(folder: Path, data: bytes, verify: bool = True) -> tuple[str, ShardIndex]:
-    path = folder / "a.jsonl.zst"
-    path.write_bytes(data)
-    windows = kept.windows_path(kept.index_path(str(path), None))
-    return str(path), build(str(path), CELL, MAX_WINDOW, windows=windows, verify_entries=verify)
-
-
-def raw_of(data: bytes) -> bytes:
-    return zstandard_all(data) if data.startswith(blocks.MAGIC) else gzip.decompress(data)
+pytestmark = pytest.mark.usefixtures("near")
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -1,0 +1,19 @@
+"""What several tests of shards set up alike."""
+
+import pytest
+
+from shards import splice
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries every 256 KiB, whatever they cost."""
+    for name, value in {
+        "MIN_GAP_BYTES": 1 << 18,
+        "SPACING_BYTES": 1 << 18,
+        "WINDOWS_PER_GAP": 0,
+        "TRIAL_BYTES": 1 << 17,
+        "GATHERED_BYTES": 1 << 16,
+    }.items():
+        monkeypatch.setattr(splice, name, value)
+    monkeypatch.setattr(splice, "share", lambda size, packed_bytes: 1e9)
