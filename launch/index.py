@@ -5,13 +5,14 @@ A training start makes missing indexes by itself, up to data.max_index_at_start;
 a Slurm array: task i of n takes every n-th shard with `--part i/n`; run it once more without to write the manifests.
 With a config all sources are indexed as its run will look for them: data sets too, and its remote_cache is filled.
 
-Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 1 anything else.
+Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -30,6 +31,7 @@ from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 from shards.splice import explain
 
+INTERRUPTED = 128 + signal.SIGINT  # as shells call it
 REPORT_BYTES = 4 << 20
 REFRESH_SECONDS = 0.2
 
@@ -146,14 +148,18 @@ def index_shards(
             ): path
             for path in paths
         }
-        running = set(path_of)
-        while running:
-            done, running = wait(running, REFRESH_SECONDS)
-            while not reports.empty():
-                path, size = reports.get()
-                read[path] += size
-            read |= {path_of[future]: sizes[path_of[future]] for future in done}
-            progress.update(bar, completed=sum(read.values()))
+        try:
+            running = set(path_of)
+            while running:
+                done, running = wait(running, REFRESH_SECONDS)
+                while not reports.empty():
+                    path, size = reports.get()
+                    read[path] += size
+                read |= {path_of[future]: sizes[path_of[future]] for future in done}
+                progress.update(bar, completed=sum(read.values()))
+        except KeyboardInterrupt:
+            executor.shutdown(wait=False, cancel_futures=True)  # else the workers, interrupted, would go on to the next
+            raise
     found = [(future.exception(), future) for future in path_of]
     if wrong := [str(error) for error, _ in found if isinstance(error, HeadraceError)]:
         raise ShardError("\n".join(wrong))
@@ -196,6 +202,9 @@ def main() -> int:
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; indexes that are made stay, the same command makes the others", file=sys.stderr)
+        return INTERRUPTED
     if arguments.show:
         for path, index in zip(paths, indexes, strict=True):
             show(path, index)

@@ -17,7 +17,7 @@ from shards.cache import BlockCache
 from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
 from shards.formats import Piece
-from shards.kept import store, windows_path, written
+from shards.kept import store, windows_path, written_meanwhile
 from shards.plan import Ints, greedy_groups
 from shards.record_table import RecordTable
 from shards.splice import Splice, SpliceCounts, Splicer
@@ -135,7 +135,7 @@ def build(
     before = files.stat(path, fresh=True)
     with (
         files.open_shard(path, cache=cache) as file,
-        written(windows) if windows else nullcontext() as windows_file,
+        written_meanwhile(windows) if windows else nullcontext() as windows_file,
     ):
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
@@ -147,8 +147,6 @@ def build(
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
         if files.stat(path, fresh=True) != before:
             raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
-    if windows and not splices:
-        windows.unlink(missing_ok=True)
     return ShardIndex(
         version=INDEX_VERSION,
         cell_bytes=cell_bytes,

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,20 +42,34 @@ def digest(parts: list[str]) -> str:
 
 def store(path: Path, data: bytes) -> None:
     """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
-    with written(path) as file:
-        file.write(data)
+    with _errors_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_atomically(path, data)
 
 
 @contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """`store` for what is written piece by piece: it is there, whole, once the block ends.
+def written_meanwhile(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to as long as the block runs, minutes maybe; then what it holds is stored.
 
-    Raises: ShardError for any OSError, which must be one of writing.
+    Until then it has no name, so that nothing is left of it, whatever ends the process. If nothing was written, there
+    is no file under `path` afterwards. Raises: ShardError for any OSError, which must be one of writing.
     """
-    try:
+    with _errors_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with durable.written_atomically(path) as file:
-            yield file
+        with tempfile.TemporaryFile(dir=path.parent) as scratch:
+            yield scratch
+            if not scratch.tell():
+                path.unlink(missing_ok=True)
+                return
+            scratch.seek(0)
+            with durable.written_atomically(path) as file:
+                shutil.copyfileobj(scratch, file)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ShardError(
             f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"
