@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
+from threading import Thread
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -108,6 +110,18 @@ class Reporter:
             self._unsaid = 0
 
 
+def end_with_parent() -> None:
+    """Ends this process when the command's is gone, whatever ended that."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def index_shards(
     data: DataConfig, paths: list[str], workers: int, verify: bool, verify_entries: bool
 ) -> list[ShardIndex]:
@@ -127,10 +141,12 @@ def index_shards(
     read = dict.fromkeys(paths, 0)
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
     spawn = get_context("spawn")
+    manager = SyncManager(ctx=spawn)
+    manager.start(end_with_parent)
     with (
-        spawn.Manager() as manager,
+        manager,
         Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(workers, mp_context=spawn) as executor,
+        ProcessPoolExecutor(workers, spawn, end_with_parent) as executor,
     ):
         bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes.values()))
         reports: Queue[tuple[str, int]] = manager.Queue()
