@@ -14,11 +14,10 @@ import argparse
 import os
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
-from multiprocessing.managers import SyncManager
+from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Queue
+from queue import Empty
 from threading import Thread
 
 if __name__ == "__main__":
@@ -97,29 +96,38 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     )
 
 
-class Reporter:
-    """Tells the command's process from a worker what was read of a shard, some MiB at a time."""
+def work(tasks: Queue, reports: Queue, data: DataConfig, verify: bool, verify_entries: bool) -> None:
+    """A worker process: indexes the shards that it is given, until it is given None.
 
-    def __init__(self, queue: Queue[tuple[str, int]]) -> None:
-        self._queue, self._unsaid = queue, 0
+    Reports are (shard, what was read of it since the last: bytes, compressed), and (shard, its index, or the error).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the command's process, which then ends this one
+    Thread(target=end_with_parent, daemon=True).start()
+    cache = BlockCache.of(data.remote_cache)
+    unsaid = 0
 
-    def __call__(self, path: str, size: int) -> None:
-        self._unsaid += size
-        if self._unsaid >= REPORT_BYTES:
-            self._queue.put((path, self._unsaid))
-            self._unsaid = 0
+    def report(path: str, size: int) -> None:
+        nonlocal unsaid
+        unsaid += size
+        if unsaid >= REPORT_BYTES:
+            reports.put((path, unsaid))
+            unsaid = 0
+
+    while (path := tasks.get()) is not None:
+        try:
+            index_path = kept.index_path(path, data.index_dir)
+            limits = (data.cell_bytes, data.max_decoder_window)
+            reports.put((path, obtain(path, index_path, *limits, verify, report, cache, verify_entries)))
+        except HeadraceError as error:
+            reports.put((path, error))
 
 
 def end_with_parent() -> None:
-    """Ends this process when the command's is gone, whatever ended that."""
+    """Waits until the command's process is gone, whatever ended it, and ends this one."""
     parent = parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 def index_shards(
@@ -127,59 +135,43 @@ def index_shards(
 ) -> list[ShardIndex]:
     """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`.
 
-    Raises: ShardError that names every shard that is missing or damaged, once all others have their indexes.
+    Raises: ShardError that names every shard that is missing or damaged, once all others have their indexes;
+    HeadraceError if a worker is lost.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    cache = BlockCache.of(data.remote_cache)
     sizes = {path: files.stat(path).size for path in paths}
     read = dict.fromkeys(paths, 0)
+    found: dict[str, ShardIndex | HeadraceError] = {}
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
     spawn = get_context("spawn")
-    manager = SyncManager(ctx=spawn)
-    manager.start(end_with_parent)
-    with (
-        manager,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(workers, spawn, end_with_parent) as executor,
-    ):
+    tasks, reports = spawn.Queue(), spawn.Queue()
+    tasks.cancel_join_thread()  # what nobody takes any more must not keep this process
+    for task in (*paths, *[None] * workers):
+        tasks.put(task)
+    arguments = (tasks, reports, data, verify, verify_entries)
+    processes = [spawn.Process(target=work, args=arguments, daemon=True) for _ in range(min(workers, len(paths)))]
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes.values()))
-        reports: Queue[tuple[str, int]] = manager.Queue()
-        path_of = {
-            executor.submit(
-                obtain,
-                path,
-                kept.index_path(path, data.index_dir),
-                data.cell_bytes,
-                data.max_decoder_window,
-                verify,
-                progress=Reporter(reports),
-                cache=cache,
-                verify_entries=verify_entries,
-            ): path
-            for path in paths
-        }
-        try:
-            running = set(path_of)
-            while running:
-                done, running = wait(running, REFRESH_SECONDS)
-                while not reports.empty():
-                    path, size = reports.get()
-                    read[path] += size
-                read |= {path_of[future]: sizes[path_of[future]] for future in done}
-                progress.update(bar, completed=sum(read.values()))
-        except KeyboardInterrupt:
-            executor.shutdown(wait=False, cancel_futures=True)  # else the workers, interrupted, would go on to the next
-            raise
-    found = [(future.exception(), future) for future in path_of]
-    if wrong := [str(error) for error, _ in found if isinstance(error, HeadraceError)]:
+        for process in processes:
+            process.start()
+        while len(found) < len(paths):
+            try:
+                path, said = reports.get(timeout=REFRESH_SECONDS)
+            except Empty:
+                if lost := [process.exitcode for process in processes if process.exitcode]:
+                    raise HeadraceError(
+                        f"a worker ended with status {lost[0]}; if memory ran out, lower --workers; indexes that are "
+                        "made stay, the same command makes the others"
+                    ) from None
+                continue
+            if isinstance(said, int):
+                read[path] += said
+            else:
+                found[path], read[path] = said, sizes[path]
+            progress.update(bar, completed=sum(read.values()))
+    if wrong := [str(error) for error in found.values() if isinstance(error, HeadraceError)]:
         raise ShardError("\n".join(wrong))
-    return [future.result() for _, future in found]
+    return [found[path] for path in paths]
 
 
 def show(path: str, index: ShardIndex) -> None:
