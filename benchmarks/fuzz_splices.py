@@ -62,7 +62,7 @@ def compress(raw: bytes, encoder: str, level: int, draw: random.Random) -> bytes
         draw.choice(WINDOW_LOGS),
         draw.random() < 0.3,
         draw.choice([0, 0, 2]),
-        draw.random(),
+        draw.random() < 0.5,
     )
     block_bytes = draw.choice([0, 0, draw.randint(3_000, 90_000)])
     command = [sys.executable, "-c", ENCODE]
@@ -125,7 +125,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.getLogger("shards").setLevel(logging.ERROR)
     splice.TRIAL_BYTES, splice.WINDOWS_PER_GAP = 1 << 16, 0
-    splice.share = lambda size, packed_bytes: 1e9
+    splice.SHARE = splice.SMALL_SHARE = 1e9
     corpus = []
     for path in sorted(path for pattern in arguments.patterns for path in glob.glob(pattern)):
         with open(path, "rb") as file:

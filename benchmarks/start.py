@@ -33,7 +33,7 @@ BATCH = 256
 def make(folder: Path, num_shards: int) -> DataConfig:
     """Writes the shards; a config with cells small enough that each shard has sixteen, as one of 16 MiB would."""
     splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 0, 0, BLOCK_BYTES
-    splice.share = lambda size, packed_bytes: 1.0
+    splice.SHARE = splice.SMALL_SHARE = 1.0
     parameters = zstandard.ZstdCompressionParameters(window_log=15, write_content_size=False)
     stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     raw, packed = bytearray(), bytearray()

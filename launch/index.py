@@ -138,38 +138,48 @@ def index_shards(
     Raises: ShardError that names every shard that is missing or damaged, once all others have their indexes;
     HeadraceError if a worker is lost.
     """
-    sizes = {path: files.stat(path).size for path in paths}
-    read = dict.fromkeys(paths, 0)
     found: dict[str, ShardIndex | HeadraceError] = {}
+    sizes: dict[str, int] = {}  # bytes, of those that are there
+    for path in paths:
+        try:
+            sizes[path] = files.stat(path).size
+        except ShardError as error:
+            found[path] = error
+    read = dict.fromkeys(sizes, 0)
+    lost: list[int] = []  # exit statuses of workers
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
     spawn = get_context("spawn")
     tasks, reports = spawn.Queue(), spawn.Queue()
     tasks.cancel_join_thread()  # what nobody takes any more must not keep this process
-    for task in (*paths, *[None] * workers):
+    for task in (*sizes, *[None] * workers):
         tasks.put(task)
     arguments = (tasks, reports, data, verify, verify_entries)
-    processes = [spawn.Process(target=work, args=arguments, daemon=True) for _ in range(min(workers, len(paths)))]
+    processes = [spawn.Process(target=work, args=arguments, daemon=True) for _ in range(min(workers, len(sizes)))]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"indexing {len(paths)} shards", total=sum(sizes.values()))
+        bar = progress.add_task(f"indexing {len(sizes)} shards", total=sum(sizes.values()))
         for process in processes:
             process.start()
         while len(found) < len(paths):
             try:
                 path, said = reports.get(timeout=REFRESH_SECONDS)
             except Empty:
-                if lost := [process.exitcode for process in processes if process.exitcode]:
-                    raise HeadraceError(
-                        f"a worker ended with status {lost[0]}; if memory ran out, lower --workers; indexes that are "
-                        "made stay, the same command makes the others"
-                    ) from None
+                lost = [process.exitcode for process in processes if process.exitcode]
+                if lost:
+                    break
                 continue
             if isinstance(said, int):
                 read[path] += said
             else:
                 found[path], read[path] = said, sizes[path]
             progress.update(bar, completed=sum(read.values()))
-    if wrong := [str(error) for error in found.values() if isinstance(error, HeadraceError)]:
+    wrong = [str(error) for error in found.values() if isinstance(error, HeadraceError)]
+    if len(found) < len(paths):
+        wrong.append(
+            f"a worker ended with status {lost[0]}; if memory ran out, lower --workers; run it again for the rest"
+        )
+        raise HeadraceError("\n".join(wrong))
+    if wrong:
         raise ShardError("\n".join(wrong))
     return [found[path] for path in paths]
 

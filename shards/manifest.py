@@ -152,13 +152,13 @@ def _read(path: Path) -> dict[str, ShardIndex]:
 
 
 def _holds(config: DataConfig, path: str, index: ShardIndex, stat: files.Stat) -> bool:
-    """True if what a manifest says of a shard is true, and its splice points are those that were made last."""
+    """True if what a manifest says of a shard is true, and its windows are not those of an index made later."""
     if index.stat != stat or not index.splices:
         return index.stat == stat
     try:
         return windows_path(index_path(path, config.index_dir)).stat().st_size == index.windows_bytes
     except OSError:
-        return False
+        return True  # an index without windows is as good, only slower
 
 
 def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:

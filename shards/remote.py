@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from shards.cache import BlockCache
@@ -115,8 +114,8 @@ class RemoteFile:
         """Bytes [start, stop), or what the server gives instead."""
         if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
             return kept
-        # Those that are not asynchronous open a file for it, which would read on beyond the range.
-        options = {} if isinstance(self._system, AsyncFileSystem) else {"cache_type": "none"}
+        # The hub's client opens a file for it, which else would read on beyond the range.
+        options = {"cache_type": "none"} if self._system.protocol == "hf" else {}
         # By name, since S3's second argument is another.
         data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
         if self._cache and len(data) == stop - start:

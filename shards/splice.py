@@ -18,19 +18,20 @@ import zstandard
 
 from shards import formats
 from shards.config import MIB
-from shards.formats import Piece, Start, blocks, deflate, zstd
+from shards.formats import Piece, Start, blocks, deflate, gzip, zstd
 from shards.thinning import Follower, thinned
 
 SPACING_BYTES = 64 * MIB  # raw bytes from one entry to the next, where that is affordable
 MIN_ENTRIES = 8  # of a shard, so that several readers can share a small one
 SHARE = 0.02  # of the shard's compressed size, that all its windows may take
-SMALL_SHARE = 0.1  # where MIN_ENTRIES would not fit into SHARE
+SMALL_SHARE = 0.1  # that they may take as long as there are fewer than MIN_ENTRIES
 MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some milliseconds
 WINDOWS_PER_GAP = 4  # opening handles a window twice, so nearer entries would save nothing
 MAX_WINDOW_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
 TRIAL_BYTES = MIB  # raw, of zstd: what a place is tried with at least; a window's length, if that is more
 TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's windows out of the cache
 GATHERED_BYTES = 192 << 10  # of gzip data: to find a block's beginning in the first third, and try it with the rest
+GATHERED_RAW_BYTES = 16 * MIB  # of gzip data that unpacks to more
 
 
 class Splice(msgspec.Struct, frozen=True):
@@ -79,7 +80,6 @@ class Splicer:
         self._looked_at = self._qualified = self._failed = self._too_large = 0
         self._failed_in_turn = 0
         self._packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
-        self._packed_bytes = 0  # of the window packed last
         self._last = (0, 0)  # (compressed offset, raw offset) of the last settled entry
         self._state = 0  # what `Start.state` is for the frame
         self._held: deque[bytes] = deque()  # the last raw bytes of the frame or member, a window at least
@@ -112,6 +112,7 @@ class Splicer:
     def _begin(self, piece: Piece) -> None:
         self._end_frame()
         self._last = (piece.offset, piece.raw_offset)
+        self._failed_in_turn = 0
         self._state = zstd.restart_state(piece.data) if self._compression == "zstd" else 0
         self._held.clear()
         self._held_bytes = 0
@@ -135,12 +136,13 @@ class Splicer:
             return False
         # A part of the budget is free from the start, so that the first entries need not wait; all of it at the end.
         free = piece.offset + (self._size - piece.offset) / (MIN_ENTRIES + 1)
-        return self._affordable(self._packed_bytes, free)
+        return self._affordable(0, free)
 
     def _affordable(self, packed_bytes: int, size: float) -> bool:
         """True if all windows, with one more, take no more than their share of `size` compressed bytes."""
+        count = len(self._splices) + (self._trial is not None)
         spent = self._stored_bytes + (len(self._trial.packed) if self._trial else 0)
-        return spent + packed_bytes <= share(self._size, packed_bytes) * size
+        return spent + packed_bytes <= (SHARE if count >= MIN_ENTRIES else SMALL_SHARE) * size
 
     def _gather(self, piece: Piece) -> None:
         """Adds a piece to those that an entry is looked for in; the first only where one is due and may be."""
@@ -158,7 +160,11 @@ class Splicer:
     def _enough_gathered(self, last: Piece) -> bool:
         if self._compression == "zstd":
             return last.raw_offset + len(last.raw) - self._gathered[0].raw_offset >= max(last.window, TRIAL_BYTES)
-        return last.offset + len(last.data) - self._gathered[0].offset >= GATHERED_BYTES
+        if len(last.raw) >= gzip.MAX_OUTPUT_BYTES:
+            return False  # the decoder holds back raw bytes of this piece's data, which would be missed when counting
+        first = self._gathered[0]
+        gathered, raw = last.offset + len(last.data) - first.offset, last.raw_offset + len(last.raw) - first.raw_offset
+        return gathered >= GATHERED_BYTES or raw >= GATHERED_RAW_BYTES
 
     def _try_gathered(self) -> None:
         """Tries the places for an entry in what was gathered, until one holds."""
@@ -180,7 +186,7 @@ class Splicer:
         data = b"".join(piece.data for piece in self._gathered)
         raw = b"".join(piece.raw for piece in self._gathered)
         for start in deflate.find_starts(
-            data, raw, self._before, first.offset, first.raw_offset, search_bytes=GATHERED_BYTES // 3
+            data, raw, self._before, first.offset, first.raw_offset, search_bytes=len(data) // 3
         ):
             at, raw_at = start.offset - first.offset, start.raw_offset - first.raw_offset
             yield start, [Piece(start.offset, start.raw_offset, data[at:], raw[raw_at:], first.window, False)]
@@ -193,7 +199,6 @@ class Splicer:
             self._failed += 1
             return False
         packed = self._packer.compress(window)
-        self._packed_bytes = len(packed)
         if not self._affordable(len(packed), self._size):
             self._too_large += 1
             return False
@@ -230,11 +235,6 @@ class Splicer:
         self._held_bytes += len(piece.raw)
         while self._held_bytes - len(self._held[0]) >= piece.window:
             self._held_bytes -= len(self._held.popleft())
-
-
-def share(size: int, packed_bytes: int) -> float:
-    """The share of a shard's compressed size that its windows may take, if one takes `packed_bytes`."""
-    return SHARE if MIN_ENTRIES * packed_bytes <= SHARE * size else SMALL_SHARE
 
 
 def explain(size: int, raw_bytes: int, window: int, splices: tuple[Splice, ...], counts: SpliceCounts) -> str:

@@ -65,9 +65,11 @@ def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryvi
     def changes(digits: Bytes) -> Iterator[Bytes]:
         """For each piece, by what its raw bytes differ if those of the window differ by these digits."""
         follower = Follower(compression, start._replace(window=(window ^ spread(digits)).data))
+        left = pieces[0].window  # raw bytes that can refer to it
         for piece in pieces:
-            output = follower.follow(piece)
+            output = follower.follow(piece)[:left]
             yield np.frombuffer(output, np.uint8) ^ np.frombuffer(piece.raw, np.uint8)[: len(output)]
+            left -= len(output)
 
     seen = np.zeros(1 << 16, np.uint8)  # by mark; 0 is what was not copied from the window
     # The one after the other: two decoders in turns push each other's windows out of the cache.

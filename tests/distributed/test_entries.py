@@ -27,7 +27,7 @@ wandb: {{mode: disabled}}
 NEAR = """
 from shards import splice
 splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 1 << 18, 0, 1 << 17
-splice.share = lambda size, packed_bytes: 1.0
+splice.SHARE = splice.SMALL_SHARE = 1.0
 """
 NONE = "from shards import splice\nsplice.MIN_GAP_BYTES = 1 << 60\n"
 

@@ -14,6 +14,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
         "WINDOWS_PER_GAP": 0,
         "TRIAL_BYTES": 1 << 17,
         "GATHERED_BYTES": 1 << 16,
+        "SHARE": 1e9,
+        "SMALL_SHARE": 1e9,
     }.items():
         monkeypatch.setattr(splice, name, value)
-    monkeypatch.setattr(splice, "share", lambda size, packed_bytes: 1e9)

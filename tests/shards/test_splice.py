@@ -1,6 +1,9 @@
 """Splice points: what is read from them is what is read from the start; and where it is not, it is not delivered."""
 
+import gzip
 import itertools
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,8 +12,9 @@ import zstandard
 
 from shards import Loader, ShardError, files, formats, kept, manifest, splice
 from shards.decoders import Decoders
-from shards.formats import Start, blocks, zstd
+from shards.formats import Piece, Start, blocks, zstd
 from shards.index import ShardIndex, load, obtain
+from shards.thinning import Follower
 from tests.shards.corpora import config
 from tests.shards.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of
 
@@ -199,3 +203,58 @@ def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path:
     _, index = indexed(tmp_path, compressed(TEXT[:1000]))
     assert index.splices == ()
     assert [Path(path)] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_gzip_data_that_unpacks_to_much_has_entries_too(tmp_path: Path, verify: bool) -> None:
+    """Its decoder gives out at most a MiB at a time, and holds back the rest."""
+    lines = b"".join(b'{"text": "%d %s"}\n' % (i * i, b"the same words, again and again, " * 3) for i in range(90_000))
+    data = gzip.compress(lines)
+    assert 8 < len(lines) / len(data) < 100
+    path, index = indexed(tmp_path, data, verify)
+    assert index.splice_counts.failed == 0
+    assert len(index.splices) >= 3
+    for found in index.splices:
+        decoders = Decoders(MAX_WINDOW)
+        assert decoders.read(index.raw_range(path, found.raw_offset, len(lines))) == lines[found.raw_offset :]
+        assert decoders.replays == 0
+
+
+def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holds = Follower.holds
+    followers: list[Follower] = []
+
+    def once(follower: Follower, pieces: Sequence[Piece]) -> bool:
+        """Holds where a place is tried, and not in what comes after."""
+        followers.append(follower)
+        return holds(follower, pieces) and (followers.count(follower) == 1 or not pieces)
+
+    monkeypatch.setattr(Follower, "holds", once)
+    _, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+    assert len(index.splices) <= 1  # one that is tried at the frame's end has nothing after it
+    assert index.splice_counts.failed > 3
+    _, index = indexed(tmp_path, SHARDS["level 1, checksum"], verify=False)
+    assert len(index.splices) > 3
+
+
+def test_windows_that_cannot_be_afforded_do_not_keep_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splice, "SHARE", 0.02)
+    monkeypatch.setattr(splice, "SMALL_SHARE", 0.1)
+    noise = random.Random(0).randbytes(100_000)  # repeated within the window, so that all of it is referred to
+    raw = TEXT + noise * 30 + TEXT
+    _, index = indexed(tmp_path, compressed(raw, 3, window_log=17))
+    assert index.splice_counts.too_large > 0
+    before, after = len(TEXT), len(TEXT) + 30 * len(noise)
+    places = [found.raw_offset for found in index.splices]
+    assert sum(place < before for place in places) >= 2
+    assert sum(place > after for place in places) >= 2
+    assert index.windows_bytes <= 0.1 * index.stat.size
+
+
+def test_a_member_that_gives_no_entry_leaves_those_of_the_next(tmp_path: Path) -> None:
+    noise = random.Random(0).randbytes(6 << 20)
+    _, alone = indexed(tmp_path, gzip.compress(TEXT))
+    _, index = indexed(tmp_path, gzip.compress(noise, 0) + gzip.compress(TEXT))
+    assert len(index.splices) == len(alone.splices) >= 3

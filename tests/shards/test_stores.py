@@ -120,7 +120,8 @@ def test_a_glob_gives_the_batches_of_local_files(store: Store, tmp_path: Path) -
     assert list((tmp_path / "cache").glob("*.block"))
 
 
-def test_no_more_is_fetched_from_the_hub_than_is_read(hf: Store, hub: FakeHub, tmp_path: Path) -> None:
+def test_no_more_is_fetched_from_the_hub_than_is_read(hf: Store, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", len(SHARDS["part-0.jsonl.zst"]) // 4)
     url = f"{hf.url}/part-0.jsonl.zst"
     hf.put("part-0.jsonl.zst", SHARDS["part-0.jsonl.zst"])
     with remote.RemoteFile(url) as file:
