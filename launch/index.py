@@ -169,10 +169,11 @@ def index_shards(
                     break
                 continue
             if isinstance(said, int):
-                read[path] += said
+                size = said
             else:
-                found[path], read[path] = said, sizes[path]
-            progress.update(bar, completed=sum(read.values()))
+                found[path], size = said, sizes[path] - read[path]
+            read[path] += size
+            progress.advance(bar, size)
     wrong = [str(error) for error in found.values() if isinstance(error, HeadraceError)]
     if len(found) < len(paths):
         wrong.append(
