@@ -1,6 +1,6 @@
 """Shards on S3, on Google's storage and on the hub: the same batches as from local files, through each store's real
-client and a server on this machine. The first two need the extra `stores`, and are passed over without, unless
-HEADRACE_REQUIRE_STORES is set.
+client and a server on this machine. The first two need s3fs, gcsfs, moto[server] and gcp-storage-emulator, and are
+passed over without, unless HEADRACE_REQUIRE_STORES is set.
 """
 
 import importlib
@@ -32,7 +32,7 @@ class Store(NamedTuple):
 
 
 def needed(module: str) -> Any:
-    """A module of the extra."""
+    """A module that need not be installed."""
     return (importlib.import_module if "HEADRACE_REQUIRE_STORES" in os.environ else pytest.importorskip)(module)
 
 
