@@ -77,9 +77,9 @@ class Loader:
         self._stages = _weight_stages(config)
         self._pool: Pool = WorkerPool(config) if config.num_workers else InProcess(config)
         self._ended = False
-        self._state: LoaderState
         self._lanes: dict[int, Lane]
-        self._place(self._first_state())
+        self._state = self._first_state()
+        self._put_back()
 
     def __enter__(self) -> Self:
         return self
@@ -97,13 +97,16 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """The next batch; after an error or an interrupt the same one that could not be made, from its first row on.
 
         Raises: StopIteration when one of its rows cannot be filled, all sources having reached their max_epochs. Other
             ranks may get one batch more: a step counts only if all ranks have theirs.
         """
         if self._ended:
             raise StopIteration
+        if self._torn:
+            self._put_back()
+        self._torn = True
         first = self._state.rows
         draws: list[Draw] = []
         rows = range(first + (self._dp_rank - first) % self._dp_size, first + self._global_batch_size, self._dp_size)
@@ -113,10 +116,11 @@ class Loader:
                 self._ended = True
                 raise StopIteration
             draws.append(draw)
-        self._state = self._snapshot(first + self._global_batch_size)
+        state = self._snapshot(first + self._global_batch_size)
         slots = [j - first for j in rows]
-        batch = Batch(draws, slots, self._sources, self._config.seq_len, self._state, self._epochs())
+        batch = Batch(draws, slots, self._sources, self._config.seq_len, state, self._epochs())
         self._check_skipped(batch)
+        self._state, self._torn = state, False  # last of all: until here the batch is not given out
         return batch
 
     def state_dict(self) -> dict[str, object]:
@@ -142,10 +146,10 @@ class Loader:
                 f"loader state lacks lane {missing[0]}, which rank {self._dp_rank} of {self._dp_size} reads; "
                 "merge the states of all ranks that saved it"
             )
-        self._pool.clear()
-        self._ended = False
         mine = {lane: loaded.lanes[lane] for lane in lanes}
-        self._place(LoaderState(loaded.version, loaded.rows, loaded.num_lanes, loaded.source_names, mine))
+        self._torn, self._ended = True, False
+        self._state = LoaderState(loaded.version, loaded.rows, loaded.num_lanes, loaded.source_names, mine)
+        self._put_back()
 
     def _first_state(self) -> LoaderState:
         start = LaneCursor(0, 0, (Cursor(),) * len(self._sources))
@@ -153,11 +157,12 @@ class Loader:
         names = tuple(source.name for source in self._config.sources)
         return LoaderState(STATE_VERSION, 0, self.num_lanes, names, lanes)
 
-    def _place(self, state: LoaderState) -> None:
-        """Puts the lanes where a state says."""
-        self._state = state
+    def _put_back(self) -> None:
+        """Puts the lanes where the state says, whatever was drawn, requested or interrupted since."""
+        self._torn = True  # the lanes may stand elsewhere than the state says; so they do if this is interrupted
+        self._pool.clear()
         self._lanes = {}
-        for number, cursor in state.lanes.items():
+        for number, cursor in self._state.lanes.items():
             streams = [
                 Stream(source, i, int(number), cursor.sources[i], self._config.seq_len + 1)
                 for i, source in enumerate(self._sources)
@@ -166,6 +171,7 @@ class Loader:
         stages = [(step * self._global_batch_size, weights) for step, weights in self._stages]
         lanes = list(self._lanes.values())
         self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config.prefetch_bytes)
+        self._torn = False
 
     def _draw(self, j: int) -> Draw | None:
         lane = self._lanes[j % self.num_lanes]

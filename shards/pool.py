@@ -57,19 +57,25 @@ class InProcess:
     ahead = 0
 
     def __init__(self, config: DataConfig) -> None:
-        self._maker = WindowMaker(config)
+        self._config = config
+        self._maker: WindowMaker | None = WindowMaker(config)
 
     def request(self, name: WindowId, task: WindowTask, due: float) -> None:
         """Does nothing: there is nobody to work ahead."""
 
     def take(self, name: WindowId, task: WindowTask) -> Window:
-        return self._maker.make(task)
+        # Taken out while it is at work: one that was interrupted may hold half of a change, and is not used again.
+        maker, self._maker = self._maker or WindowMaker(self._config), None
+        window = maker.make(task)
+        self._maker = maker
+        return window
 
     def clear(self) -> None:
         """Does nothing: nothing is held."""
 
     def close(self) -> None:
-        self._maker.close()
+        if self._maker is not None:
+            self._maker.close()
 
 
 class _WorkerLost(Exception):
@@ -147,7 +153,9 @@ class WorkerPool:
         self._config = config
         self._settings = config.model_dump_json()
         self.ahead = TASKS_IN_WORKER * config.num_workers
-        self._changed = threading.Condition(threading.RLock())
+        # `with` takes the lock itself, not the condition, whose __enter__ an interrupt could leave with the lock held.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._waiting: list[tuple[float, int, WindowId]] = []  # heap; a name may stand here twice, the first counts
         self._tasks: dict[WindowId, WindowTask] = {}  # asked for and not yet given to a worker
@@ -167,12 +175,12 @@ class WorkerPool:
 
     def request(self, name: WindowId, task: WindowTask, due: float) -> None:
         """Asks for a window that will be taken; the smaller `due`, the sooner it is made."""
-        with self._changed:
+        with self._lock:
             self._queue(name, task, due)
 
     def take(self, name: WindowId, task: WindowTask) -> Window:
         """Waits for a window, requested or not, and hands it over. Raises: what making it raised."""
-        with self._changed:
+        with self._lock:
             making = (made for number, (made, _) in self._making.items() if number not in self._unwanted)
             if name not in self._results and name not in making:
                 self._queue(name, task, NOW)
@@ -189,7 +197,7 @@ class WorkerPool:
 
     def clear(self) -> None:
         """Forgets all requests and what was made for them; what is being made is thrown away when it comes."""
-        with self._changed:
+        with self._lock:
             self._waiting.clear()
             self._tasks.clear()
             self._results.clear()
@@ -197,7 +205,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the workers."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
             for worker in self._workers.values():
@@ -206,9 +214,9 @@ class WorkerPool:
             thread.join(STOP_SECONDS)
 
     def _queue(self, name: WindowId, task: WindowTask, due: float) -> None:
-        self._tasks[name] = task
         self._next_number += 1
         heapq.heappush(self._waiting, (due, self._next_number, name))
+        self._tasks[name] = task  # last: should an interrupt come before, no thread looks for what is not in line
         self._changed.notify_all()
 
     def _serve(self, slot: int) -> None:
@@ -216,7 +224,7 @@ class WorkerPool:
         try:
             self._keep_busy(slot)
         except Exception as error:  # such as no memory for another process
-            with self._changed:
+            with self._lock:
                 self._failure = error
                 self._changed.notify_all()
         finally:
@@ -226,7 +234,7 @@ class WorkerPool:
         """Hands out tasks, takes in answers, replaces the worker when it is lost."""
         asked: list[int] = []  # numbers that this worker has, in their order
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._closed and not self._tasks and not asked:
                     self._changed.wait()
                 if self._closed:
@@ -263,20 +271,20 @@ class WorkerPool:
         worker = self._workers.get(slot)
         if worker is None:
             worker = _Worker(self._settings, self._config.worker_timeout)
-            with self._changed:
+            with self._lock:
                 self._workers[slot] = worker
                 if self._closed:
                     worker.interrupt()  # `close` has not seen it
         return worker
 
     def _drop_worker(self, slot: int) -> None:
-        with self._changed:
+        with self._lock:
             worker = self._workers.pop(slot, None)
         if worker is not None:
             worker.kill()
 
     def _deliver(self, number: int, result: Window | HeadraceError) -> None:
-        with self._changed:
+        with self._lock:
             name, _ = self._making.pop(number)
             self._losses.pop(name, None)
             if number in self._unwanted:
@@ -287,7 +295,7 @@ class WorkerPool:
 
     def _retry(self, numbers: list[int], lost: _WorkerLost) -> None:
         """Gives a lost worker's tasks to the next one; the first, which it was at, only so many times."""
-        with self._changed:
+        with self._lock:
             name, task = self._making[numbers[0]]
             losses = self._losses[name] = self._losses.get(name, 0) + 1
             if losses >= lost.limit:
