@@ -79,6 +79,7 @@ class Loader:
         self._ended = False
         self._lanes: dict[int, Lane]
         self._state = self._first_state()
+        self._torn = True  # the lanes may stand elsewhere than the state says
         self._put_back()
 
     def __enter__(self) -> Self:
@@ -159,7 +160,7 @@ class Loader:
 
     def _put_back(self) -> None:
         """Puts the lanes where the state says, whatever was drawn, requested or interrupted since."""
-        self._torn = True  # the lanes may stand elsewhere than the state says; so they do if this is interrupted
+        self._torn = True  # until the end: this may be interrupted, too
         self._pool.clear()
         self._lanes = {}
         for number, cursor in self._state.lanes.items():

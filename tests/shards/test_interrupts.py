@@ -1,5 +1,6 @@
 """After an error or an interrupt at any place, `next` gives the batch that the loader's state names, and no other."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,8 +135,7 @@ def test_a_batch_with_too_many_bad_records_is_not_passed_over(sources: list[dict
     data = data_of(sources).model_copy(update={"max_bad_records": 2})
     with Loader(data, BATCH) as loader:
         with pytest.raises(ShardError, match="max_bad_records=2") as first:
-            for _ in range(BATCHES):
-                next(loader)
+            list(itertools.islice(loader, BATCHES))
         state = loader.state_dict()
         with pytest.raises(ShardError, match="max_bad_records=2") as second:
             next(loader)
@@ -158,8 +158,7 @@ def test_a_maker_that_was_interrupted_is_not_used_again(
     monkeypatch.setattr(WindowMaker, "read", interrupted)
     with Loader(data_of(sources), BATCH) as loader:
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(BATCHES):
-                next(loader)
+            list(itertools.islice(loader, BATCHES))
         next(loader)
     assert makers[4] is makers[0]
     assert makers[5] is not makers[0]
