@@ -21,6 +21,7 @@ from shards import DataConfig, OverflowTolerance, Tokenizer, manifest
 from shards.config import Packing
 from shards.packing import pack
 from shards.pool import WindowId
+from shards.recipe import Recipe
 from shards.sources import Source
 from shards.window import WindowMaker
 
@@ -30,7 +31,8 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
     """All windows of one epoch of the first source."""
     source = Source(config, 0, manifest.source_shards(config, config.sources[0]), lanes=1, seed=0)
-    maker, tokenizer = WindowMaker(config), Tokenizer(config.tokenizer, config.bos, config.eos)
+    tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+    maker = WindowMaker(config, Recipe.of(tokenizer, None))
     for segment in range(source.plan.num_segments):
         for window in range(len(source.windows(0, segment))):
             task = source.task(WindowId(0, 0, segment, window))

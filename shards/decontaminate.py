@@ -20,7 +20,7 @@ import xxhash
 
 from shards import suite
 from shards.config import Decontamination
-from shards.durable import written_atomically
+from shards.durable import hash_file, written_atomically
 from shards.errors import ConfigError
 from shards.kept import user_cache
 from shards.plan import Hashes, Ints, key_of, mixed
@@ -99,8 +99,20 @@ def _bit(hashes: Hashes) -> Hashes:
 class Decontaminator:
     """Finds the documents that share text with a suite."""
 
-    def __init__(self, config: Decontamination, hashes: HashSet) -> None:
-        self._config, self._hashes = config, hashes
+    def __init__(self, config: Decontamination, path: Path) -> None:
+        """
+        Args:
+            path: of the suite's hashes, as `of` has made them.
+        Raises: ConfigError if the file is not there, or is damaged.
+        """
+        self._config, self.path = config, path
+        try:
+            self._hashes = HashSet(path)
+        except (OSError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"data.decontaminate: {path}, the hashes of the suite, cannot be read: {error}; delete it if it is "
+                "there, and start again: it is made anew"
+            ) from None
 
     @classmethod
     def of(cls, config: Decontamination, index_dir: Path | None) -> Self:
@@ -120,13 +132,18 @@ class Decontaminator:
             texts = (document.text for found in suites for document in found.documents())
             HashSet.write(path, *_hashes_of_suite(texts, config))
             logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
-        hashes = HashSet(path)
-        if not len(hashes):
+        found = cls(config, path)
+        if not len(found._hashes):
             raise ConfigError(
                 f"data.decontaminate.suite={config.suite}: no {config.match} of {config.min_tokens} words in it;"
                 " lower data.decontaminate.min_tokens, or leave it out"
             )
-        return cls(config, hashes)
+        return found
+
+    @property
+    def content_hash(self) -> str:
+        """Of the file, what rules hashes out included. Raises: OSError if it cannot be read."""
+        return hash_file(self.path)
 
     @property
     def fingerprint(self) -> dict[str, object]:

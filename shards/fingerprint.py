@@ -15,16 +15,20 @@ from shards.tokenizer import Tokenizer
 
 
 def fingerprint(
-    config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, lanes: int, seed: int
+    config: DataConfig,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    decontaminator: Decontaminator | None,
+    lanes: int,
+    seed: int,
 ) -> dict[str, object]:
     """Plain values that are equal for two loaders only if they give the same global batches."""
     plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
     plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit}
     plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
-    filtered = Decontaminator.of(config.decontaminate, config.index_dir) if config.decontaminate else None
     return {
         "config": plain,
-        "decontaminate": filtered.fingerprint if filtered else None,
+        "decontaminate": decontaminator.fingerprint if decontaminator else None,
         "tokenizer": tokenizer.content_hash,
         "packer_version": PACKER_VERSION,
         "table_version": TABLE_VERSION,  # not that of an index: better entries give the same batches

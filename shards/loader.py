@@ -12,6 +12,7 @@ timing.
 """
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -20,12 +21,14 @@ from shards import manifest
 from shards.batch import Batch
 from shards.config import DataConfig
 from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
+from shards.decontaminate import Decontaminator
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.lane import Draw, Lane, Stream
 from shards.manifest import Prepared
 from shards.pool import InProcess, Pool, WorkerPool
 from shards.prefetch import Prefetcher
+from shards.recipe import Recipe
 from shards.sources import Source
 from shards.tokenizer import Tokenizer
 
@@ -73,9 +76,12 @@ class Loader:
             shards = [manifest.prepared_shards(config, source, found) for source, found in pairs]
         self._sources = [Source(config, i, found, self.num_lanes, seed) for i, found in enumerate(shards)]
         self._check_lanes()
-        self.fingerprint = fingerprint(config, self._sources, tokenizer, self.num_lanes, seed)
+        decontaminator = Decontaminator.of(config.decontaminate, config.index_dir) if config.decontaminate else None
+        self.fingerprint = fingerprint(config, self._sources, tokenizer, decontaminator, self.num_lanes, seed)
         self._stages = _weight_stages(config)
-        self._pool: Pool = WorkerPool(config) if config.num_workers else InProcess(config)
+        recipe = Recipe.of(tokenizer, decontaminator)
+        self._pool: Pool = WorkerPool(config, recipe) if config.num_workers else InProcess(config, recipe)
+        weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
         self._ended = False
         self._lanes: dict[int, Lane]
         self._state = self._first_state()

@@ -1,30 +1,21 @@
-"""Makes windows ahead of their use, in worker processes; or on demand, in this one. lane -> pool -> worker.
+"""Makes windows ahead of their use, in worker processes; or on demand, in this one. lane -> pool -> process.
 
 Results are taken by name, so neither timing nor the number of workers can change what is delivered.
 """
 
-import contextlib
-import fcntl
 import heapq
 import os
-import select
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from shards import wire
 from shards.config import DataConfig
 from shards.errors import HeadraceError, ShardError
+from shards.process import WorkerLost, WorkerProcess
+from shards.recipe import Recipe
 from shards.window import Window, WindowMaker, WindowTask
 
 TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
-MAX_DEATHS = 10  # of workers in turn at one window: chance may kill a few, and each costs little
-MAX_STALLS = 3  # each costs a whole time-out
 STOP_SECONDS = 2.0
-PIPE_BYTES = 1 << 20  # sixteen times the default: a worker and its thread wait for each other less often
 NOW = -1.0  # due before anything that is only expected to be needed
 
 
@@ -56,16 +47,16 @@ class InProcess:
 
     ahead = 0
 
-    def __init__(self, config: DataConfig) -> None:
-        self._config = config
-        self._maker: WindowMaker | None = WindowMaker(config)
+    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
+        self._config, self._recipe = config, recipe
+        self._maker: WindowMaker | None = WindowMaker(config, recipe)
 
     def request(self, name: WindowId, task: WindowTask, due: float) -> None:
         """Does nothing: there is nobody to work ahead."""
 
     def take(self, name: WindowId, task: WindowTask) -> Window:
         # Taken out while it is at work: one that was interrupted may hold half of a change, and is not used again.
-        maker, self._maker = self._maker or WindowMaker(self._config), None
+        maker, self._maker = self._maker or WindowMaker(self._config, self._recipe), None
         window = maker.make(task)
         self._maker = maker
         return window
@@ -78,80 +69,12 @@ class InProcess:
             self._maker.close()
 
 
-class _WorkerLost(Exception):
-    """A worker died, or took too long; `limit` is how many may be lost at one window before that is an error."""
-
-    def __init__(self, message: str, limit: int) -> None:
-        super().__init__(message)
-        self.limit = limit
-
-
-class _Worker:
-    """One worker process, seen from the parent."""
-
-    def __init__(self, config: str, timeout: float) -> None:
-        self._timeout = timeout
-        root = str(Path(__file__).resolve().parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "shards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # One thread each: as many workers as the user asked for, and no more.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
-        # Beyond what the user may have in pipes, or not on Linux, it works as well, only with more waiting.
-        with contextlib.suppress(OSError, AttributeError):
-            fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        self._send(wire.Request(0, config=config))
-
-    def ask(self, number: int, task: WindowTask) -> None:
-        self._send(wire.Request(number, task=task))
-
-    def answer(self) -> tuple[int, Window | HeadraceError]:
-        """Waits for the next answer. Raises: _WorkerLost."""
-        deadline = time.monotonic() + self._timeout
-        return wire.receive_window(lambda size: self._read(size, deadline))
-
-    def _send(self, request: wire.Request) -> None:
-        try:
-            os.write(self._stdin, wire.encode_request(request))  # far smaller than the pipe: never written in part
-        except OSError as error:
-            raise _WorkerLost(f"cannot be written to: {error.strerror}", MAX_DEATHS) from None
-
-    def _read(self, size: int, deadline: float) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            ready, _, _ = select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise _WorkerLost(f"gave no answer for {self._timeout:g} s", MAX_STALLS)
-            got = os.readv(self._stdout, [view])
-            if not got:
-                raise _WorkerLost(f"died (exit status {self._process.wait()})", MAX_DEATHS)
-            view = view[got:]
-        return data
-
-    def interrupt(self) -> None:
-        self._process.kill()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-
 class WorkerPool:
     """`num_workers` processes that make the most urgent windows first. A worker that dies or hangs is replaced."""
 
-    def __init__(self, config: DataConfig) -> None:
-        self._config = config
-        self._settings = config.model_dump_json()
+    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
+        self._config, self._recipe = config, recipe
+        self._pid = os.getpid()
         self.ahead = TASKS_IN_WORKER * config.num_workers
         # `with` takes the lock itself, not the condition, whose __enter__ an interrupt could leave with the lock held.
         self._lock = threading.RLock()
@@ -165,7 +88,7 @@ class WorkerPool:
         self._results: dict[WindowId, Window | HeadraceError] = {}
         self._next_number = 1
         self._failure: Exception | None = None  # of a thread below, which then is gone
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"shards-pool-{slot}", daemon=True)
             for slot in range(config.num_workers)
@@ -187,6 +110,8 @@ class WorkerPool:
             while name not in self._results:
                 if self._closed:
                     raise ShardError("the loader is closed")
+                if isinstance(self._failure, HeadraceError):
+                    raise self._failure
                 if self._failure is not None:
                     raise ShardError(f"no workers can be had: {self._failure!r}") from self._failure
                 self._changed.wait()
@@ -204,14 +129,17 @@ class WorkerPool:
             self._unwanted.update(self._making)
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers. May be called again, and by the collection of garbage in any thread."""
+        if os.getpid() != self._pid:
+            return  # a fork: the workers are not its own, and the lock may be held by a thread that it does not have
         with self._lock:
             self._closed = True
             self._changed.notify_all()
             for worker in self._workers.values():
                 worker.interrupt()  # its thread sees the pipe end, and reaps it
         for thread in self._threads:
-            thread.join(STOP_SECONDS)
+            if thread is not threading.current_thread():
+                thread.join(STOP_SECONDS)
 
     def _queue(self, name: WindowId, task: WindowTask, due: float) -> None:
         self._next_number += 1
@@ -223,7 +151,7 @@ class WorkerPool:
         """One worker's thread; what ends it before the pool is closed, `take` raises."""
         try:
             self._keep_busy(slot)
-        except Exception as error:  # such as no memory for another process
+        except Exception as error:  # such as no memory for another process, or one that cannot do its work
             with self._lock:
                 self._failure = error
                 self._changed.notify_all()
@@ -240,15 +168,15 @@ class WorkerPool:
                 if self._closed:
                     return
                 fresh = self._next_tasks(TASKS_IN_WORKER - len(asked))
+            if not fresh and not asked:
+                continue
             try:
                 worker = self._worker(slot)
                 for number in fresh:
                     asked.append(number)
                     worker.ask(number, self._making[number][1])
-                if not asked:
-                    continue
                 number, result = worker.answer()
-            except _WorkerLost as lost:
+            except WorkerLost as lost:
                 asked = sorted({*asked, *fresh})
                 self._drop_worker(slot)
                 self._retry(asked, lost)
@@ -267,14 +195,15 @@ class WorkerPool:
                 numbers.append(number)
         return numbers
 
-    def _worker(self, slot: int) -> _Worker:
+    def _worker(self, slot: int) -> WorkerProcess:
         worker = self._workers.get(slot)
         if worker is None:
-            worker = _Worker(self._settings, self._config.worker_timeout)
+            worker = WorkerProcess(self._config.worker_timeout)
             with self._lock:
                 self._workers[slot] = worker
                 if self._closed:
                     worker.interrupt()  # `close` has not seen it
+            worker.prepare(self._config.model_dump_json(), self._recipe)
         return worker
 
     def _drop_worker(self, slot: int) -> None:
@@ -293,7 +222,7 @@ class WorkerPool:
             self._results[name] = result
             self._changed.notify_all()
 
-    def _retry(self, numbers: list[int], lost: _WorkerLost) -> None:
+    def _retry(self, numbers: list[int], lost: WorkerLost) -> None:
         """Gives a lost worker's tasks to the next one; the first, which it was at, only so many times."""
         with self._lock:
             name, task = self._making[numbers[0]]
@@ -301,8 +230,8 @@ class WorkerPool:
             if losses >= lost.limit:
                 raw = task.raw
                 error = ShardError(
-                    f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them, "
-                    f"the last {lost}; if memory ran out, lower data.num_workers; if time, raise data.worker_timeout"
+                    f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them; "
+                    f"the last {lost}"
                 )
                 self._deliver(numbers.pop(0), error)
             for number in numbers:

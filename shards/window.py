@@ -3,6 +3,7 @@
 decoders, reader -> window -> worker, pool.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -19,6 +20,7 @@ from shards.errors import ShardError
 from shards.packing import Rows, pack
 from shards.plan import Ints
 from shards.reader import BadRecord, RecordParser, Records, bad_record_error
+from shards.recipe import Recipe
 from shards.tokenizer import Tokenizer
 
 
@@ -47,14 +49,17 @@ class Window(NamedTuple):
 class WindowMaker:
     """Makes windows of the sources of one config, with a tokenizer and open decoders of its own."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
+        """Raises: ConfigError if the files of tokenizer or filter are not there, or not those of the recipe."""
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        recipe.check_tokenizer(config.tokenizer, self._tokenizer)
         self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache), config.index_dir)
         self._columns = Columns()
         self._decontaminator = None
-        if config.decontaminate:
-            self._decontaminator = Decontaminator.of(config.decontaminate, config.index_dir)
+        if config.decontaminate and recipe.filter_file:
+            self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
+            recipe.check_filter(self._decontaminator)
         self._parsers = [RecordParser.of(source) for source in config.sources]
 
     def make(self, task: WindowTask) -> Window:

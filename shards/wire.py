@@ -1,4 +1,4 @@
-"""What the loading process and its workers say to each other over pipes. pool <-> wire <-> worker.
+"""What the loading process and its workers say to each other over pipes. process <-> wire <-> worker.
 
 A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
 header announces, as they lie in memory: nothing is pickled, no object per token.
@@ -12,21 +12,23 @@ import numpy as np
 from shards.errors import ConfigError, HeadraceError, ShardError
 from shards.packing import Rows
 from shards.reader import BadRecord
+from shards.recipe import Recipe
 from shards.window import Window, WindowTask
 
 LENGTH_BYTES = 8
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Loading process to worker: the config first (as JSON), tasks after it."""
+    """Loading process to worker: the config first (as JSON) and what windows are made with, tasks after them."""
 
     number: int
     config: str | None = None
+    recipe: Recipe | None = None
     task: WindowTask | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Worker to loading process: a window's header, or why there is none."""
+    """Worker to loading process: that it is ready; then a window's header each. Or why it is not, or there is none."""
 
     number: int  # of the request
     error: tuple[str, str] | None = None  # class of the error, message
@@ -41,6 +43,11 @@ def encode_request(request: Request) -> bytes:
     """One message."""
     header = msgspec.msgpack.encode(request)
     return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def encode_ready() -> list[bytes | memoryview]:
+    """The parts of the message that answers the first request."""
+    return _framed(Reply(0))
 
 
 def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
@@ -68,16 +75,17 @@ def encode_error(number: int, error: BaseException) -> list[bytes | memoryview]:
     return _framed(Reply(number, (type(error).__name__, str(error))))
 
 
+def receive_ready(read: Callable[[int], bytearray]) -> HeadraceError | None:
+    """Reads the reply to the first request: why the worker cannot work. `read(n)` gives exactly n bytes."""
+    reply = _received(read)
+    return None if reply.error is None else _error(*reply.error)
+
+
 def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | HeadraceError]:
     """Reads one reply. `read(n)` gives exactly n bytes."""
-    header = bytes(read(int.from_bytes(read(LENGTH_BYTES), "little")))
-    reply = msgspec.msgpack.decode(header, type=Reply)
+    reply = _received(read)
     if reply.error is not None:
-        kind, message = reply.error
-        known: dict[str, type[HeadraceError]] = {"ShardError": ShardError, "ConfigError": ConfigError}
-        if kind in known:
-            return reply.number, known[kind](message)
-        return reply.number, HeadraceError(f"a worker failed with {kind}: {message}")
+        return reply.number, _error(*reply.error)
     arrays = [
         np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
         for kind, length in reply.arrays
@@ -85,6 +93,16 @@ def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | Head
     rows = Rows(reply.seq_len, *arrays[:5])
     window = Window(rows, arrays[5], reply.sub_sources, arrays[6], reply.skipped, rows.token_offsets(), reply.replays)
     return reply.number, window
+
+
+def _received(read: Callable[[int], bytearray]) -> Reply:
+    header = bytes(read(int.from_bytes(read(LENGTH_BYTES), "little")))
+    return msgspec.msgpack.decode(header, type=Reply)
+
+
+def _error(kind: str, message: str) -> HeadraceError:
+    known: dict[str, type[HeadraceError]] = {"ShardError": ShardError, "ConfigError": ConfigError}
+    return known[kind](message) if kind in known else HeadraceError(f"a worker failed with {kind}: {message}")
 
 
 def _framed(reply: Reply) -> list[bytes | memoryview]:

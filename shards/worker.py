@@ -1,4 +1,4 @@
-"""A process that makes windows: `python -m shards.worker`, fed on stdin, answering on stdout. pool -> worker -> window.
+"""A process that makes windows, fed on stdin, answering on stdout: `python -m shards.worker`. process -> worker.
 
 It imports no torch, and it ends when its parent does, whatever ended the parent.
 """
@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 
 import msgspec
 
@@ -30,12 +31,26 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break into an answer
     requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.fileno(), requests), daemon=True).start()
-    config = requests.get().config
-    assert config is not None
     try:
-        serve(WindowMaker(DataConfig.model_validate_json(config)), requests, answers)
+        maker = prepare(requests.get(), answers)
+        if maker is not None:
+            serve(maker, requests, answers)
     except BrokenPipeError:
         os._exit(0)
+
+
+def prepare(request: wire.Request, answers: int) -> WindowMaker | None:
+    """Answers the first request; None if this process cannot do what it asks, or would not do it as its parent does."""
+    assert request.config is not None
+    assert request.recipe is not None
+    try:
+        request.recipe.check_program()
+        maker = WindowMaker(DataConfig.model_validate_json(request.config), request.recipe)
+    except Exception as error:
+        _write(answers, wire.encode_error(request.number, error))
+        return None
+    _write(answers, wire.encode_ready())
+    return maker
 
 
 def serve(maker: WindowMaker, requests: "queue.SimpleQueue[wire.Request]", answers: int) -> None:
@@ -50,14 +65,27 @@ def serve(maker: WindowMaker, requests: "queue.SimpleQueue[wire.Request]", answe
         except Exception as error:  # a bug here, or an input nobody thought of: the parent stops and says so
             where = f"{request.task.raw.path}, raw bytes {request.task.raw.start} to {request.task.raw.stop}"
             parts = wire.encode_error(request.number, RuntimeError(f"{error!r} in {where}"))
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[os.write(answers, view) :]
+        _write(answers, parts)
+
+
+def _write(answers: int, parts: list[bytes | memoryview]) -> None:
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            view = view[os.write(answers, view) :]
 
 
 def _listen(stdin: int, requests: "queue.SimpleQueue[wire.Request]") -> None:
     """Reads requests until the parent closes the pipe or is gone, then ends the process, also amid a window."""
+    try:
+        _receive(stdin, requests)
+    except Exception:  # such as a request that another version of this program has written
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _receive(stdin: int, requests: "queue.SimpleQueue[wire.Request]") -> None:
     parent = os.getppid()
     pending = b""
     while True:
@@ -66,7 +94,7 @@ def _listen(stdin: int, requests: "queue.SimpleQueue[wire.Request]") -> None:
             continue
         data = os.read(stdin, PIPE_BYTES) if ready else b""
         if not data:  # closed, or held open by somebody else while the parent is gone
-            os._exit(0)
+            return
         pending += data
         while len(pending) >= wire.LENGTH_BYTES:
             end = wire.LENGTH_BYTES + int.from_bytes(pending[: wire.LENGTH_BYTES], "little")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import zstandard
 
-from shards import DataConfig
+from shards import DataConfig, Tokenizer
+from shards.decontaminate import Decontaminator
+from shards.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
@@ -41,6 +43,12 @@ def write_shard(path: Path, raw: bytes, frames: int = 1) -> Path:
 def words(seed: int, count: int) -> str:
     """Text of `count` words that differs for every seed."""
     return " ".join(f"w{(seed * 7919 + i * i) % 9973}" for i in range(count))
+
+
+def recipe_of(data: DataConfig) -> Recipe:
+    """What a loader of this config tells those that make its windows."""
+    filtered = Decontaminator.of(data.decontaminate, data.index_dir) if data.decontaminate else None
+    return Recipe.of(Tokenizer(data.tokenizer, data.bos, data.eos), filtered)
 
 
 def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfig:

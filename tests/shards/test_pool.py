@@ -8,9 +8,11 @@ import pytest
 
 from shards import DataConfig, Loader
 from shards.index import build
-from shards.pool import MAX_DEATHS, WindowId, WorkerPool, _WorkerLost
+from shards.pool import WindowId, WorkerPool
+from shards.process import MAX_DEATHS, WorkerLost
+from shards.recipe import Recipe
 from shards.window import Window, WindowMaker, WindowTask
-from tests.shards.corpora import config, record, words, write_shard
+from tests.shards.corpora import config, recipe_of, record, words, write_shard
 
 
 def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> None:
@@ -19,7 +21,7 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
     index = build(path, data.cell_bytes, data.max_decoder_window)
     task = WindowTask(0, index.raw_range(path, 0, index.raw_bytes), 0, 400, 1)
     names = [WindowId(0, lane, 0, 0) for lane in range(4)]
-    pool = WorkerPool(data)
+    pool = WorkerPool(data, recipe_of(data))
     try:
         for name in names:
             pool.request(name, task, 0.0)
@@ -32,7 +34,7 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
         assert not pool._results
     finally:
         pool.close()
-    assert (again.rows.tokens == WindowMaker(data).make(task).rows.tokens).all()
+    assert (again.rows.tokens == WindowMaker(data, recipe_of(data)).make(task).rows.tokens).all()
 
 
 class Recording:
@@ -40,8 +42,8 @@ class Recording:
 
     ahead = 2
 
-    def __init__(self, data: DataConfig) -> None:
-        self._maker = WindowMaker(data)
+    def __init__(self, data: DataConfig, recipe: Recipe) -> None:
+        self._maker = WindowMaker(data, recipe)
         self.asked: set[WindowId] = set()
         self.on_demand: list[WindowId] = []
 
@@ -102,17 +104,20 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
     starting, go = threading.Event(), threading.Event()
 
     class Late:
-        def __init__(self, settings: str, timeout: float) -> None:
+        def __init__(self, timeout: float) -> None:
             self._ended = threading.Event()
             starting.set()
             go.wait(10)
+
+        def prepare(self, settings: str, recipe: Recipe) -> None:
+            pass
 
         def ask(self, number: int, task: WindowTask) -> None:
             pass
 
         def answer(self) -> None:
             self._ended.wait(10)
-            raise _WorkerLost("died", MAX_DEATHS)
+            raise WorkerLost("died", MAX_DEATHS)
 
         def interrupt(self) -> None:
             self._ended.set()
@@ -120,12 +125,12 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
         def kill(self) -> None:
             self._ended.set()
 
-    monkeypatch.setattr("shards.pool._Worker", Late)
+    monkeypatch.setattr("shards.pool.WorkerProcess", Late)
     monkeypatch.setattr("shards.pool.STOP_SECONDS", 0.0)
     path = str(write_shard(tmp_path / "a.jsonl", record(words(1, 30))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
-    pool = WorkerPool(data)
+    pool = WorkerPool(data, recipe_of(data))
     pool.request(WindowId(0, 0, 0, 0), WindowTask(0, index.raw_range(path, 0, index.raw_bytes), 0, 1, 1), 0.0)
     assert starting.wait(10)
     pool.close()
