@@ -236,7 +236,18 @@ class Engine:
             self.deepspeed.step()
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / max(n_targets, 1)).tolist()
         applied = not self.deepspeed.optimizer.overflow
+        if not applied:
+            self._forget_gradients()
         return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied)
+
+    def _forget_gradients(self) -> None:
+        """Drop the gradients that DeepSpeed keeps of a step that it left out.
+
+        ZeRO-1 and 2 with offload clear them only after a step that was applied. The next step would add to them, and
+        so no step would ever be finite again.
+        """
+        # BF16_Optimizer, which is ZeRO-1 in bf16 without offload, has no such dictionary
+        getattr(self.deepspeed.optimizer, "averaged_gradients", {}).clear()
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the valid targets of one micro-batch: negative log-likelihood, weighted z-loss; fp32 scalars."""

@@ -1,13 +1,20 @@
-"""Run on every rank: a step that is no number changes nothing, at every ZeRO stage.
+"""Run on every rank: nothing of a step that is no number stays, whatever the stage, the offload and the precision.
 
-One rank's loss in one micro-step is made infinite, with a gradient that is finite, or a weight is; the fingerprint of
-weights and optimizer must be the same before and after, on all ranks, and the step after it must change it.
+Usage: python -m tests.distributed.nonfinite TP_SIZE
+
+One engine goes through bad steps between its good ones: before the first of them, where one micro-step's loss is
+infinite with a finite gradient, and where one rank's slice of a weight gets a gradient of NaN. Another engine goes
+through the good steps alone. Both must agree to the last bit, in their figures and in all that a checkpoint would hold.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +26,19 @@ from pretrain.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 
+STATES = [
+    (1, "none"),
+    (1, "optimizer"),
+    (2, "none"),
+    (2, "optimizer"),
+    (3, "none"),
+    (3, "optimizer"),
+    (3, "parameters"),
+]
+
 
 def fingerprint(engine: Engine) -> str:
-    """Of all that a checkpoint would hold of this rank, but for DeepSpeed's count of skipped steps."""
+    """Hashes all that a checkpoint would hold of this rank, but for DeepSpeed's counts of steps."""
     found = xxhash.xxh3_128()
 
     def add(item: Any) -> None:
@@ -45,8 +62,9 @@ def step(engine: Engine, here: Topology, number: int) -> StepStats:
     return engine.train_step(tokens[mine], segment_ids[mine], n_targets, number, 1e-3, Meter())
 
 
-def poison(engine: Engine, here: Topology) -> None:
-    """Makes the loss of the last rank's next micro-batch infinite, and leaves its gradient finite."""
+@contextlib.contextmanager
+def infinite_loss(engine: Engine, here: Topology) -> Iterator[None]:
+    """Makes the loss of the last dp rank's first micro-batch infinite, and leaves its gradient finite."""
     losses, calls = engine._losses, itertools.count()
 
     def infinite(tokens: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,27 +73,54 @@ def poison(engine: Engine, here: Topology) -> None:
         return nll + (math.inf if first else 0.0), z_loss
 
     engine._losses = infinite  # type: ignore[method-assign]
+    yield
+    engine._losses = losses  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def undefined_gradient(engine: Engine, here: Topology) -> Iterator[None]:
+    """Makes the gradient of one weight NaN on the last rank alone; of a split weight, the other slices stay finite."""
+    weight = engine.model.blocks[0].feed_forward.w2.weight
+    factor = math.nan if here.rank == here.world_size - 1 else 1.0
+    hook = weight.register_hook(lambda gradient: gradient * factor)
+    yield
+    hook.remove()
+
+
+def history(here: Topology, stage: int, offload: str, precision: str, micro: int, with_bad: bool) -> list[object]:
+    """Figures and fingerprints of two good steps."""
+    parallel = ParallelConfig.model_validate({"tp_size": here.tp_size, "zero_stage": stage, "offload": offload})
+    micro_steps = GLOBAL_ROWS // (micro * here.dp_size)
+    derived = deepspeed_config(parallel, OPTIM, precision, micro, micro_steps, here.dp_size, {})
+    model = model_config(tied=True).model_copy(update={"n_layers": 1})
+    engine = Engine(model, OPTIM, parallel, precision, derived, here, SEED)
+    found: list[object] = []
+    for number in range(2):
+        if with_bad:
+            for bad in (infinite_loss, undefined_gradient):
+                with bad(engine, here):
+                    stats = step(engine, here, 3)
+                assert (stats.applied, math.isinf(stats.grad_norm)) == (False, True), stats
+                assert not found or fingerprint(engine) == found[-1], f"changed by {bad.__name__}"
+        stats = step(engine, here, number)
+        assert stats.applied, f"{stats} after a bad step: {with_bad}"
+        found += [stats, fingerprint(engine)]
+    return found
 
 
 def main() -> None:
-    with started(ParallelConfig()) as here:
-        for precision, stage in itertools.product(("bf16", "fp32"), (1, 2, 3)):
-            parallel = ParallelConfig.model_validate({"zero_stage": stage})
-            ds_config = deepspeed_config(
-                parallel, OPTIM, precision, 2, GLOBAL_ROWS // (2 * here.dp_size), here.dp_size, {}
-            )
-            engine = Engine(model_config(tied=True), OPTIM, parallel, precision, ds_config, here, SEED)
-            case = f"{precision}, ZeRO-{stage}"
-            assert step(engine, here, 0).applied, case
-            before, kept = fingerprint(engine), engine._losses
-            poison(engine, here)
-            skipped = step(engine, here, 1)
-            engine._losses = kept  # type: ignore[method-assign]
-            assert (skipped.applied, math.isfinite(skipped.loss)) == (False, False), case
-            assert fingerprint(engine) == before, case
-            after = step(engine, here, 2)
-            assert (after.applied, math.isfinite(after.loss + after.grad_norm)) == (True, True), case
-            assert fingerprint(engine) != before, case
+    gc.freeze()  # DeepSpeed collects garbage at every turn
+    with started(ParallelConfig(tp_size=int(sys.argv[1]))) as here:
+        for precision, (stage, offload) in itertools.product(("bf16", "fp32"), STATES):
+            # Offload takes another path where a step is a single micro-step
+            for micro in (2, GLOBAL_ROWS // here.dp_size) if offload == "optimizer" else (2,):
+                case = f"{precision}, ZeRO-{stage}, offload {offload}, micro-batches of {micro}"
+                try:
+                    plain = history(here, stage, offload, precision, micro, with_bad=False)
+                    assert history(here, stage, offload, precision, micro, with_bad=True) == plain
+                except AssertionError as error:
+                    error.add_note(case)
+                    raise
 
 
 if __name__ == "__main__":

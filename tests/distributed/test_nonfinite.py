@@ -31,8 +31,9 @@ Engine.train_step = poisoned
 
 
 @pytest.mark.distributed
-def test_a_step_that_is_no_number_changes_nothing() -> None:
-    run_ranks(2, "tests.distributed.nonfinite")
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_nothing_stays_of_a_step_that_is_no_number(tp_size: int) -> None:
+    run_ranks(2, "tests.distributed.nonfinite", str(tp_size))
 
 
 @pytest.mark.distributed
