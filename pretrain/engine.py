@@ -21,6 +21,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
+from pretrain.deepspeed_keys import check_added_key
 from pretrain.metrics import Meter
 from pretrain.model.attention import AttentionBackend
 from pretrain.model.cache import KVCache
@@ -34,9 +35,6 @@ from shards import CheckpointError, ConfigError
 
 Precision = Literal["bf16", "fp32"]
 DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own JSON schema
-
-# What other sections of our config decide, beside the keys that are derived below
-_OWNED_KEYS = ("optimizer", "scheduler", "fp16", "amp", "prescale_gradients", "gradient_predivide_factor")
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,13 @@ def deepspeed_config(
     """DeepSpeed's configuration, derived from ours; `extra` is the config's `deepspeed` section.
 
     Raises:
-        ConfigError: if `extra` contradicts what is derived, or the parts cannot go together.
+        ConfigError: if `extra` contradicts what is derived or has a key that is not known to be harmless, or the parts
+            cannot go together.
     """
     if parallel.compile and parallel.zero_stage == 3:
         raise ConfigError(
             "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
             " without end; use zero_stage 1 or 2, or compile=false"
-        )
-    owned = [key for key in _OWNED_KEYS if key in extra]
-    if owned:
-        raise ConfigError(
-            f"deepspeed.{owned[0]} is not to be set: it follows from the sections optim, precision and parallel"
         )
     if parallel.offload == "parameters" and parallel.zero_stage != 3:
         raise ConfigError(
@@ -95,7 +89,8 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": optim.grad_clip,
-        "bf16": {"enabled": precision == "bf16"},
+        # The fp32 gradients are summed as they come: else ZeRO-1 keeps the bf16 ones beside them until the step's end
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
@@ -103,21 +98,23 @@ def deepspeed_config(
         "steps_per_print": 2**31,  # it reports nothing that we do not
         "wall_clock_breakdown": False,
     }
-    return _merged(derived, extra, "deepspeed")
+    return _merged(derived, extra)
 
 
-def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, path: str) -> DeepSpeedConfig:
+def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, above: str = "") -> DeepSpeedConfig:
     merged = dict(derived)
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merged(merged[key], value, f"{path}.{key}")
-        elif key in merged and merged[key] != value:
+    for name, value in extra.items():
+        key = above + name
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            merged[name] = _merged(merged[name], value, f"{key}.")
+        elif name not in merged:
+            check_added_key(key, value)
+            merged[name] = value
+        elif merged[name] != value:
             raise ConfigError(
-                f"{path}.{key}={value!r} contradicts {merged[key]!r}, which follows from the rest of the config;"
+                f"deepspeed.{key}={value!r} contradicts {merged[name]!r}, which follows from the rest of the config;"
                 " change that instead, and leave this key out"
             )
-        else:
-            merged[key] = value
     return merged
 
 

@@ -14,7 +14,7 @@ FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / pa
 LAYERS = (
     ("shards",),
     ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
-    ("pretrain.lease", "pretrain.yaml_tree"),
+    ("pretrain.lease", "pretrain.yaml_tree", "pretrain.deepspeed_keys"),
     ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
     ("pretrain.engine", "pretrain.generate", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
     (

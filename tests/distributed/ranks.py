@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pretrain.topology import free_port
@@ -55,7 +56,10 @@ def run_ranks(world_size: int, module: str, *arguments: str, timeout: float = 30
         for rank in range(world_size)
     ]
     try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
+        with ThreadPoolExecutor(
+            world_size
+        ) as readers:  # all at once: a rank whose pipe is full keeps the others waiting
+            outputs = list(readers.map(lambda process: process.communicate(timeout=timeout), processes))
     finally:
         for process in processes:
             process.kill()

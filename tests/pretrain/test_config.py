@@ -257,3 +257,11 @@ def test_shipped_configs_parse_and_fit_the_rank_counts_that_they_name(path: Path
         else:
             with pytest.raises(ConfigError, match="data-parallel ranks work"):
                 config.check(dp_size)
+
+
+def test_a_key_of_deepspeed_that_a_run_was_begun_with_is_refused_by_name_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(SMALL + "deepspeed: {zero_optimization: {round_robin_gradients: true}}\n")
+    said = complaint(path)
+    assert f"{path}: deepspeed.zero_optimization.round_robin_gradients is refused" in said
+    assert "by the version of Headrace that began it" in said

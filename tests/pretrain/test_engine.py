@@ -52,7 +52,37 @@ def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
         ({"zero_stage": 3, "compile": True}, {}, "compile=false"),
         ({"zero_stage": 2, "offload": "parameters"}, {}, "zero_stage=3"),
         ({}, {"zero_optimization": {"stage": 2}}, r"deepspeed\.zero_optimization\.stage=2 contradicts 1"),
-        ({}, {"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer is not to be set"),
+        ({}, {"zero_optimization": True}, r"deepspeed\.zero_optimization=True contradicts"),
+        ({}, {"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer is refused: it follows from the sections optim"),
+        ({}, {"optimizer": {}}, r"deepspeed\.optimizer is refused"),
+        ({}, {"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler is refused: it follows from the sections"),
+        ({}, {"fp16": {"enabled": False}}, r"deepspeed\.fp16 is refused: it follows"),
+        ({}, {"bf16": {"check_grad_overflow": False}}, r"deepspeed\.bf16\.check_grad_overflow is refused: it follows"),
+        ({}, {"checkpoint": {"load_universal": True}}, r"deepspeed\.checkpoint is refused: the section checkpoint"),
+        (
+            {},
+            {"managed_gradient_accumulation": False},
+            r"managed_gradient_accumulation is refused: the gradients of all",
+        ),
+        ({}, {"something_new": 1}, r"deepspeed\.something_new is refused: nobody has shown it harmless"),
+        *(
+            ({}, {"zero_optimization": {key: value}}, rf"deepspeed\.zero_optimization\.{key} is refused.*leave it out")
+            for key, value in (
+                ("round_robin_gradients", True),
+                ("load_from_fp32_weights", False),
+                ("elastic_checkpoint", True),
+                ("sub_group_size", 3000),
+                ("parameter_alignment", True),
+                ("zero_quantized_weights", True),
+            )
+        ),
+        (
+            {},
+            {"zero_optimization": {"reduce_bucket_size": "5e8"}},
+            "reduce_bucket_size='5e8' is wrong; .* whole number",
+        ),
+        ({}, {"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size=0 is wrong"),
+        ({}, {"dump_state": 1}, "deepspeed.dump_state=1 is wrong; it should be true or false"),
     ],
 )
 def test_contradictions_are_refused(parallel: dict[str, object], extra: dict[str, object], message: str) -> None:
