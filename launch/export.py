@@ -31,7 +31,7 @@ from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
-from shards import HeadraceError
+from shards import CheckpointError, HeadraceError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,6 +61,8 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder.check_there()
     config = load_config(folder.config, arguments.overrides)
     checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
+    if broken := checkpoint.broken_files():
+        raise CheckpointError("; ".join(broken))
     weights = CheckpointWeights(checkpoint, weight_specs(config.model))
     dtype = DTYPES[arguments.dtype or config.precision]
     export(

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, decided by all ranks together. store -> resume -> trainer."""
+"""Which checkpoint is whole, decided by all ranks together. store -> resume -> {trainer, evaluation}."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | Non
     assert isinstance(steps, list)
     damaged: dict[int, list[str]] = {}
     for step in reversed(steps):
-        found = [sentence for part in topology.gather_objects(_damage(store, step, topology)) for sentence in part]
-        if not found:
+        if not (found := damage_of(store, step, topology)):
             _set_aside(store, damaged, topology)
             return store.open(step)
         damaged[step] = found
@@ -36,12 +35,13 @@ def newest_valid(store: CheckpointStore, topology: Topology) -> Checkpoint | Non
     return None
 
 
-def _damage(store: CheckpointStore, step: int, topology: Topology) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
+def damage_of(store: CheckpointStore, step: int, topology: Topology) -> list[str]:
+    """Says, on every rank, what is wrong with a checkpoint's files. Every rank calls it, and checks a share of them."""
     try:
-        return store.open(step).broken_files(topology.rank, topology.world_size)
+        own = store.open(step).broken_files(topology.rank, topology.world_size)
     except CheckpointError as error:
-        return [str(error)]
+        own = [str(error)]
+    return [sentence for part in topology.gather_objects(own) for sentence in part]
 
 
 def _set_aside(store: CheckpointStore, damaged: Mapping[int, list[str]], topology: Topology) -> None:

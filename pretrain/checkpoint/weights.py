@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, whole, whatever topology saved them. shares -> weights -> {export, generate}.
+"""The weights in a checkpoint, whole, whatever topology saved them. shares -> weights -> {export, evaluation}.
 
 No process group and no GPU: the files are mapped, and a weight is put together when it is asked for.
 """
@@ -20,15 +20,13 @@ class CheckpointWeights:
     """A checkpoint's weights by name.
 
     Args:
-        checkpoint: its files are compared with their hashes first.
+        checkpoint: its files are mapped as they are; whoever opens it has compared them with their hashes.
         specs: of all its weights.
     Raises:
-        CheckpointError: if it is damaged, or is no checkpoint of a model with these weights.
+        CheckpointError: if it is no checkpoint of a model with these weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec]) -> None:
-        if broken := checkpoint.broken_files():
-            raise CheckpointError("; ".join(broken))
         self._specs = specs
         self._folder = checkpoint.folder / "engine"
         self._tp_ranks, _ = read_shares(self._folder)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pretrain.checkpoint.resume import damage_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.bare_model import BareModel
@@ -20,7 +21,7 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
-from shards import HeadraceError
+from shards import CheckpointError, HeadraceError
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Evaluator:
 def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
     """Fills a model with the weights of one checkpoint, the same on every rank. Every rank calls it.
 
+    The files are compared with their hashes first, each by one rank: a node's ranks would else read all of it each.
+
     Args:
         step: None: the newest, as rank 0 finds it; the others may find another, where a training saves meanwhile.
     Returns:
@@ -65,6 +68,8 @@ def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, 
         HeadraceError: on all ranks, if any of them cannot read the checkpoint.
     """
     chosen = here.broadcast_object(here.together(lambda: store.choose(step).step if here.is_main else -1))
+    if damage := damage_of(store, chosen, here):
+        raise CheckpointError("; ".join(damage))
     here.together(lambda: model.take(CheckpointWeights(store.open(chosen), weight_specs(model.config))))
     return chosen
 

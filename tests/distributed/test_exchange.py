@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.store import Checkpoint, FileEntry
+from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.exchange.export import export
@@ -15,7 +15,6 @@ from pretrain.exchange.folder import open_codec, open_model
 from pretrain.generate import generate
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, Topology
-from shards import CheckpointError
 from tests.distributed.exchange import PROMPT, SAMPLING
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.test_exchange import DATA, GROUPED, PLAIN, Memory, build, same_files
@@ -55,11 +54,3 @@ def test_import_and_export_copy_every_bit(
         "".join(generate(alone.next_logits, 2, 32, codec, PROMPT, SAMPLING, topology))
         == (tmp_path / "text").read_text()
     )
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / "engine").mkdir()
-    (tmp_path / "engine" / "x.pt").write_bytes(b"other")
-    entries = [FileEntry("engine/x.pt", 5, "0" * 32)]
-    with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
-        CheckpointWeights(Checkpoint(tmp_path, 0, entries, 0.0), {})

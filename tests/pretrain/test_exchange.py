@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from launch.export import export_run
+from pretrain.checkpoint.store import FileEntry, write_manifest
+from pretrain.config import load_config
 from pretrain.exchange.export import export
 from pretrain.exchange.folder import describe, open_model
 from pretrain.exchange.meta import halved, interleaved
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.model.weights import fill, weight_specs
-from shards import ConfigError, DataConfig, Tokenizer, read_documents
+from shards import CheckpointError, ConfigError, DataConfig, Tokenizer, read_documents
 
 TOKENIZER = Path("shards/sample/tokenizer-4k.model")
 DATA = DataConfig.model_validate(
@@ -259,3 +263,16 @@ def test_files_that_were_cut_short_are_named(file: str, content: bytes, tmp_path
     (tmp_path / "model" / file).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{file}: cannot be read as"):
         open_model(tmp_path / "model")
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "quickstart"
+    engine = run / "checkpoints" / "step_00000007" / "engine"
+    engine.mkdir(parents=True)
+    (run / "config.yaml").write_text(load_config(Path("configs/quickstart.yaml")).to_yaml())
+    (engine / "x.pt").write_bytes(b"other")
+    write_manifest(engine.parent, [FileEntry("engine/x.pt", 5, "0" * 32)], 0.0)
+    arguments = argparse.Namespace(run=run, step=None, overrides=[], to=tmp_path / "out", format="hf")
+    with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
+        export_run(arguments)
+    assert not (tmp_path / "out").exists()

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, write_manifest
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_manifest
 from pretrain.evaluation import checkpoints
 from pretrain.evaluation.checkpoints import score_steps, take_checkpoint
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import Topology
 from shards import CheckpointError, HeadraceError
+from shards.durable import hash_file
 
 SIZE = 2
 
@@ -96,6 +98,36 @@ def test_an_error_of_one_is_an_error_of_all(root: Path, rank: int) -> None:
     assert errors[0] == errors[1]
     assert errors[0][0] is CheckpointError  # type: ignore[index]
     assert "nothing" in errors[0][1]  # type: ignore[index]
+
+
+def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / "step_00000006" / "engine"
+    folder.mkdir(parents=True)
+    names = [f"{number}.pt" for number in range(5)]
+    entries = [FileEntry(f"engine/{name}", len(name), xxhash.xxh3_128_hexdigest(name.encode())) for name in names]
+    for name in names:
+        (folder / name).write_text(name)
+    write_manifest(folder.parent, entries, 0.0)
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("pretrain.checkpoint.store.hash_file", counted)
+
+    def work(here: Topology) -> int:
+        return take_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here)  # type: ignore[arg-type]
+
+    assert on_ranks(work) == [6, 6]
+    assert sorted(hashed) == names
+    for name in names:  # whichever rank it falls to
+        (folder / name).write_text("?.pt")
+        errors = on_ranks(work)
+        assert errors[0] == errors[1]
+        assert errors[0][0] is CheckpointError  # type: ignore[index]
+        assert f"{name} differs from what was saved" in errors[0][1]  # type: ignore[index]
+        (folder / name).write_text(name)
 
 
 def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
