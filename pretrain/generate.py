@@ -46,18 +46,26 @@ class Codec:
         encode: a prompt, as the beginning of a document.
         decode: token ids to text.
         ends: ids that end a document.
+        size: ids below this one have a meaning; a model may have more rows, which were never trained.
+        unknown: the id of what the tokenizer cannot spell; None where it can spell everything.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     ends: frozenset[int]
+    size: int
+    unknown: int | None = None
 
 
 def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
     """With a SentencePiece model; `bos`: documents begin with BOS."""
     prefix = [tokenizer.bos_id] if bos else []
     return Codec(
-        lambda prompt: [*prefix, *tokenizer.encode(prompt)], tokenizer.decode, frozenset({tokenizer.eos_id} - {-1})
+        encode=lambda prompt: [*prefix, *tokenizer.encode(prompt)],
+        decode=tokenizer.decode,
+        ends=frozenset({tokenizer.eos_id} - {-1}),
+        size=tokenizer.vocab_size,
+        unknown=tokenizer.unk_id,
     )
 
 
@@ -78,6 +86,8 @@ def generate(
         max_length: tokens of context; the prompt and its continuation end there.
     """
     ids = codec.encode(prompt) or [0]  # a model needs a token to begin with
+    if codec.unknown in ids:
+        _logger.warning("the tokenizer has no pieces for a part of the prompt, which the model does not see")
     if len(ids) >= max_length:
         _logger.warning("the prompt's %d tokens fill the context of %d: nothing can follow", len(ids), max_length)
         return
@@ -89,7 +99,7 @@ def generate(
     new = ids
     for _ in range(end - len(ids)):
         tokens = torch.tensor([new], device=topology.device)
-        logits = gather_vocab(next_logits(tokens, cache))[0].float().cpu()
+        logits = gather_vocab(next_logits(tokens, cache))[0, : codec.size].float().cpu()
         # Ranks that drew different tokens, for a last bit of difference in a logit, would wait for each other for ever
         chosen = topology.broadcast_object(sample(logits, sampling, generator))
         if chosen in codec.ends:

@@ -45,6 +45,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         for key, wanted, found in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
             if wanted and found < 0:
                 raise ConfigError(

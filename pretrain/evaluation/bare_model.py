@@ -43,5 +43,10 @@ class BareModel:
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits."""
-        return self._model(tokens, cache=cache)[:, -1]
+        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits.
+
+        Compiled blocks run as they are written: each length would be a graph of its own, up to torch's limit, and
+        beyond it no shape would be compiled any more.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return self._model(tokens, cache=cache)[:, -1]

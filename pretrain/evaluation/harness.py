@@ -21,7 +21,7 @@ from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import packed
 from pretrain.evaluation.scoring import scored_rows
 from pretrain.model.cache import KVCache
-from pretrain.model.parallel import vocab_parallel_argmax
+from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 
@@ -110,7 +110,8 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         fresh, answer, text = ids, [], ""
         for _ in range(most):
             tokens = torch.tensor([fresh], device=self._topology.device)
-            choice = int(vocab_parallel_argmax(self._model.next_logits(tokens, cache)))
+            logits = gather_vocab(self._model.next_logits(tokens, cache))[0]
+            choice = int(logits[: self._tokenizer.vocab_size].argmax())  # rows beyond it have no meaning
             if choice == self.eot_token_id:
                 break
             answer.append(choice)

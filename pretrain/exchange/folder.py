@@ -69,9 +69,10 @@ def open_codec(folder: Path) -> Codec:
     loaded = tokenizers.Tokenizer.from_file(str(library))
     ends = config.get("eos_token_id")
     return Codec(
-        lambda prompt: list(loaded.encode(prompt).ids),
-        lambda ids: str(loaded.decode(list(ids))),
-        frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        encode=lambda prompt: list(loaded.encode(prompt).ids),
+        decode=lambda ids: str(loaded.decode(list(ids))),
+        ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        size=max(loaded.get_vocab().values()) + 1,
     )
 
 

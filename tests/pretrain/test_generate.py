@@ -13,6 +13,7 @@ from pretrain.model.cache import KVCache
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import Topology
 from shards import Tokenizer
+from tests.vocabularies import foreign_pieces
 
 TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
 CODEC = codec_of(TOKENIZER, bos=True)
@@ -127,3 +128,30 @@ def test_memory_is_that_of_the_continuation_and_not_of_the_context(
     assert lengths == [tokens + 3] * 3 + [tokens + 2] * 2
     assert list(generate(next_logits, 1, tokens, CODEC, prompt, Sampling(), topology)) == []
     assert f"the prompt's {tokens} tokens fill the context of {tokens}" in caplog.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_beyond_the_tokenizer_are_never_chosen(topology: Topology, temperature: float) -> None:
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        logits = torch.zeros(1, TOKENIZER.vocab_size + 128)
+        logits[:, TOKENIZER.encode("word")] = 20.0
+        logits[:, TOKENIZER.vocab_size :] = 40.0  # as untrained rows of a padded embedding may be
+        return logits
+
+    sampling = Sampling(max_tokens=8, temperature=temperature)
+    assert "word" in "".join(generate(next_logits, 1, 64, CODEC, "A", sampling, topology))
+
+
+def test_a_prompt_that_the_tokenizer_cannot_spell_is_said(
+    topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec = codec_of(Tokenizer(foreign_pieces(tmp_path / "named.model")), bos=False)
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return torch.arange(float(codec.size)).unsqueeze(0)
+
+    sampling = Sampling(max_tokens=1, temperature=0)
+    list(generate(next_logits, 1, 64, codec, "the", sampling, topology))
+    assert "no pieces" not in caplog.text
+    list(generate(next_logits, 1, 64, codec, "the cat", sampling, topology))
+    assert "the tokenizer has no pieces for a part of the prompt" in caplog.text

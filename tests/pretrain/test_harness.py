@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.harness import HeadraceLM, run_tasks
+from pretrain.model.cache import KVCache
 from pretrain.topology import ParallelConfig, Topology
 from shards import Tokenizer
 from tests.distributed.evaluation import SHAPE, TOKENIZER, engine_of
@@ -80,6 +81,23 @@ def test_a_stop_string_ends_an_answer_before_it(lm: HeadraceLM) -> None:
     stop = whole[len(whole) // 2]
     cut = lm.generate_until(instances("generate_until", ("A b c", {"until": [stop], "max_gen_toks": 8})))[0]
     assert cut == whole[: whole.index(stop)]
+
+
+def test_rows_beyond_the_tokenizer_are_never_an_answer(topology: Topology) -> None:
+    tokenizer = Tokenizer(TOKENIZER)
+
+    class Padded:
+        config = engine_of(topology, 1).model.config
+
+        def next_logits(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+            logits = torch.zeros(1, tokenizer.vocab_size + 64)
+            logits[:, tokenizer.encode("word")] = 1.0
+            logits[:, tokenizer.vocab_size :] = 2.0
+            return logits
+
+    lm = HeadraceLM(Padded(), tokenizer, SEQ_LEN, topology, batch_size=1)  # type: ignore[arg-type]
+    asked = instances("generate_until", ("A b c", {"until": [], "max_gen_toks": 2}))
+    assert "word" in lm.generate_until(asked)[0]
 
 
 def test_a_whole_text_counts_each_token_once(lm: HeadraceLM, weights: dict[str, torch.Tensor]) -> None:
