@@ -48,7 +48,8 @@ class TrainConfig(Config):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     # A step, or a batch of an evaluation, that takes longer ends the process: its stacks in the log, exit code 75
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    max_nonfinite: int = Field(10, ge=1)  # such steps in a row at which a run that skips them ends too
+    # Such steps in a row at which a run that skips them ends too; and so does one whose batches have nothing to predict
+    max_nonfinite: int = Field(10, ge=1)
 
     @property
     def nonfinite_limit(self) -> int:

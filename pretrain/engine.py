@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ class StepStats:
     """What one optimizer step found, the same on every rank.
 
     Attributes:
-        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss.
+        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. Like the
+            other two it is NaN where there was no target.
         z_loss: mean squared logsumexp of the logits times its weight; 0 where it is off.
         grad_norm: L2 norm of the gradient of the whole model before clipping; infinite where it is no number.
-        applied: False where loss or gradient was not finite: weights and optimizer are what they were.
+        applied: False where loss or gradient was not finite, or there was no target: weights and optimizer are what
+            they were.
     """
 
     loss: float
@@ -204,17 +207,20 @@ class Engine:
             tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
             segment_ids: [rows, seq_len + 1].
             n_targets: valid targets of the *global* batch: the loss is their sum divided by this, however they are
-                spread over ranks and micro-steps.
+                spread over ranks and micro-steps. Without any, nothing is changed: momentum and weight decay would
+                move the weights all the same.
             step: from 0; seeds the dropout.
             learning_rate: for this step.
             meter: is charged with "forward_backward" and "optimizer".
         """
+        if n_targets == 0:
+            return StepStats(math.nan, math.nan, math.nan, applied=False)
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # of nll and of z-loss
         # DeepSpeed averages gradients over dp ranks; the loss is a sum over them
-        scale = torch.tensor(self.topology.dp_size / max(n_targets, 1), device=tokens.device)
+        scale = torch.tensor(self.topology.dp_size / n_targets, device=tokens.device)
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
@@ -231,7 +237,7 @@ class Engine:
             sums += torch.stack((nll.detach(), z_loss.detach())).double()
         with meter.part("optimizer"):
             self.deepspeed.step()
-        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / max(n_targets, 1)).tolist()
+        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
         applied = not self.deepspeed.optimizer.overflow
         if not applied:
             self._forget_gradients()

@@ -42,7 +42,7 @@ class StepRecord:
     """One line of metrics.jsonl. The names are relied on outside of the repository."""
 
     step: int  # optimizer steps done, this one included
-    loss: float  # nats per valid target of the global batch
+    loss: float  # nats per valid target of the global batch; null in the file where it is no number
     grad_norm: float  # global L2 norm before clipping
     learning_rate: float
     tokens: int  # trained on since the run's start, over all ranks; padding is not counted
@@ -63,6 +63,7 @@ class StepRecord:
     contaminated_per_source: dict[str, int] | None = None
     z_loss: float | None = None  # what it adds to the loss that is trained on; None where it is off
     nonfinite: bool | None = None  # True where loss or gradient was no number, and the step changed nothing
+    without_targets: bool | None = None  # True where the batch had nothing to predict: no loss, and nothing changed
     mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
 
     def as_json(self) -> dict[str, object]:

@@ -31,12 +31,12 @@ from pretrain.journal import Journal
 from pretrain.lease import Lease
 from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.model.size import checkpoint_bytes, flops_per_token
-from pretrain.nonfinite import NonFiniteSteps
 from pretrain.optim import learning_rate_at
 from pretrain.preflight import save_time
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.tracking import Tracker
+from pretrain.unapplied import UnappliedSteps
 from pretrain.watchdog import Watchdog
 from shards import CheckpointError, Loader, Prepared, Tokenizer, check_fingerprint
 
@@ -112,7 +112,8 @@ class Trainer:
             Saver(self._store, self.engine, topology, estimate, self._journal.sync, self._check_lease)
         )
         self._saving_seconds: float | None = None  # since the last step
-        self._nonfinite = NonFiniteSteps(config.train.nonfinite_limit, folder, topology)
+        limits = (config.train.max_nonfinite, config.train.nonfinite_limit)
+        self._unapplied = UnappliedSteps(*limits, folder, topology)
         if self.state.step == 0:
             self._journal.log_cursors(0, self._feed.cursors())
 
@@ -196,7 +197,7 @@ class Trainer:
             batch.tokens, batch.segment_ids, batch.n_targets, step, learning_rate, self._meter
         )
         self._check_lease()
-        self._nonfinite.note(step + 1, stats, self._feed.origins)
+        self._unapplied.note(step + 1, stats, batch.n_targets, self._feed.origins)
         self.state = after(self.state, batch)
         record = self._record(batch, stats, learning_rate)
         self._slowest_step = max(record.step_seconds, 0.9 * self._slowest_step)
@@ -222,7 +223,8 @@ class Trainer:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
-            nonfinite=None if stats.applied else True,
+            nonfinite=True if batch.n_targets and not stats.applied else None,
+            without_targets=None if batch.n_targets else True,
             checkpoint_seconds=self._saving_seconds,
             z_loss=stats.z_loss if config.optim.z_loss else None,
             grad_norm=stats.grad_norm,
@@ -232,8 +234,8 @@ class Trainer:
             batch_hash=state.batch_hash,
             step_seconds=seconds["step"],
             data_wait_seconds=seconds["data_wait"],
-            forward_backward_seconds=seconds["forward_backward"],
-            optimizer_seconds=seconds["optimizer"],
+            forward_backward_seconds=seconds.get("forward_backward", 0.0),
+            optimizer_seconds=seconds.get("optimizer", 0.0),
             peak_memory_bytes=peak_memory_bytes(topology.device),
             padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens),
             tokens_per_source=batch.tokens_per_source,

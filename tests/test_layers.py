@@ -20,7 +20,7 @@ LAYERS = (
     (
         "pretrain.feed",
         "pretrain.journal",
-        "pretrain.nonfinite",
+        "pretrain.unapplied",
         "pretrain.watchdog",
         "pretrain.deadline",
         "pretrain.provenance",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,42 @@ def test_such_steps_are_skipped_and_counted_until_there_are_too_many(tmp_path: P
     named = folder.nonfinite(3).read_text().splitlines()[1:]
     origins = batch_of_step(folder, 3, run.data, run.train.global_batch_size, run.run.seed).origins()
     assert named == ["\t".join(map(str, origin)) for origin in origins]
+
+
+# The batches of the steps that are named have nothing to predict
+EMPTIED = """
+import dataclasses
+from pretrain.feed import Feed
+draw, drawn = Feed.next, []
+
+def emptied(feed, *arguments):
+    batch = draw(feed, *arguments)
+    drawn.append(batch)
+    if len(drawn) not in (2, 3, 5):
+        return batch
+    return dataclasses.replace(batch, segment_ids=batch.segment_ids * 0, n_targets=0)
+
+Feed.next = emptied
+"""
+
+
+@pytest.mark.distributed
+def test_steps_without_a_target_are_said_and_end_a_run_that_has_no_others(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    (tmp_path / "words.jsonl").write_text('{"text": "the"}\n' * 20_000)
+    paths = json.dumps([str(tmp_path / "words.jsonl")])
+    words = ["run.name=words", "data.bos=false", "data.eos=false", f"data.sources.0.paths={paths}"]
+    few = ["train.steps=6", "train.max_nonfinite=4", "train.on_nonfinite=stop"]
+    codes, output = run_forked(config, [(1, few, EMPTIED), (1, [*few, *words], "")])
+    assert codes == [[0], [1]], output
+    metrics = [json.loads(line) for line in (tmp_path / "elastic" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if m.get("without_targets")] == [2, 3, 5]
+    assert [m["step"] for m in metrics if m["loss"] is None and m["grad_norm"] is None] == [2, 3, 5]
+    said = [int(step) for step in re.findall(r"step (\d+): there is nothing to predict in its batch", output)]
+    assert said == [2, 5, 1, 4], "once for those in a row, and at the end"
+    metrics = [json.loads(line) for line in (tmp_path / "words" / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["step"], m["loss"]) for m in metrics] == [(1, None), (2, None), (3, None)]
+    assert "none of its pieces has a second token" in output
+    assert "4 in a row that changed nothing" in output
+    assert not list((tmp_path / "words" / "checkpoints").iterdir())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 from pretrain.engine import Engine, deepspeed_config, valid_targets
 from pretrain.metrics import Meter
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology
 from shards import ConfigError
+from tests.distributed.nonfinite import fingerprint
 from tests.distributed.parity import OPTIM, global_batches, model_config
 
 
@@ -37,6 +41,22 @@ def history(topology: Topology, **parallel: object) -> list[tuple[float, float]]
 def test_memory_savings_change_no_number(topology: Topology, parallel: dict[str, object]) -> None:
     for found, plain in zip(history(topology, **parallel), history(topology, zero_stage=1), strict=True):
         assert found == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: int) -> None:
+    parallel = ParallelConfig.model_validate({"zero_stage": zero_stage})
+    derived = deepspeed_config(parallel, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    engine = Engine(model_config(tied=True), OPTIM, parallel, "bf16", derived, topology, seed=3)
+    tokens, segment_ids = global_batches()[0]
+    n_targets = int(valid_targets(segment_ids).sum())
+    assert engine.train_step(tokens, segment_ids, n_targets, 0, 1e-3, Meter()).applied
+    before = fingerprint(engine)  # momentum and weight decay would move the weights
+    stats = engine.train_step(tokens, torch.zeros_like(segment_ids), 0, 1, 1e-3, Meter())
+    assert not stats.applied
+    assert math.isnan(stats.loss)
+    assert math.isnan(stats.grad_norm)
+    assert fingerprint(engine) == before
 
 
 def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
