@@ -28,7 +28,7 @@ from pretrain.loop import train
 from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
-from shards import ConfigError, Tokenizer, suite
+from shards import ConfigError, Tokenizer, soundness, suite
 from shards.durable import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
         lease, prepared = None, None
         with interrupt.starting():
             if int(os.environ.get("RANK", "0")) == 0:
+                check_texts(config, tokenizer)
                 lease = stack.enter_context(opened(config, folder, fresh))
                 prepared = shards.prepare(config.data, IndexingLog())
                 layout = Layout(config.parallel.tp_size, dp_size, config.parallel.applied_zero_stage)
@@ -111,6 +112,13 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
     return tokenizer
+
+
+def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Tries the tokenizer on a sample of what is trained on and evaluated; rank 0 alone. Raises: ConfigError."""
+    soundness.check_sources(config.data, tokenizer)
+    if config.evaluation.suite:
+        soundness.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
 
 
 @contextmanager

@@ -19,16 +19,14 @@ import xxhash
 import yaml
 from pydantic import Field, model_validator
 
-from shards import arrow, files, hub
-from shards.columns import Columns
+from shards import files, hub
 from shards.config import Config, Name, SourceConfig
 from shards.errors import ConfigError
 from shards.index import content_hash
-from shards.reader import read_documents
+from shards.texts import texts_of
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file of that name is no domain's
 YAML_SUFFIXES = (".yaml", ".yml")
-ROWS_AT_ONCE = 256  # of a data set's column
 
 
 class SuiteSource(Config):
@@ -76,6 +74,10 @@ class Part(NamedTuple):
     source: SuiteSource
     shards: tuple[str, ...]  # files, or columns of Arrow files
 
+    def as_training_source(self) -> SourceConfig:
+        """The source in the words of `data.sources`, in which readers are told what to read."""
+        return _as_training_source(self.source, self.source.split or "train")
+
 
 class Suite(NamedTuple):
     """What `find` found."""
@@ -85,9 +87,10 @@ class Suite(NamedTuple):
 
     def documents(self) -> Iterator[SuiteDocument]:
         """All documents, in the order of sources, shards, lines. Raises: ShardError for a damaged shard."""
-        for source, shards in self.parts:
-            for shard in shards:
-                for sub_source, text in _read(source, shard):
+        for part in self.parts:
+            source, reading = part.source, part.as_training_source()
+            for shard in part.shards:
+                for sub_source, text in texts_of(shard, reading):
                     domain = f"{source.name}/{sub_source}" if sub_source is not None else source.name
                     yield SuiteDocument(source.name, domain, text)
 
@@ -226,20 +229,3 @@ def _not_found(path: Path, split: str, key: str, without: Sequence[Path]) -> str
         return f"{key}={path}: no split {split!r} in {len(without)} of its domains ({there}); set evaluation.split"
     found = ", ".join(_splits_in(path)[:5])
     return f"{key}={path} has no {looked_for}" + (f"; there is {found}: set evaluation.split" if found else "")
-
-
-def _read(source: SuiteSource, shard: str) -> Iterator[tuple[str | None, str]]:
-    """(sub-source, text) of each document of a shard."""
-    config = _as_training_source(source, source.split or "train")
-    if not arrow.is_column(shard):
-        for document in read_documents(shard, config):
-            yield document.source if document.source != source.name else None, document.text
-        return
-    columns = Columns()
-    indexed = files.stat(shard)
-    rows = arrow.num_rows(arrow.file_of(shard))
-    for first in range(0, rows, ROWS_AT_ONCE):
-        records = columns.records(shard, indexed, first, min(ROWS_AT_ONCE, rows - first), config)
-        if records.bad:
-            raise ConfigError(f"{shard}, row {records.bad[0].line}: {records.bad[0].reason}")
-        yield from zip(records.sub_sources, records.texts, strict=True)

@@ -12,7 +12,7 @@ import sentencepiece
 import xxhash
 from sentencepiece import sentencepiece_model_pb2
 
-from shards.cuts import Cuts
+from shards.cuts import SPACE, Cuts
 from shards.errors import ConfigError
 from shards.plan import Ints
 from shards.words import WordEncoder
@@ -36,6 +36,7 @@ class Tokenizer:
             raise ConfigError(
                 f"data.tokenizer={path}: cannot be read: {error.strerror}; name a SentencePiece .model file"
             ) from None
+        self.path = Path(path)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -109,3 +110,24 @@ class Tokenizer:
         """The text of token ids; control tokens such as BOS have none."""
         text: str = self._processor.DecodeIds([int(i) for i in ids])
         return text
+
+    def difference(self, text: str, ids: npt.NDArray[np.integer]) -> tuple[str, str] | None:
+        """Where a document's ids do not give its text back, from there on: the text, and what the ids decode to.
+
+        The text is compared as the model's own normalizer leaves it; spaces at its ends, which a model may add or
+        leave out, do not count. None where both are equal.
+
+        Args:
+            ids: without UNK, with BOS and EOS as configured.
+        """
+        body = ids[len(self._prefix) : len(ids) - len(self._suffix)]
+        expected, found = (_plain(spelled) for spelled in (self._processor.Normalize(text), self.decode(body)))
+        if expected == found:
+            return None
+        pairs = enumerate(zip(expected, found, strict=False))
+        start = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(expected), len(found)))
+        return expected[start:], found[start:]
+
+
+def _plain(spelled: str) -> str:
+    return spelled.replace(SPACE, " ").strip(" ")

@@ -10,6 +10,8 @@ import pytest
 
 from launch.pretrain import main
 from pretrain.run_folder import RunFolder
+from shards import Tokenizer
+from tests.vocabularies import foreign_pieces
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -96,3 +98,12 @@ def test_the_configs_that_come_with_it_are_valid(path: Path, command, capsys: py
     code, said = command("--print-config", "--config", str(path))
     assert code == 0, said
     assert f"name: {path.stem.removesuffix('-tp2')}" in capsys.readouterr().out
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_refused_before_anything_is_written(command, tmp_path: Path) -> None:
+    path = foreign_pieces(tmp_path / "named.model")
+    fitting = [f"data.tokenizer={path}", f"model.vocab_size={Tokenizer(path).vocab_size}"]
+    code, said = command(*fitting)
+    assert code == 2
+    assert "cannot spell the text of source 'pile'" in said
+    assert not (tmp_path / "runs").exists()

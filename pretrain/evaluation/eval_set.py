@@ -21,6 +21,7 @@ from pydantic import Field
 from shards import Config, ConfigError, Tokenizer
 from shards.packing import best_fit
 from shards.plan import key_of
+from shards.soundness import Soundness
 from shards.suite import Suite, SuiteDocument, find, training_shards
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def load_suite(
     A rank keeps 2 bytes a token of its own rows (4 beyond 65,536 pieces) and some 30 bytes a document.
 
     Raises:
-        ConfigError: if the suite is not there, or a source or domain of it has nothing to score.
+        ConfigError: if the suite is not there, a source or domain of it has nothing to score, or the tokenizer cannot
+            say its texts.
         ShardError: if a file of it is damaged.
     """
     if config.suite is None:
@@ -108,7 +110,9 @@ def load_suite(
     keys: list[int] = []
     sizes: list[int] = []
     targets: list[int] = []
+    soundness = Soundness(tokenizer, f"suite {suite.name!r}")
     for document, tokens in _chosen(suite, tokenizer, config):
+        soundness.add(document.domain, document.text, tokens)
         known.setdefault(document.domain, document.source)
         packer.add(len(domains), tokens)
         domains.append(document.domain)
@@ -116,6 +120,7 @@ def load_suite(
         sizes.append(len(document.text.encode()))
         targets.append(max(len(tokens) - 1, 0))
     packer.pack()
+    soundness.check()
     names = tuple(sorted(known))
     number_of = {name: number for number, name in enumerate(names)}
     document_domain = np.array([number_of[name] for name in domains], np.int32)

@@ -24,6 +24,7 @@ from pretrain.model.cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
+from shards.soundness import MAX_UNKNOWN_SHARE
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -42,6 +43,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         super().__init__()
         self._model, self._tokenizer, self._topology = model, tokenizer, topology
         self._seq_len, self._batch_size = seq_len, batch_size
+        self._encoded, self._unknown = 0, 0  # ids of all texts so far, and those that are UNK
 
     @property
     def eot_token_id(self) -> int:
@@ -55,10 +57,21 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids; unless told otherwise after BOS, as a training document has it."""
         start = [] if add_special_tokens is False or self._tokenizer.bos_id < 0 else [self._tokenizer.bos_id]
-        return [*start, *self._tokenizer.encode(string)]
+        ids = self._tokenizer.encode(string)
+        self._encoded += len(ids)
+        self._unknown += ids.count(self._tokenizer.unk_id)
+        return [*start, *ids]
+
+    def _check_spelled(self) -> None:
+        if self._unknown and self._unknown >= MAX_UNKNOWN_SHARE * self._encoded:
+            raise ConfigError(
+                f"--tasks: the tokenizer {self._tokenizer.path} cannot spell their texts:"
+                f" {self._unknown / self._encoded:.1%} of the ids are UNK; name the tokenizer of the model's texts"
+            )
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: object) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context."""
+        self._check_spelled()
         windows, targets = [], []
         for number, (_, context, continuation) in enumerate(requests):
             tokens = [*context, *continuation][-(self._seq_len + 1) :]
@@ -106,6 +119,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         most = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), self._seq_len - 1)
         ids = self.tok_encode(context)[-(self._seq_len - most) :]
+        self._check_spelled()
         cache = KVCache(self._model.config.n_layers, self._seq_len)
         fresh, answer, text = ids, [], ""
         for _ in range(most):
