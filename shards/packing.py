@@ -5,6 +5,7 @@ token of a piece, a target there, is the first of the next, where it is only con
 document's first is a target exactly once.
 """
 
+import heapq
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -162,6 +163,10 @@ def _close_rows(
     documents, starts, lengths = (column.tolist() for column in pieces)
     room = [capacity - sum(lengths[i] for i in row) for row in rows]
     usable = sum(left - 1 for left in room if left > 1)
+    holes = [
+        (-left, -row) for row, left in enumerate(room) if left > 1
+    ]  # heap: the emptiest first, of equal ones the last
+    heapq.heapify(holes)
     emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
     closed: set[int] = set()
     for row in emptiest:
@@ -169,28 +174,28 @@ def _close_rows(
         # but has that much less to spread: this much is needed for any, so no later row can be saved either.
         if usable < capacity - 1:
             break
-        holes = sorted(
-            (r for r in range(len(rows)) if r not in closed and r != row and room[r] > 1), key=lambda r: room[r]
-        )
-        used = capacity - room[row]
-        if sum(room[hole] - 1 for hole in holes) < used:
+        elsewhere = usable - max(0, room[row] - 1)
+        if elsewhere < capacity - room[row]:
             continue
+        usable = elsewhere
+        closed.add(row)
+        hole = row  # where the last piece went; what room it left is filled next
         for piece in rows[row]:
             while True:
-                hole = holes.pop()
+                while hole in closed or room[hole] < 2:
+                    hole = -heapq.heappop(holes)[1]
                 size = min(room[hole], lengths[piece])
                 room[hole] -= size
+                usable -= min(size, room[hole] + size - 1)
                 rows[hole].append(piece)
-                if room[hole] > 1:
-                    holes.append(hole)  # only the last of a piece leaves room, so the rest stay in order
                 if size == lengths[piece]:
                     break
                 documents.append(documents[piece])
                 starts.append(starts[piece] + size - 1)
                 lengths.append(lengths[piece] - size + 1)
                 lengths[piece], piece = size, len(lengths) - 1
-        closed.add(row)
-        usable = sum(left - 1 for r, left in enumerate(room) if left > 1 and r not in closed)
+        if room[hole] > 1:
+            heapq.heappush(holes, (-room[hole], -hole))
     rows[:] = [row for number, row in enumerate(rows) if number not in closed]
     return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
