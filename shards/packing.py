@@ -163,9 +163,8 @@ def _close_rows(
     documents, starts, lengths = (column.tolist() for column in pieces)
     room = [capacity - sum(lengths[i] for i in row) for row in rows]
     usable = sum(left - 1 for left in room if left > 1)
-    holes = [
-        (-left, -row) for row, left in enumerate(room) if left > 1
-    ]  # heap: the emptiest first, of equal ones the last
+    # A heap: the emptiest row comes first, of rows as empty the last.
+    holes = [(-left, -row) for row, left in enumerate(room) if left > 1]
     heapq.heapify(holes)
     emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
     closed: set[int] = set()
