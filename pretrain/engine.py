@@ -22,6 +22,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
+from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import check_added_key
 from pretrain.metrics import Meter
 from pretrain.model.attention import AttentionBackend
@@ -327,7 +328,12 @@ class Engine:
         Raises:
             CheckpointError: if it is not a checkpoint of this model.
         """
-        self._load(folder / f"tp_{self.topology.tp_rank}", universal=True)
+        here = self.topology
+        # What ZeRO-3 reads a weight's state with: DeepSpeed's own would read all of it on every rank
+        self.deepspeed.optimizer.load_hp_checkpoint_state = lambda weight, key, param: read_piece(
+            Path(weight) / f"{key}.pt", here.dp_rank, here.dp_size
+        )
+        self._load(folder / f"tp_{here.tp_rank}", universal=True)
         for state in self.deepspeed.optimizer.optimizer.state.values():
             # A tensor that counts in place: DeepSpeed leaves one for all groups, and on the CPU
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import shards
 from pretrain import topology
-from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.universal import make_ready
 from pretrain.config import RunConfig, compare_for_resume, load_config
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
@@ -75,8 +73,6 @@ def start(config: RunConfig, fresh: bool) -> Report:
                 check_texts(config, tokenizer)
                 lease = stack.enter_context(opened(config, folder, fresh))
                 prepared = shards.prepare(config.data, IndexingLog())
-                layout = Layout(config.parallel.tp_size, dp_size, config.parallel.applied_zero_stage)
-                make_ready(CheckpointStore(folder.checkpoints, config.checkpoint), layout)
             here = stack.enter_context(topology.started(config.parallel))
         if here.is_main:
             announce(config, here)

@@ -18,7 +18,8 @@ from torch import Tensor
 from pretrain.checkpoint.resume import newest_valid
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
-from pretrain.checkpoint.store import COMPLETE, CheckpointStore
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.universal import converted
 from pretrain.config import RunConfig
 from pretrain.deadline import Deadline, job_end
 from pretrain.engine import Engine, StepStats
@@ -38,7 +39,7 @@ from pretrain.topology import Topology
 from pretrain.tracking import Tracker
 from pretrain.unapplied import UnappliedSteps
 from pretrain.watchdog import Watchdog
-from shards import CheckpointError, Loader, Prepared, Tokenizer, check_fingerprint
+from shards import Loader, Prepared, Tokenizer, check_fingerprint
 
 _logger = logging.getLogger(__name__)
 
@@ -137,11 +138,9 @@ class Trainer:
         if state.layout == layout:
             self.engine.load(checkpoint.folder)
         else:
-            converted = self._store.universal_folder(state.step, layout.tp_size)
-            if not topology.broadcast_object((converted / COMPLETE).exists()):
-                # A newer one was taken for whole when this start looked for what to convert
-                raise CheckpointError(f"{checkpoint.folder} is not converted for {layout} yet; start once more")
-            self.engine.load_universal(converted)
+            with self._interrupt.starting():  # it may take minutes, and nothing is trained yet
+                conversion = converted(self._store, checkpoint, state.layout, layout, topology)
+            self.engine.load_universal(conversion)
         _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
         return msgspec.structs.replace(
             state, restarts=state.restarts + 1, config_hash=config.hash(), **dataclasses.asdict(layout)

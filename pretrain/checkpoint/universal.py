@@ -1,4 +1,4 @@
-"""A checkpoint made readable for other numbers of ranks or another ZeRO stage. store -> universal -> engine.
+"""A checkpoint made readable for other numbers of ranks or another ZeRO stage. trainer -> universal -> engine.
 
 DeepSpeed's files hold flat pieces of each rank's share. Here weights and moments are put together again and written in
 DeepSpeed's universal layout, a file for each of them, of which a rank takes its part, whatever the dp_size and stage:
@@ -11,7 +11,8 @@ DeepSpeed's universal layout, a file for each of them, of which a rank takes its
 DeepSpeed's own converter writes everything twice, and what it makes of ZeRO-3 fits no other tp_size and no other stage.
 Since this one cuts the weights for the new tp_size already, DeepSpeed has only to divide them over dp ranks.
 
-Rank 0 does it alone, before the process groups exist: a collective would not wait that long.
+All ranks do it together, each the weights that are dealt to it. They end at about the same time, so that no collective
+waits for long.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from math import ceil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.checkpoint.shares import Saved, Share, read_shares, whole
-from pretrain.checkpoint.state import Layout, read_state
+from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_manifest, write_manifest
 from pretrain.checkpoint.write import Writer
+from pretrain.topology import Topology
 from shards import CheckpointError
 from shards.durable import fsync_folder
 
@@ -39,52 +43,59 @@ _LINE_SECONDS = 10.0  # between two lines about how far it is
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")  # of AdamW: the master weight and its two moments
 
 
-def make_ready(store: CheckpointStore, layout: Layout) -> None:
-    """Converts the newest whole checkpoint, unless this layout can read it as it is; rank 0 alone, at a start.
+def converted(
+    store: CheckpointStore, checkpoint: Checkpoint, saved: Layout, wanted: Layout, topology: Topology
+) -> Path:
+    """Return the folder with a checkpoint's conversion, which all ranks make together unless it is there already.
 
+    Args:
+        saved, wanted: the layout that saved the checkpoint, and the one that is to go on from it.
     Raises:
         ConfigError: if the disk has not the room, with sizes.
-        CheckpointError: if it cannot be converted.
+        CheckpointError: if it cannot be converted; like the other, on all ranks.
     """
-    for step in reversed(store.steps()):
-        try:
-            checkpoint = store.open(step)
-            saved = read_state(checkpoint).layout
-        except (CheckpointError, OSError):
-            continue  # damaged: the resume says so, and takes one before it
-        if saved == layout or is_whole(store, step, layout.tp_size):
-            return
-        if checkpoint.broken_files():
-            continue
-        _logger.info("the checkpoint of step %d was saved by %s; converting it for %s", step, saved, layout)
-        _make(store, checkpoint, layout.tp_size)
-        return
+    step, tp_size = checkpoint.step, wanted.tp_size
+    target = store.universal_folder(step, tp_size)
+    if not topology.any(not is_whole(target, step, topology.rank, topology.world_size)):
+        return target
+    begun = time.monotonic()
+
+    def make_folder() -> None:
+        if topology.is_main:
+            _logger.info("the checkpoint of step %d was saved by %s; converting it for %s", step, saved, wanted)
+            store.discard_universal()
+            store.check_room_for_universal(sum(entry.size for entry in checkpoint.files))
+            target.mkdir()
+
+    topology.together(make_folder)
+    own = topology.together(lambda: convert(checkpoint.folder, target, tp_size, topology.rank, topology.world_size))
+    entries = [entry for share in topology.gather_objects(own) for entry in share]
+
+    def complete() -> None:
+        if topology.is_main:
+            seconds = time.monotonic() - begun
+            write_manifest(target, entries, seconds)
+            size = sum(entry.size for entry in entries)
+            _logger.info("converted %d files, %.3g GB, in %.1f s: %s", len(entries), size / 1e9, seconds, target)
+
+    topology.together(complete)
+    return target
 
 
-def is_whole(store: CheckpointStore, step: int, tp_size: int) -> bool:
-    """Whether a checkpoint's conversion is there, to the last bit."""
+def is_whole(folder: Path, step: int, share: int = 0, shares: int = 1) -> bool:
+    """Whether a conversion is there, and one share of its files to the last bit."""
     try:
-        return not read_manifest(store.universal_folder(step, tp_size), step).broken_files()
+        return not read_manifest(folder, step).broken_files(share, shares)
     except CheckpointError:
         return False
 
 
-def _make(store: CheckpointStore, checkpoint: Checkpoint, tp_size: int) -> None:
-    store.discard_universal()
-    store.check_room_for_universal(sum(entry.size for entry in checkpoint.files))
-    target = store.universal_folder(checkpoint.step, tp_size)
-    target.mkdir()
-    begun = time.monotonic()
-    entries = convert(checkpoint.folder, target, tp_size)
-    seconds = time.monotonic() - begun
-    write_manifest(target, entries, seconds)
-    size = sum(entry.size for entry in entries)
-    _logger.info("converted %d files, %.3g GB, in %.1f s: %s", len(entries), size / 1e9, seconds, target)
+def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size: int = 1) -> list[FileEntry]:
+    """Write one rank's share of what `source`/engine holds, for `tp_size` tensor-parallel ranks, into `target`.
 
-
-def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
-    """Writes what `source`/engine holds, for `tp_size` tensor-parallel ranks, into the empty folder `target`.
-
+    Args:
+        target: a folder in which nothing lies but what the other ranks write.
+        rank, world_size: which share; together they are the whole.
     Returns:
         What was written; all of it is durable.
     Raises:
@@ -92,28 +103,31 @@ def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
     """
     shares, metadata = read_shares(source / "engine")
     dims = _shard_dims(metadata)
-    names = sorted({name for share in shares[0] for name in share})  # a small weight may lie on one dp rank alone
+    # A small weight may lie on one dp rank alone
+    sizes = {name: fragment.shape.numel() for share in shares[0] for name, fragment in share.items()}
+    names = _dealt(sizes, rank, world_size)
     written: list[FileEntry] = []
     pending: list[Future[FileEntry]] = []
     last_line = time.monotonic()
     with Writer() as writer:
-        for rank in range(tp_size):
-            folder = f"tp_{rank}/engine"
-            (target / folder / "zero").mkdir(parents=True)
-            for name, content in _common(metadata, shares).items():
+        for tp_rank in range(tp_size):
+            folder = f"tp_{tp_rank}/engine"
+            (target / folder / "zero").mkdir(parents=True, exist_ok=True)
+            for name, content in _common(metadata, shares).items() if rank == 0 else ():
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
             for key in (*_STATES, "step"):
                 slices = _slices([whole(ranks, name, key) for ranks in shares], dims.get(name), tp_size, key)
-                for rank, part in enumerate(slices):
+                for tp_rank, part in enumerate(slices):
                     content = {"param": part} if key in _STATES else part
-                    pending.append(writer.write(target, f"tp_{rank}/engine/zero/{name}/{key}.pt", content))
+                    pending.append(writer.write(target, f"tp_{tp_rank}/engine/zero/{name}/{key}.pt", content))
             written += [file.result() for file in pending]  # one weight at a time: they may be large
             pending = []
             if time.monotonic() - last_line > _LINE_SECONDS:
                 last_line = time.monotonic()
                 size = sum(entry.size for entry in written)
                 _logger.info("converting: %d of %d weights, %.3g GB", done + 1, len(names), size / 1e9)
+        written += [file.result() for file in pending]
     # The names of files are durable; these are those of their folders
     for above in (*target.glob("tp_*/engine/zero"), *target.glob("tp_*/engine"), *target.glob("tp_*"), target):
         fsync_folder(above)
@@ -121,11 +135,25 @@ def convert(source: Path, target: Path, tp_size: int) -> list[FileEntry]:
     return written
 
 
+def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
+    """Deal weights by descending size, each to the rank that has least so far; return one rank's."""
+    loads, own = [0] * world_size, []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner = loads.index(min(loads))
+        loads[owner] += sizes[name]
+        if owner == rank:
+            own.append(name)
+    return own
+
+
 def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) -> Sequence[Tensor]:
     """The parts of the tensor-parallel ranks that were -> those of the ranks that will be."""
     if dim is None or key == "step":
         return [parts[0]] * tp_size
-    return [part.contiguous() for part in torch.cat(list(parts), dim).chunk(tp_size, dim)]
+    # Copies: torch.save writes all of the memory that a view is a part of
+    return [
+        part.clone(memory_format=torch.contiguous_format) for part in torch.cat(list(parts), dim).chunk(tp_size, dim)
+    ]
 
 
 def _shard_dims(metadata: Saved) -> dict[str, int]:
@@ -157,3 +185,14 @@ def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, obj
         "zero_pp_rank_0_mp_rank_00_model_states.pt": model_states,
         "zero/optimizer_state.pt": optimizer_state,
     }
+
+
+def read_piece(file: Path, rank: int, world_size: int) -> Tensor:
+    """Read a state's piece for one of `world_size` ranks, and no more of the file than that; flat, padded with zeros.
+
+    The pieces are those of ZeRO-3, which cuts every weight by itself into equal lengths.
+    """
+    flat = torch.load(file, map_location="cpu", mmap=True)["param"].view(-1)
+    size = ceil(flat.numel() / world_size)
+    piece = flat[min(rank * size, flat.numel()) : min((rank + 1) * size, flat.numel())]
+    return F.pad(piece, (0, size - piece.numel())) if piece.numel() < size else piece.clone()
