@@ -49,9 +49,8 @@ def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int
     peak = config.metrics.peak_flops
     if peak is None and here.device.type == "cuda":
         peak = peak_flops_of(torch.cuda.get_device_name())
-    estimate = memory_per_rank(
-        config.model, config.parallel, here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight
-    )
+    sizes = (here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
+    estimate = memory_per_rank(config.model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
     share = mfu(flops_per_token(config.model, seq_len), tokens_per_second, peak * here.world_size if peak else None)
     return {
         "micro_batch_size": micro_batch_size,

@@ -91,17 +91,19 @@ def memory_findings(
     micro_batch_size: int,
     seq_len: int,
     weight_bytes: int,
+    z_loss: bool,
     gpu_bytes: int | None,
 ) -> Iterator[Finding]:
     """Whether a rank fits its GPU.
 
     Args:
         weight_bytes: 2 for bf16, 4 for fp32.
+        z_loss: whether the loss has one.
         gpu_bytes: memory of one GPU; None if it is not known.
     """
 
     def estimate(layout: ParallelConfig, rows: int) -> MemoryEstimate:
-        return memory_per_rank(model, layout, dp_size, rows, seq_len, weight_bytes)
+        return memory_per_rank(model, layout, dp_size, rows, seq_len, weight_bytes, z_loss)
 
     need = estimate(parallel, micro_batch_size)
     text = (

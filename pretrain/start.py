@@ -176,7 +176,8 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     """Says what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
     micro_batch_size = config.micro_batch_size(here.dp_size)
-    memory = memory_per_rank(model, config.parallel, here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
+    sizes = (here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
+    memory = memory_per_rank(model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
     tokens_per_step = train.global_batch_size * seq_len
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")

@@ -55,12 +55,19 @@ class MemoryEstimate:
 
 
 def memory_per_rank(
-    config: ModelConfig, parallel: ParallelConfig, dp_size: int, micro_batch_size: int, seq_len: int, weight_bytes: int
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    dp_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    weight_bytes: int,
+    z_loss: bool,
 ) -> MemoryEstimate:
-    """Estimates one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments).
+    """Estimate one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments).
 
     Args:
         weight_bytes: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32 (which needs no master copy).
+        z_loss: whether the loss has one, which takes a softmax of its own.
     """
     own = parameter_count(config) // parallel.tp_size
     stage = parallel.applied_zero_stage
@@ -71,17 +78,17 @@ def memory_per_rank(
         optimizer = 0
     if parallel.offload == "parameters":
         weights = 0
-    return MemoryEstimate(
-        weights, gradients, optimizer, _activations(config, parallel, micro_batch_size * seq_len, weight_bytes)
-    )
+    activations = _activations(config, parallel, micro_batch_size * seq_len, weight_bytes, z_loss)
+    return MemoryEstimate(weights, gradients, optimizer, activations)
 
 
-def _activations(config: ModelConfig, parallel: ParallelConfig, tokens: int, weight_bytes: int) -> int:
+def _activations(config: ModelConfig, parallel: ParallelConfig, tokens: int, weight_bytes: int, z_loss: bool) -> int:
     """What the backward pass needs of one micro-batch: per token and layer, the tensors that the layers save.
 
     On every tp rank whole: the two norms' inputs and outputs, the branches' sums (6 dim). Split over tp ranks: queries,
     keys, values, their rotations and attention's output (6 heads' widths), SwiGLU's three products (4 hidden_dim).
-    The logits stand there twice in fp32 (as given to the loss, and the softmax kept for the backward pass).
+    The logits stand there twice in fp32 (as given to the loss, and the softmax kept for the backward pass), and for a
+    z-loss once more as its exponentials, and in bf16 once more as they are widened for it.
     """
     split = (6 * config.n_heads * config.head_dim + 4 * config.hidden_dim) // parallel.tp_size
     block = weight_bytes * tokens * (6 * config.dim + split)
@@ -89,5 +96,5 @@ def _activations(config: ModelConfig, parallel: ParallelConfig, tokens: int, wei
         blocks = config.n_layers * weight_bytes * tokens * config.dim + block
     else:
         blocks = config.n_layers * block
-    logits = tokens * (8 + weight_bytes) * config.vocab_size // parallel.tp_size
-    return blocks + logits
+    each = weight_bytes + 8 + (z_loss and (8 if weight_bytes == 2 else 4))  # bytes of a logit
+    return blocks + tokens * each * config.vocab_size // parallel.tp_size

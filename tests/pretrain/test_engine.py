@@ -9,6 +9,7 @@ import torch
 
 from pretrain.engine import Engine, deepspeed_config, valid_targets
 from pretrain.metrics import Meter
+from pretrain.model.size import memory_per_rank
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology
 from shards import ConfigError
@@ -57,6 +58,32 @@ def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: 
     assert math.isnan(stats.loss)
     assert math.isnan(stats.grad_norm)
     assert fingerprint(engine) == before
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topology, immediate: bool) -> None:
+    """What DeepSpeed does by default keeps the bf16 gradients too; its figures are the same, to the last bit."""
+    model, parallel = model_config(tied=True), ParallelConfig()
+    derived = deepspeed_config(parallel, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    derived["bf16"]["immediate_grad_update"] &= immediate
+    engine = Engine(model, OPTIM, parallel, "bf16", derived, topology, seed=3)
+    take_step, found = engine.deepspeed.optimizer.step, []
+
+    def measured() -> None:
+        sums = engine.deepspeed.optimizer.fp32_groups_gradients_flat
+        own = [parameter.grad for parameter in engine.model.parameters() if parameter.grad is not None]
+        found.append(sum(gradient.nbytes for gradient in (*sums, *own)))
+        take_step()
+
+    engine.deepspeed.optimizer.step = measured
+    figures = []
+    for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
+        n_targets = int(valid_targets(segment_ids).sum())
+        stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
+        figures.append((stats.loss, stats.grad_norm))
+    assert figures == history(topology)
+    estimate = memory_per_rank(model, parallel, 1, 2, 24, weight_bytes=2, z_loss=True).gradients
+    assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 
 
 def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:

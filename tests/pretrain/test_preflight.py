@@ -22,13 +22,13 @@ SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 
 
 def memory(gpu_bytes: int | None, parallel: ParallelConfig, rows: int = 4):
-    (finding,) = preflight.memory_findings(LLAMA_7B, parallel, 16, rows, 2048, 2, gpu_bytes)
+    (finding,) = preflight.memory_findings(LLAMA_7B, parallel, 16, rows, 2048, 2, False, gpu_bytes)
     return finding
 
 
 def test_memory_is_compared_with_the_gpu() -> None:
     parallel = ParallelConfig()
-    need = memory_per_rank(LLAMA_7B, parallel, 16, 4, 2048, 2).total
+    need = memory_per_rank(LLAMA_7B, parallel, 16, 4, 2048, 2, False).total
     levels = [memory(gpu, parallel).level for gpu in (None, 2 * need, int(1.05 * need), need - 1)]
     assert levels == ["note", "ok", "warning", "error"]
 
