@@ -6,7 +6,6 @@ World ranks are laid out with tensor-parallel ranks adjacent: rank = dp_rank * t
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from pydantic import Field
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
 
 from shards import Config, ConfigError, HeadraceError
 
@@ -247,10 +247,7 @@ def started(parallel: ParallelConfig) -> Iterator[Topology]:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
-        fairscale_groups.initialize_model_parallel(parallel.tp_size)
-    for group in (fairscale_groups.get_model_parallel_group(), fairscale_groups.get_data_parallel_group()):
-        distributed_c10d._set_pg_timeout(timeout, group)  # fairscale has no argument for it
+    _form_groups(device, dp_size, parallel.tp_size, timeout)
     rank = dist.get_rank()
     yield Topology(
         rank=rank,
@@ -264,6 +261,19 @@ def started(parallel: ParallelConfig) -> Iterator[Topology]:
     # Not after an error: on NCCL leaving a group waits for ranks that may be gone
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: timedelta) -> None:
+    """Form this rank's tensor- and data-parallel group, and tell fairscale's layers of them.
+
+    fairscale's own function forms a group of one rank for every pipeline slot besides, each of which all ranks wait
+    for: 98 groups at 64 ranks, most of them for nothing. Under NCCL a mesh splits the world once for each dimension.
+    """
+    mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    fairscale_groups._DATA_PARALLEL_GROUP = mesh.get_group("dp")
+    fairscale_groups._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
+    for group in (mesh.get_group("dp"), mesh.get_group("tp")):
+        distributed_c10d._set_pg_timeout(timeout, group)  # a mesh has no argument for it
 
 
 def _device(local_rank: int) -> torch.device:
