@@ -16,7 +16,8 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from shards.plan import integer_weights, lane_phase, mixing_sequence
+from shards.config import PLAN_VERSIONS
+from shards.mixing import mix_of
 
 WEIGHTS = (0.5, 0.3, 0.15, 0.05)
 LANES = (8, 64, 256, 1024)
@@ -28,10 +29,9 @@ Figures = npt.NDArray[np.float64]
 
 def draws(lanes: int) -> npt.NDArray[np.int32]:
     """int32 [ROWS, lanes]: the source of each lane's rows; a line is a global batch of `lanes` rows."""
-    shares = integer_weights(WEIGHTS)
-    sequence = mixing_sequence(shares)
-    phases = np.array([lane_phase(lane, len(sequence)) for lane in range(lanes)])
-    return sequence[(phases + np.arange(ROWS)[:, None]) % len(sequence)]
+    mix = mix_of(WEIGHTS, PLAN_VERSIONS[-1])
+    assert mix is not None
+    return np.array([[mix.source_of(lane, row) for lane in range(lanes)] for row in range(ROWS)], np.int32)
 
 
 def main() -> None:

@@ -31,12 +31,15 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
     """All windows of one epoch of the first source."""
     source = Source(config, 0, manifest.source_shards(config, config.sources[0]), lanes=1, seed=0)
-    tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-    maker = WindowMaker(config, Recipe.of(tokenizer, None))
-    for segment in range(source.plan.num_segments):
-        for window in range(len(source.windows(0, segment))):
+    maker = WindowMaker(config, Recipe.of(Tokenizer(config.tokenizer, config.bos, config.eos), None))
+    segment = 0
+    while segment < source.plan.num_segments:
+        deal = source.deal(0, segment)
+        for window in range(len(deal.windows)):
             task = source.task(WindowId(0, 0, segment, window))
-            yield *tokenizer.encode_documents(maker.read(task).texts), task.key
+            found = maker.documents(task)
+            yield found.tokens, found.lengths, task.key
+        segment = deal.next
 
 
 def measure(windows: list[Tokenized], seq_len: int, packing: Packing) -> dict[str, float]:

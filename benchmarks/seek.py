@@ -67,7 +67,7 @@ def first_row_of_loader(path: str, index_dir: Path, tokenizer: str, position: fl
         segment = round(plan.num_segments // lanes * position)
         if lanes == 1:  # the segment that lies there in the shard, whenever it is the lane's turn to read it
             wanted = min(plan.num_segments - 1, int(plan.num_segments * position))
-            segment = next(q for q in range(plan.num_segments) if plan.segment_of(0, q)[1] == wanted)
+            segment = next(q for q in range(plan.num_segments) if plan.deal(0, q).segments[0] == wanted)
         cursor = LaneCursor(0, 0, (Cursor(segment=segment),))
         cursors = {str(lane): cursor for lane in range(lanes)}
         start = LoaderState.from_dict(loader.state_dict())

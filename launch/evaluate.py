@@ -93,7 +93,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         ("data.seq_len", arguments.seq_len), ("precision", arguments.precision),
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
-    config = load_config(folder.config, overrides)
+    config = load_config(folder.config, overrides, begun=True)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
     with topology.started(config.parallel) as here:
@@ -104,7 +104,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
             return
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
-        evaluator = _renamed(evaluator, config, load_config(folder.config))
+        evaluator = _renamed(evaluator, config, load_config(folder.config, begun=True))
         if here.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.choose()).fingerprint)
@@ -135,7 +135,9 @@ def _steps(
     if arguments.follow:
 
         def last_step() -> int:
-            return load_config(folder.config).train.steps
+            ended = folder.data_end()
+            steps = load_config(folder.config, begun=True).train.steps
+            return ended if ended is not None else steps or sys.maxsize
 
         yield from as_they_appear(store, done, last_step, lease.is_free, arguments.poll_seconds)
         return

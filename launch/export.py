@@ -59,7 +59,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Raises: HeadraceError if there is no such run or checkpoint, or it cannot be exported."""
     folder = RunFolder(arguments.run)
     folder.check_there()
-    config = load_config(folder.config, arguments.overrides)
+    config = load_config(folder.config, arguments.overrides, begun=True)
     checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))

@@ -85,7 +85,7 @@ def opened(arguments: argparse.Namespace) -> Speaker:
         )
     folder = RunFolder(arguments.run)
     folder.check_there()
-    config = load_config(folder.config)
+    config = load_config(folder.config, begun=True)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
     codec = codec_of(Tokenizer(config.data.tokenizer, config.data.bos, eos=False), config.data.bos)
     return Speaker(

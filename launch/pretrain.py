@@ -62,9 +62,13 @@ def print_report(config: RunConfig, report: Report) -> None:
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
     if config.wandb.mode == "offline":
         console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
+    further = (
+        ""
+        if config.train.steps is None
+        else f"the same command with train.steps={2 * config.train.steps} trains on from here; "
+    )
     console.print(
-        f"Next        the same command with train.steps={2 * config.train.steps} trains on from here; copy the config,"
-        " set data.sources to your shards, and start it the same way",
+        f"Next        {further}copy the config, set data.sources to your shards, and start it the same way",
         highlight=False,
     )
 

@@ -50,7 +50,7 @@ def name_documents(arguments: argparse.Namespace) -> None:
     """Prints the table. Raises: HeadraceError if the run or the step is not there, or not what it was."""
     folder = RunFolder(arguments.run)
     folder.check_there()
-    config = load_config(folder.config, arguments.overrides)
+    config = load_config(folder.config, arguments.overrides, begun=True)
     rows = config.train.global_batch_size
     batch = batch_of_step(folder, arguments.step, config.data, rows, config.run.seed)
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None

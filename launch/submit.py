@@ -177,7 +177,8 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.gpu_memory:
         gpu_bytes = int(arguments.gpu_memory * 1e9)
     findings = [finding for run in runs for finding in run_findings(run, request, gpu_bytes)]
-    steps, folders = max(run.config.train.steps for run in runs), [run.folder for run in runs]
+    lengths, folders = [run.config.train.steps for run in runs], [run.folder for run in runs]
+    steps = None if None in lengths else max(filter(None, lengths))
     findings += preflight.disk_findings(base.checkpoint, steps, bytes_each, folders)
     findings += job_findings(request, save, partition, silent, arguments.dry_run)
     if partition:

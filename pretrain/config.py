@@ -25,6 +25,7 @@ from pretrain.topology import ParallelConfig
 from pretrain.tracking import WandbConfig
 from pretrain.yaml_tree import dump, read_tree
 from shards import Config, ConfigError, DataConfig, SourceConfig
+from shards.config import PLAN_VERSIONS
 from shards.config_errors import explain
 
 
@@ -39,7 +40,9 @@ class RunPart(Config):
 class TrainConfig(Config):
     """How long, and in what portions. A row is data.seq_len + 1 tokens."""
 
-    steps: int = Field(ge=1)  # optimizer steps
+    # Either of the two ends the run
+    steps: int | None = Field(None, ge=1)  # optimizer steps
+    epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule has the steps that these will take
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
     # Rows of one forward pass on one dp rank: memory grows with it, results do not change. None: all that a rank has
     micro_batch_size: int | None = Field(None, ge=1)
@@ -50,6 +53,14 @@ class TrainConfig(Config):
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
     # Such steps in a row at which a run that skips them ends too; and so does one whose batches have nothing to predict
     max_nonfinite: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "train: needs either steps (optimizer steps) or epochs (passes over the data), and not both"
+            )
+        return self
 
     @property
     def nonfinite_limit(self) -> int:
@@ -82,11 +93,6 @@ class RunConfig(Config):
             raise ValueError("\n".join(problems))
         return self
 
-    @property
-    def lanes(self) -> int:
-        """The run's logical streams of data; dp_size must divide them."""
-        return self.data.num_lanes(self.train.global_batch_size)
-
     def micro_steps(self, dp_size: int) -> int:
         """Forward passes of one dp rank in one optimizer step."""
         return self.train.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
@@ -101,29 +107,26 @@ class RunConfig(Config):
         Raises:
             ConfigError: naming each value that does not fit, and those that would.
         """
-        lanes, rows, micro = self.lanes, self.train.global_batch_size, self.train.micro_batch_size or 1
-        problems = []
-        if lanes % dp_size:
-            problems.append(
-                f"data.lanes={lanes} cannot be dealt to {dp_size} data-parallel ranks; "
-                f"make it a multiple, such as {_multiples_near(lanes, dp_size)} (fixed for the life of a run)"
-            )
+        rows, micro = self.train.global_batch_size, self.train.micro_batch_size or 1
         portion = dp_size * micro
         if rows % portion:
-            problems.append(
+            working = [n for n in range(1, rows + 1) if rows % (n * micro) == 0]
+            raise ConfigError(
                 f"train.global_batch_size={rows} cannot be split into micro-batches of "
                 f"train.micro_batch_size={micro} rows on {dp_size} data-parallel ranks; "
-                f"make it a multiple of {portion}, such as {_multiples_near(rows, portion)}"
+                f"make it a multiple of {portion}, such as {_multiples_near(rows, portion)}; "
+                f"as the config stands, these numbers of data-parallel ranks work: {_listed(working)}"
             )
-        if problems:
-            working = [n for n in range(1, lanes + 1) if lanes % n == 0 and rows % (n * micro) == 0]
-            problems.append(f"as the config stands, these numbers of data-parallel ranks work: {_listed(working)}")
-            raise ConfigError("\n".join(problems))
 
     @property
     def bytes_per_weight(self) -> int:
         """Of the weights in forward and backward pass."""
         return 2 if self.precision == "bf16" else 4
+
+    def settled(self, begun: RunConfig | None) -> RunConfig:
+        """With its plan version: what it says, else that of the run that it goes on with, else the newest."""
+        version = self.data.plan_version or (begun.data.plan if begun else PLAN_VERSIONS[-1])
+        return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
     def to_yaml(self) -> str:
         """All values, defaults too, as YAML that `load_config` reads back to an equal config."""
@@ -158,13 +161,16 @@ class RunConfig(Config):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) -> RunConfig:
     """Reads a config from YAML and `key.path=value` overrides.
 
+    Args:
+        begun: it is the one in a run's folder: where it names no plan version, the run is older than these.
     Raises:
         ConfigError: with one line for each thing that is wrong: where it stands, key, value, what would be right.
     """
     tree, origins = read_tree(path, overrides)
+    _fill_in(tree, begun)
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
@@ -173,6 +179,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             # pydantic compares no sections while one of them is wrong; the user would hear of it at the next try
             lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]
     raise ConfigError("\n".join(lines))
+
+
+def _fill_in(tree: Mapping[str, object], begun: bool) -> None:
+    """Spells out what follows from other keys, so that each part of the program reads it where it stands."""
+    data, train = tree.get("data"), tree.get("train")
+    if not isinstance(data, dict):
+        return
+    if begun:
+        data.setdefault("plan_version", PLAN_VERSIONS[0])
+    if isinstance(train, dict) and train.get("epochs") is not None and isinstance(data.get("sources"), list):
+        for source in data["sources"]:
+            if isinstance(source, dict) and source.get("max_epochs") is None:
+                source["max_epochs"] = train["epochs"]
 
 
 # What may change when a run goes on; the first pattern that fits a key counts. A key that none fits may not change.
@@ -189,6 +208,7 @@ _MAY_CHANGE = (
     ),
     ("data.*", False),
     ("train.global_batch_size", False),  # which rows a step is made of
+    ("train.epochs", False),  # which rows there are
     ("train.*", True),
     ("optim.*", True),  # a schedule that is changed on purpose, from here on
     ("precision", False),  # the optimizer's state has another shape
@@ -218,6 +238,8 @@ def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], li
     before, after = dict(_leaves("", _effective(old))), dict(_leaves("", _effective(new)))
     keys = [*before, *(key for key in after if key not in before)]
     changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    # A number of lanes that is left out follows from the data; the run's fingerprint has it, and compares it
+    changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
     return [c for c in changes if not may_change(c.key)], [c for c in changes if may_change(c.key)]
 
 
@@ -229,7 +251,9 @@ def may_change(key: str) -> bool:
 def _effective(config: RunConfig) -> dict[str, JsonValue]:
     """The config's values with the defaults that follow from others filled in: to spell one out is no change."""
     values: dict[str, Any] = config.model_dump(mode="json")
-    values["data"] |= {"lanes": config.lanes, "window_bytes": config.data.window_limit}
+    values["data"] |= {"window_bytes": config.data.window_limit, "plan_version": config.data.plan}
+    if config.data.plan == 1:
+        values["data"]["lanes"] = config.data.num_lanes(config.train.global_batch_size, 0)
     values["model"] |= {"n_kv_heads": config.model.kv_heads, "ffn_dim": config.model.hidden_dim}
     return values
 
@@ -262,6 +286,14 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     parallel: ParallelConfig | None = parts.get("parallel")
     train: TrainConfig | None = parts.get("train")
     checkpoint: CheckpointConfig | None = parts.get("checkpoint")
+    data: DataConfig | None = parts.get("data")
+    if train and train.epochs and data:
+        for source in data.sources:
+            if source.max_epochs != train.epochs:
+                yield (
+                    f"data.sources: {source.name} has max_epochs={source.max_epochs}, but train.epochs={train.epochs} "
+                    "holds for all sources; leave max_epochs out, or set train.steps instead of train.epochs"
+                )
     if model:
         yield from _head_problems(model)
     if model and parallel:

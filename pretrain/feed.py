@@ -15,9 +15,10 @@ import xxhash
 from torch import Tensor
 
 from pretrain.topology import Topology
-from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, merge_states
+from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, check_not_empty, merge_states
 
-_EPOCH_UNIT = 10**9  # epochs travel as integers, like all the rest
+_EPOCH_UNIT = 10**12  # epochs travel as integers, like all the rest
+_EPOCH_DIGITS = 9  # behind the point, fewer than are sent: thirds of an epoch on three ranks add up to 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StepBatch:
         n_tokens, n_padding: tokens that are not padding, and those that are.
         row_hash: sum mod 2^64 of the rows' hashes.
         tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
-        epoch_per_source: how often each source was read through since the run's start.
+        epoch_per_source: how often each source was read through since the run's start, by its records.
         skipped: the bad records that were passed over to get to these rows, of all ranks.
         skipped_so_far: how many there were since the run's start.
         replays: entries of shards that did not hold, so that decoding took longer to reach these rows, of all ranks.
@@ -74,7 +75,7 @@ class Feed:
         self._batch: Batch | None = None  # the last that was given out
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
-        """The next global batch; None, on all ranks, once any lane has run out of rows.
+        """The next global batch that holds a row; None, on all ranks, once all lanes have run dry.
 
         Args:
             stop_requested: whether this process was asked to stop.
@@ -82,25 +83,30 @@ class Feed:
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
-        batch, failure = None, None
-        if self._loader:
-            try:
-                batch = next(self._loader, None)
-            except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
-                failure = error
-        exhausted = self._loader is not None and batch is None
-        flags = [int(stop_requested), int(saving), int(failure is not None), int(exhausted)]
-        totals = iter(self._topology.sum_int64([*flags, *self._own_totals(batch)]))
-        stop, writing, failures, exhausted_ranks = (next(totals) for _ in flags)
-        if failures:
-            raise failure or ShardError("another rank could not read its data; see its message")
-        if exhausted_ranks:
-            return None
+        while True:
+            batch, failure, rows, ever, going = None, None, 0, 0, 0
+            if self._loader:
+                try:
+                    batch = self._loader.next_batch()
+                    rows, ever, going = batch.num_rows, self._loader.rows_drawn, int(not self._loader.ended)
+                except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
+                    failure = error
+            flags = [int(stop_requested), int(saving), int(failure is not None), rows, ever, going]
+            totals = iter(self._topology.sum_int64([*flags, *self._own_totals(batch)]))
+            stop, writing, failures, all_rows, all_ever, going_ranks = (next(totals) for _ in flags)
+            if failures:
+                raise failure or ShardError("another rank could not read its data; see its message")
+            if all_rows:
+                break
+            if not going_ranks:
+                check_not_empty(all_ever, self._sources)
+                return None
+            # A batch without a row anywhere is no step: these lanes have run dry, and others have not
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
         n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated, replays = islice(totals, 7)
         tokens_per_source = {source: next(totals) for source in self._sources}
-        epochs = {source: next(totals) / _EPOCH_UNIT / self._topology.dp_size for source in self._sources}
+        epochs = {source: round(next(totals) / _EPOCH_UNIT, _EPOCH_DIGITS) for source in self._sources}
         tokens, segment_ids = self._shared(batch)
         return StepBatch(
             tokens=tokens,

@@ -18,19 +18,19 @@ def train(trainer: Trainer, config: RunConfig, interrupt: Interrupt) -> bool:
     Returns:
         Whether the run is finished: all steps are done, or the data is. Otherwise it goes on when it is started again.
     """
-    step = trainer.state.step
-    finished = step >= config.train.steps
+    step, last = trainer.state.step, config.train.steps  # None: all steps that the data has
+    finished = last is not None and step >= last
     evaluated = True  # as far as is due
     if step == 0 or finished or config.evaluation.due(step):
         evaluated = trainer.evaluate()  # of a resumed step only what a kill or a signal prevented
     while not finished and not interrupt.pending():
         batch = trainer.next_batch()
         if batch is None:
-            _logger.info("the data ends before step %d, and with it the run", step + 1)
+            trainer.note_data_end()
             finished = evaluation_due = True
         else:
             step += 1
-            finished = step >= config.train.steps
+            finished = last is not None and step >= last
             due = finished or config.evaluation.due(step)
             trainer.train_on(batch, evals_follow=due)  # by the next start, if this one is to stop
             evaluation_due = finished or (due and not interrupt.pending())

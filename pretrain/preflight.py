@@ -144,18 +144,18 @@ def _smaller(parallel: ParallelConfig, rows: int) -> list[tuple[str, ParallelCon
 
 
 def disk_findings(
-    checkpoint: CheckpointConfig, steps: int, bytes_each: int, folders: Sequence[Path]
+    checkpoint: CheckpointConfig, steps: int | None, bytes_each: int, folders: Sequence[Path]
 ) -> Iterator[Finding]:
     """Whether the checkpoints that the runs keep fit on their disk, with the one being written beside the old ones.
 
     Args:
+        steps: of the longest run; None where it ends with its data, which nobody has counted yet.
         bytes_each: of one checkpoint.
         folders: run folders, all on one disk; what their checkpoints hold already is not needed again.
     """
     first, each = folders[0], f"{_size(bytes_each)} each"
-    saves = math.ceil(steps / checkpoint.every)
-    at_once = min(checkpoint.keep + 1, saves)
-    forever = steps // checkpoint.keep_every if checkpoint.keep_every else 0
+    at_once = checkpoint.keep + 1 if steps is None else min(checkpoint.keep + 1, math.ceil(steps / checkpoint.every))
+    forever = (steps or 0) // checkpoint.keep_every if checkpoint.keep_every else 0
     kept = (path for folder in folders for path in folder.glob("checkpoints/*/**/*") if path.is_file())
     disk = next(path for path in (first.absolute(), *first.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free + sum(path.stat().st_size for path in kept)

@@ -206,6 +206,21 @@ class RunFolder:
         """wandb makes its own folder `wandb/` in the one that it is given, so this is the root's."""
         return self.root / "wandb"
 
+    @property
+    def _data_end(self) -> Path:
+        return self.root / "data_end"
+
+    def data_end(self) -> int | None:
+        """The run's last step, where it has come to the end of its data; None as long as it has not."""
+        try:
+            return int(self._data_end.read_text())
+        except FileNotFoundError:
+            return None
+
+    def note_data_end(self, step: int) -> None:
+        """Notes that the data ends with this step: that is so however often these steps are trained."""
+        write_atomically(self._data_end, str(step))
+
     def run_id(self) -> str:
         """The id of the run's wandb run, drawn when it is first asked for; the same for the life of the run."""
         path = self.wandb / "run_id"

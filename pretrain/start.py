@@ -67,13 +67,16 @@ def start(config: RunConfig, fresh: bool) -> Report:
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        lease, prepared = None, None
+        lease, prepared, settled = None, None, None
         with interrupt.starting():
             if int(os.environ.get("RANK", "0")) == 0:
                 check_texts(config, tokenizer)
-                lease = stack.enter_context(opened(config, folder, fresh))
-                prepared = shards.prepare(config.data, IndexingLog())
+                lease, settled = stack.enter_context(opened(config, folder, fresh))
+                prepared = shards.prepare(settled.data, IndexingLog())
             here = stack.enter_context(topology.started(config.parallel))
+        settled = here.broadcast_object(settled)
+        assert settled is not None
+        config = settled
         if here.is_main:
             announce(config, here)
         run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
@@ -118,8 +121,8 @@ def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 @contextmanager
-def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]:
-    """Holds the run's folder, readied for this config; rank 0 alone.
+def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[tuple[Lease, RunConfig]]:
+    """Holds the run's folder, readied for this config, and gives the config as it is for this run; rank 0 alone.
 
     Raises:
         ConfigError: if the folder cannot be written to, or holds a run that this config would corrupt.
@@ -135,13 +138,15 @@ def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[Lease]
         _logger.info("the run that stood in %s is now in %s", folder.root, aside)
         folder.create()
     with Lease(folder.lease, job_id) as lease:
-        if folder.has_begun():
-            check_same_run(load_config(folder.config), config, folder)
+        begun = load_config(folder.config, begun=True) if folder.has_begun() else None
+        config = config.settled(begun)
+        if begun:
+            check_same_run(begun, config, folder)
         store = CheckpointStore(folder.checkpoints, config.checkpoint)
         store.discard_incomplete()
         store.check_room(checkpoint_bytes(config.model, config.bytes_per_weight))
         write_atomically(folder.config, config.to_yaml())
-        yield lease
+        yield lease, config
 
 
 def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
@@ -182,9 +187,9 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")
     _logger.info(
-        "model: %s parameters, %s FLOPs a token; %s tokens a step, %s in %d steps",
+        "model: %s parameters, %s FLOPs a token; %s tokens a step, %s",
         f"{parameter_count(model):,}", f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
-        f"{tokens_per_step * train.steps:,}", train.steps,
+        f"{tokens_per_step * train.steps:,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
     )  # fmt: skip
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",

@@ -114,7 +114,7 @@ def layout_problem(config: RunConfig, ranks: int) -> str:
 
 
 def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Finding]:
-    """Whether lanes and batch can be dealt to the ranks, now and after a restart on another number of nodes."""
+    """Whether the batch can be dealt to the ranks, now and after a restart on another number of nodes."""
     nodes, each, parallel = request.nodes, request.ranks_per_node, config.parallel
     devices = f"{nodes} nodes, each of {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
     working = [str(n) for n in range(1, _MOST_NODES + 1) if not layout_problem(config, n * each)]
@@ -138,16 +138,18 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
     """What the checks of one run have to say."""
     config = run.config
     model, train, seq_len = config.model, config.train, config.data.seq_len
+    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs} epochs in steps"
     yield Finding(
         "ok", "config",
         f"{config.run.name}: {parameter_count(model):,} parameters,"
-        f" {train.steps:,} steps of {train.global_batch_size:,} rows of {seq_len:,} tokens",
+        f" {length} of {train.global_batch_size:,} rows of {seq_len:,} tokens",
     )  # fmt: skip
     try:
         checked_inputs(config)
         folder = RunFolder(run.folder)
         if folder.has_begun():
-            check_same_run(load_config(folder.config), config, folder)
+            begun = load_config(folder.config, begun=True)
+            check_same_run(begun, config.settled(begun), folder)
     except HeadraceError as error:
         yield Finding("error", "config", str(error))
     yield from preflight.lease_findings(run.folder)

@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from pretrain import data_end
 from pretrain.checkpoint.resume import newest_valid
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
@@ -104,7 +105,9 @@ class Trainer:
             warn_of_training_shards(config.evaluation, self._loader.fingerprint)
             described = describe(config, self._loader, self.state.init_hash)
             tracker = Tracker(config.wandb, folder, config.run.name, run_id, described, suite)
-        self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, config.train.steps))
+        self._folder = folder
+        self._steps = data_end.foresee(self._loader, config.train.steps, topology)
+        self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, self._steps))
         rows = config.train.global_batch_size // topology.dp_size
         self._feed = Feed(self._loader, config.data, rows, topology)
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
@@ -191,7 +194,7 @@ class Trainer:
             evals_follow: the same step is evaluated next, and wandb shows both in one row.
         """
         config, step = self._config, self.state.step
-        learning_rate = learning_rate_at(step, config.optim, config.train.steps)
+        learning_rate = learning_rate_at(step, config.optim, self._steps)
         stats = self.engine.train_step(
             batch.tokens, batch.segment_ids, batch.n_targets, step, learning_rate, self._meter
         )
@@ -291,6 +294,12 @@ class Trainer:
         if cursors is not None and self._loader is not None:
             data = DataState(cursors, self._loader.fingerprint)
         self._saving_seconds = self._saver.save(self.state, data)
+
+    def note_data_end(self) -> None:
+        """Says and notes that the data has come to its end, and with it the run."""
+        if self._topology.is_main:
+            self._folder.note_data_end(self.state.step)
+            data_end.tell(self.state.step, self._config.train.steps, self._steps, self._config.optim)
 
     def finish_saving(self) -> None:
         """Waits for the newest checkpoint to be complete. Raises CheckpointError if it could not be saved."""

@@ -5,7 +5,8 @@ from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, W
 from shards.cursor import LoaderState, merge_states
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
 from shards.fingerprint import check_fingerprint
-from shards.loader import Loader
+from shards.forecast import Forecast
+from shards.loader import Loader, check_not_empty
 from shards.manifest import Prepared, prepare
 from shards.packing import Rows, pack_documents
 from shards.provenance import batch_after, document_at
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Document",
+    "Forecast",
     "HeadraceError",
     "Loader",
     "LoaderState",
@@ -34,6 +36,7 @@ __all__ = [
     "WeightChange",
     "batch_after",
     "check_fingerprint",
+    "check_not_empty",
     "document",
     "document_at",
     "merge_states",

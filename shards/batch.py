@@ -9,8 +9,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards.cursor import LoaderState
-from shards.lane import Draw
-from shards.pool import WindowId
+from shards.lane import Draw, Row
 from shards.sources import Source
 
 HASH_MODULUS = 1 << 64
@@ -46,6 +45,7 @@ class Batch:
         sources: Sequence[Source],
         seq_len: int,
         state: LoaderState,
+        skipped_so_far: int,
         epochs: dict[str, float],
     ) -> None:
         self._draws, self._slots, self._sources, self._state = draws, slots, sources, state
@@ -53,29 +53,37 @@ class Batch:
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
         self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
-        # Bad records since the run's start, of this rank's lanes: sum it over ranks
-        self.skipped_so_far = state.skipped
-        self.epochs = epochs  # passes over each source so far, from this rank's lanes: average it over ranks
+        # Of the lanes that this rank answers for: sum both over ranks
+        self.skipped_so_far = skipped_so_far  # bad records since the run's start
+        self.epochs = epochs  # how often each source was read through, by its records
         counts: Counter[str] = Counter()
-        for i, (name, window, row, _) in enumerate(draws):
-            lengths = window.rows.fill(row, int(window.token_offsets[row]), self.tokens[i], self.segment_ids[i])
+        for i, (row, _) in enumerate(draws):
+            if row is None:
+                continue
+            rows, offset = row.window.rows, int(row.window.token_offsets[row.number])
+            lengths = rows.fill(row.number, offset, self.tokens[i], self.segment_ids[i])
             self.n_targets += sum(lengths) - len(lengths)
-            self._count(counts, name.source, draws[i], lengths)
+            self._count(counts, row, lengths)
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
         self.row_hash %= HASH_MODULUS
         self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE; padding apart
         self.padding_tokens = self.tokens.size - counts.total()
 
-    def _count(self, counts: Counter[str], source: int, draw: Draw, lengths: list[int]) -> None:
-        name, window = self._sources[source].config.name, draw.window
+    def _count(self, counts: Counter[str], row: Row, lengths: list[int]) -> None:
+        name, window = self._sources[row.name.source].config.name, row.window
         if not window.sub_sources:
             counts[name] += sum(lengths)
             return
         rows = window.rows
-        documents = rows.documents[rows.row_pieces[draw.row] : rows.row_pieces[draw.row + 1]]
+        documents = rows.documents[rows.row_pieces[row.number] : rows.row_pieces[row.number + 1]]
         for number, length in zip(window.sub_source_of[documents].tolist(), lengths, strict=True):
             counts[name if number < 0 else f"{name}/{window.sub_sources[number]}"] += length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that hold something: a lane that ran dry gives empty ones."""
+        return sum(draw.row is not None for draw in self._draws)
 
     @property
     def state(self) -> dict[str, object]:
@@ -85,7 +93,7 @@ class Batch:
     @property
     def replays(self) -> int:
         """Entries that did not hold when the windows were read that these rows begin."""
-        return sum(draw.window.replays for draw in self._draws if draw.row == 0)
+        return sum(draw.row.window.replays for draw in self._draws if draw.row and draw.row.number == 0)
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -99,27 +107,28 @@ class Batch:
 
     def _passed_over(self, contaminated: bool) -> list[Skipped]:
         return [
-            Skipped(self._sources[name.source].config.name, self._shard(name), bad.line, bad.reason)
+            Skipped(self._sources[source].config.name, self._shard(source, record.shard), record.line, record.reason)
             for draw in self._draws
-            for name, bad in draw.skipped
-            if bad.contaminated == contaminated
+            for source, record in draw.skipped
+            if record.contaminated == contaminated
         ]
 
     def origins(self) -> Iterator[Origin]:
         """Where each piece of each row comes from, in the order of rows and pieces."""
-        for slot, (name, window, row, _) in zip(self._slots, self._draws, strict=True):
-            rows = window.rows
-            for piece in range(int(rows.row_pieces[row]), int(rows.row_pieces[row + 1])):
-                start = int(rows.starts[piece])
+        for slot, (row, _) in zip(self._slots, self._draws, strict=True):
+            if row is None:
+                continue
+            rows, window, source = row.window.rows, row.window, row.name.source
+            for piece in range(int(rows.row_pieces[row.number]), int(rows.row_pieces[row.number + 1])):
+                start, document = int(rows.starts[piece]), rows.documents[piece]
                 yield Origin(
                     slot=slot,
-                    source=self._sources[name.source].config.name,
-                    shard=self._shard(name),
-                    line=int(window.lines[rows.documents[piece]]),
+                    source=self._sources[source].config.name,
+                    shard=self._shard(source, int(window.shards[document])),
+                    line=int(window.lines[document]),
                     start=start,
                     stop=start + int(rows.lengths[piece]),
                 )
 
-    def _shard(self, name: WindowId) -> str:
-        source = self._sources[name.source]
-        return source.shards[source.windows(name.lane, name.segment)[name.window].shard].path
+    def _shard(self, source: int, shard: int) -> str:
+        return self._sources[source].shards[shard].path

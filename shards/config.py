@@ -16,6 +16,8 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
 DEFAULT_MAX_LANES = 1024
+LANE_BYTES = 64 * MIB  # raw, of all sources: what a lane should have at least, where the number is not given
+PLAN_VERSIONS = (1, 2)  # which rules deal out the data; the newest last, which new runs follow
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
 
@@ -114,7 +116,10 @@ class DataConfig(Config):
     tokenizer: Path  # a SentencePiece model
     seq_len: Int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
-    lanes: Int | None = Field(default=None, ge=1)  # fixed for a run's life; None = min(global_batch_size, 1024)
+    # Streams of rows, fixed for a run's life; None = as many as divide a batch and have 64 MiB each, at most 1024
+    lanes: Int | None = Field(default=None, ge=1)
+    # Of the rules that say which row comes when; None = the run's own, of a new run the newest
+    plan_version: Literal[1, 2] | None = None
     bos: Bool = True  # begin each document with the tokenizer's BOS
     eos: Bool = True  # end each document with the tokenizer's EOS
     weight_changes: tuple[WeightChange, ...] = ()  # in order of their steps
@@ -159,9 +164,28 @@ class DataConfig(Config):
             _check_weights(weights, f"weight_changes at step {change.step}")
         return self
 
-    def num_lanes(self, global_batch_size: int) -> int:
-        """V, the logical streams of rows."""
-        return self.lanes or min(global_batch_size, DEFAULT_MAX_LANES)
+    @property
+    def plan(self) -> int:
+        """The plan version that holds."""
+        return self.plan_version or PLAN_VERSIONS[-1]
+
+    def num_lanes(self, global_batch_size: int, raw_bytes: int) -> int:
+        """V, the logical streams of rows; `raw_bytes` are those of all sources that are drawn from."""
+        if self.lanes:
+            return self.lanes
+        if self.plan == 1:
+            return min(global_batch_size, DEFAULT_MAX_LANES)
+        most = min(max(1, raw_bytes // LANE_BYTES), global_batch_size, DEFAULT_MAX_LANES)
+        return next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
+
+    def weight_stages(self) -> list[tuple[int, tuple[float, ...]]]:
+        """(first step, weights in the order of the sources), in the order of steps."""
+        weights = {source.name: source.weight for source in self.sources}
+        stages = [(0, tuple(weights.values()))]
+        for change in self.weight_changes:
+            weights |= change.weights
+            stages.append((change.step, tuple(weights.values())))
+        return stages
 
     @property
     def window_limit(self) -> int:

@@ -17,8 +17,8 @@ class Cursor(NamedTuple):
     """Where a lane stands in one source."""
 
     rows_drawn: int = 0  # since the run's start
-    segment: int = 0  # how many segments the lane is through with: q of its q-th segment
-    window: int = 0  # in the segment
+    segment: int = 0  # how many segments the lane is through with: the present deal begins with its q-th
+    window: int = 0  # in the deal
     row: int = 0  # the next one in the window; may be one past its last
     skipped: int = 0  # bad records in the windows entered so far
 
@@ -26,7 +26,7 @@ class Cursor(NamedTuple):
 class LaneCursor(msgspec.Struct, frozen=True):
     """Where a lane stands."""
 
-    rows: int  # drawn since the run's start
+    rows: int  # given out since the run's start, empty ones counted
     mixing_rows: int  # drawn since the weights last changed or a source was exhausted
     sources: tuple[Cursor, ...]  # in the order of the config
 
@@ -35,15 +35,10 @@ class LoaderState(msgspec.Struct, frozen=True):
     """Where some or all lanes of a run stand, between two global batches."""
 
     version: int
-    rows: int  # of all lanes, drawn since the run's start
+    rows: int  # of all lanes, given out since the run's start
     num_lanes: int  # V
     source_names: tuple[str, ...]
     lanes: dict[str, LaneCursor]  # by lane number
-
-    @property
-    def skipped(self) -> int:
-        """Bad records that these lanes passed over since the run's start."""
-        return sum(cursor.skipped for lane in self.lanes.values() for cursor in lane.sources)
 
     def to_dict(self) -> dict[str, object]:
         """Plain dicts, lists, numbers and strings."""
@@ -66,7 +61,7 @@ class LoaderState(msgspec.Struct, frozen=True):
 def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """Joins the states that all ranks took after the same step: one state with all lanes, valid for every dp_size.
 
-    Raises: CheckpointError if they are of different steps or runs, or a lane is missing.
+    Raises: CheckpointError if they are of different steps or runs, or a lane is missing or stands in two places.
     """
     if not states:
         raise CheckpointError("no loader state to merge")
@@ -80,7 +75,9 @@ def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
                     f"loader states differ in {name}: {getattr(first, name)!r} and {getattr(part, name)!r}; "
                     "merge states that all ranks took after the same step"
                 )
-        lanes |= part.lanes
+        for lane, cursor in part.lanes.items():
+            if lanes.setdefault(lane, cursor) != cursor:  # several ranks may read one lane, all of its rows each
+                raise CheckpointError(f"loader states differ in lane {lane}: {lanes[lane]} and {cursor}")
     missing = [lane for lane in range(first.num_lanes) if str(lane) not in lanes]
     if missing:
         raise CheckpointError(

@@ -5,7 +5,7 @@ loader -> fingerprint -> checkpoint.
 
 from collections.abc import Mapping, Sequence
 
-from shards.config import DataConfig
+from shards.config import PLAN_VERSIONS, DataConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ConfigError, ShardError
 from shards.packing import PACKER_VERSION
@@ -24,7 +24,7 @@ def fingerprint(
 ) -> dict[str, object]:
     """Plain values that are equal for two loaders only if they give the same global batches."""
     plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
-    plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit}
+    plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
     plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
     return {
         "config": plain,
@@ -49,9 +49,15 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
             raise ConfigError(
                 f"the run was begun with {key}={old.get(key)}, this program has {new.get(key)}; use the old program"
             )
+    versions = plan_version_of(old), plan_version_of(new)
+    if versions[0] != versions[1]:
+        raise ConfigError(
+            f"the run was begun with data.plan_version={versions[0]}, now it is {versions[1]}; set "
+            f"data.plan_version={versions[0]} to go on, or start a new run"
+        )
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
-    _check_config("data", old.get("config"), new.get("config"))
+    _check_config("data", _settings(old), _settings(new))
     _check_config("data.decontaminate", old.get("decontaminate"), new.get("decontaminate"))
     old_shards, new_shards = old.get("shards"), new.get("shards")
     assert isinstance(old_shards, Mapping)
@@ -70,6 +76,19 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
                 f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, "
                 f"e.g. {odd}; make its paths match the same files, or start a new run"
             )
+
+
+def plan_version_of(fingerprint: Mapping[str, object]) -> int:
+    """The plan version of a run; what was begun before there were any is of version 1."""
+    version = _settings(fingerprint)["plan_version"]
+    assert isinstance(version, int)
+    return version
+
+
+def _settings(fingerprint: Mapping[str, object]) -> dict[str, object]:
+    config = fingerprint.get("config")
+    assert isinstance(config, Mapping)
+    return {"plan_version": PLAN_VERSIONS[0], **config}
 
 
 def _check_config(key: str, old: object, new: object) -> None:

@@ -3,31 +3,36 @@
 import sys
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
-
-import numpy as np
 
 from shards.cursor import Cursor, LaneCursor
 from shards.errors import ShardError
-from shards.plan import Ints, integer_weights, lane_phase, mixing_sequence, source_of_row
+from shards.mixing import Mix, mix_of
+from shards.plan import Deal
 from shards.pool import Pool, WindowId
-from shards.reader import BadRecord
 from shards.sources import Source
-from shards.window import Window, WindowTask
+from shards.window import SkippedRecord, Window, WindowTask
 
-# In turn, at most 1 GiB: with half of all segments without a row, chance gives none in 10^19
-MAX_FRUITLESS_SEGMENTS = 64
+# In turn, at most 1 GiB: with half of all deals without a row, chance gives none in 10^19
+MAX_FRUITLESS_DEALS = 64
 BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
 
+Passed = tuple[int, SkippedRecord]  # number of the source, and a record of it that was passed over
 
-class Draw(NamedTuple):
-    """A row as a lane gives it out."""
+
+class Row(NamedTuple):
+    """One row of a window."""
 
     name: WindowId
     window: Window
-    row: int
-    skipped: tuple[tuple[WindowId, BadRecord], ...]  # in the windows that were entered to get to this row
+    number: int
+
+
+class Draw(NamedTuple):
+    """What a lane gives out for a row of the run."""
+
+    row: Row | None  # None: the lane has run dry, and the row is empty
+    skipped: tuple[Passed, ...]  # in the windows that were entered to get to this row
 
 
 class Stream:
@@ -43,49 +48,54 @@ class Stream:
         self._bytes_per_row = BYTES_PER_TOKEN * row_tokens
         self._limit = source.segments_of_lane(lane)
         self._window: Window | None = None  # that of the cursor, once it was needed
-        self._num_windows: dict[int, int] = {}  # by segment, of the segments between the cursor and _next
         self._next: tuple[int, int] = (cursor.segment, cursor.window)  # first (segment, window) not yet requested
         self._requested: deque[int] = deque()  # guessed rows of the windows requested and not opened
+        self._records = source.plan.records_before(lane, cursor.segment)  # of the windows that were left behind
+        if cursor.window:
+            self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
 
     @property
     def exhausted(self) -> bool:
         """True when the lane has drawn all that max_epochs grants it. Known only once a draw has found nothing."""
         return self._limit is not None and self.cursor.segment >= self._limit
 
-    def draw(self, pool: Pool, skipped: list[tuple[WindowId, BadRecord]]) -> tuple[WindowId, Window, int] | None:
+    def draw(self, pool: Pool, skipped: list[Passed]) -> Row | None:
         """The next row; None when the source has no more for this lane. Bad records passed over go to `skipped`.
 
-        Raises: ShardError if a window cannot be made, or if neither the whole source nor MAX_FRUITLESS_SEGMENTS in
-            turn give a row.
+        Raises: ShardError if a window cannot be made, or if neither the whole source nor MAX_FRUITLESS_DEALS in turn
+            give a row.
         """
-        whole = self.cursor.window == self.cursor.row == 0  # this segment is read from its beginning here
-        fruitless: list[int] = []
+        whole = self.cursor.window == self.cursor.row == 0  # this deal is read from its beginning here
+        fruitless: list[Deal] = []
         while not self.exhausted:
             cursor = self.cursor
             name = WindowId(self.number, self.lane, cursor.segment, cursor.window)
             window = self._open(name, pool)
             if cursor.row == 0:
                 cursor = cursor._replace(skipped=cursor.skipped + sum(not bad.contaminated for bad in window.skipped))
-                skipped += ((name, bad) for bad in window.skipped)
+                skipped += ((self.number, bad) for bad in window.skipped)
             if cursor.row < window.rows.num_rows:
                 self.cursor = cursor._replace(row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1)
-                return name, window, cursor.row
+                return Row(name, window, cursor.row)
+            deal = self._deal()
             segment, number = self._after(cursor.segment, cursor.window)
             self.cursor = cursor._replace(segment=segment, window=number, row=0)
             self._window = None
+            self._records += deal.windows[cursor.window].num_records
             if segment > cursor.segment:
                 if whole:
-                    fruitless.append(self.source.plan.segment_of(self.lane, cursor.segment)[1])
+                    fruitless.append(deal)
                     self._check_fruitless(fruitless, skipped)
                 whole = True
         return None
 
-    def _check_fruitless(self, segments: list[int], skipped: list[tuple[WindowId, BadRecord]]) -> None:
-        """Raises: ShardError if segments without a row are all of the source, or too many in turn."""
-        whole_pass = len(set(segments)) == self.source.plan.num_segments
-        if not whole_pass and len(segments) < MAX_FRUITLESS_SEGMENTS:
+    def _check_fruitless(self, deals: list[Deal], skipped: list[Passed]) -> None:
+        """Raises: ShardError if deals without a row are all of the source, or too many in turn."""
+        seen = {segment for deal in deals for segment in deal.segments}
+        whole_pass = len(seen) == self.source.plan.num_segments
+        if not whole_pass and len(deals) < MAX_FRUITLESS_DEALS:
             return
-        what = "a whole pass over it gives" if whole_pass else f"{len(segments)} segments in turn give"
+        what = "a whole pass over it gives" if whole_pass else f"{len(deals)} parts of it in turn give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
         raise ShardError(
             f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is text_key right?"
@@ -101,7 +111,7 @@ class Stream:
 
     def requested(self, task: WindowTask) -> None:
         """Takes note that `next_request` was handed to the pool."""
-        self._requested.append((task.raw.stop - task.raw.start) // self._bytes_per_row)
+        self._requested.append(task.raw_bytes // self._bytes_per_row)
         self._next = self._after(*self._next)
 
     def rows_until_request(self) -> int:
@@ -110,11 +120,14 @@ class Stream:
         return left + sum(self._requested)
 
     def progress(self) -> float:
-        """Segments drawn so far, the present one in part."""
-        if self.exhausted:
-            return float(self.cursor.segment)
-        done = self.cursor.row / max(1, self._window.rows.num_rows) if self._window else 0.0
-        return self.cursor.segment + (self.cursor.window + done) / self._windows_in(self.cursor.segment)
+        """Records drawn so far, blank and bad ones counted, those of the present window in part."""
+        if self._window is None or self.exhausted:
+            return float(self._records)
+        part = self.cursor.row / max(1, self._window.rows.num_rows)
+        return self._records + part * self._deal().windows[self.cursor.window].num_records
+
+    def _deal(self) -> Deal:
+        return self.source.deal(self.lane, self.cursor.segment)
 
     def _open(self, name: WindowId, pool: Pool) -> Window:
         if self._window is None:
@@ -126,32 +139,28 @@ class Stream:
         return self._window
 
     def _after(self, segment: int, window: int) -> tuple[int, int]:
-        return (segment, window + 1) if window + 1 < self._windows_in(segment) else (segment + 1, 0)
-
-    def _windows_in(self, segment: int) -> int:
-        if segment not in self._num_windows:
-            for old in [old for old in self._num_windows if old < self.cursor.segment]:
-                del self._num_windows[old]
-            self._num_windows[segment] = len(self.source.windows(self.lane, segment))
-        return self._num_windows[segment]
+        deal = self.source.deal(self.lane, segment)
+        return (segment, window + 1) if window + 1 < len(deal.windows) else (deal.next, 0)
 
 
 class Lane:
     """One lane with its streams, one per source."""
 
-    def __init__(self, number: int, streams: list[Stream], rows: int, mixing_rows: int) -> None:
+    def __init__(self, number: int, streams: list[Stream], rows: int, mixing_rows: int, version: int) -> None:
         """
         Args:
             number: of the lane, 0 .. V - 1.
             streams: one per source, in the config's order.
-            rows: drawn since the run's start.
+            rows: given out since the run's start, empty ones counted.
             mixing_rows: drawn since weights last changed or a source was exhausted.
+            version: of the plan.
         """
         self.number, self.streams = number, streams
         self.rows, self._mixing_rows = rows, mixing_rows
+        self._version = version
 
-    def draw(self, weights: Sequence[float], changed: bool, pool: Pool) -> Draw | None:
-        """The lane's next row; None when no source has one left.
+    def draw(self, weights: Sequence[float], changed: bool, pool: Pool) -> Draw:
+        """The lane's next row, an empty one when no source has any left.
 
         Args:
             weights: of the sources at this row's step, exhausted or not.
@@ -159,21 +168,24 @@ class Lane:
         """
         if changed:
             self._mixing_rows = 0
-        skipped: list[tuple[WindowId, BadRecord]] = []
-        while (shares := self.shares(weights)) is not None:
-            source = source_of_row(self.number, self._mixing_rows, shares)
-            drawn = self.streams[source].draw(pool, skipped)
-            if drawn is not None:
-                self._mixing_rows += 1
-                self.rows += 1
-                return Draw(*drawn, tuple(skipped))
-            self._mixing_rows = 0  # the source left the mix: the others' counts and phases start anew
-        return None
+        skipped: list[Passed] = []
+        row = None
+        while row is None and (mix := self._mix(weights)) is not None:
+            source = mix.source_of(self.number, self._mixing_rows)
+            row = self.streams[source].draw(pool, skipped)
+            # Where it has none, the source leaves the mix: the others' counts and phases start anew.
+            self._mixing_rows = self._mixing_rows + 1 if row else 0
+        self.rows += 1
+        return Draw(row, tuple(skipped))
 
-    def shares(self, weights: Sequence[float]) -> tuple[int, ...] | None:
-        """Integer shares of the sources that are left; None if there are none with a weight."""
+    def _mix(self, weights: Sequence[float]) -> Mix | None:
+        """The mix of the sources that are left; None if there are none with a weight."""
         left = tuple(0.0 if stream.exhausted else weight for stream, weight in zip(self.streams, weights, strict=True))
-        return _shares(left) if any(left) else None
+        return mix_of(left, self._version)
+
+    def is_dry(self, stages: Sequence[Sequence[float]]) -> bool:
+        """True if no source is left that has a weight in any of these stages."""
+        return all(self._mix(weights) is None for weights in stages)
 
     def row_of_use(self, source: int, uses: int, stages: Sequence[tuple[int, Sequence[float]]]) -> int | None:
         """The row at which the lane has drawn `uses` more from a source and comes to the next; None = never.
@@ -188,29 +200,14 @@ class Lane:
                 continue
             if first >= row:
                 row, mixing_rows = first, 0
-            shares = self.shares(weights)
-            places = _places(shares, source) if shares else np.zeros(0, np.int64)
-            if shares and len(places):
-                period = sum(shares)
-                now = (lane_phase(self.number, period) + mixing_rows) % period
-                passed = int(np.searchsorted(places, now))
-                turns, place = divmod(passed + uses, len(places))
-                found = row + turns * period + int(places[place]) - now
-                if found < end:
-                    return found
-                turns, place = divmod(now + end - row, period)
-                uses -= turns * len(places) + int(np.searchsorted(places, place)) - passed
+            if mix := self._mix(weights):
+                found = mix.row_of_use(self.number, source, mixing_rows, uses)
+                if found is not None and row + found - mixing_rows < end:
+                    return row + found - mixing_rows
+                last = mixing_rows + end - row
+                uses -= mix.drawn(self.number, source, last) - mix.drawn(self.number, source, mixing_rows)
         return None
 
     def cursor(self) -> LaneCursor:
         """Where the lane stands."""
         return LaneCursor(self.rows, self._mixing_rows, tuple(stream.cursor for stream in self.streams))
-
-
-_shares = lru_cache(maxsize=256)(integer_weights)
-
-
-@lru_cache(maxsize=256)
-def _places(shares: tuple[int, ...], source: int) -> Ints:
-    """Where a source stands in the mixing sequence, rising."""
-    return np.flatnonzero(mixing_sequence(shares) == source)

@@ -3,17 +3,19 @@
     index.py, manifest.py   shards -> indexes, made once
     plan.py, sources.py     indexes, seed -> segments, dealt to lanes; windows          pure
     window.py               a window -> rows; in worker processes                       pure
-    lane.py                 lane v: its row n, from the source that is due
+    mixing.py, lane.py      lane v: its row n, from the source that is due
     loader.py               row j of the run: lane j mod V, that lane's row j div V
-                            global batch k: rows J_k .. J_k + G; rank r: the lanes v with v mod dp_size == r
+                            global batch k: rows k G .. (k + 1) G; rank r has the rows j with j mod dp_size == r
 
-A global batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or
-timing.
+A rank reads every lane that one of its rows falls on, and passes over the rows in it that other ranks have. A global
+batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or timing.
 """
 
+import itertools
 import logging
+import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +26,7 @@ from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
 from shards.decontaminate import Decontaminator
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
+from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
 from shards.manifest import Prepared
 from shards.pool import InProcess, Pool, WorkerPool
@@ -34,6 +37,7 @@ from shards.tokenizer import Tokenizer
 
 FEW_LANES = 256
 LARGE_RUN_BYTES = 100 * 10**9  # raw
+SHARED_LANE_BYTES = 10**9  # raw, from which on it is a warning that several ranks read each lane
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +62,10 @@ class Loader:
             dp_rank, dp_size: which rank of how many; ranks together give the same global batches for every dp_size.
             prepared: what `prepare` said of this config, on any rank: then no shard is looked at before it is read.
                 None = all shards are looked at now, and indexed where that is missing.
-        Raises: ConfigError if lanes or batch cannot be split over the ranks; ShardError if a shard is missing or
+        Raises: ConfigError if the batch cannot be split over the ranks; ShardError if a shard is missing or
         damaged.
         """
-        self.num_lanes = config.num_lanes(global_batch_size)
-        _check_split(self.num_lanes, global_batch_size, dp_rank, dp_size)
+        _check_split(global_batch_size, dp_rank, dp_size)
         self._config, self._seed = config, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
@@ -74,15 +77,21 @@ class Loader:
         else:
             pairs = zip(config.sources, prepared, strict=True)
             shards = [manifest.prepared_shards(config, source, found) for source, found in pairs]
+        self._stages = config.weight_stages()
+        sizes = [sum(shard.index.raw_bytes for shard in found) for found in shards]
+        drawn = [any(weights[i] > 0 for _, weights in self._stages) for i in range(len(shards))]
+        self.num_lanes = config.num_lanes(global_batch_size, sum(itertools.compress(sizes, drawn)))
+        # A rank's rows fall on the lanes whose numbers leave one remainder by this, and on no others.
+        self._stride = math.gcd(self.num_lanes, dp_size)
         self._sources = [Source(config, i, found, self.num_lanes, seed) for i, found in enumerate(shards)]
-        self._check_lanes()
+        if dp_rank == 0:
+            self._announce_lanes(list(itertools.compress(self._sources, drawn)))
         decontaminator = Decontaminator.of(config.decontaminate, config.index_dir) if config.decontaminate else None
         self.fingerprint = fingerprint(config, self._sources, tokenizer, decontaminator, self.num_lanes, seed)
-        self._stages = _weight_stages(config)
-        recipe = Recipe.of(tokenizer, decontaminator)
-        self._pool: Pool = WorkerPool(config, recipe) if config.num_workers else InProcess(config, recipe)
+        self._recipe = Recipe.of(tokenizer, decontaminator)
+        self._pool: Pool = WorkerPool(config, self._recipe) if config.num_workers else InProcess(config, self._recipe)
         weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
-        self._ended = False
+        self.ended = False  # all lanes of this rank have run dry
         self._lanes: dict[int, Lane]
         self._state = self._first_state()
         self._torn = True  # the lanes may stand elsewhere than the state says
@@ -106,29 +115,59 @@ class Loader:
     def __next__(self) -> Batch:
         """The next batch; after an error or an interrupt the same one that could not be made, from its first row on.
 
-        Raises: StopIteration when one of its rows cannot be filled, all sources having reached their max_epochs. Other
-            ranks may get one batch more: a step counts only if all ranks have theirs.
+        Raises: StopIteration when all lanes of this rank have run dry, all sources having reached their max_epochs;
+            other ranks may have rows left. ShardError if that is so before the first row.
         """
-        if self._ended:
+        self._restore()
+        state, batch, ended = self._make_batch(self._state.rows)
+        # A batch without a row is no step: its lanes have run dry, others have not. Several ranks tell that together.
+        while self._dp_size == 1 and not batch.num_rows and not ended:
+            state, batch, ended = self._make_batch(state.rows)
+        if ended:
+            if self._dp_size == 1:
+                check_not_empty(self.rows_drawn, [source.name for source in self._config.sources])
             raise StopIteration
+        self._state, self._torn = state, False  # last of all: until here the batch is not given out
+        return batch
+
+    def next_batch(self) -> Batch:
+        """The next batch, be there a row in it or not; without end, for as long as other ranks have rows left."""
+        self._restore()
+        state, batch, ended = self._make_batch(self._state.rows)
+        self._state, self.ended, self._torn = state, ended, False
+        return batch
+
+    def _restore(self) -> None:
+        """Puts the lanes back if a batch could not be made, and takes note that one is being made."""
         if self._torn:
             self._put_back()
         self._torn = True
-        first = self._state.rows
+
+    def _make_batch(self, first: int) -> tuple[LoaderState, Batch, bool]:
+        """The batch that begins with row `first` of the run, where the lanes are after it, and whether all are dry."""
         draws: list[Draw] = []
-        rows = range(first + (self._dp_rank - first) % self._dp_size, first + self._global_batch_size, self._dp_size)
-        for j in rows:
+        is_empty = True
+        for j in range(first + self._dp_rank % self._stride, first + self._global_batch_size, self._stride):
             draw = self._draw(j)
-            if draw is None:
-                self._ended = True
-                raise StopIteration
-            draws.append(draw)
+            is_empty = is_empty and draw.row is None
+            if j % self._dp_size == self._dp_rank:
+                draws.append(draw)
         state = self._snapshot(first + self._global_batch_size)
-        slots = [j - first for j in rows]
-        batch = Batch(draws, slots, self._sources, self._config.seq_len, state, self._epochs())
+        slots = range(self._dp_rank, self._global_batch_size, self._dp_size)
+        skipped = sum(stream.cursor.skipped for lane in self._answered() for stream in lane.streams)
+        batch = Batch(draws, slots, self._sources, self._config.seq_len, state, skipped, self._epochs())
         self._check_skipped(batch)
-        self._state, self._torn = state, False  # last of all: until here the batch is not given out
-        return batch
+        return state, batch, is_empty and self._is_dry(first)
+
+    @property
+    def rows_drawn(self) -> int:
+        """Rows that are not empty, since the run's start, of the lanes that this rank tells of: sum it over ranks."""
+        return sum(stream.cursor.rows_drawn for lane in self._answered() for stream in lane.streams)
+
+    def forecast(self, steps: int | None) -> Forecast:
+        """How long the data will last, the same at every start of a run; see `forecast.forecast`."""
+        sizes = (self.num_lanes, self._global_batch_size)
+        return forecast(self._config, self._recipe, self._sources, *sizes, steps)
 
     def state_dict(self) -> dict[str, object]:
         """Where this rank's lanes stand after the last batch; plain, JSON-able.
@@ -147,22 +186,30 @@ class Loader:
         for key, theirs, ours in (("lanes", loaded.num_lanes, self.num_lanes), ("sources", loaded.source_names, names)):
             if theirs != ours:
                 raise CheckpointError(f"loader state was made with data.{key}={theirs}, now it is {ours}; set it back")
-        lanes = [str(lane) for lane in range(self._dp_rank, self.num_lanes, self._dp_size)]
+        lanes = self._lane_names()
         if missing := [lane for lane in lanes if lane not in loaded.lanes]:
             raise CheckpointError(
                 f"loader state lacks lane {missing[0]}, which rank {self._dp_rank} of {self._dp_size} reads; "
                 "merge the states of all ranks that saved it"
             )
         mine = {lane: loaded.lanes[lane] for lane in lanes}
-        self._torn, self._ended = True, False
+        self._torn, self.ended = True, False
         self._state = LoaderState(loaded.version, loaded.rows, loaded.num_lanes, loaded.source_names, mine)
         self._put_back()
 
     def _first_state(self) -> LoaderState:
         start = LaneCursor(0, 0, (Cursor(),) * len(self._sources))
-        lanes = {str(lane): start for lane in range(self._dp_rank, self.num_lanes, self._dp_size)}
+        lanes = dict.fromkeys(self._lane_names(), start)
         names = tuple(source.name for source in self._config.sources)
         return LoaderState(STATE_VERSION, 0, self.num_lanes, names, lanes)
+
+    def _lane_names(self) -> list[str]:
+        """The lanes that this rank reads, as a state names them."""
+        return [str(lane) for lane in range(self._dp_rank % self._stride, self.num_lanes, self._stride)]
+
+    def _answered(self) -> Iterator[Lane]:
+        """The lanes that this rank tells of, so that what several ranks read is told once."""
+        return (lane for number, lane in self._lanes.items() if number % self._dp_size == self._dp_rank)
 
     def _put_back(self) -> None:
         """Puts the lanes where the state says, whatever was drawn, requested or interrupted since."""
@@ -174,20 +221,25 @@ class Loader:
                 Stream(source, i, int(number), cursor.sources[i], self._config.seq_len + 1)
                 for i, source in enumerate(self._sources)
             ]
-            self._lanes[int(number)] = Lane(int(number), streams, cursor.rows, cursor.mixing_rows)
+            self._lanes[int(number)] = Lane(int(number), streams, cursor.rows, cursor.mixing_rows, self._config.plan)
         stages = [(step * self._global_batch_size, weights) for step, weights in self._stages]
         lanes = list(self._lanes.values())
         self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config.prefetch_bytes)
         self._torn = False
 
-    def _draw(self, j: int) -> Draw | None:
+    def _draw(self, j: int) -> Draw:
         lane = self._lanes[j % self.num_lanes]
         weights, step = self._weights(j)
         changed = j >= self.num_lanes and self._weights(j - self.num_lanes)[1] < step
         draw = lane.draw(weights, changed, self._pool)
-        if draw is not None:
-            self._prefetcher.taken(draw.name)
+        if draw.row is not None:
+            self._prefetcher.taken(draw.row.name)
         return draw
+
+    def _is_dry(self, j: int) -> bool:
+        """True if from row j of the run on no lane of this rank has a source left that is drawn from."""
+        left = [self._weights(j)[0], *(weights for step, weights in self._stages if step * self._global_batch_size > j)]
+        return all(lane.is_dry(left) for lane in self._lanes.values())
 
     def _weights(self, j: int) -> tuple[tuple[float, ...], int]:
         """The sources' weights at row j, and the step from which they count."""
@@ -200,9 +252,7 @@ class Loader:
 
     def _epochs(self) -> dict[str, float]:
         return {
-            source.config.name: sum(lane.streams[i].progress() for lane in self._lanes.values())
-            * self._dp_size
-            / source.plan.num_segments
+            source.config.name: sum(lane.streams[i].progress() for lane in self._answered()) / source.plan.num_records
             for i, source in enumerate(self._sources)
         }
 
@@ -215,40 +265,54 @@ class Loader:
                 f"the last: {skipped[-1].shard}, line {skipped[-1].line}: {skipped[-1].reason}"
             )
 
-    def _check_lanes(self) -> None:
-        """A lane without any segment would end the run before its first step. Raises: ConfigError."""
-        raw_bytes = sum(source.plan.raw_bytes for source in self._sources)
-        if self._dp_rank == 0 and self.num_lanes < FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
+    def _announce_lanes(self, sources: list[Source]) -> None:
+        """Says what the number of lanes brings with it, given the sources that are drawn from."""
+        raw_bytes = sum(source.plan.raw_bytes for source in sources)
+        if self.num_lanes < FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
             logger.warning(
                 "data.lanes=%d: a batch is only as diverse as its lanes; %d or more suit a run of this size",
                 self.num_lanes,
                 FEW_LANES,
             )
-        granted = [source.segments_of_lane(self.num_lanes - 1) for source in self._sources]
-        if not any(segments is None or segments > 0 for segments in granted):
-            counts = ", ".join(f"{source.config.name} has {source.plan.num_segments}" for source in self._sources)
-            raise ConfigError(
-                f"data.lanes={self.num_lanes}: some lanes would get no segment within max_epochs ({counts}); "
-                "lower data.lanes or data.window_bytes, or raise max_epochs"
+        if self._stride < self._dp_size:
+            logger.log(
+                logging.WARNING if raw_bytes > SHARED_LANE_BYTES else logging.INFO,
+                "data.lanes=%d on %d data-parallel ranks: %d ranks read each lane, so each document is tokenized %d "
+                "times; that takes more workers, and nothing else changes",
+                self.num_lanes,
+                self._dp_size,
+                self._dp_size // self._stride,
+                self._dp_size // self._stride,
+            )
+        passes = [source.config.max_epochs for source in sources]
+        dealt = [
+            0 if limit is None else limit * source.plan.num_segments
+            for source, limit in zip(sources, passes, strict=True)
+        ]
+        if None not in passes and max(dealt) < self.num_lanes:
+            logger.warning(
+                "data.lanes=%d: %d of them get no segment within max_epochs (%s) and give only empty rows; lower "
+                "data.lanes, or leave it out",
+                self.num_lanes,
+                self.num_lanes - max(dealt),
+                ", ".join(f"{source.config.name} has {source.plan.num_segments}" for source in sources),
             )
 
 
-def _check_split(num_lanes: int, global_batch_size: int, dp_rank: int, dp_size: int) -> None:
+def check_not_empty(rows_drawn: int, sources: Sequence[str]) -> None:
+    """Raises: ShardError if data that has come to its end gave no row at all, over all ranks."""
+    if not rows_drawn:
+        names = ", ".join(sources)
+        raise ShardError(
+            f"the data ends without a single row; all lines of {names} are blank or bad; is text_key right?"
+        )
+
+
+def _check_split(global_batch_size: int, dp_rank: int, dp_size: int) -> None:
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    for key, value in (("data.lanes", num_lanes), ("train.global_batch_size", global_batch_size)):
-        if value % dp_size:
-            common = [size for size in range(1, num_lanes + 1) if num_lanes % size == global_batch_size % size == 0]
-            raise ConfigError(
-                f"{key}={value} cannot be split over {dp_size} data-parallel ranks; "
-                f"numbers of ranks that work: {', '.join(map(str, common))}"
-            )
-
-
-def _weight_stages(config: DataConfig) -> list[tuple[int, tuple[float, ...]]]:
-    """(first step, weights in the order of the sources), in the order of steps."""
-    weights = {source.name: source.weight for source in config.sources}
-    stages = [(0, tuple(weights.values()))]
-    for change in config.weight_changes:
-        weights |= change.weights
-        stages.append((change.step, tuple(weights.values())))
-    return stages
+    if global_batch_size % dp_size:
+        working = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} cannot be split over {dp_size} data-parallel ranks; "
+            f"numbers of ranks that work: {', '.join(map(str, working))}"
+        )

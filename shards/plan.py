@@ -1,14 +1,15 @@
-"""Which record of which source is read where and when: pure functions of (record tables, config, seed).
+"""Which record of which source is read where and when: pure functions of (record tables, seed, plan version).
 
-index -> plan -> lane.
+index -> plan -> lane. A source is cut into *segments*, which each epoch permutes and deals to the lanes in turn. A
+*deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
 
 Randomness is counter-based: a hash of what a thing is called, never a generator with a state.
 """
 
-import heapq
 import itertools
-from fractions import Fraction
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,9 +19,14 @@ import xxhash
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
-MIXING_PERIOD = 1 << 14  # rows after which the sequence of sources repeats; a weight is exact to 1 in this
-MAX_SEGMENT_BYTES = 16 << 20
-SEGMENTS_PER_LANE = 8  # at least this many per epoch, where the source is large enough
+MAX_SEGMENT_BYTES = 16 << 20  # raw; what is read in a row of a large source, once its place is found
+DEAL_BYTES = 16 << 20  # raw: about what a deal holds where segments are smaller
+MAX_DEAL_SEGMENTS = 4096
+SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch, where the source is large enough
+# Under version 2 a segment is no smaller than this, or than a 4,096th of the source where that is less: a window is
+# gathered from as many places as it has segments, and each place costs decoding from the entry before it.
+SMALL_SEGMENT_BYTES = 64 << 10
+SMALL_SEGMENTS = 4096
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it spread evenly over the ring
 
 
@@ -65,70 +71,44 @@ def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:
     return np.sort(np.concatenate(starts)) if starts else np.zeros(0, np.int64)
 
 
-def integer_weights(weights: tuple[float, ...], period: int = MIXING_PERIOD) -> tuple[int, ...]:
-    """Shares of `period` by the largest remainder, of equal ones the earlier; a weight above 0 gets at least 1."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    quotas = [weight * period / sum(exact) for weight in exact]
-    shares = [max(int(quota), int(quota > 0)) for quota in quotas]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (int(quotas[i]) - quotas[i], i))
-    for i in by_remainder[: max(0, period - sum(shares))]:
-        shares[i] += 1
-    while sum(shares) > period:  # many weights were lifted to 1
-        shares[shares.index(max(shares))] -= 1
-    return tuple(shares)
-
-
-@lru_cache(maxsize=64)
-def mixing_sequence(shares: tuple[int, ...]) -> npt.NDArray[np.int32]:
-    """The order in which a lane draws from sources: earliest deadline first.
-
-    Source i's k-th row may come at slot floor(k * P / share) and must come before ceil((k + 1) * P / share), P being
-    the period, sum(shares). Every prefix then holds each source's share of it to less than one row, every stretch to
-    less than two.
-
-    Returns: int32 [P], source numbers.
-    Source: Liu, Layland 1973 (EDF); Tijdeman 1980, "The chairman assignment problem".
-    """
-    period = sum(shares)
-    waiting = [(0, i, 0) for i, share in enumerate(shares) if share]  # (first slot, source, its row k)
-    ready: list[tuple[int, int, int]] = []  # (deadline, source, k)
-    sequence = np.empty(period, np.int32)
-    heapq.heapify(waiting)
-    for slot in range(period):
-        while waiting and waiting[0][0] <= slot:
-            _, i, k = heapq.heappop(waiting)
-            heapq.heappush(ready, (-(-(k + 1) * period // shares[i]), i, k))
-        _, i, k = heapq.heappop(ready)
-        sequence[slot] = i
-        heapq.heappush(waiting, ((k + 1) * period // shares[i], i, k + 1))
-    return sequence
-
-
-def lane_phase(lane: int, period: int = MIXING_PERIOD) -> int:
-    """Where a lane starts in the mixing sequence: floor(frac(lane / golden ratio) * period), in integers."""
-    return ((lane * GOLDEN) % (1 << 64) * period) >> 64
-
-
-def source_of_row(lane: int, row: int, shares: tuple[int, ...]) -> int:
-    """The source that a lane draws its row from, counted since the weights last changed."""
-    period = sum(shares)
-    return int(mixing_sequence(shares)[(lane_phase(lane, period) + row) % period])
-
-
-class WindowPlan(msgspec.Struct, frozen=True):
-    """Consecutive records of one segment: what a window is made of."""
+class Span(msgspec.Struct, frozen=True):
+    """Consecutive records of a shard, and the whole cells that hold them."""
 
     shard: int  # number in the source
     first_record: int  # number in the shard, counted from 0
+    num_records: int  # blank and bad ones counted
+    cells_record: int  # number of the cells' first record
+    cells_records: int  # records in the cells
+    start: int  # raw offset in the shard where the cells begin
+    stop: int  # and where they end
+
+    @property
+    def raw_bytes(self) -> int:
+        """Of the records, taken to be of equal length where a cell holds others too."""
+        return (self.stop - self.start) * self.num_records // self.cells_records
+
+
+class WindowPlan(NamedTuple):
+    """What a window is made of, in the order of the source's records."""
+
+    spans: tuple[Span, ...]
     num_records: int
-    start: int  # raw offset in the shard
-    stop: int
+    raw_bytes: int  # about, where cells are divided
+
+
+class Deal(NamedTuple):
+    """Consecutive segments of a lane's sequence, all of one epoch."""
+
+    epoch: int
+    segments: tuple[int, ...]  # numbered in the source, in the order of the epoch
+    windows: tuple[WindowPlan, ...]
+    next: int  # q of the segment after it, in the lane's sequence
 
 
 class SourcePlan:
     """One source's records, cut into segments and windows, dealt to lanes for any number of epochs."""
 
-    def __init__(self, name: str, tables: list[Ints], window_limit: int, lanes: int, seed: int) -> None:
+    def __init__(self, name: str, tables: list[Ints], window_limit: int, lanes: int, seed: int, version: int) -> None:
         """
         Args:
             name: of the source; its order depends on it.
@@ -136,23 +116,46 @@ class SourcePlan:
             window_limit: raw bytes per window.
             lanes: V.
             seed: of the run.
+            version: of the plan. Under version 1 a segment is at least a window, and each is a deal of its own.
         """
         self.name, self._lanes, self._seed = name, lanes, seed
         self._window_limit = window_limit
-        self._tables = tables
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
-        # Offsets in the concatenation of all shards, so that one search serves them all.
-        bases = np.cumsum([0, *(int(table[-1, 1]) for table in tables)])
-        offsets = [base + table[:-1, 1] for base, table in zip(bases[:-1], tables, strict=True)]
-        self._global = np.concatenate([*offsets, bases[-1:]])
-        self.raw_bytes = int(bases[-1])
-        self.segment_bytes = max(window_limit, min(self.raw_bytes // (SEGMENTS_PER_LANE * lanes), MAX_SEGMENT_BYTES))
-        self._segments = greedy_groups(self._global, self._shard_cells, self.segment_bytes)
+        # Offsets and records in the concatenation of all shards, so that one search serves them all.
+        ends = np.cumsum([[0, 0], *(table[-1] for table in tables)], axis=0)
+        cells = [end + table[:-1] for end, table in zip(ends[:-1], tables, strict=True)]
+        records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
+        self._records, self._shard_ends = records, ends
+        self.num_records, self.raw_bytes = int(records[-1]), int(self._offsets[-1])
+        wanted = self.raw_bytes // (SEGMENTS_PER_LANE[version] * lanes)
+        least = min(SMALL_SEGMENT_BYTES, self.raw_bytes // SMALL_SEGMENTS) if version > 1 else window_limit
+        self.segment_bytes = max(1, least, min(wanted, MAX_SEGMENT_BYTES))
+        self._cut(divide=version > 1)
+        mean_bytes = max(1, self.raw_bytes // max(1, self.num_segments))
+        self._deal_segments = min(max(1, DEAL_BYTES // mean_bytes), MAX_DEAL_SEGMENTS) if version > 1 else 1
         self._permutation = lru_cache(maxsize=8)(self._permute)
+        self._sizes_until = lru_cache(maxsize=8)(self._sum_sizes)
+        self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # for each lane the present and the next
+
+    def _cut(self, divide: bool) -> None:
+        """Cuts the source into segments, by cells; with `divide`, a cell longer than a segment by its records."""
+        first = greedy_groups(self._offsets, self._shard_cells, self.segment_bytes)
+        stop = np.append(first[1:], len(self._offsets) - 1)
+        records, sizes = self._records[stop] - self._records[first], self._offsets[stop] - self._offsets[first]
+        parts = np.ones(len(first), np.int64)
+        if divide:
+            parts = np.clip(-(-sizes // self.segment_bytes), 1, np.maximum(1, records))
+        which = np.repeat(np.arange(len(first)), parts)
+        part = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+        self._first_cell, self._stop_cell = first[which], stop[which]
+        bounds = [self._records[first][which] + records[which] * (part + i) // parts[which] for i in (0, 1)]
+        self._first_record, self._stop_record = bounds  # in the concatenation of all shards
+        own = self._stop_record - self._first_record
+        self._sizes = np.stack([own, sizes[which] * own // np.maximum(1, records[which])])  # records and raw bytes
 
     @property
     def num_segments(self) -> int:
-        return len(self._segments)
+        return len(self._first_cell)
 
     def _permute(self, epoch: int) -> Ints:
         return permutation(key_of("segments", self._seed, self.name, epoch), self.num_segments)
@@ -161,26 +164,74 @@ class SourcePlan:
         """How many segments a lane is dealt in that many epochs."""
         return len(range(lane, max_epochs * self.num_segments, self._lanes))
 
-    def segment_of(self, lane: int, q: int) -> tuple[int, int]:
-        """(epoch, segment) of a lane's q-th: number q * V + lane in the concatenated permutations of the epochs."""
+    def records_before(self, lane: int, q: int) -> int:
+        """How many records a lane's first q segments hold."""
+        return int(self._sizes_before(lane, q)[0])
+
+    def raw_bytes_before(self, lane: int, q: int) -> int:
+        """How many raw bytes they hold, about."""
+        return int(self._sizes_before(lane, q)[1])
+
+    def _sizes_before(self, lane: int, q: int) -> Ints:
+        """int64 [2]: records and raw bytes of a lane's first q segments."""
         epoch, position = divmod(q * self._lanes + lane, self.num_segments)
-        return epoch, int(self._permutation(epoch)[position])
+        present = self._permutation(epoch)[position % self._lanes : position : self._lanes]
+        sums: Ints = self._sizes_until(epoch)[:, lane] + self._sizes[:, present].sum(axis=1)
+        return sums
 
-    def windows_of(self, segment: int) -> list[WindowPlan]:
-        """The windows of a segment, in the order of its records."""
-        first = int(self._segments[segment])
+    def _sum_sizes(self, epoch: int) -> Ints:
+        """int64 [2, V]: the records and raw bytes that each lane is dealt in the epochs before this one."""
+        sums = np.zeros((2, self._lanes), np.int64)
+        numbers = np.arange(self.num_segments)
+        for earlier in range(epoch):
+            lanes, dealt = (earlier * self.num_segments + numbers) % self._lanes, self._permute(earlier)
+            sums += np.array([np.bincount(lanes, sizes[dealt], self._lanes) for sizes in self._sizes]).astype(np.int64)
+        return sums
+
+    def _deal(self, lane: int, q: int) -> Deal:
+        """The deal that begins with a lane's q-th segment: number q * V + lane in the epochs' permutations in turn."""
+        epoch, position = divmod(q * self._lanes + lane, self.num_segments)
+        dealt = self._permutation(epoch)[position :: self._lanes][: self._deal_segments]
+        return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
+
+    def _windows(self, segments: Ints) -> Iterator[WindowPlan]:
+        """Segments in their order, cut by cells where they are longer than a window, joined where they are shorter."""
+        spans: list[Span] = []
+        size = 0
+        for span in self._spans(segments):
+            if spans and size + span.raw_bytes > self._window_limit:
+                yield _window(spans)
+                spans, size = [], 0
+            spans.append(span)
+            size += span.raw_bytes
+        yield _window(spans)
+
+    def _spans(self, segments: Ints) -> Iterator[Span]:
+        columns = (self._first_cell, self._stop_cell, self._first_record, self._stop_record)
+        for first, stop, *records in zip(*(column[segments].tolist() for column in columns), strict=True):
+            size = int(self._offsets[stop] - self._offsets[first])
+            if stop - first == 1 or size <= self._window_limit:
+                yield self._span(first, stop, *records)
+                continue
+            starts = greedy_groups(self._offsets, np.array([first, stop]), self._window_limit).tolist()
+            for a, b in itertools.pairwise([*starts, stop]):
+                yield self._span(a, b, int(self._records[a]), int(self._records[b]))
+
+    def _span(self, first: int, stop: int, first_record: int, stop_record: int) -> Span:
+        """Records, numbered in the concatenation of all shards, in cells of one shard."""
         shard = int(np.searchsorted(self._shard_cells, first, side="right")) - 1
-        stop = int(self._shard_cells[shard + 1])
-        if segment + 1 < self.num_segments:
-            stop = min(stop, int(self._segments[segment + 1]))
-        starts = greedy_groups(self._global, np.array([first, stop]), self._window_limit)
-        marks = [self._mark(int(cell), shard) for cell in (*starts, stop)]
-        return [
-            WindowPlan(shard, record, next_record - record, offset, next_offset)
-            for (record, offset), (next_record, next_offset) in itertools.pairwise(marks)
-        ]
+        base_record, base = self._shard_ends[shard].tolist()
+        return Span(
+            shard=shard,
+            first_record=first_record - base_record,
+            num_records=stop_record - first_record,
+            cells_record=int(self._records[first]) - base_record,
+            cells_records=int(self._records[stop] - self._records[first]),
+            start=int(self._offsets[first]) - base,
+            stop=int(self._offsets[stop]) - base,
+        )
 
-    def _mark(self, cell: int, shard: int) -> tuple[int, int]:
-        """(record, raw offset) at which a cell of a shard begins, or at which the shard ends."""
-        record, offset = self._tables[shard][cell - int(self._shard_cells[shard])].tolist()
-        return record, offset
+
+def _window(spans: list[Span]) -> WindowPlan:
+    ordered = tuple(sorted(spans, key=lambda span: (span.shard, span.first_record)))  # each shard is read forward
+    return WindowPlan(ordered, sum(span.num_records for span in ordered), sum(span.raw_bytes for span in ordered))

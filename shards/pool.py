@@ -24,8 +24,8 @@ class WindowId(NamedTuple):
 
     source: int
     lane: int
-    segment: int  # the lane's q-th
-    window: int  # in the segment
+    segment: int  # q: the deal begins with the lane's q-th segment
+    window: int  # in the deal
 
 
 class Pool(Protocol):
@@ -228,11 +228,7 @@ class WorkerPool:
             name, task = self._making[numbers[0]]
             losses = self._losses[name] = self._losses.get(name, 0) + 1
             if losses >= lost.limit:
-                raw = task.raw
-                error = ShardError(
-                    f"{raw.path}: raw bytes {raw.start} to {raw.stop}: {losses} workers in turn were lost on them; "
-                    f"the last {lost}"
-                )
+                error = ShardError(f"{task}: {losses} workers in turn were lost on them; the last {lost}")
                 self._deliver(numbers.pop(0), error)
             for number in numbers:
                 name, task = self._making.pop(number)

@@ -66,9 +66,8 @@ class Prefetcher:
             name, task = wanted
             self._pool.request(name, task, due)
             stream.requested(task)
-            size = task.raw.stop - task.raw.start
-            self._requested[name.source, name.lane].append((name, size))
-            self._bytes += size
+            self._requested[name.source, name.lane].append((name, task.raw_bytes))
+            self._bytes += task.raw_bytes
             self._windows += 1
             self._offer(lane, source)
 

@@ -5,9 +5,9 @@ manifest, plan -> sources -> lane.
 
 from shards.config import DataConfig, SourceConfig
 from shards.manifest import Shard
-from shards.plan import SourcePlan, WindowPlan, key_of
+from shards.plan import Deal, SourcePlan, WindowPlan, key_of
 from shards.pool import WindowId
-from shards.window import WindowTask
+from shards.window import SpanTask, WindowTask
 
 
 class Source:
@@ -24,27 +24,32 @@ class Source:
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
         tables = [shard.index.table() for shard in shards]
-        self.plan = SourcePlan(self.config.name, tables, config.window_limit, lanes, seed)
-        self._number, self._seed = number, seed
+        self.plan = SourcePlan(self.config.name, tables, config.window_limit, lanes, seed, config.plan)
+        self.number, self._seed = number, seed
 
     def segments_of_lane(self, lane: int) -> int | None:
         """How many segments the lane reads before the source is exhausted; None = no limit."""
         limit = self.config.max_epochs
         return None if limit is None else self.plan.segments_of_lane(lane, limit)
 
-    def windows(self, lane: int, segment: int) -> list[WindowPlan]:
-        """The windows of the lane's q-th segment."""
-        return self.plan.windows_of(self.plan.segment_of(lane, segment)[1])
+    def deal(self, lane: int, segment: int) -> Deal:
+        """The windows of the deal that begins with the lane's q-th segment."""
+        return self.plan.deal(lane, segment)
+
+    def window(self, name: WindowId) -> WindowPlan:
+        """What a window is made of."""
+        return self.plan.deal(name.lane, name.segment).windows[name.window]
 
     def task(self, name: WindowId) -> WindowTask:
         """The task that makes a window."""
-        epoch, segment = self.plan.segment_of(name.lane, name.segment)
-        planned = self.plan.windows_of(segment)[name.window]
-        shard = self.shards[planned.shard]
-        return WindowTask(
-            source=self._number,
-            raw=shard.index.raw_range(shard.path, planned.start, planned.stop),
-            first_record=planned.first_record,
-            num_records=planned.num_records,
-            key=key_of("window", self._seed, self.config.name, epoch, name.lane, segment, name.window),
+        planned = self.window(name)
+        spans = tuple(
+            SpanTask(span, self.shards[span.shard].index.raw_range(self.shards[span.shard].path, span.start, span.stop))
+            for span in planned.spans
         )
+        return WindowTask(self.number, spans, planned.raw_bytes, self.key(name))
+
+    def key(self, name: WindowId) -> int:
+        """The key of a window's order."""
+        deal = self.deal(name.lane, name.segment)
+        return key_of("window", self._seed, self.config.name, deal.epoch, name.lane, deal.segments[0], name.window)

@@ -18,30 +18,63 @@ from shards.decoders import Decoders, RawRange
 from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
 from shards.packing import Rows, pack
-from shards.plan import Ints
+from shards.plan import Ints, Span
 from shards.reader import BadRecord, RecordParser, Records, bad_record_error
 from shards.recipe import Recipe
 from shards.tokenizer import Tokenizer
+
+LINE_FEED = 10
+
+
+class SpanTask(msgspec.Struct, frozen=True):
+    """Records of one shard, and the raw bytes of the whole cells that hold them."""
+
+    span: Span
+    raw: RawRange
 
 
 class WindowTask(msgspec.Struct, frozen=True):
     """What there is to know to make a window."""
 
     source: int  # number in the config
-    raw: RawRange
-    first_record: int  # number in the shard, counted from 0
-    num_records: int  # blank and bad ones counted
+    spans: tuple[SpanTask, ...]  # at least one
+    raw_bytes: int  # about
     key: int  # of the order of its documents and rows
+
+    def __str__(self) -> str:
+        raw, others = self.spans[0].raw, len(self.spans) - 1
+        return f"{raw.path}, raw bytes {raw.start} to {raw.stop}" + f" and {others} more places" * (others > 0)
+
+
+class SkippedRecord(NamedTuple):
+    """A record of a window that gives it no document."""
+
+    shard: int  # number in the source
+    line: int  # counted from 1
+    reason: str
+    contaminated: bool = False  # its text is also an evaluation suite's
+
+
+class Documents(NamedTuple):
+    """The documents of a window, tokenized, in the order of its spans."""
+
+    tokens: npt.NDArray[np.integer]  # of all
+    lengths: Ints  # tokens of each
+    lines: Ints  # of each in its shard, counted from 1
+    shards: npt.NDArray[np.int32]  # of each: number in the source
+    sub_sources: list[str | None]  # the name that each gives itself
+    skipped: tuple[SkippedRecord, ...]
 
 
 class Window(NamedTuple):
     """The rows of a window and where their pieces come from."""
 
     rows: Rows
-    lines: Ints  # [documents]: line of each in the shard, counted from 1
+    lines: Ints  # [documents]: line of each in its shard, counted from 1
+    shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
     sub_sources: tuple[str, ...]  # names that the documents give themselves
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
-    skipped: tuple[BadRecord, ...]
+    skipped: tuple[SkippedRecord, ...]
     token_offsets: Ints  # [rows + 1]: where each row's tokens begin
     replays: int = 0  # entries that did not hold when it was read, so that decoding began before them
 
@@ -61,26 +94,51 @@ class WindowMaker:
             self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
             recipe.check_filter(self._decontaminator)
         self._parsers = [RecordParser.of(source) for source in config.sources]
+        self._cells: tuple[RawRange, bytes] | None = None  # the cells read last, while a window is made
 
     def make(self, task: WindowTask) -> Window:
-        """The rows of a window. Raises: as `read`."""
+        """The rows of a window. Raises: as `documents`."""
         replays = self._decoders.replays
-        records = self._kept(self.read(task))
-        if records.token_ids is None:
-            tokens, lengths = self._tokenizer.encode_documents(records.texts)
-        else:
-            tokens, lengths = self._join(records.token_ids, records.lines, task.raw.path)
-        rows = pack(tokens, lengths, self._config.seq_len, self._config.packing, task.key)
-        names = sorted({name for name in records.sub_sources if name is not None})
+        found = self.documents(task)
+        rows = pack(found.tokens, found.lengths, self._config.seq_len, self._config.packing, task.key)
+        names = sorted({name for name in found.sub_sources if name is not None})
         number_of = {name: number for number, name in enumerate(names)}
         return Window(
             rows=rows,
-            lines=np.array(records.lines, np.int64),
+            lines=found.lines,
+            shards=found.shards,
             sub_sources=tuple(names),
-            sub_source_of=np.array([-1 if name is None else number_of[name] for name in records.sub_sources], np.int32),
-            skipped=tuple(records.bad),
+            sub_source_of=np.array([-1 if name is None else number_of[name] for name in found.sub_sources], np.int32),
+            skipped=found.skipped,
             token_offsets=rows.token_offsets(),
             replays=self._decoders.replays - replays,
+        )
+
+    def documents(self, task: WindowTask) -> Documents:
+        """The documents of a window.
+
+        Raises: ShardError if a shard changed or is damaged, or holds a bad record that may not be skipped.
+        """
+        self._cells = None
+        parts = [self._kept(self._read(item, task.source)) for item in task.spans]
+        self._cells = None
+        numbers = [item.span.shard for item in task.spans]
+        lines = [line for part in parts for line in part.lines]
+        counts = [len(part.lines) for part in parts]
+        if any(part.token_ids is not None for part in parts):
+            paths = [item.raw.path for item, count in zip(task.spans, counts, strict=True) for _ in range(count)]
+            tokens, lengths = self._join([ids for part in parts for ids in part.token_ids or ()], lines, paths)
+        else:
+            tokens, lengths = self._tokenizer.encode_documents([text for part in parts for text in part.texts])
+        return Documents(
+            tokens=tokens,
+            lengths=lengths,
+            lines=np.array(lines, np.int64),
+            shards=np.repeat(np.array(numbers, np.int32), counts),
+            sub_sources=[name for part in parts for name in part.sub_sources],
+            skipped=tuple(
+                SkippedRecord(number, *bad) for number, part in zip(numbers, parts, strict=True) for bad in part.bad
+            ),
         )
 
     def _kept(self, records: Records) -> Records:
@@ -102,34 +160,41 @@ class WindowMaker:
             bad=[*records.bad, *dropped],
         )
 
-    def read(self, task: WindowTask) -> Records:
-        """The records of a window.
-
-        Raises: ShardError if the shard changed or is damaged, or holds a bad record that may not be skipped.
-        """
-        records = self._rows(task) if arrow.is_column(task.raw.path) else self._lines(task)
+    def _read(self, item: SpanTask, source: int) -> Records:
+        """The records of a span."""
+        span, path = item.span, item.raw.path
+        if arrow.is_column(path):
+            config = self._config.sources[source]
+            records = self._columns.records(path, item.raw.stat, span.first_record, span.num_records, config)
+        else:
+            records = self._parsers[source].parse(self._lines(item), span.first_record + 1)
         if records.bad and self._config.on_bad_record == "fail":
-            raise bad_record_error(task.raw.path, records.bad[0])
+            raise bad_record_error(path, records.bad[0])
         return records
 
-    def _rows(self, task: WindowTask) -> Records:
-        """The records of a window of a column."""
-        source = self._config.sources[task.source]
-        return self._columns.records(task.raw.path, task.raw.stat, task.first_record, task.num_records, source)
+    def _lines(self, item: SpanTask) -> bytes:
+        """The bytes of a span's lines, once its cells hold as many lines as the index says."""
+        span, wanted = item.span, item.raw
+        # Small segments of one cell often meet in a window: it is decoded once for all of them.
+        if self._cells is None or self._cells[0] != wanted:
+            raw = self._decoders.read(wanted)
+            num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
+            if num_records != span.cells_records:
+                raise ShardError(
+                    f"{wanted.path}: raw bytes {wanted.start} to {wanted.stop} hold {num_records} lines, its index "
+                    f"says {span.cells_records}; it changed after it was indexed: put the old file back, or start a "
+                    "new run"
+                )
+            self._cells = (wanted, raw)
+        raw = self._cells[1]
+        if span.num_records == span.cells_records:
+            return raw
+        feeds = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_FEED) + 1
+        begins = np.concatenate([[0], feeds, [len(raw)]])
+        first = span.first_record - span.cells_record
+        return raw[int(begins[first]) : int(begins[first + span.num_records])]
 
-    def _lines(self, task: WindowTask) -> Records:
-        """The records of a window of JSON lines."""
-        raw = self._decoders.read(task.raw)
-        num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
-        if num_records != task.num_records:
-            raw_range = f"raw bytes {task.raw.start} to {task.raw.stop}"
-            raise ShardError(
-                f"{task.raw.path}: {raw_range} hold {num_records} lines, its index says {task.num_records}; it changed "
-                "after it was indexed: put the old file back, or start a new run"
-            )
-        return self._parsers[task.source].parse(raw, task.first_record + 1)
-
-    def _join(self, token_ids: list[Ints], lines: list[int], path: str) -> tuple[npt.NDArray[np.integer], Ints]:
+    def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """(ids, lengths) as `Tokenizer.encode_documents` gives them. Raises: ShardError for one that is no piece's."""
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
         tokens = np.concatenate([np.zeros(0, np.int64), *token_ids])
@@ -137,7 +202,7 @@ class WindowMaker:
         if len(wrong):
             document = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
             raise ShardError(
-                f"{path}, line {lines[document]}: token id {tokens[wrong[0]]}, but data.tokenizer has "
+                f"{paths[document]}, line {lines[document]}: token id {tokens[wrong[0]]}, but data.tokenizer has "
                 f"{self._tokenizer.vocab_size} pieces; name the tokenizer that the ids were made with"
             )
         return tokens.astype(self._tokenizer.dtype), lengths

@@ -11,9 +11,8 @@ import numpy as np
 
 from shards.errors import ConfigError, HeadraceError, ShardError
 from shards.packing import Rows
-from shards.reader import BadRecord
 from shards.recipe import Recipe
-from shards.window import Window, WindowTask
+from shards.window import SkippedRecord, Window, WindowTask
 
 LENGTH_BYTES = 8
 
@@ -35,7 +34,7 @@ class Reply(msgspec.Struct, frozen=True):
     seq_len: int = 0
     arrays: tuple[tuple[str, int], ...] = ()  # dtype and length of each array that follows
     sub_sources: tuple[str, ...] = ()
-    skipped: tuple[BadRecord, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
     replays: int = 0
 
 
@@ -62,6 +61,7 @@ def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
             rows.starts,
             rows.lengths,
             window.lines,
+            window.shards,
             window.sub_source_of,
         )
     ]
@@ -91,7 +91,9 @@ def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | Head
         for kind, length in reply.arrays
     ]
     rows = Rows(reply.seq_len, *arrays[:5])
-    window = Window(rows, arrays[5], reply.sub_sources, arrays[6], reply.skipped, rows.token_offsets(), reply.replays)
+    lines, shards, sub_source_of = arrays[5:]
+    offsets = rows.token_offsets()
+    window = Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, offsets, reply.replays)
     return reply.number, window
 
 

@@ -63,8 +63,7 @@ def serve(maker: WindowMaker, requests: "queue.SimpleQueue[wire.Request]", answe
         except HeadraceError as error:
             parts = wire.encode_error(request.number, error)
         except Exception as error:  # a bug here, or an input nobody thought of: the parent stops and says so
-            where = f"{request.task.raw.path}, raw bytes {request.task.raw.start} to {request.task.raw.stop}"
-            parts = wire.encode_error(request.number, RuntimeError(f"{error!r} in {where}"))
+            parts = wire.encode_error(request.number, RuntimeError(f"{error!r} in {request.task}"))
         _write(answers, parts)
 
 

@@ -19,6 +19,7 @@ LAYERS = (
     ("pretrain.engine", "pretrain.generate", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
     (
         "pretrain.feed",
+        "pretrain.data_end",
         "pretrain.journal",
         "pretrain.unapplied",
         "pretrain.watchdog",

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[B
     listed = [{"name": name, "paths": [f"{root}/{name}-*"], "weight": w} for name, w in (("a", 0.7), ("b", 0.3))]
     plain = {
         "seq_len": 32, "tokenizer": str(TOKENIZER), "num_workers": 0, "window_bytes": 2048, "lanes": 3,
-        "on_bad_record": "skip", "sources": listed,
+        "on_bad_record": "skip", "sources": listed, "plan_version": 2,
     }  # fmt: skip
     folder = RunFolder(root)
     model = {"dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 4096}

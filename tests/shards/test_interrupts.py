@@ -15,7 +15,7 @@ from shards.window import WindowMaker
 from tests.shards.corpora import config, record, words, write_shard
 
 # What holds a loader's state. What makes windows holds none that counts: it is dropped when it is interrupted.
-MODULES = ("loader", "lane", "prefetch", "pool", "batch", "plan", "sources")
+MODULES = ("loader", "lane", "prefetch", "pool", "batch", "plan", "mixing", "sources")
 PLACES = {str(Path(shards.__file__).with_name(f"{name}.py")) for name in MODULES}
 BATCH = 6
 BATCHES = 40
@@ -147,15 +147,15 @@ def test_a_maker_that_was_interrupted_is_not_used_again(
     sources: list[dict[str, object]], undisturbed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     makers: list[WindowMaker] = []
-    read = WindowMaker.read
+    documents = WindowMaker.documents
 
     def interrupted(maker: WindowMaker, task: Any) -> Any:
         makers.append(maker)
         if len(makers) == 5:
             raise KeyboardInterrupt
-        return read(maker, task)
+        return documents(maker, task)
 
-    monkeypatch.setattr(WindowMaker, "read", interrupted)
+    monkeypatch.setattr(WindowMaker, "documents", interrupted)
     with Loader(data_of(sources), BATCH) as loader:
         with pytest.raises(KeyboardInterrupt):
             list(itertools.islice(loader, BATCHES))

@@ -1,22 +1,13 @@
 """The plan's pure functions, against their definitions."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.plan import (
-    MIXING_PERIOD,
-    SourcePlan,
-    greedy_groups,
-    integer_weights,
-    lane_phase,
-    mixing_sequence,
-    permutation,
-    source_of_row,
-)
-
-WEIGHTS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12).map(tuple)
+from shards.plan import SourcePlan, WindowPlan, greedy_groups, permutation
 
 
 def test_permutation_is_the_published_hash_and_stays_what_it_is() -> None:
@@ -31,47 +22,6 @@ def test_permutation_is_the_published_hash_and_stays_what_it_is() -> None:
     assert permutation(1234567, 5).tolist() == np.argsort(np.array(expected, np.uint64), kind="stable").tolist()
     assert sorted(permutation(99, 1000).tolist()) == list(range(1000))
     assert permutation(99, 1000).tolist() != permutation(100, 1000).tolist()
-
-
-@given(weights=WEIGHTS)
-def test_integer_weights_are_within_one_of_their_share(weights: tuple[float, ...]) -> None:
-    shares = integer_weights(weights)
-    assert sum(shares) == MIXING_PERIOD
-    for weight, share in zip(weights, shares, strict=True):
-        assert share >= 1
-        assert abs(share - weight / sum(weights) * MIXING_PERIOD) < 1 + 1e-6 or share == 1
-
-
-@settings(deadline=None, max_examples=15)
-@given(weights=WEIGHTS)
-def test_every_stretch_of_the_sequence_is_within_two_rows_of_its_shares(weights: tuple[float, ...]) -> None:
-    shares = integer_weights(weights)
-    sequence = mixing_sequence(shares)
-    steps = np.arange(MIXING_PERIOD + 1)
-    for source, share in enumerate(shares):
-        drawn = np.concatenate([[0], np.cumsum(sequence == source)])
-        error = drawn - steps * share / MIXING_PERIOD
-        assert drawn[-1] == share
-        assert np.abs(error).max() < 1
-        # A stretch is the difference of two prefixes, also across the end of the period.
-        assert error.max() - error.min() < 2
-
-
-@pytest.mark.parametrize("lanes", [8, 64, 256, 1024])
-def test_a_batch_is_mixed_across_lanes(lanes: int) -> None:
-    shares = integer_weights((0.5, 0.3, 0.15, 0.05))
-    for row in (0, 1, 17, 5000):
-        drawn = [source_of_row(lane, row, shares) for lane in range(lanes)]
-        assert len(set(drawn)) > 1
-        if lanes >= 256:
-            for source, weight in enumerate((0.5, 0.3, 0.15, 0.05)):
-                assert abs(drawn.count(source) / lanes - weight) < 0.05
-
-
-def test_lane_phase_is_the_golden_fraction() -> None:
-    golden = (5**0.5 - 1) / 2
-    for lane in range(1000):
-        assert abs(lane_phase(lane, 1 << 14) - int(lane * golden % 1 * (1 << 14))) <= 1
 
 
 @given(
@@ -93,24 +43,72 @@ def test_groups_are_greedy_and_stay_within_shards(shards: list[list[int]], limit
     assert greedy_groups(offsets, bounds, limit).tolist() == expected
 
 
+def tables_of(shards: list[list[int]], record_bytes: int = 10) -> list[np.ndarray]:
+    """Record tables of shards, given the records of each of their cells."""
+    ends = [np.concatenate([[0], np.cumsum(cells)]).astype(np.int64) for cells in shards]
+    return [np.stack([end, end * record_bytes], axis=1) for end in ends]
+
+
+def read_by(plan: SourcePlan, lane: int, epochs: int) -> Iterator[tuple[int, WindowPlan]]:
+    """(epoch, window) of all that a lane reads in so many epochs."""
+    q, limit = 0, plan.segments_of_lane(lane, epochs)
+    while q < limit:
+        deal = plan.deal(lane, q)
+        assert plan.records_before(lane, deal.next) - plan.records_before(lane, q) == sum(
+            window.num_records for window in deal.windows
+        )
+        yield from ((deal.epoch, window) for window in deal.windows)
+        q = deal.next
+    assert q == limit
+
+
 @given(
     sizes=st.lists(st.lists(st.integers(1, 500), max_size=20), min_size=1, max_size=4).filter(any),
     lanes=st.integers(1, 9),
     epochs=st.integers(1, 3),
+    limit=st.sampled_from([1000, 2000, 50_000]),
+    version=st.sampled_from([1, 2]),
 )
-def test_lanes_together_read_every_record_once_an_epoch(sizes: list[list[int]], lanes: int, epochs: int) -> None:
-    tables = []
-    for cells in sizes:
-        ends = np.concatenate([[0], np.cumsum(cells)]).astype(np.int64)
-        tables.append(np.stack([ends, ends * 10], axis=1))
-    plan = SourcePlan("s", tables, window_limit=2000, lanes=lanes, seed=3)
+def test_lanes_together_read_every_record_once_an_epoch(
+    sizes: list[list[int]], lanes: int, epochs: int, limit: int, version: int
+) -> None:
+    tables = tables_of(sizes)
+    plan = SourcePlan("s", tables, window_limit=limit, lanes=lanes, seed=3, version=version)
     seen = {epoch: [] for epoch in range(epochs)}
     for lane in range(lanes):
-        for q in range(plan.segments_of_lane(lane, epochs)):
-            epoch, segment = plan.segment_of(lane, q)
-            for window in plan.windows_of(segment):
-                assert window.stop - window.start == 10 * window.num_records
-                first = window.first_record
-                seen[epoch] += [(window.shard, record) for record in range(first, first + window.num_records)]
+        for epoch, window in read_by(plan, lane, epochs):
+            assert window.num_records == sum(span.num_records for span in window.spans)
+            assert window.raw_bytes <= limit or len(window.spans) == 1
+            assert list(window.spans) == sorted(window.spans, key=lambda span: (span.shard, span.first_record))
+            for span in window.spans:
+                begin, end = tables[span.shard][:, 0].searchsorted(
+                    [span.cells_record, span.cells_record + span.cells_records]
+                )
+                assert tables[span.shard][[begin, end]].ravel().tolist() == [
+                    span.cells_record, span.start, span.cells_record + span.cells_records, span.stop,
+                ]  # fmt: skip
+                assert span.cells_record <= span.first_record
+                assert span.first_record + span.num_records <= span.cells_record + span.cells_records
+                first = span.first_record
+                seen[epoch] += [(span.shard, record) for record in range(first, first + span.num_records)]
     everything = [(shard, record) for shard, cells in enumerate(sizes) for record in range(sum(cells))]
     assert all(sorted(records) == everything for records in seen.values())
+
+
+@pytest.mark.parametrize(("documents", "lanes"), [(25, 8), (250, 64), (2500, 960)])
+def test_few_documents_are_dealt_evenly(documents: int, lanes: int) -> None:
+    plan = SourcePlan("s", tables_of([[documents]], 2000), 1 << 20, lanes, seed=0, version=2)
+    loads = [plan.records_before(lane, plan.segments_of_lane(lane, 1)) for lane in range(lanes)]
+    assert sum(loads) == documents
+    assert max(loads) - min(loads) <= 1
+
+
+def test_small_shards_fill_windows_and_large_ones_are_read_in_a_row() -> None:
+    small = SourcePlan("s", tables_of([[3]] * 20_000, 500), 1 << 20, 1, seed=0, version=2)
+    windows = [window for _, window in read_by(small, 0, 1)]
+    assert len(windows) < 1.2 * small.raw_bytes / (1 << 20)
+    large = SourcePlan("s", tables_of([[500] * 4096], 2000), 1 << 20, 1, seed=0, version=2)
+    deal = large.deal(0, 0)
+    assert [len(window.spans) for window in deal.windows] == [1] * 16
+    starts = [window.spans[0].start for window in deal.windows]
+    assert starts == list(range(starts[0], starts[0] + 16_000_000, 1_000_000))

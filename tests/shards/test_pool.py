@@ -7,19 +7,25 @@ from pathlib import Path
 import pytest
 
 from shards import DataConfig, Loader
-from shards.index import build
+from shards.index import ShardIndex, build
+from shards.plan import Span
 from shards.pool import WindowId, WorkerPool
 from shards.process import MAX_DEATHS, WorkerLost
 from shards.recipe import Recipe
-from shards.window import Window, WindowMaker, WindowTask
+from shards.window import SpanTask, Window, WindowMaker, WindowTask
 from tests.shards.corpora import config, recipe_of, record, words, write_shard
+
+
+def whole_shard(index: ShardIndex, path: str) -> WindowTask:
+    span = Span(0, 0, index.num_records, 0, index.num_records, 0, index.raw_bytes)
+    return WindowTask(0, (SpanTask(span, index.raw_range(path, 0, index.raw_bytes)),), index.raw_bytes, 1)
 
 
 def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> None:
     path = str(write_shard(tmp_path / "a.jsonl", b"".join(record(words(i, 30)) for i in range(400))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
-    task = WindowTask(0, index.raw_range(path, 0, index.raw_bytes), 0, 400, 1)
+    task = whole_shard(index, path)
     names = [WindowId(0, lane, 0, 0) for lane in range(4)]
     pool = WorkerPool(data, recipe_of(data))
     try:
@@ -131,7 +137,7 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
     pool = WorkerPool(data, recipe_of(data))
-    pool.request(WindowId(0, 0, 0, 0), WindowTask(0, index.raw_range(path, 0, index.raw_bytes), 0, 1, 1), 0.0)
+    pool.request(WindowId(0, 0, 0, 0), whole_shard(index, path), 0.0)
     assert starting.wait(10)
     pool.close()
     go.set()

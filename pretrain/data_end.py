@@ -1,0 +1,71 @@
+"""The end of a run's data: foretold at the start, and told when it has come. loader -> data_end -> trainer.
+
+A run has either a number of steps, which its data may not last for, or a number of epochs, which end it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pretrain.optim import OptimConfig, learning_rate_at
+from pretrain.topology import Topology
+from shards import Forecast, Loader
+
+_logger = logging.getLogger(__name__)
+
+
+def foresee(loader: Loader | None, steps: int | None, topology: Topology) -> int:
+    """The steps of the whole run: those that were asked for, or about those that the data has. Every rank calls it.
+
+    Args:
+        steps: None = as many as the sources' max_epochs take.
+    """
+    forecast = None
+    if loader and topology.is_main:
+        forecast = loader.forecast(steps)
+        announce(steps, forecast)
+    forecast = topology.broadcast_object(forecast)
+    assert forecast is not None
+    foreseen = steps or forecast.last_step
+    assert foreseen is not None, "each epoch of a source ends"
+    return max(1, foreseen)
+
+
+def announce(steps: int | None, forecast: Forecast) -> None:
+    """Says with which step the data will end, and which sources run out before the run does."""
+    last = "" if forecast.last_step is None else f"{'' if forecast.is_exact else 'about '}{forecast.last_step}"
+    if steps is None:
+        guess = "" if forecast.is_exact else " (estimated from a sample; beyond it the schedule keeps its last rate)"
+        _logger.info("the epochs will end with step %s%s", last, guess)
+    elif forecast.last_step is not None and forecast.last_step < steps:
+        _logger.warning(
+            "the data will end with step %s of train.steps=%d (%.0f %%), when all sources have been read max_epochs"
+            " times; so will the run, before its schedule does: set train.epochs instead, lower train.steps or raise"
+            " max_epochs",
+            last, steps, 100 * forecast.last_step / steps,
+        )  # fmt: skip
+    elif forecast.share_read is not None:
+        share = 100 * forecast.share_read
+        _logger.info("train.steps=%d will read about %.3g %% of the rows that max_epochs grants", steps, share)
+    for short in forecast.shortfalls:
+        _logger.warning(
+            "source %r will have been read max_epochs times about step %d: of the run's rows it gives %.3g %%, where"
+            " its weight asks for %.3g %%", short.source, short.step, 100 * short.met, 100 * short.wished,
+        )  # fmt: skip
+
+
+def tell(step: int, steps: int | None, foreseen: int, optim: OptimConfig) -> None:
+    """Says that the data has come to its end with a step, and the run with it.
+
+    Args:
+        steps: as in `foresee`.
+        foreseen: steps of the whole run, which the schedule has.
+    """
+    if steps is None:
+        _logger.info("all epochs are done with step %d; %d steps were foreseen", step, foreseen)
+        return
+    rate = learning_rate_at(max(0, step - 1), optim, foreseen) / optim.learning_rate
+    _logger.warning(
+        "the data ends with step %d of train.steps=%d (%.0f %%), all sources having been read max_epochs times, and the"
+        " run with it; its last learning rate was %.3g of the peak", step, steps, 100 * step / steps, rate,
+    )  # fmt: skip

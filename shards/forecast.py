@@ -1,0 +1,220 @@
+"""How long the data will last, and in what shares its sources will be drawn. sources, window -> forecast -> loader.
+
+A pure function of the data and the config, so that every start of a run foretells the same: small data is tokenized as
+a whole and packed as it will be, of large data a bounded sample is.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.config import DataConfig
+from shards.packing import pack
+from shards.plan import Ints
+from shards.pool import WindowId
+from shards.recipe import Recipe
+from shards.sources import Source
+from shards.window import WindowMaker
+
+SAMPLE_BYTES = 8 << 20  # raw, tokenized at most, of all sources together
+PACKED_RECORDS = 500_000  # packed at most, all epochs counted
+NEARLY = 0.99  # of the share that is wished: as good as met
+
+Figures = npt.NDArray[np.float64]
+
+
+class Shortfall(NamedTuple):
+    """A source that runs out before the run does."""
+
+    source: str
+    step: int  # about which it has been read max_epochs times
+    wished: float  # share of the run's rows by the weights
+    met: float  # share of the rows that it gives
+
+
+class Forecast(NamedTuple):
+    """What the data comes to.
+
+    Attributes:
+        last_step: with which it ends; None if it never does.
+        is_exact: last_step was counted, not estimated from a sample.
+        share_read: of what max_epochs grants, in rows, by the end of the run; None where some source has no limit.
+        shortfalls: of the sources whose weight is not met, in the config's order.
+    """
+
+    last_step: int | None
+    is_exact: bool
+    share_read: float | None
+    shortfalls: tuple[Shortfall, ...]
+
+
+def forecast(
+    config: DataConfig,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    lanes: int,
+    global_batch_size: int,
+    steps: int | None,
+) -> Forecast:
+    """Foretells a run.
+
+    Args:
+        recipe: of the windows that are tokenized.
+        lanes: V.
+        steps: optimizer steps that the run is to have; None = as many as the data has.
+    Raises: ShardError if the data that is looked at cannot be read.
+    """
+    stages = config.weight_stages()
+    drawn = [i for i in range(len(sources)) if any(weights[i] > 0 for _, weights in stages)]
+    limited = [i for i in drawn if sources[i].config.max_epochs is not None]
+    if not limited:
+        return Forecast(None, is_exact=True, share_read=None, shortfalls=())
+    chosen = [sources[i] for i in limited]
+    is_small = sum(source.plan.raw_bytes for source in chosen) <= SAMPLE_BYTES
+    is_exact = is_small and sum(_granted(source) for source in chosen) <= PACKED_RECORDS
+    rows = np.zeros((len(sources), lanes))
+    maker = WindowMaker(config, recipe)
+    try:
+        for i, source in zip(limited, chosen, strict=True):
+            count = _counted_rows if is_exact else _estimated_rows
+            rows[i] = count(source, config, lanes, maker, SAMPLE_BYTES // len(limited))
+    finally:
+        maker.close()
+    supply: list[float] = [float(rows[i].sum()) if i in limited else math.inf for i in range(len(sources))]
+    starts = [(step * global_batch_size, weights) for step, weights in stages]
+    end, _, _ = _drain(supply, starts, math.inf)
+    last_step = None if math.isinf(end) else math.ceil(end / global_batch_size)
+    if last_step is not None and len(stages) == 1:
+        last_step = _last_step(rows.sum(axis=0), global_batch_size)
+    is_exact = is_exact and len(stages) == 1 and lanes <= global_batch_size
+    total = (last_step if steps is None else steps if last_step is None else min(steps, last_step)) or 0
+    _, met, empty = _drain(supply, starts, total * global_batch_size)
+    wished = _wished(starts, total * global_batch_size)
+    shortfalls = [
+        Shortfall(
+            sources[i].config.name, math.ceil(empty[i] / global_batch_size), wished[i], met[i] / max(1.0, sum(met))
+        )
+        for i in limited
+        if i in empty and empty[i] < total * global_batch_size
+    ]
+    granted = sum(supply[i] for i in drawn)
+    share = None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted))
+    return Forecast(last_step, is_exact, share, tuple(s for s in shortfalls if s.met < NEARLY * s.wished))
+
+
+def _granted(source: Source) -> int:
+    return source.plan.num_records * (source.config.max_epochs or 1)
+
+
+def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
+    """The windows of a lane's first segments."""
+    q = 0
+    while q < segments:
+        deal = source.deal(lane, q)
+        yield from (WindowId(source.number, lane, q, window) for window in range(len(deal.windows)))
+        q = deal.next
+
+
+def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, _: int) -> Figures:
+    """[V] rows that each lane will get: every document is tokenized once, and packed as often as it will be."""
+    lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
+    for lane in range(lanes):
+        for name in _windows(source, lane, source.plan.segments_of_lane(lane, 1)):
+            found = maker.documents(source.task(name))
+            for shard in set(found.shards.tolist()):
+                chosen = found.shards == shard
+                lengths[shard][found.lines[chosen] - 1] = found.lengths[chosen]
+    rows = np.zeros(lanes)
+    for lane in range(lanes):
+        for name in _windows(source, lane, source.segments_of_lane(lane) or 0):
+            spans = source.window(name).spans
+            own = [lengths[s.shard][s.first_record : s.first_record + s.num_records] for s in spans]
+            rows[lane] += _num_rows(np.concatenate(own), config, source.key(name))
+    return rows
+
+
+def _num_rows(lengths: Ints, config: DataConfig, key: int) -> int:
+    kept = lengths[lengths >= 0]
+    return pack(np.zeros(int(kept.sum()), np.uint16), kept, config.seq_len, config.packing, key).num_rows
+
+
+def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, budget: int) -> Figures:
+    """[V] rows that each lane will get, about: its raw bytes at the rate of a sample of windows."""
+    size = rows = 0
+    for name in _sample(source, lanes):
+        task = source.task(name)
+        if rows and size + task.raw_bytes > budget:
+            break
+        size += task.raw_bytes
+        rows += maker.make(task).rows.num_rows
+    limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
+    own = [source.plan.raw_bytes_before(lane, limit) for lane, limit in enumerate(limits)]
+    return np.array(own, np.float64) * rows / max(1, size)
+
+
+def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
+    """All windows of the first epoch, the first of each deal before the second of any: from all over the source."""
+    number, found = 0, True
+    while found:
+        found = False
+        for lane in range(lanes):
+            q, limit = 0, source.plan.segments_of_lane(lane, 1)
+            while q < limit:
+                deal = source.deal(lane, q)
+                if number < len(deal.windows):
+                    found = True
+                    yield WindowId(source.number, lane, q, number)
+                q = deal.next
+        number += 1
+
+
+def _last_step(rows: Figures, global_batch_size: int) -> int:
+    """The step that holds the last row of all, given how many each lane has."""
+    lanes = len(rows)
+    last = [lane + (math.ceil(count) - 1) * lanes for lane, count in enumerate(rows.tolist()) if count > 0]
+    return max(last, default=-1) // global_batch_size + 1
+
+
+def _drain(
+    supply: Sequence[float], stages: Sequence[tuple[int, Sequence[float]]], rows: float
+) -> tuple[float, list[float], dict[int, float]]:
+    """Draws rows by weight, a source's share going to the others once its supply is used up.
+
+    Args:
+        supply: rows that each source has.
+        stages: (row from which they count, weights), in their order.
+        rows: that are drawn at most.
+    Returns: the row at which it stops; the rows drawn of each source; the row at which each that ran out did.
+    """
+    at, drawn, empty = 0.0, [0.0] * len(supply), dict[int, float]()
+    ends = [float(start) for start, _ in stages[1:]] + [math.inf]
+    for (_, weights), end in zip(stages, ends, strict=True):
+        while at < min(end, rows):
+            left = [i for i, weight in enumerate(weights) if weight > 0 and i not in empty]
+            total = sum(weights[i] for i in left)
+            if not left:
+                break  # nothing of this stage is left; what a later one may have comes without a step between
+            lasts = {i: (supply[i] - drawn[i]) * total / weights[i] for i in left}
+            step = min(min(end, rows) - at, *lasts.values())
+            if math.isinf(step):
+                return math.inf, drawn, empty
+            at += step
+            for i in left:
+                drawn[i] += step * weights[i] / total
+                if lasts[i] <= step:
+                    drawn[i], empty[i] = supply[i], at
+    return at, drawn, empty
+
+
+def _wished(stages: Sequence[tuple[int, Sequence[float]]], rows: float) -> list[float]:
+    """The share of so many rows that the weights ask of each source."""
+    shares = [0.0] * len(stages[0][1])
+    ends = [float(start) for start, _ in stages[1:]] + [math.inf]
+    for (start, weights), end in zip(stages, ends, strict=True):
+        part = max(0.0, min(end, rows) - start) / max(1.0, rows)
+        for i, weight in enumerate(weights):
+            shares[i] += part * weight / sum(weights)
+    return shares
