@@ -14,7 +14,8 @@ import psutil
 import pytest
 import sentencepiece
 
-from shards import ConfigError, DataConfig, Loader, ShardError
+from shards import ConfigError, DataConfig, Loader, ShardError, Tokenizer
+from shards.recipe import Recipe
 from tests.shards.corpora import ROOT, TOKENIZER, config, record, words, write_shard
 
 BATCHES = 40
@@ -82,10 +83,12 @@ def test_a_tokenizer_that_is_replaced_before_the_first_window_is_told_in_any_pro
 ) -> None:
     model = tmp_path / "t.model"
 
-    def replace(*arguments: object) -> None:
+    def replace(tokenizer: Tokenizer, decontaminator: None) -> Recipe:
         shutil.copy(other_model, model)
+        return recipe_of(tokenizer, decontaminator)
 
-    monkeypatch.setattr("shards.loader.Loader._check_lanes", replace)  # the loading process has read it by then
+    recipe_of = Recipe.of
+    monkeypatch.setattr(Recipe, "of", replace)  # the loading process has read it by then
     for num_workers in (0, 1):
         shutil.copy(TOKENIZER, model)
         with pytest.raises(ConfigError, match=r"t\.model.*replaced"):
