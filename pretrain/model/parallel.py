@@ -6,6 +6,8 @@ and exports all read that one tag (`shard_dim`), so a weight is either sharded o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -17,28 +19,48 @@ from fairscale.nn.model_parallel.initialize import (
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def column_linear(in_features: int, out_features: int) -> nn.Module:
     """x [..., in] -> this rank's slice of the outputs [..., out / tp_size]. Its weight is not initialized."""
-    layer = ColumnParallelLinear(in_features, out_features, bias=False, gather_output=False, init_method=_untouched)
+    with _Untouched():
+        layer = ColumnParallelLinear(in_features, out_features, bias=False, gather_output=False, init_method=_undrawn)
     return _tagged(layer, shard_dim=0)
 
 
 def row_linear(in_features: int, out_features: int) -> nn.Module:
     """This rank's slice of x [..., in / tp_size] -> the whole output [..., out]. Its weight is not initialized."""
-    layer = RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=_untouched)
+    with _Untouched():
+        layer = RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
     return _tagged(layer, shard_dim=1)
 
 
 def vocab_embedding(vocab_size: int, dim: int) -> nn.Module:
     """Token ids [...] -> embeddings [..., dim]; each rank holds vocab_size / tp_size rows. Not initialized."""
-    return _tagged(VocabParallelEmbedding(vocab_size, dim, init_method=_untouched), shard_dim=0)
+    with _Untouched():
+        layer = VocabParallelEmbedding(vocab_size, dim, init_method=_undrawn)
+    return _tagged(layer, shard_dim=0)
 
 
-def _untouched(weight: Tensor) -> Tensor:
-    # fairscale hands its init the full matrix on every rank; leaving it alone leaves its pages unallocated
+def _undrawn(weight: Tensor) -> Tensor:
+    """Leave alone the full matrix that fairscale hands to its init on every rank."""
     return weight
+
+
+class _Untouched(TorchFunctionMode):
+    """Keeps fairscale from copying this rank's slice out of a full matrix that nobody has drawn.
+
+    Memory that is never written to is never allocated. The copy would allocate the host memory of every weight on
+    every rank, for nothing: the weights are drawn later, on their device.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.cat and kwargs and "out" in kwargs:
+            return kwargs["out"]
+        return function(*args, **(kwargs or {}))
 
 
 def _tagged(layer: nn.Module, shard_dim: int) -> nn.Module:

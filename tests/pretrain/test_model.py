@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
+from fairscale.nn.model_parallel import layers as fairscale_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.engine import valid_targets
@@ -185,3 +187,15 @@ def test_initial_weights_have_the_configured_spread(init: str, kurtosis: float, 
             assert weight.abs().max() <= 3 * std
     w1 = model.get_parameter("blocks.0.feed_forward.w1.weight")
     assert ((w1 / w1.std()) ** 4).mean().item() == pytest.approx(kurtosis, abs=0.1)
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_weights_that_are_not_drawn_yet_take_no_memory(tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairscale_layers, "get_model_parallel_world_size", lambda: tp_size)
+    before = psutil.Process().memory_info().rss
+    model = Transformer(ModelConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=16_000))
+    grown = psutil.Process().memory_info().rss - before
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights > 50e6
+    assert grown < 0.1 * weights
