@@ -172,8 +172,7 @@ class Engine:
         )
         model.to(topology.device).initialize(seed)
         if parallel.compile:
-            for block in model.blocks:
-                block.compile(dynamic=False)  # a graph for each shape: evaluation has one of its own
+            model.compile_blocks()
         self.model = model
         self._universal_info = _universal_checkpoint_info(model)
         groups = parameter_groups(model.parameters(), optim_config.weight_decay)
@@ -271,13 +270,9 @@ class Engine:
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Tokens [B, T] after those in a cache -> this rank's slice of the last one's logits [B, vocab_size / tp_size].
-
-        Compiled blocks run as they are written: each length would be a graph of its own.
-        """
+        """Tokens [B, T] after those in a cache -> this rank's slice of the last one's logits [B, vocab / tp_size]."""
         self.deepspeed.eval()
-        with torch.compiler.set_stance("force_eager"):
-            return self.deepspeed(tokens, cache=cache)[:, -1]
+        return self.deepspeed(tokens, cache=cache)[:, -1]
 
     @torch.no_grad()
     def take(self, weights: Weights) -> None:

@@ -32,7 +32,7 @@ class ParallelConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; "parameters" needs zero_stage 3
     activation_checkpointing: bool = False  # keep only each block's input; costs one more forward pass of compute
-    compile: bool = False  # torch.compile each block; not with zero_stage 3
+    compile: bool = False  # torch.compile each block of the training step; not with zero_stage 3
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
     deterministic: bool = False  # on CUDA, only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank

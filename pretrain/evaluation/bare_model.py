@@ -26,9 +26,6 @@ class BareModel:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         model = Transformer(config, attention_backend(parallel, topology, config.head_dim))
         self._model = model.to(topology.device, dtype).eval()
-        if parallel.compile:
-            for block in self._model.blocks:
-                block.compile(dynamic=False)
         self.config = config
         self._topology = topology
 
@@ -43,10 +40,5 @@ class BareModel:
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits.
-
-        Compiled blocks run as they are written: each length would be a graph of its own, up to torch's limit, and
-        beyond it no shape would be compiled any more.
-        """
-        with torch.compiler.set_stance("force_eager"):
-            return self._model(tokens, cache=cache)[:, -1]
+        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits."""
+        return self._model(tokens, cache=cache)[:, -1]

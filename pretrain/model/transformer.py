@@ -6,6 +6,7 @@ Shapes: B rows, T tokens a row, H and K this rank's query and key-value heads, D
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -164,6 +165,15 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             # One parameter in two layers: both split the vocabulary in the same way
             self.output.weight = self.embedding.weight
+        self._compiled: list[Callable[..., Tensor]] = []
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks for training; in evaluation and generation they go on to run as they are written.
+
+        Without gradients fairscale's layers break a compiled block into six graphs, and each batch size and length
+        would be compiled anew, until torch gives up compiling at all.
+        """
+        self._compiled = [torch.compile(block, dynamic=False) for block in self.blocks]
 
     def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Predicts each next token.
@@ -184,7 +194,8 @@ class Transformer(nn.Module):
         config = self.config
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.dropout(self.embedding(tokens))
-        for block, attend in zip(self.blocks, attends, strict=True):
+        blocks: Iterable[Callable[..., Tensor]] = self._compiled if self._compiled and self.training else self.blocks
+        for block, attend in zip(blocks, attends, strict=True):
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
             else:

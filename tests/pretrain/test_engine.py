@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from pretrain.engine import Engine, deepspeed_config, valid_targets
+from pretrain.engine import Engine, Precision, deepspeed_config, valid_targets
 from pretrain.metrics import Meter
+from pretrain.model.cache import KVCache
 from pretrain.model.size import memory_per_rank
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology
@@ -17,11 +19,11 @@ from tests.distributed.nonfinite import fingerprint
 from tests.distributed.parity import OPTIM, global_batches, model_config
 
 
-def history(topology: Topology, **parallel: object) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of three steps in bf16."""
+def history(topology: Topology, precision: Precision = "bf16", **parallel: object) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of three steps."""
     config = ParallelConfig.model_validate(parallel)
-    derived = deepspeed_config(config, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
-    engine = Engine(model_config(tied=True), OPTIM, config, "bf16", derived, topology, seed=3)
+    derived = deepspeed_config(config, OPTIM, precision, micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    engine = Engine(model_config(tied=True), OPTIM, config, precision, derived, topology, seed=3)
     found = []
     for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
         n_targets = int(valid_targets(segment_ids).sum())
@@ -84,6 +86,31 @@ def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topol
     assert figures == history(topology)
     estimate = memory_per_rank(model, parallel, 1, 2, 24, weight_bytes=2, z_loss=True).gradients
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_training_is_compiled_and_computes_the_same(
+    topology: Topology, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda block, **options: compiled(block, backend=counter, **options))
+    torch._dynamo.reset()
+    model = model_config(tied=True)
+    parallel = ParallelConfig(compile=True, activation_checkpointing=checkpointing)
+    derived = deepspeed_config(parallel, OPTIM, "fp32", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    engine = Engine(model, OPTIM, parallel, "fp32", derived, topology, seed=3)
+    counts, figures = [], []
+    for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
+        n_targets = int(valid_targets(segment_ids).sum())
+        stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
+        figures.append((stats.loss, stats.grad_norm))
+        counts.append(counter.frame_count)
+        for length in range(2, 20):  # more lengths than torch compiles before it gives up
+            engine.logits(tokens[:2, :length], segment_ids[:2, :length])
+            engine.next_logits(tokens[:1, :length], KVCache(model.n_layers, 32))
+    assert counts == [1] * 3  # one graph for all blocks
+    plain = history(topology, precision="fp32", activation_checkpointing=checkpointing)
+    assert figures == [pytest.approx(step, rel=1e-5) for step in plain]
 
 
 def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
