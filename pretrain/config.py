@@ -300,10 +300,14 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         for key, value in (
             ("model.n_heads", model.n_heads),
             ("model.n_kv_heads", model.kv_heads),
-            ("model.vocab_size", model.vocab_size),
             ("model.ffn_dim", model.hidden_dim),
         ):
             yield from _not_divisible(key, value, "parallel.tp_size", parallel.tp_size)
+        if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
+            yield (
+                f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and is to"
+                f" be the number of the tokenizer's pieces; {advice}"
+            )
     if train and train.micro_batch_size:
         rows = ("train.global_batch_size", train.global_batch_size)
         yield from _not_divisible(*rows, "train.micro_batch_size", train.micro_batch_size)
@@ -315,6 +319,17 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], 1, 1, 1, parts["deepspeed"])
         except ConfigError as error:
             yield str(error)
+
+
+def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
+    """Say what makes a tokenizer of so many pieces go with tensor parallelism; empty if it does as it is."""
+    if pieces % tp_size == 0:
+        return ""
+    divisors = _listed([n for n in range(1, pieces + 1) if pieces % n == 0])
+    return (
+        f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or take a tokenizer whose number of pieces is a"
+        f" multiple of {tp_size}, such as {_multiples_near(pieces, tp_size)} (launch/train_tokenizer.py --vocab-size)"
+    )
 
 
 def _head_problems(model: ModelConfig) -> Iterator[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import shards
 from pretrain import topology
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import RunConfig, compare_for_resume, load_config
+from pretrain.config import RunConfig, compare_for_resume, how_to_split_vocabulary, load_config
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.generate import Sampling, codec_of, generate
@@ -99,10 +99,12 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
         ConfigError, ShardError: if something is missing or does not fit.
     """
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    pieces = tokenizer.vocab_size
+    if pieces != config.model.vocab_size:
+        advice = how_to_split_vocabulary(pieces, config.parallel.tp_size)
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has"
-            f" {tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {pieces}"
+            f" pieces; set model.vocab_size={pieces}" + (f", and {advice}" if advice else "")
         )
     begun = CheckpointStore(config.run.dir / config.run.name / "checkpoints", config.checkpoint).steps()
     if config.init_from and not begun:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch.pretrain import main
+from pretrain.config import load_config
 from pretrain.run_folder import RunFolder
-from shards import Tokenizer
+from pretrain.start import checked_inputs
+from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,16 @@ def test_bad_input_is_named(command, overrides: list[str], message: str) -> None
     code, said = command(*overrides)
     assert code == 2, said
     assert message in said
+
+
+def test_a_vocabulary_that_cannot_be_split_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    heads = ["model.n_heads=6", "model.n_kv_heads=6", "model.dim=96", "model.ffn_dim=192"]
+    with pytest.raises(ConfigError) as refused:
+        checked_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4095", "parallel.tp_size=3"]))
+    assert "set model.vocab_size=4096, and set parallel.tp_size to a divisor of 4096: 1, 2, 4, " in str(refused.value)
+    assert "a multiple of 3, such as 4095 or 4098" in str(refused.value)
+    checked_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4096", "parallel.tp_size=2"]))
 
 
 def test_a_truncated_shard_is_named(command, truncated_shard: Path) -> None:
