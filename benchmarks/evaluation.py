@@ -59,7 +59,7 @@ def main() -> int:
     with started(config.parallel) as here:
         model = BareModel(config.model, config.parallel, config.precision, here)
         model.take(Drawn(config.model))
-        eval_set = load_suite(config.evaluation, tokenizer, seq_len, here.dp_rank, here.dp_size)
+        eval_set = load_suite(config.evaluation, tokenizer, seq_len, "bf16", here.dp_rank, here.dp_size)
         assert eval_set is not None
         targets = int(eval_set.document_targets.sum())
         passes = -(-eval_set.num_rows // (here.dp_size * batch_size))

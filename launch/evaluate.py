@@ -21,7 +21,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,12 +38,13 @@ from rich.console import Console
 from pretrain import log, topology
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import RunConfig, load_config
+from pretrain.config import load_config
 from pretrain.engine import Precision
 from pretrain.evaluation import compare
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps, take_checkpoint
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
+from pretrain.evaluation.plausible import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
@@ -56,6 +56,7 @@ from shards import CheckpointError, ConfigError, HeadraceError, Tokenizer
 
 _logger = logging.getLogger("headrace")
 
+DEFAULT_PLOT = Path("comparison.png")
 BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
 
 
@@ -77,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model")
     parser.add_argument("--seq-len", type=int, help="tokens a window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
-    parser.add_argument("--plot", type=Path, default=Path("comparison.png"), help="where --compare draws")
+    parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {DEFAULT_PLOT}, with matplotlib")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
     return parser.parse_intermixed_args()
@@ -103,8 +104,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             batch_size = config.evaluation.batch_size or BATCH_SIZE
             _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
             return
-        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, here)
-        evaluator = _renamed(evaluator, config, load_config(folder.config, begun=True))
+        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, here)
         if here.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.choose()).fingerprint)
@@ -117,14 +117,6 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             Console().print(step_table([record for record in records if record["step"] == records[-1]["step"]]))
             patience = 300.0 if arguments.follow else 0.0  # a followed run is about to end
             log_late_evals(config.wandb, folder, config.run.name, suite, records, lease, patience)
-
-
-def _renamed(evaluator: Evaluator, config: RunConfig, own: RunConfig) -> Evaluator:
-    """Under a name that tells the figures from those of the run's own seq_len and precision, where these differ."""
-    suite = evaluator.eval_set.suite
-    suite += f".seq{config.data.seq_len}" if config.data.seq_len != own.data.seq_len else ""
-    suite += f".{config.precision}" if config.precision != own.precision else ""
-    return replace(evaluator, eval_set=replace(evaluator.eval_set, suite=suite))
 
 
 def _steps(
@@ -195,9 +187,11 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             model.take(weights)
             _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or BATCH_SIZE, here)
             return
-        scores = _evaluator(evaluation, model, tokenizer, seq_len, here).score(weights)
+        scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, here).score(weights)
         if here.is_main:
-            Console().print(step_table(write_down(RunFolder(arguments.model), 0, scores)))
+            records = write_down(RunFolder(arguments.model), 0, scores)
+            warn_of_doubts(records, config)
+            Console().print(step_table(records))
 
 
 def _precision(word: str) -> Precision:
@@ -205,9 +199,9 @@ def _precision(word: str) -> Precision:
 
 
 def _evaluator(
-    config: EvaluationConfig, model: BareModel, tokenizer: Tokenizer, seq_len: int, here: Topology
+    config: EvaluationConfig, model: BareModel, tokenizer: Tokenizer, seq_len: int, precision: str, here: Topology
 ) -> Evaluator:
-    eval_set = load_suite(config, tokenizer, seq_len, here.dp_rank, here.dp_size)
+    eval_set = load_suite(config, tokenizer, seq_len, precision, here.dp_rank, here.dp_size)
     if eval_set is None:
         raise ConfigError("there is no suite: give --suite, a folder or YAML file, or --tasks")
     return Evaluator(model, eval_set, here, config.batch_size or BATCH_SIZE)
@@ -230,19 +224,38 @@ def _run_tasks(
 def compare_runs(arguments: argparse.Namespace) -> None:
     """Prints and draws two evaluations. Raises: HeadraceError if they cannot be compared."""
     folders = [RunFolder(root) for root in arguments.compare]
-    suite = compare.common_suite(folders, str(arguments.suite) if arguments.suite else None)
-    steps = [compare.scored_step(folder, suite, _one_step(arguments.steps)) for folder in folders]
+    if arguments.plot:
+        compare.check_can_draw()  # before anything is computed: a picture was asked for
+    suites = compare.chosen_suites(folders, str(arguments.suite) if arguments.suite else None)
+    places = list(zip(folders, suites, strict=True))
+    steps = [compare.scored_step(folder, suite, _one_step(arguments.steps)) for folder, suite in places]
     a, b = (
-        DocumentScores.load(folder.document_scores(step, suite)) for folder, step in zip(folders, steps, strict=True)
+        DocumentScores.load(folder.document_scores(step, suite))
+        for (folder, suite), step in zip(places, steps, strict=True)
     )
+    if a.suite != b.suite:
+        _logger.warning(
+            "%s is scored as %s, %s as %s: where seq_len, precision or text differ, so do the figures because of it",
+            arguments.compare[0], a.suite, arguments.compare[1], b.suite,
+        )  # fmt: skip
     for root, domains in zip(reversed(arguments.compare), compare.only_in_one(a, b), strict=True):
         if domains:
             _logger.warning("%s was not scored on %s", root, ", ".join(domains))
     differences = compare.compare(a, b)
+    for root, scores in zip(arguments.compare, (a, b), strict=True):
+        if left_out := len(scores.key) - differences[-1].documents:
+            total = len(scores.key)
+            _logger.warning("%d of the %d documents of %s are not in both and do not count", left_out, total, root)
     first, second = (f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
-    Console().print(difference_table(suite, (first, second), differences))
-    compare.draw(differences, (first, second), arguments.plot)
-    print(f"drawn in {arguments.plot}")
+    Console().print(difference_table(" and ".join(dict.fromkeys(suites)), (first, second), differences))
+    try:
+        compare.check_can_draw()
+    except ConfigError as error:
+        _logger.warning("there is no picture, only the table: %s", error)
+        return
+    path = arguments.plot or DEFAULT_PLOT
+    compare.draw(differences, (first, second), path)
+    print(f"drawn in {path}")
 
 
 def main() -> int:

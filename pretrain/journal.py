@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, write_down
 from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run_folder import RunFolder
 from pretrain.tracking import Tracker
@@ -81,5 +81,15 @@ class Journal:
         self._folder.sync()
 
     def last_evaluated(self, suite: str) -> int:
-        """The last step whose evaluation on a suite stands whole in evals.jsonl; -1 if none."""
-        return max(evaluated_steps(self._folder, suite), default=-1)
+        """The last step whose evaluation on a suite stands whole in evals.jsonl; -1 if none.
+
+        Says so where there are evaluations, but under other labels: the training begins a series of its own then.
+        """
+        steps = evaluated_steps(self._folder, suite)
+        if self._tracker and suite and not steps and (others := labels(self._folder)):
+            _logger.warning(
+                "%s has evaluations called %s; those of this start are called %s, since text, tokenizer, seq_len or"
+                " precision differ, or an older version wrote them: one series never mixes two",
+                self._folder.evals.path, ", ".join(others), suite,
+            )  # fmt: skip
+        return max(steps, default=-1)

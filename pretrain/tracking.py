@@ -105,7 +105,8 @@ class Tracker:
             name: of the run, as wandb shows it.
             run_id: the same for all sessions of a run; at most 64 letters, digits, `-` and `_`.
             described: config and provenance, as JSON-able values.
-            suite: whose lines of evals.jsonl are the training's own; None: all.
+            suite: whose lines of evals.jsonl are the training's own; None: all. The first in the file is shown under
+                `eval/`, any other, which a run goes on with that changed, under `eval/<suite>/`.
         """
         self._suite = suite
         self._config = config
@@ -159,12 +160,18 @@ class Tracker:
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
         """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
-        for row in eval_rows(records):
+        for row in eval_rows(records, self._eval_prefix()):
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
             self._held = {**(self._held or {}), **row}
         self._evals_follow = False
         self._send_held()
+
+    def _eval_prefix(self) -> str:
+        first = next(self._folder.evals.read(), None)
+        if self._suite is None or first is None or first["suite"] == self._suite:
+            return "eval/"
+        return f"eval/{self._suite}/"
 
     def _send_held(self) -> None:
         row, self._held = self._held, None
@@ -203,7 +210,8 @@ class Tracker:
             row = step_row(record)
             rows[int(str(row["step"]))] = row
         evals = self._folder.evals.read(after=self._last_step)
-        for row in eval_rows(record for record in evals if self._suite in (None, record["suite"])):
+        own = (record for record in evals if self._suite in (None, record["suite"]))
+        for row in eval_rows(own, self._eval_prefix()):
             rows.setdefault(int(str(row["step"])), {}).update(row)
         for step in sorted(rows):
             self._send_held()

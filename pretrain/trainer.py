@@ -25,6 +25,8 @@ from pretrain.config import RunConfig
 from pretrain.deadline import Deadline, job_end
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
+from pretrain.evaluation.plausible import warn_of_doubts
+from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.feed import Feed, StepBatch, chain_hash
@@ -97,7 +99,7 @@ class Trainer:
         estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
         self._save_seconds = save_time(folder.root, config.checkpoint, estimate, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
-        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, *own)
+        self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, config.precision, *own)
         suite = self._eval_set.suite if self._eval_set else ""
         tracker = None
         if topology.is_main:
@@ -270,6 +272,9 @@ class Trainer:
         finally:
             self._watchdog.end()
         self._journal.log_evals(step, scores)
+        if self._topology.is_main:
+            drawn = step == 0 and self._config.init_from is None
+            warn_of_doubts(eval_records(step, scores), self._config.model, drawn)
         self._evaluated = step
         return True
 

@@ -37,6 +37,7 @@ class Tokenizer:
                 f"data.tokenizer={path}: cannot be read: {error.strerror}; name a SentencePiece .model file"
             ) from None
         self.path = Path(path)
+        self.marks = (bos, eos)  # whether documents begin with BOS and end with EOS
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)

@@ -16,6 +16,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import EvalSet
+from pretrain.evaluation.plausible import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.weights import Weights, weight_specs
@@ -103,7 +104,9 @@ def score_steps(
             _logger.warning("%s; it is left out", error)
             continue
         if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
-            records += write_down(folder, step, scores)
+            fresh = write_down(folder, step, scores)
+            warn_of_doubts(fresh, evaluator.model.config)
+            records += fresh
             seconds = time.perf_counter() - begin
             rate = scores.tokens.sum() / seconds
             _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, suite, seconds, rate)

@@ -96,20 +96,29 @@ def only_in_one(a: DocumentScores, b: DocumentScores) -> tuple[list[str], list[s
     return sorted(set(a.domains) - set(b.domains)), sorted(set(b.domains) - set(a.domains))
 
 
-def common_suite(folders: Sequence[RunFolder], wanted: str | None) -> str:
-    """The suite to compare on: the one that is wanted, or the only one that all have been scored on.
+def chosen_suites(folders: Sequence[RunFolder], wanted: str | None) -> list[str]:
+    """The label to compare of each folder: the one that all have been scored under, or else each one's only one.
 
+    Args:
+        wanted: a label, or what one begins with, up to a dot or `@`; None: any.
     Raises:
-        ConfigError: if that is none or several, with those of each folder.
+        ConfigError: if there is none or several, with those of each folder.
     """
     suites = [{path.parent.name for path in (folder.root / "evals").glob("*/*.npz")} for folder in folders]
-    common = [suite for suite in sorted(set.intersection(*suites)) if wanted in (None, suite)]
+    fitting = [{suite for suite in names if _is_called(suite, wanted)} for names in suites]
+    common = set.intersection(*fitting)
     if len(common) == 1:
-        return common[0]
+        return [*common] * len(folders)
+    if not common and all(len(names) == 1 for names in fitting):
+        return [name for names in fitting for name in names]
     have = "; ".join(
         f"{folder.root} has {', '.join(sorted(names)) or 'none'}" for folder, names in zip(folders, suites, strict=True)
     )
     raise ConfigError(f"--compare: name one suite that both were scored on with --suite ({have})")
+
+
+def _is_called(suite: str, wanted: str | None) -> bool:
+    return wanted is None or suite == wanted or suite.startswith((f"{wanted}.", f"{wanted}@"))
 
 
 def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
@@ -166,17 +175,22 @@ def _interval(differences: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def check_can_draw() -> None:
+    """Raises: ConfigError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from None
+
+
 def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) -> None:
     """Draws the differences with their intervals, a line a domain, averages at the bottom, as a PNG.
 
-    Raises:
-        ConfigError: if matplotlib is not installed.
+    It needs matplotlib, see `check_can_draw`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     domains, averages = list(differences[:-2]), list(differences[-2:])
     left_out = len(domains) - _MAX_BARS
     if left_out > 0:

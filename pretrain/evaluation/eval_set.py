@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from pydantic import Field
 
 from shards import Config, ConfigError, Tokenizer
@@ -26,6 +27,7 @@ from shards.suite import Suite, SuiteDocument, find, training_shards
 
 _logger = logging.getLogger(__name__)
 
+_LABEL_DIGITS = 8  # of the hash of what is scored
 _PORTION_TOKENS = 1 << 20  # tokens that are packed together; more give fuller rows and take more memory for a moment
 
 Tokens = npt.NDArray[np.integer]
@@ -43,11 +45,18 @@ class EvaluationConfig(Config):
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # what a finished run shows a continuation of
 
-    def label(self, suite: str) -> str:
-        """What a suite is called in evals.jsonl when it is read like this: figures under one name are comparable."""
+    def label(self, suite: str, seq_len: int, precision: str, content: str) -> str:
+        """What a suite is called in evals.jsonl when it is scored like this: figures under one label are comparable.
+
+        Args:
+            seq_len: tokens of a window.
+            precision: of the forward pass.
+            content: a hash of what is scored.
+        """
         bounds = {"docs": self.max_documents, "tokens": self.max_tokens, "seed": self.subset_seed or None}
         parts = [] if self.split == type(self).model_fields["split"].default else [self.split]
-        return ".".join([suite, *parts, *(f"{name}{bound}" for name, bound in bounds.items() if bound)])
+        parts += [f"{name}{bound}" for name, bound in bounds.items() if bound]
+        return ".".join([suite, *parts, f"seq{seq_len}", precision]) + f"@{content[:_LABEL_DIGITS]}"
 
     def due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -90,12 +99,14 @@ class EvalSet:
 
 
 def load_suite(
-    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, dp_rank: int = 0, dp_size: int = 1
+    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int = 0, dp_size: int = 1
 ) -> EvalSet | None:
     """Reads, tokenizes and packs the config's suite; None where it names none.
 
     A rank keeps 2 bytes a token of its own rows (4 beyond 65,536 pieces) and some 30 bytes a document.
 
+    Args:
+        precision: of the forward pass, for the label.
     Raises:
         ConfigError: if the suite is not there, a source or domain of it has nothing to score, or the tokenizer cannot
             say its texts.
@@ -127,7 +138,7 @@ def load_suite(
     document_targets = np.array(targets, np.int64)
     _check_not_empty(suite, known, set(document_domain[document_targets > 0].tolist()), names)
     return EvalSet(
-        suite=config.label(suite.name),
+        suite=config.label(suite.name, seq_len, precision, _content_hash(domains, keys, tokenizer)),
         seq_len=seq_len,
         domains=names,
         sources=tuple(known[name] for name in names),
@@ -138,6 +149,17 @@ def load_suite(
         rows=packer.rows,
         num_rows=packer.num_rows,
     )
+
+
+def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokenizer) -> str:
+    """16 hex digits that differ where other documents are scored, or the same ones as other tokens.
+
+    Args:
+        domains, keys: of each document; their order does not matter.
+    """
+    documents = sorted(f"{domain}\t{key:016x}" for domain, key in zip(domains, keys, strict=True))
+    lines = [tokenizer.content_hash, str(tokenizer.marks), *documents]
+    return xxhash.xxh3_64_hexdigest("\n".join(lines).encode())
 
 
 def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], domains: tuple[str, ...]) -> None:

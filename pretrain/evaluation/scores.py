@@ -159,6 +159,11 @@ def evaluated_steps(folder: RunFolder, suite: str) -> set[int]:
     return {int(str(record["step"])) for record in folder.evals.read() if record.items() >= last.items()}
 
 
+def labels(folder: RunFolder) -> list[str]:
+    """What stands in evals.jsonl under `suite`, in the order of first appearance."""
+    return list(dict.fromkeys(str(record["suite"]) for record in folder.evals.read()))
+
+
 def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, object]:
     return {
         "step": step,

@@ -47,7 +47,7 @@ def main() -> None:
     tp_size, suite, folder = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     with started(ParallelConfig(tp_size=tp_size)) as topology:
         own = (topology.dp_rank, topology.dp_size)
-        eval_set = load_suite(EvaluationConfig(suite=suite), Tokenizer(TOKENIZER), SEQ_LEN, *own)
+        eval_set = load_suite(EvaluationConfig(suite=suite), Tokenizer(TOKENIZER), SEQ_LEN, "fp32", *own)
         assert eval_set is not None
         for zero_stage, batch_size in ((1, 1), (1, 7), (3, 3)):
             scores = evaluate(engine_of(topology, zero_stage).logits, eval_set, topology, batch_size)

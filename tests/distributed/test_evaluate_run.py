@@ -71,18 +71,21 @@ def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: 
     command = ("--run", str(folder.root), "--suite", suite)
     assert "wiki" in evaluate(*command, "--steps", "2,6", "--tp", "2", world_size=2)
     after = evals(folder.root)
+    (own,), (again,) = {key[1] for key in before}, {key[1] for key in after.keys() - before.keys()}
+    assert own.partition("@")[0] == "suite.seq64.fp32"
+    assert again.replace("again", "suite") == own, "the same documents, and so the same content"
     for step in (2, 6):
         for domain in ("code", "wiki", "macro", "micro"):
-            one, two = before[step, "suite", domain], after[step, "again", domain]
+            one, two = (figures[step, suite, domain] for figures, suite in ((before, own), (after, again)))
             assert two["nll_per_token"] == pytest.approx(one["nll_per_token"], rel=1e-5), (step, domain)
             assert two["tokens"] == one["tokens"]
-    assert {key for key in after if key[1] == "suite"} == set(before)
+    assert {key for key in after if key[1] == own} == set(before)
     assert "stands in" in evaluate(*command)
     rows = wandb_rows(folder.wandb)
-    late = [row for row in rows if "eval-again/wiki/perplexity" in row]
+    late = [row for row in rows if f"eval-{again}/wiki/perplexity" in row]
     assert [row["eval_step"] for row in late] == [2, 6]
     assert all("step" not in row for row in late), "a training that goes on must not take them for its own"
-    assert any(key.startswith("eval-again/domains") for row in rows for key in row)
+    assert any(key.startswith(f"eval-{again}/domains") for row in rows for key in row)
 
 
 def wandb_rows(folder: Path) -> list[dict]:
@@ -100,4 +103,20 @@ def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -
     kept = {key for key in evals(folder.root) if key[0] <= 4}
     folder.evals.cut_back(4)
     assert set(evals(folder.root)) == kept
-    assert DocumentScores.load(folder.document_scores(4, "suite")).suite == "suite"
+    for suite in {key[1] for key in kept}:
+        assert DocumentScores.load(folder.document_scores(2, suite)).suite == suite
+
+
+def test_a_suite_that_changes_begins_a_series_of_its_own(evaluated: Run) -> None:
+    """Runs last: the run goes on with other text under the suite's name."""
+    folder = evaluated.folder / "resumed"
+    before = evals(folder)
+    documents = evaluated.folder / "suite" / "wiki" / "val.jsonl"
+    documents.write_text(documents.read_text().replace("the", "a"))
+    output = evaluated.finish("train.steps=8", *FAST[1:], "evaluation.every=2")
+    after = evals(folder)
+    assert before.items() <= after.items()
+    (fresh,) = {key[1] for key in after} - {key[1] for key in before}
+    assert fresh.startswith("suite.seq64.fp32@")
+    assert {key[0] for key in after if key[1] == fresh} == {6, 8}
+    assert f"those of this start are called {fresh}" in " ".join(output.split())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from launch.evaluate import main
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.evaluation.checkpoints import as_they_appear
-from pretrain.evaluation.compare import compare, draw, only_in_one
+from pretrain.evaluation.compare import chosen_suites, compare, draw, only_in_one
 from pretrain.evaluation.scores import DocumentScores
+from pretrain.run_folder import RunFolder
 from shards import ConfigError
 
 
@@ -77,6 +81,50 @@ def test_only_common_documents_count_and_the_others_are_named(tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     draw(found, ("one", "two"), tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def scored(root: Path, *labels: str, step: int = 3) -> RunFolder:
+    folder = RunFolder(root)
+    generator = np.random.default_rng(step)
+    for label in labels:
+        found = scores(generator.uniform(50, 90, 9), np.full(9, 40), np.arange(9))
+        replace(found, suite=label).save(folder.document_scores(step, label))
+    return folder
+
+
+def test_each_folder_is_compared_under_a_label_of_its_own(tmp_path: Path) -> None:
+    plain, other = "s.seq32.bf16@aaaaaaaa", "s.seq32.bf16@bbbbbbbb"
+    a, b = scored(tmp_path / "a", plain, "t.seq32.bf16@cccccccc", "old"), scored(tmp_path / "b", other)
+    assert chosen_suites([a, a], "s") == [plain, plain]
+    assert chosen_suites([a, b], "s") == [plain, other]
+    assert chosen_suites([a, b], "s.seq32") == [plain, other]
+    assert chosen_suites([a, a], "old") == ["old", "old"]
+    assert chosen_suites([b, b], None) == [other, other]
+    for folders, wanted in (([a, a], None), ([a, b], "old"), ([a, b], None), ([a, b], "s.seq3"), ([a, b], plain)):
+        with pytest.raises(ConfigError, match="name one suite"):
+            chosen_suites(folders, wanted)
+
+
+def test_without_matplotlib_there_is_a_table_and_a_word(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = ("s.seq32.bf16@aaaaaaaa", "s.seq32.bf16@bbbbbbbb")
+    folders = [scored(tmp_path / label[-1], label, step=step).root for step, label in enumerate(labels)]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog listens instead
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate.py", "--compare", *map(str, folders)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert main() == 0
+    assert "micro" in capsys.readouterr().out
+    assert "only the table: a picture needs matplotlib" in caplog.text
+    assert f"scored as {labels[0]}" in caplog.text
+    monkeypatch.setattr(sys, "argv", [*words, "--plot", "c.png"])
+    assert main() == 2
+    assert "micro" not in capsys.readouterr().out, "refused before anything is computed"
 
 
 def test_checkpoints_are_named_as_they_appear_until_the_last(tmp_path: Path) -> None:

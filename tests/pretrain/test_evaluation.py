@@ -55,7 +55,7 @@ def expected(engine: Engine) -> dict[str, Score]:
 
 def loaded(suite: Path, *, tokenizer: Tokenizer | None = None, **changes: object) -> EvalSet:
     config = EvaluationConfig.model_validate({"suite": suite, **changes})
-    found = load_suite(config, tokenizer or Tokenizer(TOKENIZER), SEQ_LEN)
+    found = load_suite(config, tokenizer or Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
     assert found is not None
     return found
 
@@ -92,7 +92,7 @@ def test_scores_do_not_depend_on_the_ranks(
 def test_rows_of_all_ranks_are_those_of_one(suite: Path) -> None:
     tokenizer, config = Tokenizer(TOKENIZER), EvaluationConfig(suite=suite)
     alone = loaded(suite)
-    shares = [load_suite(config, tokenizer, SEQ_LEN, rank, 3) for rank in range(3)]
+    shares = [load_suite(config, tokenizer, SEQ_LEN, "fp32", rank, 3) for rank in range(3)]
     dealt = [row for i in range(len(alone.rows)) for row in shares[i % 3].rows[i // 3 : i // 3 + 1]]  # type: ignore[union-attr]
     assert [row.tokens.tolist() for row in dealt] == [row.tokens.tolist() for row in alone.rows]
     assert sum(len(share.rows) for share in shares) == alone.num_rows  # type: ignore[union-attr]
@@ -146,6 +146,32 @@ def test_a_bound_in_tokens_is_kept_in_whole_documents(many: Path, max_tokens: in
         assert len(kept) == 1 or (kept + 1).sum() <= max_tokens
     assert set(part.document_key) <= set(whole.document_key)
     assert set(part.document_key) <= set(loaded(many, max_tokens=max_tokens + 300).document_key)
+
+
+def test_a_label_names_what_is_scored(many: Path) -> None:
+    def label(seq_len: int = SEQ_LEN, precision: str = "fp32", bos: bool = True, **changes: object) -> str:
+        config = EvaluationConfig.model_validate({"suite": many, **changes})
+        found = load_suite(config, Tokenizer(TOKENIZER, bos=bos), seq_len, precision)
+        assert found is not None
+        return found.suite
+
+    named = label()
+    name, _, digits = named.partition("@")
+    assert name == f"{many.name}.seq{SEQ_LEN}.fp32"
+    assert len(digits) == 8
+    assert label(max_documents=5).startswith(f"{many.name}.docs5.seq{SEQ_LEN}.fp32@")
+    one = many / "one.jsonl"
+    lines = one.read_text().splitlines(keepends=True)
+    one.write_text("".join(reversed(lines)))
+    assert label() == named, "whatever order they come in"
+    found = [label(seq_len=2 * SEQ_LEN), label(precision="bf16"), label(bos=False), label(max_tokens=99)]
+    for changed in (lines[1:], [*lines, lines[0]], [lines[0].replace("document", "other"), *lines[1:]]):
+        one.write_text("".join(changed))
+        found.append(label())
+    one.write_text("".join(lines))
+    one.rename(many / "three.jsonl")  # the same texts as another domain
+    found.append(label())
+    assert len({named, *found}) == 1 + len(found)
 
 
 def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:

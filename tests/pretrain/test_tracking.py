@@ -133,6 +133,22 @@ def test_an_error_of_the_training_passes_through(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
+def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for first, last, suite in ((0, 2, "s@1"), (2, 3, "s@2")):
+        with Tracker(CONFIG, folder, "name", "an-id", {}, suite) as tracker:
+            for step in range(first + 1, last + 1):
+                tracker.log_step({"step": step}, more=True)
+                record = {"step": step, "suite": suite, "domain": "wiki", "perplexity": 2.0 * step}
+                folder.evals.append(record)
+                tracker.log_evals([record])
+    rows = history(folder.root)
+    own = {int(str(row["step"])): key for row in rows for key in row if key.startswith("eval")}
+    changed = "eval/s@2/wiki/perplexity"
+    assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
+
+
 def test_rows_are_flat() -> None:
     assert step_row({"step": 1, "loss": 2.0, "epoch_per_source": {"a": 0.5}}) == {
         "step": 1, "loss": 2.0, "epoch_per_source/a": 0.5,
