@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import indexed_gzip
 import rapidgzip
 
-from shards import kept, open_at
+from shards import open_at
 from shards.config import MIB
 from shards.index import obtain
 from shards.splice import SPACING_BYTES
@@ -35,7 +35,7 @@ class Headrace:
     verify = True
 
     def make(self, shard: str, folder: Path) -> None:
-        obtain(shard, kept.index_path(shard, folder), MIB, MAX_WINDOW, verify_entries=self.verify)
+        obtain(shard, folder, MIB, MAX_WINDOW, verify_entries=self.verify)
 
     def read(self, shard: str, folder: Path, at: int) -> bytes:
         with open_at(shard, at, index_dir=folder) as file:

@@ -38,7 +38,7 @@ METHODS = {"entries": "Headrace", "replay": "Headrace by replay", "datasets": "H
 def prepare(path: str, work: Path) -> ShardIndex:
     """Makes what is measured later, where it is missing: an index with splice points in `work`/entries, which is given
     back, one without in `work`/replay, and the states of HF `datasets`."""
-    index = obtain(path, kept.index_path(path, work / "entries"), MIB, MAX_WINDOW)
+    index = obtain(path, work / "entries", MIB, MAX_WINDOW)
     bare = msgspec.structs.replace(index, splices=())
     kept.store(kept.index_path(path, work / "replay"), msgspec.json.encode(bare))
     states = work / f"{Path(path).name}.datasets.json"

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, kept, manifest
+from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, manifest
 from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 from shards.splice import explain
@@ -115,9 +115,8 @@ def work(tasks: Queue, reports: Queue, data: DataConfig, verify: bool, verify_en
 
     while (path := tasks.get()) is not None:
         try:
-            index_path = kept.index_path(path, data.index_dir)
             limits = (data.cell_bytes, data.max_decoder_window)
-            reports.put((path, obtain(path, index_path, *limits, verify, report, cache, verify_entries)))
+            reports.put((path, obtain(path, data.index_dir, *limits, verify, report, cache, verify_entries)))
         except HeadraceError as error:
             reports.put((path, error))
 

@@ -21,7 +21,7 @@ from pretrain.model.size import MemoryEstimate, memory_per_rank
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import ParallelConfig
 from shards import DataConfig, ShardError
-from shards.manifest import check_amount, survey
+from shards.manifest import check_amount, indexing_command, survey, touched_text
 
 # Decimal GB of one device, by what clusters call it in gres.conf; where a name is sold in two sizes, the smaller
 _GPU_GB = {
@@ -71,8 +71,11 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
             yield Finding(
                 "note", "data",
                 f"{shards}; {len(found.unindexed)} without an index, about {_size(found.unindexed_bytes)} raw,"
-                " which the first start reads while all ranks wait (or before: python launch/index.py --config ...)",
+                " which the first start reads while all ranks wait; to index them before:"
+                f" {indexing_command(config, source, found.unindexed)}",
             )  # fmt: skip
+        elif found.touched:
+            yield Finding("note", "data", f"{shards}, all with an index; {touched_text(found)}")
         else:
             yield Finding("ok", "data", f"{shards}, all with an index")
 

@@ -58,9 +58,10 @@ class BlockCache:
             data = stored[:-CHECK_BYTES]
             if len(data) != stop - start or stored[-CHECK_BYTES:] != _check(path, data):
                 return None
-            os.utime(path)  # the time of its last use decides what goes first
         except OSError:
             return None
+        with suppress(OSError):  # a folder that is only read from gives its blocks all the same
+            os.utime(path)  # the time of its last use decides what goes first
         return data
 
     def put(self, url: str, size: int, stamp: str, start: int, data: bytes) -> None:

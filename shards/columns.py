@@ -18,7 +18,9 @@ class Columns:
     def __init__(self) -> None:
         self._open: OrderedDict[str, pa.Table] = OrderedDict()  # by file, least recently used first
 
-    def records(self, path: str, indexed: files.Stat, first: int, count: int, source: SourceConfig) -> Records:
+    def records(
+        self, path: str, indexed: files.Stat, first: int, count: int, source: SourceConfig, content_hash: str = ""
+    ) -> Records:
         """Consecutive rows of a column, as the records of its source.
 
         Args:
@@ -26,9 +28,10 @@ class Columns:
             indexed: of its file when it was indexed.
             first: row, counted from 0.
             count: rows; a null, or a list with a null in it, is a bad record.
+            content_hash: of the column when it was indexed, which decides where its file was only touched.
         Raises: ShardError if the file changed after it was indexed.
         """
-        rows = self._table(path, indexed).slice(first, count)
+        rows = self._table(path, indexed, content_hash).slice(first, count)
         if rows.num_rows != count:
             raise ShardError(f"{path}: has fewer rows than its index says; put the old file back")
         name = path.rpartition("#")[2]
@@ -58,9 +61,11 @@ class Columns:
         """Lets go of all files."""
         self._open.clear()
 
-    def _table(self, path: str, indexed: files.Stat) -> pa.Table:
+    def _table(self, path: str, indexed: files.Stat, content_hash: str) -> pa.Table:
         if path not in self._open:
-            files.check_unchanged(path, indexed)
+            found = files.check_size(path, indexed)
+            if found != indexed and arrow.measure(path).content_hash != content_hash:
+                raise files.changed(path, indexed, found)
             self._open[path] = arrow.table(arrow.file_of(path))
         self._open.move_to_end(path)
         while len(self._open) > MAX_OPEN:

@@ -3,7 +3,9 @@
 formats -> decoders -> window.
 """
 
+import contextlib
 import logging
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +14,10 @@ import xxhash
 
 from shards import files, formats
 from shards.cache import BlockCache
-from shards.errors import ShardError
+from shards.config import MIB
+from shards.errors import DamageError, ShardError
 from shards.formats import Start
-from shards.kept import index_path, windows_path
+from shards.kept import index_command, index_paths, windows_path
 from shards.splice import Splice, read_window
 
 MAX_OPEN = 32
@@ -43,6 +46,7 @@ class RawRange(msgspec.Struct, frozen=True):
     stop: int  # raw offset
     splice: Splice | None = None  # a nearer place inside it
     checks: tuple[CellCheck, ...] = ()  # of the whole cells in the range
+    content_hash: str = ""  # of the file when it was indexed
 
 
 class _Decoder:
@@ -52,7 +56,7 @@ class _Decoder:
         self, wanted: RawRange, splice: Splice | None, start: Start, max_window: int, cache: BlockCache | None
     ) -> None:
         """Args: `splice`, if that is where `start` is."""
-        files.check_unchanged(wanted.path, wanted.stat)
+        files.check_size(wanted.path, wanted.stat)
         self.path, self.splice = wanted.path, splice
         self.position = start.raw_offset  # of the next byte
         self.held_bytes = wanted.decoder_window + len(start.window)
@@ -81,14 +85,21 @@ class _Decoder:
 class Decoders:
     """Decoders kept open for the windows that follow, bounded in number and in bytes that they hold."""
 
-    def __init__(self, max_window: int, cache: BlockCache | None = None, index_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        max_window: int,
+        cache: BlockCache | None = None,
+        index_dir: Path | None = None,
+        cell_bytes: int = MIB,
+    ) -> None:
         """
         Args:
             max_window: bytes of decoder window that a shard may need.
             cache: of remote shards.
             index_dir: where indexes are kept, if not beside the shards.
+            cell_bytes: of the indexes, for the commands that messages name.
         """
-        self._max_window, self._cache, self._index_dir = max_window, cache, index_dir
+        self._max_window, self._cache, self._index_dir, self._cell_bytes = max_window, cache, index_dir, cell_bytes
         self._open: list[_Decoder] = []  # least recently used first
         self._distrusted: set[tuple[str, Splice]] = set()
 
@@ -108,8 +119,8 @@ class Decoders:
             _check(wanted, raw, decoder.position)
         except ShardError as error:
             decoder.close()
-            if decoder.splice is None:
-                raise
+            if decoder.splice is None or not isinstance(error, DamageError):
+                raise self._explained(wanted, error) from None
             self._distrust(wanted.path, decoder.splice, error)
             return self.read(wanted)
         except BaseException:
@@ -135,23 +146,46 @@ class Decoders:
         start = Start(*wanted.frame)
         if splice:
             try:
-                window = read_window(windows_path(index_path(wanted.path, self._index_dir)), splice)
+                window = self._window(wanted.path, splice)
                 start = Start(splice.offset, splice.raw_offset, window, splice.state)
             except (OSError, *formats.DECODE_ERRORS) as error:
                 self._distrust(wanted.path, splice, error)
                 splice = None
         return _Decoder(wanted, splice, start, self._max_window, self._cache)
 
+    def _window(self, path: str, splice: Splice) -> bytes:
+        """A splice point's window, from beside one of the places of indexes. Raises: as `read_window`."""
+        first, *others = [windows_path(place) for place in index_paths(path, self._index_dir)]
+        for place in others if not first.exists() else ():
+            with contextlib.suppress(OSError, *formats.DECODE_ERRORS):
+                return read_window(place, splice)
+        return read_window(first, splice)
+
     def _distrust(self, path: str, splice: Splice, error: Exception) -> None:
         self._distrusted.add((path, splice))
         logger.warning(
             "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); reading on from the last "
-            "frame's start, which takes longer; to make its entries anew, delete %s and run launch/index.py",
+            "frame's start, which takes longer; to make its entries anew: rm -f %s; %s",
             path,
             splice.raw_offset,
             error,
-            index_path(path, self._index_dir),
+            shlex.join(str(place) for place in index_paths(path, self._index_dir) if place.exists()),
+            index_command([path], self._index_dir, self._cell_bytes, self._max_window),
         )
+
+    def _explained(self, wanted: RawRange, error: ShardError) -> ShardError:
+        """What is so where a shard is not what was indexed; any other error as it is."""
+        if not isinstance(error, DamageError):
+            return error
+        now, path = files.stat(wanted.path, fresh=True), wanted.path
+        reason = str(error).removeprefix(f"{path}: ")
+        if now == wanted.stat:
+            said = f"{reason}; size and modification time are as they were when it was indexed, so it is damaged, or "
+            said += "another file has taken its place"
+        else:
+            said = f"changed after it was indexed (modification time {wanted.stat.stamp} -> {now.stamp}): {reason}"
+        command = index_command([path], self._index_dir, self._cell_bytes, self._max_window, verify=True)
+        return ShardError(f"{path}: {said}; put the old file back, or make its index anew for a new run: {command}")
 
     def _keep(self, decoder: _Decoder) -> None:
         self._open.append(decoder)
@@ -166,14 +200,8 @@ class Decoders:
 def _check(wanted: RawRange, raw: bytes, reached: int) -> None:
     """Raises: ShardError if what was read of a range, up to raw offset `reached`, is not what the index says."""
     if len(raw) != wanted.stop - wanted.start:
-        raise ShardError(
-            f"{wanted.path}: ends at raw byte {reached}, its index says that it reaches {wanted.stop}; "
-            "it changed after it was indexed: put the old file back, or start a new run"
-        )
+        raise DamageError(f"{wanted.path}: ends at raw byte {reached}, its index says that it reaches {wanted.stop}")
     view = memoryview(raw)
     for cell in wanted.checks:
         if xxhash.xxh3_64_intdigest(view[cell.start - wanted.start : cell.stop - wanted.start]) != cell.hash:
-            raise ShardError(
-                f"{wanted.path}: raw bytes {cell.start} to {cell.stop} are not those that were indexed; the file is "
-                "damaged: put the old file back, or start a new run"
-            )
+            raise DamageError(f"{wanted.path}: raw bytes {cell.start} to {cell.stop} are not those that were indexed")

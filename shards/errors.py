@@ -19,5 +19,9 @@ class ShardError(HeadraceError):
     exit_code = 2
 
 
+class DamageError(ShardError):
+    """What a shard's file holds cannot be decoded, or is not what was indexed."""
+
+
 class CheckpointError(HeadraceError):
     """A saved state cannot be continued from."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from shards.config import PLAN_VERSIONS, DataConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ConfigError, ShardError
+from shards.index import hash_tables
 from shards.packing import PACKER_VERSION
 from shards.record_table import TABLE_VERSION
 from shards.sources import Source
@@ -36,6 +37,10 @@ def fingerprint(
             source.config.name: [[shard.path, shard.index.content_hash] for shard in source.shards]
             for source in sources
         },
+        # By them the shards are cut into windows; runs that began before they were kept have none
+        "record_tables": {
+            source.config.name: hash_tables(shard.index for shard in source.shards) for source in sources
+        },
     }
 
 
@@ -63,19 +68,40 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
     assert isinstance(old_shards, Mapping)
     assert isinstance(new_shards, Mapping)
     for source, before in old_shards.items():
-        after = new_shards[source]
-        for (old_path, old_hash), (new_path, new_hash) in zip(before, after, strict=False):
-            if old_hash != new_hash:
-                was = "" if old_path == new_path else f" (it was {old_path} then)"
-                raise ShardError(
-                    f"{new_path}{was}: its content changed since the run was begun; put it back, or start a new run"
-                )
-        if len(before) != len(after):
-            odd = max(before, after, key=len)[min(len(before), len(after))][0]
+        _check_shards(source, before, new_shards[source])
+    old_tables, new_tables = old.get("record_tables", {}), new.get("record_tables", {})
+    assert isinstance(old_tables, Mapping)
+    assert isinstance(new_tables, Mapping)
+    for source, table in old_tables.items():
+        if new_tables.get(source, table) != table:
             raise ShardError(
-                f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, "
-                f"e.g. {odd}; make its paths match the same files, or start a new run"
+                f"source {source!r}: its shards are those that the run was begun with, but their indexes cut them into "
+                "other records; another program made them: delete them, and make them with the one that began the run"
             )
+
+
+def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) -> None:
+    """Compares (path, content hash) of a source's shards, in order. Raises: ShardError that names what differs."""
+    order = [content for _, content in before]
+    path_of = {content: path for path, content in after}
+    if order != [content for _, content in after] and sorted(order) == sorted(content for _, content in after):
+        raise ShardError(
+            f"source {source!r}: the same shards in another order, which decides the batches; they stand in the order of "
+            "paths, and sorted by name within a pattern: give them their old names, or name them in paths one by one in "
+            f"the order of the run's beginning: {', '.join(path_of[content] for content in order)}"
+        )
+    for (old_path, old_hash), (new_path, new_hash) in zip(before, after, strict=False):
+        if old_hash != new_hash:
+            was = "" if old_path == new_path else f" (it was {old_path} then)"
+            raise ShardError(
+                f"{new_path}{was}: its content changed since the run was begun; put it back, or start a new run"
+            )
+    if len(before) != len(after):
+        odd = max(before, after, key=len)[min(len(before), len(after))][0]
+        raise ShardError(
+            f"source {source!r}: the run was begun with {len(before)} shards, now there are {len(after)}, "
+            f"e.g. {odd}; make its paths match the same files, or start a new run"
+        )
 
 
 def plan_version_of(fingerprint: Mapping[str, object]) -> int:

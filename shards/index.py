@@ -4,7 +4,7 @@ formats, record_table, splice -> index -> manifest, plan.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from shards.cache import BlockCache
 from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
 from shards.formats import Piece
-from shards.kept import store, windows_path, written_meanwhile
+from shards.kept import index_path, index_paths, store, windows_path, written_meanwhile
 from shards.plan import Ints, greedy_groups
 from shards.record_table import RecordTable
 from shards.splice import Splice, SpliceCounts, Splicer
@@ -72,6 +72,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
         return RawRange(
             path=path,
             stat=self.stat,
+            content_hash=self.content_hash,
             compression=self.compression,
             decoder_window=self.decoder_window,
             frame=frame,
@@ -145,12 +146,14 @@ def build(
             splicer = Splicer(compression, before.size, verify_entries, windows_file)
         table, frames, window = _scan(formats.pieces(peeked, compression, path, max_window), cell_bytes, splicer)
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
-        if files.stat(path, fresh=True) != before:
+        after = files.stat(path, fresh=True)
+        # Only the content decides: a shard may be touched, or its mirrors may call the same content by other names.
+        if after != before and (after.size != before.size or content_hash(path, cache) != watched.hash.hexdigest()):
             raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
     return ShardIndex(
         version=INDEX_VERSION,
         cell_bytes=cell_bytes,
-        stat=before,
+        stat=after,
         content_hash=watched.hash.hexdigest(),
         compression=compression,
         decoder_window=window,
@@ -219,7 +222,7 @@ def content_hash(path: str, cache: BlockCache | None = None) -> str:
 
 def obtain(
     path: str,
-    index_path: Path,
+    index_dir: Path | None,
     cell_bytes: int,
     max_window: int,
     verify: bool = False,
@@ -230,26 +233,49 @@ def obtain(
     """The index of a shard: the stored one if it is still true, else a new one, which is stored.
 
     Args:
-        index_path: file where it is kept; the windows of splice points lie beside it.
+        index_dir: where indexes are kept, if not beside the shards; the windows of splice points lie beside them.
         verify: hash the file even if its size and modification time agree with the stored index.
         cache: of remote shards.
         verify_entries: see `build`.
     """
-
-    def fresh() -> ShardIndex:
-        return build(path, cell_bytes, max_window, progress, cache, windows_path(index_path), verify_entries)
-
-    stored, now = load(index_path, cell_bytes), files.stat(path, fresh=True)
-    if stored is None or stored.stat.size != now.size:
-        index = fresh()
-    elif stored.stat == now and not verify:
+    place, now = index_path(path, index_dir), files.stat(path, fresh=True)
+    stored = find(path, index_dir, now, cell_bytes)
+    if stored and stored.stat == now and not verify:
         return stored
-    elif content_hash(path, cache) == stored.content_hash:
+    if stored and content_hash(path, cache) == stored.content_hash:
         index = msgspec.structs.replace(stored, stat=now)
     else:
-        index = fresh()
-    store(index_path, msgspec.json.encode(index))
+        index = build(path, cell_bytes, max_window, progress, cache, windows_path(place), verify_entries)
+    store(place, msgspec.json.encode(index))
     return index
+
+
+def find(path: str, index_dir: Path | None, now: files.Stat, cell_bytes: int | None = None) -> ShardIndex | None:
+    """Look for a stored index of a shard that is as long as the shard is now.
+
+    Args:
+        now: how the shard stands; an index of this stamp too is preferred to a touched one.
+        cell_bytes: None = any.
+    Returns: None if there is none. Where its stamp is not `now`'s, only the content can tell whether it is true.
+    """
+    touched = None
+    for place in index_paths(path, index_dir):
+        stored = load(place, cell_bytes)
+        if stored and stored.stat == now:
+            return stored
+        if stored and stored.stat.size == now.size:
+            touched = touched or stored
+    return touched
+
+
+def hash_tables(indexes: Iterable[ShardIndex]) -> str:
+    """xxh3-128 of what indexes say that batches depend on, contents and record tables, in hex."""
+    found = xxhash.xxh3_128()
+    for index in indexes:
+        found.update(f"{index.content_hash} {index.num_records} {len(index.cells)} {len(index.checks)} ".encode())
+        found.update(index.cells)
+        found.update(index.checks)
+    return found.hexdigest()
 
 
 def load(index_path: Path, cell_bytes: int | None = None) -> ShardIndex | None:

@@ -1,28 +1,70 @@
 """Where Headrace keeps what it found out about a shard, and how it writes that. files -> kept -> index, decoders."""
 
+import errno
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shards import durable, files
+from shards import durable, files, remote
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB
 from shards.errors import ShardError
 
 INDEX_SUFFIX = ".index.json"
 WINDOWS_SUFFIX = ".windows"
 
 
-def index_path(path: str, index_dir: Path | None) -> Path:
-    """Where a shard's index is kept: `index_dir`, beside the shard, or (remote, read-only) the user's cache."""
+def index_paths(path: str, index_dir: Path | None) -> list[Path]:
+    """List the places where a shard's index may be; a new one is written to the first.
+
+    That is `index_dir`, or beside the shard, or (remote, read-only) the user's cache. The others are looked at as well:
+    an index may have been made by somebody who could write to the folder, or by a run that set no `index_dir`.
+    """
     folder, name = files.place(path)
-    if index_dir is None and os.access(folder, os.W_OK):
-        return Path(folder) / (name + INDEX_SUFFIX)
     # Shards of the same name in several folders must not share an index.
-    return (index_dir or user_cache()) / f"{name}.{digest([folder])}{INDEX_SUFFIX}"
+    elsewhere = f"{name}.{digest([folder])}{INDEX_SUFFIX}"
+    places = [user_cache() / elsewhere]
+    if not remote.is_remote(path):
+        places.insert(0 if os.access(folder, os.W_OK) else 1, Path(folder) / (name + INDEX_SUFFIX))
+    return places if index_dir is None else [index_dir / elsewhere, *places]
+
+
+def index_path(path: str, index_dir: Path | None) -> Path:
+    """Return the place where a new index of a shard is written."""
+    return index_paths(path, index_dir)[0]
+
+
+def index_stamp(path: str, index_dir: Path | None) -> str:
+    """Tell the kept index of a shard from one made later, without reading it; "" if there is none."""
+    for place in index_paths(path, index_dir):
+        try:
+            found = place.stat()
+        except OSError:
+            continue
+        return f"{found.st_size}-{found.st_mtime_ns}"
+    return ""
+
+
+def index_command(
+    paths: Sequence[str], index_dir: Path | None, cell_bytes: int, max_window: int, verify: bool = False
+) -> str:
+    """Return the command that makes indexes where and as a run with these settings looks for them.
+
+    It is for the shell, from the repository's root. Args: `paths` of shards, or patterns of them.
+    """
+    options = ["--verify"] if verify else []
+    if index_dir is not None:
+        options += ["--index-dir", str(index_dir)]
+    if cell_bytes != MIB:
+        options += ["--cell-bytes", str(cell_bytes)]
+    if max_window != DEFAULT_MAX_DECODER_WINDOW:
+        options += ["--max-decoder-window", str(max_window)]
+    return shlex.join(["python", "launch/index.py", *paths, *options])
 
 
 def user_cache() -> Path:
@@ -71,6 +113,7 @@ def _errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ShardError(
-            f"{path}: cannot be written: {error.strerror}; set data.index_dir to a folder you own"
-        ) from None
+        remedy = "set data.index_dir to a folder you own"
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = "an index is named after its shard: give the shard a shorter name"
+        raise ShardError(f"{path}: cannot be written: {error.strerror}; {remedy}") from None

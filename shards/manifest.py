@@ -1,7 +1,11 @@
-"""The indexes of all shards of a source, made where they are missing, kept in one file. index -> manifest -> loader."""
+"""The indexes of all shards of a source, made where they are missing, kept in one file. index -> manifest -> loader.
+
+A manifest spares reading one index a shard, and is believed only while the indexes it was made of are as they were.
+"""
 
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +17,8 @@ from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
 from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
-from shards.index import Progress, ShardIndex, load, obtain
-from shards.kept import digest, index_path, store, windows_path
+from shards.index import INDEX_VERSION, Progress, ShardIndex, find, hash_tables, obtain
+from shards.kept import digest, index_command, index_path, index_stamp, store
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
@@ -33,6 +37,17 @@ class Manifest(msgspec.Struct, frozen=True):
 
     paths: list[str]
     indexes: list[ShardIndex]
+    # Manifests of before have none of these, and are made again of the indexes
+    index_version: int = 0
+    tables: str = ""  # hash of the indexes' record tables
+    stamps: list[str] = []  # of the files with the indexes
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What a manifest says of a shard."""
+
+    index: ShardIndex
+    stamp: str  # of the file with its index
 
 
 class Prepared(NamedTuple):
@@ -67,7 +82,7 @@ def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared
     """
     path = Path(prepared.path)
     if path.exists() and durable.hash_file(path) == prepared.content_hash:
-        return [Shard(shard, index) for shard, index in _read(path).items()]
+        return [Shard(shard, kept.index) for shard, kept in _read(path, config.cell_bytes).items()]
     logger.warning(
         "source %r: %s is not here as the first rank left it, so each shard is looked at again; set data.index_dir to "
         "a folder that all nodes share",
@@ -82,15 +97,24 @@ class Survey(msgspec.Struct, frozen=True):
 
     Attributes:
         stats: of every shard, in the order of the source's patterns.
-        indexed: the indexes that are kept in the manifest and true now.
+        indexed: the indexes of shards that stand as they were indexed.
+        touched: the indexes of shards of the same size and another stamp, which only their content can confirm.
         unindexed: shards that have to be read first.
         unindexed_bytes: a guess of what those unpack to.
+        in_manifest: every index is the manifest's.
     """
 
     stats: dict[str, files.Stat]
     indexed: dict[str, ShardIndex]
+    touched: dict[str, ShardIndex]
     unindexed: list[str]
     unindexed_bytes: int
+    in_manifest: bool
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes, compressed, to be read to confirm the touched ones."""
+        return sum(self.stats[path].size for path in self.touched)
 
 
 def shard_paths(source: SourceConfig) -> list[str]:
@@ -104,15 +128,27 @@ def survey(config: DataConfig, source: SourceConfig) -> Survey:
     Raises: ShardError if a pattern matches nothing, or a shard is missing.
     """
     paths = shard_paths(source)
-    kept = _read(_manifest_path(paths, config.index_dir, config.cell_bytes))
+    in_manifest = _read(_manifest_path(paths, config.index_dir, config.cell_bytes), config.cell_bytes)
     stats = {path: files.stat(path) for path in paths}
-    indexed = {path: kept[path] for path in paths if path in kept and _holds(config, path, kept[path], stats[path])}
-    unindexed = [path for path in paths if path not in indexed and _must_read(config, path, stats[path])]
+    indexed: dict[str, ShardIndex] = {}
+    touched: dict[str, ShardIndex] = {}
+    unindexed: list[str] = []
+    whole = bool(in_manifest)
+    for path, stat in stats.items():
+        kept = in_manifest.get(path)
+        index = kept.index if kept and _holds(config, path, kept, stat) else None
+        if index is None:
+            index = find(path, config.index_dir, stat, config.cell_bytes)
+            whole = False
+        if index is None:
+            unindexed.append(path)
+        else:
+            (indexed if index.stat == stat else touched)[path] = index
     guess = sum(
         stats[path].size * (1 if path.endswith(".jsonl") or arrow.is_column(path) else RAW_PER_COMPRESSED)
         for path in unindexed
     )
-    return Survey(stats, indexed, unindexed, guess)
+    return Survey(stats, indexed, touched, unindexed, guess, whole)
 
 
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
@@ -121,20 +157,53 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
     found = survey(config, source)
-    paths, indexes = list(found.stats), dict(found.indexed)
-    if stale := [path for path in paths if path not in indexes]:
-        check_amount(config, source, found)
-        indexes |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
+    check_amount(config, source, found)
+    paths, indexes = list(found.stats), found.indexed | found.touched
+    believed = found.touched_bytes > config.max_index_at_start
+    if believed:
+        logger.warning(
+            "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so it is not read for it: each read is "
+            "compared with the indexes; to compare them all before: %s",
+            source.name,
+            touched_text(found),
+            config.max_index_at_start / 1e9,
+            indexing_command(config, source, list(found.touched), verify=True),
+        )
+    stale = [*found.unindexed, *(() if believed else found.touched)]
+    indexes |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
+    if stale or not found.in_manifest:
         write(paths, [indexes[path] for path in paths], config.index_dir, config.cell_bytes)
     shards = [Shard(path, indexes[path]) for path in paths]
     if not any(shard.index.num_documents for shard in shards):
         raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank or null")
+    _say_doubles(source, shards)
     return shards
+
+
+def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
+    """Warns of contents that stand more than once in a source, whatever they are called: a run may have begun so."""
+    first: dict[str, str] = {}
+    doubles = []
+    for shard in shards:
+        path, before = shard.path, first.setdefault(shard.index.content_hash, shard.path)
+        if before != path:
+            same = os.path.realpath(before) == os.path.realpath(path)
+            doubles.append(f"{path} ({'the file' if same else 'a copy of'} {before})")
+    if doubles:
+        logger.warning(
+            "source %r: %d of its %d shards hold what another holds, so that their documents are read twice in an "
+            "epoch: %s; for a new run, take them out of its paths",
+            source.name,
+            len(doubles),
+            len(shards),
+            files.listed(doubles),
+        )
 
 
 def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, cell_bytes: int) -> None:
     """Writes the manifest of a list of shards."""
-    data = msgspec.msgpack.encode(Manifest(paths, indexes))
+    stamps = [index_stamp(path, index_dir) for path in paths]
+    data = msgspec.msgpack.encode(Manifest(paths, indexes, INDEX_VERSION, hash_tables(indexes), stamps))
     store(_manifest_path(paths, index_dir, cell_bytes), data)
 
 
@@ -143,27 +212,44 @@ def _manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) ->
     return index_path(paths[0], index_dir).with_name(name)
 
 
-def _read(path: Path) -> dict[str, ShardIndex]:
+def _read(path: Path, cell_bytes: int) -> dict[str, Kept]:
+    """What a manifest says of each shard; nothing if it is missing, damaged, or not of indexes as this program's."""
     try:
         manifest = msgspec.msgpack.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):
         return {}
-    return dict(zip(manifest.paths, manifest.indexes, strict=True))
+    versions = {manifest.index_version, *(index.version for index in manifest.indexes)}
+    cells = {index.cell_bytes for index in manifest.indexes}
+    if versions != {INDEX_VERSION} or cells != {cell_bytes} or hash_tables(manifest.indexes) != manifest.tables:
+        return {}
+    pairs = zip(manifest.indexes, manifest.stamps, strict=True)
+    return dict(zip(manifest.paths, (Kept(*pair) for pair in pairs), strict=True))
 
 
-def _holds(config: DataConfig, path: str, index: ShardIndex, stat: files.Stat) -> bool:
-    """True if what a manifest says of a shard is true, and its windows are not those of an index made later."""
-    if index.stat != stat or not index.splices:
-        return index.stat == stat
-    try:
-        return windows_path(index_path(path, config.index_dir)).stat().st_size == index.windows_bytes
-    except OSError:
-        return True  # an index without windows is as good, only slower
+def _holds(config: DataConfig, path: str, kept: Kept, stat: files.Stat) -> bool:
+    """Whether a manifest need not be compared with the file of a shard's index.
+
+    Where that was made anew it need not be what the manifest says; where it is gone, nothing contradicts.
+    """
+    return kept.index.stat == stat and index_stamp(path, config.index_dir) in ("", kept.stamp)
 
 
-def _must_read(config: DataConfig, path: str, stat: files.Stat) -> bool:
-    stored = load(index_path(path, config.index_dir), config.cell_bytes)
-    return stored is None or stored.stat != stat
+def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[str] = (), verify: bool = False) -> str:
+    """The command that makes (or verifies) the indexes of a source as a run looks for them.
+
+    Args:
+        paths: the shards that are meant, where the source is a data set, which has no patterns.
+    """
+    patterns = source.paths or paths
+    return index_command(patterns, config.index_dir, config.cell_bytes, config.max_decoder_window, verify)
+
+
+def touched_text(found: Survey) -> str:
+    """What is so with the touched shards of a survey."""
+    return (
+        f"{len(found.touched)} shards ({found.touched_bytes / 1e9:.1f} GB) were touched after they were indexed: the "
+        f"same size, another modification time; e.g. {next(iter(found.touched))}"
+    )
 
 
 def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> None:
@@ -173,7 +259,7 @@ def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> Non
             f"source {source.name!r}: {len(found.unindexed)} shards have no index, about "
             f"{found.unindexed_bytes / 1e9:.1f} GB raw, more than "
             f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: "
-            "python launch/index.py " + " ".join(repr(pattern) for pattern in source.paths or found.unindexed)
+            + indexing_command(config, source, found.unindexed)
         )
 
 
@@ -185,7 +271,7 @@ def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None)
         found = executor.map(
             lambda path: obtain(
                 path,
-                index_path(path, config.index_dir),
+                config.index_dir,
                 config.cell_bytes,
                 config.max_decoder_window,
                 progress=progress,

@@ -10,7 +10,6 @@ from shards.config import DataConfig, SourceConfig
 from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.index import obtain
-from shards.kept import index_path
 from shards.loader import Loader
 from shards.reader import Document
 from shards.seek import document
@@ -57,10 +56,10 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
     if not arrow.is_column(path):
         cache = BlockCache.of(config.remote_cache)
         return document(path, line, source, config.index_dir, config.max_decoder_window, cache)
-    index = obtain(path, index_path(path, config.index_dir), config.cell_bytes, config.max_decoder_window)
+    index = obtain(path, config.index_dir, config.cell_bytes, config.max_decoder_window)
     if not 1 <= line <= index.num_records:
         raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")
-    records = Columns().records(path, index.stat, line - 1, 1, source)
+    records = Columns().records(path, index.stat, line - 1, 1, source, index.content_hash)
     if not records.lines:
         raise ShardError(f"{path}, line {line}: {records.bad[0].reason if records.bad else 'blank'}")
     text = records.texts[0]

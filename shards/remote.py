@@ -1,16 +1,20 @@
 """Shards over https://, s3://, gs://, hf:// and whatever else fsspec speaks. files -> remote.
 
-A file is fetched in blocks by range, one ahead of the reader; a block that fails, stalls or comes short is asked for
-again with growing pauses, so that a stream goes on at the block where it broke.
+A file is fetched in blocks by range, one ahead of the reader. Whatever is asked of a server (blocks, sizes, listings)
+is asked again with growing pauses where the answer fails, stalls or comes short, so that a stream goes on at the block
+where it broke. Only an answer that says so means that a file is missing.
 """
 
+import re
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Generic, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
 
 from shards.cache import BlockCache
 from shards.errors import ShardError
@@ -18,7 +22,10 @@ from shards.errors import ShardError
 BLOCK_BYTES = 4 << 20
 ATTEMPTS = 8
 FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
-STALL_SECONDS = 60.0
+STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
+ANSWER_SECONDS = 15.0  # for a size
+REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
+GLOB = re.compile(r"[*?\[]")
 
 Result = TypeVar("Result")
 
@@ -29,11 +36,37 @@ def is_remote(path: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """The URLs that a glob matches, sorted. Raises: ShardError if the listing fails for good."""
+    """The URLs that a glob matches, sorted. Raises: ShardError if a listing fails for good."""
     system, path = _system(pattern)
+    if pattern.startswith(("http://", "https://")):
+        path = path.replace("?", "[?]")  # there it begins a query
     system.invalidate_cache()  # of listings, which fsspec remembers for the life of the process
-    found = _persist(pattern, lambda: system.glob(path))
+    fits = re.compile(glob_translate(path))
+    found = [name for name in _files_below(system, path) if fits.match(name)]
     return sorted(str(system.unstrip_protocol(name)) for name in found)
+
+
+def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
+    """The files in the folders that a glob may mean. Raises: ShardError if a listing fails for good.
+
+    fsspec's own glob takes a folder whose listing failed for an empty one.
+    """
+    wildcard = GLOB.search(path)
+    root = path[: wildcard.start()].rpartition("/")[0] if wildcard else path.rpartition("/")[0]
+    levels = path[len(root) :].count("/")
+    folders = [(root, 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            entries = _persist(folder, partial(system.ls, folder, detail=True), STALL_SECONDS)
+        except FileNotFoundError:
+            continue  # of a folder that is not there nothing matches
+        for entry in entries:
+            name = entry["name"].rstrip("/")
+            if entry["type"] != "directory":
+                yield name
+            elif name != folder.rstrip("/") and (level < levels or "**" in path):
+                folders.append((name, level + 1))
 
 
 def stat(url: str, fresh: bool = False) -> tuple[int, str]:
@@ -46,7 +79,10 @@ def stat(url: str, fresh: bool = False) -> tuple[int, str]:
     system, path = _system(url)
     if fresh:
         system.invalidate_cache(path)
-    info = _persist(url, lambda: system.info(path))
+    try:
+        info = _persist(url, lambda: system.info(path), ANSWER_SECONDS)
+    except (FileNotFoundError, PermissionError) as error:
+        raise _missing(url, error) from None
     if info.get("type") == "directory":
         raise ShardError(f"{url}: is a folder, not a shard; name the files in it, e.g. {url.rstrip('/')}/*.jsonl.zst")
     if info.get("size") is None:
@@ -101,7 +137,7 @@ class RemoteFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fetch(self) -> "_Call":
+    def _fetch(self) -> "_Call[bytes]":
         start, stop = self._range()
         return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
 
@@ -142,25 +178,29 @@ class RemoteFile:
                 raise OSError(f"got {len(data)} of {wanted} bytes")
             return data
 
-        return _persist(f"{self._url} at byte {self._next}", attempt)[self._next - start :]
+        what = f"{self._url} at byte {self._next}"
+        try:
+            return _persist(what, attempt, None)[self._next - start :]
+        except (FileNotFoundError, PermissionError) as error:
+            raise _missing(what, error) from None
 
 
-class _Call:
+class _Call(Generic[Result]):
     """A function's result, worked out in a thread that may hang without holding up anything else."""
 
-    def __init__(self, function: Callable[[], bytes]) -> None:
-        self._result: bytes | Exception | None = None
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._result: Result | Exception | None = None
         self._done = threading.Event()
         threading.Thread(target=self._run, args=(function,), daemon=True).start()
 
-    def _run(self, function: Callable[[], bytes]) -> None:
+    def _run(self, function: Callable[[], Result]) -> None:
         try:
             self._result = function()
         except Exception as error:
             self._result = error
         self._done.set()
 
-    def result(self, seconds: float) -> bytes:
+    def result(self, seconds: float) -> Result:
         if not self._done.wait(seconds):
             raise TimeoutError(f"no answer for {seconds:g} s")
         if isinstance(self._result, Exception):
@@ -169,22 +209,50 @@ class _Call:
         return self._result
 
 
-def _persist(what: str, attempt: Callable[[], Result]) -> Result:
-    """Tries until it works. Raises: ShardError if the file is missing, or every attempt failed."""
+def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) -> Result:
+    """Tries until it works.
+
+    Args:
+        seconds: that one attempt may take; None = it sees to that itself.
+    Raises: FileNotFoundError or PermissionError at once where the server says so; ShardError if every attempt failed.
+    """
     pause = FIRST_PAUSE_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
-            return attempt()
-        except (FileNotFoundError, PermissionError) as error:
-            raise ShardError(f"{what}: no such shard, or no right to read it ({error})") from None
+            return attempt() if seconds is None else _Call(attempt).result(seconds)
         except ShardError:
             raise
         except Exception as error:  # each of fsspec's systems raises errors of its own library
+            if _is_refused(error):
+                raise FileNotFoundError(str(error)) from None
             if number == ATTEMPTS:
-                raise ShardError(f"{what}: failed {ATTEMPTS} times, the last with {error!r}; try again later") from None
+                reason = repr(error.__cause__ or error)
+                raise ShardError(
+                    f"{what}: failed {ATTEMPTS} times, the last with {reason}; the server or the way to it is at "
+                    "fault, not the file: try again later"
+                ) from None
         time.sleep(pause)
         pause *= 2
     raise AssertionError
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a server said that there is no such file, or no right to it, so that asking again is of no use.
+
+    fsspec's HTTP raises FileNotFoundError for every failed request for a size, whatever made it fail is its cause.
+    """
+    import aiohttp  # only where something failed: it takes a while
+
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    if isinstance(cause, aiohttp.ClientResponseError):
+        return cause.status in REFUSED
+    if cause is error or cause is None:
+        return isinstance(error, FileNotFoundError | PermissionError)
+    return not isinstance(cause, aiohttp.ClientError | ConnectionError | TimeoutError)
+
+
+def _missing(what: str, error: OSError) -> ShardError:
+    return ShardError(f"{what}: no such shard, or no right to read it ({error})")
 
 
 def _system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

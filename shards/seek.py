@@ -10,8 +10,7 @@ from shards.cache import BlockCache
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.decoders import Decoders
 from shards.errors import ShardError
-from shards.index import ShardIndex, load, obtain
-from shards.kept import index_path
+from shards.index import ShardIndex, find, obtain
 from shards.reader import Document, RecordParser
 
 
@@ -63,7 +62,7 @@ def document(
     table = index.table()
     cell = int(np.searchsorted(table[:, 0], n - 1, side="right")) - 1
     (first, start), (_, stop) = table[cell].tolist(), table[cell + 1].tolist()
-    decoders = Decoders(max_decoder_window, cache, index_dir)
+    decoders = Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)
     raw = decoders.read(index.raw_range(path, start, stop))
     decoders.close()
     parser = RecordParser.of(source)
@@ -84,7 +83,7 @@ class RawShard(io.RawIOBase):
         self._path = path
         self._index = _index(path, index_dir, max_decoder_window, None)
         self._bounds = self._index.table()[:, 1]
-        self._decoders = Decoders(max_decoder_window, None, index_dir)
+        self._decoders = Decoders(max_decoder_window, None, index_dir, self._index.cell_bytes)
         self._position = 0
         self._cell, self._raw = -1, b""  # the cell read last
 
@@ -125,8 +124,6 @@ def _index(path: str, index_dir: Path | None, max_decoder_window: int, cache: Bl
     """A shard's index: that which a run made, whatever its cells, or a new one."""
     if arrow.is_column(path):
         raise ShardError(f"{path}: is a column of an Arrow file, which has no raw bytes")
-    stored_at = index_path(path, index_dir)
-    stored = load(stored_at)
-    if stored and stored.stat == files.stat(path):
-        return stored
-    return obtain(path, stored_at, stored.cell_bytes if stored else MIB, max_decoder_window, cache=cache)
+    # One that is only touched will do: each cell that is read is compared with its hash.
+    stored = find(path, index_dir, files.stat(path))
+    return stored or obtain(path, index_dir, MIB, max_decoder_window, cache=cache)

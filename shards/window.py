@@ -87,7 +87,8 @@ class WindowMaker:
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
         recipe.check_tokenizer(config.tokenizer, self._tokenizer)
-        self._decoders = Decoders(config.max_decoder_window, BlockCache.of(config.remote_cache), config.index_dir)
+        cache = BlockCache.of(config.remote_cache)
+        self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
         self._columns = Columns()
         self._decontaminator = None
         if config.decontaminate and recipe.filter_file:
@@ -165,7 +166,9 @@ class WindowMaker:
         span, path = item.span, item.raw.path
         if arrow.is_column(path):
             config = self._config.sources[source]
-            records = self._columns.records(path, item.raw.stat, span.first_record, span.num_records, config)
+            records = self._columns.records(
+                path, item.raw.stat, span.first_record, span.num_records, config, item.raw.content_hash
+            )
         else:
             records = self._parsers[source].parse(self._lines(item), span.first_record + 1)
         if records.bad and self._config.on_bad_record == "fail":

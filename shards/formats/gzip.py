@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from isal import isal_zlib
 
-from shards.errors import ShardError
+from shards.errors import DamageError
 from shards.formats.base import DECODE_ERRORS, Input, Piece, Readable, Start
 
 MAGIC = b"\x1f\x8b"
@@ -70,7 +70,7 @@ def pieces(file: Readable, path: str, start: Start) -> Iterator[Piece]:
             raise _truncated(source, path, raw_offset)
     while head := _head_of_member(source):
         if head != MAGIC:
-            raise ShardError(
+            raise DamageError(
                 f"{path}: byte {source.offset} should begin a gzip member but holds {head.hex(' ')}; "
                 f"the file is damaged after raw byte {raw_offset}, copy it again"
             )
@@ -100,7 +100,7 @@ def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset
         try:
             raw = member.decompress(data, MAX_OUTPUT_BYTES)
         except DECODE_ERRORS as error:
-            raise ShardError(
+            raise DamageError(
                 f"{path}: damaged gzip data near byte {source.offset}, raw byte {raw_offset} ({error}); copy it again"
             ) from None
         rest = member.unused_data if member.eof else member.unconsumed_tail
@@ -110,8 +110,8 @@ def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset
         raw_offset += len(raw)
 
 
-def _truncated(source: Input, path: str, raw_offset: int) -> ShardError:
-    return ShardError(
+def _truncated(source: Input, path: str, raw_offset: int) -> DamageError:
+    return DamageError(
         f"{path}: the file ends at byte {source.offset} inside a gzip member, after raw byte {raw_offset}; "
         "it is truncated, copy it again"
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import zstandard
 
-from shards.errors import ShardError
+from shards.errors import DamageError, ShardError
 from shards.formats import blocks
 from shards.formats.base import CHUNK_BYTES, Input, Piece, Readable, Start
 
@@ -66,7 +66,7 @@ def pieces(file: Readable, path: str, max_window: int, start: Start) -> Iterator
             _skip(source, path, raw_offset)
             continue
         if not head.startswith(blocks.MAGIC):
-            raise ShardError(
+            raise DamageError(
                 f"{path}: byte {source.offset} should begin a zstd frame but holds {head[:4].hex(' ')}; "
                 f"the file is damaged or cut short after raw byte {raw_offset}, copy it again"
             )
@@ -88,11 +88,16 @@ def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
     except zstandard.ZstdError as error:
         if len(head) < blocks.MAX_HEADER_BYTES:
             raise _truncated(source, path, raw_offset) from None
-        raise ShardError(
+        raise DamageError(
             f"{path}: the header of the zstd frame at byte {source.offset} cannot be used ({error}); windows of up to "
             f"2 GiB can be decoded (zstd --long=31, with data.max_decoder_window: {1 << 31}); the file is damaged, "
             "or has to be compressed again"
         ) from None
+    if dictionary := zstandard.get_frame_parameters(head).dict_id:
+        raise ShardError(
+            f"{path}: the zstd frame at byte {source.offset} was compressed with dictionary {dictionary}, which it "
+            "cannot be read without; compress the shard again without one: zstd -dc -D DICTIONARY OLD | zstd -o NEW"
+        )
     if window > max_window:
         raise ShardError(
             f"{path}: the zstd frame at byte {source.offset} needs a window of {window} bytes; "
@@ -152,12 +157,12 @@ def _skip(source: Input, path: str, raw_offset: int) -> None:
         left -= len(taken)
 
 
-def _damaged(path: str, offset: int, raw_offset: int, reason: str) -> ShardError:
-    return ShardError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); copy it again")
+def _damaged(path: str, offset: int, raw_offset: int, reason: str) -> DamageError:
+    return DamageError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); copy it again")
 
 
-def _truncated(source: Input, path: str, raw_offset: int) -> ShardError:
-    return ShardError(
+def _truncated(source: Input, path: str, raw_offset: int) -> DamageError:
+    return DamageError(
         f"{path}: the file ends at byte {source.offset} inside a zstd frame, after raw byte {raw_offset}; "
         "it is truncated, copy it again"
     )

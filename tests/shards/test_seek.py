@@ -101,7 +101,7 @@ def test_a_remote_shard_is_fetched_only_where_it_is_read(
     url = f"http://127.0.0.1:{server.server_port}/a.jsonl.zst"
     size = len(server.data)  # type: ignore[attr-defined]
     assert size > 1_500_000
-    index = obtain(url, index_path(url, tmp_path), 1 << 16, 1 << 27)
+    index = obtain(url, tmp_path, 1 << 16, 1 << 27)
     assert windows_path(index_path(url, tmp_path)).exists()
     assert len(index.splices) >= 8
     server.sent = 0  # type: ignore[attr-defined]

@@ -185,7 +185,7 @@ def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypat
     index_path = kept.index_path(str(path), None)
     index_path.unlink()
     monkeypatch.setattr(splice, "SPACING_BYTES", 1 << 19)
-    obtain(str(path), index_path, CELL, MAX_WINDOW)
+    obtain(str(path), None, CELL, MAX_WINDOW)
     with Loader(data, 4) as loader:
         assert sum(batch.replays for batch in itertools.islice(loader, 20)) == 0
     assert manifest.survey(data, data.sources[0]).indexed[str(path)] == load(index_path)
