@@ -51,11 +51,6 @@ class ShardIndex(msgspec.Struct, frozen=True):
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
 
     @property
-    def windows_bytes(self) -> int:
-        """Size of the file with the windows of the splice points."""
-        return self.splices[-1].position + self.splices[-1].packed_bytes if self.splices else 0
-
-    @property
     def num_frames(self) -> int:
         """Frames or members, at least 1."""
         return len(self.frames) // 16
