@@ -6,6 +6,7 @@ from those of the config that it is to be trained or run with.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ForeignConfig:
         if differing:
             raise ConfigError(
                 f"{self.file} describes another model: {'; '.join(differing)}. Its own `model:` section is printed by"
-                f" `python launch/export.py --describe {self.file.parent}`"
+                f" `python launch/export.py --describe {shlex.quote(str(self.file.parent))}`"
             )
 
 

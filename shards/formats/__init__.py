@@ -17,6 +17,7 @@ MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the wind
 MAX_HEADER_BYTES = blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
 
 SHARD_START = Start()
+FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
 
 
 class Peeked:
@@ -37,7 +38,7 @@ class Peeked:
 def detect(head: bytes, path: str) -> str:
     """Which compression a file has, from its first bytes: "zstd", "gzip" or "plain".
 
-    Raises: ShardError if the file is empty, or is named as compressed but is neither that nor JSON lines.
+    Raises: ShardError if the file is empty, of another format, or named as compressed but neither that nor JSON lines.
     """
     if not head:
         raise ShardError(f"{path}: the file is empty (0 bytes); copy it again, or take it out of the paths")
@@ -45,6 +46,10 @@ def detect(head: bytes, path: str) -> str:
         return "gzip"
     if zstd.starts_frame(head):
         return "zstd"
+    if other := next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None):
+        raise ShardError(
+            f"{path}: is {other}; a shard is JSON lines, as they are or compressed by zstd or gzip: convert it"
+        )
     suffix = PurePath(path).suffix
     if suffix in (".zst", ".gz") and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         raise ShardError(

@@ -5,6 +5,7 @@ first frame; a frame is complete only if its decompressor says so. Feeding whole
 call (repeats unpack ten-thousandfold), and every bound of blocks is a place from which decoding might start.
 """
 
+import shlex
 from collections.abc import Iterator
 
 import zstandard
@@ -96,7 +97,8 @@ def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
     if dictionary := zstandard.get_frame_parameters(head).dict_id:
         raise ShardError(
             f"{path}: the zstd frame at byte {source.offset} was compressed with dictionary {dictionary}, which it "
-            "cannot be read without; compress the shard again without one: zstd -dc -D DICTIONARY OLD | zstd -o NEW"
+            "cannot be read without; compress the shard again without one: "
+            f"zstd -dc -D DICTIONARY {shlex.quote(path)} | zstd -o NEW"
         )
     if window > max_window:
         raise ShardError(
@@ -158,7 +160,10 @@ def _skip(source: Input, path: str, raw_offset: int) -> None:
 
 
 def _damaged(path: str, offset: int, raw_offset: int, reason: str) -> DamageError:
-    return DamageError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); copy it again")
+    remedy = "copy it again"
+    if raw_offset == 0:  # a dictionary without a number is not named by the frame
+        remedy += ", or, if it was compressed with a dictionary, compress it again without"
+    return DamageError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); {remedy}")
 
 
 def _truncated(source: Input, path: str, raw_offset: int) -> DamageError:

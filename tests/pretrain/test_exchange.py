@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,6 +249,18 @@ def test_a_description_is_a_config_of_the_same_model(tmp_path: Path) -> None:
     found = ModelConfig.model_validate(yaml.safe_load(text)["model"])
     open_model(tmp_path / "hf", found)
     assert found.rope_scaling == ours.config.rope_scaling
+
+
+def test_the_command_that_a_refusal_names_prints_the_model_section_that_fits(tmp_path: Path) -> None:
+    ours = build(GROUPED)
+    export(Memory(ours), ours.config, DATA, tmp_path / "a model")
+    with pytest.raises(ConfigError, match="describes another model") as caught:
+        open_model(tmp_path / "a model", ours.config.model_copy(update={"n_layers": 7}))
+    command = str(caught.value).split("`")[-2].replace("python ", f"{shlex.quote(sys.executable)} ")
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    open_model(tmp_path / "a model", ModelConfig.model_validate(yaml.safe_load(done.stdout)["model"]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Kept blocks of remote shards: never wrong, never too many, whoever is killed."""
 
+import errno
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -113,3 +115,20 @@ def test_a_folder_that_cannot_be_had_is_named_and_one_that_fails_later_harms_not
     (tmp_path / "gone").rmdir()
     put(cache, 0)
     assert get(cache, 0) is None
+
+
+def test_a_cache_that_is_only_read_from_gives_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(BlockCache(tmp_path, 10**6), 3)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("utime", "open", "replace"):  # root may write anywhere, so that the folder cannot refuse
+        monkeypatch.setattr(os, name, refuse)
+    cache = BlockCache(tmp_path, 10**6)
+    for number in (3, 4, 5):
+        assert get(cache, number) == (block(3) if number == 3 else None)
+        put(cache, number)
+    assert caplog.text.count("cannot keep blocks of remote shards: Read-only file system") == 1

@@ -1,7 +1,11 @@
 """Every compression gives its raw bytes back, whole or not at all."""
 
+import bz2
 import gzip
 import io
+import lzma
+import subprocess
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import ShardError, formats
-from tests.shards.corpora import compress
+from tests.shards.corpora import compress, record
 
 MAX_WINDOW = 128 << 20
 
@@ -100,6 +104,30 @@ def test_a_31_bit_window_is_decoded_if_allowed_and_else_names_the_setting() -> N
     beyond = header(33) + (1 | 5 << 3).to_bytes(3, "little") + b"long\n" + bytes(9)
     with pytest.raises(ShardError, match=r"byte 0 .*--long=31, with data\.max_decoder_window: 2147483648"):
         decode(beyond, max_window=1 << 40)
+
+
+@pytest.mark.parametrize("kind", [zstandard.DICT_TYPE_AUTO, zstandard.DICT_TYPE_RAWCONTENT])
+def test_a_dictionary_is_named_and_the_command_that_does_without_works(tmp_path: Path, kind: int) -> None:
+    lines = [record(f"{i * i} of some length, so that there is something to learn") for i in range(900)]
+    trained = zstandard.train_dictionary(2000, lines).as_bytes()
+    learnt = zstandard.ZstdCompressionDict(trained, dict_type=kind)
+    (tmp_path / "d").write_bytes(trained)
+    path = tmp_path / "a b.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=learnt).compress(b"".join(lines[:9])))
+    with pytest.raises(ShardError, match=r"compressed with (a )?dictionary") as caught:
+        decode(path.read_bytes(), str(path))
+    if kind == zstandard.DICT_TYPE_AUTO:
+        assert "damaged" not in str(caught.value)
+        command = str(caught.value).partition("without one: ")[2]
+        command = command.replace("DICTIONARY", "d").replace("NEW", "new.zst")
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        assert decode((tmp_path / "new.zst").read_bytes()) == b"".join(lines[:9])
+
+
+def test_other_compressions_are_named(tmp_path: Path) -> None:
+    for data, name in ((bz2.compress(b"{}"), "bzip2"), (lzma.compress(b"{}"), "xz"), (b"PAR1....", "Parquet")):
+        with pytest.raises(ShardError, match=f"a.jsonl.more: is {name}; a shard is JSON lines"):
+            decode(data, "a.jsonl.more")
 
 
 def test_compression_is_told_by_content_not_by_name() -> None:

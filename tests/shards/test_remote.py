@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from shards import Loader, ShardError, remote
+from shards import Loader, ShardError, files, remote
 from shards.cache import BlockCache
 from tests.shards.corpora import ROOT, compress, config, record, words
 
@@ -34,6 +36,8 @@ class Server(ThreadingHTTPServer):
         self.data, self.etag = DATA, '"one"'
         self.bodies = 0
         self.query = ""  # without which nothing is served
+        self.head_faults: Iterator[str] = iter(())  # of requests for the size, whatever their method
+        self.etags: Iterator[str] = iter(())  # instead of `etag`, as mirrors tell them
 
     @property
     def url(self) -> str:
@@ -53,15 +57,22 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
-        if unquote(self.path) != f"/shard.jsonl.zst{self.server.query}":
+        if unquote(self.path) not in ("/", f"/shard.jsonl.zst{self.server.query}"):
             self.send_error(404)
             return
-        fault = next(self.server.faults, "") if with_body else ""
-        if fault in ("500", "503"):
+        if unquote(self.path) == "/":
+            self._list()
+            return
+        of_block = "Range" in self.headers
+        fault = next(self.server.faults if of_block else self.server.head_faults, "")
+        if fault.isdecimal():
             self.send_error(int(fault))
             return
         if fault == "stall":
             time.sleep(3)
+        if fault == "drop" and not of_block:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         data = self.server.data
         start, stop = 0, len(data)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -73,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        if self.server.etag:
-            self.send_header("ETag", self.server.etag)
+        if etag := next(self.server.etags, self.server.etag):
+            self.send_header("ETag", etag)
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if with_body:
@@ -82,6 +93,18 @@ class Handler(BaseHTTPRequestHandler):
             body = data[start:stop]
             self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
             self.close_connection = True
+
+    def _list(self) -> None:
+        """The folder as a page of links; or a dropped connection."""
+        if next(self.server.head_faults, ""):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        body = b'<a href="shard.jsonl.zst">one</a> <a href="shard.jsonl.bz2">other</a>'
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 @pytest.fixture
@@ -114,6 +137,66 @@ def test_failures_for_good_are_named(server: Server) -> None:
     server.faults = itertools.repeat("503")
     with pytest.raises(ShardError, match=r"shard\.jsonl\.zst at byte 0: failed 8 times"):
         read_all(server.url)
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "500", "drop", "stall"])
+def test_a_size_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.5)
+    expected = remote.stat(server.url)
+    for times in (1, 2, 4):  # two requests an attempt, of other methods
+        server.head_faults = iter([fault] * times)
+        assert remote.stat(server.url) == expected
+        assert next(server.head_faults, "none left") == "none left"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("503", "503"), ("drop", "isconnect"), ("stall", "no answer for 0.05 s")])
+def test_a_size_that_is_never_told_is_the_servers_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.05 if fault == "stall" else 5)
+    server.head_faults = itertools.repeat(fault)
+    with pytest.raises(ShardError, match=rf"failed 8 times, the last with .*{said}.* not the file") as caught:
+        remote.stat(server.url)
+    assert "no such shard" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", ["404", "403", "410"])
+def test_what_is_refused_is_asked_for_once(server: Server, status: str) -> None:
+    server.head_faults = iter([status] * 2 + ["503"])
+    with pytest.raises(ShardError, match="no such shard, or no right to read it"):
+        remote.stat(server.url)
+    assert next(server.head_faults) == "503"
+    server.faults = iter([status, "503"])
+    with pytest.raises(ShardError, match="no such shard, or no right to read it"):
+        read_all(server.url)
+    assert next(server.faults) == "503"
+
+
+def test_a_listing_is_asked_for_again_and_tells_what_is_not_read(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fsspec takes a folder whose listing failed for an empty one."""
+    pattern = f"http://127.0.0.1:{server.server_port}/*.jsonl.*"
+    server.head_faults = iter(["drop"] * 3)
+    assert files.expand((pattern,), "s") == [server.url]
+    assert "shard.jsonl.bz2" in caplog.text
+    server.head_faults = itertools.repeat("drop")
+    with pytest.raises(ShardError, match="failed 8 times"):
+        files.expand((pattern,), "s")
+
+
+def test_mirrors_that_call_one_content_by_other_names_are_one_shard(server: Server, tmp_path: Path) -> None:
+    data = config([{"name": "a", "paths": [server.url]}], index_dir=tmp_path / "i", window_bytes=1 << 17, lanes=4)
+
+    def hashes() -> list[int]:
+        with Loader(data, 8, seed=1) as loader:
+            return [batch.row_hash for batch in itertools.islice(loader, 30)]
+
+    expected = hashes()
+    shutil.rmtree(tmp_path / "i")
+    server.etags = (f'"{number}"' for number in itertools.count())
+    assert hashes() == expected
+    assert hashes() == expected
 
 
 def test_a_server_that_ignores_ranges_is_told_from_one_that_serves_them(server: Server) -> None:
