@@ -286,8 +286,11 @@ def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
     ]
     tmp_path.joinpath("tiny.jsonl").write_text("\n".join(lines))
     source = f"{{name: tiny, paths: ['{tmp_path}/tiny.jsonl'], max_epochs: 1, source_from: meta.pile_set_name}}"
-    run.finish(f"data.sources=[{source}]", "data.lanes=2", "data.window_bytes=4096", "train.steps=100000")
+    # Three lanes on two ranks: both read all of them, and the shortest is empty long before the others
+    run.finish(f"data.sources=[{source}]", "data.lanes=3", "data.window_bytes=4096", "train.steps=100000")
     metrics = run.metrics()
+    assert metrics[-1]["epoch_per_source"] == {"tiny": 1.0}
+    assert max(m["epoch_per_source"]["tiny"] for m in metrics[:-1]) < 1
     assert metrics[-1]["tokens"] == sum(m["tokens_per_source"]["tiny"] for m in metrics)
     for m in metrics:
         counts = m["tokens_per_source"]
@@ -297,6 +300,19 @@ def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "resumed" / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
     evals = [json.loads(line) for line in (tmp_path / "resumed" / "evals.jsonl").read_text().splitlines()]
     assert evals[-1]["step"] == last
+    assert (tmp_path / "resumed" / "data_end").read_text() == str(last)
+
+
+@pytest.mark.distributed
+def test_a_run_of_epochs_ends_with_them_and_with_its_schedule(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=2)
+    lines = [json.dumps({"text": f"{i} " * (20 + i % 30)}) for i in range(100)]
+    tmp_path.joinpath("tiny.jsonl").write_text("\n".join(lines))
+    overrides = [f"data.sources=[{{name: tiny, paths: ['{tmp_path}/tiny.jsonl']}}]", "data.lanes=null"]
+    run.finish(*overrides, "train.steps=null", "train.epochs=2", "optim.schedule=linear", "optim.floor=0")
+    metrics = run.metrics()
+    assert metrics[-1]["epoch_per_source"] == {"tiny": 2.0}
+    assert [m["learning_rate"] for m in metrics[-2:]][-1] == 0 < metrics[-2]["learning_rate"]
 
 
 @pytest.mark.distributed

@@ -109,9 +109,9 @@ def test_a_remote_shard_is_fetched_only_where_it_is_read(
     assert json.dumps(last.text)
     gap = max(b.offset - a.offset for a, b in zip(index.splices, index.splices[1:], strict=False))
     assert server.sent <= gap + 3 * (1 << 16) < size / 4  # type: ignore[attr-defined]
-    # A lane in the middle of the shard, as one of many ranks would have it.
-    data = config([{"name": "a", "paths": [url]}], index_dir=tmp_path, window_bytes=1 << 16, lanes=64, seq_len=128)
-    with Loader(data, 64, dp_rank=63, dp_size=64) as loader:
+    # A lane somewhere in the middle of the shard, with windows that are shorter than its segments.
+    data = config([{"name": "a", "paths": [url]}], index_dir=tmp_path, window_bytes=1 << 16, lanes=1, seq_len=128)
+    with Loader(data, 1) as loader:
         server.sent = 0  # type: ignore[attr-defined]
         next(loader)
         assert server.sent <= gap + 4 * (1 << 16)  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""What an epoch reads, and whether the mix that was asked for is met: `python benchmarks/epochs.py --work work`.
+
+Makes corpora of these sizes from the bundled sample, and measures from the lanes' rows, without a training:
+
+    share of the tokens that one pass reads, and its steps against the ideal number, at several numbers of lanes
+    shares of the rows that sources of unlike weights and sizes get, against those that were asked for
+    seconds a batch while many sources run out
+
+Tables as Markdown on stdout. With --plan-version 1 the rules of before are measured; a pass still ends only when all of
+their lanes are empty, so what it would have read until the first was is told, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shards import DataConfig, Loader, read_documents
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "shards/sample"
+SEQ_LEN = 2048
+MIXES = {  # weights, documents of each source, max_epochs, lanes
+    "2.2e12 : 1e6": ((2.2e12, 1e6), (2000, 2000), (None, None), 960),
+    "100 sources of 1e-6": ((1 - 1e-4, *(1e-6,) * 100), (2000, *(20,) * 100), (None,) * 101, 960),
+    "0.7 : 0.3, the second of 6 documents, read 1,000 times": ((0.7, 0.3), (2000, 6), (None, 1000), 64),
+    "0.7 : 0.3, the second of 6 documents, read once": ((0.7, 0.3), (2000, 6), (None, 1), 64),
+}
+
+
+def varied(size: int) -> Iterator[str]:
+    """The sample's texts again and again, each time cut and marked otherwise, up to so many bytes."""
+    shards = [path for path in sorted((SAMPLE / "train").glob("*")) if path.suffix in (".zst", ".gz")]
+    texts = [document.text for path in shards for document in read_documents(path)]
+    turn = 0
+    while size > 0:
+        for number, text in enumerate(texts):
+            start = (turn * 131 + number) % (len(text) // 2 + 1) if turn else 0
+            line = f"{turn}.{number} {text[start:]}"
+            yield line
+            size -= len(line.encode())
+            if size <= 0:
+                return
+        turn += 1
+
+
+def corpus(path: Path, size: int) -> Path:
+    """A plain shard of about so many raw bytes."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in varied(size)))
+    return path
+
+
+def config(work: Path, sources: list[dict[str, object]], version: int, lanes: int | None) -> DataConfig:
+    said = {"seq_len": SEQ_LEN, "tokenizer": SAMPLE / "tokenizer-4k.model", "index_dir": work / "index", "lanes": lanes}
+    return DataConfig.model_validate(said | {"sources": sources, "plan_version": version, "num_workers": 1})
+
+
+def one_pass(data: DataConfig, rows: int) -> dict[str, float]:
+    """Reads the data to its end."""
+    tokens, padding = [], 0
+    begun = time.perf_counter()
+    with Loader(data, rows) as loader:
+        lanes = loader.num_lanes
+        foretold = loader.forecast(None).last_step
+        first_empty = None
+        for batch in loader:
+            if first_empty is None and batch.num_rows < rows:
+                first_empty = len(tokens)
+            tokens.append(sum(batch.source_tokens.values()))
+            padding += batch.padding_tokens
+    ideal = sum(tokens) / (rows * (SEQ_LEN + 1))
+    return {
+        "lanes": lanes,
+        "until the first lane is empty, % of tokens": 100 * sum(tokens[:first_empty]) / sum(tokens),
+        "read in all, % of tokens": 100.0,
+        "steps": len(tokens),
+        "foretold": foretold or 0,
+        "ideal steps": ideal,
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def passes(work: Path, sizes: list[int], lanes: list[int], version: int) -> None:
+    print(
+        "| corpus, MB | lanes | read until a lane is empty, % | read in all, % | steps | foretold | ideal | seconds |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for size in sizes:
+        path = corpus(work / f"{size}.jsonl", size * 10**6)
+        for number in lanes:
+            rows = max(number, 32)
+            source = {"name": "a", "paths": [str(path)], "max_epochs": 1}
+            found = one_pass(config(work, [source], version, number or None), rows)
+            figures = list(found.values())
+            shown = f"{figures[0]}{'' if number else ' (default)'} | {figures[1]:.1f} | {figures[2]:.0f}"
+            print(
+                f"| {size} | {shown} | {figures[3]} | {figures[4]} | {figures[5]:.1f} | {figures[6]:.0f} |", flush=True
+            )
+
+
+def mixes(work: Path, steps: int, version: int) -> None:
+    print("| weights | lanes | wished, % | met, % | foretold, % |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, (weights, documents, epochs, lanes) in MIXES.items():
+        sources: list[dict[str, object]] = []
+        for number, (weight, count, limit) in enumerate(zip(weights, documents, epochs, strict=True)):
+            path = corpus(work / f"mix-{count}-{number}.jsonl", count * 2000)
+            sources.append({"name": f"s{number}", "paths": [str(path)], "weight": weight, "max_epochs": limit})
+        data = config(work, sources, version, lanes).model_copy(update={"seq_len": 128, "prefetch_bytes": 8 << 20})
+        drawn: Counter[str] = Counter()
+        with Loader(data, lanes) as loader:
+            foretold = loader.forecast(steps).shortfalls
+            for _ in range(steps):
+                batch = next(loader)
+                rows = {origin.slot: origin.source for origin in batch.origins()}
+                drawn.update("first" if source == "s0" else "others" for source in rows.values())
+        wished = 100 * sum(weights[1:]) / sum(weights)
+        said = f"{100 * sum(short.met for short in foretold):.4g}" if foretold else "as wished"
+        print(f"| {name} | {lanes} | {wished:.4g} | {100 * drawn['others'] / drawn.total():.4g} | {said} |", flush=True)
+
+
+def running_out(work: Path, version: int) -> None:
+    """Thirteen sources on 256 lanes, each of which runs out at another time on another lane."""
+    sources: list[dict[str, object]] = []
+    for number in range(13):
+        path = corpus(work / f"out-{number}.jsonl", (number + 2) * 300_000)
+        sources.append({"name": f"s{number}", "paths": [str(path)], "weight": 1.0, "max_epochs": 1})
+    data = config(work, sources, version, 256).model_copy(update={"seq_len": 64})
+    seconds = []
+    with Loader(data, 256) as loader:
+        begun = time.perf_counter()
+        for _ in loader:
+            seconds.append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+    half = seconds[1:]
+    print(f"13 sources run out on 256 lanes: {len(seconds)} batches, the first after {seconds[0]:.2f} s, then median")
+    print(f"{statistics.median(half):.3f} s, the slowest {max(half):.3f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("work"), help="a folder for the corpora")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[10, 100, 1000], metavar="MB")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[0, 1, 8, 32, 96, 960], help="0 = as many as follow")
+    parser.add_argument("--mix-steps", type=int, default=300, help="batches of each mix; 0 = none")
+    parser.add_argument("--plan-version", type=int, default=2)
+    arguments = parser.parse_args()
+    passes(arguments.work, arguments.sizes, arguments.lanes, arguments.plan_version)
+    if arguments.mix_steps:
+        mixes(arguments.work, arguments.mix_steps, arguments.plan_version)
+        running_out(arguments.work, arguments.plan_version)
+
+
+if __name__ == "__main__":
+    main()
