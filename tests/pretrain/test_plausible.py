@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.plausible import drawn_loss, warn_of_doubts
 from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
@@ -19,6 +19,14 @@ from tests.distributed.evaluation import TOKENIZER
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
 
 
+@pytest.fixture(scope="module")
+def eval_set() -> EvalSet:
+    config = EvaluationConfig(suite=Path("shards/sample/eval"), max_tokens=100)
+    found = load_suite(config, Tokenizer(TOKENIZER), 64, "fp32")
+    assert found is not None
+    return found
+
+
 def records(**losses: float) -> list[dict[str, object]]:
     return [{"step": 3, "suite": "s", "domain": name, "nll_per_token": loss} for name, loss in losses.items()]
 
@@ -26,15 +34,18 @@ def records(**losses: float) -> list[dict[str, object]]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("dim", "n_layers", "init_std"), [(64, 2, 0.02), (256, 2, 0.06), (128, 1, 0.1), (64, 2, 0.3)])
 def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly(
-    dim: int, n_layers: int, init_std: float, tied: bool, topology: Topology, caplog: pytest.LogCaptureFixture
+    dim: int,
+    n_layers: int,
+    init_std: float,
+    tied: bool,
+    eval_set: EvalSet,
+    topology: Topology,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": dim // 32, "ffn_dim": dim, "init_std": init_std}
     config = ModelConfig.model_validate({**shape, "vocab_size": 4096, "tie_embeddings": tied})
     model = Transformer(config).eval()
     model.initialize(seed=1)
-    evaluation = EvaluationConfig(suite=Path("shards/sample/eval"), max_tokens=100)
-    eval_set = load_suite(evaluation, Tokenizer(TOKENIZER), 64, "fp32")
-    assert eval_set is not None
 
     def said(times: float) -> str:
         caplog.clear()
