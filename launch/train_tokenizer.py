@@ -12,32 +12,64 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import sentencepiece
 
-from shards import HeadraceError, files, read_documents
+from shards import ConfigError, HeadraceError, files, read_documents
 from shards.durable import write_atomically
 
 # SentencePiece learns from sentences and passes over long ones; pieces of this many characters lose few word pairs
 _SENTENCE_CHARACTERS = 2000
 
 
-def sentences(shards: Sequence[str]) -> Iterator[str]:
+def sentences(shards: Sequence[str], on_bad_record: Literal["fail", "skip"] = "fail") -> Iterator[str]:
     """The documents of all shards, cut into stretches that SentencePiece takes."""
+    advice = "mend the line, or pass --on-bad-record skip"
     for shard in shards:
-        for document in read_documents(shard):
+        for document in read_documents(shard, on_bad_record=on_bad_record, advice=advice):
             for start in range(0, len(document.text), _SENTENCE_CHARACTERS):
                 yield document.text[start : start + _SENTENCE_CHARACTERS]
 
 
-def train(shards: Sequence[str], vocab_size: int, character_coverage: float) -> bytes:
-    """The model file of a BPE tokenizer with BOS 1, EOS 2, UNK 0 and no padding piece."""
+class _Held:
+    """An iterator of texts that keeps the error it ends with, of which SentencePiece would leave only the words."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._texts
+        except Exception as error:
+            self.error = error
+
+
+def train(texts: Iterator[str], vocab_size: int, character_coverage: float) -> bytes:
+    """The model file of a BPE tokenizer with BOS 1, EOS 2, UNK 0 and no padding piece.
+
+    Raises: ConfigError where SentencePiece cannot make such a model of these texts; what reading the texts raises.
+    """
     model = io.BytesIO()
+    held = _Held(texts)
+    try:
+        _train(iter(held), model, vocab_size, character_coverage)
+    except RuntimeError as error:
+        if held.error is None:
+            reason = str(error).rpartition("]")[2].strip() or "there is no text"
+            raise ConfigError(f"--vocab-size {vocab_size}: SentencePiece makes no such model: {reason}") from None
+    if held.error is not None:
+        raise held.error
+    return model.getvalue()
+
+
+def _train(texts: Iterator[str], model: io.BytesIO, vocab_size: int, character_coverage: float) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences(shards),
+        sentence_iterator=texts,
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -55,7 +87,6 @@ def train(shards: Sequence[str], vocab_size: int, character_coverage: float) -> 
         pad_id=-1,
         minloglevel=2,
     )
-    return model.getvalue()
 
 
 def main() -> int:
@@ -64,10 +95,14 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces")
     parser.add_argument("--character-coverage", type=float, default=0.998, help="of the text; the rest falls to bytes")
     parser.add_argument("--out", type=Path, required=True, help="the .model file")
+    parser.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="as data.on_bad_record")
     arguments = parser.parse_args()
     try:
+        if not arguments.out.parent.is_dir():  # not said after an hour of training
+            raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
         shards = files.expand(tuple(arguments.shards), "PATTERN")
-        model = train(shards, arguments.vocab_size, arguments.character_coverage)
+        texts = sentences(shards, arguments.on_bad_record)
+        model = train(texts, arguments.vocab_size, arguments.character_coverage)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

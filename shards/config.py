@@ -169,6 +169,11 @@ class DataConfig(Config):
         """The plan version that holds."""
         return self.plan_version or PLAN_VERSIONS[-1]
 
+    @property
+    def strict_records(self) -> bool:
+        """Whether a line is a record by its bytes alone, as `reader` has it: since the second plan version."""
+        return self.plan >= 2
+
     def num_lanes(self, global_batch_size: int, raw_bytes: int) -> int:
         """V, the logical streams of rows; `raw_bytes` are those of all sources that are drawn from."""
         if self.lanes:

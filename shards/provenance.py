@@ -55,7 +55,8 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
     """
     if not arrow.is_column(path):
         cache = BlockCache.of(config.remote_cache)
-        return document(path, line, source, config.index_dir, config.max_decoder_window, cache)
+        strict = config.strict_records
+        return document(path, line, source, config.index_dir, config.max_decoder_window, cache, strict)
     index = obtain(path, config.index_dir, config.cell_bytes, config.max_decoder_window)
     if not 1 <= line <= index.num_records:
         raise ShardError(f"{path}: has no line {line}; its lines are 1 to {index.num_records}")

@@ -44,6 +44,7 @@ def document(
     index_dir: Path | None = None,
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
     cache: BlockCache | None = None,
+    strict: bool = True,
 ) -> Document:
     """One document of a shard, read from the nearest entry.
 
@@ -53,6 +54,7 @@ def document(
         source: which keys to read, and the name the document carries; None = Pile and Dolma keys, the shard's name.
         index_dir, max_decoder_window: as in `open_at`.
         cache: of remote shards.
+        strict: as for a RecordParser.
     Raises: ShardError as `open_at`, and if there is no such line, or no document in it.
     """
     path = str(path)
@@ -65,7 +67,7 @@ def document(
     decoders = Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)
     raw = decoders.read(index.raw_range(path, start, stop))
     decoders.close()
-    parser = RecordParser.of(source)
+    parser = RecordParser.of(source, strict)
     records = parser.parse(raw, first + 1)
     if n not in records.lines:
         reasons = [bad.reason for bad in records.bad if bad.line == n]

@@ -9,9 +9,10 @@ from typing import Literal
 from shards import arrow, files
 from shards.columns import Columns
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, SourceConfig
-from shards.errors import ConfigError
-from shards.reader import read_documents
+from shards.reader import bad_record_error, read_documents
 
+# Of a suite: its figures would be of another text
+ADVICE = "mend it, since no record of a suite is skipped"
 ROWS_AT_ONCE = 256  # of a data set's column
 
 
@@ -23,10 +24,10 @@ def texts_of(
 ) -> Iterator[tuple[str | None, str]]:
     """Yields (sub-source, text) of each document of a shard, a column of an Arrow file among them.
 
-    Raises: ShardError if the shard is missing or damaged; that or ConfigError, with "fail", for a bad record.
+    Raises: ShardError if the shard is missing or damaged, or holds a bad record, with "fail".
     """
     if not arrow.is_column(shard):
-        for document in read_documents(shard, source, on_bad_record, max_decoder_window):
+        for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
             yield document.source if document.source != source.name else None, document.text
         return
     columns = Columns()
@@ -35,5 +36,5 @@ def texts_of(
     for first in range(0, rows, ROWS_AT_ONCE):
         records = columns.records(shard, indexed, first, min(ROWS_AT_ONCE, rows - first), source)
         if records.bad and on_bad_record == "fail":
-            raise ConfigError(f"{shard}, row {records.bad[0].line}: {records.bad[0].reason}")
+            raise bad_record_error(shard, records.bad[0], ADVICE)
         yield from zip(records.sub_sources, records.texts, strict=True)

@@ -94,7 +94,7 @@ class WindowMaker:
         if config.decontaminate and recipe.filter_file:
             self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
             recipe.check_filter(self._decontaminator)
-        self._parsers = [RecordParser.of(source) for source in config.sources]
+        self._parsers = [RecordParser.of(source, config.strict_records) for source in config.sources]
         self._cells: tuple[RawRange, bytes] | None = None  # the cells read last, while a window is made
 
     def make(self, task: WindowTask) -> Window:
