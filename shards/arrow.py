@@ -54,7 +54,10 @@ def measure(path: str) -> Measure:
     parts = [np.zeros(0, np.int64)]
     nulls = 0
     for chunk in rows.column(column).chunks:
-        lengths, values = _lengths_and_bytes(chunk)
+        try:
+            lengths, values = _lengths_and_bytes(chunk)
+        except pa.ArrowInvalid as error:  # 2^63 or more
+            raise ShardError(f"{path}: holds a token id beyond any vocabulary: {error}") from None
         of_lengths.update(lengths.tobytes())
         of_values.update(values)
         nulls += chunk.null_count
@@ -69,9 +72,9 @@ def token_ids(column: pa.ChunkedArray) -> list[Ints | None]:
     """int64 [tokens] for each row; None for null, and for a list with a null in it."""
     found: list[Ints | None] = []
     for chunk in column.chunks:
-        values = chunk.flatten()
+        values = _signed(chunk.flatten())
         missing = values.is_null().to_numpy(zero_copy_only=False)
-        ids = values.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        ids = values.fill_null(0).to_numpy(zero_copy_only=False)
         stop = 0
         for length in pc.list_value_length(chunk).to_pylist():
             start, stop = stop, stop + (length or 0)
@@ -109,11 +112,16 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def _signed(ids: pa.Array) -> pa.Array:
+    """Token ids of any integer type as int64, in which there is room for a -1."""
+    return ids.cast(pa.int64())
+
+
 def _lengths_and_bytes(chunk: pa.Array) -> tuple[Ints, bytes]:
     """int64 [rows]: bytes or token ids of each, -1 for null; and the values, one after the other."""
     if not _is_text(chunk.type):
         lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
-        return lengths, chunk.flatten().fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+        return lengths, _signed(chunk.flatten()).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
     lengths = pc.binary_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
     wide = chunk.cast(pa.large_binary())
     _, offsets, data = wide.buffers()

@@ -25,11 +25,13 @@ def shards_of(source: SourceConfig) -> list[str]:
     try:
         data = _load(datasets, source.dataset, source)
     except Exception as error:  # each builder and the hub's client raise errors of their own
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ShardError(
-            f"{where}, split {source.split!r}: cannot be loaded: {type(error).__name__}: {reason}; without "
-            "network, name a local file or folder, or load it once where there is one"
-        ) from None
+        advice = "without network, name a local file or folder, or load it once where there is one"
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            advice = (
+                "if its files differ in their keys or in the types of their values, they make no data set: read JSON "
+                "lines with paths: instead, or make each kind of file a source of its own"
+            )
+        raise ShardError(f"{where}, split {source.split!r}: cannot be loaded: {_reason(error)}; {advice}") from None
     files = [str(part["filename"]) for part in data.cache_files]
     column = source.input_ids_key or source.text_key
     if column not in data.column_names:
@@ -43,6 +45,13 @@ def shards_of(source: SourceConfig) -> list[str]:
             wrong, right = ("texts", "text_key") if source.input_ids_key else ("token ids", "input_ids_key")
             raise ShardError(f"{where}: column {column!r} holds {wrong}; name it with {right}")
     return shards
+
+
+def _reason(error: BaseException) -> str:
+    """What an error was first of all: `datasets` wraps it in one that says only that something went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _load(datasets, name: str, source: SourceConfig):  # type: ignore[no-untyped-def]  # the library has no types

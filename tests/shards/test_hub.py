@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from shards import (
@@ -110,6 +111,41 @@ def test_texts_are_the_same_documents_as_those_of_a_shard(tmp_path: Path) -> Non
         assert documents(of(saved(tmp_path, kind), {"max_epochs": 1}, **shape)) == expected
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"])
+def test_token_ids_of_any_integer_type_are_the_same_tokens(tmp_path: Path, kind: str) -> None:
+    """Nulls among them, too, which once were filled with a -1 that unsigned numbers have no room for."""
+    ids: list[list[int | None] | None] = [[3 + (i * 7 + j) % 100 for j in range(i % 30)] for i in range(200)]
+    ids[5], ids[6] = None, [7, None]
+    hashes_of = {}
+    for name in (kind, "int64"):
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value(name))})
+        datasets.Dataset.from_dict({"input_ids": ids}, features=features).save_to_disk(tmp_path / name)
+        data = of(str(tmp_path / name), {"input_ids_key": "input_ids"}, lanes=1, on_bad_record="skip")
+        with Loader(data, 8, seed=3) as loader:
+            batches = list(itertools.islice(loader, 10))
+            hashes_of[name] = [batch.row_hash for batch in batches], loader.fingerprint["shards"]
+        assert {item.line for batch in batches for item in batch.skipped} == {6, 7}
+    digests = [pairs["a"][0][1] for _, pairs in hashes_of.values()]
+    assert hashes_of[kind][0] == hashes_of["int64"][0]
+    assert len(set(digests)) == 1, "contents are equal, however they are stored"
+
+
+def test_files_that_make_no_data_set_are_told_with_the_cause(tmp_path: Path) -> None:
+    for name, second, cause in (
+        ("keys", {"text": "b", "extra": 1}, r"CastError: .*extra.*column names don't match"),
+        ("types", {"text": "b", "id": [1]}, r"TypeError: .*list<item: int64> to string"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, line in enumerate(({"text": "a", "id": "x"}, second)):
+            (folder / f"train-{number}.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(ShardError, match=rf"source 'a'.*cannot be loaded: {cause}.*with paths: instead"):
+            Loader(of(str(folder)), 8)
+        # And the way around is one
+        with Loader(config([{"name": "a", "paths": [f"{folder}/*.jsonl"], "max_epochs": 1}], lanes=1), 1) as loader:
+            assert sum(len(list(batch.origins())) for batch in loader) == 2
+
+
 def test_provenance_names_the_row_and_its_document(tmp_path: Path) -> None:
     for key in (None, "input_ids"):
         data = of(saved(tmp_path, "disk"), {"input_ids_key": key})
@@ -171,6 +207,12 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     large.save_to_disk(tmp_path / "large")
     with pytest.raises(ShardError, match=r"line 2: token id 70000, but data.tokenizer has 4096 pieces"):
         hashes(of(str(tmp_path / "large"), {"input_ids_key": "input_ids"}))
+    huge = pa.table({"input_ids": pa.array([[1], [2**63]], pa.list_(pa.uint64()))})
+    datasets.Dataset(datasets.table.InMemoryTable(huge)).save_to_disk(tmp_path / "huge")
+    with pytest.raises(
+        ShardError, match=r"huge.*#input_ids: holds a token id beyond any vocabulary: .*9223372036854775808"
+    ):
+        Loader(of(str(tmp_path / "huge"), {"input_ids_key": "input_ids"}), 8)
     for source in ({"name": "a"}, {"name": "a", "paths": ["x"], "dataset": "y"}):
         with pytest.raises(ConfigError, match="either paths or dataset"):
             DataConfig.parse({"seq_len": 8, "tokenizer": "t", "sources": [source]})
