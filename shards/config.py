@@ -90,9 +90,11 @@ class Decontamination(Config):
 
     suite: Path  # a folder or a YAML file, as in evaluation.suite
     splits: tuple[Name, ...] = Field(default=("val", "test"), min_length=1)  # of the suite
-    # What has to be the same: a line without the white space at its ends, or so many words in turn wherever they stand
+    # What has to be the same, apart from case, forms of characters and kinds of quotes, dashes and white space: a line
+    # without the white space at its ends, or so many words in turn wherever they stand
     match: Literal["paragraph", "ngram"] = "paragraph"
-    min_tokens: Int = Field(default=13, ge=1)  # words of a paragraph, at least; words of an n-gram
+    # Words of a paragraph, at least; words of an n-gram. A Han or Kana character is a word
+    min_tokens: Int = Field(default=13, ge=1)
 
 
 class WeightChange(Config):

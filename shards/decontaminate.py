@@ -1,14 +1,14 @@
 """Which training documents share text with an evaluation suite. suite -> decontaminate -> window.
 
-The suite's paragraphs, or its n-grams of words, are hashed to 8 bytes each, once, into a file that all processes of a
-node map: sorted hashes, and a bitmap that tells of nearly every other paragraph or n-gram that it is none of them.
-A document is dropped if any of its own is among them. That is decided by its text alone.
+Texts are compared as `comparable` leaves them. The suite's paragraphs, or its n-grams of words, are hashed to 8 bytes
+each, once, into a file that all processes of a node map: sorted hashes, and a bitmap that tells of nearly every other
+paragraph or n-gram that it is none of them. A document is dropped if any of its own is among them. That is decided by
+its text alone.
 
 By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
 """
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,25 +19,31 @@ import numpy.typing as npt
 import xxhash
 
 from shards import suite
+from shards.comparable import (
+    BETWEEN,
+    BLOCK_CHARACTERS,
+    LETTER,
+    NUM_CHARACTERS,
+    characters,
+    code_points,
+    comparable,
+)
 from shards.config import Decontamination
 from shards.durable import hash_file, written_atomically
 from shards.errors import ConfigError
 from shards.kept import user_cache
 from shards.plan import Hashes, Ints, key_of, mixed
 
-VERSION = 1  # raise it whenever the same text would give other hashes: runs do not continue across it
+VERSION = 2  # raise it whenever the same text would give other hashes: runs do not continue across it
 BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
 LINE_FEED, SPACE = 10, 32
+ASCII = 128  # characters
 WHITE_SPACE = bytes(range(SPACE + 1))
 EIGHT_SPACES = np.uint64(0x2020202020202020)
-BLOCK_BYTES = 1 << 18
+SIGNED_BYTES = 8  # of a line that a signature reads at a time; a shorter line is filled up
+FILLER = 0xFF  # no byte of UTF-8
 PRIME = 0x9E3779B185EBCA87
 BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
-
-# A word as Paloma counts them: a run of letters and digits, or a single Han or Kana character, which has no spaces
-SINGLE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{SINGLE}]|[^\W{SINGLE}]+")
-
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +166,7 @@ class Decontaminator:
     def shares_text(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """bool [documents]: whether a text has a paragraph (an n-gram) of the suite."""
         flagged = np.zeros(len(texts), np.bool_)
+        texts = comparable(texts)
         if self._config.match == "paragraph":
             lines = Lines.of(texts, self._config.min_tokens)
             likely = self._hashes.candidates(lines.signatures())
@@ -177,9 +184,10 @@ def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Has
     kept = np.zeros((0, 2), np.uint64)
     pending: list[Hashes] = []
     for text in texts:
+        (text,) = comparable([text])
         if config.match == "paragraph":
             # Only here are words counted: what equals a paragraph of the suite has as many
-            long = [line for line in text.split("\n") if len(WORD.findall(line)) >= config.min_tokens]
+            long = [line for line, count in _words_per_line(text) if count >= config.min_tokens]
             lines = Lines.of(["\n".join(long)], config.min_tokens)
             pending.append(np.stack([lines.hashes(np.arange(len(lines.owners))), lines.signatures()], axis=1))
         else:
@@ -191,6 +199,13 @@ def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Has
     return kept[:, 0], kept[:, 1]
 
 
+def _words_per_line(text: str) -> list[tuple[str, int]]:
+    lines = text.split("\n")
+    ends = np.cumsum([len(line) + 1 for line in lines])
+    counts = np.diff(np.searchsorted(words(text)[1], ends), prepend=0)
+    return list(zip(lines, counts.tolist(), strict=True))
+
+
 class Lines(NamedTuple):
     """The lines of texts, without white space and control characters (up to U+0020) at their ends."""
 
@@ -200,9 +215,9 @@ class Lines(NamedTuple):
     owners: Ints  # [lines]: which text each is of
 
     @classmethod
-    def of(cls, texts: Sequence[str], min_characters: int) -> Self:
-        """All lines of at least so many characters; in any case of 8 bytes, which a signature needs."""
-        min_bytes = max(8, min_characters)
+    def of(cls, texts: Sequence[str], min_words: int) -> Self:
+        """All lines of comparable texts that can hold so many words."""
+        min_bytes = 2 * min_words - 1  # a letter or more for each word, or three bytes for a character that is one
         parts = [text.encode() for text in texts]
         data = b"\n".join(parts)
         breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == LINE_FEED)
@@ -213,7 +228,9 @@ class Lines(NamedTuple):
         long = ends - starts >= min_bytes
         starts, ends = starts[long], ends[long]
         before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines up to each text's end
-        return cls(data, starts, ends, np.repeat(np.arange(len(parts)), np.diff(before, prepend=0)))
+        owners = np.repeat(np.arange(len(parts)), np.diff(before, prepend=0))
+        data += _filled_up(data, starts, ends)
+        return cls(data, starts, ends, owners)
 
     def signatures(self) -> Hashes:
         """Of each line a number made of its length and of 8 bytes at its beginning, middle and end."""
@@ -230,8 +247,22 @@ class Lines(NamedTuple):
         return np.array([xxhash.xxh3_64_intdigest(view[start:end]) for start, end in pairs], np.uint64)
 
 
+def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
+    """Copies of the lines that are too short to be signed, each as long as it has to be, to stand after `data`.
+
+    Moves the bounds of these lines there.
+    """
+    short = np.flatnonzero(ends - starts < SIGNED_BYTES)
+    buffer = np.frombuffer(data + bytes(SIGNED_BYTES), np.uint8) if len(short) else np.zeros(0, np.uint8)
+    places = starts[short, None] + np.arange(SIGNED_BYTES)
+    copies = np.where(places < ends[short, None], buffer[places], np.uint8(FILLER))
+    starts[short] = len(data) + SIGNED_BYTES * np.arange(len(short))
+    ends[short] = starts[short] + SIGNED_BYTES
+    return copies.tobytes()
+
+
 def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
-    """Moves the ends of stretches of at least 8 bytes inward past white space, in place."""
+    """Moves the ends of stretches that are not empty inward past white space, in place."""
     buffer, words = np.frombuffer(data, np.uint8), _words_at(data)
     for bounds, step in ((starts, 1), (ends, -1)):
         rest = np.flatnonzero(buffer[bounds if step > 0 else bounds - 1] <= SPACE)
@@ -256,61 +287,55 @@ def _words_at(data: bytes) -> Hashes:
 
 
 def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
-    """Hashes of all runs of n words of texts, and which text each is of.
-
-    A word is a run of ASCII letters (of either case alike) and digits and of bytes beyond ASCII.
-    """
-    parts = [text.encode() for text in texts]
-    words, starts = _words(np.frombuffer(b"\n".join(parts), np.uint8))
-    ends = np.cumsum([len(part) + 1 for part in parts])
+    """Hashes of all runs of n words of comparable texts, and which text each is of."""
+    found, starts = words("\n".join(texts))
+    ends = np.cumsum([len(text) + 1 for text in texts])
     owners = np.searchsorted(ends, starts, side="right")
-    count = max(0, len(words) - n + 1)
+    count = max(0, len(found) - n + 1)
     hashes = np.zeros(count, np.uint64)
     for i in range(n):
-        hashes = mixed(hashes + words[i : i + count])
+        hashes = mixed(hashes + found[i : i + count])
     within = owners[:count] == owners[n - 1 : n - 1 + count]
     return hashes[within], owners[:count][within]
 
 
-def _words(data: npt.NDArray[np.uint8]) -> tuple[Hashes, Ints]:
-    """A hash of each word, and where it starts; block by block, since the steps between take many times the text."""
+def words(text: str) -> tuple[Hashes, Ints]:
+    """A hash of each word of a comparable text, and the character at which it starts.
+
+    A word is a run of letters, digits and marks upon them, or a single Han or Kana character. One that is longer than a
+    block is as many words as it fills.
+    """
     hashes, starts, begin = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
-    while begin < len(data):
-        size = BLOCK_BYTES
-        while True:  # a block ends where a word does
-            values = _letters()[data[begin : begin + size]]
-            gaps = np.flatnonzero(values == 0)
-            if begin + size >= len(data) or len(gaps):
-                break
-            size *= 2
-        stop = len(values) if begin + size >= len(data) else int(gaps[-1]) + 1
-        values = values[:stop]
-        edges = np.flatnonzero(np.diff((values != 0).astype(np.int8), prepend=0, append=0))
-        first, end = edges[::2], edges[1::2]
-        powers, inverse = _powers(len(values))
-        sums = np.zeros(len(values) + 1, np.uint64)
-        np.cumsum(values * powers, out=sums[1:])
-        # sum of letter_i * P^i over a word, wherever it stands; all of it modulo 2^64
+    while begin < len(text):
+        block = text[begin : begin + BLOCK_CHARACTERS]
+        if block.isascii():
+            codes: npt.NDArray[np.integer] = np.frombuffer(block.encode(), np.uint8)
+            known = characters(ASCII)
+        else:
+            codes, known = code_points(block), characters(NUM_CHARACTERS)
+        kinds = known.kinds.take(codes)
+        if begin + len(block) < len(text) and len(ends := np.flatnonzero(kinds != LETTER)):
+            kinds = kinds[: int(ends[-1]) + 1]  # a block ends where a word does
+        goes_on = (kinds[:-1] == LETTER) & (kinds[1:] == LETTER)
+        inside = kinds != BETWEEN
+        first = np.flatnonzero(inside & ~np.concatenate([[False], goes_on]))
+        end = np.flatnonzero(inside & ~np.concatenate([goes_on, [False]])) + 1
+        powers, inverse = _powers()
+        sums = np.zeros(len(kinds) + 1, np.uint64)
+        np.cumsum(known.values.take(codes[: len(kinds)]) * powers[: len(kinds)], out=sums[1:])
+        # sum of character_i * P^i over a word, wherever it stands; all of it modulo 2^64
         hashes.append(mixed((sums[end] - sums[first]) * inverse[first]))
         starts.append(first + begin)
-        begin += stop
+        begin += len(kinds)
     return np.concatenate(hashes), np.concatenate(starts)
 
 
 @lru_cache(maxsize=1)
-def _letters() -> Hashes:
-    """[256]: a number for each byte of a word, 0 for those between words."""
-    values = np.array([key_of("letter", chr(byte).lower()) | 1 for byte in range(256)], np.uint64)
-    values[[byte for byte in range(128) if not chr(byte).isalnum()]] = 0
-    return values
-
-
-@lru_cache(maxsize=1)
-def _powers(size: int) -> tuple[Hashes, Hashes]:
-    """(P^i, P^-i) modulo 2^64 for i < size."""
+def _powers() -> tuple[Hashes, Hashes]:
+    """(P^i, P^-i) modulo 2^64 for each character of a block."""
     tables = []
     for base in (PRIME, pow(PRIME, -1, 1 << 64)):
-        table = np.full(size, base, np.uint64)
+        table = np.full(BLOCK_CHARACTERS, base, np.uint64)
         table[:1] = 1
         tables.append(np.cumprod(table, out=table))
     return tables[0], tables[1]

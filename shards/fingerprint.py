@@ -60,10 +60,18 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
             f"the run was begun with data.plan_version={versions[0]}, now it is {versions[1]}; set "
             f"data.plan_version={versions[0]} to go on, or start a new run"
         )
+    old_rule, new_rule = old.get("decontaminate"), new.get("decontaminate")
+    if isinstance(old_rule, Mapping) and isinstance(new_rule, Mapping) and old_rule["version"] != new_rule["version"]:
+        was, now = old_rule["version"], new_rule["version"]
+        raise ConfigError(
+            f"data.decontaminate: the run was begun with version {was} of the rule by which documents are dropped, "
+            f"this program has version {now} and would drop others; go on with one whose shards/decontaminate.py says "
+            f"VERSION = {was}, or start a new run"
+        )
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
     _check_config("data", _settings(old), _settings(new))
-    _check_config("data.decontaminate", old.get("decontaminate"), new.get("decontaminate"))
+    _check_config("data.decontaminate", old_rule, new_rule)
     old_shards, new_shards = old.get("shards"), new.get("shards")
     assert isinstance(old_shards, Mapping)
     assert isinstance(new_shards, Mapping)
