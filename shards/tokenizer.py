@@ -14,6 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from shards.cuts import SPACE, Cuts
 from shards.errors import ConfigError
+from shards.long_words import LongWords
 from shards.plan import Ints
 from shards.words import WordEncoder
 
@@ -74,12 +75,13 @@ class Tokenizer:
             normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
             verbatim = sentencepiece.SentencePieceProcessor()
             verbatim.LoadFromSerializedProto(model.SerializeToString())
-            self._words = WordEncoder(verbatim, self._cuts, self._prefix, self._suffix, self.dtype)
+            long_words = LongWords(verbatim, self._cuts, model, self.dtype)
+            self._words = WordEncoder(verbatim, self._cuts, long_words, self._prefix, self._suffix, self.dtype)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
-        ids: list[int] = self._processor.EncodeAsIds(text)
-        return ids
+        ids, _ = self.encode_documents([text])
+        return ids[len(self._prefix) : len(ids) - len(self._suffix)].tolist()
 
     def encode_document(self, text: str) -> npt.NDArray[np.int32]:
         """int32 [tokens]: a document's ids, with BOS and EOS as configured."""

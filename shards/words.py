@@ -13,6 +13,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from shards.cuts import END, LEAD, MULTIPLIER, Cuts
+from shards.long_words import LongWords
 from shards.plan import Ints
 
 Keys = npt.NDArray[np.uint64]
@@ -46,6 +47,7 @@ class WordEncoder:
         self,
         processor: sentencepiece.SentencePieceProcessor,
         cuts: Cuts,
+        long_words: LongWords,
         prefix: Sequence[int],
         suffix: Sequence[int],
         dtype: npt.DTypeLike,
@@ -53,10 +55,11 @@ class WordEncoder:
         """
         Args:
             processor: of the model, one that does not normalize.
+            long_words: for words longer than a block, which are not kept.
             prefix, suffix: ids before and after each text.
             dtype: of ids.
         """
-        self._processor, self._cuts = processor, cuts
+        self._processor, self._cuts, self._long_words = processor, cuts, long_words
         self._prefix, self._suffix = list(prefix), list(suffix)
         capacity = MAX_WORDS + BLOCK_BYTES + 1
         # Open addressing. A slot holds a word's number, 0 = none. Memory is touched only as words come.
@@ -74,6 +77,11 @@ class WordEncoder:
         marks: list[Ints] = []
         total = 0
         for starts, ends in self._words(data, LEAD - 1, len(data) - 2 * HALF_BYTES):
+            if ends[0] - starts[0] > BLOCK_BYTES:
+                for ids in self._long_words.encode(data, int(starts[0]), int(ends[0])):
+                    parts.append(ids)
+                    total += len(ids)
+                continue
             numbers = self._look_up(data, starts, ends)
             stored = self._ends.take(numbers - 1)  # where a word's ids begin in the table
             counts = self._ends.take(numbers) - stored
@@ -84,25 +92,23 @@ class WordEncoder:
             parts.append(self._ids.take(places))
             total += len(places)
         # An END stands for the suffix of the text before it and the prefix of the one after it.
-        ids = np.concatenate(parts)[len(self._suffix) : total - len(self._prefix)]
+        joined = np.concatenate(parts)[len(self._suffix) : total - len(self._prefix)]
         bounds = np.concatenate(marks)
-        return ids, bounds[1:] - bounds[:-1]
+        return joined, bounds[1:] - bounds[:-1]
 
     def _words(self, data: bytes, begin: int, end: int) -> Iterator[tuple[Ints, Ints]]:
         """(starts, ends) of the words, block by block; a word that is longer than a block comes alone."""
-        size = BLOCK_BYTES
         while begin < end:
-            stop = min(begin + size, end)
+            stop = min(begin + BLOCK_BYTES, end)
             places = self._cuts.places(data, begin, stop)
-            if stop == end:
+            alone = not len(places)
+            while not len(places) and stop < end:
+                begun, stop = stop, min(stop + BLOCK_BYTES, end)
+                places = self._cuts.places(data, begun - 1, stop)[:1]
+            if stop == end and not (alone and len(places)):
                 places = np.append(places, end)
-            elif not len(places):
-                size *= 2
-                continue
-            if size > BLOCK_BYTES:
-                places = places[:1]
             yield np.concatenate([[begin], places[:-1]]), places
-            begin, size = int(places[-1]), BLOCK_BYTES
+            begin = int(places[-1])
 
     def _look_up(self, data: bytes, starts: Ints, ends: Ints) -> Ints:
         """int64 [words]: the number of each word, which is in the table then."""

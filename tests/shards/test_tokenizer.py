@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from shards import DataConfig, Loader, Tokenizer, read_documents, words
+from shards import DataConfig, Loader, Tokenizer, long_words, read_documents, words
 from tests.shards.corpora import SAMPLE, TOKENIZER
 
 SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
@@ -94,11 +94,51 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-@settings(max_examples=100)
-@given(texts=st.lists(TEXTS, max_size=4), block=st.sampled_from([1, 7, 40, 1 << 17]))
-def test_ids_of_any_text(model: Model, texts: list[str], block: int) -> None:
-    with mock.patch.object(words, "BLOCK_BYTES", block):
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(TEXTS, max_size=4),
+    block=st.sampled_from([1, 7, 40, 1 << 17]),
+    part=st.sampled_from([1, 5, 20, 1 << 17]),
+)
+def test_ids_of_any_text(model: Model, texts: list[str], block: int, part: int) -> None:
+    with mock.patch.object(words, "BLOCK_BYTES", block), mock.patch.object(long_words, "PART_BYTES", part):
         model.check(texts)
+
+
+UNBROKEN = ["a", "ab", "aab", "the", "there", "ing", "0", "=", "é", "日本", "語", "Ü", "🙂", "<|im_start|>"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(UNBROKEN), st.integers(1, 80)), min_size=1, max_size=5),
+    mixed=st.lists(st.sampled_from(UNBROKEN), max_size=60),
+    part=st.sampled_from([16, 50, 300]),
+)
+def test_ids_of_words_of_any_length(model: Model, parts: list[tuple[str, int]], mixed: list[str], part: int) -> None:
+    """Runs of one character or syllable, where leftmost merges decide, and letters in any order, where scores do."""
+    text = "".join(unit * count for unit, count in parts) + "".join(mixed)
+    with mock.patch.object(words, "BLOCK_BYTES", 10), mock.patch.object(long_words, "PART_BYTES", part):
+        model.check([text, "a word", text[::-1]])
+
+
+@pytest.mark.parametrize("unit", ["a", "ab", "xyz", "Donaudampfschifffahrtsgesellschaft", "=-", "\u00e4\u00f6"])
+def test_a_long_word_is_encoded_in_parts_of_bounded_length_each_once(unit: str) -> None:
+    model = Model(TOKENIZER)
+    text = unit * (400_000 // len(unit))
+    seen: list[int] = []
+    encode = model.ours._words._long_words._processor.EncodeAsNumpy
+    with (
+        mock.patch.object(long_words, "PART_BYTES", 1 << 13),
+        mock.patch.object(words, "BLOCK_BYTES", 1 << 13),
+        mock.patch.object(
+            model.ours._words._long_words._processor,
+            "EncodeAsNumpy",
+            lambda data: seen.append(len(data)) or encode(data),
+        ),
+    ):
+        model.check([f"before {text} after"])
+    assert max(seen, default=0) <= 1 << 14
+    assert sum(seen) <= 2 * len(text.encode()) + (1 << 14)
 
 
 def test_ids_of_real_text(model: Model) -> None:
