@@ -1,0 +1,86 @@
+"""The pages and pictures that are made by a script say what the code says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from docs import make_configuration
+from pretrain.config import RunConfig
+from shards import Config
+from shards.suite import SuiteFile
+
+# Keys whose field has no comment yet. Take a key out once its field has one; no key may be added.
+UNDOCUMENTED = [
+    "model.n_layers",
+    "model.norm_eps",
+    "model.rope_scaling.rope_type",
+    "optim.betas",
+    "optim.eps",
+    "wandb.project",
+    "wandb.tags",
+    "sources[].dataset_config",
+    "sources[].revision",
+    "sources[].text_key",
+]
+
+
+class Commented(Config):
+    """A class whose fields have comments at every place where one may stand."""
+
+    behind: int  # rows
+    # above, over
+    # two lines
+    above: int
+    # first this.
+    both: int | None = Field(None, ge=1)  # then that
+
+    long: int = Field(
+        default=3,  # inside
+        ge=1,
+    )  # and after
+
+    # apart, so of no field
+
+    none: str = "# in a string"
+
+
+def keys_in_schema(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Yields the paths of all keys by pydantic's JSON schema, a list's items as []."""
+    if "$ref" in schema:
+        yield from keys_in_schema(definitions[schema["$ref"].rpartition("/")[2]], definitions, path)
+    for part in schema.get("anyOf", ()):
+        yield from keys_in_schema(part, definitions, path)
+    if isinstance(items := schema.get("items"), dict):
+        yield from keys_in_schema(items, definitions, f"{path}[]")
+    for name, value in schema.get("properties", {}).items():
+        key = f"{path}.{name}" if path else name
+        yield key
+        yield from keys_in_schema(value, definitions, key)
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert make_configuration.PAGE.read_text() == make_configuration.page(), "run `python docs/make_configuration.py`"
+
+
+def test_the_configuration_page_has_every_key() -> None:
+    for root in (RunConfig, SuiteFile):
+        schema = root.model_json_schema()
+        sections = make_configuration.sections(root)
+        listed = [key.path for section in sections for key in make_configuration.keys(section)]
+        assert sorted(listed) == sorted(keys_in_schema(schema, schema["$defs"]))
+
+
+def test_every_key_has_a_comment() -> None:
+    assert make_configuration.undocumented() == UNDOCUMENTED, "say the new field's meaning and unit in a comment"
+
+
+def test_a_field_has_the_comments_above_and_behind_it() -> None:
+    assert make_configuration.comments(Commented) == {
+        "behind": "rows",
+        "above": "above, over two lines",
+        "both": "first this. then that",
+        "long": "inside and after",
+    }
