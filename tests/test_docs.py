@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 from pydantic import Field
 
-from docs import make_configuration
+from docs import make_configuration, make_pictures
 from pretrain.config import RunConfig
 from shards import Config
 from shards.suite import SuiteFile
+
+ROOT = Path(__file__).parents[1]
 
 # Keys whose field has no comment yet. Take a key out once its field has one; no key may be added.
 UNDOCUMENTED = [
@@ -84,3 +89,19 @@ def test_a_field_has_the_comments_above_and_behind_it() -> None:
         "both": "first this. then that",
         "long": "inside and after",
     }
+
+
+@pytest.mark.parametrize("picture", make_pictures.PICTURES, ids=lambda picture: picture.file)
+def test_the_pictures_are_current(picture: make_pictures.Picture) -> None:
+    drawn = make_pictures.draw(picture)
+    assert (make_pictures.FOLDER / picture.file).read_text() == drawn, "run `python docs/make_pictures.py`"
+    ET.fromstring(drawn)
+
+
+def test_the_pictures_name_modules_that_exist() -> None:
+    boxes = {box.name for picture in make_pictures.PICTURES for band in picture.bands for box in band.boxes}
+    assert boxes == set(make_pictures.MODULES)
+    for modules in make_pictures.MODULES.values():
+        for module in modules:
+            path = ROOT / module
+            assert path.is_dir() if module.endswith("/") else path.with_suffix(".py").is_file(), module
