@@ -143,7 +143,7 @@ def comments(config: type[Config]) -> dict[str, str]:
         above = " ".join(found[number] for number in range(first, node.lineno))
         behind = " ".join(found[number] for number in range(node.lineno, node.end_lineno + 1) if number in found)
         if above or behind:
-            texts[node.target.id] = ". ".join(filter(None, (above.rstrip("."), behind)))
+            texts[node.target.id] = f"{above.rstrip('.')}. {_sentence(behind)}" if above and behind else above or behind
     return texts
 
 

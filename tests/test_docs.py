@@ -86,7 +86,7 @@ def test_a_field_has_the_comments_above_and_behind_it() -> None:
     assert make_configuration.comments(Commented) == {
         "behind": "rows",
         "above": "above, over two lines",
-        "both": "first this. then that",
+        "both": "first this. Then that",
         "long": "inside and after",
     }
 

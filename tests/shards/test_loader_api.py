@@ -1,0 +1,27 @@
+"""Every example of docs/loader-api.md runs, one after the other, and prints what the page shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pages import blocks, unprinted
+from tests.shards.corpora import ROOT
+
+
+def test_the_examples_of_the_loader_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards").symlink_to(ROOT / "shards")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "loader_api"}
+    printed, ran = "", 0
+    for block in blocks("loader-api.md"):
+        if block.language == "python":
+            # Empty lines before the code, so that a traceback names the line of the page
+            exec(compile("\n" * (block.line - 1) + block.text, "docs/loader-api.md", "exec"), names)
+            printed, ran = capsys.readouterr().out, ran + 1
+        elif block.language == "text":
+            assert not unprinted(block.text, printed), f"docs/loader-api.md, line {block.line}; printed: {printed}"
+    assert ran == 9
