@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import Topology
-from shards import Tokenizer
+from shards import Tokenizer, read_documents
 from tests.distributed.evaluation import TOKENIZER
 
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
 
 
 @pytest.fixture(scope="module")
-def eval_set() -> EvalSet:
-    config = EvaluationConfig(suite=Path("shards/sample/eval"), max_tokens=100)
-    found = load_suite(config, Tokenizer(TOKENIZER), 64, "fp32")
+def eval_set(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
+    """The beginning of a document of each bundled domain."""
+    folder = tmp_path_factory.mktemp("suite")
+    for shard in Path("shards/sample/eval").glob("*/val.jsonl.zst"):
+        text = next(read_documents(shard)).text[:300]
+        (folder / f"{shard.parent.name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    found = load_suite(EvaluationConfig(suite=folder), Tokenizer(TOKENIZER), 64, "fp32")
     assert found is not None
     return found
 
