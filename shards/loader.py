@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from shards import manifest
+from shards import manifest, texts
 from shards.batch import Batch
 from shards.config import DataConfig
 from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
@@ -74,6 +74,8 @@ class Loader:
             logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
         if prepared is None:
             shards = [manifest.source_shards(config, source) for source in config.sources]
+            for source, found in zip(config.sources, shards, strict=True):
+                texts.sample_of(config, source, [shard.path for shard in found])
         else:
             pairs = zip(config.sources, prepared, strict=True)
             shards = [manifest.prepared_shards(config, source, found) for source, found in pairs]

@@ -6,6 +6,7 @@ nor by who reads it. A document is valid UTF-8 from end to end, and a JSON objec
 has a string under the text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
 """
 
+import contextlib
 import json
 import typing
 from collections.abc import Iterator
@@ -245,6 +246,20 @@ def read_documents(
                 yield Document(text, sub_source or name, path, number, identity)
             if first_bad:
                 raise bad_record_error(path, first_bad, advice)
+
+
+def first_bad_record(path: str, source: SourceConfig, max_decoder_window: int, strict: bool) -> BadRecord | None:
+    """The first record of a shard, if none of those in its first block holds a text; None if one does.
+
+    What is wrong with the shard itself is left for its indexing to say.
+    """
+    with contextlib.suppress(ShardError), files.open_shard(path) as file:
+        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
+        chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
+        for block in _whole_lines(chunks):
+            records = RecordParser.of(source, strict).parse(block, 1)
+            return records.bad[0] if records.bad and not records.lines else None
+    return None
 
 
 def bad_record_error(path: str, bad: BadRecord, advice: str = ADVICE) -> ShardError:

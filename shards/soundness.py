@@ -15,11 +15,10 @@ from shards.config import DataConfig, SourceConfig
 from shards.errors import ConfigError, ShardError
 from shards.manifest import shard_paths
 from shards.suite import Suite
-from shards.texts import texts_of
+from shards.texts import SAMPLED_SHARDS, sample_of, texts_of
 from shards.tokenizer import Tokenizer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
-SAMPLED_SHARDS = 4  # of a source, spread over all of them
 SAMPLED_CHARACTERS = 1 << 15  # of a shard, in whole documents where they are not longer
 DECODED_CHARACTERS = 1 << 15  # of a part, in whole documents; UNK is counted in all that are added
 SHOWN_CHARACTERS = 30
@@ -86,14 +85,14 @@ def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Tries a tokenizer on the beginning of a few shards of each source of text. Call it on one rank.
 
     What is wrong with a shard is left for its indexing to say.
-    Raises: ConfigError if the tokenizer cannot say the text; ShardError if a source has no shards.
+    Raises: ConfigError if the tokenizer cannot say the text; ShardError if a source has no shards, or its text_key is
+    none of theirs.
     """
     for source in config.sources:
         if source.input_ids_key is not None:
             continue
         found = Soundness(tokenizer, f"source {source.name!r}")
-        paths = shard_paths(source)
-        for path in paths[:: -(-len(paths) // SAMPLED_SHARDS)]:
+        for path in sample_of(config, source, shard_paths(source)):
             for text in _beginning(path, source, config.max_decoder_window):
                 found.add(path, text, tokenizer.encode_documents([text])[0])
         found.check()

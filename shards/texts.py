@@ -3,17 +3,19 @@
 {reader, columns} -> texts -> {suite, soundness}.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from shards import arrow, files
 from shards.columns import Columns
-from shards.config import DEFAULT_MAX_DECODER_WINDOW, SourceConfig
-from shards.reader import bad_record_error, read_documents
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, DataConfig, SourceConfig
+from shards.errors import ShardError
+from shards.reader import bad_record_error, first_bad_record, read_documents
 
 # Of a suite: its figures would be of another text
 ADVICE = "mend it, since no record of a suite is skipped"
 ROWS_AT_ONCE = 256  # of a data set's column
+SAMPLED_SHARDS = 4  # of a source, spread over all of them
 
 
 def texts_of(
@@ -38,3 +40,25 @@ def texts_of(
         if records.bad and on_bad_record == "fail":
             raise bad_record_error(shard, records.bad[0], ADVICE)
         yield from zip(records.sub_sources, records.texts, strict=True)
+
+
+def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) -> list[str]:
+    """A few shards of a source, those that begin with texts; of the others nobody knows how far one has to read.
+
+    Args:
+        paths: of all shards of the source.
+    Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong.
+    """
+    sample = list(paths[:: -(-len(paths) // SAMPLED_SHARDS)])
+    if source.input_ids_key is not None or arrow.is_column(paths[0]):
+        return sample  # a column was looked for by its name
+    options = source, config.max_decoder_window, config.strict_records
+    bad = {path: first_bad_record(path, *options) for path in sample}
+    good = [path for path in sample if bad[path] is None]
+    first = bad[sample[0]]
+    if not good and first is not None:
+        raise ShardError(
+            f"source {source.name!r}: none of the first records of {', '.join(sample)} holds a text: {sample[0]}, line "
+            f"{first.line}: {first.reason}; set the source's text_key"
+        )
+    return good

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shards import Document, Loader, ShardError, SourceConfig, Tokenizer, merge_states, read_documents
+from shards import Document, Loader, ShardError, SourceConfig, Tokenizer, merge_states, read_documents, texts
+from shards.soundness import check_sources
 from shards.window import WindowMaker
 from tests.shards.corpora import TOKENIZER, config, record, words, write_shard
 
@@ -148,7 +149,8 @@ def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
         list(itertools.islice(loader, 100))
 
 
-def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path) -> None:
+def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # which would tell at once
     path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 500)
     with (
         Loader(config([{"name": "a", "paths": [str(path)]}], lanes=2, on_bad_record="skip"), 2) as loader,
@@ -157,7 +159,39 @@ def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path) -> 
         next(loader)
 
 
-def test_a_wrong_text_key_is_told_after_so_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on_bad_record", ["fail", "skip"])
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.gz", ".jsonl"])
+def test_a_wrong_text_key_stops_the_start(tmp_path: Path, suffix: str, on_bad_record: str) -> None:
+    """Before any evaluation, and before what is read of a shard to index it: its first records tell."""
+    lines = [{"body": words(i, 5)} for i in range(50)]
+    raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    write_shard(tmp_path / f"a{suffix}", b"\n" + raw)
+    write_shard(tmp_path / f"b{suffix}", raw.replace(b"{", b'{"text": null, '))
+    data = config([{"name": "s", "paths": [f"{tmp_path}/*"]}], lanes=2, on_bad_record=on_bad_record)
+    expected = (
+        r"source 's': none of the first records .*line 2: has no key 'text'; its keys are 'body'; set .* text_key"
+    )
+    with pytest.raises(ShardError, match=expected):
+        check_sources(data, Tokenizer(TOKENIZER))
+    assert not list(tmp_path.glob("*.index.json"))
+    with pytest.raises(ShardError, match=expected):
+        Loader(data, 2)
+    right = {"name": "s", "paths": [f"{tmp_path}/*"], "text_key": "body"}
+    with Loader(config([right], lanes=2, on_bad_record=on_bad_record), 2) as loader:
+        next(loader)
+
+
+def test_one_shard_with_texts_is_enough_to_start(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.jsonl", b'{"body": "x"}\n' * 5)
+    write_shard(tmp_path / "b.jsonl", b"".join(GOOD))
+    with Loader(config([{"name": "s", "paths": [f"{tmp_path}/*"]}], lanes=1, on_bad_record="skip"), 1) as loader:
+        next(loader)
+
+
+def test_a_source_that_turns_bad_is_told_after_so_many_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # as if the first records were good
     path = write_shard(tmp_path / "a.jsonl", b'{"body": "no text here"}\n' * 20_000)
     taken: list[int] = []
     make = WindowMaker.make

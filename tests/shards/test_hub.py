@@ -120,9 +120,9 @@ def test_token_ids_of_any_integer_type_are_the_same_tokens(tmp_path: Path, kind:
     for name in (kind, "int64"):
         features = datasets.Features({"input_ids": datasets.List(datasets.Value(name))})
         datasets.Dataset.from_dict({"input_ids": ids}, features=features).save_to_disk(tmp_path / name)
-        data = of(str(tmp_path / name), {"input_ids_key": "input_ids"}, lanes=1, on_bad_record="skip")
+        data = of(str(tmp_path / name), {"input_ids_key": "input_ids", "max_epochs": 1}, lanes=1, on_bad_record="skip")
         with Loader(data, 8, seed=3) as loader:
-            batches = list(itertools.islice(loader, 10))
+            batches = list(loader)
             hashes_of[name] = [batch.row_hash for batch in batches], loader.fingerprint["shards"]
         assert {item.line for batch in batches for item in batch.skipped} == {6, 7}
     digests = [pairs["a"][0][1] for _, pairs in hashes_of.values()]
