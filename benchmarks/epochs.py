@@ -25,16 +25,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards import DataConfig, Loader, read_documents
+from shards.mixing import mix_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "shards/sample"
 SEQ_LEN = 2048
-MIXES = {  # weights, documents of each source, max_epochs, lanes
-    "2.2e12 : 1e6": ((2.2e12, 1e6), (2000, 2000), (None, None), 960),
-    "100 sources of 1e-6": ((1 - 1e-4, *(1e-6,) * 100), (2000, *(20,) * 100), (None,) * 101, 960),
-    "0.7 : 0.3, the second of 6 documents, read 1,000 times": ((0.7, 0.3), (2000, 6), (None, 1000), 64),
-    "0.7 : 0.3, the second of 6 documents, read once": ((0.7, 0.3), (2000, 6), (None, 1), 64),
-}
+LANES = 960
+PLANNED = {"2.2e12 : 1e6": (2.2e12, 1e6), "100 sources of 1e-6": (1 - 1e-4, *(1e-6,) * 100)}
+LIMITED = {"6 documents, read 1,000 times": 1000, "6 documents, read once": 1}  # the second source, with weight 0.3
 
 
 def varied(size: int) -> Iterator[str]:
@@ -109,25 +107,37 @@ def passes(work: Path, sizes: list[int], lanes: list[int], version: int) -> None
             )
 
 
-def mixes(work: Path, steps: int, version: int) -> None:
-    print("| weights | lanes | wished, % | met, % | foretold, % |")
+def planned_mixes(rows: int, version: int) -> None:
+    """Mixes without a limit follow from the plan's rule alone: no shard is read."""
+    print("| weights | lanes | others than the first: wished, % | met, % |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, weights in PLANNED.items():
+        mix = mix_of(weights, version)
+        assert mix is not None
+        first = sum(mix.drawn(lane, 0, rows) for lane in range(LANES))
+        met, wished = 1 - first / (LANES * rows), sum(weights[1:]) / sum(weights)
+        print(f"| {name} | {LANES} | {100 * wished:.4g} | {100 * met:.4g} |")
+
+
+def limited_mixes(work: Path, steps: int, version: int) -> None:
+    """A source of six documents on 64 lanes, beside a large one."""
+    print(f"| second source | lanes | wished, % | met in {steps} steps, % | foretold, % |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, (weights, documents, epochs, lanes) in MIXES.items():
-        sources: list[dict[str, object]] = []
-        for number, (weight, count, limit) in enumerate(zip(weights, documents, epochs, strict=True)):
-            path = corpus(work / f"mix-{count}-{number}.jsonl", count * 2000)
-            sources.append({"name": f"s{number}", "paths": [str(path)], "weight": weight, "max_epochs": limit})
-        data = config(work, sources, version, lanes).model_copy(update={"seq_len": 128, "prefetch_bytes": 8 << 20})
+    large, small = corpus(work / "mix-large.jsonl", 4_000_000), work / "mix-small.jsonl"
+    small.write_text("".join(json.dumps({"text": "word " * 1000}) + "\n" for _ in range(6)))
+    for name, epochs in LIMITED.items():
+        sources: list[dict[str, object]] = [
+            {"name": "large", "paths": [str(large)], "weight": 0.7},
+            {"name": "small", "paths": [str(small)], "weight": 0.3, "max_epochs": epochs},
+        ]
+        data = config(work, sources, version, 64)
         drawn: Counter[str] = Counter()
-        with Loader(data, lanes) as loader:
+        with Loader(data, 64) as loader:
             foretold = loader.forecast(steps).shortfalls
             for _ in range(steps):
-                batch = next(loader)
-                rows = {origin.slot: origin.source for origin in batch.origins()}
-                drawn.update("first" if source == "s0" else "others" for source in rows.values())
-        wished = 100 * sum(weights[1:]) / sum(weights)
-        said = f"{100 * sum(short.met for short in foretold):.4g}" if foretold else "as wished"
-        print(f"| {name} | {lanes} | {wished:.4g} | {100 * drawn['others'] / drawn.total():.4g} | {said} |", flush=True)
+                drawn.update({origin.slot: origin.source for origin in next(loader).origins()}.values())
+        said = f"{100 * foretold[0].met:.4g}" if foretold else "as wished"
+        print(f"| {name} | 64 | 30 | {100 * drawn['small'] / drawn.total():.4g} | {said} |", flush=True)
 
 
 def running_out(work: Path, version: int) -> None:
@@ -153,12 +163,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="a folder for the corpora")
     parser.add_argument("--sizes", type=int, nargs="*", default=[10, 100, 1000], metavar="MB")
     parser.add_argument("--lanes", type=int, nargs="*", default=[0, 1, 8, 32, 96, 960], help="0 = as many as follow")
-    parser.add_argument("--mix-steps", type=int, default=300, help="batches of each mix; 0 = none")
+    parser.add_argument("--mix-steps", type=int, default=100, help="batches of a mix; 0 = no mixes")
     parser.add_argument("--plan-version", type=int, default=2)
     arguments = parser.parse_args()
     passes(arguments.work, arguments.sizes, arguments.lanes, arguments.plan_version)
     if arguments.mix_steps:
-        mixes(arguments.work, arguments.mix_steps, arguments.plan_version)
+        planned_mixes(100_000, arguments.plan_version)
+        limited_mixes(arguments.work, arguments.mix_steps, arguments.plan_version)
         running_out(arguments.work, arguments.plan_version)
 
 

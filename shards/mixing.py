@@ -18,7 +18,8 @@ import numpy.typing as npt
 Slots = npt.NDArray[np.int16]
 
 # By plan version: (P, levels). Under version 1 a share is exact to 1 in 16,384, under version 2, of S sources, to
-# (S / 1,024)^3 / 1,024: each level but the last leaves less than S of its slots to the next.
+# (S / 1,024)^3 / 1,024: each level but the last leaves less than S of its slots to the next. A period of 1,000 would
+# hold decimal weights on one level, but their sequence would repeat every few slots, in step with the lanes' phases.
 RULES = {1: (1 << 14, 1), 2: (1 << 10, 4)}
 # Each level has a multiplier of its own: 2^64 times the fractional parts of the golden ratio and of the roots of 2, 3
 # and 5, no whole combination of which vanishes. So the phases of the lanes fill the levels' periods together evenly.

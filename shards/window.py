@@ -1,6 +1,6 @@
 """A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
 
-decoders, reader -> window -> worker, pool.
+decoders, cells, reader -> window -> worker, pool.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from shards import arrow
 from shards.cache import BlockCache
+from shards.cells import Cells
 from shards.columns import Columns
 from shards.config import DataConfig
 from shards.decoders import Decoders, RawRange
@@ -22,8 +23,6 @@ from shards.plan import Ints, Span
 from shards.reader import BadRecord, RecordParser, Records, bad_record_error
 from shards.recipe import Recipe
 from shards.tokenizer import Tokenizer
-
-LINE_FEED = 10
 
 
 class SpanTask(msgspec.Struct, frozen=True):
@@ -95,7 +94,7 @@ class WindowMaker:
             self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
             recipe.check_filter(self._decontaminator)
         self._parsers = [RecordParser.of(source, config.strict_records) for source in config.sources]
-        self._cells: tuple[RawRange, bytes] | None = None  # the cells read last, while a window is made
+        self._cells = Cells(self._decoders)
 
     def make(self, task: WindowTask) -> Window:
         """The rows of a window. Raises: as `documents`."""
@@ -120,9 +119,7 @@ class WindowMaker:
 
         Raises: ShardError if a shard changed or is damaged, or holds a bad record that may not be skipped.
         """
-        self._cells = None
         parts = [self._kept(self._read(item, task.source)) for item in task.spans]
-        self._cells = None
         numbers = [item.span.shard for item in task.spans]
         lines = [line for part in parts for line in part.lines]
         counts = [len(part.lines) for part in parts]
@@ -170,32 +167,10 @@ class WindowMaker:
                 path, item.raw.stat, span.first_record, span.num_records, config, item.raw.content_hash
             )
         else:
-            records = self._parsers[source].parse(self._lines(item), span.first_record + 1)
+            records = self._parsers[source].parse(self._cells.lines(span, item.raw), span.first_record + 1)
         if records.bad and self._config.on_bad_record == "fail":
             raise bad_record_error(path, records.bad[0])
         return records
-
-    def _lines(self, item: SpanTask) -> bytes:
-        """The bytes of a span's lines, once its cells hold as many lines as the index says."""
-        span, wanted = item.span, item.raw
-        # Small segments of one cell often meet in a window: it is decoded once for all of them.
-        if self._cells is None or self._cells[0] != wanted:
-            raw = self._decoders.read(wanted)
-            num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
-            if num_records != span.cells_records:
-                raise ShardError(
-                    f"{wanted.path}: raw bytes {wanted.start} to {wanted.stop} hold {num_records} lines, its index "
-                    f"says {span.cells_records}; it changed after it was indexed: put the old file back, or start a "
-                    "new run"
-                )
-            self._cells = (wanted, raw)
-        raw = self._cells[1]
-        if span.num_records == span.cells_records:
-            return raw
-        feeds = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_FEED) + 1
-        begins = np.concatenate([[0], feeds, [len(raw)]])
-        first = span.first_record - span.cells_record
-        return raw[int(begins[first]) : int(begins[first + span.num_records])]
 
     def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """(ids, lengths) as `Tokenizer.encode_documents` gives them. Raises: ShardError for one that is no piece's."""
