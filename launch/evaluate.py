@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 from rich.console import Console
 
 from pretrain import log, topology
-from pretrain.checkpoint.state import read_data
+from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.engine import Precision
@@ -97,6 +97,8 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     config = load_config(folder.config, overrides, begun=True)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    if store.steps():  # all have the same, and one that is followed may have none yet
+        check_tokenizer(store.choose(), tokenizer, config.data.tokenizer)
     with topology.started(config.parallel) as here:
         model = BareModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed has to look for a device, it reports on stdout
 
 from pretrain import log
+from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config import load_config
@@ -31,7 +32,7 @@ from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
 from pretrain.run_folder import RunFolder
-from shards import CheckpointError, HeadraceError
+from shards import CheckpointError, HeadraceError, Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +64,8 @@ def export_run(arguments: argparse.Namespace) -> None:
     checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
+    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    check_tokenizer(checkpoint, tokenizer, config.data.tokenizer)
     weights = CheckpointWeights(checkpoint, weight_specs(config.model))
     dtype = DTYPES[arguments.dtype or config.precision]
     export(

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed has to look for a device, it reports on stdout
 
 from pretrain import log
+from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.engine import Precision
@@ -87,7 +88,9 @@ def opened(arguments: argparse.Namespace) -> Speaker:
     folder.check_there()
     config = load_config(folder.config, begun=True)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
-    codec = codec_of(Tokenizer(config.data.tokenizer, config.data.bos, eos=False), config.data.bos)
+    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
+    check_tokenizer(store.choose(arguments.step), tokenizer, config.data.tokenizer)
+    codec = codec_of(tokenizer, config.data.bos)
     return Speaker(
         config.model,
         lambda bare, here: take_checkpoint(bare, store, arguments.step, here),

@@ -1,7 +1,8 @@
 """From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
 
 In this order, so that what is wrong shows in the first second: the config against the number of ranks, the tokenizer,
-the run folder and its lease, the indexes of the shards (rank 0, while the others wait for it at the rendezvous).
+the run folder and its lease, the indexes of the shards (rank 0, while the others wait for it). Only once all of it is
+found right, on every rank, does anything in the run folder change.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import shards
 from pretrain import topology
@@ -23,11 +25,12 @@ from pretrain.generate import Sampling, codec_of, generate
 from pretrain.interrupt import Interrupt
 from pretrain.lease import Lease
 from pretrain.loop import train
+from pretrain.meeting import Meeting
 from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
-from shards import ConfigError, Tokenizer, soundness, suite
-from shards.durable import write_atomically
+from shards import ConfigError, Prepared, Tokenizer, soundness, suite
+from shards.durable import is_there
 
 _logger = logging.getLogger(__name__)
 
@@ -67,22 +70,21 @@ def start(config: RunConfig, fresh: bool) -> Report:
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        lease, prepared, settled = None, None, None
+        held: Held | None = None
         with interrupt.starting():
-            if int(os.environ.get("RANK", "0")) == 0:
-                check_texts(config, tokenizer)
-                lease, settled = stack.enter_context(opened(config, folder, fresh))
-                prepared = shards.prepare(settled.data, IndexingLog())
-            here = stack.enter_context(topology.started(config.parallel))
-        settled = here.broadcast_object(settled)
-        assert settled is not None
-        config = settled
+            with Meeting(config.parallel.timeout_minutes) as meeting:
+                if meeting.is_host:
+                    check_texts(config, tokenizer)
+                    held = taken(config, folder, fresh, IndexingLog(meeting.advance), stack)
+                else:
+                    meeting.wait()
+            here = stack.enter_context(topology.started(config.parallel, meeting.store))
+        settled, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, ()))
         if here.is_main:
-            announce(config, here)
-        run_id = here.broadcast_object(folder.run_id() if here.is_main else None)
-        prepared = here.broadcast_object(prepared)
-        assert prepared is not None
-        trainer = Trainer(config, folder, lease, str(run_id), prepared, tokenizer, here, interrupt, stack)
+            announce(settled, here)
+        lease = held.lease if held else None
+        trainer = Trainer(settled, folder, lease, prepared, tokenizer, here, interrupt, stack)
+        config = settled
         finished = train(trainer, config, interrupt)
         sample = ""
         if finished:
@@ -122,33 +124,48 @@ def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
         soundness.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
 
 
-@contextmanager
-def opened(config: RunConfig, folder: RunFolder, fresh: bool) -> Iterator[tuple[Lease, RunConfig]]:
-    """Holds the run's folder, readied for this config, and gives the config as it is for this run; rank 0 alone.
+class Held(NamedTuple):
+    """What rank 0 has when it is ready for the others."""
 
+    lease: Lease  # on the run's folder
+    config: RunConfig  # as it is for this run
+    prepared: tuple[Prepared, ...]  # of the shards
+
+
+def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Held:
+    """Take the run's folder and ready its data; rank 0 alone. A start that is refused leaves the folder as it was.
+
+    What shows only once all ranks are there is checked by the trainer; the folder is this start's after that.
+
+    Args:
+        progress: is told of what is indexed.
+        stack: gives the lease back.
     Raises:
         ConfigError: if the folder cannot be written to, or holds a run that this config would corrupt.
+        ShardError: if a shard is missing or damaged.
         HeadraceError: if another process is at work in it.
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
     # A requeued job repeats its command, and so does torchrun: --fresh meant the first start
     restarted = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if fresh and folder.config.exists() and not restarted:
-        with Lease(folder.lease, job_id):
-            aside = folder.move_aside()
-        _logger.info("the run that stood in %s is now in %s", folder.root, aside)
+    replaced = fresh and not restarted and is_there(folder.config)
+    holding = stack.enter_context(ExitStack())
+    lease = holding.enter_context(Lease(folder.lease, job_id))
+    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
+    config = config.settled(begun)
+    if begun:
+        check_same_run(begun, config, folder)
+        check_checkpoints_there(store, begun, folder)
+    prepared = shards.prepare(config.data, progress)
+    if replaced:
+        _logger.info("the run that stood in %s is now in %s", folder.root, folder.move_aside())
+        holding.close()  # the lease has gone with the folder
         folder.create()
-    with Lease(folder.lease, job_id) as lease:
-        begun = load_config(folder.config, begun=True) if folder.has_begun() else None
-        config = config.settled(begun)
-        if begun:
-            check_same_run(begun, config, folder)
-        store = CheckpointStore(folder.checkpoints, config.checkpoint)
-        store.discard_incomplete()
-        store.check_room(checkpoint_bytes(config.model, config.bytes_per_weight))
-        write_atomically(folder.config, config.to_yaml())
-        yield lease, config
+        lease = holding.enter_context(Lease(folder.lease, job_id))
+    store.check_room(checkpoint_bytes(config.model, config.bytes_per_weight))
+    return Held(lease, config, prepared)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
@@ -164,14 +181,40 @@ def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
         _logger.info("%s changed since the last start: %r -> %r", key, before, now)
 
 
-class IndexingLog:
-    """Says which shards a start is indexing, and how far it is, every so many seconds; called from several threads."""
+def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunFolder) -> None:
+    """Raise ConfigError if a run has come too far to have no checkpoint, which then was lost, or cannot be seen.
 
-    def __init__(self) -> None:
+    A run that was killed in its first save has none either; but then that save's folder is there, and the records end
+    before the second one would have begun, since a save never overtakes the one before it.
+    """
+    newest = folder.metrics.last()
+    step = int(str(newest["step"])) if newest else 0
+    first_save = min(old.checkpoint.every, old.train.steps or old.checkpoint.every)
+    if step < first_save or store.steps() or store.has_damaged():
+        return
+    if not store.all_steps() or step >= 2 * first_save:
+        raise ConfigError(
+            f"{folder.root} has records of {step} steps, but {store.root} has no complete checkpoint, though one is"
+            f" due every checkpoint.every={old.checkpoint.every} steps: is its disk not mounted, was it purged, or did"
+            " every save fail (then the log says so)? Put the checkpoints back, or start over with --fresh, which"
+            " moves the whole folder aside"
+        )
+
+
+class IndexingLog:
+    """Says which shards a start is indexing, and how far it is, every so many seconds; called from several threads.
+
+    Args:
+        advance: is called at every sign of progress.
+    """
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
         self._bytes_read: dict[str, int] = {}
         self._last_line = time.monotonic()
 
     def __call__(self, shard: str, bytes_read: int) -> None:
+        self._advance()
         self._bytes_read[shard] = self._bytes_read.get(shard, 0) + bytes_read
         if time.monotonic() - self._last_line >= _INDEXING_LINE_SECONDS:
             self._last_line = time.monotonic()

@@ -230,8 +230,12 @@ def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
 
 
 @contextlib.contextmanager
-def started(parallel: ParallelConfig) -> Iterator[Topology]:
-    """Joins the process group, forms the tensor- and data-parallel groups, and leaves them again at the end."""
+def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = None) -> Iterator[Topology]:
+    """Joins the process group, forms the tensor- and data-parallel groups, and leaves them again at the end.
+
+    Args:
+        store: where the ranks have met already; None: they meet now.
+    """
     environment = launcher_environment(os.environ)
     os.environ.update(environment)  # DeepSpeed and the libraries below it read them too
     world_size = int(environment["WORLD_SIZE"])
@@ -245,6 +249,9 @@ def started(parallel: ParallelConfig) -> Iterator[Topology]:
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
+        store=store,
+        rank=int(environment["RANK"]) if store else -1,
+        world_size=world_size if store else -1,
         device_id=device if device.type == "cuda" else None,
     )
     _form_groups(device, dp_size, parallel.tp_size, timeout)

@@ -6,24 +6,26 @@ flushed or sent). So a start asks up to which step wandb has rows (offline its l
 the gap from the JSONL files, and does not send again what is there. A row's `_step` is our step, which is what makes
 the question exact; `step` is the axis of every figure.
 
+A step that is trained again need not come out as before: the learning rate, the layout or the machine may be others. At
+the first row that differs from what wandb has, it is rewound to the step before; where it cannot be (offline, or if the
+server does not know how), a new wandb run begins and gets all rows.
+
 Tracking never stops a training: what fails is said once in the log, and the run's end or next start fills the gap.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import subprocess
-import sys
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
+from pretrain.wandb_rows import Row, SentRows, eval_prefix, eval_rows, last_local_step, rows_of, step_of, step_row
 from shards import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ _INIT_SECONDS = 30.0  # until a start without a server goes on offline
 _FINISH_SECONDS = 30.0  # until the end gives up on a server; the local file stays
 
 _LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: how many of its rows are no training step's
-
-Row = dict[str, object]
 
 
 class WandbConfig(Config):
@@ -81,7 +81,7 @@ def log_late_evals(
     if not lease.is_free():
         _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
         return
-    tracker = Tracker(config, folder, name, folder.run_id(), {})
+    tracker = Tracker(config, folder, name, folder.run_id(name), {})
     with tracker._tolerated():
         tracker._log_late(suite, records)
 
@@ -103,7 +103,7 @@ class Tracker:
             config: the `wandb` section.
             folder: cut back to the checkpoint from which this session goes on.
             name: of the run, as wandb shows it.
-            run_id: the same for all sessions of a run; at most 64 letters, digits, `-` and `_`.
+            run_id: as the folder has it; at most 64 letters, digits, `-` and `_`.
             described: config and provenance, as JSON-able values.
             suite: whose lines of evals.jsonl are the training's own; None: all. The first in the file is shown under
                 `eval/`, any other, which a run goes on with that changed, under `eval/<suite>/`.
@@ -115,6 +115,7 @@ class Tracker:
         self._id = run_id
         self._described = described
         self._run: wandb.Run | None = None
+        self._sent: SentRows
         self._last_step = -1  # the last whose row wandb has in full
         self._late_rows = 0  # that the server has of evaluations of old checkpoints
         self._held: Row | None = None
@@ -160,28 +161,58 @@ class Tracker:
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
         """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
-        for row in eval_rows(records, self._eval_prefix()):
+        for row in eval_rows(records, eval_prefix(self._folder, self._suite)):
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
             self._held = {**(self._held or {}), **row}
         self._evals_follow = False
         self._send_held()
 
-    def _eval_prefix(self) -> str:
-        first = next(self._folder.evals.read(), None)
-        if self._suite is None or first is None or first["suite"] == self._suite:
-            return "eval/"
-        return f"eval/{self._suite}/"
-
     def _send_held(self) -> None:
         row, self._held = self._held, None
         if row is None or self._run is None:
             return
-        step = int(str(row["step"]))
-        if step > self._last_step:
-            self._last_step = step
-            with self._tolerated():
-                self._run.log(row, step=step + self._late_rows, commit=True)
+        with self._tolerated():
+            if step_of(row) > self._last_step:
+                self._send(row)
+            elif self._sent.differs(row):
+                self._take_back(step_of(row))
+                for made in self._made_rows(until=step_of(row)):
+                    self._send(made)
+
+    def _send(self, row: Row) -> None:
+        assert self._run is not None
+        self._last_step = step_of(row)
+        self._sent.note(row)  # before it is sent: what wandb has must be known
+        self._run.log(row, step=self._last_step + self._late_rows, commit=True)
+
+    def _take_back(self, step: int) -> None:
+        """Have wandb show no row from a step on, since those that it has are of a training that was taken back."""
+        import wandb
+
+        assert self._run is not None
+        offline = self._run.offline
+        self._run.finish()
+        self._run = None
+        # Rewinding would take evaluations of old checkpoints along, which nobody sends again
+        if not offline and not self._late_rows and step > 0:
+            try:
+                self._run = self._init("online", rewound_to=step - 1)
+            except wandb.errors.Error as error:
+                _logger.warning("wandb cannot rewind the run %s to step %d: %s", self._id, step - 1, error)
+                _forget_process()
+        if self._run is not None:
+            self._last_step = step - 1
+            _logger.info("step %d came out differently when trained again: wandb was rewound to the one before", step)
+        else:
+            old, self._id = self._id, self._folder.new_run_id()
+            self._sent = SentRows(self._folder.wandb_rows, self._id)
+            _logger.warning(
+                "step %d came out differently when trained again: all figures go to a new wandb run, %s, from the first"
+                " step on; %s keeps those that were taken back", step, self._id, old,
+            )  # fmt: skip
+            self._run, self._last_step = self._start()
+        self._define_axis(self._run)
 
     def _log_late(self, suite: str, records: Sequence[Mapping[str, object]]) -> None:
         import wandb
@@ -202,20 +233,16 @@ class Tracker:
         run.log({f"{prefix}domains": table})
         run.finish()
 
+    def _made_rows(self, until: float = math.inf) -> Iterator[Row]:
+        """The rows of the JSONL files, up to a step, that wandb has not: all past the last that it has."""
+        return rows_of(self._folder, self._suite, after=self._last_step, until=until)
+
     def _fill_gap(self) -> None:
         """Sends what the JSONL files have and wandb has not; the last row is held: it may be evaluated only now."""
         self._held = None  # it stands in the files too
-        rows: dict[int, Row] = {}
-        for record in self._folder.metrics.read(after=self._last_step):
-            row = step_row(record)
-            rows[int(str(row["step"]))] = row
-        evals = self._folder.evals.read(after=self._last_step)
-        own = (record for record in evals if self._suite in (None, record["suite"]))
-        for row in eval_rows(own, self._eval_prefix()):
-            rows.setdefault(int(str(row["step"])), {}).update(row)
-        for step in sorted(rows):
+        for row in self._made_rows():
             self._send_held()
-            self._held = rows[step]
+            self._held = row
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
@@ -232,9 +259,18 @@ class Tracker:
     def _open(self) -> None:
         """Opens a session and brings wandb up to the JSONL files."""
         self._run, self._last_step = self._start()
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+        self._define_axis(self._run)
+        self._sent = SentRows(self._folder.wandb_rows, self._id)
+        there = rows_of(self._folder, self._suite, until=self._last_step)
+        if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
+            self._take_back(step_of(wrong))
+        newest = self._folder.metrics.last()
+        self._sent.forget(step_of(newest) if newest else -1)
         self._fill_gap()
+
+    def _define_axis(self, run: wandb.Run) -> None:
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
 
     def _start(self) -> tuple[wandb.Run, int]:
         """Opens a session. Returns it and the last step that wandb has; -1 if none."""
@@ -256,13 +292,14 @@ class Tracker:
         last_step = last_local_step(self._folder.wandb, self._id)
         return self._init("offline"), last_step
 
-    def _init(self, mode: Literal["online", "offline"]) -> wandb.Run:
+    def _init(self, mode: Literal["online", "offline"], rewound_to: int | None = None) -> wandb.Run:
         import wandb
 
         return wandb.init(
             mode=mode,
             id=self._id,
-            resume="allow",
+            resume="allow" if rewound_to is None else None,
+            resume_from=None if rewound_to is None else f"{self._id}?_step={rewound_to}",
             name=self._name,
             project=self._config.project,
             entity=self._config.entity,
@@ -291,50 +328,3 @@ def _forget_process() -> None:
 
     with contextlib.suppress(Exception, SystemExit):  # it says good-bye to the dead one, after forgetting it
         wandb.teardown()
-
-
-def step_row(record: Mapping[str, object]) -> Row:
-    """A line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
-    row: Row = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            row.update({f"{key}/{name}": figure for name, figure in value.items()})
-        else:
-            row[key] = value
-    return row
-
-
-def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = "eval/") -> Iterator[Row]:
-    """Lines of evals.jsonl, a row for each run of lines of one step, figures under `<prefix><domain>/<figure>`."""
-    row: Row = {}
-    for record in records:
-        if row and row["step"] != record["step"]:
-            yield row
-            row = {}
-        figures = {key: value for key, value in record.items() if key not in ("step", "suite", "domain")}
-        row["step"] = record["step"]
-        row.update({f"{prefix}{record['domain']}/{key}": value for key, value in figures.items()})
-    if row:
-        yield row
-
-
-def last_local_step(wandb_folder: Path, run_id: str) -> int:
-    """The last step of which the local files of a run's sessions have a row; -1 if there is none.
-
-    Rows are never sent twice, so the newest session that has any has the last one. A session that was killed leaves a
-    file that wandb's own reader reads up to where it is torn.
-    """
-    files = sorted(
-        wandb_folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1]
-    )
-    for file in reversed(files):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        last_step = -1
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
-            assert reader.stdout is not None
-            for line in reader.stdout:  # a long run's file prints gigabytes
-                if '"type":"history"' in line:
-                    last_step = max(last_step, int(json.loads(line)["history"]["item"].get("step", -1)))
-        if last_step >= 0:
-            return last_step
-    return -1

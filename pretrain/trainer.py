@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from pretrain import data_end
 from pretrain.checkpoint.resume import newest_valid
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import converted
 from pretrain.config import RunConfig
 from pretrain.deadline import Deadline, job_end
@@ -58,7 +59,6 @@ class Trainer:
 
     Args:
         lease: on the folder, which rank 0 holds; checked before anything is written there.
-        run_id: of the wandb run.
         prepared: the shards' manifests, as rank 0 left them.
         interrupt: is told what all ranks agree on.
         stack: closes the loader's workers and the journal when the caller leaves it.
@@ -72,7 +72,6 @@ class Trainer:
         config: RunConfig,
         folder: RunFolder,
         lease: Lease | None,
-        run_id: str,
         prepared: tuple[Prepared, ...],
         tokenizer: Tokenizer,
         topology: Topology,
@@ -95,20 +94,22 @@ class Trainer:
             check_fingerprint(data, self._loader.fingerprint)  # two nodes may see other files under the same names
         self.engine = _engine(config, topology)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
-        self.state = self._resume(folder, run_id)
+        checkpoint, damaged = newest_valid(self._store, topology)
+        self.state = self._resume(checkpoint)
         estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
         self._save_seconds = save_time(folder.root, config.checkpoint, estimate, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, config.precision, *own)
         suite = self._eval_set.suite if self._eval_set else ""
+        self._folder = folder
+        self._steps = data_end.foresee(self._loader, config.train.steps, topology)
+        self._begin(damaged)
         tracker = None
         if topology.is_main:
             assert self._loader is not None
             warn_of_training_shards(config.evaluation, self._loader.fingerprint)
             described = describe(config, self._loader, self.state.init_hash)
-            tracker = Tracker(config.wandb, folder, config.run.name, run_id, described, suite)
-        self._folder = folder
-        self._steps = data_end.foresee(self._loader, config.train.steps, topology)
+            tracker = Tracker(config.wandb, folder, config.run.name, folder.run_id(config.run.name), described, suite)
         self._journal = stack.enter_context(Journal(folder, tracker, config.metrics, self._steps))
         rows = config.train.global_batch_size // topology.dp_size
         self._feed = Feed(self._loader, config.data, rows, topology)
@@ -123,23 +124,38 @@ class Trainer:
         if self.state.step == 0:
             self._journal.log_cursors(0, self._feed.cursors())
 
-    def _resume(self, folder: RunFolder, run_id: str) -> RunState:
-        """Takes up the newest valid checkpoint; without one, the state before the first step."""
+    def _begin(self, damaged: Mapping[int, Sequence[str]]) -> None:
+        """Make the run folder this start's, now that nothing is left to refuse it; every rank calls it.
+
+        Args:
+            damaged: the checkpoints to set aside, and what is wrong with each.
+        """
+        if self._topology.is_main:
+            for step, sentences in damaged.items():
+                aside = self._store.set_aside(step)
+                _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
+            self._store.discard_incomplete()
+            self._folder.begin(self._config.run.name, self._config.to_yaml(), self.state.step or -1)
+        self._topology.barrier()
+
+    def _resume(self, checkpoint: Checkpoint | None) -> RunState:
+        """Takes up a checkpoint; without one, the state before the first step."""
         config, topology = self._config, self._topology
         layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
-        checkpoint = newest_valid(self._store, topology)
-        if topology.is_main:
-            folder.cut_back(checkpoint.step if checkpoint else -1)
         if checkpoint is None:
             return RunState(
-                step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id=run_id, restarts=0,
+                step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id="", restarts=0,
                 config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **dataclasses.asdict(layout),
             )  # fmt: skip
         state = read_state(checkpoint)
-        if self._loader:
-            data = read_data(checkpoint)
-            check_fingerprint(data.fingerprint, self._loader.fingerprint)
-            self._loader.load_state_dict(data.cursors)
+
+        def take_up_data() -> None:
+            if self._loader:
+                data = read_data(checkpoint)
+                check_fingerprint(data.fingerprint, self._loader.fingerprint)
+                self._loader.load_state_dict(data.cursors)
+
+        topology.together(take_up_data)
         if state.layout == layout:
             self.engine.load(checkpoint.folder)
         else:
@@ -298,7 +314,9 @@ class Trainer:
         data = None
         if cursors is not None and self._loader is not None:
             data = DataState(cursors, self._loader.fingerprint)
-        self._saving_seconds = self._saver.save(self.state, data)
+        run_id = self._folder.run_id(self._config.run.name) if self._topology.is_main else ""
+        state = msgspec.structs.replace(self.state, wandb_run_id=run_id)
+        self._saving_seconds = self._saver.save(state, data)
 
     def note_data_end(self) -> None:
         """Says and notes that the data has come to its end, and with it the run."""

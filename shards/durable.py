@@ -41,6 +41,34 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     fsync_folder(path.parent)
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a name stands for anything, following symbolic links.
+
+    What a disk refuses to say is no "no": `Path.exists` takes every error for one from Python 3.14 on, and whoever
+    deletes or writes over what is not there would then delete what is.
+
+    Raises: OSError if it cannot be told, such as after an I/O error.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """List the names in a folder, sorted; none if it is not there.
+
+    `Path.glob` passes over a folder that cannot be read, which is not the same.
+
+    Raises: OSError if it is there and cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def partial_name(path: Path) -> Path:
     """What a file or folder is called until it is complete."""
     # Node and process keep apart ranks that write the same name; what a killed one leaves, it overwrites in time.

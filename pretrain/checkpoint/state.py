@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from pretrain.checkpoint.store import Checkpoint
-from shards import CheckpointError
+from shards import CheckpointError, ConfigError, Tokenizer
 
 STATE_VERSION = 1  # of state.json and data.json
 
@@ -34,7 +34,7 @@ class RunState(msgspec.Struct, frozen=True):
         tokens: trained on since the run's start, over all ranks; padding is not counted.
         tokens_per_source: the same, for each source.
         batch_hash: of all batches so far, chained; 16 hex digits.
-        wandb_run_id: one for the run's life.
+        wandb_run_id: of the wandb run that its figures went to.
         restarts: how often the run was taken up again.
         config_hash: of the config that it ran with last.
         tp_size, dp_size, zero_stage: what the engine's files fit.
@@ -67,6 +67,12 @@ class DataState(msgspec.Struct, frozen=True):
     version: int = STATE_VERSION
 
 
+class _Versioned(msgspec.Struct):
+    """What every version has in common."""
+
+    version: int | None = None
+
+
 State = TypeVar("State", RunState, DataState)
 
 
@@ -80,9 +86,27 @@ def read_data(checkpoint: Checkpoint) -> DataState:
     return _read_json(checkpoint.folder / "data.json", DataState)
 
 
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ConfigError if a checkpoint's weights were trained with another tokenizer; config.yaml is only a claim.
+
+    Args:
+        tokenizer: the one that is to be used.
+        path: where it was read from.
+    """
+    trained_with = read_data(checkpoint).fingerprint["tokenizer"]
+    if trained_with != tokenizer.content_hash:
+        raise ConfigError(
+            f"data.tokenizer={path} is not the model that {checkpoint.folder} was trained with: its hash is"
+            f" {tokenizer.content_hash}, not {trained_with}; put the right file there, or name it as data.tokenizer"
+        )
+
+
 def _read_json(path: Path, kind: type[State]) -> State:
-    content = path.read_bytes()
-    version = msgspec.json.decode(content).get("version")
+    try:
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Versioned).version
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if version != STATE_VERSION:
         raise CheckpointError(
             f"{path} has version {version}, this program reads {STATE_VERSION}; go on with the program that wrote it"

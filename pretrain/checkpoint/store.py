@@ -8,6 +8,7 @@ checkpoints/step_00001000/
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shutil
@@ -19,7 +20,7 @@ import xxhash
 from pydantic import Field
 
 from shards import CheckpointError, Config, ConfigError
-from shards.durable import fsync_folder, hash_file, write_atomically
+from shards.durable import fsync_folder, hash_file, is_there, names_in, write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -125,12 +126,25 @@ class CheckpointStore:
         write_manifest(self.folder_of(step), files, seconds)
 
     def is_complete(self, step: int) -> bool:
-        """Whether the step has a checkpoint that was completed; its files may have been damaged since."""
-        return (self.folder_of(step) / COMPLETE).exists()
+        """Whether the step has a checkpoint that was completed; its files may have been damaged since.
+
+        Raises:
+            OSError: if it cannot be told; a checkpoint that a disk does not show at the moment is not to be removed.
+        """
+        return is_there(self.folder_of(step) / COMPLETE)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints were completed, oldest first."""
-        return [step for step in self._all_steps() if self.is_complete(step)]
+        return [step for step in self.all_steps() if self.is_complete(step)]
+
+    def all_steps(self) -> list[int]:
+        """The steps that have a folder, oldest first, whether or not it was completed."""
+        found = (_FOLDER.fullmatch(name) for name in names_in(self.root))
+        return sorted(int(match[1]) for match in found if match)
+
+    def has_damaged(self) -> bool:
+        """Whether any was set aside."""
+        return any(name.endswith(".damaged") for name in names_in(self.root))
 
     def open(self, step: int) -> Checkpoint:
         """The checkpoint of a step.
@@ -169,7 +183,7 @@ class CheckpointStore:
         folder = self.folder_of(step)
         assert not self.is_complete(step), f"{folder} is complete and is not written over"
         self.discard_universal(step)  # of a checkpoint of this step that was damaged and set aside
-        if folder.exists():
+        if is_there(folder):
             shutil.rmtree(folder)
         (folder / "engine").mkdir(parents=True)
         fsync_folder(folder)
@@ -190,22 +204,23 @@ class CheckpointStore:
 
     def discard_incomplete(self) -> None:
         """Removes what killed saves left behind, which would take up the room of new ones; none may be in progress."""
-        for step in self._all_steps():
+        for step in self.all_steps():
             if not self.is_complete(step):
                 self.try_to_discard(step)
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, which makes room for a new one of its step; what is left of it is not lost."""
-        aside = self.folder_of(step).with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        self.folder_of(step).rename(aside)
+        folder = self.folder_of(step)
+        names = itertools.chain([f"{folder.name}.damaged"], (f"{folder.name}.{n}.damaged" for n in itertools.count(2)))
+        aside = next(path for name in names if not is_there(path := folder.with_name(name)))
+        folder.rename(aside)
         fsync_folder(self.root)
         return aside
 
     def prune(self) -> None:
         """Removes what the config does not keep, and what killed saves left behind; a failure is only logged."""
         try:
-            steps, folders = self.steps(), self._all_steps()
+            steps, folders = self.steps(), self.all_steps()
         except OSError as error:
             _logger.warning("old checkpoints in %s could not be looked for: %s", self.root, error)
             return
@@ -233,14 +248,15 @@ class CheckpointStore:
             )
 
     def check_room(self, estimate: int) -> None:
-        """Makes sure, removing nothing, that the next checkpoint can fit.
+        """Makes sure, removing nothing, that the next checkpoint can fit, once what killed saves left is gone.
 
         Args:
             estimate: bytes of a checkpoint; the newest one's count instead, if there is one.
         Raises:
             ConfigError: with sizes, and what to do.
         """
-        self._to_remove(estimate)
+        left_behind = sum(self._size_of(step) for step in self.all_steps() if not self.is_complete(step))
+        self._to_remove(estimate, left_behind)
 
     def make_room(self, estimate: int) -> None:
         """Makes sure that the next checkpoint fits; where the disk is short, by removing the oldest ones.
@@ -254,12 +270,12 @@ class CheckpointStore:
             _logger.warning("the disk is short of room for the next checkpoint: the one of step %d goes", step)
             self.try_to_discard(step)
 
-    def _to_remove(self, estimate: int) -> list[int]:
-        """The fewest of the oldest checkpoints without which the next one fits."""
+    def _to_remove(self, estimate: int, left_behind: int = 0) -> list[int]:
+        """The fewest of the oldest checkpoints without which the next one fits; `left_behind`: bytes that go anyway."""
         steps = self.steps()
         sizes = {step: self._size_of(step) for step in steps}
         needed = sizes[steps[-1]] if steps else estimate
-        free = shutil.disk_usage(self.root).free
+        free = shutil.disk_usage(self.root).free + left_behind
         removed = []
         for step in [s for s in steps[:-1] if s not in self._kept_for_good(steps)]:
             if free >= needed + self.config.reserve_bytes:
@@ -293,7 +309,3 @@ class CheckpointStore:
             self.discard(step)
         except OSError as error:
             _logger.warning("the old checkpoint %s could not be removed: %s", self.folder_of(step), error)
-
-    def _all_steps(self) -> list[int]:
-        found = (_FOLDER.fullmatch(path.name) for path in self.root.glob("step_*"))
-        return sorted(int(match[1]) for match in found if match)

@@ -64,6 +64,7 @@ def converted(
         if topology.is_main:
             _logger.info("the checkpoint of step %d was saved by %s; converting it for %s", step, saved, wanted)
             store.discard_universal()
+            store.discard_incomplete()
             store.check_room_for_universal(sum(entry.size for entry in checkpoint.files))
             target.mkdir()
 

@@ -7,6 +7,7 @@ can be raised, or the process killed, before, within or after it. Without either
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -193,3 +194,19 @@ class Recording:
         path.mkdir()
         for name, child in getattr(node, names).items():
             self._write(child, path / name, names, contents)
+
+
+def make_unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every look at one file or folder end in an I/O error, as long as `monkeypatch` lasts."""
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(name: Any = ".", *arguments: Any, **options: Any) -> Any:
+            if not isinstance(name, int) and Path(os.fsdecode(name)) == path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(name, *arguments, **options)
+
+        return look
+
+    for module, name in ((os, "stat"), (os, "listdir"), (os, "scandir"), (os, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, failing(getattr(module, name)))
+    monkeypatch.setattr(Path, "exists", lambda self: os.path.exists(self))  # which takes it for absent, as Python 3.14

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from pretrain.run_folder import RunFolder, StepLog
+from pretrain.run_folder import RunFolder
+from pretrain.step_log import StepLog
 from shards import ConfigError, HeadraceError
+from tests.pretrain.disk import make_unreadable
 
 NAMES = ["metrics.jsonl", "cursors.jsonl.zst"]
 
@@ -48,7 +51,7 @@ def test_cut_at_any_byte_a_log_keeps_its_whole_records_and_goes_on(tmp_path: Pat
         log.path.write_bytes(content[:size])
         whole = sum(end <= size for end in ends) - 1
         assert [record["step"] for record in log.read()] == [1, 2, 3][:whole], size
-        log.cut_back(2)
+        log.cut_back(2, tmp_path / "aside")
         log.append({"step": 3})
         assert [record["step"] for record in log.read()] == [*[1, 2][:whole], 3], size
 
@@ -58,9 +61,9 @@ def test_cut_at_any_byte_a_log_keeps_its_whole_records_and_goes_on(tmp_path: Pat
 def test_cut_back_keeps_exactly_the_steps_up_to_one(tmp_path: Path, name: str, step: int) -> None:
     steps = [0, 1, 1, 2, 4, 5]
     log = filled(tmp_path / name, steps)
-    log.cut_back(step)
+    log.cut_back(step, tmp_path / "aside")
     assert [record["step"] for record in log.read()] == [s for s in steps if s <= step]
-    assert log.cut_back(step) == 0
+    assert log.cut_back(step, tmp_path / "aside") == 0
 
 
 def test_other_readers_read_the_logs(tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_other_readers_read_the_logs(tmp_path: Path) -> None:
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "metrics.jsonl")
     log.sync()
-    assert log.cut_back(3) == 0
+    assert log.cut_back(3, tmp_path / "aside") == 0
     assert list(log.read()) == []
 
 
@@ -131,8 +134,8 @@ def test_the_run_id_lasts(tmp_path: Path) -> None:
     folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
     folder.create()
     other.create()
-    assert folder.run_id() == folder.run_id()
-    assert folder.run_id() != other.run_id()
+    assert folder.run_id("run") == folder.run_id("run")
+    assert folder.run_id("run") != other.run_id("other")
 
 
 def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
@@ -143,6 +146,57 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
     folder.cut_back(1)
     folder.sync()
     assert [len(list(log.read())) for log in (folder.metrics, folder.evals, folder.cursors)] == [1, 1, 1]
+    aside = [StepLog(folder.superseded / log.path.name) for log in (folder.metrics, folder.evals, folder.cursors)]
+    assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3]] * 3
+    folder.cut_back(-1)  # as without any checkpoint
+    assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3, 1]] * 3
+    assert next(aside[0].read())["per_source"] == {"pile": 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("step", [-1, 1, 3])
+def test_what_is_cut_off_and_what_is_kept_are_all_there_was(tmp_path: Path, name: str, step: int) -> None:
+    log, aside = filled(tmp_path / name, [0, 1, 1, 2, 4, 5]), StepLog(tmp_path / "superseded" / name)
+    before = list(log.read())
+    assert log.cut_back(step, aside.path) == sum(int(str(record["step"])) > step for record in before)
+    assert [*log.read(), *aside.read()] == before
+    log.append({"step": 9})
+    log.cut_back(step, aside.path)
+    assert [*aside.read()][-1] == {"step": 9}
+
+
+def test_a_torn_line_swallows_no_record_after_it(tmp_path: Path) -> None:
+    log = filled(tmp_path / "evals.jsonl", [1, 2])
+    whole = log.path.read_bytes()
+    for size in range(len(whole) // 2, len(whole) + 1):  # a kill within the second line
+        log.path.write_bytes(whole[:size])
+        log.append({"step": 3})
+        log.append({"step": 4})
+        whole_ones = [1, 2] if size >= len(whole) - 1 else [1]  # only its line's end may be missing
+        assert [record["step"] for record in log.read()] == [*whole_ones, 3, 4], size
+
+
+def test_what_a_disk_does_not_show_is_not_taken_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.config.write_text(f"run: {{name: run, dir: {tmp_path}}}")
+    run_id = folder.run_id("run")
+    folder.checkpoints.joinpath("step_00000010").mkdir()
+    cases: list[tuple[Path, Callable[[], object]]] = [
+        (folder.checkpoints, folder.has_begun),
+        (folder.wandb / "run_id", lambda: folder.run_id("run")),
+        (folder.metrics.path, folder.has_begun),
+        (folder.metrics.path, lambda: folder.cut_back(0)),
+    ]
+    for path, ask in cases:
+        if path == folder.metrics.path:
+            filled(path, [1, 2])
+        with monkeypatch.context() as patch:
+            make_unreadable(path, patch)
+            with pytest.raises(OSError, match="Input/output error"):
+                ask()
+    assert folder.run_id("run") == run_id
+    assert len(list(folder.metrics.read())) == 4
 
 
 def test_a_kill_does_not_come_between_the_lines_of_one_evaluation(

@@ -42,6 +42,9 @@ class OneRank:
     def sum_int64(self, values: list[int]) -> list[int]:
         return values
 
+    def together(self, action: Callable[[], object]) -> object:
+        return action()
+
     def barrier(self) -> None:
         pass
 
@@ -95,8 +98,10 @@ class Run:
         """The step of the checkpoint that a start takes, whose every file is of that step; readies the folder."""
         topology: Any = OneRank()
         self.store.discard_incomplete()
-        checkpoint = newest_valid(self.store, topology)
+        checkpoint, damaged = newest_valid(self.store, topology)
         assert checkpoint is not None
+        for newer in damaged:
+            self.store.set_aside(newer)
         step = checkpoint.step
         assert sorted(path.name for path in checkpoint.folder.iterdir()) == [
             COMPLETE, "data.json", "engine", "state.json",

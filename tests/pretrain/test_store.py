@@ -11,6 +11,7 @@ from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry
 from shards import CheckpointError
 from shards.durable import hash_file
+from tests.pretrain.disk import make_unreadable
 
 
 def store(root: Path, **config: object) -> CheckpointStore:
@@ -108,3 +109,33 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     make(checkpoints, 10)
     with pytest.raises(CheckpointError, match="version 0"):
         read_state(checkpoints.open(10))
+
+
+def test_a_checkpoint_that_a_disk_does_not_show_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = store(tmp_path, keep=1)
+    for step in (10, 20):
+        make(checkpoints, step)
+    for hidden in (*(checkpoints.folder_of(step) / COMPLETE for step in (10, 20)), tmp_path):
+        with monkeypatch.context() as patch:
+            make_unreadable(hidden, patch)
+            for change in (
+                checkpoints.discard_incomplete,
+                lambda: checkpoints.make_room(0),
+                lambda: make(checkpoints, 20),
+            ):
+                with pytest.raises((OSError, AssertionError), match="Input/output error|not written over"):
+                    change()
+            checkpoints.prune()
+    assert checkpoints.steps() == [10, 20]
+    assert checkpoints.open(20).broken_files() == []
+
+
+def test_a_damaged_checkpoint_is_set_aside_beside_an_earlier_one(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    for number in range(3):
+        make(checkpoints, 10).joinpath("number").write_text(str(number))
+        aside = checkpoints.set_aside(10)
+        assert aside.name.endswith(".damaged")
+        assert aside.joinpath("number").read_text() == str(number)
+    assert sorted(path.joinpath("number").read_text() for path in tmp_path.glob("*.damaged")) == ["0", "1", "2"]
+    assert checkpoints.all_steps() == []
