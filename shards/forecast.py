@@ -13,14 +13,16 @@ import numpy.typing as npt
 
 from shards.config import DataConfig
 from shards.packing import pack
-from shards.plan import Ints
+from shards.plan import GOLDEN, Ints, key_of, mixed
 from shards.pool import WindowId
 from shards.recipe import Recipe
 from shards.sources import Source
 from shards.window import WindowMaker
 
-SAMPLE_BYTES = 8 << 20  # raw, tokenized at most, of all sources together
+COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
+SAMPLE_BYTES = 4 << 20  # raw, tokenized of larger ones
 PACKED_RECORDS = 500_000  # packed at most, all epochs counted
+DRAWN_RECORDS = 5_000_000  # beyond them, all epochs counted, lanes are long enough to be of one length
 NEARLY = 0.99  # of the share that is wished: as good as met
 
 Figures = npt.NDArray[np.float64]
@@ -73,7 +75,7 @@ def forecast(
     if not limited:
         return Forecast(None, is_exact=True, share_read=None, shortfalls=())
     chosen = [sources[i] for i in limited]
-    is_small = sum(source.plan.raw_bytes for source in chosen) <= SAMPLE_BYTES
+    is_small = sum(source.plan.raw_bytes for source in chosen) <= COUNTED_BYTES
     is_exact = is_small and sum(_granted(source) for source in chosen) <= PACKED_RECORDS
     rows = np.zeros((len(sources), lanes))
     maker = WindowMaker(config, recipe)
@@ -142,17 +144,42 @@ def _num_rows(lengths: Ints, config: DataConfig, key: int) -> int:
 
 
 def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, budget: int) -> Figures:
-    """[V] rows that each lane will get, about: its raw bytes at the rate of a sample of windows."""
+    """[V] rows that each lane will get, about: the source's raw bytes at the rate of a sample of windows."""
     size = rows = 0
+    lengths: list[Ints] = []
     for name in _sample(source, lanes):
         task = source.task(name)
         if rows and size + task.raw_bytes > budget:
             break
+        found = maker.documents(task)
         size += task.raw_bytes
-        rows += maker.make(task).rows.num_rows
+        rows += _num_rows(found.lengths, config, task.key)
+        lengths.append(found.lengths)
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
-    own = [source.plan.raw_bytes_before(lane, limit) for lane, limit in enumerate(limits)]
-    return np.array(own, np.float64) * rows / max(1, size)
+    parts = np.array([source.plan.raw_bytes_before(lane, limit) for lane, limit in enumerate(limits)], np.float64)
+    total = parts.sum() * rows / max(1, size)
+    if source.plan.segment_bytes < config.cell_bytes and _granted(source) <= DRAWN_RECORDS:
+        counts = np.array([source.plan.records_before(lane, limit) for lane, limit in enumerate(limits)])
+        parts *= _spread(np.concatenate(lengths), counts, key_of("forecast", source.config.name))
+    parts *= total / max(1.0, parts.sum())
+    return parts
+
+
+def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
+    """[V] by how much a lane's documents are longer than the mean, where chance deals them: drawn from a sample.
+
+    The raw bytes of segments that are smaller than a cell are not known, and a few long documents decide which lane is
+    the longest, and how much longer than the others.
+
+    Args:
+        lengths: tokens of the sample's documents.
+        counts: int64 [V], documents that each lane is dealt.
+    """
+    numbers = mixed(np.uint64(key) + np.arange(1, int(counts.sum()) + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+    drawn = lengths[(numbers % np.uint64(max(1, len(lengths)))).astype(np.intp)].astype(np.float64)
+    sums = np.bincount(np.repeat(np.arange(len(counts)), counts), drawn, len(counts))
+    spread: Figures = sums / np.maximum(1, counts) / max(1.0, float(lengths.mean()))
+    return spread
 
 
 def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
