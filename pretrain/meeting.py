@@ -12,14 +12,15 @@ import time
 from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pretrain.interrupt import STOPPED, Stopped
 from pretrain.topology import launcher_environment
 from shards import ConfigError, HeadraceError
 
-_LOOK_SECONDS = 1.0  # between two looks at whether rank 0 gets on, and between two signs that it does
+_LOOK_SECONDS = 0.5  # between two looks at whether rank 0 gets on, and between two signs that it does
+_FIRST_LOOK_SECONDS = 0.02  # until the first: most starts are ready at once
 _FAREWELL_SECONDS = 10.0  # that a refused rank 0 stays for, so that the others hear of it
 _READY = "0"
 
@@ -80,8 +81,10 @@ class Meeting:
             HeadraceError: if it gives none for `timeout_minutes`, or could not start; with the same exit code.
             Stopped: if a signal ended its start.
         """
-        signs, since = 0, time.monotonic()
-        while not self._is_decided():
+        signs, since, pause = 0, time.monotonic(), _FIRST_LOOK_SECONDS
+        while not self.store.check(["outcome"]):
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
             if (seen := self.store.add("signs", 0)) != signs:
                 signs, since = seen, time.monotonic()
             elif time.monotonic() - since > self._patience.total_seconds():
@@ -98,10 +101,3 @@ class Meeting:
             raise Stopped
         refused = ConfigError if outcome == str(ConfigError.exit_code) else HeadraceError
         raise refused("rank 0 could not start; its message says why")
-
-    def _is_decided(self) -> bool:
-        try:
-            self.store.wait(["outcome"], timedelta(seconds=_LOOK_SECONDS))
-        except DistStoreError:  # not within this time
-            return False
-        return True
