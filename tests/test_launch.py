@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from launch.pretrain import main
 from pretrain.config import load_config
 from pretrain.run_folder import RunFolder
-from pretrain.start import checked_inputs
+from pretrain.start import IndexingLog, checked_inputs, taken
 from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
@@ -29,7 +32,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         caplog.clear()
         words = ["launch/pretrain.py", "--config", str(CONFIG), f"run.dir={tmp_path}/runs", *arguments]
         monkeypatch.setattr(sys, "argv", words)
-        with caplog.at_level(logging.INFO):
+        # A start puts its place among the ranks into the environment
+        with caplog.at_level(logging.INFO), mock.patch.dict(os.environ):
             return main(), caplog.text
 
     return run
@@ -83,18 +87,24 @@ def test_a_truncated_shard_is_named(command, truncated_shard: Path) -> None:
 
 
 def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Path) -> None:
-    no_data = "data.sources.0.paths=[nowhere/*]"  # stops the command once the folder is its own
-    assert command(no_data)[0] == 2
+    folder = RunFolder(tmp_path / "runs" / "quickstart")
+    folder.create()
+    config = load_config(CONFIG, [f"run.dir={tmp_path}/runs", f"data.index_dir={tmp_path}/index"])
+    folder.config.write_text(config.settled(None).to_yaml())
+    no_data = "data.sources.0.paths=[nowhere/*]"
     assert "holds a run" not in command("model.dim=128", no_data)[1], "nothing has begun, nothing can be corrupted"
-    assert command(no_data)[0] == 2
-    (tmp_path / "runs" / "quickstart" / "metrics.jsonl").write_text('{"step": 1}\n')
+    folder.metrics.path.write_text('{"step": 1}\n')
     code, said = command("model.dim=128", "train.steps=9")
     assert code == 2
     assert "model.dim: 256 -> 128" in said
     assert "train.steps" not in said.partition("must not change")[2], "steps may change"
+    aside = tmp_path / "runs" / "quickstart.1"
     assert command("--fresh", "model.dim=128", no_data)[0] == 2
-    assert (tmp_path / "runs" / "quickstart.1" / "config.yaml").exists()
-    assert "dim: 128" in RunFolder(tmp_path / "runs" / "quickstart").config.read_text()
+    assert not aside.exists(), "a start that is refused moves nothing"
+    with ExitStack() as stack:
+        taken(config, folder, True, IndexingLog(lambda: None), stack)
+        assert (aside / "metrics.jsonl").exists()
+        assert not folder.metrics.path.exists()
 
 
 def test_print_config_shows_what_follows_for_deepspeed(command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,17 @@ FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / pa
 # From the bottom up. A module may import those of its own layer and below; one that stands nowhere here fails the test.
 LAYERS = (
     ("shards",),
-    ("pretrain.topology", "pretrain.run_folder", "pretrain.rng", "pretrain.log"),
-    ("pretrain.lease", "pretrain.yaml_tree", "pretrain.deepspeed_keys"),
-    ("pretrain.model", "pretrain.optim", "pretrain.metrics", "pretrain.tracking", "pretrain.interrupt"),
+    ("pretrain.topology", "pretrain.step_log", "pretrain.yaml_tree", "pretrain.rng", "pretrain.log"),
+    ("pretrain.run_folder", "pretrain.lease", "pretrain.deepspeed_keys"),
+    (
+        "pretrain.model",
+        "pretrain.wandb_rows",
+        "pretrain.meeting",
+        "pretrain.optim",
+        "pretrain.metrics",
+        "pretrain.tracking",
+        "pretrain.interrupt",
+    ),
     ("pretrain.engine", "pretrain.generate", "pretrain.checkpoint", "pretrain.evaluation", "pretrain.exchange"),
     (
         "pretrain.feed",
