@@ -1,16 +1,20 @@
-"""wandb, the real client, offline: after any kill a reader of the files sees each step once, with its evaluation."""
+"""wandb, the real client: after any kill a reader sees each step once, with its evaluation, as it was trained last."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.run_folder import RunFolder
-from pretrain.tracking import Tracker, WandbConfig, eval_rows, last_local_step, step_row
+from pretrain.tracking import Tracker, WandbConfig
+from pretrain.wandb_rows import eval_rows, last_local_step, step_row
+from tests.pretrain.wandb_server import wandb_server
 
 CONFIG = WandbConfig(system_metrics=False)
 
@@ -22,9 +26,12 @@ import psutil
 from pretrain.run_folder import RunFolder
 from pretrain.tracking import Tracker, WandbConfig
 
-resumed_at, last, end = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+resumed_at, last, end, rate, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), sys.argv[6]
 folder = RunFolder(Path(sys.argv[1]))
 folder.create()
+folder.wandb.mkdir(exist_ok=True)
+if not (folder.wandb / "run_id").exists():
+    (folder.wandb / "run_id").write_text("an-id")
 folder.cut_back(resumed_at)
 described = {"model": {"dim": 8}, "commit": "c0ffee"}
 
@@ -35,13 +42,16 @@ def evaluate(tracker, step):
     tracker.log_evals([evals])
 
 
-with Tracker(WandbConfig(system_metrics=False), folder, "name", "an-id", described) as tracker:
+config = WandbConfig(system_metrics=False, mode=mode)
+with Tracker(config, folder, "name", folder.run_id("name"), described) as tracker:
     if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
         evaluate(tracker, resumed_at)
     for step in range(resumed_at + 1, last + 1):
         if step == last and end == "service stopped":
             [process.terminate() or process.wait() for process in psutil.Process().children()]
-        record = {"step": step, "loss": 1 / step, "tokens_per_source": {"pile": step}}
+        seconds = time.monotonic()  # never the same again, and no reason to take anything back
+        record = {"step": step, "loss": 1 / step, "learning_rate": rate, "tokens_per_source": {"pile": step}}
+        record["step_seconds"] = seconds
         folder.metrics.append(record)
         tracker.log_step(record, more=step % 4 == 0)
         if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
@@ -55,24 +65,28 @@ with Tracker(WandbConfig(system_metrics=False), folder, "name", "an-id", describ
 """
 
 
-def session(root: Path, resumed_at: int, last: int, end: str) -> None:
-    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def session(
+    root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
+) -> str:
+    """Runs one; returns what it logged."""
+    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert result.returncode == (-9 if end == "killed" else 0), result.stderr
+    return result.stderr
 
 
-def inspected(root: Path) -> list[dict[str, object]]:
-    """All records of all sessions, as wandb's own reader prints them."""
+def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
+    """All records of all sessions of a wandb run, as wandb's own reader prints them."""
     records: list[dict[str, object]] = []
-    for file in sorted((root / "wandb").glob("*run-*/*.wandb")):
+    for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         records += [json.loads(line) for line in lines]
     return records
 
 
-def history(root: Path) -> list[dict[str, object]]:
-    return [record["history"]["item"] for record in inspected(root) if record["type"] == "history"]  # type: ignore[index]
+def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
+    return [record["history"]["item"] for record in inspected(root, run_id) if record["type"] == "history"]  # type: ignore[index]
 
 
 def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
@@ -87,6 +101,55 @@ def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) 
     assert [row["loss"] for row in rows] == [1 / step for step in range(1, 35)]
     assert [row["tokens_per_source/pile"] for row in rows] == list(range(1, 35))
     assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == [4, 8, 12, 16, 20, 24, 28, 32, 34]
+
+
+def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
+    """Each step stands once: up to 20 as it was trained first, with rate 1, and from there as it was trained last."""
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    assert all(row["_step"] == row["step"] for row in rows)
+    assert [row["learning_rate"] for row in rows] == [1.0 if step <= 20 else 2.0 for step in range(1, last + 1)]
+    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == list(range(4, last + 1, 4))
+
+
+def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 33, "left before the evaluation")
+    said = session(root, 20, 28, "left before the evaluation", rate=2.0)
+    new = (root / "wandb" / "run_id").read_text()
+    assert new != "an-id"
+    assert f"step 21 came out differently when trained again: all figures go to a new wandb run, {new}" in said
+    assert "came out differently" not in session(root, 24, 30, "left before the evaluation", rate=2.0)
+    assert (root / "wandb" / "run_id").read_text() == new
+    check_retrained(history(root, new), last=30)
+    assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained then
+
+
+def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 33, "left before the evaluation")
+    session(root, 20, 36, "left before the evaluation", rate=2.0, mode="disabled")
+    said = session(root, 34, 40, "left before the evaluation", rate=2.0)
+    assert "step 21 came out differently" in said
+    check_retrained(history(root, (root / "wandb" / "run_id").read_text()), last=39)
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, rewinds: bool) -> None:
+    root = tmp_path / "run"
+    with wandb_server(rewinds) as server:
+        online = {"mode": "online", **server.environment}
+        session(root, 0, 33, "stopped", **online)
+        before = server.history["an-id"]
+        assert [row["learning_rate"] for row in before] == [1.0] * 33
+        session(root, 28, 33, "stopped", **online)  # the same again
+        assert server.history == {"an-id": before}
+        said = session(root, 20, 27, "stopped", rate=2.0, **online)
+        run_id = (root / "wandb" / "run_id").read_text()
+        assert ("go to a new wandb run" in said) == (run_id != "an-id") == (not rewinds)
+        session(root, 26, 31, "stopped", rate=2.0, **online)
+        check_retrained(server.history[run_id], last=31)
+        assert set(server.history) == {"an-id", run_id}
+        assert rewinds or server.history["an-id"] == before
 
 
 def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
