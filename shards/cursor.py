@@ -21,6 +21,7 @@ class Cursor(NamedTuple):
     window: int = 0  # in the deal
     row: int = 0  # the next one in the window; may be one past its last
     skipped: int = 0  # bad records in the windows entered so far
+    window_rows: int = 0  # of the window, once a row of it was drawn; 0 in the states of older programs
 
 
 class LaneCursor(msgspec.Struct, frozen=True):

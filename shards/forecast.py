@@ -156,10 +156,10 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
         rows += _num_rows(found.lengths, config, task.key)
         lengths.append(found.lengths)
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
-    parts = np.array([source.plan.raw_bytes_before(lane, limit) for lane, limit in enumerate(limits)], np.float64)
+    counts, raw_bytes = source.plan.read_before(np.array(limits, np.int64))
+    parts = raw_bytes.astype(np.float64)
     total = parts.sum() * rows / max(1, size)
     if source.plan.segment_bytes < config.cell_bytes and _granted(source) <= DRAWN_RECORDS:
-        counts = np.array([source.plan.records_before(lane, limit) for lane, limit in enumerate(limits)])
         parts *= _spread(np.concatenate(lengths), counts, key_of("forecast", source.config.name))
     parts *= total / max(1.0, parts.sum())
     return parts

@@ -38,10 +38,13 @@ class Draw(NamedTuple):
 class Stream:
     """One source as one lane reads it: window after window, row after row."""
 
-    def __init__(self, source: Source, number: int, lane: int, cursor: Cursor, row_tokens: int) -> None:
+    def __init__(
+        self, source: Source, number: int, lane: int, cursor: Cursor, records_before: int, row_tokens: int
+    ) -> None:
         """
         Args:
             number: of the source in the config.
+            records_before: in the segments before that of the cursor.
             row_tokens: tokens per row, to guess how many rows a window will have.
         """
         self.source, self.number, self.lane, self.cursor = source, number, lane, cursor
@@ -50,7 +53,7 @@ class Stream:
         self._window: Window | None = None  # that of the cursor, once it was needed
         self._next: tuple[int, int] = (cursor.segment, cursor.window)  # first (segment, window) not yet requested
         self._requested: deque[int] = deque()  # guessed rows of the windows requested and not opened
-        self._records = source.plan.records_before(lane, cursor.segment)  # of the windows that were left behind
+        self._records = records_before  # of the windows that were left behind
         if cursor.window:
             self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
 
@@ -75,11 +78,13 @@ class Stream:
                 cursor = cursor._replace(skipped=cursor.skipped + sum(not bad.contaminated for bad in window.skipped))
                 skipped += ((self.number, bad) for bad in window.skipped)
             if cursor.row < window.rows.num_rows:
-                self.cursor = cursor._replace(row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1)
+                self.cursor = cursor._replace(
+                    row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1, window_rows=window.rows.num_rows
+                )
                 return Row(name, window, cursor.row)
             deal = self._deal()
             segment, number = self._after(cursor.segment, cursor.window)
-            self.cursor = cursor._replace(segment=segment, window=number, row=0)
+            self.cursor = cursor._replace(segment=segment, window=number, row=0, window_rows=0)
             self._window = None
             self._records += deal.windows[cursor.window].num_records
             if segment > cursor.segment:
@@ -121,10 +126,10 @@ class Stream:
 
     def progress(self) -> float:
         """Records drawn so far, blank and bad ones counted, those of the present window in part."""
-        if self._window is None or self.exhausted:
+        cursor = self.cursor
+        if not cursor.window_rows:
             return float(self._records)
-        part = self.cursor.row / max(1, self._window.rows.num_rows)
-        return self._records + part * self._deal().windows[self.cursor.window].num_records
+        return self._records + cursor.row / cursor.window_rows * self._deal().windows[cursor.window].num_records
 
     def _deal(self) -> Deal:
         return self.source.deal(self.lane, self.cursor.segment)

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from shards import manifest, texts
 from shards.batch import Batch
 from shards.config import DataConfig
@@ -29,6 +31,7 @@ from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
 from shards.manifest import Prepared
+from shards.plan import Ints
 from shards.pool import InProcess, Pool, WorkerPool
 from shards.prefetch import Prefetcher
 from shards.recipe import Recipe
@@ -218,9 +221,10 @@ class Loader:
         self._torn = True  # until the end: this may be interrupted, too
         self._pool.clear()
         self._lanes = {}
+        read = [self._records_before(i, source) for i, source in enumerate(self._sources)]
         for number, cursor in self._state.lanes.items():
             streams = [
-                Stream(source, i, int(number), cursor.sources[i], self._config.seq_len + 1)
+                Stream(source, i, int(number), cursor.sources[i], int(read[i][int(number)]), self._config.seq_len + 1)
                 for i, source in enumerate(self._sources)
             ]
             self._lanes[int(number)] = Lane(int(number), streams, cursor.rows, cursor.mixing_rows, self._config.plan)
@@ -228,6 +232,13 @@ class Loader:
         lanes = list(self._lanes.values())
         self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config.prefetch_bytes)
         self._torn = False
+
+    def _records_before(self, number: int, source: Source) -> Ints:
+        """int64 [V]: the records of a source in the segments that this rank's lanes are through with."""
+        counts = np.zeros(self.num_lanes, np.int64)
+        for lane, cursor in self._state.lanes.items():
+            counts[int(lane)] = cursor.sources[number].segment
+        return source.plan.read_before(counts)[0]
 
     def _draw(self, j: int) -> Draw:
         lane = self._lanes[j % self.num_lanes]

@@ -7,7 +7,7 @@ Randomness is counter-based: a hash of what a thing is called, never a generator
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch
 # gathered from as many places as it has segments, and each place costs decoding from the entry before it.
 SMALL_SEGMENT_BYTES = 64 << 10
 SMALL_SEGMENTS = 4096
+SUMMED_AT_ONCE = 1 << 20  # segments, of all epochs that are added up together
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it spread evenly over the ring
 
 
@@ -37,8 +38,13 @@ def key_of(*parts: int | str) -> int:
 
 def permutation(key: int, size: int) -> Ints:
     """The keyed permutation of range(size): numbers in the order of their hashes (splitmix64), ties by number."""
-    hashes = mixed(np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN))
-    return np.argsort(hashes, kind="stable")
+    return permutations([key], size)[0]
+
+
+def permutations(keys: Sequence[int], size: int) -> Ints:
+    """Return the permutation of range(size) for each key: int64 [keys, size]."""
+    counters = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return np.argsort(mixed(np.array(keys, np.uint64)[:, None] + counters), axis=1, kind="stable")
 
 
 def mixed(x: Hashes) -> Hashes:
@@ -118,7 +124,7 @@ class SourcePlan:
             seed: of the run.
             version: of the plan. Under version 1 a segment is at least a window, and each is a deal of its own.
         """
-        self.name, self._lanes, self._seed = name, lanes, seed
+        self.name, self.num_lanes, self._seed = name, lanes, seed
         self._window_limit = window_limit
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
         # Offsets and records in the concatenation of all shards, so that one search serves them all.
@@ -134,7 +140,6 @@ class SourcePlan:
         mean_bytes = max(1, self.raw_bytes // max(1, self.num_segments))
         self._deal_segments = min(max(1, DEAL_BYTES // mean_bytes), MAX_DEAL_SEGMENTS) if version > 1 else 1
         self._permutation = lru_cache(maxsize=8)(self._permute)
-        self._sizes_until = lru_cache(maxsize=8)(self._sum_sizes)
         self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # for each lane the present and the next
 
     def _cut(self, divide: bool) -> None:
@@ -158,40 +163,42 @@ class SourcePlan:
         return len(self._first_cell)
 
     def _permute(self, epoch: int) -> Ints:
-        return permutation(key_of("segments", self._seed, self.name, epoch), self.num_segments)
+        return permutation(self._epoch_key(epoch), self.num_segments)
+
+    def _epoch_key(self, epoch: int) -> int:
+        return key_of("segments", self._seed, self.name, epoch)
 
     def segments_of_lane(self, lane: int, max_epochs: int) -> int:
         """How many segments a lane is dealt in that many epochs."""
-        return len(range(lane, max_epochs * self.num_segments, self._lanes))
+        return len(range(lane, max_epochs * self.num_segments, self.num_lanes))
 
-    def records_before(self, lane: int, q: int) -> int:
-        """How many records a lane's first q segments hold."""
-        return int(self._sizes_before(lane, q)[0])
+    def read_before(self, counts: Ints) -> Ints:
+        """Sum up what each lane's first segments hold.
 
-    def raw_bytes_before(self, lane: int, q: int) -> int:
-        """How many raw bytes they hold, about."""
-        return int(self._sizes_before(lane, q)[1])
+        The time grows with the number of these segments alone, however many epochs and lanes they are spread over.
 
-    def _sizes_before(self, lane: int, q: int) -> Ints:
-        """int64 [2]: records and raw bytes of a lane's first q segments."""
-        epoch, position = divmod(q * self._lanes + lane, self.num_segments)
-        present = self._permutation(epoch)[position % self._lanes : position : self._lanes]
-        sums: Ints = self._sizes_until(epoch)[:, lane] + self._sizes[:, present].sum(axis=1)
-        return sums
-
-    def _sum_sizes(self, epoch: int) -> Ints:
-        """int64 [2, V]: the records and raw bytes that each lane is dealt in the epochs before this one."""
-        sums = np.zeros((2, self._lanes), np.int64)
-        numbers = np.arange(self.num_segments)
-        for earlier in range(epoch):
-            lanes, dealt = (earlier * self.num_segments + numbers) % self._lanes, self._permute(earlier)
-            sums += np.array([np.bincount(lanes, sizes[dealt], self._lanes) for sizes in self._sizes]).astype(np.int64)
+        Args:
+            counts: int64 [V]: how many segments of each lane.
+        Returns: int64 [2, V]: their records, and about their raw bytes.
+        """
+        sums = np.zeros((2, self.num_lanes), np.int64)
+        stops = np.where(counts > 0, (counts - 1) * self.num_lanes + np.arange(self.num_lanes) + 1, 0)
+        epochs, at_once = -(-int(stops.max()) // self.num_segments), max(1, SUMMED_AT_ONCE // self.num_segments)
+        for first in range(0, epochs, at_once):
+            keys = [self._epoch_key(epoch) for epoch in range(first, min(epochs, first + at_once))]
+            dealt = permutations(keys, self.num_segments).ravel()
+            places = first * self.num_segments + np.arange(len(dealt))
+            lanes = places % self.num_lanes
+            dealt, lanes = (column[places // self.num_lanes < counts[lanes]] for column in (dealt, lanes))
+            sums += np.array([np.bincount(lanes, sizes[dealt], self.num_lanes) for sizes in self._sizes]).astype(
+                np.int64
+            )
         return sums
 
     def _deal(self, lane: int, q: int) -> Deal:
         """The deal that begins with a lane's q-th segment: number q * V + lane in the epochs' permutations in turn."""
-        epoch, position = divmod(q * self._lanes + lane, self.num_segments)
-        dealt = self._permutation(epoch)[position :: self._lanes][: self._deal_segments]
+        epoch, position = divmod(q * self.num_lanes + lane, self.num_segments)
+        dealt = self._permutation(epoch)[position :: self.num_lanes][: self._deal_segments]
         return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
 
     def _windows(self, segments: Ints) -> Iterator[WindowPlan]:

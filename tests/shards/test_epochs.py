@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import Batch, DataConfig, Loader, ShardError, merge_states
+from shards.plan import Hashes, mixed
 from tests.shards.corpora import config, record, words, write_shard
 
 SEED = 7
@@ -130,6 +131,41 @@ def test_a_run_goes_on_from_any_step_on_any_ranks(corpora: dict[int, str], draw:
         assert saved == [merge_states([part.state for part in parts]) for parts in expected[stop + 1 :]]
 
 
+def test_epochs_are_told_the_same_after_a_resume(corpora: dict[int, str]) -> None:
+    """Also of a source that the first batches after it do not draw from, whose window nobody has opened yet."""
+    sources = [
+        {"name": "a", "paths": [corpora[2500]], "weight": 0.97},
+        {"name": "b", "paths": [corpora[25]], "weight": 0.03},
+    ]
+    data = config(sources, lanes=4, window_bytes=None)
+    with Loader(data, 4, SEED) as loader, Loader(data, 4, SEED) as resumed:
+        for number, batch in zip(range(60), loader, strict=False):
+            resumed.load_state_dict(json.loads(json.dumps(batch.state)))
+            if number % 10 == 9:
+                assert next(resumed).epochs == next(loader).epochs
+
+
+@pytest.mark.parametrize("epochs", [0, 40])
+def test_a_start_looks_at_an_epoch_once_for_all_lanes(
+    corpora: dict[int, str], epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many lanes, and long runs on little data, are in many epochs at once."""
+    lanes, hashed = 256, 0
+
+    def counted(x: Hashes) -> Hashes:
+        nonlocal hashed
+        hashed += x.size
+        return mixed(x)
+
+    with Loader(of(corpora[25], None, lanes=lanes), lanes, SEED) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+        for lane in state["lanes"].values():
+            lane["sources"][0][:2] = [epochs, epochs * 25 // lanes]
+        monkeypatch.setattr("shards.plan.mixed", counted)
+        loader.load_state_dict(state)
+        assert hashed <= (epochs + lanes // 25 + 2) * 25
+
+
 def test_ranks_that_share_lanes_count_everything_once(tmp_path: Path) -> None:
     lines = [b"{}\n" if i % 7 == 3 else record(words(i, 30)) for i in range(200)]
     path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
@@ -182,8 +218,8 @@ def test_only_sources_that_are_drawn_from_count(corpora: dict[int, str], caplog:
 
 
 def test_data_without_a_row_is_an_error_and_never_no_batches(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 50)
-    data = of(str(path), lanes=5, on_bad_record="skip", plan_version=2)
+    path = write_shard(tmp_path / "a.jsonl", record("") * 50)
+    data = of(str(path), lanes=5, bos=False, eos=False)
     with Loader(data, 5) as loader, pytest.raises(ShardError, match="ends without a single row.*text_key"):
         next(loader)
 

@@ -91,7 +91,10 @@ def test_batches_of_version_1_are_those_of_the_old_program(corpus: Path, case: s
 def test_a_state_of_version_1_goes_on_as_with_the_old_program(corpus: Path) -> None:
     with Loader(of(corpus, (0.5, 0.3, 0.2), (1, None, None), lanes=2), 4, SEED) as loader:
         assert chained(loader, 60) == (60, "f7b29194f8323898")
-        assert json.loads(json.dumps(loader.state_dict())) == json.loads(STATE)
+        state = json.loads(json.dumps(loader.state_dict()))
+        for lane in state["lanes"].values():  # the rows of the window, which the old program did not save
+            lane["sources"] = [cursor[:5] for cursor in lane["sources"]]
+        assert state == json.loads(STATE)
         loader.load_state_dict(json.loads(STATE))
         assert chained(loader, 40) == (40, "42c557d259e0ab04")
 
