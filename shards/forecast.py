@@ -152,7 +152,7 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
         if rows and size + task.raw_bytes > budget:
             break
         found = maker.documents(task)
-        size += task.raw_bytes
+        size += maker.raw_bytes(task)
         rows += _num_rows(found.lengths, config, task.key)
         lengths.append(found.lengths)
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]

@@ -139,6 +139,15 @@ class WindowMaker:
             ),
         )
 
+    def raw_bytes(self, task: WindowTask) -> int:
+        """Raw bytes of a window, where the plan knows only those of the cells that hold it."""
+        return sum(
+            item.span.raw_bytes
+            if arrow.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
+            else len(self._cells.lines(item.span, item.raw))
+            for item in task.spans
+        )
+
     def _kept(self, records: Records) -> Records:
         """The records without those that share text with the evaluation suite, which go to the bad ones."""
         if self._decontaminator is None:
