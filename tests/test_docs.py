@@ -1,7 +1,8 @@
-"""The pages and pictures that are made by a script say what the code says."""
+"""The pages and pictures that are made by a script say what the code says, and all links between pages hold."""
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from docs import make_configuration, make_pictures
 from pretrain.config import RunConfig
 from shards import Config
 from shards.suite import SuiteFile
+from tests.pages import DOCS, unprinted
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +107,25 @@ def test_the_pictures_name_modules_that_exist() -> None:
         for module in modules:
             path = ROOT / module
             assert path.is_dir() if module.endswith("/") else path.with_suffix(".py").is_file(), module
+
+
+def test_an_excerpt_is_compared_with_what_was_printed() -> None:
+    printed = "12:00 INFO step 20/40  loss 6.91  (1,024 tokens)\ndone: all of it\n"
+    assert unprinted("step 1/2 loss 7.3 … tokens)\ndone: …\n", printed) == []
+    assert unprinted("step 1/2 loss …\nstep 1 of 2\ndone: nothing\n", printed) == ["step 1 of 2", "done: nothing"]
+    assert unprinted("done: … step", printed) == ["done: … step"], "an excerpt's line is of one printed line"
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in (*DOCS.glob("*.md"), ROOT / "README.md"):
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text()), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """Gives the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
