@@ -78,7 +78,8 @@ def forecast(
     is_small = sum(source.plan.raw_bytes for source in chosen) <= COUNTED_BYTES
     is_exact = is_small and sum(_granted(source) for source in chosen) <= PACKED_RECORDS
     rows = np.zeros((len(sources), lanes))
-    maker = WindowMaker(config, recipe)
+    # A bad record ends a run that comes to it; one of fewer steps may not
+    maker = WindowMaker(config.model_copy(update={"on_bad_record": "skip"}), recipe)
     try:
         for i, source in zip(limited, chosen, strict=True):
             count = _counted_rows if is_exact else _estimated_rows

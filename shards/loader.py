@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -159,7 +159,7 @@ class Loader:
                 draws.append(draw)
         state = self._snapshot(first + self._global_batch_size)
         slots = range(self._dp_rank, self._global_batch_size, self._dp_size)
-        skipped = sum(stream.cursor.skipped for lane in self._answered() for stream in lane.streams)
+        skipped = _skipped_in(self._answered())
         batch = Batch(draws, slots, self._sources, self._config.seq_len, state, skipped, self._epochs())
         self._check_skipped(batch)
         return state, batch, is_empty and self._is_dry(first)
@@ -270,11 +270,11 @@ class Loader:
         }
 
     def _check_skipped(self, batch: Batch) -> None:
-        """Raises: ShardError if bad records are too many."""
+        """Raises: ShardError if bad records are too many, in all lanes that this rank reads."""
         limit, skipped = self._config.max_bad_records, batch.skipped
-        if skipped and limit is not None and batch.skipped_so_far > limit:
+        if skipped and limit is not None and (so_far := _skipped_in(self._lanes.values())) > limit:
             raise ShardError(
-                f"{batch.skipped_so_far} bad records on rank {self._dp_rank}, more than data.max_bad_records={limit}; "
+                f"{so_far} bad records on rank {self._dp_rank}, more than data.max_bad_records={limit}; "
                 f"the last: {skipped[-1].shard}, line {skipped[-1].line}: {skipped[-1].reason}"
             )
 
@@ -319,6 +319,10 @@ def check_not_empty(rows_drawn: int, sources: Sequence[str]) -> None:
         raise ShardError(
             f"the data ends without a single row; all lines of {names} are blank or bad; is text_key right?"
         )
+
+
+def _skipped_in(lanes: Iterable[Lane]) -> int:
+    return sum(stream.cursor.skipped for lane in lanes for stream in lane.streams)
 
 
 def _check_split(global_batch_size: int, dp_rank: int, dp_size: int) -> None:

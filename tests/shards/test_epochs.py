@@ -187,6 +187,34 @@ def test_ranks_that_share_lanes_count_everything_once(tmp_path: Path) -> None:
     assert told(2) == told(4) == told(6) == alone
 
 
+def test_the_limit_of_bad_records_holds_where_ranks_share_lanes(tmp_path: Path) -> None:
+    """The rank whose row they were passed over for fails, whichever rank answers for the lane."""
+    lines = [b"{}\n" if i % 7 == 3 else record(words(i, 30)) for i in range(200)]
+    path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
+
+    def steps_until_it_fails(dp_size: int, limit: int) -> int:
+        data = of(str(path), 2, lanes=1, window_bytes=512, on_bad_record="skip", max_bad_records=limit)
+        loaders = [Loader(data, 12, SEED, rank, dp_size) for rank in range(dp_size)]
+        steps: list[list[Batch]] = []
+        with pytest.raises(ShardError, match=f"bad records on rank .*, more than data.max_bad_records={limit}"):
+            steps.extend(steps_of(loaders))
+        return len(steps)
+
+    for limit in (0, 9, 27):
+        alone = steps_until_it_fails(1, limit)
+        assert [steps_until_it_fails(dp_size, limit) for dp_size in (2, 3, 12)] == [alone] * 3
+
+
+def test_a_forecast_passes_over_bad_records(tmp_path: Path) -> None:
+    """A run of fewer steps may never come to them; one that does says so itself."""
+    lines = [b"{}\n" if i == 150 else record(words(i, 30)) for i in range(200)]
+    path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
+    with Loader(of(str(path), on_bad_record="fail"), 4, SEED) as loader:
+        foretold = loader.forecast(1)
+    with Loader(of(str(path), on_bad_record="skip"), 4, SEED) as loader:
+        assert foretold == loader.forecast(1)
+
+
 def test_small_shards_pack_as_well_as_one(tmp_path: Path) -> None:
     def padding(shards: int) -> float:
         data = of(small_corpus(tmp_path / str(shards), 3000, shards), seq_len=512)
