@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -17,12 +18,14 @@ from shards.plan import GOLDEN, Ints, key_of, mixed
 from shards.pool import WindowId
 from shards.recipe import Recipe
 from shards.sources import Source
-from shards.window import WindowMaker
+from shards.window import SpanTask, WindowMaker, WindowTask
 
 COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
 SAMPLE_BYTES = 4 << 20  # raw, tokenized of larger ones
 PACKED_RECORDS = 500_000  # packed at most, all epochs counted
 DRAWN_RECORDS = 5_000_000  # beyond them, all epochs counted, lanes are long enough to be of one length
+PACKED_WINDOWS = 2000  # likewise
+DECODED_PER_BYTE = 16  # raw bytes unpacked at most for one that is tokenized of a sample: small segments lie far apart
 NEARLY = 0.99  # of the share that is wished: as good as met
 
 Figures = npt.NDArray[np.float64]
@@ -76,7 +79,7 @@ def forecast(
         return Forecast(None, is_exact=True, share_read=None, shortfalls=())
     chosen = [sources[i] for i in limited]
     is_small = sum(source.plan.raw_bytes for source in chosen) <= COUNTED_BYTES
-    is_exact = is_small and sum(_granted(source) for source in chosen) <= PACKED_RECORDS
+    is_exact = is_small and _can_be_packed(chosen, lanes)
     rows = np.zeros((len(sources), lanes))
     # A bad record ends a run that comes to it; one of fewer steps may not
     maker = WindowMaker(config.model_copy(update={"on_bad_record": "skip"}), recipe)
@@ -108,8 +111,15 @@ def forecast(
     return Forecast(last_step, is_exact, share, tuple(s for s in shortfalls if s.met < NEARLY * s.wished))
 
 
-def _granted(source: Source) -> int:
-    return source.plan.num_records * (source.config.max_epochs or 1)
+def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:
+    """Whether to pack all that max_epochs grants takes no longer than a start may."""
+    records = windows = 0
+    for source in sources:
+        epochs = source.config.max_epochs or 1
+        limits = [source.plan.segments_of_lane(lane, 1) for lane in range(lanes)]
+        records += epochs * source.plan.num_records
+        windows += epochs * sum(1 for lane, limit in enumerate(limits) for _ in _windows(source, lane, limit))
+    return records <= PACKED_RECORDS and windows <= PACKED_WINDOWS
 
 
 def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
@@ -124,12 +134,13 @@ def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
 def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, _: int) -> Figures:
     """[V] rows that each lane will get: every document is tokenized once, and packed as often as it will be."""
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
-    for lane in range(lanes):
-        for name in _windows(source, lane, source.plan.segments_of_lane(lane, 1)):
-            found = maker.documents(source.task(name))
-            for shard in set(found.shards.tolist()):
-                chosen = found.shards == shard
-                lengths[shard][found.lines[chosen] - 1] = found.lengths[chosen]
+    # Read as a single lane of version 1 would, which unpacks each cell once: many lanes need most cells each
+    in_a_row = Source(config.model_copy(update={"plan_version": 1}), source.number, source.shards, 1, seed=0)
+    for name in _windows(in_a_row, 0, in_a_row.plan.num_segments):
+        found = maker.documents(in_a_row.task(name))
+        for shard in set(found.shards.tolist()):
+            chosen = found.shards == shard
+            lengths[shard][found.lines[chosen] - 1] = found.lengths[chosen]
     rows = np.zeros(lanes)
     for lane in range(lanes):
         for name in _windows(source, lane, source.segments_of_lane(lane) or 0):
@@ -146,21 +157,24 @@ def _num_rows(lengths: Ints, config: DataConfig, key: int) -> int:
 
 def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, budget: int) -> Figures:
     """[V] rows that each lane will get, about: the source's raw bytes at the rate of a sample of windows."""
-    size = rows = 0
+    size = rows = unpacked = 0
     lengths: list[Ints] = []
     for name in _sample(source, lanes):
         task = source.task(name)
-        if rows and size + task.raw_bytes > budget:
+        if not rows:
+            task = _beginning(task, budget)
+        elif size + task.raw_bytes > budget or unpacked > DECODED_PER_BYTE * budget:
             break
         found = maker.documents(task)
         size += maker.raw_bytes(task)
+        unpacked += sum(item.span.stop - item.span.start for item in task.spans)
         rows += _num_rows(found.lengths, config, task.key)
         lengths.append(found.lengths)
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
     counts, raw_bytes = source.plan.read_before(np.array(limits, np.int64))
     parts = raw_bytes.astype(np.float64)
     total = parts.sum() * rows / max(1, size)
-    if source.plan.segment_bytes < config.cell_bytes and _granted(source) <= DRAWN_RECORDS:
+    if source.plan.segment_bytes < config.cell_bytes and counts.sum() <= DRAWN_RECORDS:
         parts *= _spread(np.concatenate(lengths), counts, key_of("forecast", source.config.name))
     parts *= total / max(1.0, parts.sum())
     return parts
@@ -181,6 +195,23 @@ def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
     sums = np.bincount(np.repeat(np.arange(len(counts)), counts), drawn, len(counts))
     spread: Figures = sums / np.maximum(1, counts) / max(1.0, float(lengths.mean()))
     return spread
+
+
+def _beginning(task: WindowTask, limit: int) -> WindowTask:
+    """A window's first records, about so many raw bytes of them; one at least."""
+    spans: list[SpanTask] = []
+    left = limit
+    for item in task.spans:
+        size, records = item.span.raw_bytes, item.span.num_records
+        kept = records if size <= left else max(int(not spans), records * left // size)
+        if kept:
+            span = msgspec.structs.replace(item.span, num_records=kept)
+            spans.append(msgspec.structs.replace(item, span=span))
+        if kept < records:
+            break
+        left -= size
+    raw_bytes = sum(item.span.raw_bytes for item in spans)
+    return msgspec.structs.replace(task, spans=tuple(spans), raw_bytes=raw_bytes)
 
 
 def _sample(source: Source, lanes: int) -> Iterator[WindowId]:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import Batch, DataConfig, Loader, ShardError, merge_states
+from shards import Batch, DataConfig, Loader, Rows, ShardError, Tokenizer, merge_states
+from shards.packing import pack
 from shards.plan import Hashes, mixed
 from tests.shards.corpora import config, record, words, write_shard
 
@@ -203,6 +204,46 @@ def test_the_limit_of_bad_records_holds_where_ranks_share_lanes(tmp_path: Path) 
     for limit in (0, 9, 27):
         alone = steps_until_it_fails(1, limit)
         assert [steps_until_it_fails(dp_size, limit) for dp_size in (2, 3, 12)] == [alone] * 3
+
+
+def test_a_forecast_of_many_epochs_on_many_lanes_packs_a_bounded_number_of_windows(
+    corpora: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = 0
+
+    def counted(*arguments: object) -> Rows:
+        nonlocal packed
+        packed += 1
+        return pack(*arguments)
+
+    monkeypatch.setattr("shards.forecast.pack", counted)
+    monkeypatch.setattr("shards.forecast.PACKED_WINDOWS", 100)
+    with Loader(of(corpora[25], 60, lanes=5), 10, SEED) as loader:
+        foretold = loader.forecast(None)
+        assert packed <= 100
+        assert not foretold.is_exact
+        assert foretold.last_step == pytest.approx(sum(1 for _ in loader), rel=0.1)
+
+
+def test_a_forecast_of_many_sources_tokenizes_no_more_than_of_one(
+    corpora: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.forecast.SAMPLE_BYTES", 200_000)
+    tokenized = 0
+    encode = Tokenizer.encode_documents
+
+    def counted(self: Tokenizer, texts: list[str]) -> object:
+        nonlocal tokenized
+        tokenized += sum(map(len, texts))
+        return encode(self, texts)
+
+    sources = [{"name": f"s{i}", "paths": [corpora[2500]], "max_epochs": 1} for i in range(10)]
+    with Loader(config(sources, window_bytes=None), 64, SEED) as loader:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "encode_documents", counted)
+            foretold = loader.forecast(None)
+        assert 100_000 < tokenized < 220_000
+        assert foretold.last_step == pytest.approx(sum(1 for _ in loader), rel=0.05)
 
 
 def test_a_forecast_passes_over_bad_records(tmp_path: Path) -> None:
