@@ -27,6 +27,7 @@ from pretrain import log
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.tables import domain_table
 from pretrain.interrupt import STOPPED, Stopped
+from pretrain.optim import learning_rate_at
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, slurm_environment, world_size_of
 from shards import HeadraceError
@@ -42,6 +43,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="show what would run, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_intermixed_args()
+
+
+def how_to_train_longer(config: RunConfig) -> str:
+    """Say what to add to the command of a finished run so that its learning rate does not jump."""
+    steps, optim = config.train.steps, config.optim
+    if steps is None:
+        return ""
+    last_rate = learning_rate_at(steps, optim, steps)
+    further = f"train.steps={2 * steps}"
+    if optim.schedule == "constant":
+        return f"the same command with {further} trains on from here; "
+    advice = f"the same command with run.name={config.run.name}-{2 * steps} {further} is a run with a longer schedule; "
+    if last_rate > 0:
+        constant = f"optim.schedule=constant optim.learning_rate={last_rate:.6g}"
+        advice += f"with {further} {constant} this one goes on at the rate that it ended with; "
+    return advice
 
 
 def print_report(config: RunConfig, report: Report) -> None:
@@ -62,13 +79,9 @@ def print_report(config: RunConfig, report: Report) -> None:
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
     if config.wandb.mode == "offline":
         console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
-    further = (
-        ""
-        if config.train.steps is None
-        else f"the same command with train.steps={2 * config.train.steps} trains on from here; "
-    )
     console.print(
-        f"Next        {further}copy the config, set data.sources to your shards, and start it the same way",
+        f"Next        {how_to_train_longer(config)}copy the config, set data.sources to your shards, and start it the"
+        " same way",
         highlight=False,
     )
 

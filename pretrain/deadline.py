@@ -14,6 +14,7 @@ from datetime import datetime
 _logger = logging.getLogger(__name__)
 
 _SPARE_SECONDS = 15.0  # to end workers, wandb and the process
+_SAVES = 2.5  # that the margin has time for: two, and a half for slower disks
 _NEWS = 1.25  # the margin is logged again when it has grown by this factor
 
 
@@ -40,8 +41,8 @@ class Deadline:
         """
         if self._end is None:
             return False
-        # A save may meet a busier disk than the last one did
-        margin = 1.5 * save_seconds + 2 * step_seconds + _SPARE_SECONDS
+        # A periodic save may begin just before, and the last one waits for it; and both may meet a busier disk
+        margin = _SAVES * save_seconds + 2 * step_seconds + _SPARE_SECONDS
         left = self._end - self._clock()
         if margin > _NEWS * self._logged:
             self._logged = margin

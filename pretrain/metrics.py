@@ -58,6 +58,7 @@ class StepRecord:
     epoch_per_source: dict[str, float]  # how often each source was read through since the run's start
     skipped_records: int  # bad ones, since the run's start, over all ranks; bad_records.jsonl names them
     replayed_entries: int  # of shards, in this step, over all ranks: they did not hold, and decoding took longer
+    failed_saves: int | None = None  # in a row, up to this step; None where the last save was good
     checkpoint_seconds: float | None = None  # that training stood still for a save before this step; None without one
     # Documents dropped on the way to this step's rows, since they share text with data.decontaminate's suite
     contaminated_per_source: dict[str, int] | None = None

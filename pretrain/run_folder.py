@@ -121,9 +121,7 @@ class RunFolder:
             _logger.info(moved, self.root, was.root, found, self.wandb / "run_id")
             return found
         drawn = self.new_run_id()
-        _logger.warning(
-            "%s: its figures go to a new wandb run, %s, from the first step on, not to %s", reason, drawn, found
-        )
+        _logger.warning("%s: all its figures go to a new wandb run, %s, and none to %s", reason, drawn, found)
         return drawn
 
     def new_run_id(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import subprocess
 from collections import Counter
@@ -22,7 +23,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import converted
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, load_config
 from pretrain.deadline import Deadline, job_end
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
@@ -135,8 +136,24 @@ class Trainer:
                 aside = self._store.set_aside(step)
                 _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
             self._store.discard_incomplete()
+            self._say_new_rate()
             self._folder.begin(self._config.run.name, self._config.to_yaml(), self.state.step or -1)
         self._topology.barrier()
+
+    def _say_new_rate(self) -> None:
+        """Warn if the next step's learning rate is not the one that the run's config had for it until now."""
+        step, now = self.state.step, self._config
+        if step == 0 or step >= self._steps:
+            return
+        old = load_config(self._folder.config, begun=True)
+        before = learning_rate_at(step, old.optim, old.train.steps or self._steps)
+        after = learning_rate_at(step, now.optim, self._steps)
+        if not math.isclose(before, after, rel_tol=1e-3):
+            _logger.warning(
+                "the learning rate of step %d is %.4g, where the run's schedule had %.4g for it: optim or train.steps"
+                " has changed",
+                step + 1, after, before,
+            )  # fmt: skip
 
     def _resume(self, checkpoint: Checkpoint | None) -> RunState:
         """Takes up a checkpoint; without one, the state before the first step."""
@@ -196,11 +213,12 @@ class Trainer:
         measured = self._saver.seconds
         if measured is not None and measured != self._save_seconds:
             self._save_seconds = measured
-            if self._interrupt.has_launcher and measured + self._slowest_step > LAUNCHER_GRACE_SECONDS:
+            # The last save may have to wait for one that was just begun
+            if self._interrupt.has_launcher and 2 * measured + self._slowest_step > LAUNCHER_GRACE_SECONDS:
                 _logger.warning(
-                    "a step takes up to %.0f s and a save %.0f s, but the deepspeed launcher kills its processes %.0f s"
-                    " after it was told to stop: a stopped run may go on from an older checkpoint; start it with"
-                    " torchrun or srun",
+                    "a step takes up to %.0f s and each of two saves %.0f s, but the deepspeed launcher kills its"
+                    " processes %.0f s after it was told to stop: a stopped run may go on from an older checkpoint;"
+                    " start it with torchrun or srun",
                     self._slowest_step, measured, LAUNCHER_GRACE_SECONDS,
                 )  # fmt: skip
         return self._deadline.reached(self._slowest_step, self._save_seconds) or bool(self._interrupt.requested)
@@ -245,6 +263,7 @@ class Trainer:
             loss=stats.loss,
             nonfinite=True if batch.n_targets and not stats.applied else None,
             without_targets=None if batch.n_targets else True,
+            failed_saves=self._saver.failed or None,
             checkpoint_seconds=self._saving_seconds,
             z_loss=stats.z_loss if config.optim.z_loss else None,
             grad_norm=stats.grad_norm,

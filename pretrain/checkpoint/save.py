@@ -8,7 +8,8 @@ Whether all have done so is told by the collective that every step makes anyway;
 and rank 0 writes COMPLETE. What happens in which order decides whether a kill can hurt: the files, then their fsync,
 the journals' fsync, COMPLETE, and the removal of older checkpoints. Nothing is changed in place.
 
-A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again.
+A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again. After
+too many in a row the run ends: what it would go on to train could not be kept.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Saver:
         check_lease: raises HeadraceError if another process has taken the run over; likewise.
     Attributes:
         seconds: that the newest save took from its beginning to COMPLETE; rank 0 knows it. None before the first.
+        failed: saves in a row that have failed, or were refused, up to now.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Saver:
         check_lease: Callable[[], None],
     ) -> None:
         self.seconds: float | None = None
+        self.failed = 0
         self._store = store
         self._engine = engine
         self._topology = topology
@@ -101,6 +104,9 @@ class Saver:
             data: rank 0 alone needs it.
         Returns:
             Seconds that training stood still.
+        Raises:
+            CheckpointError: on all ranks, if `checkpoint.max_failed_saves` in a row have failed. So do the other
+                methods in which a save comes to its end.
         """
         begun = time.monotonic()
         self._wait(state.step)
@@ -108,6 +114,8 @@ class Saver:
         prepared, self._failure = self._topology.broadcast_object(verdict)
         if prepared:
             self._write(state, data, begun)
+        elif self._failure:
+            self._count_failure()
         return time.monotonic() - begun
 
     def settle(self, busy: bool) -> None:
@@ -142,7 +150,12 @@ class Saver:
         settled, self._settled = self._settled, None
         if self._topology.broadcast_object(settled is not None):
             error = settled.exception() if settled else None
-            self._failure = self._topology.broadcast_object(str(error) if error else self._failure)
+            incomplete = self._topology.broadcast_object(str(error) if error else None)
+            if incomplete:  # all files were written, but COMPLETE was not
+                self._failure = incomplete
+                self._count_failure()
+            elif not self._failure:
+                self.failed = 0
         waited = time.monotonic() - begun
         if next_step is not None and waited > _NOTEWORTHY_SECONDS and self._topology.is_main:
             _logger.warning(
@@ -197,13 +210,23 @@ class Saver:
         ]
         more = f"; and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
         self._failure = "; ".join(failures[:_FAILURES_SHOWN]) + more if failures else None
-        if not self._topology.is_main:
-            return
-        if self._failure:
+        if self._topology.is_main and self._failure:
             _report(pending.step, self._failure)
             self._settled = self._writer.submit(self._store.try_to_discard, pending.step)
-        else:
+        elif self._topology.is_main:
             self._settled = self._writer.submit(self._complete, pending, entries)
+        if self._failure:
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        """Take note that another save failed; every rank does."""
+        self.failed += 1
+        if self.failed >= self._store.config.max_failed_saves:
+            raise CheckpointError(
+                f"{self.failed} saves in a row have failed (checkpoint.max_failed_saves), the newest one so:"
+                f" {self._failure}. The run ends rather than train on what it cannot keep; make room, or mend the disk,"
+                " and start it again: it goes on from its last checkpoint"
+            )
 
     def _complete(self, pending: _Pending, entries: list[FileEntry]) -> None:
         try:

@@ -36,6 +36,7 @@ class CheckpointConfig(Config):
     keep_every: int | None = Field(None, ge=1)  # steps divisible by this stay for good, besides
     # Write while training goes on, from a copy in host memory as large as what a rank saves
     asynchronous: bool = True
+    max_failed_saves: int = Field(10, ge=1)  # saves in a row that fail, at which the run ends
     reserve_bytes: int = Field(1 << 28, ge=0)  # of the disk, which a checkpoint leaves free for logs and other things
 
     def due(self, step: int) -> bool:

@@ -387,3 +387,44 @@ def test_a_failure_that_is_no_matter_of_the_disk_is_said_with_its_traceback(
             saver.finish()
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
     assert run.newest() == 10
+
+
+@pytest.mark.parametrize("place", ["engine", COMPLETE, "disk"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_saves_that_keep_failing_end_the_run(
+    tmp_path: Path, place: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, max_failed_saves=3, asynchronous=asynchronous)
+    run.save(10)
+    failing = True
+
+    def fail(at: int, operation: Operation) -> OSError | None:
+        of_the_place = place in str(operation.path) and operation.kind in ("create", "write")
+        return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)) if failing and of_the_place else None
+
+    def save(saver: Saver, step: int) -> int:
+        run.begin(saver, step)
+        if place == "disk":
+            return saver.failed
+        with suppress(CheckpointError):
+            saver.finish()
+        return saver.failed
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0) if failing else usage(path))
+    if place != "disk":
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+    with run.saver() as saver, pytest.MonkeyPatch.context() as patch:
+        Disk(tmp_path, patch, fail)
+        assert [save(saver, step) for step in (20, 30)] == [1, 2]
+        failing = False
+        run.begin(saver, 40)
+        saver.finish()
+        assert saver.failed == 0
+        failing = True
+        assert [save(saver, step) for step in (50, 60)] == [1, 2]
+        with pytest.raises(CheckpointError, match=r"3 saves in a row have failed \(checkpoint\.max_failed_saves\)"):  # noqa: PT012
+            run.begin(saver, 70)
+            saver.finish()
+        assert saver.failed == 3
+    assert run.newest() == 40

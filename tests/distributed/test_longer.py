@@ -1,0 +1,47 @@
+"""A run that goes on under another schedule says how the learning rate changes; by its own advice it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import run_forked
+from tests.distributed.test_elastic import CONFIG
+
+
+def rates(folder: Path) -> list[float]:
+    return [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
+def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    first = ["train.steps=4", f"optim.schedule={schedule}", "optim.floor=0.2"]
+    codes, output = run_forked(config, [(1, first, "")])
+    assert codes == [[0]], output
+    hint = output[output.index("Next ") :]
+    same_run = re.search(r"with (train\S+ optim\S+ optim\S+) this one goes on", hint)
+    new_run = re.search(r"with (run\S+ train\S+) is a run", hint)
+    assert same_run, hint
+    assert new_run, hint
+
+    codes, output = run_forked(config, [(1, same_run[1].split(), ""), (1, [*first, *new_run[1].split()], "")])
+    assert codes == [[0], [0]], output
+    assert "the learning rate of step" not in output
+    ended = rates(tmp_path / "elastic")
+    assert len(ended) == 8
+    assert ended[3:] == pytest.approx([0.2e-2] * 5)
+    longer = rates(tmp_path / "elastic-8")
+    assert len(longer) == 8
+    assert longer == sorted(longer, reverse=True)
+    assert longer[0] == pytest.approx(1e-2)
+
+    codes, output = run_forked(config, [(1, [*first, "train.steps=16"], "")])
+    assert codes == [[0]], output
+    jumped = rates(tmp_path / "elastic")[8]
+    assert f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had 0.002 for it" in output
