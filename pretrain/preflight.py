@@ -211,14 +211,14 @@ def grace_findings(save: SaveTime, grace: int, limit: int, preemption: str, pree
     text = f"told to save {grace} s before the limit of {limit} s; a save {how} {save.seconds:.0f} s"
     if grace >= limit:
         yield Finding("error", "time", f"{text}: --time has to be longer than that, by a good deal")
-    elif grace < save.seconds + _STEP_SECONDS:
+    elif grace < 2 * save.seconds + _STEP_SECONDS:  # the last save may wait for one that was just begun
         level: Level = "error" if save.measured and grace < save.seconds else "warning"
         yield Finding(level, "time", f"{text}; set --grace={grace_for(save)}, or leave it out")
     elif grace > limit / 2:
         yield Finding("warning", "time", f"{text}: less than half of each start is spent on training; raise --time")
     else:
         yield Finding("ok", "time", text)
-    if preemption != "OFF" and preemption_grace < save.seconds + _STEP_SECONDS:
+    if preemption != "OFF" and preemption_grace < 2 * save.seconds + _STEP_SECONDS:
         yield Finding(
             "warning", "time",
             f"the partition preempts ({preemption}) within {preemption_grace} s, too soon to save: what is done since"

@@ -8,8 +8,8 @@ Whether all have done so is told by the collective that every step makes anyway;
 and rank 0 writes COMPLETE. What happens in which order decides whether a kill can hurt: the files, then their fsync,
 the journals' fsync, COMPLETE, and the removal of older checkpoints. Nothing is changed in place.
 
-A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again. After
-too many in a row the run ends: what it would go on to train could not be kept.
+A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again. Too
+many in a row end the run: what it would go on to train could not be kept.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class Saver:
             if isinstance(error, OSError):  # else the folder may be another process's by now
                 self._store.try_to_discard(pending.step)
             raise
-        self.seconds = seconds
+        self.seconds, self.failed = seconds, 0  # the other ranks hear of it when the next save begins
         size = sum(entry.size for entry in entries)
         _logger.info(
             "the checkpoint of step %d is complete: %.3g GB in %.2f s, %.3g GB/s",

@@ -241,6 +241,7 @@ def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed:
     assert complete() == [24, run.steps_done()]
     found, expected = run.metrics(), undisturbed.metrics()
     assert [m["batch_hash"] for m in found][: len(expected)] == [m["batch_hash"] for m in expected][: len(found)]
+    assert {m["failed_saves"] for m in found if "failed_saves" in m} == {1}  # that of step 6
     # Of each step what the last process wrote that made it: those were resumed after 12 and after 18
     assert [m["step"] for m in found if "checkpoint_seconds" in m] == [7, 25]
 

@@ -77,7 +77,8 @@ def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("seconds", "grace", "limit", "levels"),
     [
-        (100, 200, 3600, {"ok"}),
+        (100, 300, 3600, {"ok"}),
+        (100, 200, 3600, {"warning"}),  # too little behind a periodic save
         (100, 120, 3600, {"warning"}),
         (100, 90, 3600, {"error"}),
         (100, 3600, 3600, {"error"}),
