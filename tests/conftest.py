@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from pretrain.topology import Topology
 
 # Two tests run at once, and torch's threads collapse when they have to share a core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# How long an example takes says nothing on a machine that does other work besides
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import ShardError, formats
@@ -28,7 +28,6 @@ def test_frames_and_members_follow_each_other(raw: bytes, frames: int, suffix: s
     assert decode(compress(raw, suffix, frames)) == raw
 
 
-@settings(deadline=None)
 @given(cut=st.integers(1, 400), frames=st.integers(1, 3), suffix=st.sampled_from([".jsonl.zst", ".json.gz"]))
 def test_a_truncated_file_is_an_error_that_names_it(cut: int, frames: int, suffix: str) -> None:
     raw = bytes(i * i % 251 for i in range(3000))

@@ -29,7 +29,7 @@ def test_integer_weights_are_within_one_of_their_share(weights: tuple[float, ...
         assert abs(share - weight / sum(weights) * PERIOD) < 1 + 1e-6 or share == 1
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(weights=WEIGHTS)
 def test_every_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tuple[float, ...]) -> None:
     for shares in level_shares(exact(weights), *RULES[2]):
@@ -82,7 +82,7 @@ def test_lanes_draw_a_small_source_at_different_times(case: str) -> None:
         assert abs(drawn - wanted) <= 0.02 * wanted + 3
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(weights=WEIGHTS, version=st.sampled_from([1, 2]), lane=st.integers(0, 2000), draw=st.data())
 def test_counts_and_rows_of_use_are_those_of_the_rows_drawn_one_by_one(
     weights: tuple[float, ...], version: int, lane: int, draw: st.DataObject

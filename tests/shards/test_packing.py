@@ -158,7 +158,7 @@ def closed_rows(
     return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seq_len=st.integers(1, 24),
     parts=st.lists(st.tuples(st.floats(0.02, 4), st.integers(1, 25), st.integers(0, 3)), max_size=6),
