@@ -73,6 +73,8 @@ class Feed:
         self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
         self._batch: Batch | None = None  # the last that was given out
+        # Bad records and contaminated documents of all ranks after the last row of the data, once it was reached
+        self.passed_over: tuple[list[Skipped], list[Skipped]] = ([], [])
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
         """The next global batch that holds a row; None, on all ranks, once all lanes have run dry.
@@ -83,11 +85,15 @@ class Feed:
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
+        skipped: list[Skipped] = []  # of this rank, on the way to the next row, however many batches that takes
+        dropped: list[Skipped] = []
+        n_skipped = n_dropped = replays = 0
         while True:
             batch, failure, rows, ever, going = None, None, 0, 0, 0
             if self._loader:
                 try:
                     batch = self._loader.next_batch()
+                    skipped, dropped = skipped + batch.skipped, dropped + batch.contaminated
                     rows, ever, going = batch.num_rows, self._loader.rows_drawn, int(not self._loader.ended)
                 except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
                     failure = error
@@ -96,15 +102,19 @@ class Feed:
             stop, writing, failures, all_rows, all_ever, going_ranks = (next(totals) for _ in flags)
             if failures:
                 raise failure or ShardError("another rank could not read its data; see its message")
-            if all_rows:
+            n_targets, n_padding, row_hash, new_skipped, skipped_so_far, new_dropped, new_replays = islice(totals, 7)
+            n_skipped, n_dropped, replays = n_skipped + new_skipped, n_dropped + new_dropped, replays + new_replays
+            if all_rows or not going_ranks:
                 break
-            if not going_ranks:
-                check_not_empty(all_ever, self._sources)
-                return None
             # A batch without a row anywhere is no step: these lanes have run dry, and others have not
+        skipped = self._of_all_ranks(skipped) if n_skipped else []
+        dropped = self._of_all_ranks(dropped) if n_dropped else []
+        if not all_rows:
+            check_not_empty(all_ever, self._sources)
+            self.passed_over = skipped, dropped
+            return None
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
-        n_targets, n_padding, row_hash, n_skipped, skipped_so_far, n_contaminated, replays = islice(totals, 7)
         tokens_per_source = {source: next(totals) for source in self._sources}
         epochs = {source: round(next(totals) / _EPOCH_UNIT, _EPOCH_DIGITS) for source in self._sources}
         tokens, segment_ids = self._shared(batch)
@@ -117,10 +127,10 @@ class Feed:
             row_hash=row_hash,
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source=epochs,
-            skipped=self._of_all_ranks(batch.skipped if batch else []) if n_skipped else [],
+            skipped=skipped,
             skipped_so_far=skipped_so_far,
             replays=replays,
-            contaminated=self._of_all_ranks(batch.contaminated if batch else []) if n_contaminated else [],
+            contaminated=dropped,
             stop_requested=stop > 0,
             saving=writing > 0,
         )

@@ -339,6 +339,7 @@ class Trainer:
 
     def note_data_end(self) -> None:
         """Says and notes that the data has come to its end, and with it the run."""
+        self._journal.log_skipped(self.state.step + 1, *self._feed.passed_over)  # on the way to a step that never came
         if self._topology.is_main:
             self._folder.note_data_end(self.state.step)
             data_end.tell(self.state.step, self._config.train.steps, self._steps, self._config.optim)

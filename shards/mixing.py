@@ -50,7 +50,7 @@ def level_shares(weights: Sequence[Fraction], period: int, levels: int) -> list[
             return [*found, tuple(whole)]
         found.append((*whole, left))
         weights = [quota - slots for quota, slots in zip(quotas, whole, strict=True)]
-    return [*found, integer_weights(weights, period)]
+    return [*found, integer_weights(weights, max(period, len(weights)))]  # a slot for each at least
 
 
 def mixing_sequence(shares: tuple[int, ...]) -> Slots:
