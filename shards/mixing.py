@@ -29,7 +29,7 @@ MIXES_KEPT = 2048  # lanes run out of sources one by one: each may need a mix of
 
 def integer_weights(weights: Sequence[Fraction], period: int) -> tuple[int, ...]:
     """Shares of `period` by the largest remainder, of equal ones the earlier; a weight above 0 gets at least 1."""
-    quotas = [weight * period / sum(weights) for weight in weights]
+    quotas = _quotas(weights, period)
     shares = [max(int(quota), int(quota > 0)) for quota in quotas]
     by_remainder = sorted(range(len(shares)), key=lambda i: (int(quotas[i]) - quotas[i], i))
     for i in by_remainder[: max(0, period - sum(shares))]:
@@ -39,11 +39,16 @@ def integer_weights(weights: Sequence[Fraction], period: int) -> tuple[int, ...]
     return tuple(shares)
 
 
+def _quotas(weights: Sequence[Fraction], period: int) -> list[Fraction]:
+    each = period / sum(weights, Fraction())  # once: with many sources a sum of fractions is slow
+    return [weight * each for weight in weights]
+
+
 def level_shares(weights: Sequence[Fraction], period: int, levels: int) -> list[tuple[int, ...]]:
     """The slots of each source on each level; where another level follows, the last number is of the slots for it."""
     found: list[tuple[int, ...]] = []
     while len(found) < levels - 1:
-        quotas = [weight * period / sum(weights) for weight in weights]
+        quotas = _quotas(weights, period)
         whole = [int(quota) for quota in quotas]
         left = period - sum(whole)
         if left == 0:
