@@ -43,7 +43,7 @@ LAYERS = (
 # Third-party engines, and the only modules that import them
 OWNERS = {
     "wandb": {"pretrain.tracking"},
-    "deepspeed": {"pretrain.engine", "pretrain.checkpoint.universal"},
+    "deepspeed": {"pretrain.engine"},
     # Forming the groups, and asking for them where the sharded layers are
     "fairscale.nn.model_parallel.initialize": {"pretrain.topology", "pretrain.model.parallel"},
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
