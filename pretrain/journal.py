@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, evals.jsonl, bad_records.jsonl, cursors.jsonl.zst, wandb, console.
+"""What a run writes down: the JSONL files of its folder, wandb and the console.
 
 Rank 0 alone. trainer -> journal -> {run folder, tracking, console}.
 """

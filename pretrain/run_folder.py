@@ -1,6 +1,6 @@
 """The folder of one run: its layout, whose it is, and what happens to its records when a start goes on from it.
 
-Only rank 0 writes here, except for the engine's files in a checkpoint. start -> run_folder -> {config, metrics, ...}.
+Only rank 0 writes here, except for the engine's files in a checkpoint. {start, journal} -> run_folder -> step_log.
 """
 
 from __future__ import annotations
@@ -179,16 +179,21 @@ class RunFolder:
         """Where the records lie that were cut off: of steps that were trained again, or are to be."""
         return self.root / "superseded"
 
+    @property
+    def _records(self) -> tuple[StepLog, ...]:
+        """The files that follow the checkpoints: durable before one is complete, cut back when it is resumed from."""
+        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
+
     def cut_back(self, step: int) -> None:
         """Move aside what a killed process wrote of the steps past a checkpoint's."""
-        for log in (self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors):
+        for log in self._records:
             aside = self.superseded / log.path.name
             if cut := log.cut_back(step, aside):
                 _logger.info("%s: %d records past step %d are now in %s", log.path, cut, max(step, 0), aside)
 
     def sync(self) -> None:
         """Makes all records durable: to be called before a checkpoint is declared complete."""
-        for log in (self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors):
+        for log in self._records:
             log.sync()
         fsync_folder(self.root)  # one of them may be new
 
@@ -201,6 +206,6 @@ class RunFolder:
         taken = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
         aside = self.root.with_name(f"{self.root.name}.{max(taken, default=0) + 1}")
         self.root.rename(aside)
-        (aside / "lease").unlink(missing_ok=True)
+        RunFolder(aside).lease.unlink(missing_ok=True)
         fsync_folder(self.root.parent)
         return aside

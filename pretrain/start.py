@@ -79,12 +79,11 @@ def start(config: RunConfig, fresh: bool) -> Report:
                 else:
                     meeting.wait()
             here = stack.enter_context(topology.started(config.parallel, meeting.store))
-        settled, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, ()))
+        config, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, ()))
         if here.is_main:
-            announce(settled, here)
+            announce(config, here)
         lease = held.lease if held else None
-        trainer = Trainer(settled, folder, lease, prepared, tokenizer, here, interrupt, stack)
-        config = settled
+        trainer = Trainer(config, folder, lease, prepared, tokenizer, here, interrupt, stack)
         finished = train(trainer, config, interrupt)
         sample = ""
         if finished:

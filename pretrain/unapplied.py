@@ -22,7 +22,7 @@ _NAMED = 3  # documents in the message; the file has all
 
 
 class UnappliedSteps:
-    """Counts them.
+    """Count the steps in a row that changed nothing, and end the run when there are too many.
 
     Args:
         limit: how many in a row end the run.

@@ -20,9 +20,6 @@ SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
 # What somebody may take for a shard, though a glob passes it over
 LIKE_A_SHARD = re.compile(r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE)
 OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
-GLOB_CHARACTERS = "*?["
-WEB = ("http://", "https://")
-FILE = "file://"
 MAX_NAMED = 5  # names in a message, of what may be thousands
 
 logger = logging.getLogger(__name__)
@@ -157,7 +154,7 @@ def place(path: str) -> tuple[str, str]:
 
     A web address's query belongs to the folder: the name becomes a file's, which a signature would be too long for.
     """
-    if path.startswith(WEB):
+    if path.startswith(remote.WEB):
         address, mark, query = path.partition("?")
         folder, name = os.path.split(address)
         return folder + mark + query, name
@@ -167,14 +164,14 @@ def place(path: str) -> tuple[str, str]:
 
 def _local(path: str) -> str:
     """A path of this machine without the scheme that fsspec gives it; any other as it is."""
-    return path.removeprefix(FILE)
+    return path.removeprefix(remote.FILE)
 
 
 def _has_wildcards(pattern: str) -> bool:
     """True for a glob. In a web address a question mark begins the query, where no character is a wildcard."""
-    if pattern.startswith(WEB):
+    if pattern.startswith(remote.WEB):
         pattern = pattern.partition("?")[0]
-    return any(character in pattern for character in GLOB_CHARACTERS)
+    return remote.GLOB.search(pattern) is not None
 
 
 def _unreadable(path: str, error: OSError) -> ShardError:

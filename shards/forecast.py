@@ -85,8 +85,10 @@ def forecast(
     maker = WindowMaker(config.model_copy(update={"on_bad_record": "skip"}), recipe)
     try:
         for i, source in zip(limited, chosen, strict=True):
-            count = _counted_rows if is_exact else _estimated_rows
-            rows[i] = count(source, config, lanes, maker, SAMPLE_BYTES // len(limited))
+            if is_exact:
+                rows[i] = _counted_rows(source, config, lanes, maker)
+            else:
+                rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(limited))
     finally:
         maker.close()
     supply: list[float] = [float(rows[i].sum()) if i in limited else math.inf for i in range(len(sources))]
@@ -131,7 +133,7 @@ def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
         q = deal.next
 
 
-def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, _: int) -> Figures:
+def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker) -> Figures:
     """[V] rows that each lane will get: every document is tokenized once, and packed as often as it will be."""
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
     # Read as a single lane of version 1 would, which unpacks each cell once: many lanes need most cells each

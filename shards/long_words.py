@@ -61,7 +61,7 @@ class LongWords:
         stop = _character(data, begin + PART_BYTES, end)
         ids = self._ids(data, begin, stop)
         while stop < end:
-            for count, place in self._places(data, ids, begin, stop):
+            for count, place in self._places(data, ids, stop):
                 next_stop = _character(data, max(place + PART_BYTES, stop + 1), end)
                 following = self._ids(data, place, next_stop)
                 if self._hold(data, place, ids[:count], following):
@@ -80,8 +80,8 @@ class LongWords:
     def _ids(self, data: bytes, begin: int, end: int) -> npt.NDArray[np.integer]:
         return self._processor.EncodeAsNumpy(data[begin:end]).astype(self._dtype)
 
-    def _places(self, data: bytes, ids: npt.NDArray[np.integer], begin: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(ids before it, offset) of places between tokens of data[begin:stop], the last first."""
+    def _places(self, data: bytes, ids: npt.NDArray[np.integer], stop: int) -> Iterator[tuple[int, int]]:
+        """(ids before it, offset) of places between tokens of the text that ends at `stop`, the last first."""
         place, count, trials = stop, len(ids), 0
         while count and trials < TRIALS and (size := self._sizes[ids[count - 1]]):
             count, place = count - 1, place - size

@@ -9,7 +9,7 @@ has a string under the text's key. NaN and Infinity are allowed as numbers, and 
 import contextlib
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -229,23 +229,19 @@ def read_documents(
     name = source.name if source else Path(path).name.split(".")[0]
     parser = RecordParser.of(source)
     files.stat(path)
-    with files.open_shard(path) as file:
-        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
-        chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
-        line = 1
-        for block in _whole_lines(chunks):
-            records = parser.parse(block, line)
-            line += block.count(b"\n")
-            bad = iter(records.bad if on_bad_record == "fail" else ())
-            first_bad = next(bad, None)
-            for text, number, sub_source, identity in zip(
-                records.texts, records.lines, records.sub_sources, records.ids, strict=True
-            ):
-                if first_bad and first_bad.line < number:
-                    break
-                yield Document(text, sub_source or name, path, number, identity)
-            if first_bad:
-                raise bad_record_error(path, first_bad, advice)
+    line = 1
+    for block in _blocks(path, max_decoder_window):
+        records = parser.parse(block, line)
+        line += block.count(b"\n")
+        first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
+        for text, number, sub_source, identity in zip(
+            records.texts, records.lines, records.sub_sources, records.ids, strict=True
+        ):
+            if first_bad and first_bad.line < number:
+                break
+            yield Document(text, sub_source or name, path, number, identity)
+        if first_bad:
+            raise bad_record_error(path, first_bad, advice)
 
 
 def first_bad_record(path: str, source: SourceConfig, max_decoder_window: int, strict: bool) -> BadRecord | None:
@@ -253,10 +249,8 @@ def first_bad_record(path: str, source: SourceConfig, max_decoder_window: int, s
 
     What is wrong with the shard itself is left for its indexing to say.
     """
-    with contextlib.suppress(ShardError), files.open_shard(path) as file:
-        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
-        chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
-        for block in _whole_lines(chunks):
+    with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window)) as blocks:
+        for block in blocks:
             records = RecordParser.of(source, strict).parse(block, 1)
             return records.bad[0] if records.bad and not records.lines else None
     return None
@@ -265,6 +259,14 @@ def first_bad_record(path: str, source: SourceConfig, max_decoder_window: int, s
 def bad_record_error(path: str, bad: BadRecord, advice: str = ADVICE) -> ShardError:
     """The error for a bad record that may not be skipped."""
     return ShardError(f"{path}, line {bad.line}: {bad.reason}; {advice}")
+
+
+def _blocks(path: str, max_decoder_window: int) -> Generator[bytes]:
+    """The raw bytes of a shard in blocks of whole lines. Raises: ShardError if it is missing, damaged or cut short."""
+    with files.open_shard(path) as file:
+        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
+        chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
+        yield from _whole_lines(chunks)
 
 
 def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -25,6 +25,8 @@ FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
 STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
 ANSWER_SECONDS = 15.0  # for a size
 REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
+WEB = ("http://", "https://")
+FILE = "file://"
 GLOB = re.compile(r"[*?\[]")
 
 Result = TypeVar("Result")
@@ -32,13 +34,13 @@ Result = TypeVar("Result")
 
 def is_remote(path: str) -> bool:
     """True for what is not a path of this machine's file systems."""
-    return "://" in path and not path.startswith("file://")
+    return "://" in path and not path.startswith(FILE)
 
 
 def expand(pattern: str) -> list[str]:
     """The URLs that a glob matches, sorted. Raises: ShardError if a listing fails for good."""
     system, path = _system(pattern)
-    if pattern.startswith(("http://", "https://")):
+    if pattern.startswith(WEB):
         path = path.replace("?", "[?]")  # there it begins a query
     system.invalidate_cache()  # of listings, which fsspec remembers for the life of the process
     fits = re.compile(glob_translate(path))
