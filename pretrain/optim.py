@@ -22,8 +22,8 @@ class OptimConfig(Config):
     warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
     floor: float = Field(0.1, ge=0, le=1)  # the lowest learning rate after the warm-up, as a share of the peak
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of gradient and its square
+    eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
     grad_clip: float = Field(1.0, ge=0)  # the largest global gradient norm; 0 does not clip
     z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4

@@ -45,10 +45,10 @@ class WandbConfig(Config):
 
     # offline: to the run folder; `wandb sync` uploads it later
     mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "headrace"
+    project: str = "headrace"  # wandb project that the run appears in
     entity: str | None = None  # user or team; None: the account's default
     group: str | None = None  # runs that are shown together
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()  # labels to filter runs by
     system_metrics: bool = True  # utilization of GPUs, CPUs, memory and network, every 15 s
 
 

@@ -33,12 +33,12 @@ class SuiteSource(Config):
     """One source of a suite."""
 
     name: Name  # the first part of its domains' names
-    path: str | None = None  # a folder of any of the layouts above, for a single source, or a file
+    path: str | None = None  # a file, or a folder in one of the layouts of docs/evaluation.md; relative to this file
     dataset: str | None = None  # instead of a path: an HF data set, as in data.sources
-    dataset_config: str | None = None
-    revision: str | None = None
+    dataset_config: str | None = None  # which configuration of the data set, where it has several
+    revision: str | None = None  # of a data set on the hub; None: the newest
     split: str | None = None  # None: the split that the suite is read with
-    text_key: Name = "text"
+    text_key: Name = "text"  # key of the text in a record, or the column of a data set
     domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None: one domain
 
     @model_validator(mode="after")

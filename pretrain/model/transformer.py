@@ -41,12 +41,12 @@ class ModelConfig(Config):
     """The architecture. Two runs with the same ModelConfig compute the same function of their weights."""
 
     dim: int = Field(ge=1)  # width of the residual stream
-    n_layers: int = Field(ge=1)
+    n_layers: int = Field(ge=1)  # transformer blocks, each of attention and a feed-forward network
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
     n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
     ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, up to the next multiple of 256
     vocab_size: int = Field(ge=1)  # pieces of the tokenizer
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # of Llama 3.1 and later, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
