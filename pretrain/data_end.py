@@ -49,8 +49,9 @@ def announce(steps: int | None, forecast: Forecast) -> None:
         _logger.info("train.steps=%d will read about %.3g %% of the rows that max_epochs grants", steps, share)
     for short in forecast.shortfalls:
         _logger.warning(
-            "source %r will have been read max_epochs times about step %d: of the run's rows it gives %.3g %%, where"
-            " its weight asks for %.3g %%", short.source, short.step, 100 * short.met, 100 * short.wished,
+            "source %r runs out at about step %d, when it has been read max_epochs times: it gives %.3g %% of the run's"
+            " rows, not the %.3g %% that its weight asks for",
+            short.source, short.step, 100 * short.met, 100 * short.wished,
         )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ class Deadline:
         if margin > _NEWS * self._logged:
             self._logged = margin
             _logger.info(
-                "the job ends at %s, in %.0f s; the last save begins %.0f s before: one takes %.1f s, a step %.1f s",
+                "the job ends at %s, in %.0f s; the last save begins %.0f s before that: a save takes %.1f s, a"
+                " step %.1f s",
                 datetime.fromtimestamp(self._end).strftime("%F %T"), left, margin, save_seconds, step_seconds,
             )  # fmt: skip
         if left < margin and not self._reached:

@@ -252,7 +252,7 @@ class Tracker:
             raise
         except Exception as error:  # whatever wandb does, the training goes on
             _logger.warning(
-                "wandb failed and is left out until the run's next end or start, which fills the gap: %r", error
+                "wandb failed and gets nothing until the run ends or is started again, which fills the gap: %r", error
             )
             self._run = None
 

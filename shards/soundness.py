@@ -15,7 +15,7 @@ from shards.config import DataConfig, SourceConfig
 from shards.errors import ConfigError, ShardError
 from shards.manifest import shard_paths
 from shards.suite import Suite
-from shards.texts import SAMPLED_SHARDS, sample_of, texts_of
+from shards.texts import sample_of, spread, texts_of
 from shards.tokenizer import Tokenizer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
@@ -62,8 +62,8 @@ class Soundness:
         if self._changed is not None:
             text, again = (found[:SHOWN_CHARACTERS] for found in self._changed)
             raise ConfigError(
-                f"{named} does not give back the text of {self._name}: {text!r} is decoded to {again!r};"
-                " name the tokenizer that the text is to be read with"
+                f"{named} does not give back the text of {self._name}: {text!r} becomes {again!r}"
+                " when it is encoded and decoded; name the tokenizer that the text is to be read with"
             )
         if self._unknown is None:
             return
@@ -103,7 +103,7 @@ def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
     found = Soundness(tokenizer, f"suite {suite.name!r}")
     for part in suite.parts:
         source = part.as_training_source()
-        for path in part.shards[:: -(-len(part.shards) // SAMPLED_SHARDS)]:
+        for path in spread(part.shards):
             for text in _beginning(path, source):
                 found.add(source.name, text, tokenizer.encode_documents([text])[0])
     found.check()

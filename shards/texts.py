@@ -42,6 +42,11 @@ def texts_of(
         yield from zip(records.sub_sources, records.texts, strict=True)
 
 
+def spread(paths: Sequence[str]) -> list[str]:
+    """Take a few shards from all over a list of at least one."""
+    return list(paths[:: -(-len(paths) // SAMPLED_SHARDS)])
+
+
 def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) -> list[str]:
     """A few shards of a source, those that begin with texts; of the others nobody knows how far one has to read.
 
@@ -49,7 +54,7 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
         paths: of all shards of the source.
     Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong.
     """
-    sample = list(paths[:: -(-len(paths) // SAMPLED_SHARDS)])
+    sample = spread(paths)
     if source.input_ids_key is not None or arrow.is_column(paths[0]):
         return sample  # a column was looked for by its name
     options = source, config.max_decoder_window, config.strict_records

@@ -223,9 +223,9 @@ class Saver:
         self.failed += 1
         if self.failed >= self._store.config.max_failed_saves:
             raise CheckpointError(
-                f"{self.failed} saves in a row have failed (checkpoint.max_failed_saves), the newest one so:"
-                f" {self._failure}. The run ends rather than train on what it cannot keep; make room, or mend the disk,"
-                " and start it again: it goes on from its last checkpoint"
+                f"{self.failed} saves in a row have failed (checkpoint.max_failed_saves), the last one with:"
+                f" {self._failure}. The run ends, since it could not keep what it trains from here on; make room or"
+                " repair the disk, then start it again: it goes on from its last checkpoint"
             )
 
     def _complete(self, pending: _Pending, entries: list[FileEntry]) -> None:

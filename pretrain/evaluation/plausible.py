@@ -45,15 +45,15 @@ def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig,
         if not abs(found - expected) <= _TOLERANCE:
             _logger.warning(
                 "%s: the loss is %.2f nats a token, but with weights that were only drawn it should be about %.2f"
-                " (ln(vocab_size) is %.2f): the model, its init_std or the scoring is not what it is taken for",
+                " (ln(vocab_size) is %.2f): something is wrong with the model, its init_std or the scoring",
                 evaluation, found, expected, math.log(config.vocab_size),
             )  # fmt: skip
         return
     worse = [domain for domain, loss in losses.items() if not loss <= math.log(config.vocab_size)]
     if worse:
         _logger.warning(
-            "%s: the perplexity of %s is above %d, that of a model that takes every piece for equally likely; after"
-            " more than a few steps that cannot be right: the weights, the tokenizer or the text are not what the model"
-            " was trained with, or it has diverged",
+            "%s: the perplexity of %s is above %d, so worse than a guess in which all pieces are equally likely; after"
+            " more than a few steps the model has diverged, or the weights, the tokenizer or the text are not those"
+            " that belong together",
             evaluation, ", ".join(worse[:_NAMED]) + ", ..." * (len(worse) > _NAMED), config.vocab_size,
         )  # fmt: skip
