@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from shards import files, formats
+from shards.cache import BlockCache
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.errors import ShardError
 from shards.plan import Ints
@@ -244,12 +245,14 @@ def read_documents(
             raise bad_record_error(path, first_bad, advice)
 
 
-def first_bad_record(path: str, source: SourceConfig, max_decoder_window: int, strict: bool) -> BadRecord | None:
+def first_bad_record(
+    path: str, source: SourceConfig, max_decoder_window: int, strict: bool, cache: BlockCache | None
+) -> BadRecord | None:
     """The first record of a shard, if none of those in its first block holds a text; None if one does.
 
     What is wrong with the shard itself is left for its indexing to say.
     """
-    with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window)) as blocks:
+    with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window, cache)) as blocks:
         for block in blocks:
             records = RecordParser.of(source, strict).parse(block, 1)
             return records.bad[0] if records.bad and not records.lines else None
@@ -261,9 +264,9 @@ def bad_record_error(path: str, bad: BadRecord, advice: str = ADVICE) -> ShardEr
     return ShardError(f"{path}, line {bad.line}: {bad.reason}; {advice}")
 
 
-def _blocks(path: str, max_decoder_window: int) -> Generator[bytes]:
+def _blocks(path: str, max_decoder_window: int, cache: BlockCache | None = None) -> Generator[bytes]:
     """The raw bytes of a shard in blocks of whole lines. Raises: ShardError if it is missing, damaged or cut short."""
-    with files.open_shard(path) as file:
+    with files.open_shard(path, cache=cache) as file:
         peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
         chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
         yield from _whole_lines(chunks)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from shards import arrow, files
+from shards.cache import BlockCache
 from shards.columns import Columns
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, DataConfig, SourceConfig
 from shards.errors import ShardError
@@ -57,7 +58,7 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
     sample = spread(paths)
     if source.input_ids_key is not None or arrow.is_column(paths[0]):
         return sample  # a column was looked for by its name
-    options = source, config.max_decoder_window, config.strict_records
+    options = source, config.max_decoder_window, config.strict_records, BlockCache.of(config.remote_cache)
     bad = {path: first_bad_record(path, *options) for path in sample}
     good = [path for path in sample if bad[path] is None]
     first = bad[sample[0]]
