@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 import shards
 from pretrain import topology
 from pretrain.checkpoint.store import CheckpointStore
@@ -228,6 +230,10 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     sizes = (here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
     memory = memory_per_rank(model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
     tokens_per_step = train.global_batch_size * seq_len
+    if config.precision == "bf16" and here.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _logger.warning(
+            "this CPU has no instructions for bf16, and emulating them is many times slower than precision=fp32"
+        )
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")
     _logger.info(

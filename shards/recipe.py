@@ -66,7 +66,7 @@ def program() -> dict[str, str]:
     """
     package = Path(__file__).parent
     code = xxhash.xxh3_128()
-    for path in sorted(package.glob("*.py")):
-        code.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     libraries = (msgspec, np, sentencepiece)
     return {"the code of shards/": code.hexdigest()} | {one.__name__: one.__version__ for one in libraries}

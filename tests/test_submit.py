@@ -78,7 +78,12 @@ def test_all_that_is_wrong_is_said_at_once(submit: Command) -> None:
         "data.tokenizer=nowhere.model",
     )  # fmt: skip
     assert code == 2
-    for words in ("data.lanes=8 cannot be dealt to 24", "such nodes that work: 1", "nowhere/*.zst", "nowhere.model"):
+    for words in (
+        "train.global_batch_size=8 cannot be split",
+        "such nodes that work: 1",
+        "nowhere/*.zst",
+        "nowhere.model",
+    ):
         assert words in said
     assert "told to save 120 s before the limit of 60 s" in said
 

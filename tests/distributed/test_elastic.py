@@ -24,7 +24,7 @@ data:
   index_dir: {folder}/index
   sources: [{{name: pile, paths: ["shards/sample/train/pile-*"]}}]
 train: {{steps: 1, global_batch_size: 8, micro_batch_size: 2}}
-optim: {{learning_rate: 1.0e-2, schedule: constant}}
+optim: {{learning_rate: 3.0e-3, schedule: constant}}
 precision: {precision}
 checkpoint: {{every: 1000, keep: 2}}
 evaluation: {{suite: null}}
