@@ -229,6 +229,7 @@ def test_a_forecast_of_many_sources_tokenizes_no_more_than_of_one(
     corpora: dict[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shards.forecast.COUNTED_BYTES", 0)
+    monkeypatch.setattr("shards.forecast.COUNTED_BYTES", 0)
     monkeypatch.setattr("shards.forecast.SAMPLE_BYTES", 200_000)
     tokenized = 0
     encode = Tokenizer.encode_documents
