@@ -12,6 +12,9 @@ from tests.distributed.ranks import run_forked
 from tests.distributed.test_elastic import CONFIG
 
 
+PEAK = 3e-3  # the learning rate in CONFIG
+
+
 def rates(folder: Path) -> list[float]:
     return [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -35,13 +38,13 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     assert "the learning rate of step" not in output
     ended = rates(tmp_path / "elastic")
     assert len(ended) == 8
-    assert ended[3:] == pytest.approx([0.2e-2] * 5)
+    assert ended[3:] == pytest.approx([0.2 * PEAK] * 5)
     longer = rates(tmp_path / "elastic-8")
     assert len(longer) == 8
     assert longer == sorted(longer, reverse=True)
-    assert longer[0] == pytest.approx(1e-2)
+    assert longer[0] == pytest.approx(PEAK)
 
     codes, output = run_forked(config, [(1, [*first, "train.steps=16"], "")])
     assert codes == [[0]], output
     jumped = rates(tmp_path / "elastic")[8]
-    assert f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had 0.002 for it" in output
+    assert f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had {0.2 * PEAK:.4g} for it" in output
