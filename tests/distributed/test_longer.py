@@ -11,7 +11,6 @@ import pytest
 from tests.distributed.ranks import run_forked
 from tests.distributed.test_elastic import CONFIG
 
-
 PEAK = 3e-3  # the learning rate in CONFIG
 
 
@@ -47,4 +46,6 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     codes, output = run_forked(config, [(1, [*first, "train.steps=16"], "")])
     assert codes == [[0]], output
     jumped = rates(tmp_path / "elastic")[8]
-    assert f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had {0.2 * PEAK:.4g} for it" in output
+    assert (
+        f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had {0.2 * PEAK:.4g} for it" in output
+    )
