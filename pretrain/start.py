@@ -185,13 +185,14 @@ def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
 def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunFolder) -> None:
     """Raise ConfigError if a run has come too far to have no checkpoint, which then was lost, or cannot be seen.
 
-    A run that was killed in its first save has none either; but then that save's folder is there, and the records end
-    before the second one would have begun, since a save never overtakes the one before it.
+    A run that was killed before its first save has none either, though the record of the step may be there. One that
+    was killed in that save has the save's folder, and its records end before the second save would have begun, since a
+    save never overtakes the one before it.
     """
     newest = folder.metrics.last()
     step = int(str(newest["step"])) if newest else 0
     first_save = min(old.checkpoint.every, old.train.steps or old.checkpoint.every)
-    if step < first_save or store.steps() or store.has_damaged():
+    if step <= first_save or store.steps() or store.has_damaged():
         return
     if not store.all_steps() or step >= 2 * first_save:
         raise ConfigError(

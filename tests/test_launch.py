@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 
 from launch.pretrain import main
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.run_folder import RunFolder
-from pretrain.start import IndexingLog, checked_inputs, taken
+from pretrain.start import IndexingLog, check_checkpoints_there, checked_inputs, taken
 from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
@@ -129,3 +130,15 @@ def test_text_that_the_tokenizer_cannot_spell_is_refused_before_anything_is_writ
     assert code == 2
     assert "cannot spell the text of source 'pile'" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_only_a_run_that_came_beyond_its_first_save_misses_a_checkpoint(tmp_path: Path) -> None:
+    config = load_config(CONFIG, [f"run.dir={tmp_path}", "checkpoint.every=4"])
+    folder = RunFolder(tmp_path / "quickstart")
+    folder.create()
+    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    folder.metrics.append({"step": 4})
+    check_checkpoints_there(store, config, folder)  # killed between the record of the step and its save
+    folder.metrics.append({"step": 5})
+    with pytest.raises(ConfigError, match="has records of 5 steps, but .* has no complete checkpoint"):
+        check_checkpoints_there(store, config, folder)
