@@ -35,7 +35,7 @@ import psutil
 import zstandard
 from contenders import Settings
 
-from shards import DataConfig, Tokenizer, manifest, read_documents
+from shards import DataConfig, Tokenizer, preparation, read_documents
 
 NUM_SHARDS = 24
 COLD_BYTES = 20_000_000  # raw
@@ -145,7 +145,7 @@ def write_corpus(patterns: list[str], tokenizer: str, seq_len: int, folder: Path
     config = DataConfig.parse(
         {"tokenizer": tokenizer, "seq_len": seq_len, "index_dir": folder, "sources": [{"name": "a", "paths": shards}]}
     )
-    manifest.source_shards(config, config.sources[0])
+    preparation.source_shards(config, config.sources[0])
     return Corpus(shards, tokenizer, seq_len, str(folder), raw_bytes / tokens)
 
 

@@ -17,10 +17,10 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from shards import DataConfig, OverflowTolerance, Tokenizer, manifest
+from shards import DataConfig, OverflowTolerance, Tokenizer, preparation
 from shards.config import Packing
 from shards.packing import pack
-from shards.pool import WindowId
+from shards.plan import WindowId
 from shards.recipe import Recipe
 from shards.sources import Source
 from shards.window import WindowMaker
@@ -30,7 +30,7 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
     """All windows of one epoch of the first source."""
-    source = Source(config, 0, manifest.source_shards(config, config.sources[0]), lanes=1, seed=0)
+    source = Source(config, 0, preparation.source_shards(config, config.sources[0]), lanes=1, seed=0)
     maker = WindowMaker(config, Recipe.of(Tokenizer(config.tokenizer, config.bos, config.eos), None))
     segment = 0
     while segment < source.plan.num_segments:

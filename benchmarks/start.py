@@ -22,7 +22,7 @@ import msgspec
 import zstandard
 
 from shards import DataConfig, Loader, prepare, read_documents, splice
-from shards.manifest import Prepared, survey
+from shards.preparation import Prepared, survey
 
 SAMPLE = Path(__file__).resolve().parents[1] / "shards/sample"
 RAW_BYTES = 1 << 18  # per shard

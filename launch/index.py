@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, manifest
+from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, manifest, preparation
 from shards.cache import BlockCache
 from shards.index import ShardIndex, obtain
 from shards.splice import explain
@@ -207,7 +207,7 @@ def main() -> int:
             print(document(arguments.cat, arguments.document, index_dir=arguments.index_dir).text)
             return 0
         data = data_config(arguments)
-        paths_of = [manifest.shard_paths(source) for source in data.sources]
+        paths_of = [preparation.shard_paths(source) for source in data.sources]
         paths = list(dict.fromkeys(path for paths in paths_of for path in paths))
         if arguments.part:
             number, count = arguments.part

@@ -21,7 +21,7 @@ from pretrain.model.size import MemoryEstimate, memory_per_rank
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import ParallelConfig
 from shards import DataConfig, ShardError
-from shards.manifest import check_amount, indexing_command, survey, touched_text
+from shards.preparation import check_amount, indexing_command, survey, touched_text
 
 # Decimal GB of one device, by what clusters call it in gres.conf; where a name is sold in two sizes, the smaller
 _GPU_GB = {

@@ -7,8 +7,8 @@ from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardErro
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast
 from shards.loader import Loader, check_not_empty
-from shards.manifest import Prepared, prepare
 from shards.packing import Rows, pack_documents
+from shards.preparation import Prepared, prepare
 from shards.provenance import batch_after, document_at
 from shards.reader import Document, read_documents
 from shards.seek import document, open_at

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from shards import files
+from shards.arrays import Ints
 from shards.errors import ShardError
-from shards.plan import Ints
 
-MARK = ".arrow#"
 BYTES_PER_TOKEN_ID = 4
 
 
@@ -24,16 +24,6 @@ class Measure(NamedTuple):
     row_bytes: Ints  # [rows]
     num_documents: int  # rows that are not null
     content_hash: str  # of the values, however the file splits or stores them
-
-
-def is_column(path: str) -> bool:
-    """True for the path of a column, false for that of a file."""
-    return MARK in path
-
-
-def file_of(path: str) -> str:
-    """The file of a column's path; any other path as it is."""
-    return path.rpartition("#")[0] if is_column(path) else path
 
 
 def num_rows(file: str) -> int:
@@ -92,15 +82,15 @@ def table(file: str) -> pa.Table:
 
 def _column(path: str) -> tuple[pa.Table, str]:
     """A column's table, and its name. Raises: ShardError as `measure`."""
-    rows, column = table(file_of(path)), path.rpartition("#")[2]
+    rows, column = table(files.file_of(path)), path.rpartition("#")[2]
     if column not in rows.column_names:
         raise ShardError(
-            f"{file_of(path)}: has no column {column!r}; its columns are {', '.join(rows.column_names)}: set text_key, "
-            "or input_ids_key for token ids, to one of them"
+            f"{files.file_of(path)}: has no column {column!r}; its columns are {', '.join(rows.column_names)}: set "
+            "text_key, or input_ids_key for token ids, to one of them"
         )
     kind = rows.schema.field(column).type
     if not _is_text(kind) and not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
-        raise ShardError(f"{file_of(path)}: column {column!r} holds {kind}, neither texts nor lists of token ids")
+        raise ShardError(f"{files.file_of(path)}: column {column!r} holds {kind}, neither texts nor lists of token ids")
     return rows, column
 
 

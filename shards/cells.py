@@ -8,9 +8,10 @@ from collections import OrderedDict
 
 import numpy as np
 
+from shards.arrays import Ints
 from shards.decoders import Decoders, RawRange
 from shards.errors import ShardError
-from shards.plan import Ints, Span
+from shards.plan import Span
 
 KEPT_BYTES = 32 << 20  # raw, of one process
 LINE_FEED = 10

@@ -5,10 +5,10 @@ from collections import OrderedDict
 import pyarrow as pa
 
 from shards import arrow, files
+from shards.arrays import Ints
 from shards.config import SourceConfig
 from shards.decoders import MAX_OPEN
 from shards.errors import ShardError
-from shards.plan import Ints
 from shards.reader import BadRecord, RecordParser, Records
 
 
@@ -66,7 +66,7 @@ class Columns:
             found = files.check_size(path, indexed)
             if found != indexed and arrow.measure(path).content_hash != content_hash:
                 raise files.changed(path, indexed, found)
-            self._open[path] = arrow.table(arrow.file_of(path))
+            self._open[path] = arrow.table(files.file_of(path))
         self._open.move_to_end(path)
         while len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.plan import GOLDEN, Hashes, mixed
+from shards.arrays import Hashes
+from shards.hashing import GOLDEN, mixed
 
 # Soft hyphens, joiners, marks of direction, variation selectors, byte order marks
 _UNSEEN = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-from shards.plan import GOLDEN, Ints
+from shards.arrays import Ints
+from shards.hashing import GOLDEN
 
 SPACE = "\u2581"  # how a model writes " "
 END = 0xFF  # stands between texts: no byte of UTF-8

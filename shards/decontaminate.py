@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards import suite
+from shards.arrays import Hashes, Ints
 from shards.comparable import (
     BETWEEN,
     BLOCK_CHARACTERS,
@@ -29,10 +30,11 @@ from shards.comparable import (
     comparable,
 )
 from shards.config import Decontamination
-from shards.durable import hash_file, written_atomically
+from shards.content_hash import hash_file
+from shards.durable import written_atomically
 from shards.errors import ConfigError
+from shards.hashing import key_of, mixed
 from shards.kept import user_cache
-from shards.plan import Hashes, Ints, key_of, mixed
 
 VERSION = 2  # raise it whenever the same text would give other hashes: runs do not continue across it
 BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most

@@ -1,4 +1,4 @@
-"""Files that survive a kill at any byte, and the hash that tells one content from another.
+"""Files that survive a kill at any byte.
 
 index, manifest, a run's folder, checkpoints -> durable.
 """
@@ -8,12 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-
-import xxhash
-
-from shards.formats import Readable
-
-READ_BYTES = 8 << 20  # to hash a file
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -82,17 +76,3 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's content, in hex. Raises: OSError if it cannot be read."""
-    with path.open("rb", buffering=0) as file:
-        return hash_stream(file)
-
-
-def hash_stream(file: Readable) -> str:
-    """xxh3-128 of what is left to read of a file, in hex."""
-    found = xxhash.xxh3_128()
-    while data := file.read(READ_BYTES):
-        found.update(data)
-    return found.hexdigest()

@@ -12,13 +12,14 @@ from typing import BinaryIO
 
 import msgspec
 
-from shards import arrow, remote
+from shards import remote
 from shards.cache import BlockCache
 from shards.errors import ShardError
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
 # What somebody may take for a shard, though a glob passes it over
 LIKE_A_SHARD = re.compile(r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE)
+COLUMN_MARK = ".arrow#"  # in the path of a column of an Arrow file: FILE.arrow#COLUMN
 OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
 MAX_NAMED = 5  # names in a message, of what may be thousands
 
@@ -102,7 +103,7 @@ def stat(path: str, fresh: bool = False) -> Stat:
     """
     if remote.is_remote(path):
         return Stat(*remote.stat(path, fresh))
-    path = _local(arrow.file_of(path))
+    path = _local(file_of(path))
     try:
         found = os.stat(path)
     except OSError as error:
@@ -147,6 +148,16 @@ def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> B
         raise _unreadable(path, error) from None
     file.seek(offset)
     return file
+
+
+def is_column(path: str) -> bool:
+    """True for the path of a column, false for that of a file."""
+    return COLUMN_MARK in path
+
+
+def file_of(path: str) -> str:
+    """The file of a column's path; any other path as it is."""
+    return path.rpartition("#")[0] if is_column(path) else path
 
 
 def place(path: str) -> tuple[str, str]:

@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shards.arrays import Ints
 from shards.config import DataConfig
+from shards.hashing import GOLDEN, key_of, mixed
 from shards.packing import pack
-from shards.plan import GOLDEN, Ints, key_of, mixed
-from shards.pool import WindowId
+from shards.plan import WindowId
 from shards.recipe import Recipe
 from shards.sources import Source
 from shards.window import SpanTask, WindowMaker, WindowTask

@@ -12,13 +12,14 @@ import msgspec
 import numpy as np
 import xxhash
 
-from shards import arrow, durable, files, formats
+from shards import arrow, files, formats
+from shards.arrays import Ints, greedy_groups
 from shards.cache import BlockCache
+from shards.content_hash import hash_stream
 from shards.decoders import CellCheck, RawRange
 from shards.errors import ShardError
 from shards.formats import Piece
 from shards.kept import index_path, index_paths, store, windows_path, written_meanwhile
-from shards.plan import Ints, greedy_groups
 from shards.record_table import RecordTable
 from shards.splice import Splice, SpliceCounts, Splicer
 
@@ -126,7 +127,7 @@ def build(
         verify_entries: compare what splice points give up to the next, and not only at their beginning.
     Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
     """
-    if arrow.is_column(path):
+    if files.is_column(path):
         return _build_of_column(path, cell_bytes, progress)
     before = files.stat(path, fresh=True)
     with (
@@ -209,10 +210,10 @@ def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> S
 
 def content_hash(path: str, cache: BlockCache | None = None) -> str:
     """xxh3-128 of a file's bytes (a column's values), in hex. Raises: ShardError if it cannot be read."""
-    if arrow.is_column(path):
+    if files.is_column(path):
         return arrow.measure(path).content_hash
     with files.open_shard(path, cache=cache) as file:
-        return durable.hash_stream(file)
+        return hash_stream(file)
 
 
 def obtain(

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from shards.cursor import Cursor, LaneCursor
 from shards.errors import ShardError
 from shards.mixing import Mix, mix_of
-from shards.plan import Deal
-from shards.pool import Pool, WindowId
+from shards.plan import Deal, WindowId
+from shards.pool import Pool
 from shards.sources import Source
 from shards.window import SkippedRecord, Window, WindowTask
 

@@ -21,7 +21,8 @@ from typing import Self
 
 import numpy as np
 
-from shards import manifest, texts
+from shards import preparation, texts
+from shards.arrays import Ints
 from shards.batch import Batch
 from shards.config import DataConfig
 from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
@@ -30,10 +31,9 @@ from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
-from shards.manifest import Prepared
-from shards.plan import Ints
 from shards.pool import InProcess, Pool, WorkerPool
 from shards.prefetch import Prefetcher
+from shards.preparation import Prepared
 from shards.recipe import Recipe
 from shards.sources import Source
 from shards.tokenizer import Tokenizer
@@ -76,12 +76,12 @@ class Loader:
             slower = "encodes documents whole, several times slower than word by word"
             logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
         if prepared is None:
-            shards = [manifest.source_shards(config, source) for source in config.sources]
+            shards = [preparation.source_shards(config, source) for source in config.sources]
             for source, found in zip(config.sources, shards, strict=True):
                 texts.sample_of(config, source, [shard.path for shard in found])
         else:
             pairs = zip(config.sources, prepared, strict=True)
-            shards = [manifest.prepared_shards(config, source, found) for source, found in pairs]
+            shards = [preparation.prepared_shards(config, source, found) for source, found in pairs]
         self._stages = config.weight_stages()
         sizes = [sum(shard.index.raw_bytes for shard in found) for found in shards]
         drawn = [any(weights[i] > 0 for _, weights in self._stages) for i in range(len(shards))]

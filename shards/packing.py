@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards.arrays import Ints
 from shards.config import OverflowTolerance, Packing
-from shards.plan import Ints, key_of, permutation
+from shards.hashing import key_of, permutation
 
 GATHER_TOKENS = 1 << 20
 PACKER_VERSION = 1  # raise it whenever the same documents would give other rows: runs do not continue across it

@@ -2,22 +2,18 @@
 
 index -> plan -> lane. A source is cut into *segments*, which each epoch permutes and deals to the lanes in turn. A
 *deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
-
-Randomness is counter-based: a hash of what a thing is called, never a generator with a state.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
-import xxhash
 
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
+from shards.arrays import Ints, greedy_groups
+from shards.hashing import key_of, permutation, permutations
 
 MAX_SEGMENT_BYTES = 16 << 20  # raw; what is read in a row of a large source, once its place is found
 DEAL_BYTES = 16 << 20  # raw: about what a deal holds where segments are smaller
@@ -29,53 +25,6 @@ SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch
 SMALL_SEGMENT_BYTES = 256 << 10
 SMALL_SEGMENTS = 4096
 SUMMED_AT_ONCE = 1 << 20  # segments, of all epochs that are added up together
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it spread evenly over the ring
-
-
-def key_of(*parts: int | str) -> int:
-    """A 64-bit key for a thing named by `parts`."""
-    return xxhash.xxh3_64_intdigest(msgspec.json.encode(parts))
-
-
-def permutation(key: int, size: int) -> Ints:
-    """The keyed permutation of range(size): numbers in the order of their hashes (splitmix64), ties by number."""
-    return permutations([key], size)[0]
-
-
-def permutations(keys: Sequence[int], size: int) -> Ints:
-    """Return the permutation of range(size) for each key: int64 [keys, size]."""
-    counters = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    return np.argsort(mixed(np.array(keys, np.uint64)[:, None] + counters), axis=1, kind="stable")
-
-
-def mixed(x: Hashes) -> Hashes:
-    """splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:
-    """Groups consecutive cells, each group as long as it stays within `limit` bytes; a larger cell is its own group.
-
-    Args:
-        offsets: int64 [cells + 1], rising: where each cell begins, and where the last one ends, in bytes.
-        bounds: int64 [n + 1], rising: cells at which a group must begin (a shard's first); the last is where all end.
-        limit: bytes per group.
-    Returns: int64 [groups], the first cell of each group.
-    """
-    current, stop = bounds[:-1], bounds[1:]
-    starts = []
-    # One step makes one group in each shard: as many steps as the longest shard has groups, not as there are groups.
-    while True:
-        unfinished = current < stop
-        current, stop = current[unfinished], stop[unfinished]
-        if not current.size:
-            break
-        starts.append(current)
-        reach = np.searchsorted(offsets, offsets[current] + limit, side="right") - 1
-        current = np.minimum(np.maximum(reach, current + 1), stop)
-    return np.sort(np.concatenate(starts)) if starts else np.zeros(0, np.int64)
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -101,6 +50,15 @@ class WindowPlan(NamedTuple):
     spans: tuple[Span, ...]
     num_records: int
     raw_bytes: int  # about, where cells are divided
+
+
+class WindowId(NamedTuple):
+    """The name of a window as a lane meets it."""
+
+    source: int
+    lane: int
+    segment: int  # q: the deal begins with the lane's q-th segment
+    window: int  # in the deal
 
 
 class Deal(NamedTuple):

@@ -6,10 +6,11 @@ Results are taken by name, so neither timing nor the number of workers can chang
 import heapq
 import os
 import threading
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from shards.config import DataConfig
 from shards.errors import HeadraceError, ShardError
+from shards.plan import WindowId
 from shards.process import WorkerLost, WorkerProcess
 from shards.recipe import Recipe
 from shards.window import Window, WindowMaker, WindowTask
@@ -17,15 +18,6 @@ from shards.window import Window, WindowMaker, WindowTask
 TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
 STOP_SECONDS = 2.0
 NOW = -1.0  # due before anything that is only expected to be needed
-
-
-class WindowId(NamedTuple):
-    """The name of a window as a lane meets it."""
-
-    source: int
-    lane: int
-    segment: int  # q: the deal begins with the lane's q-th segment
-    window: int  # in the deal
 
 
 class Pool(Protocol):

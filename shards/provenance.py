@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from shards import arrow
+from shards import files
 from shards.batch import Batch
 from shards.cache import BlockCache
 from shards.columns import Columns
@@ -53,7 +53,7 @@ def document_at(config: DataConfig, source: SourceConfig, path: str, line: int) 
         line: of the record in the unpacked shard, counted from 1.
     Raises: ShardError if there is no such line, or no document in it.
     """
-    if not arrow.is_column(path):
+    if not files.is_column(path):
         cache = BlockCache.of(config.remote_cache)
         strict = config.strict_records
         return document(path, line, source, config.index_dir, config.max_decoder_window, cache, strict)

@@ -17,10 +17,10 @@ import msgspec
 import numpy as np
 
 from shards import files, formats
+from shards.arrays import Ints
 from shards.cache import BlockCache
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.errors import ShardError
-from shards.plan import Ints
 
 BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = MIB

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import arrow, files
+from shards import files
 from shards.cache import BlockCache
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.decoders import Decoders
@@ -124,7 +124,7 @@ class RawShard(io.RawIOBase):
 
 def _index(path: str, index_dir: Path | None, max_decoder_window: int, cache: BlockCache | None) -> ShardIndex:
     """A shard's index: that which a run made, whatever its cells, or a new one."""
-    if arrow.is_column(path):
+    if files.is_column(path):
         raise ShardError(f"{path}: is a column of an Arrow file, which has no raw bytes")
     # One that is only touched will do: each cell that is read is compared with its hash.
     stored = find(path, index_dir, files.stat(path))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shards.config import DataConfig, SourceConfig
 from shards.errors import ConfigError, ShardError
-from shards.manifest import shard_paths
+from shards.preparation import shard_paths
 from shards.suite import Suite
 from shards.texts import sample_of, spread, texts_of
 from shards.tokenizer import Tokenizer

@@ -4,9 +4,9 @@ manifest, plan -> sources -> lane.
 """
 
 from shards.config import DataConfig, SourceConfig
+from shards.hashing import key_of
 from shards.manifest import Shard
-from shards.plan import Deal, SourcePlan, WindowPlan, key_of
-from shards.pool import WindowId
+from shards.plan import Deal, SourcePlan, WindowId, WindowPlan
 from shards.window import SpanTask, WindowTask
 
 

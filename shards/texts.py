@@ -29,13 +29,13 @@ def texts_of(
 
     Raises: ShardError if the shard is missing or damaged, or holds a bad record, with "fail".
     """
-    if not arrow.is_column(shard):
+    if not files.is_column(shard):
         for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
             yield document.source if document.source != source.name else None, document.text
         return
     columns = Columns()
     indexed = files.stat(shard)
-    rows = arrow.num_rows(arrow.file_of(shard))
+    rows = arrow.num_rows(files.file_of(shard))
     for first in range(0, rows, ROWS_AT_ONCE):
         records = columns.records(shard, indexed, first, min(ROWS_AT_ONCE, rows - first), source)
         if records.bad and on_bad_record == "fail":
@@ -56,7 +56,7 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
     Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong.
     """
     sample = spread(paths)
-    if source.input_ids_key is not None or arrow.is_column(paths[0]):
+    if source.input_ids_key is not None or files.is_column(paths[0]):
         return sample  # a column was looked for by its name
     options = source, config.max_decoder_window, config.strict_records, BlockCache.of(config.remote_cache)
     bad = {path: first_bad_record(path, *options) for path in sample}

@@ -12,10 +12,10 @@ import sentencepiece
 import xxhash
 from sentencepiece import sentencepiece_model_pb2
 
+from shards.arrays import Ints
 from shards.cuts import SPACE, Cuts
 from shards.errors import ConfigError
 from shards.long_words import LongWords
-from shards.plan import Ints
 from shards.words import WordEncoder
 
 MAX_UINT16_VOCABULARY = 1 << 16

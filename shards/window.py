@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards import arrow
+from shards.arrays import Ints
 from shards.cache import BlockCache
 from shards.cells import Cells
 from shards.columns import Columns
@@ -19,7 +19,7 @@ from shards.decoders import Decoders, RawRange
 from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
 from shards.packing import Rows, pack
-from shards.plan import Ints, Span
+from shards.plan import Span
 from shards.reader import BadRecord, RecordParser, Records, bad_record_error
 from shards.recipe import Recipe
 from shards.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ class WindowMaker:
         """Raw bytes of a window, where the plan knows only those of the cells that hold it."""
         return sum(
             item.span.raw_bytes
-            if arrow.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
+            if files.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
             else len(self._cells.lines(item.span, item.raw))
             for item in task.spans
         )
@@ -170,7 +170,7 @@ class WindowMaker:
     def _read(self, item: SpanTask, source: int) -> Records:
         """The records of a span."""
         span, path = item.span, item.raw.path
-        if arrow.is_column(path):
+        if files.is_column(path):
             config = self._config.sources[source]
             records = self._columns.records(
                 path, item.raw.stat, span.first_record, span.num_records, config, item.raw.content_hash

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from shards.arrays import Ints
 from shards.cuts import END, LEAD, MULTIPLIER, Cuts
 from shards.long_words import LongWords
-from shards.plan import Ints
 
 Keys = npt.NDArray[np.uint64]
 

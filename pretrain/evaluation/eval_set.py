@@ -20,8 +20,8 @@ import xxhash
 from pydantic import Field
 
 from shards import Config, ConfigError, Tokenizer
+from shards.hashing import key_of
 from shards.packing import best_fit
-from shards.plan import key_of
 from shards.soundness import Soundness
 from shards.suite import Suite, SuiteDocument, find, training_shards
 

@@ -15,7 +15,7 @@ from pretrain.generate import Codec, codec_of
 from pretrain.model.transformer import ModelConfig
 from pretrain.yaml_tree import dump
 from shards import ConfigError, Tokenizer
-from shards.durable import hash_file
+from shards.content_hash import hash_file
 
 Model = hf.HFModel | meta.MetaModel
 

@@ -15,7 +15,7 @@ from launch.generate import opened
 from pretrain.run_folder import RunFolder
 from pretrain.step_log import StepLog
 from shards import ConfigError
-from shards.durable import hash_file
+from shards.content_hash import hash_file
 from tests.distributed.ranks import ROOT, run_forked
 from tests.distributed.test_elastic import CONFIG
 

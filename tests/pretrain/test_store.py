@@ -10,7 +10,7 @@ import pytest
 from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry
 from shards import CheckpointError
-from shards.durable import hash_file
+from shards.content_hash import hash_file
 from tests.pretrain.disk import make_unreadable
 
 

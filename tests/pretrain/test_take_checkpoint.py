@@ -18,7 +18,7 @@ from pretrain.evaluation.checkpoints import score_steps, take_checkpoint
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import Topology
 from shards import CheckpointError, HeadraceError
-from shards.durable import hash_file
+from shards.content_hash import hash_file
 
 SIZE = 2
 

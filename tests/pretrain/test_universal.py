@@ -16,7 +16,7 @@ import torch
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_manifest
 from pretrain.checkpoint.universal import convert, is_whole, read_piece
 from shards import ConfigError
-from shards.durable import hash_file
+from shards.content_hash import hash_file
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import xxhash
 
 from shards import durable
-from shards.durable import hash_file, write_atomically
+from shards.content_hash import hash_file
+from shards.durable import write_atomically
 
 WRITER = """
 import sys; from pathlib import Path; from shards.durable import write_atomically

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import Batch, DataConfig, Loader, Rows, ShardError, Tokenizer, merge_states
+from shards.arrays import Hashes
+from shards.hashing import mixed
 from shards.packing import pack
-from shards.plan import Hashes, mixed
 from tests.shards.corpora import config, record, words, write_shard
 
 SEED = 7
@@ -162,7 +163,7 @@ def test_a_start_looks_at_an_epoch_once_for_all_lanes(
         state = json.loads(json.dumps(loader.state_dict()))
         for lane in state["lanes"].values():
             lane["sources"][0][:2] = [epochs, epochs * 25 // lanes]
-        monkeypatch.setattr("shards.plan.mixed", counted)
+        monkeypatch.setattr("shards.hashing.mixed", counted)
         loader.load_state_dict(state)
         assert hashed <= (epochs + lanes // 25 + 2) * 25
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from shards import DataConfig, Loader, ShardError, check_fingerprint, document, files, manifest, prepare, read_documents
+from shards import (
+    DataConfig,
+    Loader,
+    ShardError,
+    check_fingerprint,
+    document,
+    files,
+    preparation,
+    prepare,
+    read_documents,
+)
 from shards.index import build
 from tests.shards.corpora import config, record, words, write_shard
 
@@ -155,7 +165,7 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
     corpus(tmp_path, 1)
     os.mkfifo(tmp_path / "f.jsonl.zst")
     with pytest.raises(ShardError, match=r"f\.jsonl\.zst: is a pipe"):
-        manifest.prepare(of(tmp_path / "*.zst"))
+        preparation.prepare(of(tmp_path / "*.zst"))
     with pytest.raises(ShardError, match="is a pipe"):
         list(read_documents(tmp_path / "f.jsonl.zst"))
 

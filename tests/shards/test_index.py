@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import Loader, ShardError, files, index, manifest
+from shards import Loader, ShardError, files, index, preparation
 from shards.decoders import Decoders
 from shards.index import build
 from shards.record_table import RecordTable
@@ -95,7 +95,7 @@ def test_an_index_is_reused_until_the_content_changes(tmp_path: Path) -> None:
 
     def hash_now() -> tuple[str, list[str]]:
         read: list[str] = []
-        (shard,) = manifest.source_shards(data, data.sources[0], lambda name, size: read.append(name))
+        (shard,) = preparation.source_shards(data, data.sources[0], lambda name, size: read.append(name))
         return shard.index.content_hash, read
 
     first, read = hash_now()
@@ -113,10 +113,10 @@ def test_a_read_only_folder_is_indexed_elsewhere(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_shard(tmp_path / "data/a.jsonl", record("one"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, so the folder cannot refuse
-    manifest.prepare(config([{"name": "a", "paths": [str(path)]}]))
+    preparation.prepare(config([{"name": "a", "paths": [str(path)]}]))
     assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
     assert list((tmp_path / "cache").rglob("a.jsonl.*.index.json"))
-    manifest.prepare(config([{"name": "a", "paths": [str(path)]}], index_dir=tmp_path / "mine"))
+    preparation.prepare(config([{"name": "a", "paths": [str(path)]}], index_dir=tmp_path / "mine"))
     assert list((tmp_path / "mine").glob("*.manifest"))
 
 
@@ -124,7 +124,7 @@ def test_a_start_does_not_index_for_hours(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl", record("one") * 100)
     data = config([{"name": "a", "paths": [str(path)]}], max_index_at_start=1000)
     with pytest.raises(ShardError, match=r"1 shards have no index.*python launch/index.py .*a\.jsonl"):
-        manifest.prepare(data)
+        preparation.prepare(data)
 
 
 def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
         "blank.jsonl.gz": "every line is blank",
     }.items():
         with pytest.raises(ShardError, match=message):
-            manifest.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))
+            preparation.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))
 
 
 def test_other_ranks_read_the_manifest_and_look_at_no_shard(
@@ -148,7 +148,7 @@ def test_other_ranks_read_the_manifest_and_look_at_no_shard(
     for i in range(4):
         write_shard(tmp_path / f"s/{i}.jsonl", record(words(i, 30)) * 9)
     data = config([{"name": "a", "paths": [str(tmp_path / "s/*.jsonl")]}], index_dir=tmp_path / "i")
-    prepared = manifest.prepare(data)
+    prepared = preparation.prepare(data)
     with Loader(data, 2) as loader:
         expected = loader.fingerprint, next(loader).row_hash
     seen: list[str] = []
@@ -161,7 +161,7 @@ def test_other_ranks_read_the_manifest_and_look_at_no_shard(
         assert seen  # a shard is checked when it is opened
     # A manifest of this name that is another, as a node of its own may have from an earlier run.
     write_shard(tmp_path / "s/2.jsonl", record(words(9, 30)) * 9)
-    manifest.prepare(data)
+    preparation.prepare(data)
     with Loader(data, 2, prepared=prepared) as loader:
         assert loader.fingerprint != expected[0]
     assert "set data.index_dir to a folder that all nodes share" in caplog.text
@@ -171,7 +171,7 @@ def test_the_command_makes_the_indexes_that_a_start_would(tmp_path: Path) -> Non
     for i in range(12):
         write_shard(tmp_path / f"s/{i:05}.jsonl.zst", record(words(i, 30)))
     data = config([{"name": "a", "paths": [str(tmp_path / "s/*.jsonl.zst")]}], index_dir=tmp_path / "i")
-    manifest.prepare(data)
+    preparation.prepare(data)
     made_by_start = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("0000*")}
     command = [sys.executable, str(ROOT / "launch/index.py"), str(tmp_path / "s/0000*.zst"), "--verify", "--show"]
     options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]

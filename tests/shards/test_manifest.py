@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from shards import DataConfig, Loader, ShardError, check_fingerprint, manifest
+from shards import DataConfig, Loader, ShardError, check_fingerprint, manifest, preparation
 from shards.index import load
 from shards.kept import INDEX_SUFFIX, index_path
 from shards.manifest import Manifest
@@ -30,7 +30,7 @@ def hashes(data: DataConfig) -> list[int]:
 def reads(data: DataConfig) -> list[str]:
     """The shards that a start reads."""
     read: list[str] = []
-    manifest.prepare(data, lambda path, size: read.append(path))
+    preparation.prepare(data, lambda path, size: read.append(path))
     return read
 
 
@@ -87,7 +87,7 @@ def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -
     with pytest.raises(ShardError, match="size and modification time are as they were.*--verify"):
         hashes(data)
     manifest.obtain(str(path), None, data.cell_bytes, data.max_decoder_window, verify=True)
-    (kept,) = (found for found in manifest.source_shards(data, data.sources[0]) if found.path == str(path))
+    (kept,) = (found for found in preparation.source_shards(data, data.sources[0]) if found.path == str(path))
     assert kept.index == load(index_path(str(path), None))
     assert hashes(data)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import OverflowTolerance, Rows, pack_documents, packing
+from shards.arrays import Ints
 from shards.config import Packing
 from shards.packing import best_fit
-from shards.plan import Ints
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
 POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5)]

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.plan import SourcePlan, WindowPlan, greedy_groups, permutation
+from shards.arrays import greedy_groups
+from shards.hashing import permutation
+from shards.plan import SourcePlan, WindowPlan
 
 
 def test_permutation_is_the_published_hash_and_stays_what_it_is() -> None:

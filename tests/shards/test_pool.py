@@ -8,8 +8,8 @@ import pytest
 
 from shards import DataConfig, Loader
 from shards.index import ShardIndex, build
-from shards.plan import Span
-from shards.pool import WindowId, WorkerPool
+from shards.plan import Span, WindowId
+from shards.pool import WorkerPool
 from shards.process import MAX_DEATHS, WorkerLost
 from shards.recipe import Recipe
 from shards.window import SpanTask, Window, WindowMaker, WindowTask

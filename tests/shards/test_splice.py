@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import zstandard
 
-from shards import Loader, ShardError, files, formats, kept, manifest, splice
+from shards import Loader, ShardError, files, formats, kept, preparation, splice
 from shards.decoders import Decoders
 from shards.formats import Piece, Start, blocks, zstd
 from shards.index import ShardIndex, load, obtain
@@ -181,14 +181,14 @@ def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypat
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(SHARDS["level 1, checksum"])
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
-    manifest.prepare(data)
+    preparation.prepare(data)
     index_path = kept.index_path(str(path), None)
     index_path.unlink()
     monkeypatch.setattr(splice, "SPACING_BYTES", 1 << 19)
     obtain(str(path), None, CELL, MAX_WINDOW)
     with Loader(data, 4) as loader:
         assert sum(batch.replays for batch in itertools.islice(loader, 20)) == 0
-    assert manifest.survey(data, data.sources[0]).indexed[str(path)] == load(index_path)
+    assert preparation.survey(data, data.sources[0]).indexed[str(path)] == load(index_path)
 
 
 def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""The shards of each source, found and indexed before a run begins. manifest, index -> preparation -> loader.
+
+One rank prepares; the others read the manifests that it leaves.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from shards import files, hub, manifest
+from shards.cache import BlockCache
+from shards.config import DataConfig, SourceConfig
+from shards.content_hash import hash_file
+from shards.decontaminate import Decontaminator
+from shards.errors import ShardError
+from shards.index import Progress, ShardIndex, find, obtain
+from shards.kept import index_command
+from shards.manifest import Shard
+
+RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
+
+logger = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """The manifest of a source as `prepare` left it."""
+
+    path: str
+    content_hash: str  # of the manifest
+
+
+def prepare(config: DataConfig, progress: Progress | None = None) -> tuple[Prepared, ...]:
+    """Looks at every shard and makes the indexes that are missing. Call it on one rank, first.
+
+    Args:
+        progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
+    Returns: for each source what the Loaders of all ranks are to be handed, so that they need not look again.
+    Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
+    """
+    if config.decontaminate:
+        Decontaminator.of(config.decontaminate, config.index_dir)
+    prepared = []
+    for source in config.sources:
+        paths = [shard.path for shard in source_shards(config, source, progress)]
+        path = manifest.manifest_path(paths, config.index_dir, config.cell_bytes)
+        prepared.append(Prepared(str(path), hash_file(path)))
+    return tuple(prepared)
+
+
+def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared) -> list[Shard]:
+    """The shards of a source as `prepare` found them, here or on another node, from one file and no look at a shard.
+
+    Raises: as `source_shards`, where the manifest is not the one that `prepare` left.
+    """
+    path = Path(prepared.path)
+    if path.exists() and hash_file(path) == prepared.content_hash:
+        return [Shard(shard, entry.index) for shard, entry in manifest.read(path, config.cell_bytes).items()]
+    logger.warning(
+        "source %r: %s is not here as the first rank left it, so each shard is looked at again; set data.index_dir to "
+        "a folder that all nodes share",
+        source.name,
+        path,
+    )
+    return source_shards(config, source)
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """How the shards of a source stand, as far as their names, sizes and indexes tell.
+
+    Attributes:
+        stats: of every shard, in the order of the source's patterns.
+        indexed: the indexes of shards that stand as they were indexed.
+        touched: the indexes of shards of the same size and another stamp, which only their content can confirm.
+        unindexed: shards that have to be read first.
+        unindexed_bytes: a guess of what those unpack to.
+        in_manifest: every index is the manifest's.
+    """
+
+    stats: dict[str, files.Stat]
+    indexed: dict[str, ShardIndex]
+    touched: dict[str, ShardIndex]
+    unindexed: list[str]
+    unindexed_bytes: int
+    in_manifest: bool
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes, compressed, to be read to confirm the touched ones."""
+        return sum(self.stats[path].size for path in self.touched)
+
+
+def shard_paths(source: SourceConfig) -> list[str]:
+    """The paths of a source's shards, in order. Raises: ShardError for a pattern or a data set that is not there."""
+    return files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
+
+
+def survey(config: DataConfig, source: SourceConfig) -> Survey:
+    """Looks at a source without reading any shard.
+
+    Raises: ShardError if a pattern matches nothing, or a shard is missing.
+    """
+    paths = shard_paths(source)
+    in_manifest = manifest.read(manifest.manifest_path(paths, config.index_dir, config.cell_bytes), config.cell_bytes)
+    stats = {path: files.stat(path) for path in paths}
+    indexed: dict[str, ShardIndex] = {}
+    touched: dict[str, ShardIndex] = {}
+    unindexed: list[str] = []
+    whole = bool(in_manifest)
+    for path, stat in stats.items():
+        entry = in_manifest.get(path)
+        index = entry.index if entry and entry.holds(path, stat, config.index_dir) else None
+        if index is None:
+            index = find(path, config.index_dir, stat, config.cell_bytes)
+            whole = False
+        if index is None:
+            unindexed.append(path)
+        else:
+            (indexed if index.stat == stat else touched)[path] = index
+    guess = sum(
+        stats[path].size * (1 if path.endswith(".jsonl") or files.is_column(path) else RAW_PER_COMPRESSED)
+        for path in unindexed
+    )
+    return Survey(stats, indexed, touched, unindexed, guess, whole)
+
+
+def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
+    """The shards of a source in the order of its patterns, each with an index that is true now.
+
+    Raises: as `prepare`; also ShardError if no shard of the source holds a document.
+    """
+    found = survey(config, source)
+    check_amount(config, source, found)
+    paths, indexes = list(found.stats), found.indexed | found.touched
+    believed = found.touched_bytes > config.max_index_at_start
+    if believed:
+        logger.warning(
+            "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so it is not read for it: each read is "
+            "compared with the indexes; to compare them all before: %s",
+            source.name,
+            touched_text(found),
+            config.max_index_at_start / 1e9,
+            indexing_command(config, source, list(found.touched), verify=True),
+        )
+    stale = [*found.unindexed, *(() if believed else found.touched)]
+    indexes |= dict(zip(stale, _obtain_all(config, stale, progress), strict=True))
+    if stale or not found.in_manifest:
+        manifest.write(paths, [indexes[path] for path in paths], config.index_dir, config.cell_bytes)
+    shards = [Shard(path, indexes[path]) for path in paths]
+    if not any(shard.index.num_documents for shard in shards):
+        raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank or null")
+    _say_doubles(source, shards)
+    return shards
+
+
+def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
+    """Warns of contents that stand more than once in a source, whatever they are called: a run may have begun so."""
+    first: dict[str, str] = {}
+    doubles = []
+    for shard in shards:
+        path, before = shard.path, first.setdefault(shard.index.content_hash, shard.path)
+        if before != path:
+            same = os.path.realpath(before) == os.path.realpath(path)
+            doubles.append(f"{path} ({'the file' if same else 'a copy of'} {before})")
+    if doubles:
+        logger.warning(
+            "source %r: %d of its %d shards hold what another holds, so that their documents are read twice in an "
+            "epoch: %s; for a new run, take them out of its paths",
+            source.name,
+            len(doubles),
+            len(shards),
+            files.listed(doubles),
+        )
+
+
+def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[str] = (), verify: bool = False) -> str:
+    """The command that makes (or verifies) the indexes of a source as a run looks for them.
+
+    Args:
+        paths: the shards that are meant, where the source is a data set, which has no patterns.
+    """
+    patterns = source.paths or paths
+    return index_command(patterns, config.index_dir, config.cell_bytes, config.max_decoder_window, verify)
+
+
+def touched_text(found: Survey) -> str:
+    """What is so with the touched shards of a survey."""
+    return (
+        f"{len(found.touched)} shards ({found.touched_bytes / 1e9:.1f} GB) were touched after they were indexed: the "
+        f"same size, another modification time; e.g. {next(iter(found.touched))}"
+    )
+
+
+def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> None:
+    """Stops a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
+    if found.unindexed_bytes > config.max_index_at_start:
+        raise ShardError(
+            f"source {source.name!r}: {len(found.unindexed)} shards have no index, about "
+            f"{found.unindexed_bytes / 1e9:.1f} GB raw, more than "
+            f"data.max_index_at_start={config.max_index_at_start / 1e9:.1f} GB; index them first: "
+            + indexing_command(config, source, found.unindexed)
+        )
+
+
+def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
+    cache = BlockCache.of(config.remote_cache)
+    # Threads will do for what a start may index: decoding and hashing release the interpreter's lock. For more there is
+    # launch/index.py, which takes processes.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
+        found = executor.map(
+            lambda path: obtain(
+                path,
+                config.index_dir,
+                config.cell_bytes,
+                config.max_decoder_window,
+                progress=progress,
+                cache=cache,
+            ),
+            paths,
+        )
+        return list(found)
