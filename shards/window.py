@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shards import files
 from shards.arrays import Ints
 from shards.cache import BlockCache
 from shards.cells import Cells
