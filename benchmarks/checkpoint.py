@@ -33,10 +33,10 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.engine import Engine, deepspeed_config, valid_targets
-from pretrain.metrics import Meter
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 
 PIECE = 1 << 22

@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.run_folder import RunFolder, StepLog
+from pretrain.run.run_folder import RunFolder, StepLog
 from pretrain.topology import free_port
 from shards import read_documents
 

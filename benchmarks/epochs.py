@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards import DataConfig, Loader, read_documents
-from shards.mixing import mix_of
+from shards.plan.mixing import mix_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "shards/sample"

@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from pretrain.config import load_config
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import load_suite
 from pretrain.evaluation.scoring import evaluate
+from pretrain.inference.forward_model import BareModel
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import started

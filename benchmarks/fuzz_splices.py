@@ -28,9 +28,10 @@ if __name__ == "__main__":
 
 import zstandard
 
-from shards import formats, kept, splice
-from shards.decoders import Decoders
-from shards.index import build
+from shards import formats
+from shards.index import paths, splice_points
+from shards.index.decoders import Decoders
+from shards.index.shard_index import build
 
 MAX_WINDOW = 1 << 27
 CELL_BYTES = 1 << 15
@@ -99,7 +100,7 @@ def check(folder: Path, data: bytes, raw: bytes, verify: bool) -> Counter[str]:
     """Indexes a file, reads from each of its entries, and counts."""
     path = folder / "a.jsonl.zst"
     path.write_bytes(data)
-    windows = kept.windows_path(kept.index_path(str(path), None))
+    windows = paths.windows_path(paths.index_path(str(path), None))
     index = build(str(path), CELL_BYTES, MAX_WINDOW, windows=windows, verify_entries=verify)
     assert index.raw_bytes == len(raw)
     counts = Counter({"files": 1, "entries": len(index.splices), "looked at": index.splice_counts.looked_at})
@@ -124,8 +125,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("shards").setLevel(logging.ERROR)
-    splice.TRIAL_BYTES, splice.WINDOWS_PER_GAP = 1 << 16, 0
-    splice.SHARE = splice.SMALL_SHARE = 1e9
+    splice_points.TRIAL_BYTES, splice_points.WINDOWS_PER_GAP = 1 << 16, 0
+    splice_points.SHARE = splice_points.SMALL_SHARE = 1e9
     corpus = []
     for path in sorted(path for pattern in arguments.patterns for path in glob.glob(pattern)):
         with open(path, "rb") as file:
@@ -136,7 +137,7 @@ def main() -> int:
         for number in itertools.count():
             draw = random.Random(f"{arguments.seed} {number}")
             encoder, level, verify = draw.choice(encoders), draw.choice(LEVELS), draw.random() < 0.5
-            splice.MIN_GAP_BYTES = splice.SPACING_BYTES = draw.choice((1 << 14, 1 << 16, 1 << 20))
+            splice_points.MIN_GAP_BYTES = splice_points.SPACING_BYTES = draw.choice((1 << 14, 1 << 16, 1 << 20))
             raw = text(corpus, draw.randint(500_000, 2_000_000 if level == 19 else 6_000_000), draw)
             counts = check(Path(folder), compress(raw, encoder, level, draw), raw, verify)
             name = {"here": zstandard.__version__}.get(encoder, Path(encoder).name)

@@ -24,8 +24,8 @@ import rapidgzip
 
 from shards import open_at
 from shards.config import MIB
-from shards.index import obtain
-from shards.splice import SPACING_BYTES
+from shards.index.shard_index import obtain
+from shards.index.splice_points import SPACING_BYTES
 
 MAX_WINDOW = 128 * MIB
 

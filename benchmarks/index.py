@@ -24,7 +24,7 @@ from isal import igzip
 
 from shards import formats
 from shards.config import MIB
-from shards.index import build
+from shards.index.shard_index import build
 
 MAX_WINDOW = 1 << 31
 BUFFER = bytearray(1 << 18)

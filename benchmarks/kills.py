@@ -77,7 +77,9 @@ def disturb(folder: Path, kills: int, seed: int) -> None:
         if choose.random() < 0.8:  # else it may be killed while it starts
             wait_for_more(folder / "hashes.txt")
         time.sleep(choose.uniform(0.0, 0.3))
-        workers = [child for child in psutil.Process(process.pid).children() if "shards.worker" in " ".join(cmd(child))]
+        workers = [
+            child for child in psutil.Process(process.pid).children() if "shards.windows.worker" in " ".join(cmd(child))
+        ]
         if workers and choose.random() < 0.5:
             os.kill(choose.choice(workers).pid, choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV]))
         else:

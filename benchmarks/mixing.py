@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.config import PLAN_VERSIONS
-from shards.mixing import mix_of
+from shards.plan.mixing import mix_of
 
 WEIGHTS = (0.5, 0.3, 0.15, 0.05)
 LANES = (8, 64, 256, 1024)

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from shards import DataConfig, OverflowTolerance, Tokenizer, preparation
 from shards.config import Packing
-from shards.packing import pack
-from shards.plan import WindowId
-from shards.recipe import Recipe
-from shards.sources import Source
-from shards.window import WindowMaker
+from shards.plan.segments import WindowId
+from shards.source import Source
+from shards.windows.packing import pack
+from shards.windows.recipe import Recipe
+from shards.windows.window import WindowMaker
 
 Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens, lengths, key
 

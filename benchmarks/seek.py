@@ -23,11 +23,12 @@ if __name__ == "__main__":
 
 import msgspec
 
-from shards import DataConfig, Loader, Tokenizer, kept
+from shards import DataConfig, Loader, Tokenizer
 from shards.config import MIB
-from shards.cursor import Cursor, LaneCursor, LoaderState
-from shards.decoders import Decoders
-from shards.index import ShardIndex, load, obtain
+from shards.index import paths
+from shards.index.decoders import Decoders
+from shards.index.shard_index import ShardIndex, load, obtain
+from shards.plan.cursor import Cursor, LaneCursor, LoaderState
 
 SEQ_LEN = 2048
 MAX_WINDOW = 128 * MIB
@@ -40,7 +41,7 @@ def prepare(path: str, work: Path) -> ShardIndex:
     back, one without in `work`/replay, and the states of HF `datasets`."""
     index = obtain(path, work / "entries", MIB, MAX_WINDOW)
     bare = msgspec.structs.replace(index, splices=())
-    kept.store(kept.index_path(path, work / "replay"), msgspec.json.encode(bare))
+    paths.store(paths.index_path(path, work / "replay"), msgspec.json.encode(bare))
     states = work / f"{Path(path).name}.datasets.json"
     if not states.exists():
         records = [cell_at(index, position)[0] for position in POSITIONS]
@@ -138,7 +139,7 @@ def first_row_by_skipping(path: str, tokenizer: str, raw_offset: int) -> tuple[f
 
 def read_part(path: str, index_dir: Path, part: int, parts: int) -> tuple[float, float]:
     """Reads one of `parts` equal parts of a shard; (begun, done) in seconds of the clock."""
-    index = load(kept.index_path(path, index_dir))
+    index = load(paths.index_path(path, index_dir))
     assert index is not None
     bounds = [int(bound) for bound in index.table()[:, 1]]
     start, stop = (bounds[(len(bounds) - 1) * (part + i) // parts] for i in range(2))
@@ -154,7 +155,7 @@ def read_part(path: str, index_dir: Path, part: int, parts: int) -> tuple[float,
 def child(arguments: argparse.Namespace) -> None:
     """One measurement; prints it as JSON."""
     method, path, spawned = arguments.child, arguments.shards[0], arguments.spawned
-    index = load(kept.index_path(path, arguments.work / "entries"))
+    index = load(paths.index_path(path, arguments.work / "entries"))
     assert index is not None
     if method == "reader":
         begun, done = read_part(path, arguments.work / "entries", arguments.part, arguments.lanes)

@@ -33,9 +33,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.exchange import hf, meta
 from pretrain.exchange.folder import describe, open_model
+from pretrain.inference.forward_model import BareModel
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, started

@@ -21,7 +21,8 @@ if __name__ == "__main__":
 import msgspec
 import zstandard
 
-from shards import DataConfig, Loader, prepare, read_documents, splice
+from shards import DataConfig, Loader, prepare, read_documents
+from shards.index import splice_points
 from shards.preparation import Prepared, survey
 
 SAMPLE = Path(__file__).resolve().parents[1] / "shards/sample"
@@ -32,8 +33,8 @@ BATCH = 256
 
 def make(folder: Path, num_shards: int) -> DataConfig:
     """Writes the shards; a config with cells small enough that each shard has sixteen, as one of 16 MiB would."""
-    splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 0, 0, BLOCK_BYTES
-    splice.SHARE = splice.SMALL_SHARE = 1.0
+    splice_points.MIN_GAP_BYTES, splice_points.WINDOWS_PER_GAP, splice_points.TRIAL_BYTES = 0, 0, BLOCK_BYTES
+    splice_points.SHARE = splice_points.SMALL_SHARE = 1.0
     parameters = zstandard.ZstdCompressionParameters(window_log=15, write_content_size=False)
     stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     raw, packed = bytearray(), bytearray()

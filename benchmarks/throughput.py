@@ -22,8 +22,8 @@ import torch
 
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine, deepspeed_config, valid_targets
-from pretrain.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.model.size import flops_per_token, memory_per_rank
+from pretrain.run.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.topology import Topology, started
 
 

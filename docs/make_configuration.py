@@ -32,7 +32,7 @@ from pydantic.fields import FieldInfo
 
 from pretrain.config import RunConfig, may_change
 from shards import Config
-from shards.suite import SuiteFile
+from shards.suites.suite import SuiteFile
 
 PAGE = Path(__file__).with_name("configuration.md")
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.node_check import Task, check
+from pretrain.cluster.node_check import Task, check
 from shards import HeadraceError
 
 

@@ -41,17 +41,17 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.engine import Precision
 from pretrain.evaluation import compare
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps, take_checkpoint
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
-from pretrain.evaluation.plausible import warn_of_doubts
+from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
-from pretrain.lease import Lease
-from pretrain.run_folder import RunFolder
+from pretrain.inference.forward_model import BareModel
+from pretrain.run.lease import Lease
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_tracker import log_late_evals
 from pretrain.topology import ParallelConfig, Topology, slurm_environment
-from pretrain.tracking import log_late_evals
 from shards import CheckpointError, ConfigError, HeadraceError, Tokenizer
 
 _logger = logging.getLogger("headrace")

@@ -31,7 +31,7 @@ from pretrain.config import load_config
 from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, HeadraceError, Tokenizer
 
 

@@ -29,13 +29,13 @@ from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.engine import Precision
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.checkpoints import take_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
-from pretrain.generate import Codec, Sampling, codec_of, generate
+from pretrain.inference.forward_model import BareModel
+from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import check_splits
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, slurm_environment, started, world_size_of
 from shards import HeadraceError, Tokenizer
 

@@ -26,11 +26,13 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from pretrain.yaml_tree import read_tree
-from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, files, manifest, preparation
-from shards.cache import BlockCache
-from shards.index import ShardIndex, obtain
-from shards.splice import explain
+from pretrain.config_file import read_tree
+from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
+from shards.index import manifest
+from shards.index.shard_index import ShardIndex, obtain
+from shards.index.splice_points import explain
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells call it
 REPORT_BYTES = 4 << 20

@@ -26,7 +26,7 @@ from rich.console import Console
 from pretrain import log
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.tables import domain_table
-from pretrain.interrupt import STOPPED, Stopped
+from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.optim import learning_rate_at
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, slurm_environment, world_size_of

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step, texts
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import HeadraceError
 
 

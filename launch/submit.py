@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain import preflight, slurm
-from pretrain.config import RunConfig
-from pretrain.model.size import checkpoint_bytes
-from pretrain.preflight import Finding
-from pretrain.submission import (
+from pretrain.checkpoint.duration import save_time
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.cluster import preflight, slurm
+from pretrain.cluster.preflight import Finding
+from pretrain.cluster.submission import (
     Run,
     evaluation_script,
     job_findings,
@@ -43,8 +43,10 @@ from pretrain.submission import (
     training_script,
     tried_out,
 )
+from pretrain.config import RunConfig
+from pretrain.model.size import checkpoint_bytes
 from shards import ConfigError, HeadraceError
-from shards.durable import write_atomically
+from shards.storage.atomic import write_atomically
 
 _COLORS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
@@ -168,7 +170,8 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     base, logs = named.config, named.folder / "logs"
     partition, silent = partition_of(arguments.partition)
     bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
-    save = preflight.save_time(runs[0].folder, base.checkpoint, bytes_each, arguments.nodes)
+    store = CheckpointStore(runs[0].folder / "checkpoints", base.checkpoint)
+    save = save_time(store, bytes_each, arguments.nodes)
     cores = max(run.config.data.num_workers for run in runs) + 2
     output, tasks = ("%A_%a.log", len(runs)) if arguments.array else ("%j.log", None)
     request = request_of(arguments, base.run.name, logs / output, cores, preflight.grace_for(save), tasks)

@@ -19,8 +19,9 @@ if __name__ == "__main__":
 
 import sentencepiece
 
-from shards import ConfigError, HeadraceError, files, read_documents
-from shards.durable import write_atomically
+from shards import ConfigError, HeadraceError, read_documents
+from shards.storage import files
+from shards.storage.atomic import write_atomically
 
 # SentencePiece learns from sentences and passes over long ones; pieces of this many characters lose few word pairs
 _SENTENCE_CHARACTERS = 2000

@@ -16,14 +16,14 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from pretrain.checkpoint.store import CheckpointConfig
+from pretrain.config_file import dump, read_tree
 from pretrain.engine import Precision, deepspeed_config
 from pretrain.evaluation.eval_set import EvaluationConfig
-from pretrain.metrics import MetricsConfig
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
+from pretrain.run.metrics import MetricsConfig
+from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.topology import ParallelConfig
-from pretrain.tracking import WandbConfig
-from pretrain.yaml_tree import dump, read_tree
 from shards import Config, ConfigError, DataConfig, SourceConfig
 from shards.config import PLAN_VERSIONS
 from shards.config_errors import explain

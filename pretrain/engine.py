@@ -24,14 +24,14 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import check_added_key
-from pretrain.metrics import Meter
 from pretrain.model.attention import AttentionBackend
-from pretrain.model.cache import KVCache
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
+from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from shards import CheckpointError, ConfigError
 

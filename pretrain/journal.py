@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, write_down
-from pretrain.metrics import MetricsConfig, StepProgress, StepRecord
-from pretrain.run_folder import RunFolder
-from pretrain.tracking import Tracker
+from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_tracker import Tracker
 from shards import Skipped
 
 _logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pretrain.config import RunConfig
-from pretrain.interrupt import Interrupt
+from pretrain.faults.interrupt import Interrupt
 from pretrain.trainer import Trainer
 from shards import CheckpointError
 

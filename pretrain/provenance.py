@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.feed import chain_hash
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import Batch, CheckpointError, ConfigError, DataConfig, Tokenizer, batch_after
 
 

@@ -23,16 +23,17 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, how_to_split_vocabulary, load_config
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
-from pretrain.generate import Sampling, codec_of, generate
-from pretrain.interrupt import Interrupt
-from pretrain.lease import Lease
+from pretrain.faults.interrupt import Interrupt
+from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
-from pretrain.meeting import Meeting
 from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
-from pretrain.run_folder import RunFolder
+from pretrain.run.lease import Lease
+from pretrain.run.run_folder import RunFolder
+from pretrain.startup_barrier import Meeting
 from pretrain.trainer import Trainer
-from shards import ConfigError, Prepared, Tokenizer, soundness, suite
-from shards.durable import is_there
+from shards import ConfigError, Prepared, Tokenizer, tokenizer_check
+from shards.storage.atomic import is_there
+from shards.suites import suite
 
 _logger = logging.getLogger(__name__)
 
@@ -120,9 +121,9 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
 
 def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Tries the tokenizer on a sample of what is trained on and evaluated; rank 0 alone. Raises: ConfigError."""
-    soundness.check_sources(config.data, tokenizer)
+    tokenizer_check.check_sources(config.data, tokenizer)
     if config.evaluation.suite:
-        soundness.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
+        tokenizer_check.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
 
 
 class Held(NamedTuple):

@@ -18,32 +18,32 @@ import torch
 from torch import Tensor
 
 from pretrain import data_end
+from pretrain.checkpoint.duration import save_time, time_for_last_save
 from pretrain.checkpoint.resume import newest_valid
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import converted
 from pretrain.config import RunConfig, load_config
-from pretrain.deadline import Deadline, job_end
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
-from pretrain.evaluation.plausible import warn_of_doubts
+from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
+from pretrain.faults.deadline import Deadline, job_end
+from pretrain.faults.interrupt import LAUNCHER_GRACE_SECONDS, Interrupt
+from pretrain.faults.unapplied_steps import UnappliedSteps
+from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch, chain_hash
-from pretrain.interrupt import LAUNCHER_GRACE_SECONDS, Interrupt
 from pretrain.journal import Journal
-from pretrain.lease import Lease
-from pretrain.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.model.size import checkpoint_bytes, flops_per_token
 from pretrain.optim import learning_rate_at
-from pretrain.preflight import save_time
-from pretrain.run_folder import RunFolder
+from pretrain.run.lease import Lease
+from pretrain.run.metrics import Meter, StepRecord, mfu, peak_flops_of, peak_memory_bytes
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_tracker import Tracker
 from pretrain.topology import Topology
-from pretrain.tracking import Tracker
-from pretrain.unapplied import UnappliedSteps
-from pretrain.watchdog import Watchdog
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
 
 _logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Trainer:
         checkpoint, damaged = newest_valid(self._store, topology)
         self.state = self._resume(checkpoint)
         estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
-        self._save_seconds = save_time(folder.root, config.checkpoint, estimate, nodes=1).seconds  # of the newest save
+        self._save_seconds = save_time(self._store, estimate, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, config.precision, *own)
         suite = self._eval_set.suite if self._eval_set else ""
@@ -117,7 +117,7 @@ class Trainer:
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
         self._saver = stack.enter_context(
-            Saver(self._store, self.engine, topology, estimate, self._journal.sync, self._check_lease)
+            Saver(self._store, self.engine.save, topology, estimate, self._journal.sync, self._check_lease)
         )
         self._saving_seconds: float | None = None  # since the last step
         limits = (config.train.max_nonfinite, config.train.nonfinite_limit)
@@ -213,12 +213,12 @@ class Trainer:
         measured = self._saver.seconds
         if measured is not None and measured != self._save_seconds:
             self._save_seconds = measured
-            # The last save may have to wait for one that was just begun
-            if self._interrupt.has_launcher and 2 * measured + self._slowest_step > LAUNCHER_GRACE_SECONDS:
+            needed = time_for_last_save(measured) + self._slowest_step
+            if self._interrupt.has_launcher and needed > LAUNCHER_GRACE_SECONDS:
                 _logger.warning(
-                    "a step takes up to %.0f s and each of two saves %.0f s, but the deepspeed launcher kills its"
-                    " processes %.0f s after it was told to stop: a stopped run may go on from an older checkpoint;"
-                    " start it with torchrun or srun",
+                    "a step takes up to %.0f s and a save, which may have to wait for another, %.0f s, but the"
+                    " deepspeed launcher kills its processes %.0f s after it was told to stop: a stopped run may go on"
+                    " from an older checkpoint; start it with torchrun or srun",
                     self._slowest_step, measured, LAUNCHER_GRACE_SECONDS,
                 )  # fmt: skip
         return self._deadline.reached(self._slowest_step, self._save_seconds) or bool(self._interrupt.requested)

@@ -2,17 +2,17 @@
 
 from shards.batch import Batch, Origin, Skipped
 from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange
-from shards.cursor import LoaderState, merge_states
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast
+from shards.index.random_access import document, open_at
 from shards.loader import Loader, check_not_empty
-from shards.packing import Rows, pack_documents
+from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
 from shards.provenance import batch_after, document_at
-from shards.reader import Document, read_documents
-from shards.seek import document, open_at
-from shards.tokenizer import Tokenizer
+from shards.records.json_lines import Document, read_documents
+from shards.tokenize.tokenizer import Tokenizer
+from shards.windows.packing import Rows, pack_documents
 
 __all__ = [
     "Batch",

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.cursor import LoaderState
 from shards.lane import Draw, Row
-from shards.sources import Source
+from shards.plan.cursor import LoaderState
+from shards.source import Source
 
 HASH_MODULUS = 1 << 64
 

@@ -6,13 +6,13 @@ loader -> fingerprint -> checkpoint.
 from collections.abc import Mapping, Sequence
 
 from shards.config import PLAN_VERSIONS, DataConfig
-from shards.decontaminate import Decontaminator
 from shards.errors import ConfigError, ShardError
-from shards.index import hash_tables
-from shards.packing import PACKER_VERSION
-from shards.record_table import TABLE_VERSION
-from shards.sources import Source
-from shards.tokenizer import Tokenizer
+from shards.index.record_table import TABLE_VERSION
+from shards.index.shard_index import hash_tables
+from shards.source import Source
+from shards.suites.decontaminate import Decontaminator
+from shards.tokenize.tokenizer import Tokenizer
+from shards.windows.packing import PACKER_VERSION
 
 
 def fingerprint(
@@ -65,8 +65,8 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
         was, now = old_rule["version"], new_rule["version"]
         raise ConfigError(
             f"data.decontaminate: the run was begun with version {was} of the rule by which documents are dropped, "
-            f"this program has version {now} and would drop others; go on with one whose shards/decontaminate.py says "
-            f"VERSION = {was}, or start a new run"
+            f"this program has version {now} and would drop others; go on with one whose "
+            f"shards/suites/decontaminate.py says VERSION = {was}, or start a new run"
         )
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from shards.arrays import Ints
 from shards.config import DataConfig
 from shards.hashing import GOLDEN, key_of, mixed
-from shards.packing import pack
-from shards.plan import WindowId
-from shards.recipe import Recipe
-from shards.sources import Source
-from shards.window import SpanTask, WindowMaker, WindowTask
+from shards.plan.segments import WindowId
+from shards.source import Source
+from shards.windows.packing import pack
+from shards.windows.recipe import Recipe
+from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
 COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
 SAMPLE_BYTES = 4 << 20  # raw, tokenized of larger ones

@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shards.cursor import Cursor, LaneCursor
 from shards.errors import ShardError
-from shards.mixing import Mix, mix_of
-from shards.plan import Deal, WindowId
-from shards.pool import Pool
-from shards.sources import Source
-from shards.window import SkippedRecord, Window, WindowTask
+from shards.plan.cursor import Cursor, LaneCursor
+from shards.plan.mixing import Mix, mix_of
+from shards.plan.segments import Deal, WindowId
+from shards.source import Source
+from shards.windows.window import SkippedRecord, Window, WindowTask
+from shards.windows.worker_pool import Pool
 
 # In turn, at most 1 GiB: with half of all deals without a row, chance gives none in 10^19
 MAX_FRUITLESS_DEALS = 64

@@ -21,22 +21,23 @@ from typing import Self
 
 import numpy as np
 
-from shards import preparation, texts
+from shards import preparation
 from shards.arrays import Ints
 from shards.batch import Batch
 from shards.config import DataConfig
-from shards.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
-from shards.decontaminate import Decontaminator
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
-from shards.pool import InProcess, Pool, WorkerPool
+from shards.plan.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
 from shards.prefetch import Prefetcher
 from shards.preparation import Prepared
-from shards.recipe import Recipe
-from shards.sources import Source
-from shards.tokenizer import Tokenizer
+from shards.records import texts
+from shards.source import Source
+from shards.suites.decontaminate import Decontaminator
+from shards.tokenize.tokenizer import Tokenizer
+from shards.windows.recipe import Recipe
+from shards.windows.worker_pool import InProcess, Pool, WorkerPool
 
 FEW_LANES = 256
 LARGE_RUN_BYTES = 100 * 10**9  # raw

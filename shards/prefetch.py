@@ -8,8 +8,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from shards.lane import Lane
-from shards.plan import WindowId
-from shards.pool import Pool
+from shards.plan.segments import WindowId
+from shards.windows.worker_pool import Pool
 
 WINDOWS_PER_STREAM = 2
 

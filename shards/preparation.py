@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from shards import files, hub, manifest
-from shards.cache import BlockCache
 from shards.config import DataConfig, SourceConfig
-from shards.content_hash import hash_file
-from shards.decontaminate import Decontaminator
 from shards.errors import ShardError
-from shards.index import Progress, ShardIndex, find, obtain
-from shards.kept import index_command
-from shards.manifest import Shard
+from shards.index import manifest
+from shards.index.manifest import Shard
+from shards.index.paths import index_command
+from shards.index.shard_index import Progress, ShardIndex, find, obtain
+from shards.records import hf_datasets
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
+from shards.storage.content_hash import hash_file
+from shards.suites.decontaminate import Decontaminator
 
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
@@ -96,7 +98,7 @@ class Survey(msgspec.Struct, frozen=True):
 
 def shard_paths(source: SourceConfig) -> list[str]:
     """The paths of a source's shards, in order. Raises: ShardError for a pattern or a data set that is not there."""
-    return files.expand(source.paths, source.name) if source.dataset is None else hub.shards_of(source)
+    return files.expand(source.paths, source.name) if source.dataset is None else hf_datasets.shards_of(source)
 
 
 def survey(config: DataConfig, source: SourceConfig) -> Survey:

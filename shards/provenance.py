@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 
-from shards import files
 from shards.batch import Batch
-from shards.cache import BlockCache
-from shards.columns import Columns
 from shards.config import DataConfig, SourceConfig
 from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import check_fingerprint
-from shards.index import obtain
+from shards.index.random_access import document
+from shards.index.shard_index import obtain
 from shards.loader import Loader
-from shards.reader import Document
-from shards.seek import document
-from shards.tokenizer import Tokenizer
+from shards.records.arrow_rows import Columns
+from shards.records.json_lines import Document
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
+from shards.tokenize.tokenizer import Tokenizer
 
 
 def batch_after(

@@ -14,7 +14,7 @@ from pydantic import Field
 from docs import make_configuration, make_pictures
 from pretrain.config import RunConfig
 from shards import Config
-from shards.suite import SuiteFile
+from shards.suites.suite import SuiteFile
 from tests.pages import DOCS, unprinted
 
 ROOT = Path(__file__).parents[1]

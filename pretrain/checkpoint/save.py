@@ -28,7 +28,6 @@ from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointStore, FileEntry
 from pretrain.checkpoint.write import Writer
-from pretrain.engine import Engine
 from pretrain.topology import Topology
 from shards import CheckpointError, ConfigError, HeadraceError
 
@@ -52,6 +51,7 @@ class Saver:
 
     Args:
         store: where the checkpoints lie.
+        write_state: hands over what each file of this rank is to hold, as `Engine.save` does.
         estimate: bytes of a checkpoint, for as long as there is none to go by.
         sync_journals: makes durable what the run has written down so far; called on rank 0, in the background.
         check_lease: raises HeadraceError if another process has taken the run over; likewise.
@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        engine: Engine,
+        write_state: Callable[[Path, Callable[[Path, object], None]], None],
         topology: Topology,
         estimate: int,
         sync_journals: Callable[[], None],
@@ -72,7 +72,7 @@ class Saver:
         self.seconds: float | None = None
         self.failed = 0
         self._store = store
-        self._engine = engine
+        self._write_state = write_state
         self._topology = topology
         self._estimate = estimate
         self._sync_journals = sync_journals
@@ -196,7 +196,7 @@ class Saver:
             if not self._staging:
                 wait(pending.files)  # the content is the model's own
 
-        self._engine.save(folder, take)
+        self._write_state(folder, take)
         if not self._staging:
             self._wait()
 

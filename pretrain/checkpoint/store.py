@@ -20,8 +20,8 @@ import xxhash
 from pydantic import Field
 
 from shards import CheckpointError, Config, ConfigError
-from shards.content_hash import hash_file
-from shards.durable import fsync_folder, is_there, names_in, write_atomically
+from shards.storage.atomic import fsync_folder, is_there, names_in, write_atomically
+from shards.storage.content_hash import hash_file
 
 _logger = logging.getLogger(__name__)
 

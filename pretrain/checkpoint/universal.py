@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.checkpoint.shares import Saved, Share, read_shares, whole
 from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_manifest, write_manifest
 from pretrain.checkpoint.write import Writer
+from pretrain.checkpoint.zero_files import Saved, Share, read_shares, whole
 from pretrain.topology import Topology
 from shards import CheckpointError
-from shards.durable import fsync_folder
+from shards.storage.atomic import fsync_folder
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.shares import read_shares, whole
 from pretrain.checkpoint.store import Checkpoint
+from pretrain.checkpoint.zero_files import read_shares, whole
 from pretrain.model.weights import WeightSpec
 from shards import CheckpointError
 

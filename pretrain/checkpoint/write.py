@@ -19,7 +19,7 @@ import xxhash
 
 from pretrain.checkpoint.store import FileEntry
 from shards import CheckpointError
-from shards.durable import fsync_folder
+from shards.storage.atomic import fsync_folder
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pretrain.checkpoint.resume import damage_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import EvalSet
-from pretrain.evaluation.plausible import warn_of_doubts
+from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
 from pretrain.evaluation.scoring import evaluate
+from pretrain.inference.forward_model import BareModel
 from pretrain.model.weights import Weights, weight_specs
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import CheckpointError, HeadraceError
 

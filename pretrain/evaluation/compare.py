@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.evaluation.scores import DocumentScores, Score, total
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 
 _CHUNK = 1 << 22  # numbers that are drawn at once

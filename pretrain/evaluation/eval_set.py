@@ -21,9 +21,9 @@ from pydantic import Field
 
 from shards import Config, ConfigError, Tokenizer
 from shards.hashing import key_of
-from shards.packing import best_fit
-from shards.soundness import Soundness
-from shards.suite import Suite, SuiteDocument, find, training_shards
+from shards.suites.suite import Suite, SuiteDocument, find, training_shards
+from shards.tokenizer_check import Soundness
+from shards.windows.packing import best_fit
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class EvaluationConfig(Config):
     """What is evaluated during a run, and when: before the first step, every so many steps, and after the last."""
 
     every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
-    suite: Path | None = None  # a folder or a YAML file, see shards/suite.py; None: no evaluation
+    suite: Path | None = None  # a folder or a YAML file, see shards/suites/suite.py; None: no evaluation
     split: str = "val"  # which documents of the suite's sources
     max_documents: int | None = Field(None, ge=1)  # of a domain; None: all
     max_tokens: int | None = Field(None, ge=1)  # of a domain, in whole documents; None: all

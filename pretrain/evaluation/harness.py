@@ -17,14 +17,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.evaluation.eval_set import packed
 from pretrain.evaluation.scoring import scored_rows
-from pretrain.model.cache import KVCache
+from pretrain.inference.forward_model import BareModel
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
-from shards.soundness import MAX_UNKNOWN_SHARE
+from shards.tokenizer_check import MAX_UNKNOWN_SHARE
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
 

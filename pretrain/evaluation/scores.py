@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError
-from shards.durable import write_atomically
+from shards.storage.atomic import write_atomically
 
 _SOURCE = "source:"  # before the name of a source in the place of a domain's
 

@@ -19,7 +19,7 @@ from pretrain.exchange.tokenizer_files import write_tokenizer
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
-from shards.durable import fsync_folder, partial_name
+from shards.storage.atomic import fsync_folder, partial_name
 
 Format = Literal["hf", "meta"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import xxhash
 
+from pretrain.config_file import dump
 from pretrain.exchange import hf, meta
-from pretrain.exchange.foreign import architecture
-from pretrain.generate import Codec, codec_of
+from pretrain.exchange.description import architecture
+from pretrain.inference.generate import Codec, codec_of
 from pretrain.model.transformer import ModelConfig
-from pretrain.yaml_tree import dump
 from shards import ConfigError, Tokenizer
-from shards.content_hash import hash_file
+from shards.storage.content_hash import hash_file
 
 Model = hf.HFModel | meta.MetaModel
 

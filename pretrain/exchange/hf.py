@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.exchange.foreign import ForeignConfig, refuse, required
+from pretrain.exchange.description import ForeignConfig, refuse, required
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.exchange.foreign import ForeignConfig, required
+from pretrain.exchange.description import ForeignConfig, required
 from pretrain.model.attention import RopeScaling
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs

@@ -16,7 +16,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from shards import ConfigError, HeadraceError, Tokenizer
-from shards.cuts import SPACE
+from shards.tokenize.split_points import SPACE
 
 _logger = logging.getLogger(__name__)
 

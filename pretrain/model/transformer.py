@@ -24,7 +24,7 @@ from pretrain.model.attention import (
     rotary_angles,
     rotate,
 )
-from pretrain.model.cache import KVCache
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import (
     column_linear,
     full_shape,

@@ -8,13 +8,13 @@ from pathlib import PurePath
 from typing import Protocol
 
 from shards.errors import ShardError
-from shards.formats import blocks, gzip, plain, zstd
+from shards.formats import gzip, plain, zstd, zstd_blocks
 from shards.formats.base import DECODE_ERRORS, Piece, Readable, Start
 
 __all__ = ["DECODE_ERRORS", "Peeked", "Piece", "Readable", "Start", "decode", "detect", "pieces", "restart"]
 
 MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the window of gzip
-MAX_HEADER_BYTES = blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
+MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
 
 SHARD_START = Start()
 FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import zstandard
 
 from shards.errors import DamageError, ShardError
-from shards.formats import blocks
+from shards.formats import zstd_blocks
 from shards.formats.base import CHUNK_BYTES, Input, Piece, Readable, Start
 
 PIECE_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
@@ -22,7 +22,7 @@ MIN_WINDOW_LOG = 10
 
 def starts_frame(head: bytes) -> bool:
     """True if `head` begins a zstd frame or a skippable frame."""
-    return head.startswith((blocks.MAGIC, *blocks.SKIPPABLE_MAGICS))
+    return head.startswith((zstd_blocks.MAGIC, *zstd_blocks.SKIPPABLE_MAGICS))
 
 
 def window_bytes(head: bytes) -> int:
@@ -37,7 +37,7 @@ def restart_state(header: bytes) -> int:
     """`Start.state` of places inside the frame with this header: its window's size, rounded up, and whether a checksum
     ends it."""
     window_log = max(MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
-    return window_log << 1 | blocks.has_checksum(header)
+    return window_log << 1 | zstd_blocks.has_checksum(header)
 
 
 def restart(window: bytes | memoryview, state: int) -> "zstandard.ZstdDecompressionObj":
@@ -49,7 +49,7 @@ def restart(window: bytes | memoryview, state: int) -> "zstandard.ZstdDecompress
     """
     dictionary = zstandard.ZstdCompressionDict(window, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     frame = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=1 << (state >> 1)).decompressobj()
-    frame.decompress(blocks.made_header(state >> 1))
+    frame.decompress(zstd_blocks.made_header(state >> 1))
     return frame
 
 
@@ -62,32 +62,32 @@ def pieces(file: Readable, path: str, max_window: int, start: Start) -> Iterator
         for piece in _blocks(source, path, frame, 1 << (start.state >> 1), raw_offset, bool(start.state & 1)):
             raw_offset = piece.raw_offset + len(piece.raw)
             yield piece
-    while head := source.peek(blocks.MAX_HEADER_BYTES):
-        if head.startswith(blocks.SKIPPABLE_MAGICS):
+    while head := source.peek(zstd_blocks.MAX_HEADER_BYTES):
+        if head.startswith(zstd_blocks.SKIPPABLE_MAGICS):
             _skip(source, path, raw_offset)
             continue
-        if not head.startswith(blocks.MAGIC):
+        if not head.startswith(zstd_blocks.MAGIC):
             raise DamageError(
                 f"{path}: byte {source.offset} should begin a zstd frame but holds {head[:4].hex(' ')}; "
                 f"the file is damaged or cut short after raw byte {raw_offset}, copy it again"
             )
         window = _window(source, path, max_window, raw_offset)
-        offset, header = source.offset, source.take(blocks.frame_header_bytes(head))
+        offset, header = source.offset, source.take(zstd_blocks.frame_header_bytes(head))
         frame = zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
         _decompress(frame, header, path, offset, raw_offset)
         yield Piece(offset, raw_offset, header, b"", window, True)
-        for piece in _blocks(source, path, frame, window, raw_offset, blocks.has_checksum(header)):
+        for piece in _blocks(source, path, frame, window, raw_offset, zstd_blocks.has_checksum(header)):
             raw_offset = piece.raw_offset + len(piece.raw)
             yield piece
 
 
 def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
     """Bytes of window of the frame that comes next. Raises: ShardError if it is more than allowed."""
-    head = source.peek(blocks.MAX_HEADER_BYTES)
+    head = source.peek(zstd_blocks.MAX_HEADER_BYTES)
     try:
         window = window_bytes(head)
     except zstandard.ZstdError as error:
-        if len(head) < blocks.MAX_HEADER_BYTES:
+        if len(head) < zstd_blocks.MAX_HEADER_BYTES:
             raise _truncated(source, path, raw_offset) from None
         raise DamageError(
             f"{path}: the header of the zstd frame at byte {source.offset} cannot be used ({error}); windows of up to "
@@ -116,14 +116,14 @@ def _blocks(
         offset = source.offset
         size = raw_limit = 0
         last = False
-        while not last and size < PIECE_BYTES and raw_limit + blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
-            head = source.peek(blocks.BLOCK_HEADER_BYTES, size)
-            last, kind, content, limit = blocks.block_header(head)
-            if len(head) == blocks.BLOCK_HEADER_BYTES and (
-                kind == blocks.RESERVED or max(content, limit) > blocks.MAX_BLOCK_BYTES
+        while not last and size < PIECE_BYTES and raw_limit + zstd_blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
+            head = source.peek(zstd_blocks.BLOCK_HEADER_BYTES, size)
+            last, kind, content, limit = zstd_blocks.block_header(head)
+            if len(head) == zstd_blocks.BLOCK_HEADER_BYTES and (
+                kind == zstd_blocks.RESERVED or max(content, limit) > zstd_blocks.MAX_BLOCK_BYTES
             ):
                 raise _damaged(path, source.offset + size, raw_offset, "no block has such a header")
-            wanted = blocks.BLOCK_HEADER_BYTES + content + (blocks.CHECKSUM_BYTES if last and checksum else 0)
+            wanted = zstd_blocks.BLOCK_HEADER_BYTES + content + (zstd_blocks.CHECKSUM_BYTES if last and checksum else 0)
             if not source.has(size + wanted):
                 if size:  # what is whole is given out before the error, which comes with the next piece
                     last = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.shares import read_shares, whole
+from pretrain.checkpoint.zero_files import read_shares, whole
 from pretrain.deepspeed_keys import ALLOWED
 from pretrain.engine import Engine, StepStats, deepspeed_config
 from pretrain.topology import ParallelConfig, Topology, started

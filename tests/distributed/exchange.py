@@ -13,9 +13,9 @@ import torch
 
 from pretrain.engine import Engine, deepspeed_config
 from pretrain.exchange.folder import open_codec, open_model
-from pretrain.generate import Sampling, generate
-from pretrain.metrics import Meter
+from pretrain.inference.generate import Sampling, generate
 from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 
 PROMPT, SAMPLING = "Once upon", Sampling(max_tokens=12, temperature=0)

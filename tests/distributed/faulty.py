@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch import pretrain
-from tests.pretrain.disk import KILLED, Disk, Operation
+from tests.pretrain.checkpoint.disk import KILLED, Disk, Operation
 
 
 def main() -> int:

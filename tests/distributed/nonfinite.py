@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from pretrain.engine import Engine, StepStats, deepspeed_config, valid_targets
-from pretrain.metrics import Meter
+from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine import Engine, deepspeed_config
-from pretrain.metrics import Meter
 from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 
 GLOBAL_ROWS, SEQ_LEN, STEPS, SEED = 8, 24, 5, 3

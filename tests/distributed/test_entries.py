@@ -25,9 +25,9 @@ evaluation: {{suite: null}}
 wandb: {{mode: disabled}}
 """
 NEAR = """
-from shards import splice
-splice.MIN_GAP_BYTES, splice.WINDOWS_PER_GAP, splice.TRIAL_BYTES = 1 << 18, 0, 1 << 17
-splice.SHARE = splice.SMALL_SHARE = 1.0
+from shards.index import splice_points
+splice_points.MIN_GAP_BYTES, splice_points.WINDOWS_PER_GAP, splice_points.TRIAL_BYTES = 1 << 18, 0, 1 << 17
+splice_points.SHARE = splice_points.SMALL_SHARE = 1.0
 """
 NONE = "from shards import splice\nsplice.MIN_GAP_BYTES = 1 << 60\n"
 

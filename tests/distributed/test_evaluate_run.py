@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.evaluation.scores import DocumentScores
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from pretrain.topology import free_port
 from tests.distributed.ranks import ROOT, rank_environment
 from tests.distributed.test_resume import Run, wait

@@ -9,15 +9,15 @@ import torch
 
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
-from pretrain.evaluation.bare_model import BareModel
 from pretrain.exchange.export import export
 from pretrain.exchange.folder import open_codec, open_model
-from pretrain.generate import generate
+from pretrain.inference.forward_model import BareModel
+from pretrain.inference.generate import generate
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, Topology
 from tests.distributed.exchange import PROMPT, SAMPLING
 from tests.distributed.ranks import run_ranks
-from tests.pretrain.test_exchange import DATA, GROUPED, PLAIN, Memory, build, same_files
+from tests.pretrain.exchange.test_exchange import DATA, GROUPED, PLAIN, Memory, build, same_files
 
 pytestmark = pytest.mark.distributed
 

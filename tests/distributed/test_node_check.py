@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.node_check import Task, check
+from pretrain.cluster.node_check import Task, check
 from pretrain.topology import free_port
 from tests.distributed.ranks import ROOT, rank_environment
 

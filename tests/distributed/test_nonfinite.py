@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from tests.distributed.ranks import run_forked, run_ranks
 from tests.distributed.test_elastic import CONFIG
 

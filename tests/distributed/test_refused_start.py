@@ -12,10 +12,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from launch.export import export_run
 from launch.generate import opened
-from pretrain.run_folder import RunFolder
-from pretrain.step_log import StepLog
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import StepLog
 from shards import ConfigError
-from shards.content_hash import hash_file
+from shards.storage.content_hash import hash_file
 from tests.distributed.ranks import ROOT, run_forked
 from tests.distributed.test_elastic import CONFIG
 

@@ -20,7 +20,7 @@ import pytest
 from pretrain.topology import free_port
 from shards import read_documents
 from tests.distributed.ranks import ROOT, rank_environment
-from tests.pretrain.disk import KILLED
+from tests.pretrain.checkpoint.disk import KILLED
 
 STEPS = 40
 CONFIG = """

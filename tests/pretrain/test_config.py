@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import compare_for_resume, load_config, may_change
-from pretrain.yaml_tree import dump, read_tree
+from pretrain.config_file import dump, read_tree
 from shards import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

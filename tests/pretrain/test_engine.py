@@ -9,10 +9,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pretrain.engine import Engine, Precision, deepspeed_config, valid_targets
-from pretrain.metrics import Meter
-from pretrain.model.cache import KVCache
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.size import memory_per_rank
 from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology
 from shards import ConfigError
 from tests.distributed.nonfinite import fingerprint

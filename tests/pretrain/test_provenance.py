@@ -13,7 +13,7 @@ import yaml
 
 from launch.provenance import main
 from pretrain.feed import chain_hash
-from pretrain.run_folder import RunFolder
+from pretrain.run.run_folder import RunFolder
 from shards import Batch, DataConfig, Loader, Tokenizer, read_documents
 from tests.shards.corpora import TOKENIZER, record, words, write_shard
 

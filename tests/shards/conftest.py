@@ -2,7 +2,7 @@
 
 import pytest
 
-from shards import splice
+from shards.index import splice_points
 
 
 @pytest.fixture
@@ -17,4 +17,4 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
         "SHARE": 1e9,
         "SMALL_SHARE": 1e9,
     }.items():
-        monkeypatch.setattr(splice, name, value)
+        monkeypatch.setattr(splice_points, name, value)

@@ -9,8 +9,8 @@ from pathlib import Path
 import zstandard
 
 from shards import DataConfig, Tokenizer
-from shards.decontaminate import Decontaminator
-from shards.recipe import Recipe
+from shards.suites.decontaminate import Decontaminator
+from shards.windows.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shards import Document, Loader, ShardError, SourceConfig, Tokenizer, merge_states, read_documents, texts
-from shards.soundness import check_sources
-from shards.window import WindowMaker
+from shards import Document, Loader, ShardError, SourceConfig, Tokenizer, merge_states, read_documents
+from shards.records import texts
+from shards.tokenizer_check import check_sources
+from shards.windows.window import WindowMaker
 from tests.shards.corpora import TOKENIZER, config, record, words, write_shard
 
 GOOD = [record(words(i, 12)) for i in range(40)]

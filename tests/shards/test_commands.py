@@ -11,12 +11,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pretrain.preflight import data_findings
-from shards import DataConfig, Loader, ShardError, kept, open_at
-from shards.decoders import Decoders
-from shards.index import obtain
+from pretrain.cluster.preflight import data_findings
+from shards import DataConfig, Loader, ShardError, open_at
+from shards.index import paths
+from shards.index.decoders import Decoders
+from shards.index.shard_index import obtain
 from tests.shards.corpora import ROOT, config, record, words
-from tests.shards.spliced import CELL, MAX_WINDOW, SHARDS
+from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS
 
 REFUSING = {"max_index_at_start": 10}
 WILLING = {"max_index_at_start": 10**9}
@@ -132,7 +133,7 @@ def test_entries_that_do_not_hold_are_made_anew_by_the_command_that_is_named(
     path = tmp_path / "a b.jsonl.zst"
     path.write_bytes(SHARDS["level 3, window of 128 KiB"])
     index = obtain(str(path), None, CELL, MAX_WINDOW)
-    kept.windows_path(kept.index_path(str(path), None)).unlink()
+    paths.windows_path(paths.index_path(str(path), None)).unlink()
     start = int(index.table()[-2, 1])
 
     def replays() -> int:

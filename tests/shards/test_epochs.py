@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shards import Batch, DataConfig, Loader, Rows, ShardError, Tokenizer, merge_states
 from shards.arrays import Hashes
 from shards.hashing import mixed
-from shards.packing import pack
+from shards.windows.packing import pack
 from tests.shards.corpora import config, record, words, write_shard
 
 SEED = 7

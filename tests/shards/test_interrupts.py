@@ -11,7 +11,7 @@ import pytest
 
 import shards
 from shards import Loader, ShardError
-from shards.window import WindowMaker
+from shards.windows.window import WindowMaker
 from tests.shards.corpora import config, record, words, write_shard
 
 # What holds a loader's state. What makes windows holds none that counts: it is dropped when it is interrupted.

@@ -31,7 +31,7 @@ from shards import (
     merge_states,
     read_documents,
 )
-from shards.process import WorkerProcess
+from shards.windows.worker_process import WorkerProcess
 from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard
 
 Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
@@ -328,7 +328,7 @@ def test_a_fingerprint_tells_what_differs(corpus: Path, tmp_path: Path) -> None:
 
 def workers_of(pid: int) -> list[psutil.Process]:
     living = [child for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if "shards.worker" in child.cmdline()]
+    return [child for child in living if "shards.windows.worker" in child.cmdline()]
 
 
 def test_lost_and_hung_workers_are_replaced(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def test_without_workers_to_be_had_the_loader_says_so(corpus: Path, monkeypatch:
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError("Cannot allocate memory")
 
-    monkeypatch.setattr("shards.process.subprocess.Popen", refuse)
+    monkeypatch.setattr("shards.windows.worker_process.subprocess.Popen", refuse)
     with (
         Loader(config(sources(corpus), num_workers=1), 8) as loader,
         pytest.raises(ShardError, match="allocate memory"),

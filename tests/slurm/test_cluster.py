@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from launch.submit import main
+from pretrain.cluster.slurm import job_script
 from pretrain.config import load_config
 from pretrain.feed import chain_hash
-from pretrain.slurm import job_script
 from shards import Loader
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import Cluster, environment_of, wait_for

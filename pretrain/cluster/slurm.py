@@ -1,0 +1,268 @@
+"""Slurm, as far as submitting a run needs it: a job script from a template, a sweep's tasks, facts of a partition.
+
+{request, template} -> job script -> sbatch. The templates in slurm/ are whole scripts that work by hand too; here only
+their `#SBATCH` lines and the settings at their head are filled in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config_file import read_tree
+from shards import ConfigError, HeadraceError
+
+_DIRECTIVE = re.compile(r"#SBATCH --(?P<key>[a-z-]+)(=(?P<value>\S+))?(?P<comment>\s+#.*)?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
+_NO_NAME = re.compile(r"[^A-Za-z0-9._]+")
+_MAX_NAME = 120  # characters of a sweep's run.name; file systems take 255
+
+
+class SlurmError(HeadraceError):
+    """Slurm's commands are there, but no cluster answers them."""
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What is asked of Slurm.
+
+    Attributes:
+        name: of the job, as squeue shows it.
+        nodes: how many.
+        gpus_per_node: also the ranks of each node; 0 for one CPU rank a node.
+        cpus_per_task: cores of one rank, with its loader's workers.
+        time: limit of one start, as sbatch takes it.
+        grace_seconds: how long before the limit the ranks are told to save.
+        output: where the script's own output goes; sbatch's %-patterns.
+        chdir: where the script runs, and what relative paths are relative to.
+        after: id of a job that has to succeed first.
+        tasks: of a job array; None for a single job.
+        options: any others of sbatch, as `--key=value` or `--key`.
+    """
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int
+    time: str
+    grace_seconds: int
+    output: str
+    chdir: Path
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    after: str | None = None
+    tasks: int | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def directives(self) -> dict[str, str | None]:
+        """The `#SBATCH` lines by key; None for a key that the template has and this job has not."""
+        options = dict(_option(option) for option in self.options)
+        return {
+            "job-name": self.name,
+            "nodes": str(self.nodes),
+            "ntasks-per-node": str(self.ranks_per_node),
+            "gpus-per-node": str(self.gpus_per_node) if self.gpus_per_node else None,
+            "cpus-per-task": str(self.cpus_per_task),
+            "time": self.time,
+            "signal": f"B:USR1@{self.grace_seconds}",
+            "requeue": "",
+            "open-mode": "append",
+            "output": self.output,
+            "chdir": str(self.chdir),
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "array": f"0-{self.tasks - 1}" if self.tasks else None,
+            # afterok, since what comes after needs what came before; without the second line a job whose predecessor
+            # failed would wait for ever
+            "dependency": f"afterok:{self.after}" if self.after else None,
+            "kill-on-invalid-dep": "yes" if self.after else None,
+            **options,
+        }
+
+
+def _option(option: str) -> tuple[str, str]:
+    key, _, value = option.removeprefix("--").partition("=")
+    if not option.startswith("--") or not re.fullmatch(r"[a-z][a-z-]*", key) or re.search(r"\s", value):
+        raise ConfigError(f"--sbatch={option} is no option of sbatch; write for example --sbatch=--mem=0")
+    return key, value
+
+
+def job_script(template: str, directives: Mapping[str, str | None], settings: Mapping[str, str]) -> str:
+    """A template with its `#SBATCH` lines and settings filled in; comments beside them stay.
+
+    Args:
+        directives: value by key; "" for a key without a value, None for a line that is to go.
+        settings: shell text by the name of a variable that the template assigns at the beginning of a line.
+    """
+    left, unset = dict(directives), dict(settings)
+    lines: list[str] = []
+    end = 0  # where the #SBATCH lines end, and what the template lacks is added
+    for line in template.splitlines():
+        name = line.partition("=")[0]
+        if match := _DIRECTIVE.fullmatch(line):
+            key = match["key"]
+            value = left.pop(key, match["value"] or "")
+            if value is not None:
+                lines.append(_directive(key, value) + (match["comment"] or ""))
+            end = len(lines)
+        elif name in unset and line.startswith(f"{name}="):
+            value, *below = unset.pop(name).splitlines()
+            lines += [f"{name}={value}{_comment(line)}", *below]
+        else:
+            lines.append(line)
+    assert not unset, f"the template does not assign {', '.join(unset)}"
+    lines[end:end] = [_directive(key, value) for key, value in left.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _directive(key: str, value: str) -> str:
+    return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
+
+
+def _comment(line: str) -> str:
+    _, hash_sign, text = line.partition(" # ")
+    return f"  # {text}" if hash_sign else ""
+
+
+def shell_words(words: Sequence[str]) -> str:
+    """Words as they are typed in a shell."""
+    return " ".join(shlex.quote(word) for word in words)
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """One run of a sweep: the suffix of its name, and what it overrides."""
+
+    suffix: str
+    overrides: tuple[str, ...]
+
+
+def read_sweep(path: Path) -> list[SweepTask]:
+    """The grid of a YAML file that has a list of values for each key, the last key varying fastest.
+
+    Raises:
+        ConfigError: if a key has no list, sets the run's name, or two runs would have the same name.
+    """
+    tree, origins = read_tree(path)
+    if not tree:
+        raise ConfigError(f"{path}: empty; write for example optim.learning_rate: [1e-3, 3e-3]")
+    for key, values in tree.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{origins[key]}: {key} is {values!r}; a sweep has a list of values for each key")
+        if key in ("run.name", "run.dir"):
+            raise ConfigError(f"{origins[key]}: {key} is set by the sweep itself; give the config another one")
+    tasks = []
+    for values in itertools.product(*tree.values()):
+        chosen = dict(zip(tree, values, strict=True))
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
+        suffix = "-".join(
+            _NO_NAME.sub("-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, value in chosen.items()
+        )
+        tasks.append(SweepTask(suffix, overrides))
+    suffixes = [task.suffix for task in tasks]
+    for suffix in suffixes:
+        if suffixes.count(suffix) > 1 or len(suffix) > _MAX_NAME:
+            raise ConfigError(f"{path}: a name for each run is made of keys and values, and {suffix!r} is not one")
+    return tasks
+
+
+def seconds_of(time: str) -> int | None:
+    """A time limit as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None for another."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    numbers = [int(number) for number in match["clock"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(numbers) == 3:
+        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
+    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a partition's nodes have, and what it does to its jobs.
+
+    Attributes:
+        gpu_types: as the cluster's gres.conf calls them, in lower case.
+        preemption: REQUEUE, CANCEL, SUSPEND, ... or OFF.
+        preemption_grace_seconds: between the word and the end.
+    """
+
+    name: str
+    gpu_types: frozenset[str]
+    preemption: str
+    preemption_grace_seconds: int
+
+
+def has_slurm() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def partition(name: str | None) -> Partition:
+    """What Slurm says of a partition, by default of its default one.
+
+    Raises:
+        ConfigError: if there is none of that name.
+        SlurmError: if no cluster answers.
+    """
+    found = [dict(_fields(line)) for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines()]
+    chosen = [p for p in found if p["PartitionName"] == name or (name is None and p.get("Default") == "YES")]
+    if not chosen:
+        names = ", ".join(p["PartitionName"] for p in found)
+        raise ConfigError(f"--partition={name}: there is none of that name; there are {names}")
+    fields = chosen[0]
+    gres = _slurm("sinfo", "--noheader", "--partition", fields["PartitionName"], "--format=%G")
+    return Partition(
+        name=fields["PartitionName"],
+        gpu_types=frozenset(re.findall(r"gpu:([a-z][\w.-]*):\d", gres.lower())),
+        preemption=fields.get("PreemptMode", "OFF"),
+        preemption_grace_seconds=int(fields.get("GraceTime", "0")),
+    )
+
+
+def _fields(line: str) -> list[tuple[str, str]]:
+    pairs = (word.partition("=") for word in line.split())
+    return [(key, value) for key, _, value in pairs]
+
+
+def try_out(script: str) -> str:
+    """When and where Slurm would start a job, as it sees the queue now. Raises ConfigError if it would refuse it."""
+    return _sbatch(script, "--test-only").stderr.strip().removeprefix("sbatch: ")
+
+
+def submit(script: str) -> str:
+    """Hands a script to sbatch; the job's id. Raises ConfigError if sbatch refuses it."""
+    return _sbatch(script, "--parsable").stdout.strip().partition(";")[0]
+
+
+def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run(["sbatch", option], input=script, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise ConfigError(f"sbatch refuses the job: {ran.stderr.strip()}")
+    return ran
+
+
+def _slurm(*command: str) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SlurmError(ran.stderr.strip().rpartition("\n")[2])
+    return ran.stdout

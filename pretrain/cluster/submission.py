@@ -1,0 +1,204 @@
+"""What a submission to Slurm is made of: its runs, what the checks say of each, and the job's script.
+
+launch/submit.py -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is one run, a
+sweep's, or an evaluation beside a run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.checkpoint.duration import SaveTime
+from pretrain.cluster import preflight, slurm
+from pretrain.cluster.preflight import Finding
+from pretrain.config import RunConfig, load_config
+from pretrain.model.size import parameter_count
+from pretrain.run.run_folder import RunFolder
+from pretrain.start import check_same_run, checked_inputs
+from pretrain.topology import dp_size_of
+from shards import ConfigError, HeadraceError
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_MOST_NODES = 256  # up to which numbers of nodes that would work are named
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a submission: the words that `launch/pretrain.py` is given, and what they come to."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run.dir / self.config.run.name
+
+
+def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:
+    """The runs of a config, one or a sweep's.
+
+    Args:
+        typed: overrides of them all.
+        sweep: a YAML file with a list of values for each key, see `slurm.read_sweep`.
+    Raises:
+        ConfigError: names every run of the sweep whose config is wrong.
+    """
+    base = load_config(path, typed)
+    if sweep is None:
+        return [Run(tuple(typed), base)]
+    runs, problems = [], []
+    for task in slurm.read_sweep(sweep):
+        name = base.run.name
+        named = (f"run.name={name}-{task.suffix}", f"wandb.group={base.wandb.group or name}")
+        try:
+            config = load_config(path, (*typed, *task.overrides, *named))
+            runs.append(Run((*task.overrides, *named), config))
+        except ConfigError as error:
+            problems.append(f"{sweep}, {' '.join(task.overrides)}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return runs
+
+
+def training_script(
+    path: Path, typed: Sequence[str], runs: Sequence[Run], request: slurm.JobRequest, node_check: bool
+) -> str:
+    """The job that trains. A sweep's tasks stand in it one by one, so that it says itself what task 7 is.
+
+    Args:
+        path, typed: the config and the overrides of all runs.
+        node_check: whether the nodes are tried first.
+    """
+    lines = [f"({slurm.shell_words(['--config', str(path), *typed])})"]
+    if request.tasks:
+        lines.append("case $SLURM_ARRAY_TASK_ID in")
+        for i, run in enumerate(runs):
+            folder, added = slurm.shell_words([str(run.folder)]), slurm.shell_words(run.overrides)
+            lines.append(f"  {i}) run={folder} arguments+=({added}) ;;")
+        lines.append("esac")
+    settings = _settings(runs[0].folder, "\n".join(lines)) | {"node_check": "yes" if node_check else "no"}
+    return slurm.job_script(_template("pretrain"), request.directives(), settings)
+
+
+def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
+    """The job that scores a run's checkpoints as they appear. Raises: HeadraceError if it could score nothing."""
+    if run.config.evaluation.suite is None:
+        raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
+    checked_inputs(run.config)
+    # The run's own config says the rest
+    words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])
+    # Nothing is to be saved before the end, and a script without a trap would be ended by the signal
+    directives = request.directives() | {"signal": None}
+    return slurm.job_script(_template("evaluate"), directives, _settings(run.folder, f"({words})"))
+
+
+def _template(name: str) -> str:
+    return (_CHECKOUT / "slurm" / f"{name}.sbatch").read_text()
+
+
+def _settings(folder: Path, arguments: str) -> dict[str, str]:
+    """What both templates assign at their head, as shell text."""
+    paths = {"run": str(folder), "checkout": str(_CHECKOUT), "python": sys.executable}
+    return {key: slurm.shell_words([path]) for key, path in paths.items()} | {"arguments": arguments}
+
+
+def layout_problem(config: RunConfig, ranks: int) -> str:
+    """Why a config cannot be trained on so many ranks; empty if it can."""
+    try:
+        config.check(dp_size_of(ranks, config.parallel))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Finding]:
+    """Whether the batch can be dealt to the ranks, now and after a restart on another number of nodes."""
+    nodes, each, parallel = request.nodes, request.ranks_per_node, config.parallel
+    devices = f"{nodes} nodes, each of {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
+    working = [str(n) for n in range(1, _MOST_NODES + 1) if not layout_problem(config, n * each)]
+    others = f"; numbers of such nodes that work: {', '.join(working)}" if working else ""
+    if problem := layout_problem(config, request.ranks):
+        yield Finding("error", "layout", f"{devices}: {problem}{others}")
+        return
+    dp_size = dp_size_of(request.ranks, parallel)
+    rows = config.micro_batch_size(dp_size)
+    yield Finding(
+        "ok", "layout",
+        f"{devices}: {request.ranks} ranks, tp {parallel.tp_size} x dp {dp_size}, ZeRO-{parallel.applied_zero_stage};"
+        f" {config.micro_steps(dp_size)} micro-steps of {rows} rows{others}",
+    )  # fmt: skip
+    if each % parallel.tp_size:
+        text = f"parallel.tp_size={parallel.tp_size} reaches across nodes of {each}: every layer waits for the network"
+        yield Finding("warning", "layout", text)
+
+
+def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> Iterator[Finding]:
+    """What the checks of one run have to say."""
+    config = run.config
+    model, train, seq_len = config.model, config.train, config.data.seq_len
+    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs} epochs in steps"
+    yield Finding(
+        "ok", "config",
+        f"{config.run.name}: {parameter_count(model):,} parameters,"
+        f" {length} of {train.global_batch_size:,} rows of {seq_len:,} tokens",
+    )  # fmt: skip
+    try:
+        checked_inputs(config)
+        folder = RunFolder(run.folder)
+        if folder.has_begun():
+            begun = load_config(folder.config, begun=True)
+            check_same_run(begun, config.settled(begun), folder)
+    except HeadraceError as error:
+        yield Finding("error", "config", str(error))
+    yield from preflight.lease_findings(run.folder)
+    yield from layout_findings(config, request)
+    yield from preflight.data_findings(config.data)
+    if request.gpus_per_node and not layout_problem(config, request.ranks):
+        dp_size = dp_size_of(request.ranks, config.parallel)
+        sizes = (dp_size, config.micro_batch_size(dp_size), seq_len, config.bytes_per_weight)
+        yield from preflight.memory_findings(model, config.parallel, *sizes, config.optim.z_loss > 0, gpu_bytes)
+
+
+def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:
+    """The partition that was asked for, or why no cluster can say. Raises ConfigError if it says that there is none."""
+    if not slurm.has_slurm():
+        return None, "there is no sbatch on this machine"
+    try:
+        return slurm.partition(name), ""
+    except slurm.SlurmError as error:
+        return None, str(error)
+
+
+def job_findings(
+    request: slurm.JobRequest,
+    save: SaveTime,
+    partition: slurm.Partition | None,
+    silent: str,
+    dry_run: bool,
+) -> Iterator[Finding]:
+    """What the checks of the job have to say, whatever the runs in it are.
+
+    Args:
+        silent: why no cluster was asked, where there is no partition.
+    """
+    limit = slurm.seconds_of(request.time)
+    preemption = (partition.preemption, partition.preemption_grace_seconds) if partition else ("OFF", 0)
+    if limit is None:
+        text = f"--time={request.time} is no time; write minutes, hours:minutes:seconds or days-hours"
+        yield Finding("error", "time", text)
+    else:
+        yield from preflight.grace_findings(save, request.grace_seconds, limit, *preemption)
+    if partition is None:
+        text = f"{silent}: no cluster was asked, and none can be given a job from here"
+        yield Finding("note" if dry_run else "error", "slurm", text)
+
+
+def tried_out(script: str) -> Finding:
+    """What sbatch itself thinks of the job."""
+    try:
+        return Finding("ok", "slurm", slurm.try_out(script))
+    except ConfigError as error:
+        return Finding("error", "slurm", str(error))

@@ -1,0 +1,74 @@
+"""When the last save has to begin, so that it is done before the job's time is up. Slurm -> deadline -> trainer.
+
+Rank 0 alone looks at the clock; what it finds travels with the request to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from pretrain.checkpoint.duration import time_for_last_save
+
+_logger = logging.getLogger(__name__)
+
+_SPARE_SECONDS = 15.0  # to end workers, wandb and the process
+_NEWS = 1.25  # the margin is logged again when it has grown by this factor
+
+
+class Deadline:
+    """Compares the time that is left with what saving takes.
+
+    Args:
+        end: of the job, in seconds since the epoch; None if there is none.
+        clock: the same, now.
+    """
+
+    def __init__(self, end: float | None, clock: Callable[[], float] = time.time) -> None:
+        self._end = end
+        self._clock = clock
+        self._logged = 0.0  # the margin that was
+        self._reached = False
+
+    def reached(self, step_seconds: float, save_seconds: float) -> bool:
+        """Whether to stop now.
+
+        Args:
+            step_seconds: of the slowest step lately: one more is trained before the run stops.
+            save_seconds: that the last save took; before the first, what it is guessed to take.
+        """
+        if self._end is None:
+            return False
+        margin = time_for_last_save(save_seconds) + 2 * step_seconds + _SPARE_SECONDS
+        left = self._end - self._clock()
+        if margin > _NEWS * self._logged:
+            self._logged = margin
+            _logger.info(
+                "the job ends at %s, in %.0f s; the last save begins %.0f s before that: a save takes %.1f s, a"
+                " step %.1f s",
+                datetime.fromtimestamp(self._end).strftime("%F %T"), left, margin, save_seconds, step_seconds,
+            )  # fmt: skip
+        if left < margin and not self._reached:
+            self._reached = True
+            _logger.warning("the job ends in %.0f s: saving now, %.0f s were set aside for it", left, margin)
+        return self._reached
+
+
+def job_end(environment: Mapping[str, str]) -> float | None:
+    """When the Slurm job of this process is to end, in seconds since the epoch; None without one or its limit."""
+    if end := environment.get("SLURM_JOB_END_TIME"):
+        return float(end)
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    command = ["squeue", "--noheader", "--jobs", environment["SLURM_JOB_ID"], "--format", "%e"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        if found in ("", "NONE", "N/A", "Unknown"):
+            return None
+        return datetime.fromisoformat(found).timestamp()  # of this node's time zone
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        _logger.warning("the job's end is not known, so no save is begun ahead of it: %s", error)
+        return None

@@ -1,0 +1,89 @@
+"""Optimizer steps that changed nothing: why, what was in them, and when a run has had too many. trainer -> unapplied.
+
+There are two kinds, and the engine has left out both, on every rank: a loss or gradient that was no number, and a
+global batch without a single target, on which weight decay and momentum would move weights that learn nothing.
+Whether the run goes on is decided by figures that all ranks share, so all of them decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from pretrain.engine import StepStats
+from pretrain.run.run_folder import RunFolder
+from pretrain.topology import Topology
+from shards import HeadraceError, Origin
+from shards.storage.atomic import write_atomically
+
+_logger = logging.getLogger(__name__)
+
+_NAMED = 3  # documents in the message; the file has all
+
+
+class UnappliedSteps:
+    """Count the steps in a row that changed nothing, and end the run when there are too many.
+
+    Args:
+        limit: how many in a row end the run.
+        nonfinite_limit: the same, where the last of them was no number.
+    """
+
+    def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology) -> None:
+        self._limit, self._nonfinite_limit = limit, nonfinite_limit
+        self._folder = folder
+        self._topology = topology
+        self._in_a_row = 0
+
+    def note(self, step: int, stats: StepStats, n_targets: int, origins: Callable[[], Sequence[Origin]]) -> None:
+        """Takes up what a step came to; every rank calls it.
+
+        Args:
+            step: counted from 1, as in metrics.jsonl.
+            n_targets: of the global batch.
+            origins: of all pieces of the global batch; asked of all ranks together.
+        Raises:
+            HeadraceError: on all ranks, if the run is to end; nothing of the step has been kept.
+        """
+        if stats.applied:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        pieces = origins()
+        if n_targets:
+            found, limit = self._nonfinite(step, stats, pieces), self._nonfinite_limit
+            advice = "lower optim.learning_rate, or leave documents out, or see train.on_nonfinite"
+        else:
+            found, limit = _without_targets(step, pieces), self._limit
+            advice = "look at the sources' texts, data.text_key, data.bos and data.eos"
+        if self._in_a_row >= limit:
+            raise HeadraceError(
+                f"{found}. That is {self._in_a_row} in a row that changed nothing: the run ends without saving, and the"
+                f" last checkpoint stands; {advice}"
+            )
+        if self._topology.is_main and (n_targets or self._in_a_row == 1):
+            _logger.warning("%s; it changed nothing", found)
+
+    def _nonfinite(self, step: int, stats: StepStats, pieces: Sequence[Origin]) -> str:
+        """Lists the documents of a step that was no number in the run's folder; says what was found."""
+        found = f"step {step}: loss {stats.loss:g}, gradient norm {stats.grad_norm:g}"
+        if not self._topology.is_main:
+            return found
+        table = self._folder.nonfinite(step)
+        table.parent.mkdir(exist_ok=True)
+        lines = ["\t".join(Origin._fields), *("\t".join(map(str, piece)) for piece in pieces)]
+        write_atomically(table, "\n".join(lines) + "\n")
+        return f"{found}; its {_documents(pieces)} are listed in {table}"
+
+
+def _without_targets(step: int, pieces: Sequence[Origin]) -> str:
+    found = f"step {step}: there is nothing to predict in its batch, and so no loss, since"
+    if not pieces:
+        return f"{found} its rows are empty"
+    return f"{found} none of its pieces has a second token ({_documents(pieces)})"
+
+
+def _documents(pieces: Sequence[Origin]) -> str:
+    documents = list(dict.fromkeys((piece.source, piece.shard, piece.line) for piece in pieces))
+    named = "; ".join(f"{source}: {shard}, line {line}" for source, shard, line in documents[:_NAMED])
+    return f"{len(documents)} documents ({named}{', ...' if len(documents) > _NAMED else ''})"

@@ -1,0 +1,44 @@
+"""A model without optimizer or engine, scored with weights from anywhere. weights -> BareModel -> {scoring, harness}.
+
+Every dp rank holds the whole model, or its tensor-parallel slices; so the number of ranks is free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.engine import Precision, attention_backend
+from pretrain.model.kv_cache import KVCache
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.weights import Weights, fill
+from pretrain.topology import ParallelConfig, Topology
+
+
+class BareModel:
+    """The forward pass of a model.
+
+    Args:
+        precision: of the weights; those of a bf16 run round to what its training steps used.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ParallelConfig, precision: Precision, topology: Topology) -> None:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        model = Transformer(config, attention_backend(parallel, topology, config.head_dim))
+        self._model = model.to(topology.device, dtype).eval()
+        self.config = config
+        self._topology = topology
+
+    def take(self, weights: Weights) -> None:
+        """Fills it with other weights of the same architecture."""
+        fill(self._model, weights, self._topology.tp_rank, self._topology.tp_size)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+        """tokens, segment ids [B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size]."""
+        return self._model(tokens, segment_ids)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits."""
+        return self._model(tokens, cache=cache)[:, -1]

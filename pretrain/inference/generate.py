@@ -1,0 +1,176 @@
+"""Continues a prompt with a model, token by token: its logits -> sampling -> text, as it comes.
+
+The one way to generate: for the sample at a run's end, and for launch/generate.py. Every rank runs the same loop; the
+model's slices of the logits are gathered, and rank 0's choice counts on all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pretrain.model.kv_cache import KVCache
+from pretrain.model.parallel import gather_vocab
+from pretrain.topology import Topology
+from shards import Config, Tokenizer
+
+_logger = logging.getLogger(__name__)
+
+# Tokens [B, T] after those in the cache -> this rank's slice of the last one's logits [B, vocab_size / tp_size]
+NextLogits = Callable[[Tensor, KVCache], Tensor]
+
+_UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are missing
+
+
+class Sampling(Config):
+    """How the next token is chosen, and when to stop. Besides, every continuation ends with its document."""
+
+    max_tokens: int = Field(256, ge=1)  # of the continuation
+    temperature: float = Field(0.8, ge=0)  # divides the logits; 0 takes the most likely token
+    top_k: int | None = Field(None, ge=1)  # sample among so many of the most likely tokens; None: all
+    top_p: float = Field(1.0, gt=0, le=1)  # and among the fewest whose probabilities reach this sum
+    seed: int = Field(0, ge=0)
+    stop: tuple[str, ...] = ()  # ends before the first of these that appears in the continuation
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text <-> token ids.
+
+    Attributes:
+        encode: a prompt, as the beginning of a document.
+        decode: token ids to text.
+        ends: ids that end a document.
+        size: ids below this one have a meaning; a model may have more rows, which were never trained.
+        unknown: the id of what the tokenizer cannot spell; None where it can spell everything.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    ends: frozenset[int]
+    size: int
+    unknown: int | None = None
+
+
+def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
+    """With a SentencePiece model; `bos`: documents begin with BOS."""
+    prefix = [tokenizer.bos_id] if bos else []
+    return Codec(
+        encode=lambda prompt: [*prefix, *tokenizer.encode(prompt)],
+        decode=tokenizer.decode,
+        ends=frozenset({tokenizer.eos_id} - {-1}),
+        size=tokenizer.vocab_size,
+        unknown=tokenizer.unk_id,
+    )
+
+
+def generate(
+    next_logits: NextLogits,
+    n_layers: int,
+    max_length: int,
+    codec: Codec,
+    prompt: str,
+    sampling: Sampling,
+    topology: Topology,
+) -> Iterator[str]:
+    """Yields the continuation of a prompt in stretches of whole characters; every rank gets the same.
+
+    Args:
+        next_logits: the model.
+        n_layers: of the model.
+        max_length: tokens of context; the prompt and its continuation end there.
+    """
+    ids = codec.encode(prompt) or [0]  # a model needs a token to begin with
+    if codec.unknown in ids:
+        _logger.warning("the tokenizer has no pieces for a part of the prompt, which the model does not see")
+    if len(ids) >= max_length:
+        _logger.warning("the prompt's %d tokens fill the context of %d: nothing can follow", len(ids), max_length)
+        return
+    stream = TextStream(codec, ids, sampling.stop)
+    end = min(max_length, len(ids) + sampling.max_tokens)
+    cache = KVCache(n_layers, end)  # not of max_length: a long context takes more memory than the model
+    # The draws are made on the CPU: the same on every device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    new = ids
+    for _ in range(end - len(ids)):
+        tokens = torch.tensor([new], device=topology.device)
+        logits = gather_vocab(next_logits(tokens, cache))[0, : codec.size].float().cpu()
+        # Ranks that drew different tokens, for a last bit of difference in a logit, would wait for each other for ever
+        chosen = topology.broadcast_object(sample(logits, sampling, generator))
+        if chosen in codec.ends:
+            break
+        new = [chosen]
+        yield stream.add(chosen)
+        if stream.stopped:
+            return
+    yield stream.rest()
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from logits [vocab_size]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    best, ids = logits.topk(min(sampling.top_k or len(logits), len(logits)))  # sorted, the most likely first
+    probabilities = (best / sampling.temperature).softmax(-1)
+    # A token stays while those before it do not reach the sum: the first always does
+    # Source: Holtzman et al. 2019, arXiv 1904.09751, section 3.1
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < sampling.top_p, probabilities, 0.0)
+    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+class TextStream:
+    """Token ids one by one -> text that never has to be taken back.
+
+    A character may be spelled by several tokens, one for each byte, and a stop string may come in pieces: what could
+    still turn out to be part of either is held back.
+
+    Args:
+        context: ids before the first, which decide whether a space stands there.
+        stop: strings before which the text ends.
+    Attributes:
+        stopped: one of them has appeared.
+    """
+
+    def __init__(self, codec: Codec, context: Sequence[int], stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._codec = codec
+        self._ids = list(context)
+        self._stop = stop
+        self._prompt = len(codec.decode(self._ids))  # characters
+        self._given = 0  # characters of the continuation
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain with one token more."""
+        self._ids.append(token_id)
+        text = self._text()
+        found = [text.index(string) for string in self._stop if string in text]
+        if found:
+            self.stopped = True
+            return self._give(text, min(found))
+        if text.endswith(_UNFINISHED):
+            return ""
+        held = max((_overlap(text, string) for string in self._stop), default=0)
+        return self._give(text, len(text) - held)
+
+    def rest(self) -> str:
+        """What was held back and has come to its end now."""
+        text = self._text()
+        return self._give(text, len(text))
+
+    def _text(self) -> str:
+        return self._codec.decode(self._ids)[self._prompt :]
+
+    def _give(self, text: str, end: int) -> str:
+        start, self._given = self._given, max(end, self._given)
+        return text[start:end]
+
+
+def _overlap(text: str, string: str) -> int:
+    """Characters at the end of a text with which a string begins."""
+    return next((n for n in range(min(len(string), len(text)), 0, -1) if text.endswith(string[:n])), 0)

@@ -1,0 +1,211 @@
+"""The folder of one run: its layout, whose it is, and what happens to its records when a start goes on from it.
+
+Only rank 0 writes here, except for the engine's files in a checkpoint. {start, journal} -> run_folder -> step_log.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config_file import read_tree
+from pretrain.run.step_log import StepLog
+from shards import ConfigError
+from shards.storage.atomic import fsync_folder, is_there, names_in, write_atomically
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies. Making one touches nothing on disk."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> StepLog:
+        return StepLog(self.root / "metrics.jsonl")
+
+    @property
+    def evals(self) -> StepLog:
+        return StepLog(self.root / "evals.jsonl")
+
+    def document_scores(self, step: int, suite: str) -> Path:
+        """The sums of each document of a suite at a step, which comparisons are made from."""
+        return self.root / "evals" / suite / f"step_{step:08d}.npz"
+
+    @property
+    def bad_records(self) -> StepLog:
+        return StepLog(self.root / "bad_records.jsonl")
+
+    def nonfinite(self, step: int) -> Path:
+        """The documents of a step whose loss or gradient was no number, tab-separated."""
+        return self.root / "nonfinite" / f"step_{step:08d}.tsv"
+
+    @property
+    def contaminated(self) -> StepLog:
+        """The documents that data.decontaminate kept out."""
+        return StepLog(self.root / "contaminated.jsonl")
+
+    @property
+    def cursors(self) -> StepLog:
+        return StepLog(self.root / "cursors.jsonl.zst")
+
+    @property
+    def wandb_rows(self) -> StepLog:
+        """What was sent to wandb of each step; see `pretrain.run.wandb_rows`."""
+        return StepLog(self.wandb / "rows.jsonl")
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "lease"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        """wandb makes its own folder `wandb/` in the one that it is given, so this is the root's."""
+        return self.root / "wandb"
+
+    @property
+    def _data_end(self) -> Path:
+        return self.root / "data_end"
+
+    def data_end(self) -> int | None:
+        """The run's last step, where it has come to the end of its data; None as long as it has not."""
+        try:
+            return int(self._data_end.read_text())
+        except FileNotFoundError:
+            return None
+
+    def note_data_end(self, step: int) -> None:
+        """Notes that the data ends with this step: that is so however often these steps are trained."""
+        write_atomically(self._data_end, str(step))
+
+    def run_id(self, name: str) -> str:
+        """Read the id of the run's wandb run, or draw one where there is none, or where it is another run's.
+
+        An id belongs to a run.name and a folder, which config.yaml knows from the last start. Under another name the
+        run gets a new one. A folder that lies elsewhere now was copied if the other is still there and has the same id,
+        and gets a new one too; else it was moved, and keeps its own.
+
+        Args:
+            name: the run.name by which it goes now.
+        """
+        try:
+            found = (self.wandb / "run_id").read_text().strip()
+        except FileNotFoundError:
+            return self.new_run_id()
+        run = (
+            read_tree(self.config)[0]["run"] if is_there(self.config) else {"name": name, "dir": str(self.root.parent)}
+        )
+        was = RunFolder(Path(run["dir"], run["name"]))
+        if run["name"] != name:
+            reason = f"this run was called {run['name']} before"
+        elif is_there(was.root) and was.root.samefile(self.root):
+            return found
+        elif is_there(was.wandb / "run_id") and (was.wandb / "run_id").read_text().strip() == found:
+            reason = f"{self.root} is a copy of {was.root}"
+        else:
+            moved = "%s lay in %s before and goes on in its wandb run %s; if it is a copy, remove %s"
+            _logger.info(moved, self.root, was.root, found, self.wandb / "run_id")
+            return found
+        drawn = self.new_run_id()
+        _logger.warning("%s: all its figures go to a new wandb run, %s, and none to %s", reason, drawn, found)
+        return drawn
+
+    def new_run_id(self) -> str:
+        """Draw an id for a new wandb run, to which all of the run's figures go from now on."""
+        drawn = secrets.token_hex(4)
+        self.wandb.mkdir(exist_ok=True)
+        write_atomically(self.wandb / "run_id", drawn)
+        return drawn
+
+    def begin(self, name: str, config: str, step: int) -> None:
+        """Make the folder that of a start that nothing refuses any more.
+
+        Args:
+            name: of the run.
+            config: its config as YAML.
+            step: that it goes on from; -1 if it begins with an evaluation of what it has not trained yet.
+        """
+        self.run_id(name)  # while config.yaml tells whose it was
+        write_atomically(self.config, config)
+        self.cut_back(step)
+
+    def check_there(self) -> None:
+        """Raises: ConfigError naming the runs that there are, if this is none."""
+        if not is_there(self.config):
+            runs = sorted(str(path.parent) for path in self.root.parent.glob("*/config.yaml"))
+            there = f"runs beside it: {', '.join(runs)}" if runs else "name a run's folder, e.g. runs/quickstart"
+            raise ConfigError(f"--run {self.root}: no run there (it has no config.yaml); {there}")
+
+    def has_begun(self) -> bool:
+        """Whether there is anything of a run here that another config could corrupt."""
+        return any(True for _ in self.metrics.read()) or any(
+            name.startswith("step_") for name in names_in(self.checkpoints)
+        )
+
+    def create(self) -> None:
+        """Makes the folder and those in it, where they are missing, and tries whether it can be written to.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        try:
+            for folder in (self.root, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
+                probe.write(b"?")
+                probe.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run folder {self.root}: {error.strerror}; "
+                "set run.dir to a folder that you may write to, on a disk with room"
+            ) from error
+
+    @property
+    def superseded(self) -> Path:
+        """Where the records lie that were cut off: of steps that were trained again, or are to be."""
+        return self.root / "superseded"
+
+    @property
+    def _records(self) -> tuple[StepLog, ...]:
+        """The files that follow the checkpoints: durable before one is complete, cut back when it is resumed from."""
+        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
+
+    def cut_back(self, step: int) -> None:
+        """Move aside what a killed process wrote of the steps past a checkpoint's."""
+        for log in self._records:
+            aside = self.superseded / log.path.name
+            if cut := log.cut_back(step, aside):
+                _logger.info("%s: %d records past step %d are now in %s", log.path, cut, max(step, 0), aside)
+
+    def sync(self) -> None:
+        """Makes all records durable: to be called before a checkpoint is declared complete."""
+        for log in self._records:
+            log.sync()
+        fsync_folder(self.root)  # one of them may be new
+
+    def move_aside(self) -> Path:
+        """Frees the run's name for a fresh start by renaming the folder to `<name>.<n>`; deletes nothing.
+
+        The caller holds the lease, which is gone with the folder. Returns where that went.
+        """
+        numbered = re.compile(re.escape(self.root.name) + r"\.(\d+)")
+        taken = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
+        aside = self.root.with_name(f"{self.root.name}.{max(taken, default=0) + 1}")
+        self.root.rename(aside)
+        RunFolder(aside).lease.unlink(missing_ok=True)
+        fsync_folder(self.root.parent)
+        return aside

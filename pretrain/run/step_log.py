@@ -1,0 +1,190 @@
+"""Files of records that survive a kill at any byte, and of which each step is written once. run_folder -> step_log."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import msgspec
+import zstandard
+
+from shards import HeadraceError
+from shards.storage.atomic import fsync_folder, is_there, write_atomically
+
+_CHUNK_BYTES = 1 << 16
+
+
+class _Stamped(msgspec.Struct):
+    """The one field by which a resume decides whether to keep a record; msgspec skips the others unparsed."""
+
+    step: int
+
+
+def _step_of(line: bytes) -> int | None:
+    """The optimizer step of a JSON record; None for one that was torn or is none."""
+    try:
+        return msgspec.json.decode(line, type=_Stamped).step
+    except msgspec.DecodeError:
+        return None
+
+
+class StepLog:
+    """A file of records, one or more for a step, that is only ever appended to, or cut back to a step.
+
+    A record is one JSON line, or where the name ends in `.zst` one zstd frame with one JSON line. What is appended goes
+    out in a single write, so that a kill tears at most the last one, and readers pass over what is torn. Numbers that
+    are not finite become null, since JSON has none.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._compressed = path.suffix == ".zst"
+
+    def append(self, *records: Mapping[str, object]) -> None:
+        """Adds records in a single write: a kill between the lines of one evaluation would have them written twice."""
+        lines = [msgspec.json.encode(record) + b"\n" for record in records]
+        if self._compressed:
+            lines = [_frame(line) for line in lines]
+        content = b"".join(lines)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if not self._compressed and _is_torn(descriptor):
+                content = b"\n" + content  # else a reader would take both for one line, and pass over it
+            written = os.write(descriptor, content)
+            if written != len(content):  # a full disk: the torn record would hide the next one on its line
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise HeadraceError(f"{self.path}: cannot append {len(content)} bytes; is the disk full?")
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """Makes all records durable against a loss of power; a kill alone loses none."""
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def read(self, after: int = -1) -> Iterator[dict[str, object]]:
+        """The records of all steps past `after`, in the order in which they were appended."""
+        for line, _ in self._lines():
+            step = _step_of(line)
+            if step is not None and step > after:
+                yield msgspec.json.decode(line, type=dict[str, object])
+
+    def last(self, step: int | None = None) -> dict[str, object] | None:
+        """The last record of a step up to `step`, or of all; None if there is none. Records stand in order of steps."""
+        newest = None
+        for line, _ in self._lines():
+            found = _step_of(line)
+            if found is not None and step is not None and found > step:
+                break
+            newest = line if found is not None else newest
+        return None if newest is None else msgspec.json.decode(newest, type=dict[str, object])
+
+    def cut_back(self, step: int, aside: Path) -> int:
+        """Move the records past a step to another file, and drop a torn end, so that each step is written once.
+
+        Args:
+            step: the last step to keep.
+            aside: what is cut off is appended to this file, whole and durable before it goes.
+        Returns:
+            How many records were cut off.
+        """
+        kept = 0  # where the last record to keep ends, of those before the first to cut off
+        later: list[bytes] = []  # records to keep that stand after it: of old checkpoints that were evaluated later
+        cut = 0
+        with _Aside(aside, self._compressed) as cut_off:
+            for line, end in self._lines():
+                found = _step_of(line)
+                if found is not None and found > step:
+                    cut += 1
+                    cut_off.add(line)
+                elif found is not None:
+                    kept = kept if cut else end
+                    later += [line] if cut else []
+        if later:
+            assert not self._compressed, "only evaluations are written out of order"
+            with self.path.open("rb") as file:
+                head = file.read(kept)
+            write_atomically(self.path, head + b"".join(later))
+        elif kept < self._size():
+            with self.path.open("rb+") as file:  # one truncation: done whole or not at all
+                file.truncate(kept)
+                os.fsync(file.fileno())
+        return cut
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if is_there(self.path) else 0
+
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        """Each complete record, as JSON, and the offset in the file at which it ends."""
+        if not is_there(self.path):
+            return
+        with self.path.open("rb") as file:
+            if self._compressed:
+                yield from _frames(file)
+                return
+            end = 0
+            for line in file:
+                end += len(line)
+                if line.endswith(b"\n"):
+                    yield line, end
+
+
+class _Aside:
+    """A file that takes up records as they are cut off from another; nothing is written before the first."""
+
+    def __init__(self, path: Path, compressed: bool) -> None:
+        self._path, self._compressed = path, compressed
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def add(self, line: bytes) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("ab")
+        self._file.write(_frame(line) if self._compressed else line)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            fsync_folder(self._path.parent)
+
+
+def _frame(line: bytes) -> bytes:
+    """Compress a record into a frame of its own."""
+    return zstandard.ZstdCompressor(level=6, write_checksum=True).compress(line)
+
+
+def _is_torn(descriptor: int) -> bool:
+    """Tell whether an open file ends within a line, as a kill or a loss of power may leave it."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def _frames(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The content of each whole zstd frame and the offset at which it ends; stops at the first that is not whole."""
+    end = 0
+    pending = b""
+    while True:
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        content = []
+        while not decoder.eof:
+            chunk = pending or file.read(_CHUNK_BYTES)
+            if not chunk:
+                return
+            try:
+                content.append(decoder.decompress(chunk))
+            except zstandard.ZstdError:
+                return
+            pending = decoder.unused_data
+            end += len(chunk) - len(pending)
+        yield b"".join(content), end

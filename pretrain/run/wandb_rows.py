@@ -1,0 +1,164 @@
+"""What wandb is given of each step, and what it was given before. run folder -> wandb_rows -> tracking.
+
+wandb keeps a row for good, but a step may be trained again after a kill, and need not come out as it did: the config,
+the layout or the machine may be others. So what was sent is noted beside wandb's own files, and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import StepLog
+
+Row = dict[str, object]
+
+# What training makes of a step; all else in its row is about this time's seconds, memory and disks
+_FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_hash", "nonfinite")
+_EVAL = "eval/"
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    """What is kept of one row."""
+
+    figures: str  # hash of those in _FIGURES
+    evals: str | None  # hash of its evaluation; None without one
+
+
+class SentRows:
+    """The rows that were sent to one wandb run, over all sessions.
+
+    Args:
+        log: of all wandb runs that a run folder had; the last record of a step counts.
+        run_id: the wandb run's.
+    """
+
+    def __init__(self, log: StepLog, run_id: str) -> None:
+        self._log, self._run_id = log, run_id
+        self._sent = {
+            step_of(record): msgspec.convert(record, _Sent) for record in log.read() if record["run"] == run_id
+        }
+
+    def note(self, row: Row) -> None:
+        """Write down that a row is about to be sent."""
+        self._log.append({"step": row["step"], "run": self._run_id, **msgspec.to_builtins(_summary(row))})
+
+    def forget(self, until: int) -> None:
+        """Free the memory of the steps up to one; they have been compared."""
+        self._sent = {step: sent for step, sent in self._sent.items() if step > until}
+
+    def differs(self, row: Row) -> bool:
+        """Tell whether a row, just made, is another than the one that was sent; of an unknown one it may be."""
+        return self._sent.get(step_of(row)) != _summary(row)
+
+    def contradicts(self, row: Row) -> bool:
+        """Tell whether a row of the files is another than the one that was sent.
+
+        Unlike `differs` it takes no offence at steps that an older program sent without a note, nor at an evaluation
+        on one side only: launch/evaluate.py may have made it later, or the run's suite is another now.
+        """
+        sent, own = self._sent.get(step_of(row)), _summary(row)
+        if sent is None:
+            return False
+        return sent.figures != own.figures or (sent.evals != own.evals and None not in (sent.evals, own.evals))
+
+
+def _summary(row: Row) -> _Sent:
+    evals = {key: value for key, value in row.items() if key.startswith(_EVAL)}
+    return _Sent(_hash([row.get(key) for key in _FIGURES]), _hash(evals) if evals else None)
+
+
+def _hash(figures: object) -> str:
+    # As JSON, in which they come back from the files: there nan is null
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(figures, order="deterministic"))
+
+
+def step_of(row: Row) -> int:
+    return int(str(row["step"]))
+
+
+def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float = math.inf) -> Iterator[Row]:
+    """Make the rows of a run's files, past one step and up to another, in order; each step has one.
+
+    Args:
+        suite: whose lines of evals.jsonl belong to them; None: all.
+    """
+    evals = (r for r in folder.evals.read(after) if suite in (None, r["suite"]) and step_of(r) <= until)
+    evaluated: dict[int, Row] = {}
+    for row in eval_rows(evals, eval_prefix(folder, suite)):
+        evaluated.setdefault(step_of(row), {}).update(row)
+    waiting = deque(sorted(evaluated))
+    for record in folder.metrics.read(after):
+        if (step := step_of(record)) > until:
+            break
+        while waiting and waiting[0] < step:  # such as the evaluation before the first step
+            yield evaluated[waiting.popleft()]
+        yield step_row(record) | evaluated.get(step, {})
+        if waiting and waiting[0] == step:
+            waiting.popleft()
+    for step in waiting:
+        yield evaluated[step]
+
+
+def eval_prefix(folder: RunFolder, suite: str | None) -> str:
+    """Say under which prefix wandb shows a suite: `eval/` for the first in the file, `eval/<suite>/` for any other."""
+    first = next(folder.evals.read(), None)
+    if suite is None or first is None or first["suite"] == suite:
+        return _EVAL
+    return f"{_EVAL}{suite}/"
+
+
+def step_row(record: Mapping[str, object]) -> Row:
+    """A line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
+    row: Row = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            row.update({f"{key}/{name}": figure for name, figure in value.items()})
+        else:
+            row[key] = value
+    return row
+
+
+def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> Iterator[Row]:
+    """Lines of evals.jsonl, a row for each run of lines of one step, figures under `<prefix><domain>/<figure>`."""
+    row: Row = {}
+    for record in records:
+        if row and row["step"] != record["step"]:
+            yield row
+            row = {}
+        figures = {key: value for key, value in record.items() if key not in ("step", "suite", "domain")}
+        row["step"] = record["step"]
+        row.update({f"{prefix}{record['domain']}/{key}": value for key, value in figures.items()})
+    if row:
+        yield row
+
+
+def last_local_step(wandb_folder: Path, run_id: str) -> int:
+    """The last step of which the local files of a run's sessions have a row; -1 if there is none.
+
+    Rows are never sent twice, so the newest session that has any has the last one. A session that was killed leaves a
+    file that wandb's own reader reads up to where it is torn.
+    """
+    files = sorted(
+        wandb_folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1]
+    )
+    for file in reversed(files):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        last_step = -1
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
+            assert reader.stdout is not None
+            for line in reader.stdout:  # a long run's file prints gigabytes
+                if '"type":"history"' in line:
+                    last_step = max(last_step, int(json.loads(line)["history"]["item"].get("step", -1)))
+        if last_step >= 0:
+            return last_step
+    return -1

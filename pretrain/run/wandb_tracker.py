@@ -1,0 +1,330 @@
+"""Mirrors metrics.jsonl and evals.jsonl into wandb. The only importer of wandb. loop -> tracking -> {wandb/, server}.
+
+A run is one wandb run, however often it is restarted, and shows each step once. The JSONL files are the truth. When a
+run resumes from a checkpoint, wandb may already hold steps past it, or lack some before it (a kill loses what was not
+flushed or sent). So a start asks up to which step wandb has rows (offline its local files, online the server), fills
+the gap from the JSONL files, and does not send again what is there. A row's `_step` is our step, which is what makes
+the question exact; `step` is the axis of every figure.
+
+A step that is trained again need not come out as before: the learning rate, the layout or the machine may be others. At
+the first row that differs from what wandb has, it is rewound to the step before; where it cannot be (offline, or if the
+server does not know how), a new wandb run begins and gets all rows.
+
+Tracking never stops a training: what fails is said once in the log, and the run's end or next start fills the gap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from pretrain.run.lease import Lease
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_rows import Row, SentRows, eval_prefix, eval_rows, last_local_step, rows_of, step_of, step_row
+from shards import Config, ConfigError
+
+if TYPE_CHECKING:
+    import wandb
+
+_logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 0.2  # of the local file; the default of 15 s is what a kill would lose
+_INIT_SECONDS = 30.0  # until a start without a server goes on offline
+_FINISH_SECONDS = 30.0  # until the end gives up on a server; the local file stays
+
+_LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: how many of its rows are no training step's
+
+
+class WandbConfig(Config):
+    """Where the figures go besides the run folder's own files."""
+
+    # offline: to the run folder; `wandb sync` uploads it later
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "headrace"  # wandb project that the run appears in
+    entity: str | None = None  # user or team; None: the account's default
+    group: str | None = None  # runs that are shown together
+    tags: tuple[str, ...] = ()  # labels to filter runs by
+    system_metrics: bool = True  # utilization of GPUs, CPUs, memory and network, every 15 s
+
+
+def log_late_evals(
+    config: WandbConfig,
+    folder: RunFolder,
+    name: str,
+    suite: str,
+    records: Sequence[Mapping[str, object]],
+    lease: Lease,
+    patience_seconds: float,
+) -> None:
+    """Adds evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
+
+    Their axis is `eval_step`, and their rows have no `step`: wandb takes no row for a step that is past, and a training
+    that goes on must not take them for its own. Figures stand under `eval-<suite>/<domain>/<figure>`, and once more in
+    a table of domains. What fails is logged: evals.jsonl has it all.
+
+    Args:
+        name: as in `Tracker`.
+        records: lines of evals.jsonl, of one suite.
+        lease: the run's, not entered.
+        patience_seconds: how long to wait for a training to end.
+    """
+    if config.mode == "disabled" or not records:
+        return
+    deadline = time.monotonic() + patience_seconds
+    while not lease.is_free() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    if not lease.is_free():
+        _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
+        return
+    tracker = Tracker(config, folder, name, folder.run_id(name), {})
+    with tracker._tolerated():
+        tracker._log_late(suite, records)
+
+
+class Tracker:
+    """One process's session of the run's wandb run. Entered on rank 0 alone: `with Tracker(...) as tracker`."""
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        folder: RunFolder,
+        name: str,
+        run_id: str,
+        described: Mapping[str, object],
+        suite: str | None = None,
+    ):
+        """
+        Args:
+            config: the `wandb` section.
+            folder: cut back to the checkpoint from which this session goes on.
+            name: of the run, as wandb shows it.
+            run_id: as the folder has it; at most 64 letters, digits, `-` and `_`.
+            described: config and provenance, as JSON-able values.
+            suite: whose lines of evals.jsonl are the training's own; None: all. The first in the file is shown under
+                `eval/`, any other, which a run goes on with that changed, under `eval/<suite>/`.
+        """
+        self._suite = suite
+        self._config = config
+        self._folder = folder
+        self._name = name
+        self._id = run_id
+        self._described = described
+        self._run: wandb.Run | None = None
+        self._sent: SentRows
+        self._last_step = -1  # the last whose row wandb has in full
+        self._late_rows = 0  # that the server has of evaluations of old checkpoints
+        self._held: Row | None = None
+        self._evals_follow = False  # whether what is held waits for its evaluation
+
+    def __enter__(self) -> Tracker:
+        """
+        Raises:
+            ConfigError: if online mode has no API key; a server that does not answer is no error.
+        """
+        if self._config.mode != "disabled":
+            with self._tolerated():
+                self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._config.mode == "disabled":
+            return
+        if self._run is None:
+            # A launcher that stops a run sends SIGTERM to wandb's process too; a new one gets what that had not
+            with self._tolerated():
+                _forget_process()
+                self._open()
+        if not self._evals_follow:  # else the next start makes the evaluation, and sends both
+            self._send_held()
+        if self._run is not None:
+            with self._tolerated():
+                self._run.finish(exit_code=0 if kind is None else 1)
+
+    def log_step(self, record: Mapping[str, object], more: bool = False) -> None:
+        """Sends a line of metrics.jsonl.
+
+        Args:
+            record: with its `step`; a step that wandb already has is passed over.
+            more: the step's evaluation follows; both then go out as one row, if need be from the next session. A step
+                that is evaluated all the same, as where the data ends, is held until the next one too.
+        """
+        self._send_held()
+        self._held = step_row(record)
+        self._evals_follow = more
+
+    def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
+        """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
+        for row in eval_rows(records, eval_prefix(self._folder, self._suite)):
+            if self._held is not None and self._held["step"] != row["step"]:
+                self._send_held()
+            self._held = {**(self._held or {}), **row}
+        self._evals_follow = False
+        self._send_held()
+
+    def _send_held(self) -> None:
+        row, self._held = self._held, None
+        if row is None or self._run is None:
+            return
+        with self._tolerated():
+            if step_of(row) > self._last_step:
+                self._send(row)
+            elif self._sent.differs(row):
+                self._take_back(step_of(row))
+                for made in self._made_rows(until=step_of(row)):
+                    self._send(made)
+
+    def _send(self, row: Row) -> None:
+        assert self._run is not None
+        self._last_step = step_of(row)
+        self._sent.note(row)  # before it is sent: what wandb has must be known
+        self._run.log(row, step=self._last_step + self._late_rows, commit=True)
+
+    def _take_back(self, step: int) -> None:
+        """Have wandb show no row from a step on, since those that it has are of a training that was taken back."""
+        import wandb
+
+        assert self._run is not None
+        offline = self._run.offline
+        self._run.finish()
+        self._run = None
+        # Rewinding would take evaluations of old checkpoints along, which nobody sends again
+        if not offline and not self._late_rows and step > 0:
+            try:
+                self._run = self._init("online", rewound_to=step - 1)
+            except wandb.errors.Error as error:
+                _logger.warning("wandb cannot rewind the run %s to step %d: %s", self._id, step - 1, error)
+                _forget_process()
+        if self._run is not None:
+            self._last_step = step - 1
+            _logger.info("step %d came out differently when trained again: wandb was rewound to the one before", step)
+        else:
+            old, self._id = self._id, self._folder.new_run_id()
+            self._sent = SentRows(self._folder.wandb_rows, self._id)
+            _logger.warning(
+                "step %d came out differently when trained again: all figures go to a new wandb run, %s, from the first"
+                " step on; %s keeps those that were taken back", step, self._id, old,
+            )  # fmt: skip
+            self._run, self._last_step = self._start()
+        self._define_axis(self._run)
+
+    def _log_late(self, suite: str, records: Sequence[Mapping[str, object]]) -> None:
+        import wandb
+
+        run, _ = self._start()
+        axis, prefix = "eval_step", f"eval-{suite}/"
+        run.define_metric(axis, hidden=True)
+        run.define_metric(f"{prefix}*", step_metric=axis)
+        rows = list(eval_rows(records, prefix))
+        # First the count: rows that are there but not counted would pass for steps of the training
+        run.config.update({_LATE_ROWS: _late_rows(run) + len(rows) + 1}, allow_val_change=True)  # type: ignore[no-untyped-call]
+        for row in rows:
+            run.log({axis: row.pop("step"), **row})
+        columns = [key for key in records[0] if key != "suite"]
+        table = wandb.Table(
+            columns=list[str | int](columns), data=[[record[key] for key in columns] for record in records]
+        )
+        run.log({f"{prefix}domains": table})
+        run.finish()
+
+    def _made_rows(self, until: float = math.inf) -> Iterator[Row]:
+        """The rows of the JSONL files, up to a step, that wandb has not: all past the last that it has."""
+        return rows_of(self._folder, self._suite, after=self._last_step, until=until)
+
+    def _fill_gap(self) -> None:
+        """Sends what the JSONL files have and wandb has not; the last row is held: it may be evaluated only now."""
+        self._held = None  # it stands in the files too
+        for row in self._made_rows():
+            self._send_held()
+            self._held = row
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever wandb does, the training goes on
+            _logger.warning(
+                "wandb failed and gets nothing until the run ends or is started again, which fills the gap: %r", error
+            )
+            self._run = None
+
+    def _open(self) -> None:
+        """Opens a session and brings wandb up to the JSONL files."""
+        self._run, self._last_step = self._start()
+        self._define_axis(self._run)
+        self._sent = SentRows(self._folder.wandb_rows, self._id)
+        there = rows_of(self._folder, self._suite, until=self._last_step)
+        if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
+            self._take_back(step_of(wrong))
+        newest = self._folder.metrics.last()
+        self._sent.forget(step_of(newest) if newest else -1)
+        self._fill_gap()
+
+    def _define_axis(self, run: wandb.Run) -> None:
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+
+    def _start(self) -> tuple[wandb.Run, int]:
+        """Opens a session. Returns it and the last step that wandb has; -1 if none."""
+        import wandb  # takes a second and starts a process: only for those who want it
+
+        if self._config.mode == "online":
+            try:
+                run = self._init("online")
+                # `_step` is our step, apart from rows that are none, and the server names the next
+                self._late_rows = _late_rows(run)
+                return run, run.starting_step - 1 - self._late_rows
+            except wandb.errors.UsageError as error:
+                raise ConfigError(
+                    f"wandb.mode=online: {error}; type `wandb login` or set WANDB_API_KEY, or choose wandb.mode=offline"
+                ) from None
+            except wandb.errors.Error as error:
+                _logger.warning("wandb goes on offline, for `wandb sync` to upload: %s", error)
+                _forget_process()  # it would say that the run is in use
+        last_step = last_local_step(self._folder.wandb, self._id)
+        return self._init("offline"), last_step
+
+    def _init(self, mode: Literal["online", "offline"], rewound_to: int | None = None) -> wandb.Run:
+        import wandb
+
+        return wandb.init(
+            mode=mode,
+            id=self._id,
+            resume="allow" if rewound_to is None else None,
+            resume_from=None if rewound_to is None else f"{self._id}?_step={rewound_to}",
+            name=self._name,
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            tags=self._config.tags,
+            dir=self._folder.root,
+            config=dict(self._described),
+            settings=wandb.Settings(
+                console="off",  # the terminal is ours
+                silent=True,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
+                x_disable_stats=not self._config.system_metrics,
+            ),
+        )
+
+
+def _late_rows(run: wandb.Run) -> int:
+    return int(run.config.get(_LATE_ROWS, 0))  # type: ignore[no-untyped-call]
+
+
+def _forget_process() -> None:
+    """Lets the next `init` start wandb's process anew."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):  # it says good-bye to the dead one, after forgetting it
+        wandb.teardown()

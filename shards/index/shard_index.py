@@ -1,0 +1,288 @@
+"""One pass over a shard -> its index: size, content hash, record table, entries.
+
+formats, record_table, splice -> index -> manifest, plan.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+
+from shards import formats
+from shards.arrays import Ints, greedy_groups
+from shards.errors import ShardError
+from shards.formats import Piece
+from shards.index.decoders import CellCheck, RawRange
+from shards.index.paths import index_path, index_paths, store, windows_path, written_meanwhile
+from shards.index.record_table import RecordTable
+from shards.index.splice_points import Splice, SpliceCounts, Splicer
+from shards.records import arrow
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
+from shards.storage.content_hash import hash_stream
+
+INDEX_VERSION = 2
+
+Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the last call)
+
+
+class ShardIndex(msgspec.Struct, frozen=True):
+    """What one pass over a shard found. `cells` and `frames` are int64 tables, little-endian, of two columns."""
+
+    version: int
+    cell_bytes: int
+    stat: files.Stat
+    content_hash: str  # xxh3-128 of the compressed file
+    compression: str
+    decoder_window: int  # bytes that one open decoder holds
+    raw_bytes: int
+    num_records: int  # lines, a last one without line feed counted
+    num_documents: int  # records that are not blank; bad ones are among them, since nothing is parsed here
+    cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
+    checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; of a column: none
+    # [frames]: (compressed offset, raw offset) where frames or members begin, the shard's start first
+    frames: bytes = msgspec.field(name="entries")
+    splices: tuple[Splice, ...] = ()  # entries inside them, in their order
+    splice_counts: SpliceCounts = SpliceCounts()
+
+    def table(self) -> Ints:
+        """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
+        return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames or members, at least 1."""
+        return len(self.frames) // 16
+
+    def raw_range(self, path: str, start: int, stop: int) -> RawRange:
+        """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
+        frame, splice = (start, start), None  # every byte of a plain file is an entry
+        if self.compression != "plain":
+            frames = np.frombuffer(self.frames, "<i8").reshape(-1, 2)
+            offset, raw_offset = frames[int(np.searchsorted(frames[:, 1], start, side="right")) - 1].tolist()
+            frame = (offset, raw_offset)
+            number = bisect_right(self.splices, start, key=lambda splice: splice.raw_offset) - 1
+            splice = self.splices[number] if number >= 0 and self.splices[number].raw_offset > raw_offset else None
+        return RawRange(
+            path=path,
+            stat=self.stat,
+            content_hash=self.content_hash,
+            compression=self.compression,
+            decoder_window=self.decoder_window,
+            frame=frame,
+            splice=splice,
+            start=start,
+            stop=stop,
+            checks=self._checks(start, stop),
+        )
+
+    def _checks(self, start: int, stop: int) -> tuple[CellCheck, ...]:
+        """What the whole cells within raw bytes [start, stop) must be."""
+        if not self.checks:
+            return ()
+        bounds, hashes = self.table()[:, 1], np.frombuffer(self.checks, "<u8")
+        first, last = int(np.searchsorted(bounds, start)), int(np.searchsorted(bounds, stop, side="right")) - 1
+        return tuple(
+            CellCheck(int(bounds[cell]), int(bounds[cell + 1]), int(hashes[cell])) for cell in range(first, last)
+        )
+
+
+class _Watched:
+    """A file that hashes what is read from it and tells how much that was."""
+
+    def __init__(self, path: str, file: formats.Readable, progress: Progress | None) -> None:
+        self._path, self._file, self._progress = path, file, progress
+        self.hash = xxhash.xxh3_128()
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from None
+        self.hash.update(data)
+        if self._progress:
+            self._progress(self._path, len(data))
+        return data
+
+
+def build(
+    path: str,
+    cell_bytes: int,
+    max_window: int,
+    progress: Progress | None = None,
+    cache: BlockCache | None = None,
+    windows: Path | None = None,
+    verify_entries: bool = True,
+) -> ShardIndex:
+    """Reads a shard once, from its first byte to its last.
+
+    Args:
+        cell_bytes: raw bytes per cell.
+        max_window: bytes of decoder window.
+        progress: is told the compressed bytes as they are read.
+        cache: of remote shards.
+        windows: file for the windows of splice points; None = no splice points.
+        verify_entries: compare what splice points give up to the next, and not only at their beginning.
+    Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
+    """
+    if files.is_column(path):
+        return _build_of_column(path, cell_bytes, progress)
+    before = files.stat(path, fresh=True)
+    with (
+        files.open_shard(path, cache=cache) as file,
+        written_meanwhile(windows) if windows else nullcontext() as windows_file,
+    ):
+        watched = _Watched(path, file, progress)
+        peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
+        compression = formats.detect(peeked.head, path)
+        splicer = None
+        if windows_file and compression != "plain":
+            splicer = Splicer(compression, before.size, verify_entries, windows_file)
+        table, frames, window = _scan(formats.pieces(peeked, compression, path, max_window), cell_bytes, splicer)
+        splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
+        after = files.stat(path, fresh=True)
+        # Only the content decides: a shard may be touched, or its mirrors may call the same content by other names.
+        if after != before and (after.size != before.size or content_hash(path, cache) != watched.hash.hexdigest()):
+            raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
+    return ShardIndex(
+        version=INDEX_VERSION,
+        cell_bytes=cell_bytes,
+        stat=after,
+        content_hash=watched.hash.hexdigest(),
+        compression=compression,
+        decoder_window=window,
+        raw_bytes=table.raw_bytes,
+        num_records=table.num_records,
+        num_documents=table.num_documents,
+        cells=np.array(table.cells, "<i8").tobytes(),
+        checks=np.array(table.checks, "<u8").tobytes(),
+        frames=np.array(frames or [(0, 0)], "<i8").tobytes(),
+        splices=splices,
+        splice_counts=counts,
+    )
+
+
+def _scan(
+    pieces: Iterator[Piece], cell_bytes: int, splicer: Splicer | None
+) -> tuple[RecordTable, list[tuple[int, int]], int]:
+    """Takes in all pieces of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
+    table = RecordTable(cell_bytes)
+    frames: list[tuple[int, int]] = []
+    window = formats.MIN_DECODER_BYTES
+    for piece in pieces:
+        if splicer:
+            splicer.see(piece)
+        if piece.begins:
+            frames.append((piece.offset, piece.raw_offset))
+            window = max(window, piece.window)
+        elif piece.raw:
+            table.feed(piece.raw)
+    table.finish()
+    return table, frames, window
+
+
+def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
+    """`build` for a column of an Arrow file; raw bytes are the lengths that stand in for them."""
+    before = files.stat(path)
+    found = arrow.measure(path)
+    if progress:
+        progress(path, before.size)
+    num_records = len(found.row_bytes)
+    offsets = np.concatenate([[0], np.cumsum(found.row_bytes)])
+    firsts = np.append(greedy_groups(offsets, np.array([0, num_records]), cell_bytes), num_records)
+    return ShardIndex(
+        version=INDEX_VERSION,
+        cell_bytes=cell_bytes,
+        stat=before,
+        content_hash=found.content_hash,
+        compression="arrow",
+        decoder_window=0,
+        raw_bytes=int(offsets[-1]),
+        num_records=num_records,
+        num_documents=found.num_documents,
+        cells=np.stack([firsts, offsets[firsts]], axis=1).astype("<i8").tobytes(),
+        checks=b"",
+        frames=np.zeros((1, 2), "<i8").tobytes(),
+    )
+
+
+def content_hash(path: str, cache: BlockCache | None = None) -> str:
+    """xxh3-128 of a file's bytes (a column's values), in hex. Raises: ShardError if it cannot be read."""
+    if files.is_column(path):
+        return arrow.measure(path).content_hash
+    with files.open_shard(path, cache=cache) as file:
+        return hash_stream(file)
+
+
+def obtain(
+    path: str,
+    index_dir: Path | None,
+    cell_bytes: int,
+    max_window: int,
+    verify: bool = False,
+    progress: Progress | None = None,
+    cache: BlockCache | None = None,
+    verify_entries: bool = True,
+) -> ShardIndex:
+    """The index of a shard: the stored one if it is still true, else a new one, which is stored.
+
+    Args:
+        index_dir: where indexes are kept, if not beside the shards; the windows of splice points lie beside them.
+        verify: hash the file even if its size and modification time agree with the stored index.
+        cache: of remote shards.
+        verify_entries: see `build`.
+    """
+    place, now = index_path(path, index_dir), files.stat(path, fresh=True)
+    stored = find(path, index_dir, now, cell_bytes)
+    if stored and stored.stat == now and not verify:
+        return stored
+    if stored and content_hash(path, cache) == stored.content_hash:
+        index = msgspec.structs.replace(stored, stat=now)
+    else:
+        index = build(path, cell_bytes, max_window, progress, cache, windows_path(place), verify_entries)
+    store(place, msgspec.json.encode(index))
+    return index
+
+
+def find(path: str, index_dir: Path | None, now: files.Stat, cell_bytes: int | None = None) -> ShardIndex | None:
+    """Look for a stored index of a shard that is as long as the shard is now.
+
+    Args:
+        now: how the shard stands; an index of this stamp too is preferred to a touched one.
+        cell_bytes: None = any.
+    Returns: None if there is none. Where its stamp is not `now`'s, only the content can tell whether it is true.
+    """
+    touched = None
+    for place in index_paths(path, index_dir):
+        stored = load(place, cell_bytes)
+        if stored and stored.stat == now:
+            return stored
+        if stored and stored.stat.size == now.size:
+            touched = touched or stored
+    return touched
+
+
+def hash_tables(indexes: Iterable[ShardIndex]) -> str:
+    """xxh3-128 of what indexes say that batches depend on, contents and record tables, in hex."""
+    found = xxhash.xxh3_128()
+    for index in indexes:
+        found.update(f"{index.content_hash} {len(index.cells)} ".encode())
+        found.update(index.cells)
+    return found.hexdigest()
+
+
+def load(index_path: Path, cell_bytes: int | None = None) -> ShardIndex | None:
+    """The stored index of a shard, whether true or not; None if there is none of this version and cell size.
+
+    Args:
+        cell_bytes: None = any.
+    """
+    try:
+        stored = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return stored if stored.version == INDEX_VERSION and cell_bytes in (None, stored.cell_bytes) else None

@@ -1,0 +1,119 @@
+"""Columns of Arrow files as shards: a row is a record, with a text or with token ids. hub -> arrow -> index, columns.
+
+Such a shard's path is FILE.arrow#COLUMN. Rows are found by their number in the mapped file: nothing is decoded on the
+way. Lengths stand in for raw bytes: those of a text in UTF-8, 4 per token id, and 1 a row, as a line feed would be.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from shards.arrays import Ints
+from shards.errors import ShardError
+from shards.storage import files
+
+BYTES_PER_TOKEN_ID = 4
+
+
+class Measure(NamedTuple):
+    """What one pass over a column found."""
+
+    row_bytes: Ints  # [rows]
+    num_documents: int  # rows that are not null
+    content_hash: str  # of the values, however the file splits or stores them
+
+
+def num_rows(file: str) -> int:
+    """Rows of an Arrow file. Raises: ShardError if it is none."""
+    return int(table(file).num_rows)
+
+
+def holds_texts(path: str) -> bool:
+    """True for a column of texts, false for one of token ids. Raises: ShardError as `measure`."""
+    rows, column = _column(path)
+    return _is_text(rows.schema.field(column).type)
+
+
+def measure(path: str) -> Measure:
+    """Reads a column once. Raises: ShardError if it is missing, or holds neither texts nor token ids."""
+    rows, column = _column(path)
+    of_lengths, of_values = xxhash.xxh3_128(), xxhash.xxh3_128()
+    parts = [np.zeros(0, np.int64)]
+    nulls = 0
+    for chunk in rows.column(column).chunks:
+        try:
+            lengths, values = _lengths_and_bytes(chunk)
+        except pa.ArrowInvalid as error:  # 2^63 or more
+            raise ShardError(f"{path}: holds a token id beyond any vocabulary: {error}") from None
+        of_lengths.update(lengths.tobytes())
+        of_values.update(values)
+        nulls += chunk.null_count
+        parts.append(np.maximum(lengths, 0) * (1 if _is_text(chunk.type) else BYTES_PER_TOKEN_ID) + 1)
+    row_bytes = np.concatenate(parts)
+    kind = b"text" if _is_text(rows.schema.field(column).type) else b"token ids"
+    content_hash = xxhash.xxh3_128_hexdigest(kind + of_lengths.digest() + of_values.digest())
+    return Measure(row_bytes, len(row_bytes) - nulls, content_hash)
+
+
+def token_ids(column: pa.ChunkedArray) -> list[Ints | None]:
+    """int64 [tokens] for each row; None for null, and for a list with a null in it."""
+    found: list[Ints | None] = []
+    for chunk in column.chunks:
+        values = _signed(chunk.flatten())
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        ids = values.fill_null(0).to_numpy(zero_copy_only=False)
+        stop = 0
+        for length in pc.list_value_length(chunk).to_pylist():
+            start, stop = stop, stop + (length or 0)
+            found.append(None if length is None or missing[start:stop].any() else ids[start:stop])
+    return found
+
+
+def table(file: str) -> pa.Table:
+    """An Arrow file's rows, mapped into memory. Raises: ShardError if it is none."""
+    try:
+        return pa.ipc.open_stream(pa.memory_map(file)).read_all()  # maps the columns, reads only where they stand
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ShardError(f"{file}: cannot be read as an Arrow stream ({error}); make the data set again") from None
+
+
+def _column(path: str) -> tuple[pa.Table, str]:
+    """A column's table, and its name. Raises: ShardError as `measure`."""
+    rows, column = table(files.file_of(path)), path.rpartition("#")[2]
+    if column not in rows.column_names:
+        raise ShardError(
+            f"{files.file_of(path)}: has no column {column!r}; its columns are {', '.join(rows.column_names)}: set "
+            "text_key, or input_ids_key for token ids, to one of them"
+        )
+    kind = rows.schema.field(column).type
+    if not _is_text(kind) and not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+        raise ShardError(f"{files.file_of(path)}: column {column!r} holds {kind}, neither texts nor lists of token ids")
+    return rows, column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _signed(ids: pa.Array) -> pa.Array:
+    """Token ids of any integer type as int64, in which there is room for a -1."""
+    return ids.cast(pa.int64())
+
+
+def _lengths_and_bytes(chunk: pa.Array) -> tuple[Ints, bytes]:
+    """int64 [rows]: bytes or token ids of each, -1 for null; and the values, one after the other."""
+    if not _is_text(chunk.type):
+        lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
+        return lengths, _signed(chunk.flatten()).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+    lengths = pc.binary_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
+    wide = chunk.cast(pa.large_binary())
+    _, offsets, data = wide.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[wide.offset : wide.offset + len(wide) + 1]
+    return lengths, b"" if data is None else memoryview(data)[int(bounds[0]) : int(bounds[-1])].tobytes()

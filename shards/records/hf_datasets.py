@@ -1,0 +1,72 @@
+"""HF data sets as sources: finds the Arrow files of a local or hub data set. The only importer of `datasets`.
+
+config -> hub -> manifest. What is read then is the files' columns (arrow.py), by row number, in any process.
+"""
+
+from pathlib import Path
+
+from shards.config import SourceConfig
+from shards.errors import ShardError
+from shards.records import arrow
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+
+
+def shards_of(source: SourceConfig) -> list[str]:
+    """The columns that hold a data set's documents, in order: one a file. A data set is made into Arrow files once.
+
+    Raises: ShardError if it cannot be loaded, has no such split or column, or is a part of its files.
+    """
+    assert source.dataset is not None
+    import datasets  # takes seconds: not for runs without data sets, nor for workers
+
+    where = f"source {source.name!r}: data set {source.dataset!r}"
+    try:
+        data = _load(datasets, source.dataset, source)
+    except Exception as error:  # each builder and the hub's client raise errors of their own
+        advice = "without network, name a local file or folder, or load it once where there is one"
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            advice = (
+                "if its files differ in their keys or in the types of their values, they make no data set: read JSON "
+                "lines with paths: instead, or make each kind of file a source of its own"
+            )
+        raise ShardError(f"{where}, split {source.split!r}: cannot be loaded: {_reason(error)}; {advice}") from None
+    files = [str(part["filename"]) for part in data.cache_files]
+    column = source.input_ids_key or source.text_key
+    if column not in data.column_names:
+        key = "input_ids_key" if source.input_ids_key else "text_key"
+        raise ShardError(f"{where}: has no column {column!r} ({key}); its columns are {', '.join(data.column_names)}")
+    if sum(arrow.num_rows(file) for file in files) != len(data):
+        raise ShardError(f"{where}: split {source.split!r} is a part of its files; name whole splits, e.g. train+test")
+    shards = [f"{file}#{column}" for file in files]
+    for shard in shards:
+        if arrow.holds_texts(shard) != (source.input_ids_key is None):
+            wrong, right = ("texts", "text_key") if source.input_ids_key else ("token ids", "input_ids_key")
+            raise ShardError(f"{where}: column {column!r} holds {wrong}; name it with {right}")
+    return shards
+
+
+def _reason(error: BaseException) -> str:
+    """What an error was first of all: `datasets` wraps it in one that says only that something went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _load(datasets, name: str, source: SourceConfig):  # type: ignore[no-untyped-def]  # the library has no types
+    """A `datasets.Dataset` over Arrow files."""
+    path = Path(name).expanduser()
+    if any((path / mark).exists() for mark in SAVED):
+        data = datasets.load_from_disk(str(path))
+        splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split or source.split): data}
+        if source.split not in splits:
+            raise ValueError(f"its splits are {', '.join(splits)}")
+        return splits[source.split]
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"a file's name must end in one of {', '.join(BUILDERS)}")
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files={"train": str(path)}, split=source.split)
+    return datasets.load_dataset(
+        str(path) if path.exists() else name, source.dataset_config, split=source.split, revision=source.revision
+    )

@@ -1,0 +1,291 @@
+"""Raw bytes -> documents: a shard's records, parsed and judged. formats -> reader -> window, evaluation.
+
+A record is what stands between two line feeds (and nothing else: JSON text may hold U+2028 and the like). Whether a
+record is blank, bad or a document is decided by its bytes and the text's key alone: not by what else is read of it,
+nor by who reads it. A document is valid UTF-8 from end to end, and a JSON object that nests at most MAX_DEPTH deep and
+has a string under the text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
+"""
+
+import contextlib
+import json
+import typing
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import msgspec
+import numpy as np
+
+from shards import formats
+from shards.arrays import Ints
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
+from shards.errors import ShardError
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
+
+BOM = b"\xef\xbb\xbf"
+BLOCK_BYTES = MIB
+MAX_DEPTH = 256  # arrays and objects within each other; far below what the parsers' own stacks hold
+ADVICE = "mend the line, or set data.on_bad_record: skip"
+MAX_INT_DIGITS = 640  # that Python turns into an int whatever its settings; a longer number becomes a float
+
+_RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Document(NamedTuple):
+    """A record that is valid and kept."""
+
+    text: str
+    source: str  # the source's name, or the sub-source that the record names
+    shard: str  # path
+    line: int  # of the record in the unpacked shard, counted from 1
+    id: str | None  # what the record calls itself, where it does
+
+
+class BadRecord(NamedTuple):
+    """A record that is not blank and holds no text, or one whose text is kept out of the training."""
+
+    line: int  # counted from 1
+    reason: str
+    contaminated: bool = False  # its text is also an evaluation suite's
+
+
+class Records(NamedTuple):
+    """What consecutive lines hold, blank ones left out. texts, lines, sub_sources and ids have equal lengths."""
+
+    texts: list[str]
+    lines: list[int]  # counted from 1
+    sub_sources: list[str | None]
+    ids: list[str | None]
+    bad: list[BadRecord]
+    token_ids: list[Ints] | None = None  # of each, where the source has them instead of texts, which are empty then
+
+
+class RecordParser:
+    """Parses records by the keys that a source names."""
+
+    def __init__(
+        self, text_key: str = "text", id_key: str = "id", source_from: str | None = None, strict: bool = True
+    ) -> None:
+        """
+        Args:
+            text_key, id_key, source_from: as in a SourceConfig; `source_from` may be dotted.
+            strict: judge a record as this module says. False is the rule of runs that were begun before there was that
+                one: fields that are not read are not checked for UTF-8; the parsers limit depth and digits.
+        """
+        self._text_key, self._id_key, self._strict = text_key, id_key, strict
+        self._sub_source = source_from.split(".") if source_from else []
+        # Only these keys are built, each once; everything else in a record is passed over by the parser.
+        fields = {text_key: "text"}
+        self._id_field = fields.setdefault(id_key, "id")
+        self._outer_field = fields.setdefault(self._sub_source[0], "outer") if self._sub_source else None
+        self._decoder: msgspec.json.Decoder[typing.Any] | None = None
+        # The fast parser compares a key with its bytes in the line, so it cannot be told of one that JSON escapes.
+        if all(json.dumps(key, ensure_ascii=False) == f'"{key}"' for key in fields):
+            optional: list[tuple[str, typing.Any, typing.Any]] = [
+                (field, object, None) for field in fields.values() if field != "text"
+            ]
+            names = {field: key for key, field in fields.items()}
+            kind: typing.Any = msgspec.defstruct("Record", [("text", str), *optional], rename=names, gc=False)
+            self._decoder = msgspec.json.Decoder(kind)
+
+    @classmethod
+    def of(cls, source: SourceConfig | None, strict: bool = True) -> Self:
+        """The parser that a source asks for; None = Pile and Dolma keys. `strict` as for the class."""
+        return cls(source.text_key, source.id_key, source.source_from, strict) if source else cls(strict=strict)
+
+    def parse(self, raw: bytes, first_line: int) -> Records:
+        """Parses whole lines; the last may lack its line feed.
+
+        Args:
+            raw: bytes of the lines.
+            first_line: number of the first of them, counted from 1.
+        """
+        records = Records([], [], [], [], [])
+        for line, record in enumerate(raw.split(b"\n"), first_line):
+            if line == 1:
+                record = record.removeprefix(BOM)
+            try:
+                if self._strict:
+                    _check(record)
+                text, identity, outer = self._parse_fast(record) or self._parse_exactly(record)
+            except ValueError as error:
+                if record.strip():
+                    records.bad.append(BadRecord(line, str(error)))
+                continue
+            records.texts.append(text)
+            records.lines.append(line)
+            records.sub_sources.append(self.sub_source(outer))
+            records.ids.append(None if identity is None else _without_surrogates(str(identity)))
+        return records
+
+    def _parse_fast(self, record: bytes) -> tuple[str, object, object] | None:
+        """(text, id, what the sub-source is found in); None for what only the exact parser can judge.
+
+        What this parser takes, the exact one takes too, once `_check` has passed it: it only is some times slower.
+        """
+        if self._decoder is None or not record:
+            return None
+        try:
+            found = self._decoder.decode(record)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        outer = getattr(found, self._outer_field) if self._outer_field else None
+        return found.text, getattr(found, self._id_field), outer
+
+    def _parse_exactly(self, record: bytes) -> tuple[str, object, object]:
+        """The same of any record: also with NaN in a metadata field, or escaped lone surrogates, which JSON allows.
+
+        A lone surrogate becomes U+FFFD, since no tokenizer can take it. Raises: ValueError with the reason.
+        """
+        try:
+            found = json.loads(record.decode(), parse_int=_integer if self._strict else None)
+        except UnicodeDecodeError as error:
+            raise ValueError(_not_utf8(error)) from None
+        except (ValueError, RecursionError) as error:
+            if self._strict and isinstance(error, RecursionError):
+                raise  # the stack is nearly full, which says nothing about a record that `_check` has passed
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}, not an object")
+        if self._text_key not in found:
+            raise ValueError(f"has no key {self._text_key!r}; its keys are {', '.join(map(repr, list(found)[:10]))}")
+        text = found[self._text_key]
+        if not isinstance(text, str):
+            raise ValueError(f"{self._text_key!r} is {json.dumps(text)[:40]}, not a string")
+        outer = found.get(self._sub_source[0]) if self._sub_source else None
+        return _without_surrogates(text), found.get(self._id_key), outer
+
+    def sub_source(self, value: object) -> str | None:
+        """The sub-source's name under the dotted key, given the value of its first part; an empty one is none."""
+        if not self._sub_source:
+            return None
+        for part in self._sub_source[1:]:
+            value = value.get(part) if isinstance(value, dict) else None
+        return _without_surrogates(value) if isinstance(value, str) and value else None
+
+
+def _check(record: bytes) -> None:
+    """Judges what the fast parser passes over in fields that are not read. Raises: ValueError with the reason."""
+    if not record.isascii():
+        try:
+            record.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(_not_utf8(error)) from None
+    if len(record) > 2 * MAX_DEPTH and _num_openings(record) > MAX_DEPTH and _is_too_deep(record):
+        raise ValueError(f"JSON that nests more than {MAX_DEPTH} deep")
+
+
+def _num_openings(data: bytes) -> int:
+    return data.count(b"{") + data.count(b"[")
+
+
+def _is_too_deep(record: bytes) -> bool:
+    """Whether more than MAX_DEPTH arrays and objects stand within each other; of no JSON, as far as a parser enters."""
+    try:
+        values = [bytes(value) for value in _RAW_VALUES.decode(record).values()]
+    except (msgspec.MsgspecError, RecursionError):
+        values = []
+    # Most brackets stand in a text: what is counted there needs no closer look, which is ten times slower
+    if _num_openings(record) - sum(_num_openings(value) for value in values if value[:1] == b'"') <= MAX_DEPTH:
+        return False
+    outside = b"".join(record.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])  # of all strings
+    data = np.frombuffer(outside, np.uint8) | 0x20  # makes [ and ] of { and }, and of no other byte
+    brackets = data[(data == ord("{")) | (data == ord("}"))]
+    return int(np.cumsum(np.where(brackets == ord("{"), 1, -1)).max(initial=0)) > MAX_DEPTH
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 at byte {error.start} of the line"
+
+
+def _integer(digits: str) -> int | float:
+    """The number, for one too long to be an int as near as a float comes: no record is bad for a number's length."""
+    return int(digits) if len(digits) <= MAX_INT_DIGITS else float(digits)
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which neither UTF-8 nor a tokenizer has."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def read_documents(
+    path: str | Path,
+    source: SourceConfig | None = None,
+    on_bad_record: typing.Literal["fail", "skip"] = "fail",
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
+    advice: str = "mend the line, or pass on_bad_record='skip'",
+) -> Iterator[Document]:
+    """Yields a shard's documents in order, from its beginning.
+
+    Args:
+        path: of one shard, in any of the compressions.
+        source: which keys to read, and the name the documents carry; None = Pile and Dolma keys, and the
+            shard's name without its suffixes.
+        on_bad_record: a bad record ends the reading with an error, or is left out.
+        max_decoder_window: bytes.
+        advice: what to do about a bad record, where the caller offers something else.
+    Raises: ShardError if the shard is missing, damaged, cut short, or (with "fail") holds a bad record.
+    """
+    path = str(path)
+    name = source.name if source else Path(path).name.split(".")[0]
+    parser = RecordParser.of(source)
+    files.stat(path)
+    line = 1
+    for block in _blocks(path, max_decoder_window):
+        records = parser.parse(block, line)
+        line += block.count(b"\n")
+        first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
+        for text, number, sub_source, identity in zip(
+            records.texts, records.lines, records.sub_sources, records.ids, strict=True
+        ):
+            if first_bad and first_bad.line < number:
+                break
+            yield Document(text, sub_source or name, path, number, identity)
+        if first_bad:
+            raise bad_record_error(path, first_bad, advice)
+
+
+def first_bad_record(
+    path: str, source: SourceConfig, max_decoder_window: int, strict: bool, cache: BlockCache | None
+) -> BadRecord | None:
+    """The first record of a shard, if none of those in its first block holds a text; None if one does.
+
+    What is wrong with the shard itself is left for its indexing to say.
+    """
+    with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window, cache)) as blocks:
+        for block in blocks:
+            records = RecordParser.of(source, strict).parse(block, 1)
+            return records.bad[0] if records.bad and not records.lines else None
+    return None
+
+
+def bad_record_error(path: str, bad: BadRecord, advice: str = ADVICE) -> ShardError:
+    """The error for a bad record that may not be skipped."""
+    return ShardError(f"{path}, line {bad.line}: {bad.reason}; {advice}")
+
+
+def _blocks(path: str, max_decoder_window: int, cache: BlockCache | None = None) -> Generator[bytes]:
+    """The raw bytes of a shard in blocks of whole lines. Raises: ShardError if it is missing, damaged or cut short."""
+    with files.open_shard(path, cache=cache) as file:
+        peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
+        chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
+        yield from _whole_lines(chunks)
+
+
+def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Joins chunks into blocks that end with a line feed; the last block may lack it."""
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size < BLOCK_BYTES or b"\n" not in chunk:
+            continue
+        block = b"".join(parts)
+        end = block.rfind(b"\n") + 1
+        yield block[:end]
+        parts = [block[end:]]
+        size = len(parts[0])
+    if rest := b"".join(parts):
+        yield rest

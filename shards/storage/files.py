@@ -1,0 +1,191 @@
+"""Where a shard's bytes come from: expanding the patterns of a config, opening files, and telling whether one changed.
+
+index and reader -> files.
+"""
+
+import glob
+import logging
+import os
+import re
+from stat import S_ISDIR, S_ISREG
+from typing import BinaryIO
+
+import msgspec
+
+from shards.errors import ShardError
+from shards.storage import remote
+from shards.storage.block_cache import BlockCache
+
+SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
+# What somebody may take for a shard, though a glob passes it over
+LIKE_A_SHARD = re.compile(r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE)
+COLUMN_MARK = ".arrow#"  # in the path of a column of an Arrow file: FILE.arrow#COLUMN
+OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
+MAX_NAMED = 5  # names in a message, of what may be thousands
+
+logger = logging.getLogger(__name__)
+
+
+class Stat(msgspec.Struct, frozen=True):
+    """What is known of a file without reading it.
+
+    Another size means another content. An equal stamp spares reading the file to compare it; another one says nothing.
+    """
+
+    size: int  # bytes, compressed
+    stamp: str  # modification time, or what a server calls this content
+
+
+def expand(patterns: tuple[str, ...], source: str) -> list[str]:
+    """The shards that a source's patterns name: sorted within a pattern, patterns in their order, each shard once.
+
+    A glob takes only names that end as a shard's does; a name without wildcards is taken as it is. Files in a glob's
+    folders that look like shards and are not read are said.
+    Raises: ShardError for a pattern that matches nothing, and for a name that is not UTF-8.
+    """
+    shards: dict[str, None] = {}
+    passed_over: dict[str, None] = {}
+    for pattern in patterns:
+        pattern = _local(os.path.expanduser(pattern))
+        found = [pattern]
+        if _has_wildcards(pattern) and not os.path.exists(pattern):
+            found = [path for path in _matches(pattern) if path.endswith(SHARD_SUFFIXES)]
+            if not found:
+                raise ShardError(
+                    f"source {source!r}: no shard matches {pattern!r} (looked from {os.getcwd()}; "
+                    f"names must end in one of {', '.join(SHARD_SUFFIXES)})"
+                )
+            passed_over.update(dict.fromkeys(_unread(pattern)))
+        shards.update(dict.fromkeys(found))
+    for path in shards:
+        if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
+            raise ShardError(
+                f"source {source!r}: {os.fsencode(path)!r} is not UTF-8, as a shard's name has to be to stand in "
+                "indexes, checkpoints and logs; rename it"
+            )
+    if unread := [path for path in passed_over if path not in shards]:
+        logger.warning(
+            "source %r: not read, since a glob takes only names that end in %s: %s; rename what is a shard, or name it "
+            "in paths without wildcards",
+            source,
+            ", ".join(SHARD_SUFFIXES),
+            listed(unread),
+        )
+    return list(shards)
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many there are beyond."""
+    beyond = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + beyond
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches, sorted."""
+    return remote.expand(pattern) if remote.is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))
+
+
+def _unread(pattern: str) -> list[str]:
+    """Files in the folders of a glob that look like shards and are none by their names."""
+    folder, mark, name = pattern.rpartition("/")
+    beside = _matches(folder + mark + ("**" if name == "**" else "*"))
+    return [
+        path
+        for path in beside
+        if LIKE_A_SHARD.search(path) and not path.endswith((*SHARD_SUFFIXES, *OURS)) and not os.path.isdir(path)
+    ]
+
+
+def stat(path: str, fresh: bool = False) -> Stat:
+    """Size and stamp of a shard, of a remote one maybe as it was last listed unless `fresh`.
+
+    Raises: ShardError if it is missing, a folder or a pipe, or may not be read.
+    """
+    if remote.is_remote(path):
+        return Stat(*remote.stat(path, fresh))
+    path = _local(file_of(path))
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if S_ISDIR(found.st_mode):
+        raise ShardError(f"{path}: is a folder, not a shard; name the files in it, e.g. {path.rstrip('/')}/*.jsonl.zst")
+    if not S_ISREG(found.st_mode):
+        raise ShardError(f"{path}: is a pipe, a socket or a device, not a file that can be read again; name a file")
+    return Stat(size=found.st_size, stamp=str(found.st_mtime_ns))
+
+
+def check_size(path: str, indexed: Stat) -> Stat:
+    """How a shard stands now. Raises: ShardError if it is not as long as when it was indexed.
+
+    Another stamp is no error: what is read is compared with the index.
+    """
+    found = stat(path, fresh=True)
+    if found.size != indexed.size:
+        raise changed(path, indexed, found)
+    return found
+
+
+def changed(path: str, indexed: Stat, found: Stat) -> ShardError:
+    """The error for a shard whose content is not what was indexed."""
+    return ShardError(
+        f"{path}: changed after it was indexed (size {indexed.size} -> {found.size} bytes, "
+        f"modification time {indexed.stamp} -> {found.stamp}); put the old file back, or start a new run"
+    )
+
+
+def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> BinaryIO | remote.RemoteFile:
+    """Opens a shard for reading at a compressed offset, a remote one through `cache`.
+
+    Raises: ShardError if it cannot be opened.
+    """
+    if remote.is_remote(path):
+        return remote.RemoteFile(path, offset, cache=cache)
+    path = _local(path)
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    file.seek(offset)
+    return file
+
+
+def is_column(path: str) -> bool:
+    """True for the path of a column, false for that of a file."""
+    return COLUMN_MARK in path
+
+
+def file_of(path: str) -> str:
+    """The file of a column's path; any other path as it is."""
+    return path.rpartition("#")[0] if is_column(path) else path
+
+
+def place(path: str) -> tuple[str, str]:
+    """(folder, name) of a shard, the folder spelt so that it is the same from everywhere on this machine.
+
+    A web address's query belongs to the folder: the name becomes a file's, which a signature would be too long for.
+    """
+    if path.startswith(remote.WEB):
+        address, mark, query = path.partition("?")
+        folder, name = os.path.split(address)
+        return folder + mark + query, name
+    folder, name = os.path.split(path if remote.is_remote(path) else os.path.abspath(_local(path)))
+    return folder, name
+
+
+def _local(path: str) -> str:
+    """A path of this machine without the scheme that fsspec gives it; any other as it is."""
+    return path.removeprefix(remote.FILE)
+
+
+def _has_wildcards(pattern: str) -> bool:
+    """True for a glob. In a web address a question mark begins the query, where no character is a wildcard."""
+    if pattern.startswith(remote.WEB):
+        pattern = pattern.partition("?")[0]
+    return remote.GLOB.search(pattern) is not None
+
+
+def _unreadable(path: str, error: OSError) -> ShardError:
+    if isinstance(error, FileNotFoundError):
+        return ShardError(f"{path}: no such shard (looked from {os.getcwd()})")
+    return ShardError(f"{path}: cannot be read: {error.strerror}")

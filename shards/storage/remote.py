@@ -1,0 +1,265 @@
+"""Shards over https://, s3://, gs://, hf:// and whatever else fsspec speaks. files -> remote.
+
+A file is fetched in blocks by range, one ahead of the reader. Whatever is asked of a server (blocks, sizes, listings)
+is asked again with growing pauses where the answer fails, stalls or comes short, so that a stream goes on at the block
+where it broke. Only an answer that says so means that a file is missing.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Generic, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
+
+from shards.errors import ShardError
+from shards.storage.block_cache import BlockCache
+
+BLOCK_BYTES = 4 << 20
+ATTEMPTS = 8
+FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
+STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
+ANSWER_SECONDS = 15.0  # for a size
+REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
+WEB = ("http://", "https://")
+FILE = "file://"
+GLOB = re.compile(r"[*?\[]")
+
+Result = TypeVar("Result")
+
+
+def is_remote(path: str) -> bool:
+    """True for what is not a path of this machine's file systems."""
+    return "://" in path and not path.startswith(FILE)
+
+
+def expand(pattern: str) -> list[str]:
+    """The URLs that a glob matches, sorted. Raises: ShardError if a listing fails for good."""
+    system, path = _system(pattern)
+    if pattern.startswith(WEB):
+        path = path.replace("?", "[?]")  # there it begins a query
+    system.invalidate_cache()  # of listings, which fsspec remembers for the life of the process
+    fits = re.compile(glob_translate(path))
+    found = [name for name in _files_below(system, path) if fits.match(name)]
+    return sorted(str(system.unstrip_protocol(name)) for name in found)
+
+
+def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
+    """The files in the folders that a glob may mean. Raises: ShardError if a listing fails for good.
+
+    fsspec's own glob takes a folder whose listing failed for an empty one.
+    """
+    wildcard = GLOB.search(path)
+    root = path[: wildcard.start()].rpartition("/")[0] if wildcard else path.rpartition("/")[0]
+    levels = path[len(root) :].count("/")
+    folders = [(root, 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            entries = _persist(folder, partial(system.ls, folder, detail=True), STALL_SECONDS)
+        except FileNotFoundError:
+            continue  # of a folder that is not there nothing matches
+        for entry in entries:
+            name = entry["name"].rstrip("/")
+            if entry["type"] != "directory":
+                yield name
+            elif name != folder.rstrip("/") and (level < levels or "**" in path):
+                folders.append((name, level + 1))
+
+
+def stat(url: str, fresh: bool = False) -> tuple[int, str]:
+    """(size in bytes, stamp that changes with the content).
+
+    Args:
+        fresh: asks the server, also where the listing that a glob was expanded from has told both.
+    Raises: ShardError if it is missing or has no size.
+    """
+    system, path = _system(url)
+    if fresh:
+        system.invalidate_cache(path)
+    try:
+        info = _persist(url, lambda: system.info(path), ANSWER_SECONDS)
+    except (FileNotFoundError, PermissionError) as error:
+        raise _missing(url, error) from None
+    if info.get("type") == "directory":
+        raise ShardError(f"{url}: is a folder, not a shard; name the files in it, e.g. {url.rstrip('/')}/*.jsonl.zst")
+    if info.get("size") is None:
+        raise ShardError(f"{url}: the server does not tell its size; download the shard and name the local file")
+    keys = ("ETag", "etag", "xet_hash", "blob_id", "md5Hash", "LastModified", "Last-Modified", "updated", "mtime")
+    return int(info["size"]), next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+class RemoteFile:
+    """Reads a remote file forward from an offset, one block ahead."""
+
+    def __init__(
+        self,
+        url: str,
+        offset: int = 0,
+        stall_seconds: float = STALL_SECONDS,
+        cache: BlockCache | None = None,
+    ) -> None:
+        """
+        Args:
+            offset: of the first byte to read.
+            stall_seconds: a block that takes longer is asked for again.
+            cache: where blocks are looked for first, and kept.
+        """
+        self._url, self._next, self._stall_seconds = url, offset, stall_seconds
+        self._system, self._path = _system(url)
+        self._size, self._stamp = stat(url)
+        # Where nothing tells whether a file changed, a kept block could be of an older one.
+        self._cache = cache if self._stamp else None
+        self._block, self._taken = b"", 0
+        self._ahead = self._fetch()
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none only at the file's end. Raises: ShardError when all attempts have failed."""
+        if self._taken == len(self._block):
+            if self._next >= self._size:
+                return b""
+            self._block, self._taken = self._await_block(), 0
+            self._next += len(self._block)
+            self._ahead = self._fetch()
+        data = self._block[self._taken : self._taken + size]
+        self._taken += len(data)
+        return data
+
+    def close(self) -> None:
+        """Lets go of what was fetched ahead."""
+        self._next, self._block, self._taken = self._size, b"", 0
+
+    def __enter__(self) -> "RemoteFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fetch(self) -> "_Call[bytes]":
+        start, stop = self._range()
+        return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
+
+    def _range(self) -> tuple[int, int]:
+        """The bytes to fetch for the next block; the same for every offset in it if blocks are kept."""
+        start = self._next - (self._next % BLOCK_BYTES if self._cache else 0)
+        return start, min(start + BLOCK_BYTES, self._size)
+
+    def _block_of(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), or what the server gives instead."""
+        if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
+            return kept
+        # The hub's client opens a file for it, which else would read on beyond the range.
+        options = {"cache_type": "none"} if self._system.protocol == "hf" else {}
+        # By name, since S3's second argument is another.
+        data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
+        if self._cache and len(data) == stop - start:
+            unchanged = stat(self._url, fresh=True) == (self._size, self._stamp)
+            if unchanged:  # else they may be of another file than the stamp
+                self._cache.put(self._url, self._size, self._stamp, start, data)
+        return data
+
+    def _await_block(self) -> bytes:
+        """The bytes from `_next` to the end of its block."""
+        start, stop = self._range()
+        wanted = stop - start
+        calls = [self._ahead]
+
+        def attempt() -> bytes:
+            call = calls.pop() if calls else self._fetch()
+            data = call.result(self._stall_seconds)
+            if len(data) > wanted:
+                raise ShardError(
+                    f"{self._url}: the server ignores byte ranges (asked for {wanted} bytes, got {len(data)}); "
+                    "download the shard and name the local file"
+                )
+            if len(data) < wanted:
+                raise OSError(f"got {len(data)} of {wanted} bytes")
+            return data
+
+        what = f"{self._url} at byte {self._next}"
+        try:
+            return _persist(what, attempt, None)[self._next - start :]
+        except (FileNotFoundError, PermissionError) as error:
+            raise _missing(what, error) from None
+
+
+class _Call(Generic[Result]):
+    """A function's result, worked out in a thread that may hang without holding up anything else."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._result: Result | Exception | None = None
+        self._done = threading.Event()
+        threading.Thread(target=self._run, args=(function,), daemon=True).start()
+
+    def _run(self, function: Callable[[], Result]) -> None:
+        try:
+            self._result = function()
+        except Exception as error:
+            self._result = error
+        self._done.set()
+
+    def result(self, seconds: float) -> Result:
+        if not self._done.wait(seconds):
+            raise TimeoutError(f"no answer for {seconds:g} s")
+        if isinstance(self._result, Exception):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+
+def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) -> Result:
+    """Tries until it works.
+
+    Args:
+        seconds: that one attempt may take; None = it sees to that itself.
+    Raises: FileNotFoundError or PermissionError at once where the server says so; ShardError if every attempt failed.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt() if seconds is None else _Call(attempt).result(seconds)
+        except ShardError:
+            raise
+        except Exception as error:  # each of fsspec's systems raises errors of its own library
+            if _is_refused(error):
+                raise FileNotFoundError(str(error)) from None
+            if number == ATTEMPTS:
+                reason = repr(error.__cause__ or error)
+                raise ShardError(
+                    f"{what}: failed {ATTEMPTS} times, the last with {reason}; the server or the way to it is at "
+                    "fault, not the file: try again later"
+                ) from None
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a server said that there is no such file, or no right to it, so that asking again is of no use.
+
+    fsspec's HTTP raises FileNotFoundError for every failed request for a size, whatever made it fail is its cause.
+    """
+    import aiohttp  # only where something failed: it takes a while
+
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    if isinstance(cause, aiohttp.ClientResponseError):
+        return cause.status in REFUSED
+    if cause is error or cause is None:
+        return isinstance(error, FileNotFoundError | PermissionError)
+    return not isinstance(cause, aiohttp.ClientError | ConnectionError | TimeoutError)
+
+
+def _missing(what: str, error: OSError) -> ShardError:
+    return ShardError(f"{what}: no such shard, or no right to read it ({error})")
+
+
+def _system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        system, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ShardError(f"{url}: cannot be reached: {error}") from None
+    return system, path

@@ -1,0 +1,232 @@
+"""An evaluation suite: sources, each of one or more domains, each of documents. folder, YAML -> suite -> evaluation.
+
+A suite is recognised by looking at it. A folder holds, for a split such as `val`,
+
+    <source>/<split>/*.jsonl.gz    as Paloma is published; a record's `subdomain` tells its domain
+    <domain>/<split>.jsonl.zst     one or several files a domain
+    <split>/*.jsonl, <split>.jsonl a single source, named like the folder
+    *.jsonl                        a domain a file, named like the file
+
+in any of a shard's compressions. A YAML file names its sources one by one, data sets among them. A document's domain is
+`source/subdomain`, or the source where the record names none.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import xxhash
+import yaml
+from pydantic import Field, model_validator
+
+from shards.config import Config, Name, SourceConfig
+from shards.errors import ConfigError
+from shards.index.shard_index import content_hash
+from shards.records import hf_datasets
+from shards.records.texts import texts_of
+from shards.storage import files
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file of that name is no domain's
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+class SuiteSource(Config):
+    """One source of a suite."""
+
+    name: Name  # the first part of its domains' names
+    path: str | None = None  # a file, or a folder in one of the layouts of docs/evaluation.md; relative to this file
+    dataset: str | None = None  # instead of a path: an HF data set, as in data.sources
+    dataset_config: str | None = None  # which configuration of the data set, where it has several
+    revision: str | None = None  # of a data set on the hub; None: the newest
+    split: str | None = None  # None: the split that the suite is read with
+    text_key: Name = "text"  # key of the text in a record, or the column of a data set
+    domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None: one domain
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(f"source {self.name!r}: needs either path or dataset")
+        return self
+
+
+class SuiteFile(Config):
+    """The content of a suite's YAML file."""
+
+    name: Name | None = None  # as it stands in evals.jsonl; None: the file's name without its suffix
+    sources: tuple[SuiteSource, ...] = Field(min_length=1)
+
+
+class SuiteDocument(NamedTuple):
+    """A document of a suite."""
+
+    source: str
+    domain: str  # source or source/subdomain
+    text: str
+
+    @property
+    def key(self) -> int:
+        """A hash of the text that tells it from others, and orders them as if by chance: the same on every machine."""
+        return xxhash.xxh3_64_intdigest(self.text.encode())
+
+
+class Part(NamedTuple):
+    """A source and the shards that hold its documents."""
+
+    source: SuiteSource
+    shards: tuple[str, ...]  # files, or columns of Arrow files
+
+    def as_training_source(self) -> SourceConfig:
+        """The source in the words of `data.sources`, in which readers are told what to read."""
+        return _as_training_source(self.source, self.source.split or "train")
+
+
+class Suite(NamedTuple):
+    """What `find` found."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def documents(self) -> Iterator[SuiteDocument]:
+        """All documents, in the order of sources, shards, lines. Raises: ShardError for a damaged shard."""
+        for part in self.parts:
+            source, reading = part.source, part.as_training_source()
+            for shard in part.shards:
+                for sub_source, text in texts_of(shard, reading):
+                    domain = f"{source.name}/{sub_source}" if sub_source is not None else source.name
+                    yield SuiteDocument(source.name, domain, text)
+
+    def content_hashes(self) -> dict[str, str]:
+        """Shard -> content hash, as an index has it: two suites with equal hashes hold the same documents."""
+        return {shard: content_hash(shard) for part in self.parts for shard in part.shards}
+
+
+def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
+    """The suite at a path.
+
+    Args:
+        path: a folder or a YAML file.
+        split: which documents to read where there are several splits.
+        key: of the config, for messages.
+    Raises: ConfigError that says what was looked for, and which splits or domains are there instead.
+    """
+    if path.suffix in YAML_SUFFIXES:
+        return _from_yaml(path, split, key)
+    if not path.is_dir():
+        raise ConfigError(
+            f"{key}={path} is no folder; name one that holds <domain>/{split}.jsonl.zst or <source>/{split}/*.jsonl.gz,"
+            " or a .yaml file that lists sources"
+        )
+    parts = []
+    without: list[Path] = []  # folders with shards, of other splits alone
+    for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name != split):
+        if shards := _of_split(folder, split):
+            parts.append(Part(SuiteSource.parse({"name": folder.name, "path": str(folder)}, key), shards))
+        elif folder.name not in SPLITS and _splits_in(folder):
+            without.append(folder)
+    if own := _of_split(path, split):
+        parts.append(Part(SuiteSource.parse({"name": path.resolve().name, "path": str(path)}, key), own))
+    if not parts and not without:
+        parts = _file_each(path, key)
+    if not parts or without:
+        raise ConfigError(_not_found(path, split, key, without))
+    return Suite(path.resolve().name, tuple(parts))
+
+
+def training_shards(suite: Suite, shards: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+    """Those of a suite's shards that are trained on, each with the source and shard that it is.
+
+    Args:
+        shards: source -> (path, content hash) of each of its shards, as a loader's fingerprint has them.
+    """
+    trained = {digest: f"{path} of source {source!r}" for source, pairs in shards.items() for path, digest in pairs}
+    return [f"{shard} is {trained[digest]}" for shard, digest in suite.content_hashes().items() if digest in trained]
+
+
+def _from_yaml(path: Path, split: str, key: str) -> Suite:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{key}={path}: needs a key `sources` with a list")
+    listed = SuiteFile.parse(tree, key)
+    names = [source.name for source in listed.sources]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{key}={path}: the source {twice!r} stands twice; names must differ")
+    parts = tuple(Part(source, _shards_of(source, split, path.parent, key)) for source in listed.sources)
+    return Suite(listed.name or path.stem, parts)
+
+
+def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[str, ...]:
+    """The shards of one source of a YAML file; relative paths count from the file's folder."""
+    split = source.split or split
+    if source.dataset is not None:
+        return tuple(hf_datasets.shards_of(_as_training_source(source, split)))
+    path = base / Path(source.path or "").expanduser()
+    if path.is_file():
+        return (str(path),)
+    if not path.is_dir():
+        raise ConfigError(f"{key}: source {source.name!r}: {path} is neither a folder nor a file")
+    if not (shards := _of_split(path, split)):
+        raise ConfigError(_not_found(path, split, key, [path]))
+    return shards
+
+
+def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
+    """The same in the words of `data.sources`, in which readers are told what to read."""
+    return SourceConfig(
+        name=source.name,
+        paths=() if source.path is None else (source.path,),
+        dataset=source.dataset,
+        dataset_config=source.dataset_config,
+        revision=source.revision,
+        split=split,
+        text_key=source.text_key,
+        source_from=source.domain_from,
+    )
+
+
+def _of_split(folder: Path, split: str) -> tuple[str, ...]:
+    """A folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like."""
+    inside = _shards_in(folder / split) if (folder / split).is_dir() else []
+    return tuple(str(path) for path in inside or _shards_in(folder) if inside or _stem(path) == split)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(files.SHARD_SUFFIXES))
+
+
+def _stem(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _whole_stem(path: Path) -> str:
+    return next(path.name.removesuffix(suffix) for suffix in files.SHARD_SUFFIXES if path.name.endswith(suffix))
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """What could be named as a split for a folder."""
+    below = [child.name for child in folder.iterdir() if child.is_dir() and _shards_in(child)]
+    return sorted({*below, *(_stem(path) for path in _shards_in(folder))})
+
+
+def _file_each(folder: Path, key: str) -> list[Part]:
+    """A domain for each shard of a folder, unless they are named like splits."""
+    shards = _shards_in(folder)
+    if any(_stem(path) in SPLITS for path in shards):
+        return []
+    return [
+        Part(SuiteSource.parse({"name": _whole_stem(path), "path": str(path)}, key), (str(path),)) for path in shards
+    ]
+
+
+def _not_found(path: Path, split: str, key: str, without: Sequence[Path]) -> str:
+    looked_for = f"<source>/{split}/*.jsonl.gz, <domain>/{split}.jsonl.zst, {split}/*.jsonl, *.jsonl"
+    if without:
+        there = "; ".join(f"{folder.name} has {', '.join(_splits_in(folder)[:5]) or 'none'}" for folder in without[:5])
+        return f"{key}={path}: no split {split!r} in {len(without)} of its domains ({there}); set evaluation.split"
+    found = ", ".join(_splits_in(path)[:5])
+    return f"{key}={path} has no {looked_for}" + (f"; there is {found}: set evaluation.split" if found else "")

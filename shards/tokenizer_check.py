@@ -1,0 +1,122 @@
+"""Whether a tokenizer can say the texts that it is given. {start, evaluation} -> soundness -> {tokenizer, texts}.
+
+A vocabulary of other spellings than the text's (such as the pieces of a byte-level tokenizer, put into a SentencePiece
+file) encodes without an error: every space becomes UNK, and the figures of a training or an evaluation on that look
+like any others. So texts are decoded again, and ids counted that stand for nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.config import DataConfig, SourceConfig
+from shards.errors import ConfigError, ShardError
+from shards.preparation import shard_paths
+from shards.records.texts import sample_of, spread, texts_of
+from shards.suites.suite import Suite
+from shards.tokenize.tokenizer import Tokenizer
+
+MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
+SAMPLED_CHARACTERS = 1 << 15  # of a shard, in whole documents where they are not longer
+DECODED_CHARACTERS = 1 << 15  # of a part, in whole documents; UNK is counted in all that are added
+SHOWN_CHARACTERS = 30
+
+logger = logging.getLogger(__name__)
+
+
+class Soundness:
+    """What became of the texts of one source or suite.
+
+    Args:
+        name: of the source or suite, for messages.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        self._tokenizer, self._name = tokenizer, name
+        self._counts: dict[str, tuple[int, int]] = {}  # of a part: ids, and those of them that are UNK
+        self._decoded: dict[str, int] = {}  # of a part: characters
+        self._changed: tuple[str, str] | None = None  # a text, and what it is decoded to
+        self._unknown: str | None = None  # a text that has UNK in it
+
+    def add(self, part: str, text: str, ids: npt.NDArray[np.integer]) -> None:
+        """Takes up a document.
+
+        Args:
+            part: what it belongs to, such as a domain of the suite or a shard of the source.
+            ids: of the text, with BOS and EOS as configured.
+        """
+        found = int(np.count_nonzero(ids == self._tokenizer.unk_id))
+        total, unknown = self._counts.get(part, (0, 0))
+        self._counts[part] = total + len(ids), unknown + found
+        if found:
+            self._unknown = self._unknown or text
+        elif self._changed is None and self._decoded.get(part, 0) < DECODED_CHARACTERS:
+            self._decoded[part] = self._decoded.get(part, 0) + len(text)
+            self._changed = self._tokenizer.difference(text, ids)
+
+    def check(self) -> None:
+        """Raises: ConfigError if the tokenizer cannot say the texts; parts of them it only warns of."""
+        named = f"the tokenizer {self._tokenizer.path}"
+        if self._changed is not None:
+            text, again = (found[:SHOWN_CHARACTERS] for found in self._changed)
+            raise ConfigError(
+                f"{named} does not give back the text of {self._name}: {text!r} becomes {again!r}"
+                " when it is encoded and decoded; name the tokenizer that the text is to be read with"
+            )
+        if self._unknown is None:
+            return
+        total, unknown = (sum(counts) for counts in zip(*self._counts.values(), strict=True))
+        example = self._unknown[:SHOWN_CHARACTERS]
+        if unknown >= MAX_UNKNOWN_SHARE * total:
+            raise ConfigError(
+                f"{named} cannot spell the text of {self._name}: {unknown / total:.1%} of its ids are UNK (as in"
+                f" {example!r}); name the tokenizer that the text is to be read with. A file that only names the pieces"
+                " of another program's tokenizer is for sources of token ids (input_ids_key), not for text"
+            )
+        for part, (total, unknown) in self._counts.items():
+            if unknown >= MAX_UNKNOWN_SHARE * total:
+                share = 100 * unknown / total
+                logger.warning("%s has no pieces for %.1f %% of %s in %s", named, share, part, self._name)
+
+
+def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Tries a tokenizer on the beginning of a few shards of each source of text. Call it on one rank.
+
+    What is wrong with a shard is left for its indexing to say.
+    Raises: ConfigError if the tokenizer cannot say the text; ShardError if a source has no shards, or its text_key is
+    none of theirs.
+    """
+    for source in config.sources:
+        if source.input_ids_key is not None:
+            continue
+        found = Soundness(tokenizer, f"source {source.name!r}")
+        for path in sample_of(config, source, shard_paths(source)):
+            for text in _beginning(path, source, config.max_decoder_window):
+                found.add(path, text, tokenizer.encode_documents([text])[0])
+        found.check()
+
+
+def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
+    """Tries a tokenizer on the beginning of a few shards of each source of a suite. Raises: ConfigError."""
+    found = Soundness(tokenizer, f"suite {suite.name!r}")
+    for part in suite.parts:
+        source = part.as_training_source()
+        for path in spread(part.shards):
+            for text in _beginning(path, source):
+                found.add(source.name, text, tokenizer.encode_documents([text])[0])
+    found.check()
+
+
+def _beginning(shard: str, source: SourceConfig, *options: int) -> Iterator[str]:
+    """The first texts of a shard."""
+    left = SAMPLED_CHARACTERS
+    try:
+        for _, text in texts_of(shard, source, "skip", *options):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+    except ShardError:
+        return

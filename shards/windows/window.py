@@ -1,0 +1,201 @@
+"""A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
+
+decoders, cells, reader -> window -> worker, pool.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards.arrays import Ints
+from shards.config import DataConfig
+from shards.errors import ShardError
+from shards.index.decoders import Decoders, RawRange
+from shards.plan.segments import Span
+from shards.records.arrow_rows import Columns
+from shards.records.json_lines import BadRecord, RecordParser, Records, bad_record_error
+from shards.storage import files
+from shards.storage.block_cache import BlockCache
+from shards.suites.decontaminate import Decontaminator
+from shards.tokenize.tokenizer import Tokenizer
+from shards.windows.cells import Cells
+from shards.windows.packing import Rows, pack
+from shards.windows.recipe import Recipe
+
+
+class SpanTask(msgspec.Struct, frozen=True):
+    """Records of one shard, and the raw bytes of the whole cells that hold them."""
+
+    span: Span
+    raw: RawRange
+
+
+class WindowTask(msgspec.Struct, frozen=True):
+    """What there is to know to make a window."""
+
+    source: int  # number in the config
+    spans: tuple[SpanTask, ...]  # at least one
+    raw_bytes: int  # about
+    key: int  # of the order of its documents and rows
+
+    def __str__(self) -> str:
+        raw, others = self.spans[0].raw, len(self.spans) - 1
+        return f"{raw.path}, raw bytes {raw.start} to {raw.stop}" + f" and {others} more places" * (others > 0)
+
+
+class SkippedRecord(NamedTuple):
+    """A record of a window that gives it no document."""
+
+    shard: int  # number in the source
+    line: int  # counted from 1
+    reason: str
+    contaminated: bool = False  # its text is also an evaluation suite's
+
+
+class Documents(NamedTuple):
+    """The documents of a window, tokenized, in the order of its spans."""
+
+    tokens: npt.NDArray[np.integer]  # of all
+    lengths: Ints  # tokens of each
+    lines: Ints  # of each in its shard, counted from 1
+    shards: npt.NDArray[np.int32]  # of each: number in the source
+    sub_sources: list[str | None]  # the name that each gives itself
+    skipped: tuple[SkippedRecord, ...]
+
+
+class Window(NamedTuple):
+    """The rows of a window and where their pieces come from."""
+
+    rows: Rows
+    lines: Ints  # [documents]: line of each in its shard, counted from 1
+    shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
+    sub_sources: tuple[str, ...]  # names that the documents give themselves
+    sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
+    skipped: tuple[SkippedRecord, ...]
+    token_offsets: Ints  # [rows + 1]: where each row's tokens begin
+    replays: int = 0  # entries that did not hold when it was read, so that decoding began before them
+
+
+class WindowMaker:
+    """Makes windows of the sources of one config, with a tokenizer and open decoders of its own."""
+
+    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
+        """Raises: ConfigError if the files of tokenizer or filter are not there, or not those of the recipe."""
+        self._config = config
+        self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        recipe.check_tokenizer(config.tokenizer, self._tokenizer)
+        cache = BlockCache.of(config.remote_cache)
+        self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
+        self._columns = Columns()
+        self._decontaminator = None
+        if config.decontaminate and recipe.filter_file:
+            self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
+            recipe.check_filter(self._decontaminator)
+        self._parsers = [RecordParser.of(source, config.strict_records) for source in config.sources]
+        self._cells = Cells(self._decoders)
+
+    def make(self, task: WindowTask) -> Window:
+        """The rows of a window. Raises: as `documents`."""
+        replays = self._decoders.replays
+        found = self.documents(task)
+        rows = pack(found.tokens, found.lengths, self._config.seq_len, self._config.packing, task.key)
+        names = sorted({name for name in found.sub_sources if name is not None})
+        number_of = {name: number for number, name in enumerate(names)}
+        return Window(
+            rows=rows,
+            lines=found.lines,
+            shards=found.shards,
+            sub_sources=tuple(names),
+            sub_source_of=np.array([-1 if name is None else number_of[name] for name in found.sub_sources], np.int32),
+            skipped=found.skipped,
+            token_offsets=rows.token_offsets(),
+            replays=self._decoders.replays - replays,
+        )
+
+    def documents(self, task: WindowTask) -> Documents:
+        """The documents of a window.
+
+        Raises: ShardError if a shard changed or is damaged, or holds a bad record that may not be skipped.
+        """
+        parts = [self._kept(self._read(item, task.source)) for item in task.spans]
+        numbers = [item.span.shard for item in task.spans]
+        lines = [line for part in parts for line in part.lines]
+        counts = [len(part.lines) for part in parts]
+        if any(part.token_ids is not None for part in parts):
+            paths = [item.raw.path for item, count in zip(task.spans, counts, strict=True) for _ in range(count)]
+            tokens, lengths = self._join([ids for part in parts for ids in part.token_ids or ()], lines, paths)
+        else:
+            tokens, lengths = self._tokenizer.encode_documents([text for part in parts for text in part.texts])
+        return Documents(
+            tokens=tokens,
+            lengths=lengths,
+            lines=np.array(lines, np.int64),
+            shards=np.repeat(np.array(numbers, np.int32), counts),
+            sub_sources=[name for part in parts for name in part.sub_sources],
+            skipped=tuple(
+                SkippedRecord(number, *bad) for number, part in zip(numbers, parts, strict=True) for bad in part.bad
+            ),
+        )
+
+    def raw_bytes(self, task: WindowTask) -> int:
+        """Raw bytes of a window, where the plan knows only those of the cells that hold it."""
+        return sum(
+            item.span.raw_bytes
+            if files.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
+            else len(self._cells.lines(item.span, item.raw))
+            for item in task.spans
+        )
+
+    def _kept(self, records: Records) -> Records:
+        """The records without those that share text with the evaluation suite, which go to the bad ones."""
+        if self._decontaminator is None:
+            return records
+        flags = self._decontaminator.shares_text(records.texts).tolist()
+        dropped = [
+            BadRecord(line, self._decontaminator.reason, contaminated=True)
+            for line, flag in zip(records.lines, flags, strict=True)
+            if flag
+        ]
+        kept = [i for i, flag in enumerate(flags) if not flag]
+        return Records(
+            texts=[records.texts[i] for i in kept],
+            lines=[records.lines[i] for i in kept],
+            sub_sources=[records.sub_sources[i] for i in kept],
+            ids=[records.ids[i] for i in kept],
+            bad=[*records.bad, *dropped],
+        )
+
+    def _read(self, item: SpanTask, source: int) -> Records:
+        """The records of a span."""
+        span, path = item.span, item.raw.path
+        if files.is_column(path):
+            config = self._config.sources[source]
+            records = self._columns.records(
+                path, item.raw.stat, span.first_record, span.num_records, config, item.raw.content_hash
+            )
+        else:
+            records = self._parsers[source].parse(self._cells.lines(span, item.raw), span.first_record + 1)
+        if records.bad and self._config.on_bad_record == "fail":
+            raise bad_record_error(path, records.bad[0])
+        return records
+
+    def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
+        """(ids, lengths) as `Tokenizer.encode_documents` gives them. Raises: ShardError for one that is no piece's."""
+        lengths = np.array([len(ids) for ids in token_ids], np.int64)
+        tokens = np.concatenate([np.zeros(0, np.int64), *token_ids])
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= self._tokenizer.vocab_size))
+        if len(wrong):
+            document = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+            raise ShardError(
+                f"{paths[document]}, line {lines[document]}: token id {tokens[wrong[0]]}, but data.tokenizer has "
+                f"{self._tokenizer.vocab_size} pieces; name the tokenizer that the ids were made with"
+            )
+        return tokens.astype(self._tokenizer.dtype), lengths
+
+    def close(self) -> None:
+        """Closes open shards."""
+        self._decoders.close()
+        self._columns.close()

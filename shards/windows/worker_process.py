@@ -1,0 +1,147 @@
+"""One worker process as its parent sees it: started, asked, listened to, given up. pool -> process -> wire, worker."""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from shards.errors import HeadraceError, ShardError
+from shards.windows import worker_protocol
+from shards.windows.recipe import Recipe
+from shards.windows.window import Window, WindowTask
+
+MAX_DEATHS = 10  # of workers in turn at one window: chance may kill a few, and each costs little
+MAX_STALLS = 3  # each costs a whole time-out
+PIPE_BYTES = 1 << 20  # sixteen times the default: a worker and its thread wait for each other less often
+MAX_POLL_SECONDS = 3600.0  # at a time: poll counts milliseconds in 32 bits
+STDERR = 2
+MAX_WORDS_BYTES = 4000  # of what a lost worker wrote, for the error
+
+
+class WorkerLost(Exception):
+    """A worker died, or took too long; `limit` is how many may be lost at one window before that is an error."""
+
+    def __init__(self, message: str, limit: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class WorkerProcess:
+    """One worker process, seen from the parent."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._ready = False
+        self._words = b""  # the end of what it wrote to stderr since its last answer
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            # -P: what lies in the current folder is no module of the worker's, whatever it is called
+            [sys.executable, "-P", "-m", "shards.windows.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # One thread each: as many workers as the user asked for, and no more.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        )
+        pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+        self._pipes = [pipe for pipe in pipes if pipe is not None]
+        self._stdin, self._stdout, self._stderr = (pipe.fileno() for pipe in self._pipes)
+        os.set_blocking(self._stderr, False)
+        self._poll = select.poll()  # not select, which refuses descriptors beyond 1,023
+        for descriptor in (self._stdout, self._stderr):
+            self._poll.register(descriptor, select.POLLIN)
+        # Beyond what the user may have in pipes, or not on Linux, it works as well, only with more waiting.
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def prepare(self, config: str, recipe: Recipe) -> None:
+        """Waits until it can make windows. Raises: HeadraceError if it cannot, in its own words; WorkerLost."""
+        self._send(worker_protocol.Request(0, config=config, recipe=recipe))
+        deadline = time.monotonic() + self._timeout
+        error = worker_protocol.receive_ready(lambda size: self._read(size, deadline))
+        if error is not None:
+            raise error
+        self._ready, self._words = True, b""
+
+    def ask(self, number: int, task: WindowTask) -> None:
+        self._send(worker_protocol.Request(number, task=task))
+
+    def answer(self) -> tuple[int, Window | HeadraceError]:
+        """Waits for the next answer. Raises: WorkerLost."""
+        deadline = time.monotonic() + self._timeout
+        received = worker_protocol.receive_window(lambda size: self._read(size, deadline))
+        self._words = b""
+        return received
+
+    def _send(self, request: worker_protocol.Request) -> None:
+        view = memoryview(worker_protocol.encode_request(request))
+        try:
+            while view:
+                view = view[os.write(self._stdin, view) :]
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _read(self, size: int, deadline: float) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            if not self._wait(deadline):
+                patience = f"gave no answer for {self._timeout:g} s; if it needs longer, raise data.worker_timeout"
+                raise WorkerLost(patience + self._last_words(), MAX_STALLS)
+            got = os.readv(self._stdout, [view])
+            if not got:
+                raise self._death()
+            view = view[got:]
+        return data
+
+    def _wait(self, deadline: float) -> bool:
+        """Waits for more of an answer, passing on what comes on stderr; False if nothing comes in time."""
+        while True:
+            left = deadline - time.monotonic()
+            ready = dict(self._poll.poll(1000 * min(max(0.0, left), MAX_POLL_SECONDS)))
+            if self._stderr in ready and not self._pass_on():
+                self._poll.unregister(self._stderr)  # closed
+            if self._stdout in ready:
+                return True
+            if left <= 0:
+                return False
+
+    def _pass_on(self) -> bool:
+        """Writes what the worker wrote to stderr to this process's, and keeps the end of it; False if there is none."""
+        try:
+            data = os.read(self._stderr, PIPE_BYTES)
+        except BlockingIOError:
+            return False
+        self._words = (self._words + data)[-MAX_WORDS_BYTES:]
+        with contextlib.suppress(OSError):  # this process's may be closed
+            os.write(STDERR, data)
+        return bool(data)
+
+    def _last_words(self) -> str:
+        while self._pass_on():
+            pass
+        words = self._words.decode(errors="replace").strip()
+        return f"; it wrote:\n{words}\n" if words else ""
+
+    def _death(self) -> Exception:
+        """What the end of the worker means, which has ended: chance, or that no worker can do better."""
+        status = self._process.wait()
+        if not self._ready and status >= 0:  # by itself, not by a signal
+            return ShardError(f"a worker could not start (exit status {status}){self._last_words()}")
+        memory = "; if memory ran out, lower data.num_workers" if status == -signal.SIGKILL else ""
+        return WorkerLost(f"died (exit status {status}){memory}{self._last_words()}", MAX_DEATHS)
+
+    def interrupt(self) -> None:
+        self._process.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in self._pipes:
+            pipe.close()

@@ -1,0 +1,112 @@
+"""What the loading process and its workers say to each other over pipes. process <-> wire <-> worker.
+
+A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
+header announces, as they lie in memory: nothing is pickled, no object per token.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from shards.errors import ConfigError, HeadraceError, ShardError
+from shards.windows.packing import Rows
+from shards.windows.recipe import Recipe
+from shards.windows.window import SkippedRecord, Window, WindowTask
+
+LENGTH_BYTES = 8
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Loading process to worker: the config first (as JSON) and what windows are made with, tasks after them."""
+
+    number: int
+    config: str | None = None
+    recipe: Recipe | None = None
+    task: WindowTask | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """Worker to loading process: that it is ready; then a window's header each. Or why it is not, or there is none."""
+
+    number: int  # of the request
+    error: tuple[str, str] | None = None  # class of the error, message
+    seq_len: int = 0
+    arrays: tuple[tuple[str, int], ...] = ()  # dtype and length of each array that follows
+    sub_sources: tuple[str, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
+    replays: int = 0
+
+
+def encode_request(request: Request) -> bytes:
+    """One message."""
+    header = msgspec.msgpack.encode(request)
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def encode_ready() -> list[bytes | memoryview]:
+    """The parts of the message that answers the first request."""
+    return _framed(Reply(0))
+
+
+def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
+    """The parts of one message, in order."""
+    rows = window.rows
+    arrays = [
+        np.ascontiguousarray(array)
+        for array in (
+            rows.tokens,
+            rows.row_pieces,
+            rows.documents,
+            rows.starts,
+            rows.lengths,
+            window.lines,
+            window.shards,
+            window.sub_source_of,
+        )
+    ]
+    kinds = tuple((array.dtype.str, len(array)) for array in arrays)
+    reply = Reply(number, None, rows.seq_len, kinds, window.sub_sources, window.skipped, window.replays)
+    return [*_framed(reply), *(array.view(np.uint8).data for array in arrays)]
+
+
+def encode_error(number: int, error: BaseException) -> list[bytes | memoryview]:
+    """The parts of one message that hands an error on."""
+    return _framed(Reply(number, (type(error).__name__, str(error))))
+
+
+def receive_ready(read: Callable[[int], bytearray]) -> HeadraceError | None:
+    """Reads the reply to the first request: why the worker cannot work. `read(n)` gives exactly n bytes."""
+    reply = _received(read)
+    return None if reply.error is None else _error(*reply.error)
+
+
+def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | HeadraceError]:
+    """Reads one reply. `read(n)` gives exactly n bytes."""
+    reply = _received(read)
+    if reply.error is not None:
+        return reply.number, _error(*reply.error)
+    arrays = [
+        np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
+        for kind, length in reply.arrays
+    ]
+    rows = Rows(reply.seq_len, *arrays[:5])
+    lines, shards, sub_source_of = arrays[5:]
+    offsets = rows.token_offsets()
+    window = Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, offsets, reply.replays)
+    return reply.number, window
+
+
+def _received(read: Callable[[int], bytearray]) -> Reply:
+    header = bytes(read(int.from_bytes(read(LENGTH_BYTES), "little")))
+    return msgspec.msgpack.decode(header, type=Reply)
+
+
+def _error(kind: str, message: str) -> HeadraceError:
+    known: dict[str, type[HeadraceError]] = {"ShardError": ShardError, "ConfigError": ConfigError}
+    return known[kind](message) if kind in known else HeadraceError(f"a worker failed with {kind}: {message}")
+
+
+def _framed(reply: Reply) -> list[bytes | memoryview]:
+    header = msgspec.msgpack.encode(reply)
+    return [len(header).to_bytes(LENGTH_BYTES, "little"), header]

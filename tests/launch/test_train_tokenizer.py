@@ -1,0 +1,82 @@
+"""The bundled tokenizer is what its command makes, and it gives every text back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from launch.train_tokenizer import main, sentences, train
+from shards import read_documents
+from shards.storage import files
+
+SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
+BUNDLED = sentencepiece.SentencePieceProcessor(model_file=str(SAMPLE / "tokenizer-4k.model"))
+
+
+def pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+
+
+def test_the_bundled_tokenizer_is_what_its_command_makes() -> None:
+    model = train(sentences(files.expand((f"{SAMPLE}/train/*",), "sample")), 4096, 0.998)
+    assert pieces(sentencepiece.SentencePieceProcessor(model_proto=model)) == pieces(BUNDLED)
+
+
+def test_every_text_of_the_sample_comes_back() -> None:
+    for shard in sorted(SAMPLE.glob("eval/*/*.zst")):
+        for document in read_documents(shard):
+            assert BUNDLED.decode(BUNDLED.encode(document.text)) == document.text
+    hard = "  two  spaces\n\n\ttab \u2028 123 naïve 漢字 \U0001f600 end "
+    assert BUNDLED.decode(BUNDLED.encode(hard)) == hard
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
+    return main()
+
+
+def test_a_bad_record_is_named_and_can_be_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = tmp_path / "a.jsonl"
+    lines = [b'{"text": "a few words %d, and more of them"}\n' % i for i in range(50)]
+    shard.write_bytes(b"".join([*lines[:7], b'{"text": null}\n', *lines[7:]]))
+    command = (shard, "--vocab-size", "290", "--out", tmp_path / "t.model")
+    assert run(monkeypatch, *command) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {shard}, line 8: 'text' is null, not a string; mend the line, or pass --on-bad-record skip"
+    ]
+    assert not (tmp_path / "t.model").exists()
+    assert run(monkeypatch, *command, "--on-bad-record", "skip") == 0
+    shard.write_bytes(b"".join(lines))
+    assert pieces(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))) == pieces(
+        sentencepiece.SentencePieceProcessor(model_proto=train(sentences([str(shard)]), 290, 0.998))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "out", "expected"),
+    [
+        ("abc def", 1000, "t.model", "set it to a value <="),
+        ("abc def", 5, "t.model", "smaller than required_chars"),
+        ("", 300, "t.model", "there is no text"),
+        ("abc def", 300, "nowhere/t.model", "there is no folder"),
+    ],
+)
+def test_what_makes_no_model_is_said_in_a_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    size: int,
+    out: str,
+    expected: str,
+) -> None:
+    shard = tmp_path / "a.jsonl"
+    shard.write_text(f'{{"text": "{text}"}}\n')
+    assert run(monkeypatch, shard, "--vocab-size", str(size), "--out", tmp_path / out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line

@@ -1,0 +1,17 @@
+"""How long a save will take: as long as the last one did, or as a guess has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint.duration import SaveTime, save_time
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+
+
+def test_a_save_takes_as_long_as_the_last_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig())
+    assert save_time(store, 10**12, nodes=4) == SaveTime(500, measured=False)
+    for step, seconds in ((10, 20.0), (20, 30.0)):
+        store.prepare(step)
+        store.complete(step, [], seconds)
+    assert save_time(store, 10**12, nodes=4) == SaveTime(30, measured=True)

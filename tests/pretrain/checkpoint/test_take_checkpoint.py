@@ -1,0 +1,143 @@
+"""All ranks score or speak with one checkpoint, and an error of one is an error of all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import xxhash
+
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_manifest
+from pretrain.evaluation import checkpoints
+from pretrain.evaluation.checkpoints import score_steps, take_checkpoint
+from pretrain.model.transformer import ModelConfig
+from pretrain.topology import Topology
+from shards import CheckpointError, HeadraceError
+from shards.storage.content_hash import hash_file
+
+SIZE = 2
+
+
+class ThreadTopology(Topology):
+    """Ranks that are threads."""
+
+    barrier_of_all: threading.Barrier
+    values: list[object]
+
+    def gather_objects(self, value):  # type: ignore[no-untyped-def]
+        self.values[self.rank] = value
+        self.barrier_of_all.wait(10)
+        gathered = list(self.values)
+        self.barrier_of_all.wait(10)
+        return gathered
+
+    def broadcast_object(self, value):  # type: ignore[no-untyped-def]
+        return self.gather_objects(value)[0]
+
+
+def on_ranks(work: Callable[[Topology], object]) -> list[object]:
+    """What it gives on each of two ranks: a value, or the error that it raised."""
+    barrier, values = threading.Barrier(SIZE), [None] * SIZE
+
+    def one(rank: int) -> object:
+        here = ThreadTopology(rank, SIZE, rank, SIZE, 0, 1, torch.device("cpu"))
+        object.__setattr__(here, "barrier_of_all", barrier)
+        object.__setattr__(here, "values", values)
+        try:
+            return work(here)
+        except HeadraceError as error:
+            return type(error), str(error)
+
+    with ThreadPoolExecutor(SIZE) as pool:
+        return list(pool.map(one, range(SIZE)))
+
+
+class Model:
+    """Takes note of the checkpoint that it is filled with."""
+
+    config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
+    step = -1
+
+    def take(self, weights: int) -> None:
+        self.step = weights
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where checkpoints of the steps 2 and 4 lie; their weights are their step."""
+    for step in (2, 4):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        write_manifest(folder, [], 0.0)
+    monkeypatch.setattr(checkpoints, "CheckpointWeights", lambda checkpoint, specs: checkpoint.step)
+    return tmp_path
+
+
+def test_what_rank_0_finds_newest_is_taken_by_all(root: Path) -> None:
+    def work(here: Topology) -> tuple[int, int]:
+        model, store = Model(), CheckpointStore(root, CheckpointConfig())
+        if here.is_main:
+            store.steps = lambda: [2]  # type: ignore[method-assign]  # it looked before the training had saved step 4
+        return take_checkpoint(model, store, None, here), model.step  # type: ignore[arg-type]
+
+    assert on_ranks(work) == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("rank", range(SIZE))
+def test_an_error_of_one_is_an_error_of_all(root: Path, rank: int) -> None:
+    def work(here: Topology) -> object:
+        store = CheckpointStore(root / "nothing" if here.rank == rank else root, CheckpointConfig())
+        return take_checkpoint(Model(), store, 4, here)  # type: ignore[arg-type]
+
+    errors = on_ranks(work)
+    assert errors[0] == errors[1]
+    assert errors[0][0] is CheckpointError  # type: ignore[index]
+    assert "nothing" in errors[0][1]  # type: ignore[index]
+
+
+def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / "step_00000006" / "engine"
+    folder.mkdir(parents=True)
+    names = [f"{number}.pt" for number in range(5)]
+    entries = [FileEntry(f"engine/{name}", len(name), xxhash.xxh3_128_hexdigest(name.encode())) for name in names]
+    for name in names:
+        (folder / name).write_text(name)
+    write_manifest(folder.parent, entries, 0.0)
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("pretrain.checkpoint.store.hash_file", counted)
+
+    def work(here: Topology) -> int:
+        return take_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here)  # type: ignore[arg-type]
+
+    assert on_ranks(work) == [6, 6]
+    assert sorted(hashed) == names
+    for name in names:  # whichever rank it falls to
+        (folder / name).write_text("?.pt")
+        errors = on_ranks(work)
+        assert errors[0] == errors[1]
+        assert errors[0][0] is CheckpointError  # type: ignore[index]
+        assert f"{name} differs from what was saved" in errors[0][1]  # type: ignore[index]
+        (folder / name).write_text(name)
+
+
+def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
+    store = CheckpointStore(root, CheckpointConfig())
+
+    def work(here: Topology) -> object:
+        evaluator = SimpleNamespace(topology=here, eval_set=SimpleNamespace(suite="s"))
+        steps = (store.choose(step).step for step in [3])
+        return score_steps(evaluator, store, None, steps, must_be_there=True)  # type: ignore[arg-type]
+
+    errors = on_ranks(work)
+    assert errors[0] == errors[1]
+    assert "no complete checkpoint of step 3; there are [2, 4]" in errors[0][1]  # type: ignore[index]

@@ -1,0 +1,129 @@
+"""Job scripts, sweeps and time limits, as far as they can be judged without a cluster (tests/slurm has one)."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+
+from launch import evaluate, generate
+from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words
+from pretrain.topology import launcher_environment, slurm_environment, world_size_of
+from shards import ConfigError
+
+TEMPLATE = Path(__file__).parents[3] / "slurm" / "pretrain.sbatch"
+SETTINGS = ("run", "checkout", "python", "node_check", "arguments")
+
+
+def request(**values: object) -> JobRequest:
+    fixed = {"name": "a run", "nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6, "time": "1-12", "grace_seconds": 300}
+    return JobRequest(**{**fixed, "output": "runs/x/logs/%j.log", "chdir": Path("/some where"), **values})
+
+
+def directives_in(script: str) -> dict[str, str]:
+    lines = [line.partition(" #")[0].rstrip() for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {key: value for key, _, value in (line.removeprefix("#SBATCH --").partition("=") for line in lines)}
+
+
+def test_a_script_says_what_was_asked_for_and_is_the_template_otherwise() -> None:
+    template = TEMPLATE.read_text()
+    words = ["--config", "my config.yaml", "optim.learning_rate=1e-3", "evaluation.prompt=it's $HOME; rm"]
+    settings = {name: shell_words([name]) for name in SETTINGS} | {"arguments": f"({shell_words(words)})"}
+    script = job_script(template, request(partition="gpu", after="17").directives(), settings)
+    found = directives_in(script)
+    assert found["nodes"] == "2"
+    assert found["ntasks-per-node"] == found["gpus-per-node"] == "4"
+    assert found["signal"] == "B:USR1@300"
+    assert found["chdir"] == "'/some where'"
+    assert found["partition"] == "gpu"
+    assert found["dependency"] == "afterok:17"
+    assert found["kill-on-invalid-dep"] == "yes"
+    assert "account" not in found
+    changed = [line for line in script.splitlines() if line not in template.splitlines()]
+    assert all(line.startswith(("#SBATCH", *(f"{name}=" for name in SETTINGS))) for line in changed)
+    head = script[: script.index("set -u")]
+    said = subprocess.run(["bash", "-c", head + 'printf "%s\\n" "${arguments[@]}"'], capture_output=True, text=True)
+    assert said.stdout.splitlines() == words
+
+
+def test_without_gpus_there_is_one_rank_a_node() -> None:
+    found = directives_in(job_script(TEMPLATE.read_text(), request(gpus_per_node=0).directives(), {}))
+    assert found["ntasks-per-node"] == "1"
+    assert "gpus-per-node" not in found
+
+
+def test_further_options_win() -> None:
+    found = directives_in(
+        job_script(TEMPLATE.read_text(), request(options=("--mem=0", "--nodes=3-4", "--exclusive")).directives(), {})
+    )
+    assert (found["mem"], found["nodes"], found["exclusive"]) == ("0", "3-4", "")
+    with pytest.raises(ConfigError, match="--sbatch=mem"):
+        request(options=("mem=0",)).directives()
+
+
+def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("optim.learning_rate: [1e-3, 3e-3]\nmodel.qk_norm: [true, false]\noptim.betas: [[0.9, 0.95]]\n")
+    tasks = read_sweep(path)
+    assert [task.overrides for task in tasks] == [
+        (f"optim.learning_rate={rate}", f"model.qk_norm={norm}", "optim.betas=[0.9, 0.95]")
+        for rate, norm in itertools.product(("0.001", "0.003"), ("true", "false"))
+    ]
+    assert len({task.suffix for task in tasks}) == 4
+    assert tasks[0].suffix == "learning_rate-0.001-qk_norm-True-betas-0.9-0.95"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("optim.learning_rate: 1e-3", "sweep.yaml:1: optim.learning_rate is 0.001; a sweep has a list"),
+        ("a: [1]\nrun.name: [x, y]", "sweep.yaml:2: run.name"),
+        ("a.x: [1, 1]", "'x-1'"),
+    ],
+)
+def test_a_sweep_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-02:03", 93780), ("1-00:00:05", 86405)],
+)
+def test_time_limits_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_what_is_no_time_limit() -> None:
+    assert [seconds_of(text) for text in ("", "soon", "1:2:3:4", "24h", "1-")] == [None] * 5
+
+
+def test_a_task_of_a_slurm_step_is_a_rank() -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    assert slurm_environment(step) == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    # torchrun under srun, one of it a node, has numbered the ranks already; a batch script is no step
+    assert slurm_environment({**step, "RANK": "3", "WORLD_SIZE": "8"}) == {}
+    assert slurm_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
+    with pytest.raises(ConfigError, match="MASTER_ADDR.*launch/submit.py"):
+        launcher_environment(slurm_environment(step))
+
+
+@pytest.mark.parametrize("command", [evaluate, generate])
+def test_commands_beside_the_training_are_ranks_too(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(command, "parse_arguments", lambda: argparse.Namespace(compare=None, run="a run"))
+    for work in ("evaluate_run", "speak"):
+        monkeypatch.setattr(command, work, lambda _: seen.append(world_size_of(os.environ)), raising=False)
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    with mock.patch.dict(os.environ, step):
+        assert command.main() == 0
+    assert seen == [16]

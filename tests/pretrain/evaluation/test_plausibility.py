@@ -1,0 +1,79 @@
+"""What an evaluation cannot be is said; what drawn weights give is foreseen for models of many shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.plausibility import drawn_loss, warn_of_doubts
+from pretrain.evaluation.scores import eval_records
+from pretrain.evaluation.scoring import evaluate
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.topology import Topology
+from shards import Tokenizer, read_documents
+from tests.distributed.evaluation import TOKENIZER
+
+CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
+
+
+@pytest.fixture(scope="module")
+def eval_set(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
+    """The beginning of a document of each bundled domain."""
+    folder = tmp_path_factory.mktemp("suite")
+    for shard in Path("shards/sample/eval").glob("*/val.jsonl.zst"):
+        text = next(read_documents(shard)).text[:300]
+        (folder / f"{shard.parent.name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    found = load_suite(EvaluationConfig(suite=folder), Tokenizer(TOKENIZER), 64, "fp32")
+    assert found is not None
+    return found
+
+
+def records(**losses: float) -> list[dict[str, object]]:
+    return [{"step": 3, "suite": "s", "domain": name, "nll_per_token": loss} for name, loss in losses.items()]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dim", "n_layers", "init_std"), [(64, 2, 0.02), (256, 2, 0.06), (128, 1, 0.1), (64, 2, 0.3)])
+def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly(
+    dim: int,
+    n_layers: int,
+    init_std: float,
+    tied: bool,
+    eval_set: EvalSet,
+    topology: Topology,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shape = {"dim": dim, "n_layers": n_layers, "n_heads": dim // 32, "ffn_dim": dim, "init_std": init_std}
+    config = ModelConfig.model_validate({**shape, "vocab_size": 4096, "tie_embeddings": tied})
+    model = Transformer(config).eval()
+    model.initialize(seed=1)
+
+    def said(times: float) -> str:
+        caplog.clear()
+        scores = evaluate(lambda *batch: times * model(*batch).detach(), eval_set, topology, 8)
+        warn_of_doubts(eval_records(0, scores), config, drawn=True)
+        return caplog.text
+
+    assert said(1.0) == ""
+    assert f"should be about {drawn_loss(config):.2f}" in said(30.0)
+
+
+def test_a_perplexity_above_the_number_of_pieces_is_said_by_domain(caplog: pytest.LogCaptureFixture) -> None:
+    uniform = math.log(CONFIG.vocab_size)
+    warn_of_doubts(records(wiki=uniform, code=1.0, macro=uniform - 1, micro=2.0), CONFIG)
+    assert caplog.text == ""
+    warn_of_doubts(records(wiki=uniform + 0.01, code=43.0, books=math.nan, macro=2.0, micro=2.0), CONFIG)
+    assert "step 3, s: the perplexity of wiki, code, books is above 4096" in caplog.text
+
+
+def test_a_first_loss_that_drawn_weights_cannot_have_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_doubts(records(micro=math.log(4096)), CONFIG, drawn=True)
+    assert caplog.text == ""
+    for loss in (6.0, 43.0, math.nan, math.inf):
+        caplog.clear()
+        warn_of_doubts(records(micro=loss), CONFIG, drawn=True)
+        assert f"the loss is {loss:.2f} nats a token" in caplog.text

@@ -1,0 +1,293 @@
+"""Models out and in: the files of other programs hold the same model, to the last bit where they are only copied."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from launch.export import export_run
+from pretrain.checkpoint.store import FileEntry, write_manifest
+from pretrain.config import load_config
+from pretrain.exchange.export import export
+from pretrain.exchange.folder import describe, open_model
+from pretrain.exchange.meta import halved, interleaved
+from pretrain.exchange.tokenizer_files import check_tokenizer
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.weights import fill, weight_specs
+from shards import CheckpointError, ConfigError, DataConfig, Tokenizer, read_documents
+
+TOKENIZER = Path("shards/sample/tokenizer-4k.model")
+DATA = DataConfig.model_validate(
+    {"sources": [{"name": "x", "paths": ["x"]}], "tokenizer": TOKENIZER, "seq_len": 64}, strict=False
+)
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHORT = {"original_max_position_embeddings": 32}
+PLAIN = {"n_kv_heads": 4, "ffn_dim": 80}
+GROUPED = {"n_kv_heads": 2, "ffn_dim": None, "tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+
+pytestmark = pytest.mark.usefixtures("topology")
+
+
+class Memory:
+    """A model's own parameters as a source of weights."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._state, self._specs = dict(model.named_parameters()), weight_specs(model.config)
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> torch.Tensor:
+        return self._specs[name].slice_of(self._state[name].detach(), index, count)
+
+
+def build(changes: dict[str, object]) -> Transformer:
+    values = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 4096, "norm_eps": 1e-6, "init_std": 0.2}
+    model = Transformer(ModelConfig.model_validate(values | changes))
+    model.initialize(seed=5)
+    return model
+
+
+def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, torch.ones_like(tokens))
+
+
+def imported(folder: Path, config: ModelConfig) -> Transformer:
+    model = Transformer(config)
+    fill(model, open_model(folder, config), 0, 1)
+    return model
+
+
+def tokens_of(count: int = 40) -> torch.Tensor:
+    return torch.randint(0, 4096, (2, count), generator=torch.Generator().manual_seed(1))
+
+
+def same_files(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.iterdir())
+    same = [(first / name).read_bytes() == (second / name).read_bytes() for name in names]
+    return names == sorted(path.name for path in second.iterdir()) and all(same)
+
+
+@pytest.mark.parametrize("changes", [PLAIN, GROUPED])
+def test_an_export_has_our_logits_in_transformers_and_comes_back_as_it_was(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    ours = build(changes)
+    export(Memory(ours), ours.config, DATA, tmp_path / "hf", max_shard_bytes=100_000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto", attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(ours, tokens_of()), theirs(tokens_of()).logits, rtol=1e-5, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 2
+    back = imported(tmp_path / "hf", ours.config)
+    export(Memory(back), back.config, DATA, tmp_path / "again", max_shard_bytes=100_000)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    assert same_files(tmp_path / "hf", tmp_path / "again")
+
+
+@pytest.mark.parametrize("changes", [PLAIN, GROUPED])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_metas_layout_round_trips_at_every_number_of_files(
+    changes: dict[str, object], tp_size: int, tmp_path: Path
+) -> None:
+    ours = build(changes)
+    export(Memory(ours), ours.config, DATA, tmp_path / "meta", "meta", tp_size=tp_size)
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    # How Meta's code computes the width from its keys
+    width = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * params["dim"] / 3))
+    assert -(-width // params["multiple_of"]) * params["multiple_of"] == ours.config.hidden_dim
+    back = imported(tmp_path / "meta", ours.config)
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, back.state_dict()[name]), name
+    first = torch.load(tmp_path / "meta" / "consolidated.00.pth")
+    assert first["layers.0.attention.wo.weight"].shape == (48, 48 // tp_size)
+    assert first["output.weight"].shape == (4096 // tp_size, 48)
+    stored = 4 * sum(weight.numel() for weight in {w.data_ptr(): w for w in first.values()}.values())
+    assert (tmp_path / "meta" / "consolidated.00.pth").stat().st_size < stored + 20_000, "views of larger tensors"
+
+
+def test_metas_order_of_rows_gives_its_pairwise_rotation_our_scores() -> None:
+    heads, head_dim, x = 3, 8, torch.randn(5, 24).double()  # fp32 differs by more than a tolerance, now and then
+    ours_q, ours_k = torch.randn(2, heads * head_dim, 24).double().unbind()
+    frequencies = 1e4 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    angles = torch.arange(5)[:, None] * frequencies  # [position, head_dim / 2]
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:
+        first, second = (x @ weight.T).view(5, heads, 2, -1).unbind(2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+    def pairs(weight: torch.Tensor) -> torch.Tensor:
+        turned = (
+            torch.view_as_complex((x @ weight.T).view(5, heads, -1, 2))
+            * torch.polar(torch.ones_like(angles), angles)[:, None]
+        )
+        return torch.view_as_real(turned).flatten(2)
+
+    expected = torch.einsum("qhd,khd->hqk", halves(ours_q), halves(ours_k))
+    found = torch.einsum("qhd,khd->hqk", *(pairs(interleaved(weight, head_dim)) for weight in (ours_q, ours_k)))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(halved(interleaved(ours_q, head_dim), head_dim), ours_q)
+
+
+def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
+    ours = build(PLAIN)
+    export(Memory(ours), ours.config, DATA, tmp_path / "meta", "meta", tp_size=2)
+    for rank in range(2):
+        path = tmp_path / "meta" / f"consolidated.{rank:02d}.pth"
+        part = torch.load(path)
+        part["tok_embeddings.weight"] = ours.embedding.weight.detach().chunk(2, 1)[rank].clone()
+        torch.save(part, path)
+    back = open_model(tmp_path / "meta", ours.config)
+    assert torch.equal(back.read("embedding.weight"), ours.embedding.weight)
+    assert torch.equal(back.read("embedding.weight", 1, 2), ours.embedding.weight[2048:])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_of_transformers_has_its_logits_here(tied: bool, tmp_path: Path) -> None:
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
+            vocab_size=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied, initializer_range=0.2,
+            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3 | SHORT,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    model = open_model(tmp_path)
+    assert model.description.config.rope_scaling is not None
+    with torch.no_grad():
+        expected = theirs(tokens_of(100)).logits
+    found = logits(imported(tmp_path, model.description.config), tokens_of(100))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_exports_tokenizer_gives_our_ids(tmp_path: Path) -> None:
+    ours = build(PLAIN)
+    export(Memory(ours), ours.config, DATA, tmp_path / "hf")
+    tokenizer, theirs = Tokenizer(TOKENIZER), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = [document.text for path in Path("shards/sample/eval").glob("*/val.*") for document in read_documents(path)]
+    texts = [text[:3000] for text in texts[::3]]
+    texts += [
+        "",
+        " ",
+        "   a",
+        "a  b ",
+        "\n\n\tx",
+        "<s>a</s> <0x0A>",
+        "▁x",
+        "née 你好 😀\u200d\u0301",
+        "\r\n\x00",
+        "=" * 99,
+    ]
+    for text in texts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+    check_tokenizer(tmp_path / "hf", tokenizer, "data.tokenizer=x")
+
+
+def with_config(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is another architecture"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn'"),
+        ({"hidden_size": None}, "the key hidden_size is missing"),
+        ({"rope_theta": 5e5}, "rope_theta=500000.0, but model.rope_theta=10000.0"),
+        ({"num_hidden_layers": 1}, "weights of another architecture: model.layers.1"),
+        ({"num_hidden_layers": 3}, "lacks weights: model.layers.2"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "but model.rope_scaling=None"),
+        ({"intermediate_size": 96}, "intermediate_size=96, but model.ffn_dim=80"),
+    ],
+)
+def test_another_model_is_refused_by_the_key_that_differs(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    ours = build(PLAIN)
+    export(Memory(ours), ours.config, DATA, tmp_path / "hf")
+    with pytest.raises(ConfigError) as caught:
+        open_model(with_config(tmp_path / "hf", **changes), ours.config)
+    assert message in str(caught.value)
+
+
+def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    ours = build(PLAIN | {"qk_norm": True})
+    for layout in ("hf", "meta"):
+        with pytest.raises(ConfigError, match="model.qk_norm=true cannot be exported"):
+            export(Memory(ours), ours.config, DATA, tmp_path / "out", layout)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        export(Memory(ours), ours.config, DATA, tmp_path / "out")
+
+
+def test_another_tokenizer_is_refused_by_the_first_id_that_differs(tmp_path: Path) -> None:
+    content = {"model": {"vocab": {"<unk>": 0, "<s>": 1, "Ġthe": 5}}, "added_tokens": [{"id": 2, "content": "<|end|>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"data.tokenizer=x .*id 2 is '</s>' there and '<|end|>'"):
+        check_tokenizer(tmp_path, Tokenizer(TOKENIZER), "data.tokenizer=x")
+
+
+def test_a_description_is_a_config_of_the_same_model(tmp_path: Path) -> None:
+    ours = build(GROUPED)
+    export(Memory(ours), ours.config, DATA, tmp_path / "hf")
+    text = describe(tmp_path / "hf")
+    found = ModelConfig.model_validate(yaml.safe_load(text)["model"])
+    open_model(tmp_path / "hf", found)
+    assert found.rope_scaling == ours.config.rope_scaling
+
+
+def test_the_command_that_a_refusal_names_prints_the_model_section_that_fits(tmp_path: Path) -> None:
+    ours = build(GROUPED)
+    export(Memory(ours), ours.config, DATA, tmp_path / "a model")
+    with pytest.raises(ConfigError, match="describes another model") as caught:
+        open_model(tmp_path / "a model", ours.config.model_copy(update={"n_layers": 7}))
+    command = str(caught.value).split("`")[-2].replace("python ", f"{shlex.quote(sys.executable)} ")
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
+    )
+    open_model(tmp_path / "a model", ModelConfig.model_validate(yaml.safe_load(done.stdout)["model"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("consolidated.00.pth", b"PK\x03\x04 cut short"),
+        ("consolidated.00.pth", b""),
+        ("model.safetensors.index.json", b"{"),
+        ("model.safetensors.index.json", b"{}"),
+    ],
+)
+def test_files_that_were_cut_short_are_named(file: str, content: bytes, tmp_path: Path) -> None:
+    model, layout = build(PLAIN), "meta" if file.endswith(".pth") else "hf"
+    export(Memory(model), model.config, DATA, tmp_path / "model", layout)
+    (tmp_path / "model" / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file}: cannot be read as"):
+        open_model(tmp_path / "model")
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "quickstart"
+    engine = run / "checkpoints" / "step_00000007" / "engine"
+    engine.mkdir(parents=True)
+    (run / "config.yaml").write_text(load_config(Path("configs/quickstart.yaml")).to_yaml())
+    (engine / "x.pt").write_bytes(b"other")
+    write_manifest(engine.parent, [FileEntry("engine/x.pt", 5, "0" * 32)], 0.0)
+    arguments = argparse.Namespace(run=run, step=None, overrides=[], to=tmp_path / "out", format="hf")
+    with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
+        export_run(arguments)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,114 @@
+"""Signals: the first of a kind is noted, a copy of it is not taken for impatience, a repetition exits at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pretrain.faults.interrupt import Interrupt
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+LISTEN = """
+import time
+from pretrain.faults.interrupt import Interrupt
+with Interrupt() as interrupt:
+    print("ready", flush=True)
+    while not interrupt.requested: time.sleep(0.01)
+    print(interrupt.requested, flush=True)
+    time.sleep(30)
+"""
+
+
+STARTING = """
+import time
+from pretrain.faults.interrupt import Interrupt, Stopped
+try:
+    with Interrupt() as interrupt, interrupt.starting():
+        print("ready", flush=True)
+        time.sleep(30)
+except Stopped:
+    print("left in order", flush=True)
+    raise SystemExit(75)
+"""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():  # a thread notes it
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def listener() -> Callable[[], subprocess.Popen[str]]:
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LISTEN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(n) for n in SIGNALS]
+    with Interrupt() as interrupt:
+        assert interrupt.requested == 0
+        os.kill(os.getpid(), number)
+        wait_until(lambda: interrupt.requested == number)
+        assert not interrupt.pending()  # the ranks have not agreed yet
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_the_first_signal_counts_and_another_kind_changes_nothing() -> None:
+    with Interrupt() as interrupt:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        wait_until(lambda: len(interrupt._first_at) == 3)
+        assert interrupt.requested == signal.SIGUSR1
+
+
+def test_a_decision_to_stop_stands() -> None:
+    interrupt = Interrupt()
+    interrupt.agree(False)
+    assert not interrupt.pending()
+    interrupt.agree(True)
+    interrupt.agree(False)
+    assert interrupt.pending()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_the_same_signal_again_exits_at_once(
+    listener: Callable[[], subprocess.Popen[str]], number: signal.Signals, code: int
+) -> None:
+    with listener() as process:
+        assert process.stdout is not None
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{number.value}\n"
+        process.send_signal(number)  # the same keystroke by another way
+        time.sleep(1.1)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=10) == code
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert said.count(number.name) == 2
+    assert "again: exiting at once" in said
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_start_in_order(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "left in order\n"
+    assert process.returncode == 75

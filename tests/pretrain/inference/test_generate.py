@@ -1,0 +1,157 @@
+"""Continuations: the tokens that full forward passes would choose, as text that never has to be taken back."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.inference.generate import Sampling, TextStream, codec_of, generate, sample
+from pretrain.model.kv_cache import KVCache
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.topology import Topology
+from shards import Tokenizer
+from tests.vocabularies import foreign_pieces
+
+TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
+CODEC = codec_of(TOKENIZER, bos=True)
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def streamed(prompt: list[int], ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    stream, parts = TextStream(CODEC, prompt, stop), []
+    for token_id in ids:
+        parts.append(stream.add(token_id))
+        if stream.stopped:
+            return parts
+    return [*parts, stream.rest()]
+
+
+def test_greedy_tokens_are_those_of_full_forward_passes(topology: Topology) -> None:
+    model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=4096, init_std=0.3))
+    model.initialize(seed=1)
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return model(tokens, cache=cache)[:, -1]
+
+    with torch.no_grad():
+        text = "".join(generate(next_logits, 2, 64, CODEC, "Once", Sampling(max_tokens=20, temperature=0), topology))
+        ids = CODEC.encode("Once")
+        prompt = len(ids)
+        for _ in range(20):
+            tokens = torch.tensor([ids])
+            ids.append(int(model(tokens, torch.ones_like(tokens))[0, -1].argmax()))
+    assert TOKENIZER.eos_id not in ids, "this seed is to show a continuation that goes on"
+    assert text == TOKENIZER.decode(ids)[len(TOKENIZER.decode(ids[:prompt])) :]
+
+
+def test_a_stream_gives_what_decoding_at_the_end_gives() -> None:
+    generator = random.Random(3)
+    for _ in range(200):
+        # Ids below 259 are bytes, most of them parts of no character
+        ids = [generator.choice([generator.randrange(3, 259), generator.randrange(259, 4096)]) for _ in range(12)]
+        prompt, new = ids[:3], ids[3:]
+        expected = TOKENIZER.decode(ids)[len(TOKENIZER.decode(prompt)) :]
+        assert "".join(streamed(prompt, new)) == expected
+
+
+def test_a_character_of_several_bytes_comes_whole() -> None:
+    ids = ids_of("a 你好 😀 née")
+    assert len(ids) > 12, "spelled in bytes"
+    parts = streamed(ids_of("x"), ids)
+    assert "".join(parts) == "a 你好 😀 née"
+    assert "\ufffd" not in "".join(parts[:-1])
+    assert parts[0] == "a", "what is certain is not held back"
+
+
+def test_the_space_after_the_prompt_is_kept() -> None:
+    assert "".join(streamed(ids_of("The"), ids_of(" cat sat"))) == " cat sat"
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(("sat",), "the cat "), (("mat", "cat"), "the "), (("dog",), None)])
+def test_text_ends_before_a_stop_string_that_no_part_of_shows(stop: tuple[str, ...], expected: str | None) -> None:
+    text = "the cat sat on a mat, the c"
+    parts = streamed([], ids_of(text), stop)
+    assert "".join(parts) == (text if expected is None else expected)
+
+
+def test_sampling_keeps_to_the_likely_tokens() -> None:
+    logits = torch.tensor([0.5, 0.2, 0.25, 0.05]).log()
+
+    def drawn(**values: object) -> dict[int, float]:
+        sampling = Sampling.model_validate({"temperature": 1.0} | values)
+        generator = torch.Generator().manual_seed(1)
+        found = [sample(logits, sampling, generator) for _ in range(4000)]
+        return {token: found.count(token) / len(found) for token in sorted(set(found))}
+
+    assert drawn() == pytest.approx({0: 0.5, 1: 0.2, 2: 0.25, 3: 0.05}, abs=0.03)
+    assert drawn(top_k=2) == pytest.approx({0: 2 / 3, 2: 1 / 3}, abs=0.03)
+    assert drawn(top_p=0.74) == pytest.approx({0: 2 / 3, 2: 1 / 3}, abs=0.03)  # 0.5 alone does not reach it
+    assert drawn(top_p=0.76) == pytest.approx({0: 0.5 / 0.95, 1: 0.2 / 0.95, 2: 0.25 / 0.95}, abs=0.03)
+    assert drawn(temperature=0.5) == pytest.approx({0: 0.704, 1: 0.113, 2: 0.176, 3: 0.007}, abs=0.03)
+    assert drawn(temperature=0) == {0: 1.0}
+    assert drawn(top_p=0.01) == {0: 1.0}
+
+
+def test_a_seed_draws_the_same_text_again(topology: Topology) -> None:
+    model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=4096))
+    model.initialize(seed=1)
+
+    @torch.no_grad()
+    def continued(seed: int) -> str:
+        sampling = Sampling(max_tokens=8, seed=seed)
+        return "".join(
+            generate(lambda tokens, cache: model(tokens, cache=cache)[:, -1], 1, 64, CODEC, "It", sampling, topology)
+        )
+
+    assert continued(1) == continued(1) != continued(2)
+
+
+def test_memory_is_that_of_the_continuation_and_not_of_the_context(
+    topology: Topology, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = []
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        lengths.append(cache.max_length)
+        return torch.arange(4096.0).unsqueeze(0)
+
+    prompt = "Once upon a time"
+    tokens = len(CODEC.encode(prompt))
+    list(generate(next_logits, 1, 1 << 17, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    list(generate(next_logits, 1, tokens + 2, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    assert lengths == [tokens + 3] * 3 + [tokens + 2] * 2
+    assert list(generate(next_logits, 1, tokens, CODEC, prompt, Sampling(), topology)) == []
+    assert f"the prompt's {tokens} tokens fill the context of {tokens}" in caplog.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_beyond_the_tokenizer_are_never_chosen(topology: Topology, temperature: float) -> None:
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        logits = torch.zeros(1, TOKENIZER.vocab_size + 128)
+        logits[:, TOKENIZER.encode("word")] = 20.0
+        logits[:, TOKENIZER.vocab_size :] = 40.0  # as untrained rows of a padded embedding may be
+        return logits
+
+    sampling = Sampling(max_tokens=8, temperature=temperature)
+    assert "word" in "".join(generate(next_logits, 1, 64, CODEC, "A", sampling, topology))
+
+
+def test_a_prompt_that_the_tokenizer_cannot_spell_is_said(
+    topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec = codec_of(Tokenizer(foreign_pieces(tmp_path / "named.model")), bos=False)
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return torch.arange(float(codec.size)).unsqueeze(0)
+
+    sampling = Sampling(max_tokens=1, temperature=0)
+    list(generate(next_logits, 1, 64, codec, "the", sampling, topology))
+    assert "no pieces" not in caplog.text
+    list(generate(next_logits, 1, 64, codec, "the cat", sampling, topology))
+    assert "the tokenizer has no pieces for a part of the prompt" in caplog.text

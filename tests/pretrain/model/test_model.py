@@ -1,0 +1,201 @@
+"""The model computes what LLaMA computes, for each document of a packed row alone."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pretrain.engine import valid_targets
+from pretrain.model.attention import positions_in_pieces
+from pretrain.model.kv_cache import KVCache
+from pretrain.model.parallel import (
+    vocab_parallel_argmax,
+    vocab_parallel_logsumexp,
+    vocab_parallel_nll,
+    vocab_parallel_score,
+)
+from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.rng import seeded
+from pretrain.topology import Topology
+from tests.reference_model import Shape, piece_logits, pieces
+
+# Of the frequencies of heads of 8, one is kept, one changed by 8, two lie in between
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 40.0,
+    "original_max_position_embeddings": 200,
+}  # fmt: skip
+SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [1] * 20 + [0] * 4])  # [2, 24]: three pieces; one and padding
+
+
+def build(**changes: object) -> Transformer:
+    values = {"dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 80, "vocab_size": 97, "init_std": 0.2}
+    model = Transformer(ModelConfig.model_validate(values | changes))
+    model.initialize(seed=5)
+    return model
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize(("tied", "kv_heads", "scaling"), [(False, 6, None), (True, 2, LLAMA3), (False, 1, LLAMA3)])
+def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: dict[str, object] | None) -> None:
+    ours = build(tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=5e4, rope_scaling=scaling)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=kv_heads,
+            intermediate_size=80, vocab_size=97, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+            rope_parameters={"rope_theta": 5e4, **(scaling or {"rope_type": "default"})}, attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+    }  # fmt: skip
+    weights = {}
+    for name, weight in ours.state_dict().items():
+        for our_part, their_part in names.items():
+            name = name.replace(our_part, their_part)
+        name = {"embedding.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}.get(name, name)
+        weights[name.replace("blocks.", "model.layers.")] = weight
+    weights["model.norm.weight"] = weights.pop("norm.weight")
+    theirs.load_state_dict(weights)
+    tokens = random_tokens(2, 24)
+    with torch.no_grad():
+        found, expected = ours(tokens, torch.ones_like(tokens)), theirs(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "n_kv_heads": 1, "rope_scaling": LLAMA3}])
+def test_a_cache_gives_each_token_the_logits_of_one_forward_pass(changes: dict[str, object]) -> None:
+    model, tokens, cache = build(**changes), random_tokens(2, 24), KVCache(n_layers=3, max_length=24)
+    with torch.no_grad():
+        whole = model(tokens, torch.ones_like(tokens))
+        parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 10, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_packed_row_gives_each_document_the_logits_that_it_gets_alone(qk_norm: bool) -> None:
+    model, tokens = build(qk_norm=qk_norm), random_tokens(2, 24)
+    with torch.no_grad():
+        packed = model(tokens, SEGMENTS)
+        for row, segment in ((0, 1), (0, 2), (0, 3), (1, 1)):
+            piece = tokens[row][SEGMENTS[row] == segment]
+            alone = model(piece[None], torch.ones(1, len(piece), dtype=torch.int64))[0]
+            torch.testing.assert_close(packed[row][SEGMENTS[row] == segment], alone, rtol=1e-5, atol=1e-5)
+    assert packed.isfinite().all()  # padding too: a NaN there would reach the gradients through 0 * NaN
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_embeddings": True, "n_kv_heads": 1}])
+def test_logits_equal_the_plain_reference(changes: dict[str, object]) -> None:
+    model, tokens = build(**changes), random_tokens(2, 24)
+    config = model.config
+    shape = Shape(3, 6, config.kv_heads, qk_norm=config.qk_norm, tied=config.tie_embeddings)
+    with torch.no_grad():
+        found = pieces(model(tokens, SEGMENTS), SEGMENTS)  # type: ignore[arg-type]
+        for logits, piece in zip(found, pieces(tokens, SEGMENTS), strict=True):
+            expected = piece_logits(dict(model.named_parameters()), shape, piece)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+def test_checkpointing_blocks_changes_no_gradient() -> None:
+    tokens, gradients = random_tokens(2, 24), []
+    for checkpoint_blocks in (False, True):
+        model = build(dropout=0.1)
+        model.checkpoint_blocks = checkpoint_blocks
+        with seeded(7, torch.device("cpu")):
+            vocab_parallel_nll(model(tokens, SEGMENTS), tokens).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.usefixtures("topology")
+def test_dropout_depends_on_the_seed_alone() -> None:
+    model, tokens = build(dropout=0.3), random_tokens(1, 24)
+    segments = torch.ones_like(tokens)
+
+    def run(seed: int) -> torch.Tensor:
+        with seeded(seed, torch.device("cpu")):
+            return model(tokens, segments)
+
+    first = run(1)
+    torch.rand(5)
+    assert torch.equal(first, run(1))
+    assert not torch.equal(first, run(2))
+    model.eval()
+    assert torch.equal(run(1), run(2))
+
+
+def test_positions_restart_in_each_piece() -> None:
+    expected = [[*range(9), 0, *range(14)], [*range(20), *range(4)]]
+    assert positions_in_pieces(SEGMENTS).tolist() == expected
+
+
+def test_targets_are_the_next_tokens_of_the_same_piece() -> None:
+    segments = torch.tensor([[1, 1, 2, 3, 3, 0, 0]])
+    assert valid_targets(segments).tolist() == [[True, False, False, True, False, False]]
+
+
+@pytest.mark.usefixtures("topology")
+def test_scores_of_logits_equal_torch_also_where_several_tokens_are_as_likely() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randint(-4, 5, (4, 50, 23), generator=generator).bfloat16()  # many equal ones
+    targets = torch.randint(23, (4, 50), generator=generator)
+    nll, correct = vocab_parallel_score(logits, targets)
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    assert torch.allclose(nll.flatten(), expected, rtol=1e-6)
+    assert torch.equal(correct, logits.float().argmax(-1) == targets)
+    assert 5 < correct.sum() < 40
+
+
+@pytest.mark.usefixtures("topology")
+def test_losses_on_split_logits_equal_torch() -> None:
+    logits = torch.randn(3, 5, 97, generator=torch.Generator().manual_seed(2)) * 4
+    targets = random_tokens(3, 5)
+    kept = logits.clone()
+    nll = vocab_parallel_nll(logits, targets)
+    assert torch.equal(logits, kept), "the caller's logits are not to be edited"
+    torch.testing.assert_close(
+        nll, torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    )
+    torch.testing.assert_close(vocab_parallel_logsumexp(logits), logits.logsumexp(-1))
+    assert torch.equal(vocab_parallel_argmax(logits), logits.argmax(-1))
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize(("init", "kurtosis"), [("normal", 3.0), ("trunc_normal", 2.8)])
+def test_initial_weights_have_the_configured_spread(init: str, kurtosis: float, topology: Topology) -> None:
+    model = build(dim=256, n_heads=4, n_kv_heads=4, ffn_dim=512, init=init, init_std=0.03)
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+            continue
+        std = 0.03 / 6**0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.03
+        assert weight.std().item() == pytest.approx(std, rel=0.03), name
+        if init == "trunc_normal":
+            assert weight.abs().max() <= 3 * std
+    w1 = model.get_parameter("blocks.0.feed_forward.w1.weight")
+    assert ((w1 / w1.std()) ** 4).mean().item() == pytest.approx(kurtosis, abs=0.1)
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_weights_that_are_not_drawn_yet_take_no_memory(tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairscale_layers, "get_model_parallel_world_size", lambda: tp_size)
+    before = psutil.Process().memory_info().rss
+    model = Transformer(ModelConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=16_000))
+    grown = psutil.Process().memory_info().rss - before
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights > 50e6
+    assert grown < 0.1 * weights

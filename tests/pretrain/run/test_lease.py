@@ -1,0 +1,177 @@
+"""The lease: of several live processes one has it; a dead one's is free at once, or after its silence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pretrain.run.lease import Holder, Lease
+from shards import HeadraceError
+
+HOLD = """
+import sys, time; from pathlib import Path; from pretrain.lease import Lease
+with Lease(Path(sys.argv[1]), sys.argv[2] or None, heartbeat=0.1, silence=1.0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holding(path: Path, job_id: str = "") -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), job_id], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def lease(path: Path, job_id: str | None = None) -> Lease:
+    return Lease(path, job_id, heartbeat=0.1, silence=1.0)
+
+
+def pretend(path: Path, **changed: object) -> None:
+    """Makes the holder seem to be another one: a process on another host, for example."""
+    holder = msgspec.json.decode(path.read_bytes(), type=Holder)
+    with path.open("r+b") as file:  # in place: its holder knows it by its inode
+        file.truncate()
+        file.write(msgspec.json.encode(msgspec.structs.replace(holder, **changed)))
+
+
+def test_a_second_live_process_is_refused_at_once_and_told_who_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with holding(path, "4711") as holder:
+        start = time.monotonic()
+        with (
+            pytest.raises(HeadraceError, match=rf"in use by job 4711, process {holder.pid} on .*run\.name"),
+            lease(path),
+        ):
+            pass
+        with pytest.raises(HeadraceError), lease(path, "4711"):  # its own job, but alive
+            pass
+        assert time.monotonic() - start < 0.5
+
+
+def test_a_killed_process_on_this_host_frees_it_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with holding(path) as holder:
+        holder.send_signal(signal.SIGKILL)
+        time.sleep(0.05)  # it stays a zombie: nobody has waited for it
+        start = time.monotonic()
+        with lease(path) as mine:
+            mine.check()
+        assert time.monotonic() - start < 0.5
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("job_id", ["8", None])
+def test_a_dead_process_on_another_host_frees_it_after_its_silence(tmp_path: Path, job_id: str | None) -> None:
+    path = tmp_path / "lease"
+    with holding(path, "7"):
+        pass
+    pretend(path, host="elsewhere")
+    start = time.monotonic()
+    with lease(path, job_id):
+        assert 0.5 < time.monotonic() - start < 3
+
+
+def test_the_same_job_on_another_host_has_it_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with holding(path, "7"):
+        pass
+    pretend(path, host="elsewhere")
+    start = time.monotonic()
+    with lease(path, "7"):
+        assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize("changed", [{"host": "elsewhere"}, {"pid_space": "another container"}])
+def test_a_live_process_elsewhere_is_known_by_its_next_sign(tmp_path: Path, changed: dict[str, str]) -> None:
+    path = tmp_path / "lease"
+    with holding(path):
+        pretend(path, **changed)
+        start = time.monotonic()
+        with pytest.raises(HeadraceError, match="in use by process"), lease(path):
+            pass
+        assert time.monotonic() - start < 0.9  # well before its silence could have been long enough
+
+
+def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with holding(path):
+        pretend(path, started=1.0)
+        with lease(path) as mine:
+            mine.check()
+
+
+def test_a_torn_lease_is_waited_out(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    path.write_text('{"token": "a')
+    start = time.monotonic()
+    with lease(path):
+        assert time.monotonic() - start > 0.5
+
+
+def test_a_process_that_stood_still_too_long_finds_its_lease_lost(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with holding(path) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        time.sleep(1.1)
+        with lease(path) as mine:
+            holder.send_signal(signal.SIGCONT)
+            time.sleep(0.4)
+            mine.check()  # the one that woke up has not touched it
+            assert msgspec.json.decode(path.read_bytes(), type=Holder).pid == os.getpid()
+
+
+def test_the_holder_hears_that_it_lost_the_lease(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    with lease(path) as mine:
+        mine.check()
+        path.rename(tmp_path / "away")
+        with lease(path) as other:
+            time.sleep(0.3)
+            other.check()
+            with pytest.raises(HeadraceError, match=rf"lost .* to process {os.getpid()}"):
+                mine.check()
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path: Path, attempt: int) -> None:
+    path = tmp_path / "lease"
+    dead = msgspec.structs.replace(Holder.me(None), started=1.0)
+    path.write_bytes(msgspec.json.encode(dead))
+    contenders, said = 6, []
+    at_once, all_tried = threading.Barrier(contenders), threading.Barrier(contenders)
+
+    def contend() -> None:
+        mine = lease(path)
+        at_once.wait()
+        try:
+            with mine:
+                said.append("held")
+                all_tried.wait()
+        except HeadraceError:
+            said.append("refused")
+            all_tried.wait()
+
+    threads = [threading.Thread(target=contend) for _ in range(contenders)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(said) == ["held", *["refused"] * (contenders - 1)]
+    assert list(tmp_path.iterdir()) == []

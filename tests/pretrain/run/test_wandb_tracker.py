@@ -1,0 +1,230 @@
+"""wandb, the real client: after any kill a reader sees each step once, with its evaluation, as it was trained last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_rows import eval_rows, last_local_step, step_row
+from pretrain.run.wandb_tracker import Tracker, WandbConfig
+from tests.pretrain.run.wandb_server import wandb_server
+
+CONFIG = WandbConfig(system_metrics=False)
+
+# One session: resumes at a step, logs up to another, then ends as it is told to
+SESSION = """
+import os, sys, time
+from pathlib import Path
+import psutil
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_tracker import Tracker, WandbConfig
+
+resumed_at, last, end, rate, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), sys.argv[6]
+folder = RunFolder(Path(sys.argv[1]))
+folder.create()
+folder.wandb.mkdir(exist_ok=True)
+if not (folder.wandb / "run_id").exists():
+    (folder.wandb / "run_id").write_text("an-id")
+folder.cut_back(resumed_at)
+described = {"model": {"dim": 8}, "commit": "c0ffee"}
+
+
+def evaluate(tracker, step):
+    evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
+    folder.evals.append(evals)
+    tracker.log_evals([evals])
+
+
+config = WandbConfig(system_metrics=False, mode=mode)
+with Tracker(config, folder, "name", folder.run_id("name"), described) as tracker:
+    if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
+        evaluate(tracker, resumed_at)
+    for step in range(resumed_at + 1, last + 1):
+        if step == last and end == "service stopped":
+            [process.terminate() or process.wait() for process in psutil.Process().children()]
+        seconds = time.monotonic()  # never the same again, and no reason to take anything back
+        record = {"step": step, "loss": 1 / step, "learning_rate": rate, "tokens_per_source": {"pile": step}}
+        record["step_seconds"] = seconds
+        folder.metrics.append(record)
+        tracker.log_step(record, more=step % 4 == 0)
+        if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
+            evaluate(tracker, step)
+    if end == "finished":
+        evaluate(tracker, last)  # as where the data ends, which the step before could not know
+    if end == "killed":
+        time.sleep(0.1)  # some of it is flushed to the file by now, some is not
+        for process in [*psutil.Process().children(), psutil.Process()]:
+            process.kill()
+"""
+
+
+def session(
+    root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
+) -> str:
+    """Runs one; returns what it logged."""
+    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    assert result.returncode == (-9 if end == "killed" else 0), result.stderr
+    return result.stderr
+
+
+def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
+    """All records of all sessions of a wandb run, as wandb's own reader prints them."""
+    records: list[dict[str, object]] = []
+    for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        records += [json.loads(line) for line in lines]
+    return records
+
+
+def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
+    return [record["history"]["item"] for record in inspected(root, run_id) if record["type"] == "history"]  # type: ignore[index]
+
+
+def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 22, "killed")
+    session(root, 10, 30, "service stopped")  # as the launcher does it
+    session(root, 25, 32, "left before the evaluation")
+    session(root, 32, 34, "finished")
+    rows = history(root)
+    assert [row["step"] for row in rows] == list(range(1, 35))
+    assert all(row["_step"] == row["step"] for row in rows)
+    assert [row["loss"] for row in rows] == [1 / step for step in range(1, 35)]
+    assert [row["tokens_per_source/pile"] for row in rows] == list(range(1, 35))
+    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == [4, 8, 12, 16, 20, 24, 28, 32, 34]
+
+
+def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
+    """Each step stands once: up to 20 as it was trained first, with rate 1, and from there as it was trained last."""
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    assert all(row["_step"] == row["step"] for row in rows)
+    assert [row["learning_rate"] for row in rows] == [1.0 if step <= 20 else 2.0 for step in range(1, last + 1)]
+    assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == list(range(4, last + 1, 4))
+
+
+def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 33, "left before the evaluation")
+    said = session(root, 20, 28, "left before the evaluation", rate=2.0)
+    new = (root / "wandb" / "run_id").read_text()
+    assert new != "an-id"
+    assert f"step 21 came out differently when trained again: all figures go to a new wandb run, {new}" in said
+    assert "came out differently" not in session(root, 24, 30, "left before the evaluation", rate=2.0)
+    assert (root / "wandb" / "run_id").read_text() == new
+    check_retrained(history(root, new), last=30)
+    assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained then
+
+
+def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 33, "left before the evaluation")
+    session(root, 20, 36, "left before the evaluation", rate=2.0, mode="disabled")
+    said = session(root, 34, 40, "left before the evaluation", rate=2.0)
+    assert "step 21 came out differently" in said
+    check_retrained(history(root, (root / "wandb" / "run_id").read_text()), last=39)
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, rewinds: bool) -> None:
+    root = tmp_path / "run"
+    with wandb_server(rewinds) as server:
+        online = {"mode": "online", **server.environment}
+        session(root, 0, 33, "stopped", **online)
+        before = server.history["an-id"]
+        assert [row["learning_rate"] for row in before] == [1.0] * 33
+        session(root, 28, 33, "stopped", **online)  # the same again
+        assert server.history == {"an-id": before}
+        said = session(root, 20, 27, "stopped", rate=2.0, **online)
+        run_id = (root / "wandb" / "run_id").read_text()
+        assert ("go to a new wandb run" in said) == (run_id != "an-id") == (not rewinds)
+        session(root, 26, 31, "stopped", rate=2.0, **online)
+        check_retrained(server.history[run_id], last=31)
+        assert set(server.history) == {"an-id", run_id}
+        assert rewinds or server.history["an-id"] == before
+
+
+def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    session(root, 0, 2, "finished")
+    records = inspected(root)
+    text = json.dumps(records)
+    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
+    assert "c0ffee" in text
+    assert '"glob_name": "*"' in text
+    assert '"step_metric": "step"' in text
+    assert last_local_step(root / "wandb", "an-id") == 2
+    assert last_local_step(root / "wandb", "another-id") == -1
+
+
+def test_disabled_costs_nothing(tmp_path: Path) -> None:
+    command = (
+        "import sys; from pathlib import Path\n"
+        "from pretrain import tracking as t; from pretrain.run_folder import RunFolder\n"
+        f"folder = RunFolder(Path({str(tmp_path)!r}))\n"
+        "with t.Tracker(t.WandbConfig(mode='disabled'), folder, 'n', 'i', {}) as tracker:\n"
+        "    tracker.log_step({'step': 1})\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wandb_that_fails_is_no_failure_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Tracker, mode: str) -> None:
+        raise OSError("no such luck")
+
+    monkeypatch.setattr(Tracker, "_init", broken)
+    with Tracker(CONFIG, RunFolder(tmp_path), "name", "id", {}) as tracker:
+        tracker.log_step({"step": 1, "loss": 2.0})
+    assert "no such luck" in caplog.text
+
+
+def test_an_error_of_the_training_passes_through(tmp_path: Path) -> None:
+    config = WandbConfig(mode="disabled")
+    with pytest.raises(ZeroDivisionError), Tracker(config, RunFolder(tmp_path), "name", "id", {}):
+        raise ZeroDivisionError
+
+
+def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for first, last, suite in ((0, 2, "s@1"), (2, 3, "s@2")):
+        with Tracker(CONFIG, folder, "name", "an-id", {}, suite) as tracker:
+            for step in range(first + 1, last + 1):
+                tracker.log_step({"step": step}, more=True)
+                record = {"step": step, "suite": suite, "domain": "wiki", "perplexity": 2.0 * step}
+                folder.evals.append(record)
+                tracker.log_evals([record])
+    rows = history(folder.root)
+    own = {int(str(row["step"])): key for row in rows for key in row if key.startswith("eval")}
+    changed = "eval/s@2/wiki/perplexity"
+    assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
+
+
+def test_rows_are_flat() -> None:
+    assert step_row({"step": 1, "loss": 2.0, "epoch_per_source": {"a": 0.5}}) == {
+        "step": 1, "loss": 2.0, "epoch_per_source/a": 0.5,
+    }  # fmt: skip
+    lines = [
+        {"step": step, "suite": "val", "domain": domain, "perplexity": step + 0.5, "tokens": 3}
+        for step in (1, 2)
+        for domain in ("wiki", "macro")
+    ]
+    first, second = eval_rows(lines)
+    assert first == {
+        "step": 1, "eval/wiki/perplexity": 1.5, "eval/wiki/tokens": 3,
+        "eval/macro/perplexity": 1.5, "eval/macro/tokens": 3,
+    }  # fmt: skip
+    assert second["step"] == 2
+    assert list(eval_rows([])) == []

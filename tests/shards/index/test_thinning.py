@@ -1,0 +1,57 @@
+"""Thinned windows: what follows is decoded the same whatever stood where they have zeros, and all else is needed."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.formats import Piece, Start
+from shards.index import splice_points
+from shards.index.thinning import Follower, thinned
+from tests.shards.index.spliced import SHARDS, TEXT, compressed, indexed
+
+pytestmark = pytest.mark.usefixtures("near")
+
+Call = tuple[str, Start, Sequence[Piece]]
+
+
+def decodes(compression: str, start: Start, window: bytes, pieces: Sequence[Piece]) -> bool:
+    """True if the pieces' raw bytes come out with this window before them."""
+    return Follower(compression, start._replace(window=window)).holds(pieces)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        SHARDS["gzip"],
+        compressed(TEXT, 3, window_log=19),
+        compressed(TEXT, 9, window_log=18),
+        compressed(TEXT, 3, window_log=20, enable_ldm=True),
+    ],
+    ids=["gzip", "512 KiB", "256 KiB", "1 MiB, long mode"],
+)
+def test_what_is_dropped_is_not_referred_to_and_what_is_kept_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    calls: list[Call] = []
+    monkeypatch.setattr(splice_points, "thinned", lambda *call: calls.append(call) or thinned(*call))
+    indexed(tmp_path, data)
+    held = [call for call in calls if decodes(call[0], call[1], bytes(call[1].window), call[2])]
+    assert len(held) >= 2
+    draw = random.Random(0)
+    for compression, start, pieces in held[:4]:
+        window = np.frombuffer(start.window, np.uint8)
+        kept = np.frombuffer(thinned(compression, start, pieces), np.uint8)
+        assert ((kept == window) | (kept == 0)).all()
+        noise = np.frombuffer(draw.randbytes(len(window)), np.uint8)
+        assert decodes(compression, start, np.where(kept > 0, kept, noise).tobytes(), pieces)
+        grain_bytes = -(-len(window) // 65_535)
+        bounds = range(0, len(window), grain_bytes)
+        grains = [at for at in bounds if kept[at : at + grain_bytes].any()]
+        assert 0 < len(grains) < len(bounds)
+        for at in draw.sample(grains, min(25, len(grains))):
+            other = window.copy()
+            other[at : at + grain_bytes] ^= 1
+            assert not decodes(compression, start, other.tobytes(), pieces)
