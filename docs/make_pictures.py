@@ -18,21 +18,21 @@ FOLDER = Path(__file__).parent
 # The modules behind each box. This is the only place of this script that names them.
 MODULES = {
     # A batch
-    "shard": ("shards/files", "shards/formats/"),
-    "index": ("shards/index", "shards/record_table", "shards/splice"),
-    "manifest": ("shards/manifest",),
-    "plan": ("shards/plan", "shards/sources"),
-    "lanes": ("shards/lane",),
-    "requests": ("shards/prefetch", "shards/pool"),
-    "read": ("shards/decoders", "shards/reader"),
-    "tokenize": ("shards/tokenizer",),
-    "pack": ("shards/packing", "shards/window"),
+    "shard": ("shards/storage/files", "shards/formats/"),
+    "index": ("shards/index/shard_index", "shards/index/splice_points"),
+    "manifest": ("shards/preparation", "shards/index/manifest"),
+    "plan": ("shards/plan/segments", "shards/source"),
+    "lanes": ("shards/plan/mixing", "shards/lane"),
+    "requests": ("shards/prefetch", "shards/windows/worker_pool"),
+    "read": ("shards/index/decoders", "shards/records/json_lines"),
+    "tokenize": ("shards/tokenize/tokenizer",),
+    "pack": ("shards/windows/packing", "shards/windows/window"),
     "loader": ("shards/loader",),
     "batch": ("shards/batch",),
     "feed": ("pretrain/feed",),
     "model": ("pretrain/model/transformer",),
     "loss": ("pretrain/engine",),
-    "record": ("pretrain/journal", "pretrain/metrics"),
+    "record": ("pretrain/journal", "pretrain/run/metrics"),
     # A checkpoint
     "due": ("pretrain/loop", "pretrain/trainer"),
     "copy": ("pretrain/engine", "pretrain/checkpoint/staging"),
@@ -43,9 +43,9 @@ MODULES = {
     "choose": ("pretrain/checkpoint/store",),
     "verify": ("pretrain/checkpoint/resume",),
     "compare": ("pretrain/checkpoint/state",),
-    "convert": ("pretrain/checkpoint/universal", "pretrain/checkpoint/shares"),
+    "convert": ("pretrain/checkpoint/universal", "pretrain/checkpoint/zero_files"),
     "load": ("pretrain/engine",),
-    "resume": ("pretrain/trainer", "shards/cursor"),
+    "resume": ("pretrain/trainer", "shards/plan/cursor"),
 }
 
 COLUMNS = 3

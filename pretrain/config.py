@@ -1,6 +1,6 @@
 """The whole configuration of a run: composes the parts that other modules own, and checks them against each other.
 
-file, overrides -> yaml_tree -> RunConfig -> {start, loop, commands}. What is wrong is said all at once, at the start.
+file, overrides -> config_file -> RunConfig -> {start, loop, commands}. What is wrong is said all at once, at the start.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A YAML file and `key.path=value` overrides -> one plain tree, and where each key stands. file -> yaml_tree -> config.
+"""A YAML file and `key.path=value` overrides -> one plain tree, and where each key stands.
 
-YAML as version 1.2 reads it, since PyYAML's 1.1 has traps: there `3e-4` is a string, `off` is false, `12:30` is 750.
+file -> config_file -> config. YAML as version 1.2 reads it, since PyYAML's 1.1 has traps: there
+`3e-4` is a string, `off` is false, `12:30` is 750.
 """
 
 from __future__ import annotations

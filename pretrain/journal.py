@@ -1,6 +1,6 @@
 """What a run writes down: the JSONL files of its folder, wandb and the console.
 
-Rank 0 alone. trainer -> journal -> {run folder, tracking, console}.
+Rank 0 alone. trainer -> journal -> {run folder, wandb_tracker, console}.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the ranks wait for rank 0 to ready the data, for as long as it gets on. start -> meeting -> topology.
+"""Where the ranks wait for rank 0 to ready the data, for as long as it gets on. start -> startup_barrier -> topology.
 
 A rendezvous by itself gives up after a fixed time, and cannot tell a rank 0 that indexes a large corpus from one that
 hangs; nor does it tell the others that rank 0 was refused.

@@ -1,4 +1,4 @@
-"""How long the data will last, and in what shares its sources will be drawn. sources, window -> forecast -> loader.
+"""How long the data will last, and in what shares its sources will be drawn. source, window -> forecast -> loader.
 
 A pure function of the data and the config, so that every start of a run foretells the same: small data is tokenized as
 a whole and packed as it will be, of large data a bounded sample is.

@@ -1,4 +1,4 @@
-"""A lane: one of V logical streams of rows, drawn from the sources by weight. sources, pool -> lane -> loader."""
+"""A lane: one of V logical streams of rows, drawn from the sources by weight. source, worker_pool -> lane -> loader."""
 
 import sys
 from collections import deque

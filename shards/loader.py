@@ -1,10 +1,10 @@
 """Shards -> batches: the streaming loader.
 
-    index.py, manifest.py   shards -> indexes, made once
-    plan.py, sources.py     indexes, seed -> segments, dealt to lanes; windows          pure
-    window.py               a window -> rows; in worker processes                       pure
-    mixing.py, lane.py      lane v: its row n, from the source that is due
-    loader.py               row j of the run: lane j mod V, that lane's row j div V
+    index/, preparation     shards -> indexes, made once
+    plan/segments, source   indexes, seed -> segments, dealt to lanes; windows          pure
+    windows/                a window -> rows; in worker processes                       pure
+    plan/mixing, lane       lane v: its row n, from the source that is due
+    loader                  row j of the run: lane j mod V, that lane's row j div V
                             global batch k: rows k G .. (k + 1) G; rank r has the rows j with j mod dp_size == r
 
 A rank reads every lane that one of its rows falls on, and passes over the rows in it that other ranks have. A global

@@ -1,4 +1,4 @@
-"""Asks for windows before lanes need them, the most urgent first, bounded in bytes. lane -> prefetch -> pool.
+"""Asks for windows before lanes need them, the most urgent first, bounded in bytes. lane -> prefetch -> worker_pool.
 
 It decides only when a window is made, never which rows a lane gives out.
 """

@@ -1,4 +1,4 @@
-"""The shards of each source, found and indexed before a run begins. manifest, index -> preparation -> loader.
+"""The shards of each source, found and indexed before a run begins. manifest, shard_index -> preparation -> loader.
 
 One rank prepares; the others read the manifests that it leaves.
 """

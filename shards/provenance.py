@@ -1,4 +1,7 @@
-"""What a step was trained on, made again from a saved state; a document by its line. loader, index -> provenance."""
+"""What a step was trained on, made again from a saved state; a document by its line.
+
+loader, shard_index -> provenance.
+"""
 
 from collections.abc import Mapping
 

@@ -1,6 +1,6 @@
 """A source as lanes read it: its shards with their indexes, its plan, and the task for any window.
 
-manifest, plan -> sources -> lane.
+manifest, segments -> source -> lane.
 """
 
 from shards.config import DataConfig, SourceConfig

@@ -1,4 +1,4 @@
-"""Whether a tokenizer can say the texts that it is given. {start, evaluation} -> soundness -> {tokenizer, texts}.
+"""Whether a tokenizer can say the texts that it is given. {start, evaluation} -> tokenizer_check -> {tokenizer, texts}.
 
 A vocabulary of other spellings than the text's (such as the pieces of a byte-level tokenizer, put into a SentencePiece
 file) encodes without an error: every space becomes UNK, and the figures of a training or an evaluation on that look

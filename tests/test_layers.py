@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,22 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
 def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
     assert users <= {"pretrain.trainer", "pretrain.loop", "pretrain.start", "pretrain.cluster.submission"}
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    listing = re.search(r"^```\n(shards/.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert listing is not None
+    named, package, room = set(), "", ""
+    for line in listing[1].splitlines():
+        indent = len(line) - len(line.lstrip())
+        names = line.split("   ")[0].split() if indent == 0 else line.strip().split("    ")[0].split()
+        if indent == 0:
+            package, room = names[0].rstrip("/"), ""
+        elif indent == 2:
+            room = names[0].rstrip("/") if names[0].endswith("/") else ""
+        if indent > 0 and not names[0].endswith("/"):
+            parts = (package, room) if indent > 2 else (package,)
+            named |= {".".join((*parts, name)) for name in names}
+    modules = {module_of(path) for path in FILES if path.name != "__init__.py"}
+    assert named == modules

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, whole, whatever topology saved them. shares -> weights -> {export, evaluation}.
+"""The weights in a checkpoint, whole, whatever topology saved them. zero_files -> weights -> {export, evaluation}.
 
 No process group and no GPU: the files are mapped, and a weight is put together when it is asked for.
 """

@@ -1,4 +1,4 @@
-"""What DeepSpeed's files hold of each weight, rank by rank. engine's files -> shares -> {weights, universal}.
+"""What DeepSpeed's files hold of each weight, rank by rank. engine's files -> zero_files -> {weights, universal}.
 
 DeepSpeed flattens the weights of each optimizer group on each tensor-parallel rank, one after the other, and divides
 them over the data-parallel ranks: with ZeRO-1 and 2 the whole flat group is cut at equal lengths, with ZeRO-3 every

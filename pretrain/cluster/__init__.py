@@ -1,0 +1,1 @@
+"""Slurm: job scripts, checks before a run is submitted, checks of nodes."""

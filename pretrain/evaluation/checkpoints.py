@@ -1,7 +1,7 @@
-"""Scores the checkpoints of a run after the fact, or as they appear. store, BareModel -> checkpoints -> evals.jsonl.
+"""Scores the checkpoints of a run after the fact, or as they appear.
 
-The run may be training meanwhile: nothing of it is changed but that lines are added to evals.jsonl, and a checkpoint
-that is removed while it is read is passed over.
+store, forward_model -> checkpoints -> evals.jsonl. The run may be training meanwhile: nothing of it is changed but that
+lines are added to evals.jsonl, and a checkpoint that is removed while it is read is passed over.
 """
 
 from __future__ import annotations

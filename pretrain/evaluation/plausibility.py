@@ -1,4 +1,4 @@
-"""Evaluations that cannot be right, told in words. scores -> plausible -> log.
+"""Evaluations that cannot be right, told in words. scores -> plausibility -> log.
 
 A broken tokenizer, wrong weights or a model that diverged give figures that look like any others, to whoever does not
 know what to expect. Two things are known: no model need be worse than one that takes every piece for equally likely,

@@ -1,4 +1,4 @@
-"""What a model in another program's layout says of itself, held against ours. {hf, meta} -> foreign.
+"""What a model in another program's layout says of itself, held against ours. {hf, meta} -> description.
 
 Nothing is guessed: a key that our model has no counterpart for is refused by name, and so is a model whose keys differ
 from those of the config that it is to be trained or run with.

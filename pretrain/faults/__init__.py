@@ -1,0 +1,1 @@
+"""What ends a run early, or leaves a step out."""

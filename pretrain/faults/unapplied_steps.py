@@ -1,8 +1,8 @@
-"""Optimizer steps that changed nothing: why, what was in them, and when a run has had too many. trainer -> unapplied.
+"""Optimizer steps that changed nothing: why, what was in them, and when a run has had too many.
 
-There are two kinds, and the engine has left out both, on every rank: a loss or gradient that was no number, and a
-global batch without a single target, on which weight decay and momentum would move weights that learn nothing.
-Whether the run goes on is decided by figures that all ranks share, so all of them decide alike.
+trainer -> unapplied_steps. There are two kinds, and the engine has left out both, on every rank: a loss or gradient
+that was no number, and a global batch without a single target, on which weight decay and momentum would move weights
+that learn nothing. Whether the run goes on is decided by figures that all ranks share, so all of them decide alike.
 """
 
 from __future__ import annotations

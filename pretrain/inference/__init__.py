@@ -1,0 +1,1 @@
+"""A model without an optimizer: forward passes and generation."""

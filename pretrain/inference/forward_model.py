@@ -1,6 +1,7 @@
-"""A model without optimizer or engine, scored with weights from anywhere. weights -> BareModel -> {scoring, harness}.
+"""A model without optimizer or engine, scored with weights from anywhere.
 
-Every dp rank holds the whole model, or its tensor-parallel slices; so the number of ranks is free.
+weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices; so
+the number of ranks is free.
 """
 
 from __future__ import annotations

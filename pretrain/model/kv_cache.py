@@ -1,6 +1,6 @@
 """What attention remembers of the tokens so far, so that the next one costs one position and not all of them.
 
-generate -> transformer -> cache, in place of the attention within a packed row's pieces.
+generate -> transformer -> kv_cache, in place of the attention within a packed row's pieces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What wandb is given of each step, and what it was given before. run folder -> wandb_rows -> tracking.
+"""What wandb is given of each step, and what it was given before. run folder -> wandb_rows -> wandb_tracker.
 
 wandb keeps a row for good, but a step may be trained again after a kill, and need not come out as it did: the config,
 the layout or the machine may be others. So what was sent is noted beside wandb's own files, and compared.

@@ -1,10 +1,10 @@
-"""Mirrors metrics.jsonl and evals.jsonl into wandb. The only importer of wandb. loop -> tracking -> {wandb/, server}.
+"""Mirrors metrics.jsonl and evals.jsonl into wandb. The only importer of wandb.
 
-A run is one wandb run, however often it is restarted, and shows each step once. The JSONL files are the truth. When a
-run resumes from a checkpoint, wandb may already hold steps past it, or lack some before it (a kill loses what was not
-flushed or sent). So a start asks up to which step wandb has rows (offline its local files, online the server), fills
-the gap from the JSONL files, and does not send again what is there. A row's `_step` is our step, which is what makes
-the question exact; `step` is the axis of every figure.
+loop -> wandb_tracker -> {wandb/, server}. A run is one wandb run, however often it is restarted, and shows each step
+once. The JSONL files are the truth. When a run resumes from a checkpoint, wandb may already hold steps past it, or lack
+some before it (a kill loses what was not flushed or sent). So a start asks up to which step wandb has rows (offline its
+local files, online the server), fills the gap from the JSONL files, and does not send again what is there. A row's
+`_step` is our step, which is what makes the question exact; `step` is the axis of every figure.
 
 A step that is trained again need not come out as before: the learning rate, the layout or the machine may be others. At
 the first row that differs from what wandb has, it is rewound to the step before; where it cannot be (offline, or if the

@@ -1,6 +1,7 @@
-"""Compressed shard -> raw bytes, from any entry. blocks, base -> zstd, gzip, plain -> formats -> decoders, index.
+"""Compressed shard -> raw bytes, from any entry.
 
-The compression is told by the file's first bytes, not by its name.
+zstd_blocks, base -> zstd, gzip, plain -> formats -> decoders, shard_index. The compression is told by the file's first
+bytes, not by its name.
 """
 
 from collections.abc import Iterator

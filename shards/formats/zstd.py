@@ -1,4 +1,4 @@
-"""zstd frames (RFC 8878, section 3) -> raw bytes, block by block. blocks -> zstd -> formats.
+"""zstd frames (RFC 8878, section 3) -> raw bytes, block by block. zstd_blocks -> zstd -> formats.
 
 One decompressor per frame, because the library's streaming readers end silently on a truncated file and stop after the
 first frame; a frame is complete only if its decompressor says so. Feeding whole blocks bounds what comes out of one

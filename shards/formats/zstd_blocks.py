@@ -1,4 +1,4 @@
-"""The structure of zstd data (RFC 8878) that Headrace relies on beyond the library. blocks -> zstd, splice.
+"""The structure of zstd data (RFC 8878) that Headrace relies on beyond the library. zstd_blocks -> zstd, splice_points.
 
     section        what                           layout, little-endian
     3.1.1          frame                          Magic_Number (4), Frame_Header, blocks, Content_Checksum (0 or 4)

@@ -1,6 +1,6 @@
 """The indexes of all shards of a source in one file, so that a start reads one file and not one a shard.
 
-index -> manifest -> preparation. A manifest is believed only while the indexes it was made of are as they were.
+shard_index -> manifest -> preparation. A manifest is believed only while the indexes it was made of are as they were.
 """
 
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Where Headrace keeps what it found out about a shard, and how it writes that. files -> kept -> index, decoders."""
+"""Where Headrace keeps what it found out about a shard, and how it writes that.
+
+files -> paths -> shard_index, decoders.
+"""
 
 import errno
 import hashlib

@@ -1,4 +1,7 @@
-"""Reading a shard from anywhere in it: raw bytes from an offset, a document by its number. index, decoders -> seek."""
+"""Reading a shard from anywhere in it: raw bytes from an offset, a document by its number.
+
+shard_index, decoders -> random_access.
+"""
 
 import io
 from pathlib import Path

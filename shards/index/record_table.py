@@ -1,4 +1,4 @@
-"""Finds records and cells in a shard's raw bytes, and hashes each cell. formats -> record_table -> index.
+"""Finds records and cells in a shard's raw bytes, and hashes each cell. formats -> record_table -> shard_index.
 
 Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow
 beyond `cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come

@@ -1,6 +1,6 @@
 """One pass over a shard -> its index: size, content hash, record table, entries.
 
-formats, record_table, splice -> index -> manifest, plan.
+formats, record_table, splice_points -> shard_index -> manifest, segments.
 """
 
 from bisect import bisect_right

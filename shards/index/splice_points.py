@@ -1,6 +1,6 @@
 """Splice points: entries inside a frame or member. Chosen, thinned and verified while a shard is indexed.
 
-formats, thinning -> splice -> index, decoders.
+formats, thinning -> splice_points -> shard_index, decoders.
 
 A splice point is where decoding goes on given the raw bytes before it, its *window*, which is kept beside the index,
 thinned. Whether a place will do is not proven from the data's structure: it is decoded from, beside the decoding of the

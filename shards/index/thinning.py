@@ -1,10 +1,10 @@
-"""A splice point's window, thinned to the bytes that are referred to from there on. formats -> thinning -> splice.
+"""A splice point's window, thinned to the bytes that are referred to from there on.
 
-That is a few percent of it; with zeros in place of the rest, a window packs to a fifth of its size or less. References
-are not parsed but seen. Decoding only copies and inserts: if each grain of the window is changed (XOR) by a mark of its
-own, each byte comes out changed by the mark of the grain that it was copied from, over any number of copies in between,
-and a byte that was inserted comes out as it is.
-Source of the idea, for gzip: Knespel, Brunst 2023, "Rapidgzip", HPDC '23.
+formats -> thinning -> splice_points. That is a few percent of it; with zeros in place of the rest, a window packs to a
+fifth of its size or less. References are not parsed but seen. Decoding only copies and inserts: if each grain of the
+window is changed (XOR) by a mark of its own, each byte comes out changed by the mark of the grain that it was copied
+from, over any number of copies in between, and a byte that was inserted comes out as it is. Source of the idea, for
+gzip: Knespel, Brunst 2023, "Rapidgzip", HPDC '23.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,1 @@
+"""Which record is read where and when: pure functions of the record tables and the seed."""

@@ -1,4 +1,4 @@
-"""Which source each row of a lane comes from: weights -> an endless sequence of sources. plan, mixing -> lane.
+"""Which source each row of a lane comes from: weights -> an endless sequence of sources. segments, mixing -> lane.
 
 Weights are shares of rows, met exactly and soon, by integers alone. A *level* is a sequence of P slots in which every
 source has its whole number of them, floor(weight * P). The slots that are left over call for the next level, whose

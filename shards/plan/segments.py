@@ -1,7 +1,7 @@
 """Which record of which source is read where and when: pure functions of (record tables, seed, plan version).
 
-index -> plan -> lane. A source is cut into *segments*, which each epoch permutes and deals to the lanes in turn. A
-*deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
+shard_index -> segments -> lane. A source is cut into *segments*, which each epoch permutes and deals to the lanes in
+turn. A *deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
 """
 
 import itertools

@@ -1,0 +1,1 @@
+"""Raw bytes, or rows of Arrow files -> documents."""

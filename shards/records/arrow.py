@@ -1,7 +1,8 @@
-"""Columns of Arrow files as shards: a row is a record, with a text or with token ids. hub -> arrow -> index, columns.
+"""Columns of Arrow files as shards: a row is a record, with a text or with token ids.
 
-Such a shard's path is FILE.arrow#COLUMN. Rows are found by their number in the mapped file: nothing is decoded on the
-way. Lengths stand in for raw bytes: those of a text in UTF-8, 4 per token id, and 1 a row, as a line feed would be.
+hf_datasets -> arrow -> shard_index, arrow_rows. Such a shard's path is FILE.arrow#COLUMN. Rows are found by their
+number in the mapped file: nothing is decoded on the way. Lengths stand in for raw bytes: those of a text in UTF-8, 4
+per token id, and 1 a row, as a line feed would be.
 """
 
 from typing import NamedTuple

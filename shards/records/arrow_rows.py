@@ -1,4 +1,4 @@
-"""Open columns of Arrow files: consecutive rows -> records. arrow -> columns -> window, provenance."""
+"""Open columns of Arrow files: consecutive rows -> records. arrow -> arrow_rows -> window, provenance."""
 
 from collections import OrderedDict
 

@@ -1,6 +1,6 @@
 """HF data sets as sources: finds the Arrow files of a local or hub data set. The only importer of `datasets`.
 
-config -> hub -> manifest. What is read then is the files' columns (arrow.py), by row number, in any process.
+config -> hf_datasets -> preparation. What is read then is the files' columns (arrow.py), by row number, in any process.
 """
 
 from pathlib import Path

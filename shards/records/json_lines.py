@@ -1,4 +1,4 @@
-"""Raw bytes -> documents: a shard's records, parsed and judged. formats -> reader -> window, evaluation.
+"""Raw bytes -> documents: a shard's records, parsed and judged. formats -> json_lines -> window, evaluation.
 
 A record is what stands between two line feeds (and nothing else: JSON text may hold U+2028 and the like). Whether a
 record is blank, bad or a document is decided by its bytes and the text's key alone: not by what else is read of it,

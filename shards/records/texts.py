@@ -1,6 +1,6 @@
 """The texts of a shard or of a data set's column, from its beginning, whatever it is made of.
 
-{reader, columns} -> texts -> {suite, soundness}.
+{json_lines, arrow_rows} -> texts -> {suite, tokenizer_check}.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """Files that survive a kill at any byte.
 
-index, manifest, a run's folder, checkpoints -> durable.
+shard_index, manifest, a run's folder, checkpoints -> atomic.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Blocks of remote shards on local disk, bounded in bytes, the least recently used given up first. remote -> cache.
+"""Blocks of remote shards on local disk, bounded in bytes, the least recently used given up first.
 
-Shared by all processes of a node: a block appears whole or not at all, and one process at a time adds or removes.
-A block that is damaged, or of another content of its URL, is a block that is not there.
+remote -> block_cache. Shared by all processes of a node: a block appears whole or not at all, and one process at a time
+adds or removes. A block that is damaged, or of another content of its URL, is a block that is not there.
 """
 
 import fcntl

@@ -1,6 +1,6 @@
 """Where a shard's bytes come from: expanding the patterns of a config, opening files, and telling whether one changed.
 
-index and reader -> files.
+shard_index and json_lines -> files.
 """
 
 import glob

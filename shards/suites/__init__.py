@@ -1,0 +1,1 @@
+"""Evaluation suites, and which training documents share text with them."""

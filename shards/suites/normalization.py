@@ -1,7 +1,8 @@
-"""Texts as they are compared: what does not tell two copies of a text apart is made equal. comparable -> decontaminate.
+"""Texts as they are compared: what does not tell two copies of a text apart is made equal.
 
-Two copies of a text differ in how their characters are encoded (NFC or NFD, wide or narrow forms, ligatures), in case,
-in typographic or plain quotes and dashes, in kinds of white space, and in characters that nobody sees.
+normalization -> decontaminate. Two copies of a text differ in how their characters are encoded (NFC or NFD, wide or
+narrow forms, ligatures), in case, in typographic or plain quotes and dashes, in kinds of white space, and in characters
+that nobody sees.
 """
 
 import re

@@ -1,7 +1,8 @@
-"""A word of any length -> token ids, part by part, in bounded memory and linear time. words -> long_words -> cuts.
+"""A word of any length -> token ids, part by part, in bounded memory and linear time.
 
-SentencePiece takes some fifty bytes for each character of a word, so one of 200 MB would need 10 GB. Where a word may
-be divided cannot be read from its characters, but it can be proved from token ids:
+word_encoder -> long_words -> split_points. SentencePiece takes some fifty bytes for each character of a word, so one of
+200 MB would need 10 GB. Where a word may be divided cannot be read from its characters, but it can be proved from token
+ids:
 
 A BPE model merges, of all neighbours whose joined text is a piece, those with the best score, the leftmost among
 equals, until there are none. Let A's ids end with a, let B's ids begin with b, and let the ids of the text of a and b

@@ -1,9 +1,10 @@
-"""Where texts can be cut without changing a single token id, decided from the model alone. words -> cuts.
+"""Where texts can be cut without changing a single token id, decided from the model alone.
 
-A BPE model begins with characters (a user-defined symbol counts as one) and merges neighbours, best score first,
-leftmost among equals, and only into pieces of its vocabulary. Where no piece holds character a followed by b, no merge
-and no symbol ever reaches from a to b. Then what happens on one side does not depend on the other, and the ids of a
-text are those of its parts, joined. Three things could still carry from one part into the next:
+word_encoder -> split_points. A BPE model begins with characters (a user-defined symbol counts as one) and merges
+neighbours, best score first, leftmost among equals, and only into pieces of its vocabulary. Where no piece holds
+character a followed by b, no merge and no symbol ever reaches from a to b. Then what happens on one side does not
+depend on the other, and the ids of a text are those of its parts, joined. Three things could still carry from one part
+into the next:
 
 - Unused pieces. A merge into one is taken back at the end, the way that it was last made anywhere in the text.
 - Unknown characters in a row, which become a single token, unless the model spells them in bytes. Such a model is cut

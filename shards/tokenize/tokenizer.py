@@ -1,6 +1,6 @@
 """Text -> token ids with a SentencePiece model, exactly as the model says.
 
-window, evaluation and generation -> tokenizer -> words.
+window, evaluation and generation -> tokenizer -> word_encoder.
 """
 
 from collections.abc import Sequence

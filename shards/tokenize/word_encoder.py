@@ -1,7 +1,7 @@
-"""Texts -> token ids, word by word: each word is encoded once, then looked up. tokenizer -> words -> cuts.
+"""Texts -> token ids, word by word: each word is encoded once, then looked up.
 
-A word is what stands between two neighbouring places to cut (`cuts`). Words of a block of text are found, looked up and
-replaced by their ids in numpy, without an object per word or token. What is not in the table yet is encoded by
+tokenizer -> word_encoder -> split_points. A word is what stands between two neighbouring split points. Words of a block
+of text are found, looked up and replaced by their ids in numpy, without an object per word or token. What is not in the table yet is encoded by
 SentencePiece and put there.
 """
 

@@ -1,0 +1,1 @@
+"""Documents -> packed rows, one window at a time, in worker processes."""

@@ -1,6 +1,6 @@
 """A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
 
-decoders, cells, reader -> window -> worker, pool.
+decoders, cells, json_lines -> window -> worker, worker_pool.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Makes windows ahead of their use, in worker processes; or on demand, in this one. lane -> pool -> process.
+"""Makes windows ahead of their use, in worker processes; or on demand, in this one.
 
-Results are taken by name, so neither timing nor the number of workers can change what is delivered.
+lane -> worker_pool -> worker_process. Results are taken by name, so neither timing nor the number of workers can change
+what is delivered.
 """
 
 import heapq

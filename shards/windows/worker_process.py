@@ -1,4 +1,7 @@
-"""One worker process as its parent sees it: started, asked, listened to, given up. pool -> process -> wire, worker."""
+"""One worker process as its parent sees it: started, asked, listened to, given up.
+
+worker_pool -> worker_process -> worker_protocol, worker.
+"""
 
 import contextlib
 import fcntl

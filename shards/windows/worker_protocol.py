@@ -1,4 +1,4 @@
-"""What the loading process and its workers say to each other over pipes. process <-> wire <-> worker.
+"""What the loading process and its workers say to each other over pipes. worker_process <-> worker_protocol <-> worker.
 
 A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
 header announces, as they lie in memory: nothing is pickled, no object per token.
