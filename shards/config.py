@@ -173,7 +173,7 @@ class DataConfig(Config):
 
     @property
     def strict_records(self) -> bool:
-        """Whether a line is a record by its bytes alone, as `reader` has it: since the second plan version."""
+        """Whether a line is a record by its bytes alone (`records.json_lines`): since the second plan version."""
         return self.plan >= 2
 
     def num_lanes(self, global_batch_size: int, raw_bytes: int) -> int:

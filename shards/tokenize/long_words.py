@@ -30,7 +30,7 @@ TRIALS = 64  # places to divide at that are tried before a part is made twice as
 
 
 class LongWords:
-    """Encodes long words of one BPE model without unused pieces, spelled as in `cuts`."""
+    """Encodes long words of one BPE model without unused pieces, spelled as in `split_points`."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Texts -> token ids, word by word: each word is encoded once, then looked up.
 
 tokenizer -> word_encoder -> split_points. A word is what stands between two neighbouring split points. Words of a block
-of text are found, looked up and replaced by their ids in numpy, without an object per word or token. What is not in the table yet is encoded by
-SentencePiece and put there.
+of text are found, looked up and replaced by their ids in numpy, without an object per word or token. What is not in the
+table yet is encoded by SentencePiece and put there.
 """
 
 import itertools
@@ -70,7 +70,7 @@ class WordEncoder:
         self._clear()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """(ids, lengths) of texts that are spelled as in `cuts`: all ids in one array, int64 [texts] ids of each."""
+        """(ids, lengths) of texts spelled as in `split_points`: all ids in one array, int64 [texts] ids of each."""
         end = bytes([END])
         data = b"".join([bytes(LEAD - 1), end.join([b"", *texts, b""]), bytes(2 * HALF_BYTES)])
         parts: list[npt.NDArray[np.integer]] = []
