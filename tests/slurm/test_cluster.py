@@ -56,7 +56,9 @@ class Submitted:
     def wait_for_start(self, restart: int) -> None:
         """Waits until a restart, counted from 0, has trained a step."""
         log = self.run / "logs" / f"{self.id}-{restart}.log"
-        wait_for(lambda: log.exists() and "INFO pretrain.metrics: step " in log.read_text(), log.name, self.everything)
+        wait_for(
+            lambda: log.exists() and "INFO pretrain.run.metrics: step " in log.read_text(), log.name, self.everything
+        )
 
     def everything(self) -> str:
         logs = [f"== {path.name}\n{path.read_text()}" for path in sorted(self.run.glob("logs/*.log"))]

@@ -19,7 +19,7 @@ from pretrain.run.lease import Holder, Lease
 from shards import HeadraceError
 
 HOLD = """
-import sys, time; from pathlib import Path; from pretrain.lease import Lease
+import sys, time; from pathlib import Path; from pretrain.run.lease import Lease
 with Lease(Path(sys.argv[1]), sys.argv[2] or None, heartbeat=0.1, silence=1.0):
     print("held", flush=True)
     time.sleep(60)

@@ -168,7 +168,7 @@ def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
 def test_disabled_costs_nothing(tmp_path: Path) -> None:
     command = (
         "import sys; from pathlib import Path\n"
-        "from pretrain import tracking as t; from pretrain.run_folder import RunFolder\n"
+        "from pretrain.run import wandb_tracker as t; from pretrain.run.run_folder import RunFolder\n"
         f"folder = RunFolder(Path({str(tmp_path)!r}))\n"
         "with t.Tracker(t.WandbConfig(mode='disabled'), folder, 'n', 'i', {}) as tracker:\n"
         "    tracker.log_step({'step': 1})\n"

@@ -12,7 +12,7 @@ from shards import DataConfig, Loader, ShardError, check_fingerprint, preparatio
 from shards.index import manifest
 from shards.index.manifest import Manifest
 from shards.index.paths import INDEX_SUFFIX, index_path
-from shards.index.shard_index import load
+from shards.index.shard_index import load, obtain
 from tests.shards.corpora import config, record, words, write_shard
 
 
@@ -87,7 +87,7 @@ def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(ShardError, match="size and modification time are as they were.*--verify"):
         hashes(data)
-    manifest.obtain(str(path), None, data.cell_bytes, data.max_decoder_window, verify=True)
+    obtain(str(path), None, data.cell_bytes, data.max_decoder_window, verify=True)
     (kept,) = (found for found in preparation.source_shards(data, data.sources[0]) if found.path == str(path))
     assert kept.index == load(index_path(str(path), None))
     assert hashes(data)
