@@ -15,6 +15,8 @@ from shards.errors import ConfigError, ShardError
 from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer
 
+PACKAGE = Path(__file__).parents[1]  # shards/
+
 
 class Recipe(msgspec.Struct, frozen=True):
     """What the loading process has, as its workers compare it with what they find."""
@@ -54,7 +56,7 @@ class Recipe(msgspec.Struct, frozen=True):
             if found.get(what) != value:
                 raise ShardError(
                     f"a worker runs another program than the loading process, which began with {what} {value}; "
-                    f"the worker, from {Path(__file__).parent}, has {found.get(what)}; put the old one back, or start "
+                    f"the worker, from {PACKAGE}, has {found.get(what)}; put the old one back, or start "
                     "again"
                 )
 
@@ -64,9 +66,8 @@ def program() -> dict[str, str]:
 
     That is this package's code, and the libraries that parse, tokenize and pack.
     """
-    package = Path(__file__).parent
     code = xxhash.xxh3_128()
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     libraries = (msgspec, np, sentencepiece)
     return {"the code of shards/": code.hexdigest()} | {one.__name__: one.__version__ for one in libraries}

@@ -15,8 +15,12 @@ from shards.windows.window import WindowMaker
 from tests.shards.corpora import config, record, words, write_shard
 
 # What holds a loader's state. What makes windows holds none that counts: it is dropped when it is interrupted.
-MODULES = ("loader", "lane", "prefetch", "pool", "batch", "plan", "mixing", "sources")
-PLACES = {str(Path(shards.__file__).with_name(f"{name}.py")) for name in MODULES}
+MODULES = (
+    *("loader", "lane", "prefetch", "batch", "source", "windows/worker_pool"),
+    *("plan/segments", "plan/mixing", "plan/cursor"),
+)
+PLACES = {str(Path(shards.__file__).parent / f"{name}.py") for name in MODULES}
+assert all(Path(place).exists() for place in PLACES)
 BATCH = 6
 BATCHES = 40
 
