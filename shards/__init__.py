@@ -9,10 +9,10 @@ from shards.index.random_access import document, open_at
 from shards.loader import Loader, check_not_empty
 from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
-from shards.provenance import batch_after, document_at
+from shards.provenance import batch_after
 from shards.records.json_lines import Document, read_documents
 from shards.tokenize.tokenizer import Tokenizer
-from shards.windows.packing import Rows, pack_documents
+from shards.windows.packing import Rows
 
 __all__ = [
     "Batch",
@@ -38,10 +38,8 @@ __all__ = [
     "check_fingerprint",
     "check_not_empty",
     "document",
-    "document_at",
     "merge_states",
     "open_at",
-    "pack_documents",
     "prepare",
     "read_documents",
 ]

@@ -60,8 +60,7 @@ class Batch:
         for i, (row, _) in enumerate(draws):
             if row is None:
                 continue
-            rows, offset = row.window.rows, int(row.window.token_offsets[row.number])
-            lengths = rows.fill(row.number, offset, self.tokens[i], self.segment_ids[i])
+            lengths = row.window.rows.fill(row.number, self.tokens[i], self.segment_ids[i])
             self.n_targets += sum(lengths) - len(lengths)
             self._count(counts, row, lengths)
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])

@@ -1,13 +1,12 @@
 """Token documents -> rows. window and evaluation -> packing.
 
-A piece is a stretch of one document that stands in one row. Pieces of a long document overlap by one token: the last
-token of a piece, a target there, is the first of the next, where it is only context. So every token after a
-document's first is a target exactly once.
+A piece is a stretch of one document within one row. Pieces of a long document overlap by one token: the last token of a
+piece, a target there, is the first of the next, where it is only context. So every token after a document's first is a
+target exactly once.
 """
 
 import heapq
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +23,12 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 
 
 class Rows(NamedTuple):
-    """Packed rows, compact: no padding is stored.
-
-    Rows and pieces are in CSR form, tokens stand in the order of pieces.
-    """
+    """Packed rows without their padding: rows and pieces in CSR form, tokens in the order of pieces."""
 
     seq_len: int  # a row holds seq_len + 1 tokens
     tokens: Tokens  # [tokens of all pieces], the pieces of row 0 first
     row_pieces: Ints  # [rows + 1]: row r has the pieces row_pieces[r] .. row_pieces[r + 1]
+    row_tokens: Ints  # [rows + 1]: row r has the tokens row_tokens[r] .. row_tokens[r + 1]
     documents: npt.NDArray[np.int32]  # [pieces]: which of the packed documents a piece is of
     starts: npt.NDArray[np.int32]  # [pieces]: its first token in the document, BOS counted
     lengths: npt.NDArray[np.int32]  # [pieces], tokens
@@ -40,50 +37,29 @@ class Rows(NamedTuple):
     def num_rows(self) -> int:
         return len(self.row_pieces) - 1
 
-    def token_offsets(self) -> Ints:
-        """int64 [rows + 1]: where each row's tokens begin in `tokens`."""
-        return _offsets(self.lengths)[self.row_pieces]
-
-    def dense(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(tokens, segment_ids), int32 [rows, seq_len + 1]; segment ids count a row's pieces from 1, 0 is padding."""
-        tokens = np.zeros((self.num_rows, self.seq_len + 1), np.int32)
-        segment_ids = np.zeros_like(tokens)
-        offsets = self.token_offsets()
-        for row in range(self.num_rows):
-            self.fill(row, int(offsets[row]), tokens[row], segment_ids[row])
-        return tokens, segment_ids
-
-    def fill(
-        self, row: int, offset: int, tokens: npt.NDArray[np.int32], segment_ids: npt.NDArray[np.int32]
-    ) -> list[int]:
-        """Writes one row, its tokens beginning at `offset`, into two zeroed int32 [seq_len + 1]; pieces' lengths."""
+    def fill(self, row: int, tokens: npt.NDArray[np.int32], segment_ids: npt.NDArray[np.int32]) -> list[int]:
+        """Write one row into two zeroed int32 [seq_len + 1]; return the lengths of its pieces."""
         lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
         sizes: list[int] = lengths.tolist()
         end = 0
         for number, size in enumerate(sizes, 1):  # few: slices are written faster than numpy repeats numbers
             segment_ids[end : end + size] = number
             end += size
-        tokens[:end] = self.tokens[offset : offset + end]
+        begin = int(self.row_tokens[row])
+        tokens[:end] = self.tokens[begin : begin + end]
         return sizes
-
-
-def pack_documents(
-    documents: Sequence[npt.NDArray[np.integer]], seq_len: int, packing: Packing = "best_fit", key: int | None = None
-) -> Rows:
-    """Packs documents into rows of seq_len + 1 tokens.
-
-    Args:
-        documents: token ids of each, BOS and EOS included.
-        key: of the order of documents and rows; None keeps both as they come.
-    """
-    flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
-    return pack(flat, np.array([len(document) for document in documents], np.int64), seq_len, packing, key)
 
 
 def pack(
     tokens: npt.NDArray[np.integer], lengths: Ints, seq_len: int, packing: Packing, key: int | None = None
 ) -> Rows:
-    """`pack_documents` for documents that stand in one array, `lengths` (int64 [documents]) tokens each."""
+    """Pack documents into rows of seq_len + 1 tokens.
+
+    Args:
+        tokens: of all documents, one after the other, BOS and EOS included.
+        lengths: int64 [documents], tokens of each.
+        key: of the order of documents and rows; None keeps both as they come.
+    """
     order = np.arange(len(lengths)) if key is None else permutation(key_of("documents", key), len(lengths))
     if packing == "concat":
         pieces, rows = _cut_stream(lengths, order, seq_len)
@@ -106,10 +82,12 @@ def pack(
     for a, b in itertools.pairwise([*marks, len(sizes)]):
         places = np.arange(offsets[a], offsets[b]) + np.repeat(begin[a:b] - offsets[a:b], sizes[a:b])
         gathered[offsets[a] : offsets[b]] = tokens[places]
+    row_pieces = _offsets(np.array([len(row) for row in rows], np.int64))
     return Rows(
         seq_len=seq_len,
         tokens=gathered,
-        row_pieces=_offsets(np.array([len(row) for row in rows], np.int64)),
+        row_pieces=row_pieces,
+        row_tokens=offsets[row_pieces],
         documents=documents.astype(np.int32),
         starts=starts.astype(np.int32),
         lengths=sizes.astype(np.int32),
@@ -117,7 +95,7 @@ def pack(
 
 
 def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
-    """Assigns pieces to rows, longest first, each to the fullest row that still has room.
+    """Assign pieces to rows, longest first, each to the fullest row that still has room.
 
     Args:
         lengths: int64 [pieces], tokens, each in [1, capacity]. Equal lengths are placed in their order.
@@ -150,7 +128,7 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
 def _close_rows(
     rows: list[list[int]], pieces: tuple[Ints, Ints, Ints], cut: npt.NDArray[np.bool_], capacity: int
 ) -> tuple[Ints, Ints, Ints]:
-    """Spreads rows that hold only pieces of cut documents over the room in other rows, while that saves rows.
+    """Spread rows that hold only pieces of cut documents over the room in other rows, while that saves rows.
 
     Where most documents are long there are no short ones to fill the rows with. Cutting a long document once more loses
     less than padding does; a document that fits a row is never cut.
@@ -201,7 +179,7 @@ def _close_rows(
 
 
 def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -> tuple[Ints, Ints, Ints]:
-    """(documents, starts, lengths) of the pieces, at most seq_len + 1 tokens each, overlapping by one."""
+    """Return (documents, starts, lengths) of pieces of at most seq_len + 1 tokens that overlap by one."""
     ordered = lengths[order]
     counts = np.where(ordered > 0, np.maximum(1, -(-(ordered - 1) // seq_len)), 0)
     if packing == "truncate":
@@ -216,7 +194,7 @@ def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -
 
 
 def _cut_stream(lengths: Ints, order: Ints, seq_len: int) -> tuple[tuple[Ints, Ints, Ints], list[list[int]]]:
-    """Pieces as in `_cut_documents`, and rows, for documents in one stream that is cut every seq_len tokens.
+    """Cut one stream of all documents every seq_len tokens; return pieces as `_cut_documents` does, and rows.
 
     Each row repeats the last token of the row before.
     """
@@ -238,7 +216,7 @@ def _cut_stream(lengths: Ints, order: Ints, seq_len: int) -> tuple[tuple[Ints, I
 
 
 def _offsets(sizes: npt.NDArray[np.integer]) -> Ints:
-    """int64 [n + 1]: where each of n stretches of these sizes begins, and where the last ends."""
+    """Return int64 [n + 1]: where each of n stretches of these sizes begins, and where the last ends."""
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets

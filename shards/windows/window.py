@@ -75,7 +75,6 @@ class Window(NamedTuple):
     sub_sources: tuple[str, ...]  # names that the documents give themselves
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
     skipped: tuple[SkippedRecord, ...]
-    token_offsets: Ints  # [rows + 1]: where each row's tokens begin
     replays: int = 0  # entries that did not hold when it was read, so that decoding began before them
 
 
@@ -111,7 +110,6 @@ class WindowMaker:
             sub_sources=tuple(names),
             sub_source_of=np.array([-1 if name is None else number_of[name] for name in found.sub_sources], np.int32),
             skipped=found.skipped,
-            token_offsets=rows.token_offsets(),
             replays=self._decoders.replays - replays,
         )
 

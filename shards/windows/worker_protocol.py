@@ -57,6 +57,7 @@ def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
         for array in (
             rows.tokens,
             rows.row_pieces,
+            rows.row_tokens,
             rows.documents,
             rows.starts,
             rows.lengths,
@@ -90,11 +91,9 @@ def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | Head
         np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
         for kind, length in reply.arrays
     ]
-    rows = Rows(reply.seq_len, *arrays[:5])
-    lines, shards, sub_source_of = arrays[5:]
-    offsets = rows.token_offsets()
-    window = Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, offsets, reply.replays)
-    return reply.number, window
+    *of_rows, lines, shards, sub_source_of = arrays
+    rows = Rows(reply.seq_len, *of_rows)
+    return reply.number, Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, reply.replays)
 
 
 def _received(read: Callable[[int], bytearray]) -> Reply:

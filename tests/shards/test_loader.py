@@ -27,7 +27,7 @@ from shards import (
     Tokenizer,
     batch_after,
     check_fingerprint,
-    document_at,
+    document,
     merge_states,
     read_documents,
 )
@@ -193,9 +193,9 @@ def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str)
     for path in sorted(corpus.glob("*")):
         if not path.name.endswith(tuple(SUFFIXES)):
             continue
-        for document in read_documents(path):
-            n = len(tokenizer.encode_document(document.text))
-            wanted.update((str(path), document.line, t) for t in range(1, n))
+        for found in read_documents(path):
+            n = len(tokenizer.encode_document(found.text))
+            wanted.update((str(path), found.line, t) for t in range(1, n))
     got: Counter[tuple[str, int, int]] = Counter()
     with Loader(data, 1) as loader:
         for batch in loader:
@@ -214,8 +214,8 @@ def test_batch_says_what_it_holds(corpus: Path) -> None:
             assert batch.padding_tokens == (ids == 0).sum()
             assert sum(batch.source_tokens.values()) == (ids > 0).sum()
             for origin in batch.origins():
-                document = document_at(data, next(s for s in data.sources if s.name == origin.source), *origin[2:4])
-                piece = Tokenizer(TOKENIZER).encode_document(document.text)[origin.start : origin.stop]
+                found = document(origin.shard, origin.line, next(s for s in data.sources if s.name == origin.source))
+                piece = Tokenizer(TOKENIZER).encode_document(found.text)[origin.start : origin.stop]
                 assert piece.tolist() == batch.tokens[origin.slot][: len(piece)].tolist()
 
 

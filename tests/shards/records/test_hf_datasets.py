@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -13,14 +12,14 @@ from shards import (
     ConfigError,
     Loader,
     ShardError,
-    Tokenizer,
     batch_after,
     check_fingerprint,
-    document_at,
     merge_states,
 )
 from shards.config import DataConfig
-from tests.shards.corpora import TOKENIZER, config, record, words
+from shards.records.arrow_rows import Columns
+from shards.storage import files
+from tests.shards.corpora import config, record, words
 
 TEXTS = [words(i, 5 + i * 37 % 120) for i in range(300)]
 IDS = [[3 + (i * 31 + j * j) % 4000 for j in range(i * 13 % 90)] for i in range(300)]
@@ -150,11 +149,14 @@ def test_provenance_names_the_row_and_its_document(tmp_path: Path) -> None:
     for key in (None, "input_ids"):
         data = of(saved(tmp_path, "disk"), {"input_ids_key": key})
         origin = next(batch_after(data, 8, 3, None, 5).origins())
-        found = document_at(data, data.sources[0], origin.shard, origin.line)
-        assert found.id is not None
-        number = int(found.id[1:])
-        expected = TEXTS[number] if key is None else Tokenizer(TOKENIZER).decode(np.array(IDS[number]))
-        assert found.text == expected
+        found = Columns().records(origin.shard, files.stat(origin.shard), origin.line - 1, 1, data.sources[0])
+        (name,) = found.ids
+        assert name is not None
+        number = int(name[1:])
+        if found.token_ids is None:
+            assert found.texts == [TEXTS[number]]
+        else:
+            assert found.token_ids[0].tolist() == IDS[number]
 
 
 def test_other_contents_are_found_and_a_moved_data_set_is_not(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import OverflowTolerance, Rows, pack_documents
+from shards import OverflowTolerance, Rows
 from shards.arrays import Ints
 from shards.config import Packing
 from shards.windows import packing
-from shards.windows.packing import best_fit
+from shards.windows.packing import best_fit, pack
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
 POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5)]
@@ -25,8 +25,24 @@ def documents_of(lengths: list[int]) -> list[np.ndarray]:
     return [np.arange(100 * d, 100 * d + n, dtype=np.uint16) for d, n in enumerate(lengths)]
 
 
+def pack_documents(
+    documents: list[np.ndarray], seq_len: int, packing: Packing = "best_fit", key: int | None = None
+) -> Rows:
+    lengths = np.array([len(document) for document in documents], np.int64)
+    return pack(np.concatenate([np.zeros(0, np.uint16), *documents]), lengths, seq_len, packing, key)
+
+
+def dense(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Fill all rows: (tokens, segment_ids), int32 [rows, seq_len + 1]."""
+    tokens = np.zeros((rows.num_rows, rows.seq_len + 1), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for row in range(rows.num_rows):
+        rows.fill(row, tokens[row], segment_ids[row])
+    return tokens, segment_ids
+
+
 def targets_of(rows: Rows) -> Counter[int]:
-    tokens, segment_ids = rows.dense()
+    tokens, segment_ids = dense(rows)
     valid = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
     # Within a row's segment tokens follow each other as they do in their document.
     assert (tokens[:, 1:][valid] == tokens[:, :-1][valid] + 1).all()
@@ -58,7 +74,7 @@ def test_every_token_is_a_target_exactly_once(packing: Packing, lengths: list[in
 def test_pieces_say_where_their_tokens_come_from(packing: Packing, lengths: list[int], seq_len: int, key: int) -> None:
     documents = documents_of(lengths)
     rows = pack_documents(documents, seq_len, packing, key)
-    tokens, segment_ids = rows.dense()
+    tokens, segment_ids = dense(rows)
     for row in range(rows.num_rows):
         pieces = range(rows.row_pieces[row], rows.row_pieces[row + 1])
         assert 1 <= len(pieces)
@@ -90,7 +106,7 @@ def test_best_fit_wastes_less_than_a_row_where_all_documents_are_long(lengths: l
 @given(lengths=LENGTHS.map(sum), seq_len=st.integers(1, 24))
 def test_concat_pads_only_the_last_row(lengths: int, seq_len: int) -> None:
     rows = pack_documents(documents_of([min(lengths, 99)] * 5), seq_len, "concat", 3)
-    _, segment_ids = rows.dense()
+    _, segment_ids = dense(rows)
     padded = (segment_ids == 0).any(axis=1)
     assert padded.sum() <= 1
     assert pack_documents(documents_of([]), seq_len, "concat", 3).num_rows == 0
