@@ -1,8 +1,10 @@
-"""A lane: one of V logical streams of rows, drawn from the sources by weight. source, worker_pool -> lane -> loader."""
+"""A lane: one of V logical streams of rows, drawn from the sources by weight. source -> lane -> {prefetch, loader}.
+
+A lane takes its windows by their names, and does not know how they come to be made in time.
+"""
 
 import sys
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from shards.errors import ShardError
@@ -10,13 +12,12 @@ from shards.plan.cursor import Cursor, LaneCursor
 from shards.plan.mixing import Mix, mix_of
 from shards.plan.segments import Deal, WindowId
 from shards.source import Source
-from shards.windows.window import SkippedRecord, Window, WindowTask
-from shards.windows.worker_pool import Pool
+from shards.windows.window import SkippedRecord, Window
 
 # In turn, at most 1 GiB: with half of all deals without a row, chance gives none in 10^19
 MAX_FRUITLESS_DEALS = 64
-BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
 
+Take = Callable[[WindowId], Window]  # each stream's windows are taken in their order, once each
 Passed = tuple[int, SkippedRecord]  # number of the source, and a record of it that was passed over
 
 
@@ -38,42 +39,58 @@ class Draw(NamedTuple):
 class Stream:
     """One source as one lane reads it: window after window, row after row."""
 
-    def __init__(
-        self, source: Source, number: int, lane: int, cursor: Cursor, records_before: int, row_tokens: int
-    ) -> None:
+    def __init__(self, source: Source, lane: int, cursor: Cursor, records_before: int) -> None:
         """
         Args:
-            number: of the source in the config.
             records_before: in the segments before that of the cursor.
-            row_tokens: tokens per row, to guess how many rows a window will have.
         """
-        self.source, self.number, self.lane, self.cursor = source, number, lane, cursor
-        self._bytes_per_row = BYTES_PER_TOKEN * row_tokens
+        self.source, self.number, self.lane, self.cursor = source, source.number, lane, cursor
         self._limit = source.segments_of_lane(lane)
         self._window: Window | None = None  # that of the cursor, once it was needed
-        self._next: tuple[int, int] = (cursor.segment, cursor.window)  # first (segment, window) not yet requested
-        self._requested: deque[int] = deque()  # guessed rows of the windows requested and not opened
         self._records = records_before  # of the windows that were left behind
         if cursor.window:
             self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
 
     @property
     def exhausted(self) -> bool:
-        """True when the lane has drawn all that max_epochs grants it. Known only once a draw has found nothing."""
+        """Whether the lane has drawn all that max_epochs grants it. Known only once a draw has found nothing."""
         return self._limit is not None and self.cursor.segment >= self._limit
 
-    def draw(self, pool: Pool, skipped: list[Passed]) -> Row | None:
-        """The next row; None when the source has no more for this lane. Bad records passed over go to `skipped`.
+    @property
+    def position(self) -> WindowId | None:
+        """The window that the next row is of, unless that has no row left; None when the source is exhausted."""
+        return self._name(self.cursor.segment, self.cursor.window)
+
+    @property
+    def rows_left(self) -> int:
+        """Rows left to draw of the window that was taken last."""
+        return self._window.rows.num_rows - self.cursor.row if self._window else 0
+
+    def after(self, name: WindowId) -> WindowId | None:
+        """Return the window that follows one of this stream; None when the source has no more for this lane."""
+        return self._name(*self._after(name.segment, name.window))
+
+    def _name(self, segment: int, window: int) -> WindowId | None:
+        is_granted = self._limit is None or segment < self._limit
+        return WindowId(self.number, self.lane, segment, window) if is_granted else None
+
+    def _after(self, segment: int, window: int) -> tuple[int, int]:
+        deal = self.source.deal(self.lane, segment)
+        return (segment, window + 1) if window + 1 < len(deal.windows) else (deal.next, 0)
+
+    def draw(self, take: Take, skipped: list[Passed]) -> Row | None:
+        """Draw the next row; None when the source has no more for this lane. Skipped records are added to `skipped`.
 
         Raises: ShardError if a window cannot be made, or if neither the whole source nor MAX_FRUITLESS_DEALS in turn
             give a row.
         """
         whole = self.cursor.window == self.cursor.row == 0  # this deal is read from its beginning here
         fruitless: list[Deal] = []
-        while not self.exhausted:
+        while (name := self.position) is not None:
             cursor = self.cursor
-            name = WindowId(self.number, self.lane, cursor.segment, cursor.window)
-            window = self._open(name, pool)
+            if self._window is None:
+                self._window = take(name)
+            window = self._window
             if cursor.row == 0:
                 cursor = cursor._replace(skipped=cursor.skipped + sum(not bad.contaminated for bad in window.skipped))
                 skipped += ((self.number, bad) for bad in window.skipped)
@@ -106,26 +123,8 @@ class Stream:
             f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is text_key right?"
         )
 
-    def next_request(self) -> tuple[WindowId, WindowTask] | None:
-        """The first window that was not requested yet; None at the source's end."""
-        segment, window = self._next
-        if self._limit is not None and segment >= self._limit:
-            return None
-        name = WindowId(self.number, self.lane, segment, window)
-        return name, self.source.task(name)
-
-    def requested(self, task: WindowTask) -> None:
-        """Takes note that `next_request` was handed to the pool."""
-        self._requested.append(task.raw_bytes // self._bytes_per_row)
-        self._next = self._after(*self._next)
-
-    def rows_until_request(self) -> int:
-        """How many more rows the lane draws from this source, about, before it needs `next_request`."""
-        left = self._window.rows.num_rows - self.cursor.row if self._window else 0
-        return left + sum(self._requested)
-
     def progress(self) -> float:
-        """Records drawn so far, blank and bad ones counted, those of the present window in part."""
+        """Count the records drawn so far, blank and bad ones too, those of the present window in part."""
         cursor = self.cursor
         if not cursor.window_rows:
             return float(self._records)
@@ -133,19 +132,6 @@ class Stream:
 
     def _deal(self) -> Deal:
         return self.source.deal(self.lane, self.cursor.segment)
-
-    def _open(self, name: WindowId, pool: Pool) -> Window:
-        if self._window is None:
-            if self._next == (name.segment, name.window):
-                self._next = self._after(*self._next)
-            elif self._requested:
-                self._requested.popleft()
-            self._window = pool.take(name, self.source.task(name))
-        return self._window
-
-    def _after(self, segment: int, window: int) -> tuple[int, int]:
-        deal = self.source.deal(self.lane, segment)
-        return (segment, window + 1) if window + 1 < len(deal.windows) else (deal.next, 0)
 
 
 class Lane:
@@ -164,12 +150,13 @@ class Lane:
         self.rows, self._mixing_rows = rows, mixing_rows
         self._version = version
 
-    def draw(self, weights: Sequence[float], changed: bool, pool: Pool) -> Draw:
-        """The lane's next row, an empty one when no source has any left.
+    def draw(self, weights: Sequence[float], changed: bool, take: Take) -> Draw:
+        """Draw the lane's next row, an empty one when no source has any left.
 
         Args:
             weights: of the sources at this row's step, exhausted or not.
             changed: they differ from those of the lane's row before.
+            take: hands over the windows that are come to.
         """
         if changed:
             self._mixing_rows = 0
@@ -177,23 +164,23 @@ class Lane:
         row = None
         while row is None and (mix := self._mix(weights)) is not None:
             source = mix.source_of(self.number, self._mixing_rows)
-            row = self.streams[source].draw(pool, skipped)
+            row = self.streams[source].draw(take, skipped)
             # Where it has none, the source leaves the mix: the others' counts and phases start anew.
             self._mixing_rows = self._mixing_rows + 1 if row else 0
         self.rows += 1
         return Draw(row, tuple(skipped))
 
     def _mix(self, weights: Sequence[float]) -> Mix | None:
-        """The mix of the sources that are left; None if there are none with a weight."""
+        """Return the mix of the sources that are left; None if there are none with a weight."""
         left = tuple(0.0 if stream.exhausted else weight for stream, weight in zip(self.streams, weights, strict=True))
         return mix_of(left, self._version)
 
     def is_dry(self, stages: Sequence[Sequence[float]]) -> bool:
-        """True if no source is left that has a weight in any of these stages."""
+        """Tell whether no source is left that has a weight in any of these stages."""
         return all(self._mix(weights) is None for weights in stages)
 
     def row_of_use(self, source: int, uses: int, stages: Sequence[tuple[int, Sequence[float]]]) -> int | None:
-        """The row at which the lane has drawn `uses` more from a source and comes to the next; None = never.
+        """Find the row at which the lane has drawn `uses` more from a source and comes to the next; None = never.
 
         Args:
             stages: (row of this lane from which they count, weights), in their order.
@@ -214,5 +201,5 @@ class Lane:
         return None
 
     def cursor(self) -> LaneCursor:
-        """Where the lane stands."""
+        """Return where the lane stands."""
         return LaneCursor(self.rows, self._mixing_rows, tuple(stream.cursor for stream in self.streams))

@@ -225,13 +225,13 @@ class Loader:
         read = [self._records_before(i, source) for i, source in enumerate(self._sources)]
         for number, cursor in self._state.lanes.items():
             streams = [
-                Stream(source, i, int(number), cursor.sources[i], int(read[i][int(number)]), self._config.seq_len + 1)
+                Stream(source, int(number), cursor.sources[i], int(read[i][int(number)]))
                 for i, source in enumerate(self._sources)
             ]
             self._lanes[int(number)] = Lane(int(number), streams, cursor.rows, cursor.mixing_rows, self._config.plan)
         stages = [(step * self._global_batch_size, weights) for step, weights in self._stages]
         lanes = list(self._lanes.values())
-        self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config.prefetch_bytes)
+        self._prefetcher = Prefetcher(self._pool, lanes, self.num_lanes, stages, self._config)
         self._torn = False
 
     def _records_before(self, number: int, source: Source) -> Ints:
@@ -245,9 +245,8 @@ class Loader:
         lane = self._lanes[j % self.num_lanes]
         weights, step = self._weights(j)
         changed = j >= self.num_lanes and self._weights(j - self.num_lanes)[1] < step
-        draw = lane.draw(weights, changed, self._pool)
-        if draw.row is not None:
-            self._prefetcher.taken(draw.row.name)
+        draw = lane.draw(weights, changed, self._prefetcher.take)
+        self._prefetcher.fill()
         return draw
 
     def _is_dry(self, j: int) -> bool:

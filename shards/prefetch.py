@@ -1,21 +1,34 @@
-"""Asks for windows before lanes need them, the most urgent first, bounded in bytes. lane -> prefetch -> worker_pool.
+"""The windows that the lanes of one rank will take: what is requested, when it is due, what is ready.
 
-It decides only when a window is made, never which rows a lane gives out.
+lane, worker_pool -> prefetch -> loader. Windows are requested before lanes need them, the most urgent first, bounded in
+bytes. That decides only when a window is made, never which rows a lane gives out.
 """
 
 import heapq
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 
-from shards.lane import Lane
+from shards.config import DataConfig
+from shards.lane import Lane, Stream
 from shards.plan.segments import WindowId
-from shards.windows.worker_pool import Pool
+from shards.windows.window import Window
+from shards.windows.worker_pool import NOW, Pool, WindowRequest
 
 WINDOWS_PER_STREAM = 2
+BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
+
+
+class _Queue:
+    """The windows of one stream that are requested and not taken, in the order in which its lane takes them."""
+
+    def __init__(self, lane: Lane, stream: Stream) -> None:
+        self.lane, self.stream = lane, stream
+        self.requests: deque[WindowRequest] = deque()
+        self.next = stream.position  # the first window that is not requested; None = the source has no more
 
 
 class Prefetcher:
-    """Keeps the pool busy with what the lanes of one rank will need next."""
+    """Hands windows to the lanes of one rank, and keeps the pool busy with what they will need next."""
 
     def __init__(
         self,
@@ -23,61 +36,64 @@ class Prefetcher:
         lanes: Sequence[Lane],
         num_lanes: int,
         stages: Sequence[tuple[int, Sequence[float]]],
-        max_bytes: int,
+        config: DataConfig,
     ) -> None:
         """
         Args:
             num_lanes: V, those of other ranks counted.
             stages: (row of the run from which they count, weights of the sources), in their order.
-            max_bytes: raw bytes of windows that are requested and not taken; `pool.ahead` windows are always allowed,
-                and never more than a few per stream, which small windows would not fill the bytes with.
+            config: whose `prefetch_bytes` bound the raw bytes of windows that are requested and not taken. `pool.ahead`
+                windows are always allowed, and never more than a few per stream: small ones would not fill the bytes.
         """
-        self._pool, self._num_lanes, self._stages, self._max_bytes = pool, num_lanes, stages, max_bytes
-        self._lanes = {lane.number: lane for lane in lanes}
-        self._max_windows = WINDOWS_PER_STREAM * sum(len(lane.streams) for lane in lanes)
-        # By (source, lane) the windows requested and not taken, in their order, with their raw bytes.
-        self._requested: defaultdict[tuple[int, int], deque[tuple[WindowId, int]]] = defaultdict(deque)
-        self._windows = self._bytes = 0  # of all of them
-        self._next: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs it, lane, source)
+        self._pool, self._num_lanes, self._stages = pool, num_lanes, stages
+        self._max_bytes, self._bytes_per_row = config.prefetch_bytes, BYTES_PER_TOKEN * (config.seq_len + 1)
+        self._queues = {(stream.number, lane.number): _Queue(lane, stream) for lane in lanes for stream in lane.streams}
+        self._max_windows = WINDOWS_PER_STREAM * len(self._queues)
+        self._windows = self._bytes = 0  # of the windows in all queues
+        self._due: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs a queue's next, source, lane)
         if pool.ahead:
-            for lane in lanes:
-                for source in range(len(lane.streams)):
-                    self._offer(lane, source)
-            self._fill()
+            for queue in self._queues.values():
+                self._schedule(queue)
+            self.fill()
 
-    def taken(self, name: WindowId) -> None:
-        """Takes note that a lane drew from this window, maybe for the first time."""
-        requested = self._requested[name.source, name.lane]
-        before = self._windows
-        # Those before it that gave no row were taken, too.
-        while requested and requested[0][0] <= name:
-            self._bytes -= requested.popleft()[1]
-            self._windows -= 1
-        if self._windows < before:
-            self._fill()
+    def take(self, name: WindowId) -> Window:
+        """Wait for a stream's next window, requested or not, and hand it over. Raises: what making it raised."""
+        queue = self._queues[name.source, name.lane]
+        if not queue.requests:
+            self._request(queue, NOW)
+        request = queue.requests.popleft()
+        assert request.name == name, (request.name, name)
+        self._windows -= 1
+        self._bytes -= request.task.raw_bytes
+        return self._pool.wait_for(request)
 
-    def _fill(self) -> None:
-        while self._next and (self._has_room() or self._windows < self._pool.ahead):
-            due, number, source = heapq.heappop(self._next)
-            lane = self._lanes[number]
-            stream = lane.streams[source]
-            wanted = stream.next_request()
-            if wanted is None:
-                continue
-            name, task = wanted
-            self._pool.request(name, task, due)
-            stream.requested(task)
-            self._requested[name.source, name.lane].append((name, task.raw_bytes))
-            self._bytes += task.raw_bytes
-            self._windows += 1
-            self._offer(lane, source)
+    def fill(self) -> None:
+        """Request what is due next, as much as may be requested. Lanes must stand between two draws."""
+        while self._due and (self._has_room() or self._windows < self._pool.ahead):
+            due, *key = heapq.heappop(self._due)
+            queue = self._queues[key[0], key[1]]
+            if queue.next is not None:
+                self._request(queue, due)
+                self._schedule(queue)
 
     def _has_room(self) -> bool:
         return self._bytes < self._max_bytes and self._windows < self._max_windows
 
-    def _offer(self, lane: Lane, source: int) -> None:
-        """Puts a stream's next window in line."""
+    def _request(self, queue: _Queue, due: float) -> None:
+        name = queue.next
+        assert name is not None
+        request = WindowRequest(name, queue.stream.source.task(name), due)
+        self._pool.submit(request)
+        queue.requests.append(request)
+        queue.next = queue.stream.after(name)
+        self._windows += 1
+        self._bytes += request.task.raw_bytes
+
+    def _schedule(self, queue: _Queue) -> None:
+        """Put down when a queue's next window will be needed, about; not at all if it never will be."""
+        lane, stream = queue.lane, queue.stream
         stages = [(-(-(row - lane.number) // self._num_lanes), weights) for row, weights in self._stages]
-        due = lane.row_of_use(source, lane.streams[source].rows_until_request(), stages)
+        guessed = sum(request.task.raw_bytes for request in queue.requests) // self._bytes_per_row
+        due = lane.row_of_use(stream.number, stream.rows_left + guessed, stages)
         if due is not None:
-            heapq.heappush(self._next, (due, lane.number, source))
+            heapq.heappush(self._due, (due, stream.number, lane.number))

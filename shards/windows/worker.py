@@ -47,7 +47,7 @@ def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | Non
         request.recipe.check_program()
         maker = WindowMaker(DataConfig.model_validate_json(request.config), request.recipe)
     except Exception as error:
-        _write(answers, worker_protocol.encode_error(request.number, error))
+        _write(answers, worker_protocol.encode_error(error))
         return None
     _write(answers, worker_protocol.encode_ready())
     return maker
@@ -59,11 +59,11 @@ def serve(maker: WindowMaker, requests: "queue.SimpleQueue[worker_protocol.Reque
         request = requests.get()
         assert request.task is not None
         try:
-            parts = worker_protocol.encode_window(request.number, maker.make(request.task))
+            parts = worker_protocol.encode_window(maker.make(request.task))
         except HeadraceError as error:
-            parts = worker_protocol.encode_error(request.number, error)
+            parts = worker_protocol.encode_error(error)
         except Exception as error:  # a bug here, or an input nobody thought of: the parent stops and says so
-            parts = worker_protocol.encode_error(request.number, RuntimeError(f"{error!r} in {request.task}"))
+            parts = worker_protocol.encode_error(RuntimeError(f"{error!r} in {request.task}"))
         _write(answers, parts)
 
 

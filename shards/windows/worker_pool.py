@@ -1,12 +1,15 @@
 """Makes windows ahead of their use, in worker processes; or on demand, in this one.
 
-lane -> worker_pool -> worker_process. Results are taken by name, so neither timing nor the number of workers can change
-what is delivered.
+worker_process -> worker_pool -> prefetch. Each result goes to its own request, so neither timing nor the number of
+workers can change what is delivered.
 """
 
 import heapq
+import itertools
 import os
 import threading
+from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 from shards.config import DataConfig
@@ -21,14 +24,28 @@ STOP_SECONDS = 2.0
 NOW = -1.0  # due before anything that is only expected to be needed
 
 
+@dataclass(eq=False)
+class WindowRequest:
+    """A window that will be taken: how to make it, how soon it is needed, and what came of it."""
+
+    name: WindowId
+    task: WindowTask
+    due: float  # the smaller, the sooner it is made
+    # Of the pool, under its lock:
+    is_waiting: bool = False  # in line, and not yet given to a worker
+    is_dropped: bool = False  # nobody will take it
+    losses: int = 0  # workers that were lost while they were at it
+    result: Window | HeadraceError | None = None  # until it is taken
+
+
 class Pool(Protocol):
-    """Where lanes get their windows from."""
+    """Where windows are made."""
 
     ahead: int  # how many windows it is of use to request before they are needed, whatever their size
 
-    def request(self, name: WindowId, task: WindowTask, due: float) -> None: ...
+    def submit(self, request: WindowRequest) -> None: ...
 
-    def take(self, name: WindowId, task: WindowTask) -> Window: ...
+    def wait_for(self, request: WindowRequest) -> Window: ...
 
     def clear(self) -> None: ...
 
@@ -36,7 +53,7 @@ class Pool(Protocol):
 
 
 class InProcess:
-    """Makes each window when it is taken."""
+    """Makes each window when it is waited for."""
 
     ahead = 0
 
@@ -44,20 +61,22 @@ class InProcess:
         self._config, self._recipe = config, recipe
         self._maker: WindowMaker | None = WindowMaker(config, recipe)
 
-    def request(self, name: WindowId, task: WindowTask, due: float) -> None:
-        """Does nothing: there is nobody to work ahead."""
+    def submit(self, request: WindowRequest) -> None:
+        """Do nothing: there is nobody to work ahead."""
 
-    def take(self, name: WindowId, task: WindowTask) -> Window:
+    def wait_for(self, request: WindowRequest) -> Window:
+        """Make a window. Raises: ShardError if it cannot be made."""
         # Taken out while it is at work: one that was interrupted may hold half of a change, and is not used again.
         maker, self._maker = self._maker or WindowMaker(self._config, self._recipe), None
-        window = maker.make(task)
+        window = maker.make(request.task)
         self._maker = maker
         return window
 
     def clear(self) -> None:
-        """Does nothing: nothing is held."""
+        """Do nothing: nothing is held."""
 
     def close(self) -> None:
+        """Close open shards."""
         if self._maker is not None:
             self._maker.close()
 
@@ -73,13 +92,10 @@ class WorkerPool:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
-        self._waiting: list[tuple[float, int, WindowId]] = []  # heap; a name may stand here twice, the first counts
-        self._tasks: dict[WindowId, WindowTask] = {}  # asked for and not yet given to a worker
-        self._making: dict[int, tuple[WindowId, WindowTask]] = {}  # by number, given to a worker
-        self._unwanted: set[int] = set()  # those of `_making` that `clear` came upon
-        self._losses: dict[WindowId, int] = {}  # how many workers were lost while they were at it
-        self._results: dict[WindowId, Window | HeadraceError] = {}
-        self._next_number = 1
+        self._numbers = itertools.count()
+        # Heap of (due, number, request). One that became urgent is here twice; `is_waiting` tells whether it still is.
+        self._waiting: list[tuple[float, int, WindowRequest]] = []
+        self._asked: list[deque[WindowRequest]] = [deque() for _ in range(config.num_workers)]  # of each worker
         self._failure: Exception | None = None  # of a thread below, which then is gone
         self._workers: dict[int, WorkerProcess] = {}
         self._threads = [
@@ -89,18 +105,18 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def request(self, name: WindowId, task: WindowTask, due: float) -> None:
-        """Asks for a window that will be taken; the smaller `due`, the sooner it is made."""
+    def submit(self, request: WindowRequest) -> None:
+        """Put a request in line."""
         with self._lock:
-            self._queue(name, task, due)
+            self._queue(request)
 
-    def take(self, name: WindowId, task: WindowTask) -> Window:
-        """Waits for a window, requested or not, and hands it over. Raises: what making it raised."""
+    def wait_for(self, request: WindowRequest) -> Window:
+        """Wait for a window that was submitted, and hand it over. Raises: what making it raised."""
         with self._lock:
-            making = (made for number, (made, _) in self._making.items() if number not in self._unwanted)
-            if name not in self._results and name not in making:
-                self._queue(name, task, NOW)
-            while name not in self._results:
+            if request.is_waiting and request.due > NOW:
+                request.due = NOW
+                self._queue(request)
+            while request.result is None:
                 if self._closed:
                     raise ShardError("the loader is closed")
                 if isinstance(self._failure, HeadraceError):
@@ -108,21 +124,20 @@ class WorkerPool:
                 if self._failure is not None:
                     raise ShardError(f"no workers can be had: {self._failure!r}") from self._failure
                 self._changed.wait()
-            result = self._results.pop(name)
+            result, request.result = request.result, None
         if isinstance(result, HeadraceError):
             raise result
         return result
 
     def clear(self) -> None:
-        """Forgets all requests and what was made for them; what is being made is thrown away when it comes."""
+        """Drop all requests; what is being made for them is thrown away when it comes."""
         with self._lock:
             self._waiting.clear()
-            self._tasks.clear()
-            self._results.clear()
-            self._unwanted.update(self._making)
+            for request in itertools.chain(*self._asked):
+                request.is_dropped = True
 
     def close(self) -> None:
-        """Ends the workers. May be called again, and by the collection of garbage in any thread."""
+        """End the workers. May be called again, and by the collection of garbage in any thread."""
         if os.getpid() != self._pid:
             return  # a fork: the workers are not its own, and the lock may be held by a thread that it does not have
         with self._lock:
@@ -134,14 +149,13 @@ class WorkerPool:
             if thread is not threading.current_thread():
                 thread.join(STOP_SECONDS)
 
-    def _queue(self, name: WindowId, task: WindowTask, due: float) -> None:
-        self._next_number += 1
-        heapq.heappush(self._waiting, (due, self._next_number, name))
-        self._tasks[name] = task  # last: should an interrupt come before, no thread looks for what is not in line
+    def _queue(self, request: WindowRequest) -> None:
+        request.is_waiting = True
+        heapq.heappush(self._waiting, (request.due, next(self._numbers), request))
         self._changed.notify_all()
 
     def _serve(self, slot: int) -> None:
-        """One worker's thread; what ends it before the pool is closed, `take` raises."""
+        """Run one worker's thread; what ends it before the pool is closed, `wait_for` raises."""
         try:
             self._keep_busy(slot)
         except Exception as error:  # such as no memory for another process, or one that cannot do its work
@@ -152,41 +166,36 @@ class WorkerPool:
             self._drop_worker(slot)
 
     def _keep_busy(self, slot: int) -> None:
-        """Hands out tasks, takes in answers, replaces the worker when it is lost."""
-        asked: list[int] = []  # numbers that this worker has, in their order
+        """Hand out tasks, take in answers, replace the worker when it is lost."""
+        asked = self._asked[slot]  # in the order of the answers
         while True:
             with self._lock:
-                while not self._closed and not self._tasks and not asked:
+                while not self._closed and not self._waiting and not asked:
                     self._changed.wait()
                 if self._closed:
                     return
-                fresh = self._next_tasks(TASKS_IN_WORKER - len(asked))
-            if not fresh and not asked:
+                fresh = self._next_requests(TASKS_IN_WORKER - len(asked))
+                asked.extend(fresh)
+            if not asked:
                 continue
             try:
                 worker = self._worker(slot)
-                for number in fresh:
-                    asked.append(number)
-                    worker.ask(number, self._making[number][1])
-                number, result = worker.answer()
+                for request in fresh:
+                    worker.ask(request.task)
+                self._deliver(slot, worker.answer())
             except WorkerLost as lost:
-                asked = sorted({*asked, *fresh})
                 self._drop_worker(slot)
-                self._retry(asked, lost)
-                asked = []
-                continue
-            asked.remove(number)
-            self._deliver(number, result)
+                self._retry(slot, lost)
 
-    def _next_tasks(self, count: int) -> list[int]:
-        """Moves up to `count` of the most urgent tasks to `_making`; their numbers. The lock is held."""
-        numbers: list[int] = []
-        while self._waiting and len(numbers) < count:
-            _, number, name = heapq.heappop(self._waiting)
-            if (task := self._tasks.pop(name, None)) is not None:
-                self._making[number] = (name, task)
-                numbers.append(number)
-        return numbers
+    def _next_requests(self, count: int) -> list[WindowRequest]:
+        """Take up to `count` of the most urgent requests out of the line. The lock is held."""
+        found: list[WindowRequest] = []
+        while self._waiting and len(found) < count:
+            _, _, request = heapq.heappop(self._waiting)
+            if request.is_waiting:
+                request.is_waiting = False
+                found.append(request)
+        return found
 
     def _worker(self, slot: int) -> WorkerProcess:
         worker = self._workers.get(slot)
@@ -205,27 +214,26 @@ class WorkerPool:
         if worker is not None:
             worker.kill()
 
-    def _deliver(self, number: int, result: Window | HeadraceError) -> None:
+    def _deliver(self, slot: int, result: Window | HeadraceError) -> None:
+        """Give a worker's first request its result."""
         with self._lock:
-            name, _ = self._making.pop(number)
-            self._losses.pop(name, None)
-            if number in self._unwanted:
-                self._unwanted.remove(number)
-                return
-            self._results[name] = result
-            self._changed.notify_all()
+            request = self._asked[slot].popleft()
+            if not request.is_dropped:
+                request.result = result
+                self._changed.notify_all()
 
-    def _retry(self, numbers: list[int], lost: WorkerLost) -> None:
-        """Gives a lost worker's tasks to the next one; the first, which it was at, only so many times."""
+    def _retry(self, slot: int, lost: WorkerLost) -> None:
+        """Give a lost worker's requests to the next one; the first, which it was at, only so many times."""
         with self._lock:
-            name, task = self._making[numbers[0]]
-            losses = self._losses[name] = self._losses.get(name, 0) + 1
-            if losses >= lost.limit:
-                error = ShardError(f"{task}: {losses} workers in turn were lost on them; the last {lost}")
-                self._deliver(numbers.pop(0), error)
-            for number in numbers:
-                name, task = self._making.pop(number)
-                if number in self._unwanted:
-                    self._unwanted.remove(number)
-                else:
-                    self._queue(name, task, NOW)
+            asked = self._asked[slot]
+            first = asked[0]
+            first.losses += 1
+            if first.losses >= lost.limit:
+                self._deliver(
+                    slot, ShardError(f"{first.task}: {first.losses} workers in turn were lost on them; the last {lost}")
+                )
+            for request in asked:
+                if not request.is_dropped:
+                    request.due = NOW
+                    self._queue(request)
+            asked.clear()

@@ -64,19 +64,20 @@ class WorkerProcess:
             fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def prepare(self, config: str, recipe: Recipe) -> None:
-        """Waits until it can make windows. Raises: HeadraceError if it cannot, in its own words; WorkerLost."""
-        self._send(worker_protocol.Request(0, config=config, recipe=recipe))
+        """Wait until it can make windows. Raises: HeadraceError if it cannot, in its own words; WorkerLost."""
+        self._send(worker_protocol.Request(config=config, recipe=recipe))
         deadline = time.monotonic() + self._timeout
         error = worker_protocol.receive_ready(lambda size: self._read(size, deadline))
         if error is not None:
             raise error
         self._ready, self._words = True, b""
 
-    def ask(self, number: int, task: WindowTask) -> None:
-        self._send(worker_protocol.Request(number, task=task))
+    def ask(self, task: WindowTask) -> None:
+        """Send a task. Raises: WorkerLost."""
+        self._send(worker_protocol.Request(task=task))
 
-    def answer(self) -> tuple[int, Window | HeadraceError]:
-        """Waits for the next answer. Raises: WorkerLost."""
+    def answer(self) -> Window | HeadraceError:
+        """Wait for the answer to the first task that has none yet. Raises: WorkerLost."""
         deadline = time.monotonic() + self._timeout
         received = worker_protocol.receive_window(lambda size: self._read(size, deadline))
         self._words = b""
@@ -104,7 +105,7 @@ class WorkerProcess:
         return data
 
     def _wait(self, deadline: float) -> bool:
-        """Waits for more of an answer, passing on what comes on stderr; False if nothing comes in time."""
+        """Wait for more of an answer, passing on what comes on stderr; False if nothing comes in time."""
         while True:
             left = deadline - time.monotonic()
             ready = dict(self._poll.poll(1000 * min(max(0.0, left), MAX_POLL_SECONDS)))
@@ -116,7 +117,7 @@ class WorkerProcess:
                 return False
 
     def _pass_on(self) -> bool:
-        """Writes what the worker wrote to stderr to this process's, and keeps the end of it; False if there is none."""
+        """Copy what the worker wrote to stderr to this process's, and keep the end of it; False if there is none."""
         try:
             data = os.read(self._stderr, PIPE_BYTES)
         except BlockingIOError:
@@ -133,7 +134,7 @@ class WorkerProcess:
         return f"; it wrote:\n{words}\n" if words else ""
 
     def _death(self) -> Exception:
-        """What the end of the worker means, which has ended: chance, or that no worker can do better."""
+        """Tell what the end of the worker means, which has ended: chance, or that no worker can do better."""
         status = self._process.wait()
         if not self._ready and status >= 0:  # by itself, not by a signal
             return ShardError(f"a worker could not start (exit status {status}){self._last_words()}")
@@ -141,9 +142,11 @@ class WorkerProcess:
         return WorkerLost(f"died (exit status {status}){memory}{self._last_words()}", MAX_DEATHS)
 
     def interrupt(self) -> None:
+        """End it, whichever thread is waiting for it."""
         self._process.kill()
 
     def kill(self) -> None:
+        """End it and free what it held."""
         self._process.kill()
         self._process.wait()
         for pipe in self._pipes:

@@ -1,7 +1,7 @@
 """What the loading process and its workers say to each other over pipes. worker_process <-> worker_protocol <-> worker.
 
 A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
-header announces, as they lie in memory: nothing is pickled, no object per token.
+header announces, as they lie in memory: nothing is pickled, no object per token. Replies come in the order of requests.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,16 @@ LENGTH_BYTES = 8
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Loading process to worker: the config first (as JSON) and what windows are made with, tasks after them."""
+    """Loading process to worker: first the config (as JSON) and what windows are made with, then a task each."""
 
-    number: int
     config: str | None = None
     recipe: Recipe | None = None
     task: WindowTask | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Worker to loading process: that it is ready; then a window's header each. Or why it is not, or there is none."""
+    """Worker to loading process: first that it is ready, then the header of a window each; or an error instead."""
 
-    number: int  # of the request
     error: tuple[str, str] | None = None  # class of the error, message
     seq_len: int = 0
     arrays: tuple[tuple[str, int], ...] = ()  # dtype and length of each array that follows
@@ -39,18 +37,18 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 def encode_request(request: Request) -> bytes:
-    """One message."""
+    """Encode one message to a worker."""
     header = msgspec.msgpack.encode(request)
     return len(header).to_bytes(LENGTH_BYTES, "little") + header
 
 
 def encode_ready() -> list[bytes | memoryview]:
-    """The parts of the message that answers the first request."""
-    return _framed(Reply(0))
+    """Encode the answer to the first request, in parts."""
+    return _framed(Reply())
 
 
-def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
-    """The parts of one message, in order."""
+def encode_window(window: Window) -> list[bytes | memoryview]:
+    """Encode one window, in parts that follow each other."""
     rows = window.rows
     arrays = [
         np.ascontiguousarray(array)
@@ -67,33 +65,33 @@ def encode_window(number: int, window: Window) -> list[bytes | memoryview]:
         )
     ]
     kinds = tuple((array.dtype.str, len(array)) for array in arrays)
-    reply = Reply(number, None, rows.seq_len, kinds, window.sub_sources, window.skipped, window.replays)
+    reply = Reply(None, rows.seq_len, kinds, window.sub_sources, window.skipped, window.replays)
     return [*_framed(reply), *(array.view(np.uint8).data for array in arrays)]
 
 
-def encode_error(number: int, error: BaseException) -> list[bytes | memoryview]:
-    """The parts of one message that hands an error on."""
-    return _framed(Reply(number, (type(error).__name__, str(error))))
+def encode_error(error: BaseException) -> list[bytes | memoryview]:
+    """Encode an error that is handed on, in parts."""
+    return _framed(Reply((type(error).__name__, str(error))))
 
 
 def receive_ready(read: Callable[[int], bytearray]) -> HeadraceError | None:
-    """Reads the reply to the first request: why the worker cannot work. `read(n)` gives exactly n bytes."""
+    """Read the reply to the first request: why the worker cannot work. `read(n)` gives exactly n bytes."""
     reply = _received(read)
     return None if reply.error is None else _error(*reply.error)
 
 
-def receive_window(read: Callable[[int], bytearray]) -> tuple[int, Window | HeadraceError]:
-    """Reads one reply. `read(n)` gives exactly n bytes."""
+def receive_window(read: Callable[[int], bytearray]) -> Window | HeadraceError:
+    """Read one reply. `read(n)` gives exactly n bytes."""
     reply = _received(read)
     if reply.error is not None:
-        return reply.number, _error(*reply.error)
+        return _error(*reply.error)
     arrays = [
         np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
         for kind, length in reply.arrays
     ]
     *of_rows, lines, shards, sub_source_of = arrays
     rows = Rows(reply.seq_len, *of_rows)
-    return reply.number, Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, reply.replays)
+    return Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, reply.replays)
 
 
 def _received(read: Callable[[int], bytearray]) -> Reply:

@@ -1,7 +1,6 @@
 """What is made ahead: nothing is kept that nobody will take, and what lanes will need is asked for in time."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from shards.index.shard_index import ShardIndex, build
 from shards.plan.segments import Span, WindowId
 from shards.windows.recipe import Recipe
 from shards.windows.window import SpanTask, Window, WindowMaker, WindowTask
-from shards.windows.worker_pool import WorkerPool
+from shards.windows.worker_pool import NOW, WindowRequest, WorkerPool
 from shards.windows.worker_process import MAX_DEATHS, WorkerLost
 from tests.shards.corpora import config, recipe_of, record, words, write_shard
 
@@ -26,18 +25,19 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
     task = whole_shard(index, path)
-    names = [WindowId(0, lane, 0, 0) for lane in range(4)]
+    requests = [WindowRequest(WindowId(0, lane, 0, 0), task, 0.0) for lane in range(4)]
     pool = WorkerPool(data, recipe_of(data))
     try:
-        for name in names:
-            pool.request(name, task, 0.0)
-        pool.take(names[0], task)  # the worker is at the next by now
+        for request in requests:
+            pool.submit(request)
+        pool.wait_for(requests[0])  # the worker is at the next by now
         pool.clear()
-        again = pool.take(names[1], task)
-        deadline = time.monotonic() + 10
-        while pool._making and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not pool._results
+        new = WindowRequest(requests[1].name, task, 0.0)
+        pool.submit(new)
+        again = pool.wait_for(new)  # answers come in turn: those to what was dropped have come by now
+        assert all(request.result is None for request in [*requests, new])
+        assert not pool._waiting
+        assert not pool._asked[0]
     finally:
         pool.close()
     assert (again.rows.tokens == WindowMaker(data, recipe_of(data)).make(task).rows.tokens).all()
@@ -53,13 +53,14 @@ class Recording:
         self.asked: set[WindowId] = set()
         self.on_demand: list[WindowId] = []
 
-    def request(self, name: WindowId, task: WindowTask, due: float) -> None:
-        self.asked.add(name)
+    def submit(self, request: WindowRequest) -> None:
+        if request.due == NOW:
+            self.on_demand.append(request.name)
+        else:
+            self.asked.add(request.name)
 
-    def take(self, name: WindowId, task: WindowTask) -> Window:
-        if name not in self.asked:
-            self.on_demand.append(name)
-        return self._maker.make(task)
+    def wait_for(self, request: WindowRequest) -> Window:
+        return self._maker.make(request.task)
 
     def clear(self) -> None:
         self.asked.clear()
@@ -118,7 +119,7 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
         def prepare(self, settings: str, recipe: Recipe) -> None:
             pass
 
-        def ask(self, number: int, task: WindowTask) -> None:
+        def ask(self, task: WindowTask) -> None:
             pass
 
         def answer(self) -> None:
@@ -137,7 +138,7 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
     pool = WorkerPool(data, recipe_of(data))
-    pool.request(WindowId(0, 0, 0, 0), whole_shard(index, path), 0.0)
+    pool.submit(WindowRequest(WindowId(0, 0, 0, 0), whole_shard(index, path), 0.0))
     assert starting.wait(10)
     pool.close()
     go.set()
