@@ -22,7 +22,7 @@ from shards.config import Packing
 from shards.plan.segments import WindowId
 from shards.source import Source
 from shards.windows.packing import pack
-from shards.windows.recipe import Recipe
+from shards.windows.recipe import Tools
 from shards.windows.window import WindowMaker
 
 Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens, lengths, key
@@ -31,7 +31,7 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
     """All windows of one epoch of the first source."""
     source = Source(config, 0, preparation.source_shards(config, config.sources[0]), lanes=1, seed=0)
-    maker = WindowMaker(config, Recipe.of(Tokenizer(config.tokenizer, config.bos, config.eos), None))
+    maker = WindowMaker(config, Tools(Tokenizer(config.tokenizer, config.bos, config.eos), None))
     segment = 0
     while segment < source.plan.num_segments:
         deal = source.deal(0, segment)

@@ -61,7 +61,7 @@ def make(folder: Path, num_shards: int) -> DataConfig:
     )
 
 
-def start(data: DataConfig, prepared: tuple[Prepared, ...]) -> float:
+def start(data: DataConfig, prepared: Prepared) -> float:
     """Seconds until a rank's loader is there."""
     begin = time.perf_counter()
     with Loader(data, BATCH, seed=1, prepared=prepared):

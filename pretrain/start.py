@@ -82,7 +82,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
                 else:
                     meeting.wait()
             here = stack.enter_context(topology.started(config.parallel, meeting.store))
-        config, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, ()))
+        config, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, None))
         if here.is_main:
             announce(config, here)
         lease = held.lease if held else None
@@ -131,7 +131,7 @@ class Held(NamedTuple):
 
     lease: Lease  # on the run's folder
     config: RunConfig  # as it is for this run
-    prepared: tuple[Prepared, ...]  # of the shards
+    prepared: Prepared  # the shards
 
 
 def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Held:

@@ -73,7 +73,7 @@ class Trainer:
         config: RunConfig,
         folder: RunFolder,
         lease: Lease | None,
-        prepared: tuple[Prepared, ...],
+        prepared: Prepared | None,
         tokenizer: Tokenizer,
         topology: Topology,
         interrupt: Interrupt,

@@ -18,7 +18,6 @@ from shards.hashing import GOLDEN, key_of, mixed
 from shards.plan.segments import WindowId
 from shards.source import Source
 from shards.windows.packing import pack
-from shards.windows.recipe import Recipe
 from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
 COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
@@ -59,7 +58,7 @@ class Forecast(NamedTuple):
 
 def forecast(
     config: DataConfig,
-    recipe: Recipe,
+    maker: WindowMaker,
     sources: Sequence[Source],
     lanes: int,
     global_batch_size: int,
@@ -68,7 +67,7 @@ def forecast(
     """Foretells a run.
 
     Args:
-        recipe: of the windows that are tokenized.
+        maker: of the windows that are tokenized; closed when done.
         lanes: V.
         steps: optimizer steps that the run is to have; None = as many as the data has.
     Raises: ShardError if the data that is looked at cannot be read.
@@ -82,8 +81,6 @@ def forecast(
     is_small = sum(source.plan.raw_bytes for source in chosen) <= COUNTED_BYTES
     is_exact = is_small and _can_be_packed(chosen, lanes)
     rows = np.zeros((len(sources), lanes))
-    # A bad record ends a run that comes to it; one of fewer steps may not
-    maker = WindowMaker(config.model_copy(update={"on_bad_record": "skip"}), recipe)
     try:
         for i, source in zip(limited, chosen, strict=True):
             if is_exact:
@@ -140,7 +137,7 @@ def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowM
     # Read as a single lane of version 1 would, which unpacks each cell once: many lanes need most cells each
     in_a_row = Source(config.model_copy(update={"plan_version": 1}), source.number, source.shards, 1, seed=0)
     for name in _windows(in_a_row, 0, in_a_row.plan.num_segments):
-        found = maker.documents(in_a_row.task(name))
+        found = maker.documents(in_a_row.task(name), skip_bad=True)
         for shard in set(found.shards.tolist()):
             chosen = found.shards == shard
             lengths[shard][found.lines[chosen] - 1] = found.lengths[chosen]
@@ -168,7 +165,7 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
             task = _beginning(task, budget)
         elif size + task.raw_bytes > budget or unpacked > DECODED_PER_BYTE * budget:
             break
-        found = maker.documents(task)
+        found = maker.documents(task, skip_bad=True)
         size += maker.raw_bytes(task)
         unpacked += sum(item.span.stop - item.span.start for item in task.spans)
         rows += _num_rows(found.lengths, config, task.key)

@@ -34,9 +34,8 @@ from shards.prefetch import Prefetcher
 from shards.preparation import Prepared
 from shards.records import texts
 from shards.source import Source
-from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer
-from shards.windows.recipe import Recipe
+from shards.windows.recipe import Tools
 from shards.windows.worker_pool import InProcess, Pool, WorkerPool
 
 FEW_LANES = 256
@@ -56,7 +55,7 @@ class Loader:
         seed: int = 0,
         dp_rank: int = 0,
         dp_size: int = 1,
-        prepared: Sequence[Prepared] | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         """
         Args:
@@ -81,7 +80,7 @@ class Loader:
             for source, found in zip(config.sources, shards, strict=True):
                 texts.sample_of(config, source, [shard.path for shard in found])
         else:
-            pairs = zip(config.sources, prepared, strict=True)
+            pairs = zip(config.sources, prepared.manifests, strict=True)
             shards = [preparation.prepared_shards(config, source, found) for source, found in pairs]
         self._stages = config.weight_stages()
         sizes = [sum(shard.index.raw_bytes for shard in found) for found in shards]
@@ -92,10 +91,12 @@ class Loader:
         self._sources = [Source(config, i, found, self.num_lanes, seed) for i, found in enumerate(shards)]
         if dp_rank == 0:
             self._announce_lanes(list(itertools.compress(self._sources, drawn)))
-        decontaminator = Decontaminator.of(config.decontaminate, config.index_dir) if config.decontaminate else None
+        decontaminator = preparation.prepared_filter(config, prepared and prepared.filter)
         self.fingerprint = fingerprint(config, self._sources, tokenizer, decontaminator, self.num_lanes, seed)
-        self._recipe = Recipe.of(tokenizer, decontaminator)
-        self._pool: Pool = WorkerPool(config, self._recipe) if config.num_workers else InProcess(config, self._recipe)
+        tools = Tools(tokenizer, decontaminator)
+        recipe = tools.recipe()
+        self._in_process = InProcess(config, recipe, tools)
+        self._pool: Pool = WorkerPool(config, recipe) if config.num_workers else self._in_process
         weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
         self.ended = False  # all lanes of this rank have run dry
         self._lanes: dict[int, Lane]
@@ -172,8 +173,8 @@ class Loader:
 
     def forecast(self, steps: int | None) -> Forecast:
         """How long the data will last, the same at every start of a run; see `forecast.forecast`."""
-        sizes = (self.num_lanes, self._global_batch_size)
-        return forecast(self._config, self._recipe, self._sources, *sizes, steps)
+        with self._in_process.lend_maker() as maker:
+            return forecast(self._config, maker, self._sources, self.num_lanes, self._global_batch_size, steps)
 
     def state_dict(self) -> dict[str, object]:
         """Where this rank's lanes stand after the last batch; plain, JSON-able.

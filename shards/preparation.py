@@ -20,54 +20,78 @@ from shards.index.paths import index_command
 from shards.index.shard_index import Progress, ShardIndex, find, obtain
 from shards.records import hf_datasets
 from shards.storage import files
+from shards.storage.atomic import is_there
 from shards.storage.block_cache import BlockCache
 from shards.storage.content_hash import hash_file
+from shards.suites import decontaminate
 from shards.suites.decontaminate import Decontaminator
 
+NOT_HERE = "%s is not here as the first rank left it"
+SHARE_FOLDER = "set data.index_dir to a folder that all nodes share"
 RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
 logger = logging.getLogger(__name__)
 
 
-class Prepared(NamedTuple):
-    """The manifest of a source as `prepare` left it."""
+class PreparedFile(NamedTuple):
+    """A file as `prepare` left it."""
 
     path: str
-    content_hash: str  # of the manifest
+    content_hash: str
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> tuple[Prepared, ...]:
-    """Looks at every shard and makes the indexes that are missing. Call it on one rank, first.
+class Prepared(NamedTuple):
+    """All that `prepare` left, so that the other ranks need not look for it again."""
+
+    manifests: tuple[PreparedFile, ...]  # of each source
+    filter: PreparedFile | None  # of the decontamination, where there is one
+
+
+def prepare(config: DataConfig, progress: Progress | None = None) -> Prepared:
+    """Look at every shard, and make what is missing of the indexes and the filter. Call it on one rank, first.
 
     Args:
         progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
-    Returns: for each source what the Loaders of all ranks are to be handed, so that they need not look again.
+    Returns: what the Loaders of all ranks are to be handed, so that they need not look again.
     Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
     """
+    filtered = None
     if config.decontaminate:
-        Decontaminator.of(config.decontaminate, config.index_dir)
-    prepared = []
+        found = decontaminate.obtain(config.decontaminate, config.index_dir)
+        filtered = PreparedFile(str(found.path), found.content_hash)
+    manifests = []
     for source in config.sources:
         paths = [shard.path for shard in source_shards(config, source, progress)]
         path = manifest.manifest_path(paths, config.index_dir, config.cell_bytes)
-        prepared.append(Prepared(str(path), hash_file(path)))
-    return tuple(prepared)
+        manifests.append(PreparedFile(str(path), hash_file(path)))
+    return Prepared(tuple(manifests), filtered)
 
 
-def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared) -> list[Shard]:
-    """The shards of a source as `prepare` found them, here or on another node, from one file and no look at a shard.
+def prepared_filter(config: DataConfig, prepared: PreparedFile | None) -> Decontaminator | None:
+    """Open the filter that the config asks for, as `prepare` left it; make it where that is not known, or not here.
+
+    Raises: as `decontaminate.obtain`.
+    """
+    if config.decontaminate is None:
+        return None
+    if prepared is not None:
+        if is_there(path := Path(prepared.path)):
+            found = Decontaminator(config.decontaminate, path)
+            if found.content_hash == prepared.content_hash:
+                return found
+        logger.warning("data.decontaminate: %s, so the suite is read again; %s", NOT_HERE % path, SHARE_FOLDER)
+    return decontaminate.obtain(config.decontaminate, config.index_dir)
+
+
+def prepared_shards(config: DataConfig, source: SourceConfig, prepared: PreparedFile) -> list[Shard]:
+    """Read the shards of a source as `prepare` found them, here or on another node, without a look at them.
 
     Raises: as `source_shards`, where the manifest is not the one that `prepare` left.
     """
     path = Path(prepared.path)
-    if path.exists() and hash_file(path) == prepared.content_hash:
+    if is_there(path) and hash_file(path) == prepared.content_hash:
         return [Shard(shard, entry.index) for shard, entry in manifest.read(path, config.cell_bytes).items()]
-    logger.warning(
-        "source %r: %s is not here as the first rank left it, so each shard is looked at again; set data.index_dir to "
-        "a folder that all nodes share",
-        source.name,
-        path,
-    )
+    logger.warning("source %r: %s, so each shard is looked at again; %s", source.name, NOT_HERE % path, SHARE_FOLDER)
     return source_shards(config, source)
 
 

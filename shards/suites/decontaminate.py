@@ -10,7 +10,7 @@ By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs look
 
 import logging
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -23,7 +23,7 @@ from shards.config import Decontamination
 from shards.errors import ConfigError
 from shards.hashing import key_of, mixed
 from shards.index.paths import user_cache
-from shards.storage.atomic import written_atomically
+from shards.storage.atomic import is_there, written_atomically
 from shards.storage.content_hash import hash_file
 from shards.suites import suite
 from shards.suites.normalization import (
@@ -110,7 +110,7 @@ class Decontaminator:
     def __init__(self, config: Decontamination, path: Path) -> None:
         """
         Args:
-            path: of the suite's hashes, as `of` has made them.
+            path: of the suite's hashes, as `obtain` has made them.
         Raises: ConfigError if the file is not there, or is damaged.
         """
         self._config, self.path = config, path
@@ -122,36 +122,15 @@ class Decontaminator:
                 "there, and start again: it is made anew"
             ) from None
 
-    @classmethod
-    def of(cls, config: Decontamination, index_dir: Path | None) -> Self:
-        """The filter of a suite; made if it is not there yet, which reads the suite.
-
-        Args:
-            index_dir: where filters are kept, None = the user's cache.
-        Raises: ConfigError if the suite is not there, or holds nothing to look for.
-        """
-        suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
-        contents = [[part.source.text_key, *part.shards] for found in suites for part in found.parts]
-        digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
-        named = [[key, *(digests[shard] for shard in shards)] for key, *shards in contents]
-        key = key_of(VERSION, config.match, config.min_tokens, *(text for part in named for text in part))
-        path = (index_dir or user_cache()) / f"headrace-decontaminate-{key:016x}.npy"
-        if not path.exists():
-            texts = (document.text for found in suites for document in found.documents())
-            HashSet.write(path, *_hashes_of_suite(texts, config))
-            logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
-        found = cls(config, path)
-        if not len(found._hashes):
-            raise ConfigError(
-                f"data.decontaminate.suite={config.suite}: no {config.match} of {config.min_tokens} words in it;"
-                " lower data.decontaminate.min_tokens, or leave it out"
-            )
-        return found
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the whole file, with the bitmap. Raises: OSError if it cannot be read."""
+        return hash_file(self.path)
 
     @property
-    def content_hash(self) -> str:
-        """Of the file, what rules hashes out included. Raises: OSError if it cannot be read."""
-        return hash_file(self.path)
+    def is_empty(self) -> bool:
+        """Whether there is nothing to look for."""
+        return not len(self._hashes)
 
     @property
     def fingerprint(self) -> dict[str, object]:
@@ -179,6 +158,32 @@ class Decontaminator:
             hashes, owners = hashes[likely], owners[likely]
         flagged[owners[self._hashes.contains(hashes)]] = True
         return flagged
+
+
+def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
+    """Open the filter of a suite; make it first if it is not there yet. Both read the suite.
+
+    Args:
+        index_dir: where filters are kept, None = the user's cache.
+    Raises: ConfigError if the suite is not there, or holds nothing to look for.
+    """
+    suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
+    contents = [[part.source.text_key, *part.shards] for found in suites for part in found.parts]
+    digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
+    named = [[key, *(digests[shard] for shard in shards)] for key, *shards in contents]
+    key = key_of(VERSION, config.match, config.min_tokens, *(text for part in named for text in part))
+    path = (index_dir or user_cache()) / f"headrace-decontaminate-{key:016x}.npy"
+    if not is_there(path):
+        texts = (document.text for found in suites for document in found.documents())
+        HashSet.write(path, *_hashes_of_suite(texts, config))
+        logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
+    decontaminator = Decontaminator(config, path)
+    if decontaminator.is_empty:
+        raise ConfigError(
+            f"data.decontaminate.suite={config.suite}: no {config.match} of {config.min_tokens} words in it;"
+            " lower data.decontaminate.min_tokens, or leave it out"
+        )
+    return decontaminator
 
 
 def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:

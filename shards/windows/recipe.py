@@ -1,16 +1,18 @@
-"""What windows are made with beside their shards, the same in all processes of a run. loader -> recipe -> window.
+"""What windows are made with beside their shards, the same in all processes of a run. tokenizer -> recipe -> window.
 
 A worker that is started late, for one that was lost, finds files that may have been replaced since the run began. What
 it would make from them is another run's, so it compares before it makes anything.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import sentencepiece
 import xxhash
 
+from shards.config import DataConfig
 from shards.errors import ConfigError, ShardError
 from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer
@@ -18,36 +20,51 @@ from shards.tokenize.tokenizer import Tokenizer
 PACKAGE = Path(__file__).parents[1]  # shards/
 
 
+class Tools(NamedTuple):
+    """What one process makes windows with."""
+
+    tokenizer: Tokenizer
+    decontaminator: Decontaminator | None
+
+    def recipe(self) -> "Recipe":
+        """Describe the tools of this process for others."""
+        filtered = self.decontaminator
+        return Recipe(
+            tokenizer=self.tokenizer.content_hash,
+            program=program(),
+            filter_file=None if filtered is None else str(filtered.path),
+            filter_hash=None if filtered is None else filtered.content_hash,
+        )
+
+
 class Recipe(msgspec.Struct, frozen=True):
-    """What the loading process has, as its workers compare it with what they find."""
+    """The tools of the loading process, as others compare them with what they find."""
 
     tokenizer: str  # content hash
     program: dict[str, str]  # as `program` gives it
     filter_file: str | None = None  # of the decontamination, where there is one
     filter_hash: str | None = None  # of its content
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, decontaminator: Decontaminator | None) -> "Recipe":
-        """The recipe of this process."""
-        if decontaminator is None:
-            return cls(tokenizer.content_hash, program())
-        return cls(tokenizer.content_hash, program(), str(decontaminator.path), decontaminator.content_hash)
+    def open(self, config: DataConfig) -> Tools:
+        """Open the same tools in this process.
 
-    def check_tokenizer(self, path: Path, found: Tokenizer) -> None:
-        """Raises: ConfigError if `found` is not the loading process's."""
-        if found.content_hash != self.tokenizer:
+        Raises: ConfigError if the files of tokenizer or filter are not there, or not those of the loading process.
+        """
+        tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        if tokenizer.content_hash != self.tokenizer:
             raise ConfigError(
-                f"data.tokenizer={path}: the file was replaced while the run goes on; put the old one back, or "
+                f"data.tokenizer={config.tokenizer}: the file was replaced while the run goes on; put the old one "
+                "back, or start again"
+            )
+        if not (config.decontaminate and self.filter_file):
+            return Tools(tokenizer, None)
+        decontaminator = Decontaminator(config.decontaminate, Path(self.filter_file))
+        if decontaminator.content_hash != self.filter_hash:
+            raise ConfigError(
+                f"data.decontaminate: {self.filter_file} was replaced while the run goes on; put the old file back, or "
                 "start again"
             )
-
-    def check_filter(self, found: Decontaminator) -> None:
-        """Raises: ConfigError if `found` is not the loading process's."""
-        if found.content_hash != self.filter_hash:
-            raise ConfigError(
-                f"data.decontaminate: {found.path} was replaced while the run goes on; put the old file back, or "
-                "start again"
-            )
+        return Tools(tokenizer, decontaminator)
 
     def check_program(self) -> None:
         """Raises: ShardError if this process runs another program than the loading process."""
@@ -56,13 +73,12 @@ class Recipe(msgspec.Struct, frozen=True):
             if found.get(what) != value:
                 raise ShardError(
                     f"a worker runs another program than the loading process, which began with {what} {value}; "
-                    f"the worker, from {PACKAGE}, has {found.get(what)}; put the old one back, or start "
-                    "again"
+                    f"the worker, from {PACKAGE}, has {found.get(what)}; put the old one back, or start again"
                 )
 
 
 def program() -> dict[str, str]:
-    """What decides, beside data and config, which windows a process makes, as it stands on the disk.
+    """Identify all that decides, beside data and config, which windows a process makes, as it stands on the disk.
 
     That is this package's code, and the libraries that parse, tokenize and pack.
     """

@@ -1,9 +1,8 @@
 """A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
 
-decoders, cells, json_lines -> window -> worker, worker_pool.
+decoders, cells, json_lines, recipe -> window -> worker, worker_pool.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -19,11 +18,9 @@ from shards.records.arrow_rows import Columns
 from shards.records.json_lines import BadRecord, RecordParser, Records, bad_record_error
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
-from shards.suites.decontaminate import Decontaminator
-from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.cells import Cells
 from shards.windows.packing import Rows, pack
-from shards.windows.recipe import Recipe
+from shards.windows.recipe import Tools
 
 
 class SpanTask(msgspec.Struct, frozen=True):
@@ -34,7 +31,7 @@ class SpanTask(msgspec.Struct, frozen=True):
 
 
 class WindowTask(msgspec.Struct, frozen=True):
-    """What there is to know to make a window."""
+    """All that a process needs to know of a window to make it."""
 
     source: int  # number in the config
     spans: tuple[SpanTask, ...]  # at least one
@@ -56,7 +53,7 @@ class SkippedRecord(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """The documents of a window, tokenized, in the order of its spans."""
+    """Tokenized documents of a window, in the order of its spans."""
 
     tokens: npt.NDArray[np.integer]  # of all
     lengths: Ints  # tokens of each
@@ -79,25 +76,19 @@ class Window(NamedTuple):
 
 
 class WindowMaker:
-    """Makes windows of the sources of one config, with a tokenizer and open decoders of its own."""
+    """Makes windows of the sources of one config, with open decoders of its own."""
 
-    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
-        """Raises: ConfigError if the files of tokenizer or filter are not there, or not those of the recipe."""
+    def __init__(self, config: DataConfig, tools: Tools) -> None:
         self._config = config
-        self._tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        recipe.check_tokenizer(config.tokenizer, self._tokenizer)
+        self._tokenizer, self._decontaminator = tools
         cache = BlockCache.of(config.remote_cache)
         self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
         self._columns = Columns()
-        self._decontaminator = None
-        if config.decontaminate and recipe.filter_file:
-            self._decontaminator = Decontaminator(config.decontaminate, Path(recipe.filter_file))
-            recipe.check_filter(self._decontaminator)
         self._parsers = [RecordParser.of(source, config.strict_records) for source in config.sources]
         self._cells = Cells(self._decoders)
 
     def make(self, task: WindowTask) -> Window:
-        """The rows of a window. Raises: as `documents`."""
+        """Make the rows of a window. Raises: as `documents`."""
         replays = self._decoders.replays
         found = self.documents(task)
         rows = pack(found.tokens, found.lengths, self._config.seq_len, self._config.packing, task.key)
@@ -113,12 +104,14 @@ class WindowMaker:
             replays=self._decoders.replays - replays,
         )
 
-    def documents(self, task: WindowTask) -> Documents:
-        """The documents of a window.
+    def documents(self, task: WindowTask, skip_bad: bool = False) -> Documents:
+        """Read and tokenize the documents of a window.
 
+        Args:
+            skip_bad: skip bad records, whatever the config says.
         Raises: ShardError if a shard changed or is damaged, or holds a bad record that may not be skipped.
         """
-        parts = [self._kept(self._read(item, task.source)) for item in task.spans]
+        parts = [self._decontaminated(self._read(item, task.source, skip_bad)) for item in task.spans]
         numbers = [item.span.shard for item in task.spans]
         lines = [line for part in parts for line in part.lines]
         counts = [len(part.lines) for part in parts]
@@ -139,7 +132,7 @@ class WindowMaker:
         )
 
     def raw_bytes(self, task: WindowTask) -> int:
-        """Raw bytes of a window, where the plan knows only those of the cells that hold it."""
+        """Count the raw bytes of a window, where the plan knows only those of the cells that hold it."""
         return sum(
             item.span.raw_bytes
             if files.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
@@ -147,8 +140,8 @@ class WindowMaker:
             for item in task.spans
         )
 
-    def _kept(self, records: Records) -> Records:
-        """The records without those that share text with the evaluation suite, which go to the bad ones."""
+    def _decontaminated(self, records: Records) -> Records:
+        """Move the records that share text with the evaluation suite to the bad ones."""
         if self._decontaminator is None:
             return records
         flags = self._decontaminator.shares_text(records.texts).tolist()
@@ -157,17 +150,17 @@ class WindowMaker:
             for line, flag in zip(records.lines, flags, strict=True)
             if flag
         ]
-        kept = [i for i, flag in enumerate(flags) if not flag]
+        clean = [i for i, flag in enumerate(flags) if not flag]
         return Records(
-            texts=[records.texts[i] for i in kept],
-            lines=[records.lines[i] for i in kept],
-            sub_sources=[records.sub_sources[i] for i in kept],
-            ids=[records.ids[i] for i in kept],
+            texts=[records.texts[i] for i in clean],
+            lines=[records.lines[i] for i in clean],
+            sub_sources=[records.sub_sources[i] for i in clean],
+            ids=[records.ids[i] for i in clean],
             bad=[*records.bad, *dropped],
         )
 
-    def _read(self, item: SpanTask, source: int) -> Records:
-        """The records of a span."""
+    def _read(self, item: SpanTask, source: int, skip_bad: bool) -> Records:
+        """Read the records of a span."""
         span, path = item.span, item.raw.path
         if files.is_column(path):
             config = self._config.sources[source]
@@ -176,12 +169,12 @@ class WindowMaker:
             )
         else:
             records = self._parsers[source].parse(self._cells.lines(span, item.raw), span.first_record + 1)
-        if records.bad and self._config.on_bad_record == "fail":
+        if records.bad and not skip_bad and self._config.on_bad_record == "fail":
             raise bad_record_error(path, records.bad[0])
         return records
 
     def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """(ids, lengths) as `Tokenizer.encode_documents` gives them. Raises: ShardError for one that is no piece's."""
+        """Return (ids, lengths) as `Tokenizer.encode_documents` does. Raises: ShardError for an unknown id."""
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
         tokens = np.concatenate([np.zeros(0, np.int64), *token_ids])
         wrong = np.flatnonzero((tokens < 0) | (tokens >= self._tokenizer.vocab_size))
@@ -194,6 +187,6 @@ class WindowMaker:
         return tokens.astype(self._tokenizer.dtype), lengths
 
     def close(self) -> None:
-        """Closes open shards."""
+        """Close open shards."""
         self._decoders.close()
         self._columns.close()

@@ -23,7 +23,7 @@ PIPE_BYTES = 1 << 16
 
 
 def main() -> None:
-    """Answers requests until stdin ends."""
+    """Answer requests until stdin ends."""
     # Signals to the process group are for the parent: it stops at a step's end, and until then needs its windows.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -40,12 +40,13 @@ def main() -> None:
 
 
 def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | None:
-    """Answers the first request; None if this process cannot do what it asks, or would not do it as its parent does."""
+    """Answer the first request; None if this process cannot do what it asks, or would not do it as its parent does."""
     assert request.config is not None
     assert request.recipe is not None
     try:
         request.recipe.check_program()
-        maker = WindowMaker(DataConfig.model_validate_json(request.config), request.recipe)
+        config = DataConfig.model_validate_json(request.config)
+        maker = WindowMaker(config, request.recipe.open(config))
     except Exception as error:
         _write(answers, worker_protocol.encode_error(error))
         return None
@@ -54,7 +55,7 @@ def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | Non
 
 
 def serve(maker: WindowMaker, requests: "queue.SimpleQueue[worker_protocol.Request]", answers: int) -> None:
-    """Makes the windows that are asked for, in turn, and writes them to the file descriptor `answers`."""
+    """Make the windows that are asked for, in turn, and write them to the file descriptor `answers`."""
     while True:
         request = requests.get()
         assert request.task is not None
@@ -75,7 +76,7 @@ def _write(answers: int, parts: list[bytes | memoryview]) -> None:
 
 
 def _listen(stdin: int, requests: "queue.SimpleQueue[worker_protocol.Request]") -> None:
-    """Reads requests until the parent closes the pipe or is gone, then ends the process, also amid a window."""
+    """Read requests until the parent closes the pipe or is gone, then end the process, also amid a window."""
     try:
         _receive(stdin, requests)
     except Exception:  # such as a request that another version of this program has written

@@ -9,13 +9,15 @@ import itertools
 import os
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from shards.config import DataConfig
 from shards.errors import HeadraceError, ShardError
 from shards.plan.segments import WindowId
-from shards.windows.recipe import Recipe
+from shards.windows.recipe import Recipe, Tools
 from shards.windows.window import Window, WindowMaker, WindowTask
 from shards.windows.worker_process import WorkerLost, WorkerProcess
 
@@ -57,20 +59,32 @@ class InProcess:
 
     ahead = 0
 
-    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
+    def __init__(self, config: DataConfig, recipe: Recipe, tools: Tools) -> None:
+        """
+        Args:
+            tools: of this process; the recipe is theirs.
+        """
         self._config, self._recipe = config, recipe
-        self._maker: WindowMaker | None = WindowMaker(config, recipe)
+        self._maker: WindowMaker | None = WindowMaker(config, tools)
+
+    @contextmanager
+    def lend_maker(self) -> Iterator[WindowMaker]:
+        """Lend the maker of this process. One that is interrupted may hold half of a change, and is not used again.
+
+        Raises: ConfigError if the tools have to be opened again, and their files are others now.
+        """
+        maker = self._maker or WindowMaker(self._config, self._recipe.open(self._config))
+        self._maker = None
+        yield maker
+        self._maker = maker
 
     def submit(self, request: WindowRequest) -> None:
         """Do nothing: there is nobody to work ahead."""
 
     def wait_for(self, request: WindowRequest) -> Window:
         """Make a window. Raises: ShardError if it cannot be made."""
-        # Taken out while it is at work: one that was interrupted may hold half of a change, and is not used again.
-        maker, self._maker = self._maker or WindowMaker(self._config, self._recipe), None
-        window = maker.make(request.task)
-        self._maker = maker
-        return window
+        with self.lend_maker() as maker:
+            return maker.make(request.task)
 
     def clear(self) -> None:
         """Do nothing: nothing is held."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import zstandard
 
 from shards import DataConfig, Tokenizer
-from shards.suites.decontaminate import Decontaminator
-from shards.windows.recipe import Recipe
+from shards.preparation import prepared_filter
+from shards.windows.recipe import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
@@ -45,10 +45,9 @@ def words(seed: int, count: int) -> str:
     return " ".join(f"w{(seed * 7919 + i * i) % 9973}" for i in range(count))
 
 
-def recipe_of(data: DataConfig) -> Recipe:
-    """What a loader of this config tells those that make its windows."""
-    filtered = Decontaminator.of(data.decontaminate, data.index_dir) if data.decontaminate else None
-    return Recipe.of(Tokenizer(data.tokenizer, data.bos, data.eos), filtered)
+def tools_of(data: DataConfig) -> Tools:
+    """Open what a loader of this config makes windows with."""
+    return Tools(Tokenizer(data.tokenizer, data.bos, data.eos), prepared_filter(data, None))
 
 
 def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfig:

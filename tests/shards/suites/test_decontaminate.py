@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shards import ConfigError, DataConfig, Loader, check_fingerprint, merge_states, read_documents
+from shards import ConfigError, DataConfig, Loader, check_fingerprint, merge_states, prepare, read_documents
 from shards.config import Decontamination
-from shards.suites import decontaminate
+from shards.suites import decontaminate, suite
 from shards.suites import normalization as comparing
-from shards.suites.decontaminate import Decontaminator, HashSet, Lines, ngrams
+from shards.suites.decontaminate import HashSet, Lines, ngrams, obtain
 from shards.suites.normalization import comparable
 from shards.suites.suite import find
 from tests.shards.corpora import ROOT, SAMPLE, config, record, words, write_shard
@@ -190,7 +190,7 @@ def test_a_copy_is_found_however_it_is_spelled(match: str, tmp_path: Path) -> No
         suite = tmp_path / str(number)
         write_shard(suite / "val.jsonl", record(text))
         rule = Decontamination.model_validate({"suite": suite, "splits": ["val"], "match": match})
-        found = Decontaminator.of(rule, tmp_path)
+        found = obtain(rule, tmp_path)
         copy = text.replace("ß", "SS").replace("ﬁ", "FI") if copy is None else copy
         assert found.shares_text([text, copy]).tolist() == [True, same_line or match == "ngram"], (number, copy)
         inside = [f"other words {copy} and more of them", words(number, 50), "", copy[:12]]
@@ -200,7 +200,7 @@ def test_a_copy_is_found_however_it_is_spelled(match: str, tmp_path: Path) -> No
 def test_lines_are_found_whatever_white_space_ends_them_and_however_short(tmp_path: Path) -> None:
     write_shard(tmp_path / "val.jsonl", record("yes no\n一\nthe whole of a longer line here"))
     rule = Decontamination.model_validate({"suite": tmp_path, "splits": ["val"], "min_tokens": 1})
-    found = Decontaminator.of(rule, tmp_path)
+    found = obtain(rule, tmp_path)
     blanks = [chr(code) for code in range(0x3100) if chr(code).isspace()]
     assert len(blanks) > 25
     for line in ("yes no", "一", "the whole of a longer line here"):
@@ -228,6 +228,35 @@ def test_comparable_texts_stay_as_they_are(texts: list[str]) -> None:
     with mock.patch.object(comparing, "BLOCK_CHARACTERS", 2):
         assert comparable(texts) == once
     assert once == [comparing._fold(text.replace("\uffff", "")) for text in texts]
+
+
+def test_ranks_are_handed_the_filter_and_never_read_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shard(tmp_path / "suite/val.jsonl", record(words(3, 30)))
+    shard = write_shard(tmp_path / "a.jsonl", b"".join(record(words(i, 30)) for i in range(6)))
+    rule = {"suite": tmp_path / "suite", "splits": ["val"]}
+    data = config([{"name": "a", "paths": [str(shard)], "max_epochs": 1}], lanes=1, decontaminate=rule)
+    prepared = prepare(data.model_copy(update={"index_dir": tmp_path / "index"}))
+
+    def dropped_by(data: DataConfig) -> list[int]:
+        with Loader(data, 1, prepared=prepared) as loader:
+            return [found.line for batch in loader for found in batch.contaminated]
+
+    reads: list[object] = []
+    documents = suite.Suite.documents
+    monkeypatch.setattr(suite.Suite, "documents", lambda found: reads.append(found) or documents(found))
+    (tmp_path / "suite").rename(tmp_path / "elsewhere")
+    assert dropped_by(data) == [4]
+    # Where the file is not, as on a node that does not share the folder, the filter is made again
+    assert prepared.filter is not None
+    Path(prepared.filter.path).unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "suite")
+    assert not reads
+    other = data.model_copy(update={"index_dir": tmp_path / "other"})
+    assert dropped_by(other) == [4]
+    assert len(reads) == 1
+    assert "set data.index_dir to a folder that all nodes share" in caplog.text
 
 
 def test_with_ngrams_a_quotation_inside_a_paragraph_is_found(tmp_path: Path) -> None:

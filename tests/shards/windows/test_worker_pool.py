@@ -12,7 +12,7 @@ from shards.windows.recipe import Recipe
 from shards.windows.window import SpanTask, Window, WindowMaker, WindowTask
 from shards.windows.worker_pool import NOW, WindowRequest, WorkerPool
 from shards.windows.worker_process import MAX_DEATHS, WorkerLost
-from tests.shards.corpora import config, recipe_of, record, words, write_shard
+from tests.shards.corpora import config, record, tools_of, words, write_shard
 
 
 def whole_shard(index: ShardIndex, path: str) -> WindowTask:
@@ -26,7 +26,7 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
     index = build(path, data.cell_bytes, data.max_decoder_window)
     task = whole_shard(index, path)
     requests = [WindowRequest(WindowId(0, lane, 0, 0), task, 0.0) for lane in range(4)]
-    pool = WorkerPool(data, recipe_of(data))
+    pool = WorkerPool(data, tools_of(data).recipe())
     try:
         for request in requests:
             pool.submit(request)
@@ -40,7 +40,7 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
         assert not pool._asked[0]
     finally:
         pool.close()
-    assert (again.rows.tokens == WindowMaker(data, recipe_of(data)).make(task).rows.tokens).all()
+    assert (again.rows.tokens == WindowMaker(data, tools_of(data)).make(task).rows.tokens).all()
 
 
 class Recording:
@@ -49,7 +49,7 @@ class Recording:
     ahead = 2
 
     def __init__(self, data: DataConfig, recipe: Recipe) -> None:
-        self._maker = WindowMaker(data, recipe)
+        self._maker = WindowMaker(data, recipe.open(data))
         self.asked: set[WindowId] = set()
         self.on_demand: list[WindowId] = []
 
@@ -137,7 +137,7 @@ def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monk
     path = str(write_shard(tmp_path / "a.jsonl", record(words(1, 30))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
-    pool = WorkerPool(data, recipe_of(data))
+    pool = WorkerPool(data, tools_of(data).recipe())
     pool.submit(WindowRequest(WindowId(0, 0, 0, 0), whole_shard(index, path), 0.0))
     assert starting.wait(10)
     pool.close()

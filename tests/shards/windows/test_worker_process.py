@@ -14,8 +14,8 @@ import psutil
 import pytest
 import sentencepiece
 
-from shards import ConfigError, DataConfig, Loader, ShardError, Tokenizer
-from shards.windows.recipe import Recipe
+from shards import ConfigError, DataConfig, Loader, ShardError
+from shards.windows.recipe import Recipe, Tools
 from tests.shards.corpora import ROOT, TOKENIZER, config, record, words, write_shard
 
 BATCHES = 40
@@ -78,21 +78,22 @@ def test_a_tokenizer_that_changes_is_no_successors_tokenizer(
             next(loader)
 
 
-def test_a_tokenizer_that_is_replaced_before_the_first_window_is_told_in_any_process(
+def test_a_tokenizer_that_is_replaced_before_the_first_window_makes_none_in_any_process(
     shard: Path, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "t.model"
 
-    def replace(tokenizer: Tokenizer, decontaminator: None) -> Recipe:
+    def replace(tools: Tools) -> Recipe:
         shutil.copy(other_model, model)
-        return recipe_of(tokenizer, decontaminator)
+        return recipe(tools)
 
-    recipe_of = Recipe.of
-    monkeypatch.setattr(Recipe, "of", replace)  # the loading process has read it by then
-    for num_workers in (0, 1):
-        shutil.copy(TOKENIZER, model)
-        with pytest.raises(ConfigError, match=r"t\.model.*replaced"):
-            hashes(data_of(shard, tokenizer=model, num_workers=num_workers))
+    expected, recipe = hashes(data_of(shard)), Tools.recipe
+    monkeypatch.setattr(Tools, "recipe", replace)
+    shutil.copy(TOKENIZER, model)
+    assert hashes(data_of(shard, tokenizer=model, num_workers=0)) == expected  # it has been read by then
+    shutil.copy(TOKENIZER, model)
+    with pytest.raises(ConfigError, match=r"t\.model.*replaced"):
+        hashes(data_of(shard, tokenizer=model, num_workers=1))
 
 
 def test_a_filter_is_handed_on_and_compared(shard: Path, tmp_path: Path) -> None:
