@@ -100,8 +100,8 @@ def check(folder: Path, data: bytes, raw: bytes, verify: bool) -> Counter[str]:
     """Indexes a file, reads from each of its entries, and counts."""
     path = folder / "a.jsonl.zst"
     path.write_bytes(data)
-    windows = paths.windows_path(paths.index_path(str(path), None))
-    index = build(str(path), CELL_BYTES, MAX_WINDOW, windows=windows, verify_entries=verify)
+    histories = paths.history_path(paths.index_path(str(path), None))
+    index = build(str(path), CELL_BYTES, MAX_WINDOW, histories=histories, verify_entries=verify)
     assert index.raw_bytes == len(raw)
     counts = Counter({"files": 1, "entries": len(index.splices), "looked at": index.splice_counts.looked_at})
     counts += Counter({"qualified": index.splice_counts.qualified, "failed": index.splice_counts.failed})
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("shards").setLevel(logging.ERROR)
-    splice_points.TRIAL_BYTES, splice_points.WINDOWS_PER_GAP = 1 << 16, 0
+    splice_points.TRIAL_BYTES, splice_points.HISTORIES_PER_GAP = 1 << 16, 0
     splice_points.SHARE = splice_points.SMALL_SHARE = 1e9
     corpus = []
     for path in sorted(path for pattern in arguments.patterns for path in glob.glob(pattern)):

@@ -54,12 +54,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in arguments.shards:
         with tempfile.TemporaryDirectory() as folder:
-            windows = Path(folder) / "windows"
-            index = build(path, MIB, MAX_WINDOW, windows=windows)  # and the file is in the page cache
+            histories = Path(folder) / "histories"
+            index = build(path, MIB, MAX_WINDOW, histories=histories)  # and the file is in the page cache
             contenders: list[Callable[[], object]] = [
                 partial(decode, path),
-                partial(build, path, MIB, MAX_WINDOW, windows=windows),
-                partial(build, path, MIB, MAX_WINDOW, windows=windows, verify_entries=False),
+                partial(build, path, MIB, MAX_WINDOW, histories=histories),
+                partial(build, path, MIB, MAX_WINDOW, histories=histories, verify_entries=False),
                 partial(build, path, MIB, MAX_WINDOW),
             ]
             seconds: list[list[float]] = [[] for _ in contenders]

@@ -23,7 +23,7 @@ import zstandard
 
 from shards import DataConfig, Loader, prepare, read_documents
 from shards.index import splice_points
-from shards.preparation import Prepared, survey
+from shards.preparation import Prepared, index_status
 
 SAMPLE = Path(__file__).resolve().parents[1] / "shards/sample"
 RAW_BYTES = 1 << 18  # per shard
@@ -33,7 +33,7 @@ BATCH = 256
 
 def make(folder: Path, num_shards: int) -> DataConfig:
     """Writes the shards; a config with cells small enough that each shard has sixteen, as one of 16 MiB would."""
-    splice_points.MIN_GAP_BYTES, splice_points.WINDOWS_PER_GAP, splice_points.TRIAL_BYTES = 0, 0, BLOCK_BYTES
+    splice_points.MIN_GAP_BYTES, splice_points.HISTORIES_PER_GAP, splice_points.TRIAL_BYTES = 0, 0, BLOCK_BYTES
     splice_points.SHARE = splice_points.SMALL_SHARE = 1.0
     parameters = zstandard.ZstdCompressionParameters(window_log=15, write_content_size=False)
     stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -81,7 +81,7 @@ def main() -> None:
         prepared = prepare(data)
         looked = time.perf_counter() - begin
         size = os.path.getsize(prepared[0].path)
-        points = len(survey(data, data.sources[0]).indexed[f"{name}/00000.jsonl.zst"].splices)
+        points = len(index_status(data, data.sources[0]).indexed[f"{name}/00000.jsonl.zst"].splices)
         first = looked + start(data, prepared)
         others = [start(data, prepared) for _ in range(5)]
     print(f"first rank {first:.2f} s, of that {looked:.2f} s to look at the shards")

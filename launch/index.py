@@ -32,7 +32,7 @@ from shards.index import manifest
 from shards.index.shard_index import ShardIndex, obtain
 from shards.index.splice_points import explain
 from shards.storage import files
-from shards.storage.block_cache import BlockCache
+from shards.storage.block_cache import open_cache
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells call it
 REPORT_BYTES = 4 << 20
@@ -105,7 +105,7 @@ def work(tasks: Queue, reports: Queue, data: DataConfig, verify: bool, verify_en
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the command's process, which then ends this one
     Thread(target=end_with_parent, daemon=True).start()
-    cache = BlockCache.of(data.remote_cache)
+    cache = open_cache(data.remote_cache)
     unsaid = 0
 
     def report(path: str, size: int) -> None:

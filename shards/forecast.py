@@ -41,7 +41,7 @@ class Shortfall(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What the data comes to.
+    """How long the data lasts, and how its sources are drawn.
 
     Attributes:
         last_step: with which it ends; None if it never does.
@@ -64,7 +64,7 @@ def forecast(
     global_batch_size: int,
     steps: int | None,
 ) -> Forecast:
-    """Foretells a run.
+    """Foretell a run.
 
     Args:
         maker: of the windows that are tokenized; closed when done.
@@ -77,42 +77,67 @@ def forecast(
     limited = [i for i in drawn if sources[i].config.max_epochs is not None]
     if not limited:
         return Forecast(None, is_exact=True, share_read=None, shortfalls=())
-    chosen = [sources[i] for i in limited]
-    is_small = sum(source.plan.raw_bytes for source in chosen) <= COUNTED_BYTES
-    is_exact = is_small and _can_be_packed(chosen, lanes)
-    rows = np.zeros((len(sources), lanes))
-    try:
-        for i, source in zip(limited, chosen, strict=True):
-            if is_exact:
-                rows[i] = _counted_rows(source, config, lanes, maker)
-            else:
-                rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(limited))
-    finally:
-        maker.close()
-    supply: list[float] = [float(rows[i].sum()) if i in limited else math.inf for i in range(len(sources))]
+    rows, is_counted = _rows_of_lanes(config, maker, [sources[i] for i in limited], lanes)
+    supply = [math.inf] * len(sources)
+    for i, of_source in zip(limited, rows, strict=True):
+        supply[i] = float(of_source.sum())
     starts = [(step * global_batch_size, weights) for step, weights in stages]
     end, _, _ = _drain(supply, starts, math.inf)
     last_step = None if math.isinf(end) else math.ceil(end / global_batch_size)
     if last_step is not None and len(stages) == 1:
         last_step = _last_step(rows.sum(axis=0), global_batch_size)
-    is_exact = is_exact and len(stages) == 1 and lanes <= global_batch_size
     total = (last_step if steps is None else steps if last_step is None else min(steps, last_step)) or 0
-    _, met, empty = _drain(supply, starts, total * global_batch_size)
-    wished = _wished(starts, total * global_batch_size)
-    shortfalls = [
-        Shortfall(
-            sources[i].config.name, math.ceil(empty[i] / global_batch_size), wished[i], met[i] / max(1.0, sum(met))
-        )
-        for i in limited
-        if i in empty and empty[i] < total * global_batch_size
-    ]
+    _, met, _ = _drain(supply, starts, total * global_batch_size)
     granted = sum(supply[i] for i in drawn)
-    share = None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted))
-    return Forecast(last_step, is_exact, share, tuple(s for s in shortfalls if s.met < NEARLY * s.wished))
+    return Forecast(
+        last_step=last_step,
+        is_exact=is_counted and len(stages) == 1 and lanes <= global_batch_size,
+        share_read=None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted)),
+        shortfalls=tuple(_shortfalls(sources, supply, starts, total, global_batch_size)),
+    )
+
+
+def _shortfalls(
+    sources: Sequence[Source],
+    supply: Sequence[float],
+    stages: Sequence[tuple[int, Sequence[float]]],
+    steps: int,
+    global_batch_size: int,
+) -> Iterator[Shortfall]:
+    """Yield the sources that run out within so many steps, and so give less than their weight asks for.
+
+    Args:
+        supply, stages: as for `_drain`.
+    """
+    rows = steps * global_batch_size
+    _, met, empty = _drain(supply, stages, rows)
+    wished = _wished(stages, rows)
+    for i, source in enumerate(sources):
+        share = met[i] / max(1.0, sum(met))
+        if empty.get(i, rows) < rows and share < NEARLY * wished[i]:
+            yield Shortfall(source.config.name, math.ceil(empty[i] / global_batch_size), wished[i], share)
+
+
+def _rows_of_lanes(
+    config: DataConfig, maker: WindowMaker, sources: Sequence[Source], lanes: int
+) -> tuple[Figures, bool]:
+    """Count or estimate the rows that each lane will get of each source: [sources, V], and whether they are counted."""
+    is_small = sum(source.plan.raw_bytes for source in sources) <= COUNTED_BYTES
+    is_counted = is_small and _can_be_packed(sources, lanes)
+    rows = np.zeros((len(sources), lanes))
+    try:
+        for i, source in enumerate(sources):
+            if is_counted:
+                rows[i] = _counted_rows(source, config, lanes, maker)
+            else:
+                rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(sources))
+    finally:
+        maker.close()
+    return rows, is_counted
 
 
 def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:
-    """Whether to pack all that max_epochs grants takes no longer than a start may."""
+    """Tell whether to pack all that max_epochs grants takes no longer than a start may."""
     records = windows = 0
     for source in sources:
         epochs = source.config.max_epochs or 1
@@ -123,7 +148,7 @@ def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:
 
 
 def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
-    """The windows of a lane's first segments."""
+    """Yield the windows of a lane's first segments."""
     q = 0
     while q < segments:
         deal = source.deal(lane, q)
@@ -132,7 +157,7 @@ def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
 
 
 def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker) -> Figures:
-    """[V] rows that each lane will get: every document is tokenized once, and packed as often as it will be."""
+    """Count [V] rows of each lane: every document is tokenized once, and packed as often as it will be."""
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
     # Read as a single lane of version 1 would, which unpacks each cell once: many lanes need most cells each
     in_a_row = Source(config.model_copy(update={"plan_version": 1}), source.number, source.shards, 1, seed=0)
@@ -145,18 +170,18 @@ def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowM
     for lane in range(lanes):
         for name in _windows(source, lane, source.segments_of_lane(lane) or 0):
             spans = source.window(name).spans
-            own = [lengths[s.shard][s.first_record : s.first_record + s.num_records] for s in spans]
-            rows[lane] += _num_rows(np.concatenate(own), config, source.key(name))
+            dealt = [lengths[s.shard][s.first_record : s.first_record + s.num_records] for s in spans]
+            rows[lane] += _num_rows(np.concatenate(dealt), config, source.key(name))
     return rows
 
 
 def _num_rows(lengths: Ints, config: DataConfig, key: int) -> int:
-    kept = lengths[lengths >= 0]
-    return pack(np.zeros(int(kept.sum()), np.uint16), kept, config.seq_len, config.packing, key).num_rows
+    found = lengths[lengths >= 0]
+    return pack(np.zeros(int(found.sum()), np.uint16), found, config.seq_len, config.packing, key).num_rows
 
 
 def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, budget: int) -> Figures:
-    """[V] rows that each lane will get, about: the source's raw bytes at the rate of a sample of windows."""
+    """Estimate [V] rows of each lane: the source's raw bytes at the rate of a sample of windows."""
     size = rows = unpacked = 0
     lengths: list[Ints] = []
     for name in _sample(source, lanes):
@@ -181,7 +206,7 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
 
 
 def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
-    """[V] by how much a lane's documents are longer than the mean, where chance deals them: drawn from a sample.
+    """Draw from a sample [V] by how much a lane's documents are longer than the mean, where chance deals them.
 
     The raw bytes of segments that are smaller than a cell are not known, and a few long documents decide which lane is
     the longest, and how much longer than the others.
@@ -198,16 +223,16 @@ def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
 
 
 def _beginning(task: WindowTask, limit: int) -> WindowTask:
-    """A window's first records, about so many raw bytes of them; one at least."""
+    """Cut a task down to its first records, about so many raw bytes of them; one at least."""
     spans: list[SpanTask] = []
     left = limit
     for item in task.spans:
         size, records = item.span.raw_bytes, item.span.num_records
-        kept = records if size <= left else max(int(not spans), records * left // size)
-        if kept:
-            span = msgspec.structs.replace(item.span, num_records=kept)
+        taken = records if size <= left else max(int(not spans), records * left // size)
+        if taken:
+            span = msgspec.structs.replace(item.span, num_records=taken)
             spans.append(msgspec.structs.replace(item, span=span))
-        if kept < records:
+        if taken < records:
             break
         left -= size
     raw_bytes = sum(item.span.raw_bytes for item in spans)
@@ -215,7 +240,7 @@ def _beginning(task: WindowTask, limit: int) -> WindowTask:
 
 
 def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
-    """All windows of the first epoch, the first of each deal before the second of any: from all over the source."""
+    """Yield all windows of the first epoch, the first of each deal before any second: from all over the source."""
     number, found = 0, True
     while found:
         found = False
@@ -231,7 +256,7 @@ def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
 
 
 def _last_step(rows: Figures, global_batch_size: int) -> int:
-    """The step that holds the last row of all, given how many each lane has."""
+    """Find the step that holds the last row of all, given how many each lane has."""
     lanes = len(rows)
     last = [lane + (math.ceil(count) - 1) * lanes for lane, count in enumerate(rows.tolist()) if count > 0]
     return max(last, default=-1) // global_batch_size + 1
@@ -240,7 +265,7 @@ def _last_step(rows: Figures, global_batch_size: int) -> int:
 def _drain(
     supply: Sequence[float], stages: Sequence[tuple[int, Sequence[float]]], rows: float
 ) -> tuple[float, list[float], dict[int, float]]:
-    """Draws rows by weight, a source's share going to the others once its supply is used up.
+    """Draw rows by weight, a source's share going to the others once its supply is used up.
 
     Args:
         supply: rows that each source has.
@@ -269,7 +294,7 @@ def _drain(
 
 
 def _wished(stages: Sequence[tuple[int, Sequence[float]]], rows: float) -> list[float]:
-    """The share of so many rows that the weights ask of each source."""
+    """Return the share of so many rows that the weights ask of each source."""
     shares = [0.0] * len(stages[0][1])
     ends = [float(start) for start, _ in stages[1:]] + [math.inf]
     for (start, weights), end in zip(stages, ends, strict=True):

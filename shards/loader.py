@@ -29,7 +29,7 @@ from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
-from shards.plan.cursor import STATE_VERSION, Cursor, LaneCursor, LoaderState
+from shards.plan.cursor import LOADER_STATE_VERSION, Cursor, LaneCursor, LoaderState
 from shards.prefetch import Prefetcher
 from shards.preparation import Prepared
 from shards.records import texts
@@ -208,7 +208,7 @@ class Loader:
         start = LaneCursor(0, 0, (Cursor(),) * len(self._sources))
         lanes = dict.fromkeys(self._lane_names(), start)
         names = tuple(source.name for source in self._config.sources)
-        return LoaderState(STATE_VERSION, 0, self.num_lanes, names, lanes)
+        return LoaderState(LOADER_STATE_VERSION, 0, self.num_lanes, names, lanes)
 
     def _lane_names(self) -> list[str]:
         """The lanes that this rank reads, as a state names them."""

@@ -21,7 +21,7 @@ from shards.index.shard_index import Progress, ShardIndex, find, obtain
 from shards.records import hf_datasets
 from shards.storage import files
 from shards.storage.atomic import is_there
-from shards.storage.block_cache import BlockCache
+from shards.storage.block_cache import open_cache
 from shards.storage.content_hash import hash_file
 from shards.suites import decontaminate
 from shards.suites.decontaminate import Decontaminator
@@ -95,8 +95,8 @@ def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared
     return source_shards(config, source)
 
 
-class Survey(msgspec.Struct, frozen=True):
-    """How the shards of a source stand, as far as their names, sizes and indexes tell.
+class IndexStatus(msgspec.Struct, frozen=True):
+    """Which shards of a source are indexed, as far as their names, sizes and indexes tell.
 
     Attributes:
         stats: of every shard, in the order of the source's patterns.
@@ -121,12 +121,12 @@ class Survey(msgspec.Struct, frozen=True):
 
 
 def shard_paths(source: SourceConfig) -> list[str]:
-    """The paths of a source's shards, in order. Raises: ShardError for a pattern or a data set that is not there."""
+    """List the paths of a source's shards, in order. Raises: ShardError if a pattern or a data set has none."""
     return files.expand(source.paths, source.name) if source.dataset is None else hf_datasets.shards_of(source)
 
 
-def survey(config: DataConfig, source: SourceConfig) -> Survey:
-    """Looks at a source without reading any shard.
+def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
+    """Look at a source without reading any shard.
 
     Raises: ShardError if a pattern matches nothing, or a shard is missing.
     """
@@ -151,15 +151,15 @@ def survey(config: DataConfig, source: SourceConfig) -> Survey:
         stats[path].size * (1 if path.endswith(".jsonl") or files.is_column(path) else RAW_PER_COMPRESSED)
         for path in unindexed
     )
-    return Survey(stats, indexed, touched, unindexed, guess, whole)
+    return IndexStatus(stats, indexed, touched, unindexed, guess, whole)
 
 
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
-    """The shards of a source in the order of its patterns, each with an index that is true now.
+    """List the shards of a source in the order of its patterns, each with an index that is true now.
 
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
-    found = survey(config, source)
+    found = index_status(config, source)
     check_amount(config, source, found)
     paths, indexes = list(found.stats), found.indexed | found.touched
     believed = found.touched_bytes > config.max_index_at_start
@@ -168,7 +168,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
             "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so it is not read for it: each read is "
             "compared with the indexes; to compare them all before: %s",
             source.name,
-            touched_text(found),
+            describe_touched(found),
             config.max_index_at_start / 1e9,
             indexing_command(config, source, list(found.touched), verify=True),
         )
@@ -184,7 +184,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
 
 
 def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
-    """Warns of contents that stand more than once in a source, whatever they are called: a run may have begun so."""
+    """Warn of contents that stand more than once in a source, whatever they are called: a run may have begun so."""
     first: dict[str, str] = {}
     doubles = []
     for shard in shards:
@@ -204,7 +204,7 @@ def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
 
 
 def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[str] = (), verify: bool = False) -> str:
-    """The command that makes (or verifies) the indexes of a source as a run looks for them.
+    """Return the command that makes (or verifies) the indexes of a source as a run looks for them.
 
     Args:
         paths: the shards that are meant, where the source is a data set, which has no patterns.
@@ -213,16 +213,16 @@ def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[s
     return index_command(patterns, config.index_dir, config.cell_bytes, config.max_decoder_window, verify)
 
 
-def touched_text(found: Survey) -> str:
-    """What is so with the touched shards of a survey."""
+def describe_touched(found: IndexStatus) -> str:
+    """Say what became of the touched shards of a source."""
     return (
         f"{len(found.touched)} shards ({found.touched_bytes / 1e9:.1f} GB) were touched after they were indexed: the "
         f"same size, another modification time; e.g. {next(iter(found.touched))}"
     )
 
 
-def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> None:
-    """Stops a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
+def check_amount(config: DataConfig, source: SourceConfig, found: IndexStatus) -> None:
+    """Stop a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
     if found.unindexed_bytes > config.max_index_at_start:
         raise ShardError(
             f"source {source.name!r}: {len(found.unindexed)} shards have no index, about "
@@ -233,7 +233,7 @@ def check_amount(config: DataConfig, source: SourceConfig, found: Survey) -> Non
 
 
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
-    cache = BlockCache.of(config.remote_cache)
+    cache = open_cache(config.remote_cache)
     # Threads will do for what a start may index: decoding and hashing release the interpreter's lock. For more there is
     # launch/index.py, which takes processes.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:

@@ -22,7 +22,7 @@ from pretrain.model.transformer import ModelConfig
 from pretrain.run.lease import Holder
 from pretrain.topology import ParallelConfig
 from shards import DataConfig, ShardError
-from shards.preparation import check_amount, indexing_command, survey, touched_text
+from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
 # Decimal GB of one device, by what clusters call it in gres.conf; where a name is sold in two sizes, the smaller
 _GPU_GB = {
@@ -59,7 +59,7 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
             yield Finding("note", "data", f"{source.name}: the data set {source.dataset} is looked at by the job")
             continue
         try:
-            found = survey(config, source)
+            found = index_status(config, source)
             check_amount(config, source, found)
         except ShardError as error:
             yield Finding("error", "data", str(error))
@@ -74,7 +74,7 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
                 f" {indexing_command(config, source, found.unindexed)}",
             )  # fmt: skip
         elif found.touched:
-            yield Finding("note", "data", f"{shards}, all with an index; {touched_text(found)}")
+            yield Finding("note", "data", f"{shards}, all with an index; {describe_touched(found)}")
         else:
             yield Finding("ok", "data", f"{shards}, all with an index")
 

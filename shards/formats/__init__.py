@@ -10,11 +10,11 @@ from typing import Protocol
 
 from shards.errors import ShardError
 from shards.formats import gzip, plain, zstd, zstd_blocks
-from shards.formats.base import DECODE_ERRORS, Piece, Readable, Start
+from shards.formats.base import DECODE_ERRORS, Chunk, Readable, Start
 
-__all__ = ["DECODE_ERRORS", "Peeked", "Piece", "Readable", "Start", "decode", "detect", "pieces", "restart"]
+__all__ = ["DECODE_ERRORS", "Chunk", "Peeked", "Readable", "Start", "chunks", "decode", "detect", "restart"]
 
-MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the window of gzip
+MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the history of gzip
 MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
 
 SHARD_START = Start()
@@ -22,7 +22,7 @@ FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\
 
 
 class Peeked:
-    """A file whose first bytes were read to look at them, and which gives them out once more."""
+    """A file whose first bytes were read to look at them, and are given out once more."""
 
     def __init__(self, file: Readable, size: int) -> None:
         self._file = file
@@ -37,7 +37,7 @@ class Peeked:
 
 
 def detect(head: bytes, path: str) -> str:
-    """Which compression a file has, from its first bytes: "zstd", "gzip" or "plain".
+    """Tell a file's compression from its first bytes: "zstd", "gzip" or "plain".
 
     Raises: ShardError if the file is empty, of another format, or named as compressed but neither that nor JSON lines.
     """
@@ -60,8 +60,8 @@ def detect(head: bytes, path: str) -> str:
     return "plain"
 
 
-def pieces(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[Piece]:
-    """Yields what a shard's compressed bytes decode to, from a place in it to the file's end.
+def chunks(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[Chunk]:
+    """Yield what a shard's compressed bytes decode to, from a place in it to the file's end.
 
     Args:
         file: stands at the start's compressed offset.
@@ -72,24 +72,24 @@ def pieces(file: Readable, compression: str, path: str, max_window: int, start: 
     Raises: ShardError where the bytes are damaged or end too soon, naming file and raw offset.
     """
     if compression == "zstd":
-        return zstd.pieces(file, path, max_window, start)
+        return zstd.chunks(file, path, max_window, start)
     if compression == "gzip":
-        return gzip.pieces(file, path, start)
+        return gzip.chunks(file, path, start)
     assert compression == "plain", compression
-    return plain.pieces(file, start)
+    return plain.chunks(file, start)
 
 
 def decode(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[bytes]:
-    """Yields the raw bytes of a shard in chunks, none empty. Args, Raises: as `pieces`."""
-    return (piece.raw for piece in pieces(file, compression, path, max_window, start) if piece.raw)
+    """Yield the raw bytes of a shard in parts, none empty. Args, Raises: as `chunks`."""
+    return (chunk.raw for chunk in chunks(file, compression, path, max_window, start) if chunk.raw)
 
 
 class Decompressor(Protocol):
-    """What turns compressed bytes into raw ones, as they come."""
+    """Turns compressed bytes into raw ones, as they come."""
 
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
 def restart(compression: str, start: Start) -> Decompressor:
-    """A decompressor that goes on inside a frame or member, as `pieces` does there."""
-    return (zstd if compression == "zstd" else gzip).restart(start.window, start.state)
+    """Make a decompressor that goes on inside a frame or member, as `chunks` does there."""
+    return (zstd if compression == "zstd" else gzip).restart(start.history, start.state)

@@ -1,11 +1,11 @@
-"""What the formats share: the file they read, where they start, the pieces they give. base -> zstd, gzip, plain."""
+"""What the formats share: the file they read, where they start, the chunks they give. base -> zstd, gzip, plain."""
 
 from typing import NamedTuple, Protocol, cast
 
 import zstandard
 from isal import isal_zlib
 
-CHUNK_BYTES = 1 << 17  # read at a time
+READ_BYTES = 1 << 17  # read at a time
 # The stub of isal calls the class an instance.
 DECODE_ERRORS = (zstandard.ZstdError, cast(type[Exception], isal_zlib.error))
 
@@ -21,18 +21,18 @@ class Start(NamedTuple):
 
     offset: int = 0  # in the compressed file
     raw_offset: int = 0
-    window: bytes | memoryview = b""  # raw bytes before it, that what follows may refer to; b"" where a frame begins
+    history: bytes | memoryview = b""  # raw bytes before it, that what follows may refer to; b"" where a frame begins
     state: int = 0  # inside a frame or member, what else its format must know: for `restart`
 
 
-class Piece(NamedTuple):
-    """Compressed bytes that follow those of the piece before, and what they decode to."""
+class Chunk(NamedTuple):
+    """Compressed bytes that follow those of the chunk before, and what they decode to."""
 
     offset: int  # in the compressed file, of `data`
     raw_offset: int  # of `raw`
     data: bytes
     raw: bytes  # at most 1 MiB; b"" for a frame's or member's header
-    window: int  # raw bytes that the frame or member may refer back
+    history_bytes: int  # how far back the frame or member may refer, raw
     begins: bool  # `data` begins a frame or member, so that decoding can start here
 
 
@@ -46,27 +46,27 @@ class Input:
         self._next = 0  # position in _data: small frames must not copy what follows them again and again
 
     def available(self) -> bytes:
-        """The next bytes without taking them, as many as are at hand; none only at the file's end."""
+        """Return the next bytes without taking them, as many as are at hand; none only at the file's end."""
         return self._data[self._next :] or (self.peek(1) and self._data[self._next :])
 
     def peek(self, size: int, skip: int = 0) -> bytes:
-        """`size` bytes after the next `skip`, without taking them; fewer only at the file's end."""
-        while len(self._data) - self._next < skip + size and (more := self._file.read(CHUNK_BYTES)):
+        """Return `size` bytes after the next `skip`, without taking them; fewer only at the file's end."""
+        while len(self._data) - self._next < skip + size and (more := self._file.read(READ_BYTES)):
             self._data = self._data[self._next :] + more
             self._next = 0
         return self._data[self._next + skip : self._next + skip + size]
 
     def has(self, size: int) -> bool:
-        """True if at least `size` bytes are left."""
+        """Tell whether at least `size` bytes are left."""
         return len(self._data) - self._next >= size or len(self.peek(size)) == size
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes; fewer only at the file's end."""
+        """Take the next `size` bytes; fewer only at the file's end."""
         taken = self.peek(size)
         self.pass_over(len(taken))
         return taken
 
     def pass_over(self, size: int) -> None:
-        """Leaves out `size` bytes that `peek` has shown."""
+        """Leave out `size` bytes that `peek` has shown."""
         self._next += size
         self.offset += size

@@ -1,4 +1,4 @@
-"""Finds where a block of deflate begins in gzip data whose decoded bytes are known. gzip -> deflate -> splice.
+"""Finds where a block of deflate begins in gzip data whose decoded bytes are known. gzip -> deflate -> splice_points.
 
 Blocks are not marked and begin at any bit. What cannot be the header of one with dynamic Huffman codes (RFC 1951,
 section 3.2.7), as nearly all are, is ruled out by arithmetic on all bits at once; the few places that are left are
@@ -20,7 +20,7 @@ HEADER_BITS = 17 + 19 * 3  # BFINAL to HCLEN, and the longest list of code lengt
 def find_starts(
     data: bytes, raw: bytes, before: bytes, offset: int, raw_offset: int, search_bytes: int
 ) -> Iterator[Start]:
-    """Yields places in order from which `data` can be decoded; where that gives `raw`'s end, it is a place to keep.
+    """Yield places in order from which `data` can be decoded; where that gives `raw`'s end, it is a place to keep.
 
     Args:
         data: compressed bytes inside one member.
@@ -36,14 +36,14 @@ def find_starts(
             length = _decoded_bytes(data[at + 1 :], state)
             if length is not None and length <= len(raw):
                 split = len(raw) - length
-                window = (before + raw[:split])[-gzip.WINDOW_BYTES :]
-                yield Start(offset + at + 1, raw_offset + split, window, state)
+                history = (before + raw[:split])[-gzip.HISTORY_BYTES :]
+                yield Start(offset + at + 1, raw_offset + split, history, state)
 
 
 def _decoded_bytes(data: bytes, state: int) -> int | None:
-    """How many bytes `data` decodes to from there, whatever stands before; None if it cannot be decoded."""
+    """Count the bytes that `data` decodes to from there, whatever stands before; None if it cannot be decoded."""
     try:
-        member = gzip.restart(bytes(gzip.WINDOW_BYTES), state)
+        member = gzip.restart(bytes(gzip.HISTORY_BYTES), state)
         length = len(member.decompress(data))
     except DECODE_ERRORS:
         return None
@@ -51,7 +51,7 @@ def _decoded_bytes(data: bytes, state: int) -> int | None:
 
 
 def _dynamic_headers(data: npt.NDArray[np.uint8], limit: int) -> list[int]:
-    """The bits, below `limit`, at which the header of a block with dynamic codes that is not the last may begin."""
+    """Find the bits, below `limit`, at which the header of a dynamic block that is not the last may begin."""
     bits = np.unpackbits(data, bitorder="little")
     count = min(limit, len(bits) - HEADER_BITS)
     if count <= 0:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from isal import isal_zlib
 
 from shards.errors import DamageError
-from shards.formats.base import DECODE_ERRORS, Input, Piece, Readable, Start
+from shards.formats.base import DECODE_ERRORS, Chunk, Input, Readable, Start
 
 MAGIC = b"\x1f\x8b"
 MAX_OUTPUT_BYTES = 1 << 20  # a chunk of zeros unpacks a thousandfold
-WINDOW_BYTES = 1 << 15
+HISTORY_BYTES = 1 << 15
 TRAILER_BYTES = 8  # CRC-32 and size of a member
 GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
 DEFLATE_WBITS = -15  # neither
@@ -32,7 +32,7 @@ EMPTY_DYNAMIC = (
 
 
 def restart_state(bits: int, first: int) -> int:
-    """`Start.state` of a place inside a byte, from which on the deflate block's other bytes follow.
+    """Return `Start.state` of a place inside a byte, from which on the deflate block's other bytes follow.
 
     Args:
         bits: of that byte that belong to the block before, 0 to 7.
@@ -41,11 +41,11 @@ def restart_state(bits: int, first: int) -> int:
     return first << 3 | bits
 
 
-def restart(window: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
-    """A decompressor that takes the bytes after the one that a block inside a member begins in.
+def restart(history: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
+    """Make a decompressor that takes the bytes after the one that a block inside a member begins in.
 
     Args:
-        window: 32 KiB of raw bytes before the block, or all that the member has.
+        history: 32 KiB of raw bytes before the block, or all that the member has.
         state: from `restart_state`.
     """
     first, before = state >> 3, state & 7
@@ -53,19 +53,19 @@ def restart(window: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
     bits += EMPTY_FIXED * ((before - len(bits)) // 2 % 4)
     bits += f"{first:08b}"[::-1][before:]
     assert len(bits) % 8 == 0, (len(bits), before)
-    member = isal_zlib.decompressobj(wbits=DEFLATE_WBITS, zdict=window)
+    member = isal_zlib.decompressobj(wbits=DEFLATE_WBITS, zdict=history)
     member.decompress(bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8)))
     return member
 
 
-def pieces(file: Readable, path: str, start: Start) -> Iterator[Piece]:
-    """Yields the pieces of all members from `start` on. See `formats.pieces`."""
+def chunks(file: Readable, path: str, start: Start) -> Iterator[Chunk]:
+    """Yield the chunks of all members from `start` on. See `formats.chunks`."""
     source = Input(file, start.offset)
     raw_offset = start.raw_offset
-    if start.window:
-        for piece in _member(source, path, restart(start.window, start.state), raw_offset):
-            raw_offset = piece.raw_offset + len(piece.raw)
-            yield piece
+    if start.history:
+        for chunk in _member(source, path, restart(start.history, start.state), raw_offset):
+            raw_offset = chunk.raw_offset + len(chunk.raw)
+            yield chunk
         if len(source.take(TRAILER_BYTES)) < TRAILER_BYTES:
             raise _truncated(source, path, raw_offset)
     while head := _head_of_member(source):
@@ -74,14 +74,14 @@ def pieces(file: Readable, path: str, start: Start) -> Iterator[Piece]:
                 f"{path}: byte {source.offset} should begin a gzip member but holds {head.hex(' ')}; "
                 f"the file is damaged after raw byte {raw_offset}, copy it again"
             )
-        yield Piece(source.offset, raw_offset, b"", b"", WINDOW_BYTES, True)
-        for piece in _member(source, path, isal_zlib.decompressobj(wbits=GZIP_WBITS), raw_offset):
-            raw_offset = piece.raw_offset + len(piece.raw)
-            yield piece
+        yield Chunk(source.offset, raw_offset, b"", b"", HISTORY_BYTES, True)
+        for chunk in _member(source, path, isal_zlib.decompressobj(wbits=GZIP_WBITS), raw_offset):
+            raw_offset = chunk.raw_offset + len(chunk.raw)
+            yield chunk
 
 
 def _head_of_member(source: Input) -> bytes:
-    """The first two bytes of the next member; zeros may pad a member, as tape tools do. b"" at the file's end."""
+    """Peek at the next member's first two bytes, past the zeros that tape tools pad with; b"" at the file's end."""
     while data := source.available():
         member_data = data.lstrip(b"\0")
         source.pass_over(len(data) - len(member_data))
@@ -90,8 +90,8 @@ def _head_of_member(source: Input) -> bytes:
     return b""
 
 
-def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset: int) -> Iterator[Piece]:
-    """Yields the pieces of the rest of a member, whose next byte `source` stands at."""
+def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset: int) -> Iterator[Chunk]:
+    """Yield the chunks of the rest of a member, whose next byte `source` stands at."""
     raw = b""
     while not member.eof:
         data = source.available()
@@ -105,7 +105,7 @@ def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset
             ) from None
         rest = member.unused_data if member.eof else member.unconsumed_tail
         taken = data[: len(data) - len(rest)]
-        yield Piece(source.offset, raw_offset, taken, raw, WINDOW_BYTES, False)
+        yield Chunk(source.offset, raw_offset, taken, raw, HISTORY_BYTES, False)
         source.pass_over(len(taken))
         raw_offset += len(raw)
 

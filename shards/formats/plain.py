@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from shards.formats.base import CHUNK_BYTES, Piece, Readable, Start
+from shards.formats.base import READ_BYTES, Chunk, Readable, Start
 
 
-def pieces(file: Readable, start: Start) -> Iterator[Piece]:
-    """Yields the file's bytes from `start` on; any byte is an entry of its own."""
+def chunks(file: Readable, start: Start) -> Iterator[Chunk]:
+    """Yield the file's bytes from `start` on; any byte is an entry of its own."""
     offset = start.offset
-    while chunk := file.read(CHUNK_BYTES):
-        yield Piece(offset, offset, chunk, chunk, 0, False)
-        offset += len(chunk)
+    while data := file.read(READ_BYTES):
+        yield Chunk(offset, offset, data, data, 0, False)
+        offset += len(data)

@@ -12,21 +12,21 @@ import zstandard
 
 from shards.errors import DamageError, ShardError
 from shards.formats import zstd_blocks
-from shards.formats.base import CHUNK_BYTES, Input, Piece, Readable, Start
+from shards.formats.base import READ_BYTES, Chunk, Input, Readable, Start
 
-PIECE_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
-MAX_OUTPUT_BYTES = 1 << 20  # of a piece
+CHUNK_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
+MAX_OUTPUT_BYTES = 1 << 20  # of a chunk
 MIN_WINDOW_BYTES = 1 << 10
 MIN_WINDOW_LOG = 10
 
 
 def starts_frame(head: bytes) -> bool:
-    """True if `head` begins a zstd frame or a skippable frame."""
+    """Tell whether `head` begins a zstd frame or a skippable frame."""
     return head.startswith((zstd_blocks.MAGIC, *zstd_blocks.SKIPPABLE_MAGICS))
 
 
 def window_bytes(head: bytes) -> int:
-    """Bytes of decoded data that the frame beginning with `head` may refer back to.
+    """Return how far back, in decoded bytes, the frame beginning with `head` may refer.
 
     Raises: zstandard.ZstdError if the header is cut short, or asks for more than any decoder grants.
     """
@@ -34,34 +34,36 @@ def window_bytes(head: bytes) -> int:
 
 
 def restart_state(header: bytes) -> int:
-    """`Start.state` of places inside the frame with this header: its window's size, rounded up, and whether a checksum
-    ends it."""
+    """Return `Start.state` of places inside the frame with this header.
+
+    That is its window's size, rounded up, and whether a checksum ends it.
+    """
     window_log = max(MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
     return window_log << 1 | zstd_blocks.has_checksum(header)
 
 
-def restart(window: bytes | memoryview, state: int) -> "zstandard.ZstdDecompressionObj":
-    """A decompressor that takes blocks from inside a frame.
+def restart(history: bytes | memoryview, state: int) -> "zstandard.ZstdDecompressionObj":
+    """Make a decompressor that takes blocks from inside a frame.
 
     Args:
-        window: raw bytes before the first of them, at most the frame's window.
+        history: raw bytes before the first of them, at most the frame's window.
         state: from `restart_state`.
     """
-    dictionary = zstandard.ZstdCompressionDict(window, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    dictionary = zstandard.ZstdCompressionDict(history, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     frame = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=1 << (state >> 1)).decompressobj()
     frame.decompress(zstd_blocks.made_header(state >> 1))
     return frame
 
 
-def pieces(file: Readable, path: str, max_window: int, start: Start) -> Iterator[Piece]:
-    """Yields the pieces of all frames from `start` on. See `formats.pieces`."""
+def chunks(file: Readable, path: str, max_window: int, start: Start) -> Iterator[Chunk]:
+    """Yield the chunks of all frames from `start` on. See `formats.chunks`."""
     source = Input(file, start.offset)
     raw_offset = start.raw_offset
-    if start.window:
-        frame = restart(start.window, start.state)
-        for piece in _blocks(source, path, frame, 1 << (start.state >> 1), raw_offset, bool(start.state & 1)):
-            raw_offset = piece.raw_offset + len(piece.raw)
-            yield piece
+    if start.history:
+        frame = restart(start.history, start.state)
+        for chunk in _blocks(source, path, frame, 1 << (start.state >> 1), raw_offset, bool(start.state & 1)):
+            raw_offset = chunk.raw_offset + len(chunk.raw)
+            yield chunk
     while head := source.peek(zstd_blocks.MAX_HEADER_BYTES):
         if head.startswith(zstd_blocks.SKIPPABLE_MAGICS):
             _skip(source, path, raw_offset)
@@ -75,14 +77,14 @@ def pieces(file: Readable, path: str, max_window: int, start: Start) -> Iterator
         offset, header = source.offset, source.take(zstd_blocks.frame_header_bytes(head))
         frame = zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
         _decompress(frame, header, path, offset, raw_offset)
-        yield Piece(offset, raw_offset, header, b"", window, True)
-        for piece in _blocks(source, path, frame, window, raw_offset, zstd_blocks.has_checksum(header)):
-            raw_offset = piece.raw_offset + len(piece.raw)
-            yield piece
+        yield Chunk(offset, raw_offset, header, b"", window, True)
+        for chunk in _blocks(source, path, frame, window, raw_offset, zstd_blocks.has_checksum(header)):
+            raw_offset = chunk.raw_offset + len(chunk.raw)
+            yield chunk
 
 
 def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
-    """Bytes of window of the frame that comes next. Raises: ShardError if it is more than allowed."""
+    """Read the size of the next frame's window, in bytes. Raises: ShardError if it is more than allowed."""
     head = source.peek(zstd_blocks.MAX_HEADER_BYTES)
     try:
         window = window_bytes(head)
@@ -110,13 +112,13 @@ def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
 
 def _blocks(
     source: Input, path: str, frame: "zstandard.ZstdDecompressionObj", window: int, raw_offset: int, checksum: bool
-) -> Iterator[Piece]:
-    """Yields the pieces of the rest of a frame, whose next block `source` stands at."""
+) -> Iterator[Chunk]:
+    """Yield the chunks of the rest of a frame, whose next block `source` stands at."""
     while not frame.eof:
         offset = source.offset
         size = raw_limit = 0
         last = False
-        while not last and size < PIECE_BYTES and raw_limit + zstd_blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
+        while not last and size < CHUNK_BYTES and raw_limit + zstd_blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
             head = source.peek(zstd_blocks.BLOCK_HEADER_BYTES, size)
             last, kind, content, limit = zstd_blocks.block_header(head)
             if len(head) == zstd_blocks.BLOCK_HEADER_BYTES and (
@@ -125,7 +127,7 @@ def _blocks(
                 raise _damaged(path, source.offset + size, raw_offset, "no block has such a header")
             wanted = zstd_blocks.BLOCK_HEADER_BYTES + content + (zstd_blocks.CHECKSUM_BYTES if last and checksum else 0)
             if not source.has(size + wanted):
-                if size:  # what is whole is given out before the error, which comes with the next piece
+                if size:  # what is whole is given out before the error, which comes with the next chunk
                     last = False
                     break
                 source.take(wanted)
@@ -133,7 +135,7 @@ def _blocks(
             size, raw_limit = size + wanted, raw_limit + limit
         data = source.take(size)
         raw = _decompress(frame, data, path, offset, raw_offset)
-        yield Piece(offset, raw_offset, data, raw, window, False)
+        yield Chunk(offset, raw_offset, data, raw, window, False)
         raw_offset += len(raw)
         if last != frame.eof:
             raise _damaged(path, source.offset, raw_offset, "the frame does not end with its last block")
@@ -153,7 +155,7 @@ def _skip(source: Input, path: str, raw_offset: int) -> None:
     if len(header) < 8:
         raise _truncated(source, path, raw_offset)
     while left:
-        taken = source.take(min(left, CHUNK_BYTES))
+        taken = source.take(min(left, READ_BYTES))
         if not taken:
             raise _truncated(source, path, raw_offset)
         left -= len(taken)

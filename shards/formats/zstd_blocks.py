@@ -38,7 +38,7 @@ REPEAT = 3  # of Symbol_Compression_Modes
 
 
 def frame_header_bytes(head: bytes) -> int:
-    """Size of the magic and header of the frame that begins with `head`. Raises: IndexError if that is cut short."""
+    """Return the size of the magic and header of a frame from its `head`. Raises: IndexError if that is cut short."""
     descriptor = head[4]
     single_segment = descriptor >> 5 & 1
     dictionary = (0, 1, 2, 4)[descriptor & 3]
@@ -47,19 +47,19 @@ def frame_header_bytes(head: bytes) -> int:
 
 
 def has_checksum(head: bytes) -> bool:
-    """True if Content_Checksum follows the last block of the frame that begins with `head`."""
+    """Tell whether Content_Checksum follows the last block of the frame that begins with `head`."""
     return bool(head[4] & 4)
 
 
 def block_header(head: bytes) -> tuple[bool, int, int, int]:
-    """(Last_Block, Block_Type, bytes of content that follow, bytes it unpacks to at most) of a Block_Header."""
+    """Read a Block_Header: (Last_Block, Block_Type, bytes of content that follow, bytes it unpacks to at most)."""
     value = int.from_bytes(head[:BLOCK_HEADER_BYTES], "little")
     kind, size = value >> 1 & 3, value >> 3
     return bool(value & 1), kind, 1 if kind == RLE else size, MAX_BLOCK_BYTES if kind == COMPRESSED else size
 
 
 def stands_alone(block: bytes) -> bool:
-    """True if the headers of a block, which begins with its Block_Header, refer to no tree or table from before."""
+    """Tell whether a block's headers, its Block_Header first, refer to no tree or table from before."""
     _, kind, size, _ = block_header(block)
     if kind != COMPRESSED:
         return True
@@ -85,5 +85,5 @@ def stands_alone(block: bytes) -> bool:
 
 
 def made_header(window_log: int) -> bytes:
-    """A frame header for blocks from inside a frame: no content size, no checksum, a window of 2^window_log bytes."""
+    """Make a frame header for blocks inside a frame: no content size, no checksum, a window of 2^window_log bytes."""
     return MAGIC + bytes([0, (window_log - 10) << 3])

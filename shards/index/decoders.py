@@ -1,6 +1,6 @@
 """Open decoders of shards: raw byte ranges, read forward, with the last used kept open.
 
-formats -> decoders -> window.
+formats, splice_points -> decoders -> cells.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from shards import formats
 from shards.config import MIB
 from shards.errors import DamageError, ShardError
 from shards.formats import Start
-from shards.index.paths import index_command, index_paths, windows_path
-from shards.index.splice_points import Splice, read_window
+from shards.index.paths import history_path, index_command, index_paths
+from shards.index.splice_points import Splice, read_history
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
@@ -60,7 +60,7 @@ class _Decoder:
         files.check_size(wanted.path, wanted.stat)
         self.path, self.splice = wanted.path, splice
         self.position = start.raw_offset  # of the next byte
-        self.held_bytes = wanted.decoder_window + len(start.window)
+        self.held_bytes = wanted.decoder_window + len(start.history)
         self._file = files.open_shard(wanted.path, start.offset, cache)
         self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, start)
         self._left = b""
@@ -110,7 +110,7 @@ class Decoders:
         return len(self._distrusted)
 
     def read(self, wanted: RawRange) -> bytes:
-        """The bytes of `wanted`, each whole cell of them compared with its hash in the index.
+        """Read the bytes of `wanted`, each whole cell of them compared with its hash in the index.
 
         Raises: ShardError if the file changed, is damaged, or ends before the range does.
         """
@@ -131,12 +131,13 @@ class Decoders:
         return raw
 
     def close(self) -> None:
+        """Close all files."""
         for decoder in self._open:
             decoder.close()
         self._open.clear()
 
     def _take(self, wanted: RawRange) -> _Decoder:
-        """The open decoder that is nearest before the range, if no entry is nearer; else a new one."""
+        """Take the open decoder that is nearest before the range, if no entry is nearer; else open a new one."""
         splice = None if (wanted.path, wanted.splice) in self._distrusted else wanted.splice
         nearest = splice.raw_offset if splice else wanted.frame[1]
         usable = [one for one in self._open if one.path == wanted.path and nearest <= one.position <= wanted.start]
@@ -147,20 +148,20 @@ class Decoders:
         start = Start(*wanted.frame)
         if splice:
             try:
-                window = self._window(wanted.path, splice)
-                start = Start(splice.offset, splice.raw_offset, window, splice.state)
+                history = self._history(wanted.path, splice)
+                start = Start(splice.offset, splice.raw_offset, history, splice.state)
             except (OSError, *formats.DECODE_ERRORS) as error:
                 self._distrust(wanted.path, splice, error)
                 splice = None
         return _Decoder(wanted, splice, start, self._max_window, self._cache)
 
-    def _window(self, path: str, splice: Splice) -> bytes:
-        """A splice point's window, from beside one of the places of indexes. Raises: as `read_window`."""
-        first, *others = [windows_path(place) for place in index_paths(path, self._index_dir)]
+    def _history(self, path: str, splice: Splice) -> bytes:
+        """Read a splice point's history from beside one of the places of indexes. Raises: as `read_history`."""
+        first, *others = [history_path(place) for place in index_paths(path, self._index_dir)]
         for place in others if not first.exists() else ():
             with contextlib.suppress(OSError, *formats.DECODE_ERRORS):
-                return read_window(place, splice)
-        return read_window(first, splice)
+                return read_history(place, splice)
+        return read_history(first, splice)
 
     def _distrust(self, path: str, splice: Splice, error: Exception) -> None:
         self._distrusted.add((path, splice))
@@ -175,7 +176,7 @@ class Decoders:
         )
 
     def _explained(self, wanted: RawRange, error: ShardError) -> ShardError:
-        """What is so where a shard is not what was indexed; any other error as it is."""
+        """Explain why a shard is not what was indexed; leave any other error alone."""
         if not isinstance(error, DamageError):
             return error
         now, path = files.stat(wanted.path, fresh=True), wanted.path

@@ -19,7 +19,7 @@ from shards.errors import ShardError
 from shards.storage import atomic, files, remote
 
 INDEX_SUFFIX = ".index.json"
-WINDOWS_SUFFIX = ".windows"
+HISTORY_SUFFIX = ".windows"
 
 
 def index_paths(path: str, index_dir: Path | None) -> list[Path]:
@@ -75,9 +75,9 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
-def windows_path(index: Path) -> Path:
-    """Where the windows of a shard's splice points are kept, given where its index is."""
-    return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + WINDOWS_SUFFIX)
+def history_path(index: Path) -> Path:
+    """Return where the histories of a shard's splice points are kept, given where its index is."""
+    return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + HISTORY_SUFFIX)
 
 
 def digest(parts: list[str]) -> str:

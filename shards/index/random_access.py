@@ -12,7 +12,7 @@ from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.errors import ShardError
 from shards.index.decoders import Decoders
 from shards.index.shard_index import ShardIndex, find, obtain
-from shards.records.json_lines import Document, RecordParser
+from shards.records.json_lines import Document, parser_for
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
@@ -70,7 +70,7 @@ def document(
     decoders = Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)
     raw = decoders.read(index.raw_range(path, start, stop))
     decoders.close()
-    parser = RecordParser.of(source, strict)
+    parser = parser_for(source, strict)
     records = parser.parse(raw, first + 1)
     if n not in records.lines:
         reasons = [bad.reason for bad in records.bad if bad.line == n]

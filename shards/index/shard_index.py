@@ -15,9 +15,9 @@ import xxhash
 from shards import formats
 from shards.arrays import Ints, greedy_groups
 from shards.errors import ShardError
-from shards.formats import Piece
+from shards.formats import Chunk
 from shards.index.decoders import CellCheck, RawRange
-from shards.index.paths import index_path, index_paths, store, windows_path, written_meanwhile
+from shards.index.paths import history_path, index_path, index_paths, store, written_meanwhile
 from shards.index.record_table import RecordTable
 from shards.index.splice_points import Splice, SpliceCounts, Splicer
 from shards.records import arrow
@@ -115,7 +115,7 @@ def build(
     max_window: int,
     progress: Progress | None = None,
     cache: BlockCache | None = None,
-    windows: Path | None = None,
+    histories: Path | None = None,
     verify_entries: bool = True,
 ) -> ShardIndex:
     """Reads a shard once, from its first byte to its last.
@@ -125,7 +125,7 @@ def build(
         max_window: bytes of decoder window.
         progress: is told the compressed bytes as they are read.
         cache: of remote shards.
-        windows: file for the windows of splice points; None = no splice points.
+        histories: file for the histories of splice points; None = no splice points.
         verify_entries: compare what splice points give up to the next, and not only at their beginning.
     Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
     """
@@ -134,15 +134,15 @@ def build(
     before = files.stat(path, fresh=True)
     with (
         files.open_shard(path, cache=cache) as file,
-        written_meanwhile(windows) if windows else nullcontext() as windows_file,
+        written_meanwhile(histories) if histories else nullcontext() as file_of_histories,
     ):
         watched = _Watched(path, file, progress)
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
         splicer = None
-        if windows_file and compression != "plain":
-            splicer = Splicer(compression, before.size, verify_entries, windows_file)
-        table, frames, window = _scan(formats.pieces(peeked, compression, path, max_window), cell_bytes, splicer)
+        if file_of_histories and compression != "plain":
+            splicer = Splicer(compression, before.size, verify_entries, file_of_histories)
+        table, frames, decoder_bytes = _scan(formats.chunks(peeked, compression, path, max_window), cell_bytes, splicer)
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
         after = files.stat(path, fresh=True)
         # Only the content decides: a shard may be touched, or its mirrors may call the same content by other names.
@@ -154,7 +154,7 @@ def build(
         stat=after,
         content_hash=watched.hash.hexdigest(),
         compression=compression,
-        decoder_window=window,
+        decoder_window=decoder_bytes,
         raw_bytes=table.raw_bytes,
         num_records=table.num_records,
         num_documents=table.num_documents,
@@ -167,22 +167,22 @@ def build(
 
 
 def _scan(
-    pieces: Iterator[Piece], cell_bytes: int, splicer: Splicer | None
+    chunks: Iterator[Chunk], cell_bytes: int, splicer: Splicer | None
 ) -> tuple[RecordTable, list[tuple[int, int]], int]:
-    """Takes in all pieces of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
+    """Takes in all chunks of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
     table = RecordTable(cell_bytes)
     frames: list[tuple[int, int]] = []
-    window = formats.MIN_DECODER_BYTES
-    for piece in pieces:
+    decoder_bytes = formats.MIN_DECODER_BYTES
+    for chunk in chunks:
         if splicer:
-            splicer.see(piece)
-        if piece.begins:
-            frames.append((piece.offset, piece.raw_offset))
-            window = max(window, piece.window)
-        elif piece.raw:
-            table.feed(piece.raw)
+            splicer.see(chunk)
+        if chunk.begins:
+            frames.append((chunk.offset, chunk.raw_offset))
+            decoder_bytes = max(decoder_bytes, chunk.history_bytes)
+        elif chunk.raw:
+            table.feed(chunk.raw)
     table.finish()
-    return table, frames, window
+    return table, frames, decoder_bytes
 
 
 def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
@@ -231,7 +231,7 @@ def obtain(
     """The index of a shard: the stored one if it is still true, else a new one, which is stored.
 
     Args:
-        index_dir: where indexes are kept, if not beside the shards; the windows of splice points lie beside them.
+        index_dir: where indexes are kept, if not beside the shards; the histories of splice points lie beside them.
         verify: hash the file even if its size and modification time agree with the stored index.
         cache: of remote shards.
         verify_entries: see `build`.
@@ -243,7 +243,7 @@ def obtain(
     if stored and content_hash(path, cache) == stored.content_hash:
         index = msgspec.structs.replace(stored, stat=now)
     else:
-        index = build(path, cell_bytes, max_window, progress, cache, windows_path(place), verify_entries)
+        index = build(path, cell_bytes, max_window, progress, cache, history_path(place), verify_entries)
     store(place, msgspec.json.encode(index))
     return index
 

@@ -1,8 +1,8 @@
-"""A splice point's window, thinned to the bytes that are referred to from there on.
+"""A splice point's history, thinned to the bytes that are referred to from there on.
 
-formats -> thinning -> splice_points. That is a few percent of it; with zeros in place of the rest, a window packs to a
+formats -> thinning -> splice_points. That is a few percent of it; with zeros in place of the rest, a history packs to a
 fifth of its size or less. References are not parsed but seen. Decoding only copies and inserts: if each grain of the
-window is changed (XOR) by a mark of its own, each byte comes out changed by the mark of the grain that it was copied
+history is changed (XOR) by a mark of its own, each byte comes out changed by the mark of the grain that it was copied
 from, over any number of copies in between, and a byte that was inserted comes out as it is. Source of the idea, for
 gzip: Knespel, Brunst 2023, "Rapidgzip", HPDC '23.
 """
@@ -13,70 +13,70 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import formats
-from shards.formats import Piece, Start
+from shards.formats import Chunk, Start
 
 Bytes = npt.NDArray[np.uint8]
 
-MARKS = (1 << 16) - 1  # 1 and up: two digits of a byte, each in a window of its own
+MARKS = (1 << 16) - 1  # 1 and up: two digits of a byte, each in a separate history
 
 
 class Follower:
-    """Decodes a shard's pieces from a splice point on, beside the decoding of the whole shard."""
+    """Decodes a shard's chunks from a splice point on, beside the decoding of the whole shard."""
 
     def __init__(self, compression: str, start: Start) -> None:
         self._decompressor = formats.restart(compression, start)
-        self._ahead = b""  # of the next piece: gzip data may give out what it holds with the piece after
+        self._ahead = b""  # of the next chunk: gzip data may give out what it holds with the chunk after
 
-    def follow(self, piece: Piece) -> bytes:
-        """As many bytes as the piece has raw ones, the next that decoding from here gives; fewer if it gives no more.
+    def follow(self, chunk: Chunk) -> bytes:
+        """Return the next bytes that decoding from here gives, as many as the chunk has raw ones if there are.
 
-        Raises: one of DECODE_ERRORS if the piece cannot be decoded.
+        Raises: one of DECODE_ERRORS if the chunk cannot be decoded.
         """
-        got = self._ahead + self._decompressor.decompress(piece.data)
-        self._ahead = got[len(piece.raw) :]
-        return got[: len(piece.raw)]
+        got = self._ahead + self._decompressor.decompress(chunk.data)
+        self._ahead = got[len(chunk.raw) :]
+        return got[: len(chunk.raw)]
 
-    def holds(self, pieces: Sequence[Piece]) -> bool:
-        """Decodes the next pieces; False if that does not give their raw bytes."""
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        """Decode the next chunks; False if that does not give their raw bytes."""
         try:
-            return all(self.follow(piece) == piece.raw for piece in pieces)
+            return all(self.follow(chunk) == chunk.raw for chunk in chunks)
         except formats.DECODE_ERRORS:
             return False
 
 
-def thinned(compression: str, start: Start, pieces: Sequence[Piece]) -> memoryview:
-    """A splice point's window with zeros for all that the pieces do not refer to.
+def thinned(compression: str, start: Start, chunks: Sequence[Chunk]) -> memoryview:
+    """Replace all that the chunks do not refer to in a splice point's history by zeros.
 
-    There are 65,535 marks, so it is kept in grains: of 1 byte in windows of 32 KiB, of 33 in those of 2 MiB.
+    There are 65,535 marks, so it is divided into grains: of 1 byte in histories of 32 KiB, of 33 in those of 2 MiB.
 
     Args:
-        pieces: those that follow the start, with as many raw bytes as the window has: what comes after them cannot
+        chunks: those that follow the start, with as many raw bytes as the history has: what comes after them cannot
             refer to it. Where decoding does not give their raw bytes, the result is of no use, which decoding from it
             shows.
     Raises: one of DECODE_ERRORS if they cannot be decoded from there.
     """
-    window = np.frombuffer(start.window, np.uint8)
-    grain_bytes = -(-len(window) // MARKS)
-    marks = np.arange(1, -(-len(window) // grain_bytes) + 1, dtype=np.uint16)  # of the grains
+    history = np.frombuffer(start.history, np.uint8)
+    grain_bytes = -(-len(history) // MARKS)
+    marks = np.arange(1, -(-len(history) // grain_bytes) + 1, dtype=np.uint16)  # of the grains
 
     def spread(grains: Bytes) -> Bytes:
-        return np.repeat(grains, grain_bytes)[: len(window)]
+        return np.repeat(grains, grain_bytes)[: len(history)]
 
     def changes(digits: Bytes) -> Iterator[Bytes]:
-        """For each piece, by what its raw bytes differ if those of the window differ by these digits."""
-        follower = Follower(compression, start._replace(window=(window ^ spread(digits)).data))
-        left = pieces[0].window  # raw bytes that can refer to it
-        for piece in pieces:
-            output = follower.follow(piece)[:left]
-            yield np.frombuffer(output, np.uint8) ^ np.frombuffer(piece.raw, np.uint8)[: len(output)]
+        """Yield for each chunk by what its raw bytes differ if those of the history differ by these digits."""
+        follower = Follower(compression, start._replace(history=(history ^ spread(digits)).data))
+        left = chunks[0].history_bytes  # raw bytes that can refer to it
+        for chunk in chunks:
+            output = follower.follow(chunk)[:left]
+            yield np.frombuffer(output, np.uint8) ^ np.frombuffer(chunk.raw, np.uint8)[: len(output)]
             left -= len(output)
 
-    seen = np.zeros(1 << 16, np.uint8)  # by mark; 0 is what was not copied from the window
-    # The one after the other: two decoders in turns push each other's windows out of the cache.
+    seen = np.zeros(1 << 16, np.uint8)  # by mark; 0 is what was not copied from the history
+    # The one after the other: two decoders in turns push each other's histories out of the cache.
     low, high = (list(changes(digits.astype(np.uint8))) for digits in (marks & 255, marks >> 8))
     for first, second in zip(low, high, strict=True):
         copied = second.astype(np.uint16)
         copied <<= 8
         copied |= first
         seen[copied.astype(np.intp)] = 1
-    return (window * spread(seen[marks])).data
+    return (history * spread(seen[marks])).data

@@ -10,7 +10,7 @@ import msgspec
 
 from shards.errors import CheckpointError
 
-STATE_VERSION = 1
+LOADER_STATE_VERSION = 1
 
 
 class Cursor(NamedTuple):
@@ -49,9 +49,9 @@ class LoaderState(msgspec.Struct, frozen=True):
     @staticmethod
     def from_dict(state: Mapping[str, object]) -> "LoaderState":
         """Raises: CheckpointError if `state` is not what `to_dict` of this version gives."""
-        if state.get("version") != STATE_VERSION:
+        if state.get("version") != LOADER_STATE_VERSION:
             raise CheckpointError(
-                f"loader state has version {state.get('version')!r}; this program reads {STATE_VERSION}"
+                f"loader state has version {state.get('version')!r}; this program reads {LOADER_STATE_VERSION}"
             )
         try:
             return msgspec.convert(dict(state), LoaderState)

@@ -28,7 +28,7 @@ MIXES_KEPT = 2048  # lanes run out of sources one by one: each may need a mix of
 
 
 def integer_weights(weights: Sequence[Fraction], period: int) -> tuple[int, ...]:
-    """Shares of `period` by the largest remainder, of equal ones the earlier; a weight above 0 gets at least 1."""
+    """Divide `period` by the largest remainder, of equal ones the earlier; a weight above 0 gets at least 1."""
     quotas = _quotas(weights, period)
     shares = [max(int(quota), int(quota > 0)) for quota in quotas]
     by_remainder = sorted(range(len(shares)), key=lambda i: (int(quotas[i]) - quotas[i], i))
@@ -45,7 +45,7 @@ def _quotas(weights: Sequence[Fraction], period: int) -> list[Fraction]:
 
 
 def level_shares(weights: Sequence[Fraction], period: int, levels: int) -> list[tuple[int, ...]]:
-    """The slots of each source on each level; where another level follows, the last number is of the slots for it."""
+    """Return the slots of each source on each level; where another level follows, its slots stand last."""
     found: list[tuple[int, ...]] = []
     while len(found) < levels - 1:
         quotas = _quotas(weights, period)
@@ -59,7 +59,7 @@ def level_shares(weights: Sequence[Fraction], period: int, levels: int) -> list[
 
 
 def mixing_sequence(shares: tuple[int, ...]) -> Slots:
-    """One level's order: earliest deadline first.
+    """Order one level by the earliest deadline.
 
     Number i's k-th slot may be floor(k * P / share) at the earliest and must come before ceil((k + 1) * P / share), P
     being the period, sum(shares). Every prefix then holds each number's share of it to less than one slot, every
@@ -84,7 +84,7 @@ def mixing_sequence(shares: tuple[int, ...]) -> Slots:
 
 
 def lane_phase(lane: int, period: int, level: int = 0) -> int:
-    """Where a lane starts in a level's sequence: floor(frac(lane * multiplier) * period), in integers."""
+    """Return where a lane starts in a level's sequence: floor(frac(lane * multiplier) * period), in integers."""
     return ((lane * PHASES[level]) % (1 << 64) * period) >> 64
 
 
@@ -98,10 +98,10 @@ class _Level:
         self._slots = np.argsort(self.sequence, kind="stable").astype(np.int16)  # of number 0, then of number 1, ...
 
     def count(self, number: int, start: int, slots: int) -> int:
-        """How often a number stands in so many slots from `start`, which is below the period."""
-        own = self._slots[self._ends[number] - self.shares[number] : self._ends[number]]
+        """Count how often a number stands in so many slots from `start`, which is below the period."""
+        slots_of_number = self._slots[self._ends[number] - self.shares[number] : self._ends[number]]
         turns, place = divmod(start + slots, self.period)
-        before, until = np.searchsorted(own, (start, place)).tolist()
+        before, until = np.searchsorted(slots_of_number, (start, place)).tolist()
         return turns * self.shares[number] + until - before
 
 
@@ -120,7 +120,7 @@ class Mix:
         self._next_level = len(weights)  # the number by which a level calls for the next
 
     def source_of(self, lane: int, row: int) -> int:
-        """The source of a lane's row, counted from where these weights began to hold."""
+        """Return the source of a lane's row, counted from where these weights began to hold."""
         for depth, level in enumerate(self._levels):
             start = lane_phase(lane, level.period, depth)
             source = int(level.sequence[(start + row) % level.period])
@@ -130,7 +130,7 @@ class Mix:
         raise AssertionError("the last level calls for no other")
 
     def drawn(self, lane: int, source: int, rows: int) -> int:
-        """How many of a lane's first `rows` rows come from a source."""
+        """Count how many of a lane's first `rows` rows come from a source."""
         total = 0
         for depth, level in enumerate(self._levels):
             start = lane_phase(lane, level.period, depth)
@@ -140,7 +140,7 @@ class Mix:
         return total
 
     def row_of_use(self, lane: int, source: int, row: int, uses: int) -> int | None:
-        """The first row of a lane, from `row` on, that comes from a source after `uses` others of it; None = never."""
+        """Find the first row of a lane, from `row` on, that is from a source after `uses` others of it; None = never."""
         if not self._shares[source]:
             return None
         goal = self.drawn(lane, source, row) + uses  # the row that is wanted makes it one more
@@ -157,5 +157,5 @@ class Mix:
 
 @lru_cache(maxsize=MIXES_KEPT)
 def mix_of(weights: tuple[float, ...], version: int) -> Mix | None:
-    """The mix of these weights; None if all of them are 0."""
+    """Return the mix of these weights; None if all of them are 0."""
     return Mix(weights, version) if any(weights) else None

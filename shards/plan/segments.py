@@ -102,7 +102,7 @@ class SourcePlan:
         self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # for each lane the present and the next
 
     def _cut(self, divide: bool) -> None:
-        """Cuts the source into segments, by cells; with `divide`, a cell longer than a segment by its records."""
+        """Cut the source into segments, by cells; with `divide`, a cell longer than a segment by its records."""
         first = greedy_groups(self._offsets, self._shard_cells, self.segment_bytes)
         stop = np.append(first[1:], len(self._offsets) - 1)
         records, sizes = self._records[stop] - self._records[first], self._offsets[stop] - self._offsets[first]
@@ -114,8 +114,10 @@ class SourcePlan:
         self._first_cell, self._stop_cell = first[which], stop[which]
         bounds = [self._records[first][which] + records[which] * (part + i) // parts[which] for i in (0, 1)]
         self._first_record, self._stop_record = bounds  # in the concatenation of all shards
-        own = self._stop_record - self._first_record
-        self._sizes = np.stack([own, sizes[which] * own // np.maximum(1, records[which])])  # records and raw bytes
+        counts = self._stop_record - self._first_record
+        self._sizes = np.stack(
+            [counts, sizes[which] * counts // np.maximum(1, records[which])]
+        )  # records and raw bytes
 
     @property
     def num_segments(self) -> int:
@@ -128,7 +130,7 @@ class SourcePlan:
         return key_of("segments", self._seed, self.name, epoch)
 
     def segments_of_lane(self, lane: int, max_epochs: int) -> int:
-        """How many segments a lane is dealt in that many epochs."""
+        """Count the segments that a lane is dealt in that many epochs."""
         return len(range(lane, max_epochs * self.num_segments, self.num_lanes))
 
     def read_before(self, counts: Ints) -> Ints:
@@ -155,13 +157,13 @@ class SourcePlan:
         return sums
 
     def _deal(self, lane: int, q: int) -> Deal:
-        """The deal that begins with a lane's q-th segment: number q * V + lane in the epochs' permutations in turn."""
+        """Return the deal from a lane's q-th segment: number q * V + lane in the epochs' permutations in turn."""
         epoch, position = divmod(q * self.num_lanes + lane, self.num_segments)
         dealt = self._permutation(epoch)[position :: self.num_lanes][: self._deal_segments]
         return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
 
     def _windows(self, segments: Ints) -> Iterator[WindowPlan]:
-        """Segments in their order, cut by cells where they are longer than a window, joined where they are shorter."""
+        """Cut segments that are longer than a window, by cells, and join shorter ones, in their order."""
         spans: list[Span] = []
         size = 0
         for span in self._spans(segments):
@@ -184,7 +186,7 @@ class SourcePlan:
                 yield self._span(a, b, int(self._records[a]), int(self._records[b]))
 
     def _span(self, first: int, stop: int, first_record: int, stop_record: int) -> Span:
-        """Records, numbered in the concatenation of all shards, in cells of one shard."""
+        """Make a span of records, numbered in the concatenation of all shards, in cells of one shard."""
         shard = int(np.searchsorted(self._shard_cells, first, side="right")) - 1
         base_record, base = self._shard_ends[shard].tolist()
         return Span(

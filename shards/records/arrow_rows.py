@@ -8,7 +8,7 @@ from shards.arrays import Ints
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
-from shards.records.json_lines import BadRecord, RecordParser, Records
+from shards.records.json_lines import BadRecord, Records, parser_for
 from shards.storage import files
 
 MAX_OPEN = 32  # files that are kept mapped
@@ -43,7 +43,7 @@ class Columns:
             texts = rows.column(name).to_pylist()
         else:
             token_ids = arrow.token_ids(rows.column(name))
-        parser = RecordParser.of(source)
+        parser = parser_for(source)
         outer = _values(rows, source.source_from.split(".")[0] if source.source_from else None)
         found = Records([], [], [], [], [], [] if token_ids else None)
         for i, (text, value, identity) in enumerate(zip(texts, outer, _values(rows, source.id_key), strict=True)):

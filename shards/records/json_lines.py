@@ -11,7 +11,7 @@ import json
 import typing
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -89,11 +89,6 @@ class RecordParser:
             kind: typing.Any = msgspec.defstruct("Record", [("text", str), *optional], rename=names, gc=False)
             self._decoder = msgspec.json.Decoder(kind)
 
-    @classmethod
-    def of(cls, source: SourceConfig | None, strict: bool = True) -> Self:
-        """The parser that a source asks for; None = Pile and Dolma keys. `strict` as for the class."""
-        return cls(source.text_key, source.id_key, source.source_from, strict) if source else cls(strict=strict)
-
     def parse(self, raw: bytes, first_line: int) -> Records:
         """Parses whole lines; the last may lack its line feed.
 
@@ -165,6 +160,13 @@ class RecordParser:
         return _without_surrogates(value) if isinstance(value, str) and value else None
 
 
+def parser_for(source: SourceConfig | None, strict: bool = True) -> RecordParser:
+    """Make the parser that a source asks for; None = Pile and Dolma keys. `strict` as for the class."""
+    if source is None:
+        return RecordParser(strict=strict)
+    return RecordParser(source.text_key, source.id_key, source.source_from, strict)
+
+
 def _check(record: bytes) -> None:
     """Judges what the fast parser passes over in fields that are not read. Raises: ValueError with the reason."""
     if not record.isascii():
@@ -229,7 +231,7 @@ def read_documents(
     """
     path = str(path)
     name = source.name if source else Path(path).name.split(".")[0]
-    parser = RecordParser.of(source)
+    parser = parser_for(source)
     files.stat(path)
     line = 1
     for block in _blocks(path, max_decoder_window):
@@ -255,7 +257,7 @@ def first_bad_record(
     """
     with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window, cache)) as blocks:
         for block in blocks:
-            records = RecordParser.of(source, strict).parse(block, 1)
+            records = parser_for(source, strict).parse(block, 1)
             return records.bad[0] if records.bad and not records.lines else None
     return None
 

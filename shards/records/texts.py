@@ -12,7 +12,7 @@ from shards.records import arrow
 from shards.records.arrow_rows import Columns
 from shards.records.json_lines import bad_record_error, first_bad_record, read_documents
 from shards.storage import files
-from shards.storage.block_cache import BlockCache
+from shards.storage.block_cache import open_cache
 
 # Of a suite: its figures would be of another text
 ADVICE = "mend it, since no record of a suite is skipped"
@@ -59,7 +59,7 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
     sample = spread(paths)
     if source.input_ids_key is not None or files.is_column(paths[0]):
         return sample  # a column was looked for by its name
-    options = source, config.max_decoder_window, config.strict_records, BlockCache.of(config.remote_cache)
+    options = source, config.max_decoder_window, config.strict_records, open_cache(config.remote_cache)
     bad = {path: first_bad_record(path, *options) for path in sample}
     good = [path for path in sample if bad[path] is None]
     first = bad[sample[0]]

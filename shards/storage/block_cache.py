@@ -45,11 +45,6 @@ class BlockCache:
                 f"data.remote_cache.dir={folder}: cannot be made: {error.strerror}; name a folder on a local disk"
             ) from None
 
-    @staticmethod
-    def of(config: RemoteCache | None) -> "BlockCache | None":
-        """The cache that a config asks for. Raises: as the constructor."""
-        return None if config is None else BlockCache(config.dir, config.max_bytes)
-
     def get(self, url: str, size: int, stamp: str, start: int, stop: int) -> bytes | None:
         """Bytes [start, stop) of what a URL held when it had this size and stamp; None if they are not here."""
         path = self._path(url, size, stamp, start, stop)
@@ -122,6 +117,11 @@ class BlockCache:
         parts = "\0".join([url, str(size), stamp, str(start), str(stop)])
         name = hashlib.blake2b(parts.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
         return self._folder / (name + BLOCK_SUFFIX)
+
+
+def open_cache(config: RemoteCache | None) -> BlockCache | None:
+    """Open the cache that a config asks for. Raises: as the constructor."""
+    return None if config is None else BlockCache(config.dir, config.max_bytes)
 
 
 def _check(path: Path, data: bytes) -> bytes:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -149,7 +149,7 @@ class Decontaminator:
         flagged = np.zeros(len(texts), np.bool_)
         texts = comparable(texts)
         if self._config.match == "paragraph":
-            lines = Lines.of(texts, self._config.min_tokens)
+            lines = split_lines(texts, self._config.min_tokens)
             likely = self._hashes.candidates(lines.signatures())
             hashes, owners = lines.hashes(likely), lines.owners[likely]
         else:
@@ -187,23 +187,23 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
 
 
 def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:
-    """(hashes, signatures) of all that a suite's texts hold; equal ones once."""
-    kept = np.zeros((0, 2), np.uint64)
+    """Return (hashes, signatures) of all that a suite's texts hold; equal ones once."""
+    found = np.zeros((0, 2), np.uint64)
     pending: list[Hashes] = []
     for text in texts:
         (text,) = comparable([text])
         if config.match == "paragraph":
             # Only here are words counted: what equals a paragraph of the suite has as many
             long = [line for line, count in _words_per_line(text) if count >= config.min_tokens]
-            lines = Lines.of(["\n".join(long)], config.min_tokens)
+            lines = split_lines(["\n".join(long)], config.min_tokens)
             pending.append(np.stack([lines.hashes(np.arange(len(lines.owners))), lines.signatures()], axis=1))
         else:
-            found = ngrams([text], config.min_tokens)[0]
-            pending.append(np.stack([found, found], axis=1))
+            grams = ngrams([text], config.min_tokens)[0]
+            pending.append(np.stack([grams, grams], axis=1))
         if sum(map(len, pending)) >= BATCH_HASHES:
-            kept, pending = np.unique(np.concatenate([kept, *pending]), axis=0), []
-    kept = np.concatenate([kept, *pending])
-    return kept[:, 0], kept[:, 1]
+            found, pending = np.unique(np.concatenate([found, *pending]), axis=0), []
+    found = np.concatenate([found, *pending])
+    return found[:, 0], found[:, 1]
 
 
 def _words_per_line(text: str) -> list[tuple[str, int]]:
@@ -221,26 +221,8 @@ class Lines(NamedTuple):
     ends: Ints  # [lines]: offset after the last byte
     owners: Ints  # [lines]: which text each is of
 
-    @classmethod
-    def of(cls, texts: Sequence[str], min_words: int) -> Self:
-        """All lines of comparable texts that can hold so many words."""
-        min_bytes = 2 * min_words - 1  # a letter or more for each word, or three bytes for a character that is one
-        parts = [text.encode() for text in texts]
-        data = b"\n".join(parts)
-        breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == LINE_FEED)
-        starts, ends = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(data)]])
-        long = ends - starts >= min_bytes
-        starts, ends = starts[long], ends[long]
-        _trim(data, starts, ends)
-        long = ends - starts >= min_bytes
-        starts, ends = starts[long], ends[long]
-        before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines up to each text's end
-        owners = np.repeat(np.arange(len(parts)), np.diff(before, prepend=0))
-        data += _filled_up(data, starts, ends)
-        return cls(data, starts, ends, owners)
-
     def signatures(self) -> Hashes:
-        """Of each line a number made of its length and of 8 bytes at its beginning, middle and end."""
+        """Make of each line a number of its length and of 8 bytes at its beginning, middle and end."""
         if not len(self.starts):
             return np.zeros(0, np.uint64)
         words, sizes = _words_at(self.data), self.ends - self.starts
@@ -248,10 +230,28 @@ class Lines(NamedTuple):
         return mixed(words[self.starts] + mixed(words[self.ends - 8] + middle))
 
     def hashes(self, numbers: Ints) -> Hashes:
-        """Of some lines."""
+        """Hash some lines."""
         view = memoryview(self.data)
         pairs = zip(self.starts[numbers].tolist(), self.ends[numbers].tolist(), strict=True)
         return np.array([xxhash.xxh3_64_intdigest(view[start:end]) for start, end in pairs], np.uint64)
+
+
+def split_lines(texts: Sequence[str], min_words: int) -> Lines:
+    """Find all lines of comparable texts that can hold so many words."""
+    min_bytes = 2 * min_words - 1  # a letter or more for each word, or three bytes for a character that is one
+    parts = [text.encode() for text in texts]
+    data = b"\n".join(parts)
+    breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == LINE_FEED)
+    starts, ends = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(data)]])
+    long = ends - starts >= min_bytes
+    starts, ends = starts[long], ends[long]
+    _trim(data, starts, ends)
+    long = ends - starts >= min_bytes
+    starts, ends = starts[long], ends[long]
+    before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines up to each text's end
+    owners = np.repeat(np.arange(len(parts)), np.diff(before, prepend=0))
+    data += _filled_up(data, starts, ends)
+    return Lines(data, starts, ends, owners)
 
 
 def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:

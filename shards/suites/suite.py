@@ -123,8 +123,8 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
             parts.append(Part(SuiteSource.parse({"name": folder.name, "path": str(folder)}, key), shards))
         elif folder.name not in SPLITS and _splits_in(folder):
             without.append(folder)
-    if own := _of_split(path, split):
-        parts.append(Part(SuiteSource.parse({"name": path.resolve().name, "path": str(path)}, key), own))
+    if shards := _of_split(path, split):
+        parts.append(Part(SuiteSource.parse({"name": path.resolve().name, "path": str(path)}, key), shards))
     if not parts and not without:
         parts = _file_each(path, key)
     if not parts or without:

@@ -1,4 +1,4 @@
-"""The lines of spans, cut from their cells, with the cells of divided ones kept. decoders -> cells -> window.
+"""The lines of spans, cut from their cells, with the cells of divided ones cached. decoders -> cells -> window.
 
 Where segments are smaller than a cell, the windows of all lanes want parts of the same cells, which are decoded and
 verified as a whole. Keeping some makes that a small corpus is decoded about once, however finely it is dealt.
@@ -13,7 +13,7 @@ from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
 from shards.plan.segments import Span
 
-KEPT_BYTES = 32 << 20  # raw, of one process
+CACHED_BYTES = 32 << 20  # raw, of one process
 LINE_FEED = 10
 
 
@@ -22,11 +22,11 @@ class Cells:
 
     def __init__(self, decoders: Decoders) -> None:
         self._decoders = decoders
-        self._kept: OrderedDict[tuple[str, int, int], tuple[bytes, Ints]] = OrderedDict()  # least recently used first
-        self._kept_bytes = 0
+        self._cached: OrderedDict[tuple[str, int, int], tuple[bytes, Ints]] = OrderedDict()  # least recently used first
+        self._cached_bytes = 0
 
     def lines(self, span: Span, wanted: RawRange) -> bytes:
-        """The bytes of a span's lines.
+        """Return the bytes of a span's lines.
 
         Args:
             wanted: the span's cells.
@@ -35,15 +35,15 @@ class Cells:
         if span.num_records == span.cells_records:
             return self._read(span, wanted)
         name = (wanted.path, wanted.start, wanted.stop)
-        if name not in self._kept:
+        if name not in self._cached:
             raw = self._read(span, wanted)
             feeds = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_FEED) + 1
-            self._kept[name] = raw, np.concatenate([[0], feeds, [len(raw)]])  # where each line begins
-            self._kept_bytes += len(raw)
-            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._kept_bytes -= len(self._kept.popitem(last=False)[1][0])
-        self._kept.move_to_end(name)
-        raw, begins = self._kept[name]
+            self._cached[name] = raw, np.concatenate([[0], feeds, [len(raw)]])  # where each line begins
+            self._cached_bytes += len(raw)
+            while self._cached_bytes > CACHED_BYTES and len(self._cached) > 1:
+                self._cached_bytes -= len(self._cached.popitem(last=False)[1][0])
+        self._cached.move_to_end(name)
+        raw, begins = self._cached[name]
         first = span.first_record - span.cells_record
         return raw[int(begins[first]) : int(begins[first + span.num_records])]
 

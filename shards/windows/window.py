@@ -15,9 +15,9 @@ from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
 from shards.plan.segments import Span
 from shards.records.arrow_rows import Columns
-from shards.records.json_lines import BadRecord, RecordParser, Records, bad_record_error
+from shards.records.json_lines import BadRecord, Records, bad_record_error, parser_for
 from shards.storage import files
-from shards.storage.block_cache import BlockCache
+from shards.storage.block_cache import open_cache
 from shards.windows.cells import Cells
 from shards.windows.packing import Rows, pack
 from shards.windows.recipe import Tools
@@ -81,10 +81,10 @@ class WindowMaker:
     def __init__(self, config: DataConfig, tools: Tools) -> None:
         self._config = config
         self._tokenizer, self._decontaminator = tools
-        cache = BlockCache.of(config.remote_cache)
+        cache = open_cache(config.remote_cache)
         self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
         self._columns = Columns()
-        self._parsers = [RecordParser.of(source, config.strict_records) for source in config.sources]
+        self._parsers = [parser_for(source, config.strict_records) for source in config.sources]
         self._cells = Cells(self._decoders)
 
     def make(self, task: WindowTask) -> Window:

@@ -26,7 +26,7 @@ wandb: {{mode: disabled}}
 """
 NEAR = """
 from shards.index import splice_points
-splice_points.MIN_GAP_BYTES, splice_points.WINDOWS_PER_GAP, splice_points.TRIAL_BYTES = 1 << 18, 0, 1 << 17
+splice_points.MIN_GAP_BYTES, splice_points.HISTORIES_PER_GAP, splice_points.TRIAL_BYTES = 1 << 18, 0, 1 << 17
 splice_points.SHARE = splice_points.SMALL_SHARE = 1.0
 """
 NONE = "from shards.index import splice_points\nsplice_points.MIN_GAP_BYTES = 1 << 60\n"

@@ -11,7 +11,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "MIN_GAP_BYTES": 1 << 18,
         "SPACING_BYTES": 1 << 18,
-        "WINDOWS_PER_GAP": 0,
+        "HISTORIES_PER_GAP": 0,
         "TRIAL_BYTES": 1 << 17,
         "GATHERED_BYTES": 1 << 16,
         "SHARE": 1e9,

@@ -133,7 +133,7 @@ def test_entries_that_do_not_hold_are_made_anew_by_the_command_that_is_named(
     path = tmp_path / "a b.jsonl.zst"
     path.write_bytes(SHARDS["level 3, window of 128 KiB"])
     index = obtain(str(path), None, CELL, MAX_WINDOW)
-    paths.windows_path(paths.index_path(str(path), None)).unlink()
+    paths.history_path(paths.index_path(str(path), None)).unlink()
     start = int(index.table()[-2, 1])
 
     def replays() -> int:

@@ -48,8 +48,8 @@ SHARDS = {
 def indexed(folder: Path, data: bytes, verify: bool = True) -> tuple[str, ShardIndex]:
     path = folder / "a.jsonl.zst"
     path.write_bytes(data)
-    windows = paths.windows_path(paths.index_path(str(path), None))
-    return str(path), build(str(path), CELL, MAX_WINDOW, windows=windows, verify_entries=verify)
+    histories = paths.history_path(paths.index_path(str(path), None))
+    return str(path), build(str(path), CELL, MAX_WINDOW, histories=histories, verify_entries=verify)
 
 
 def raw_of(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from shards import Loader, ShardError, document, open_at, read_documents
-from shards.index.paths import index_path, windows_path
+from shards.index.paths import history_path, index_path
 from shards.index.shard_index import obtain
 from shards.storage import files, remote
 from tests.shards.corpora import ROOT, SAMPLE, config
@@ -103,7 +103,7 @@ def test_a_remote_shard_is_fetched_only_where_it_is_read(
     size = len(server.data)  # type: ignore[attr-defined]
     assert size > 1_500_000
     index = obtain(url, tmp_path, 1 << 16, 1 << 27)
-    assert windows_path(index_path(url, tmp_path)).exists()
+    assert history_path(index_path(url, tmp_path)).exists()
     assert len(index.splices) >= 8
     server.sent = 0  # type: ignore[attr-defined]
     last = document(url, index.num_records, index_dir=tmp_path)

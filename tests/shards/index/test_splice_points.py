@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from shards import Loader, ShardError, formats, preparation
-from shards.formats import Piece, Start, zstd, zstd_blocks
+from shards.formats import Chunk, Start, zstd, zstd_blocks
 from shards.index import paths, splice_points
 from shards.index.decoders import Decoders
 from shards.index.shard_index import ShardIndex, load, obtain
@@ -45,18 +45,18 @@ def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: st
 def test_headers_tell_exactly_which_blocks_refer_to_trees_and_tables_from_before(level: int, block_bytes: int) -> None:
     data = compressed(TEXT[: 200 * block_bytes], level, block_bytes)
     found, window, state = [], b"", 0
-    for piece in formats.pieces(formats.Peeked(ByteFile(data), 18), "zstd", "x", MAX_WINDOW):
-        if piece.begins:
-            state = zstd.restart_state(piece.data)
+    for chunk in formats.chunks(formats.Peeked(ByteFile(data), 18), "zstd", "x", MAX_WINDOW):
+        if chunk.begins:
+            state = zstd.restart_state(chunk.data)
             continue
         if window:
             try:
-                zstd.restart(window, state).decompress(piece.data[: _first_block_bytes(piece.data)])
+                zstd.restart(window, state).decompress(chunk.data[: _first_block_bytes(chunk.data)])
                 decoded = True
             except zstandard.ZstdError:
                 decoded = False
-            found.append((zstd_blocks.stands_alone(piece.data), decoded))
-        window += piece.raw
+            found.append((zstd_blocks.stands_alone(chunk.data), decoded))
+        window += chunk.raw
     assert {alone for alone, _ in found} == {True, False}
     assert all(alone == decoded for alone, decoded in found)
 
@@ -89,18 +89,18 @@ def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
     path, index = indexed(tmp_path, SHARDS[name])
     raw = raw_of(SHARDS[name])
     found = index.splices[1]
-    windows = paths.windows_path(paths.index_path(path, None))
-    packed = bytearray(windows.read_bytes())
-    window = splice_points.read_window(windows, found)
+    histories = paths.history_path(paths.index_path(path, None))
+    packed = bytearray(histories.read_bytes())
+    window = splice_points.read_history(histories, found)
     # A window that is whole, and another: as many bytes, packed into as many.
     other = zstandard.ZstdCompressor(level=0, write_checksum=True).compress(window[::-1])[: found.packed_bytes]
     for wrong in (other.ljust(found.packed_bytes, b"\0"), None, b"\0" * found.packed_bytes):
         caplog.clear()
         if wrong is None:
-            windows.unlink()
+            histories.unlink()
         else:
             packed[found.position : found.position + found.packed_bytes] = wrong
-            windows.write_bytes(packed)
+            histories.write_bytes(packed)
         decoders = Decoders(MAX_WINDOW)
         cells = [int(bound) for bound in index.table()[:, 1] if bound >= found.raw_offset][:4]
         for start, stop in itertools.pairwise(cells):
@@ -113,15 +113,15 @@ def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypat
     """Even if an entry decodes without error to something else, as stale repeat offsets can."""
     path, index = indexed(tmp_path, SHARDS["level 3, window of 128 KiB"])
     raw = raw_of(SHARDS["level 3, window of 128 KiB"])
-    pieces = formats.pieces
+    chunks = formats.chunks
 
     def lying(*args: object) -> object:
         start = args[4]
         assert isinstance(start, Start)
-        for piece in pieces(*args):  # type: ignore[arg-type]
-            yield piece._replace(raw=piece.raw.replace(b"e", b"o")) if start.window else piece
+        for chunk in chunks(*args):  # type: ignore[arg-type]
+            yield chunk._replace(raw=chunk.raw.replace(b"e", b"o")) if start.history else chunk
 
-    monkeypatch.setattr(formats, "pieces", lying)
+    monkeypatch.setattr(formats, "chunks", lying)
     replays = 0
     for start, stop in itertools.pairwise(index.table()[:, 1].tolist()):
         decoders = Decoders(MAX_WINDOW)
@@ -156,7 +156,7 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     found = msgspec.json.decode(index_path.read_bytes(), type=ShardIndex)
     assert found.splices
     assert replays == 0
-    paths.windows_path(index_path).unlink()
+    paths.history_path(index_path).unlink()
     *without_windows, replays = stream(1)
     assert replays > 0
     index_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, splices=())))
@@ -169,7 +169,7 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
 
 def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for name, value in {"MIN_GAP_BYTES": 1 << 17, "TRIAL_BYTES": 1 << 17, "WINDOWS_PER_GAP": 0}.items():
+    for name, value in {"MIN_GAP_BYTES": 1 << 17, "TRIAL_BYTES": 1 << 17, "HISTORIES_PER_GAP": 0}.items():
         monkeypatch.setattr(splice_points, name, value)
     for window_log, least, most in (
         (10, 8, splice_points.SHARE),
@@ -194,18 +194,18 @@ def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypat
     obtain(str(path), None, CELL, MAX_WINDOW)
     with Loader(data, 4) as loader:
         assert sum(batch.replays for batch in itertools.islice(loader, 20)) == 0
-    assert preparation.survey(data, data.sources[0]).indexed[str(path)] == load(index_path)
+    assert preparation.index_status(data, data.sources[0]).indexed[str(path)] == load(index_path)
 
 
 def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path: Path) -> None:
     path, index = indexed(tmp_path, SHARDS["level 1, checksum"])
-    windows = paths.windows_path(paths.index_path(path, None))
-    before = windows.read_bytes()
+    histories = paths.history_path(paths.index_path(path, None))
+    before = histories.read_bytes()
     assert len(before) == sum(found.packed_bytes for found in index.splices)
     with pytest.raises(ShardError, match="truncated"):
         indexed(tmp_path, SHARDS["level 1, checksum"][:-100])
-    assert windows.read_bytes() == before
-    assert sorted(tmp_path.iterdir()) == [Path(path), windows]
+    assert histories.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [Path(path), histories]
     _, index = indexed(tmp_path, compressed(TEXT[:1000]))
     assert index.splices == ()
     assert [Path(path)] == list(tmp_path.iterdir())
@@ -230,10 +230,10 @@ def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, mon
     holds = Follower.holds
     followers: list[Follower] = []
 
-    def once(follower: Follower, pieces: Sequence[Piece]) -> bool:
+    def once(follower: Follower, chunks: Sequence[Chunk]) -> bool:
         """Holds where a place is tried, and not in what comes after."""
         followers.append(follower)
-        return holds(follower, pieces) and (followers.count(follower) == 1 or not pieces)
+        return holds(follower, chunks) and (followers.count(follower) == 1 or not chunks)
 
     monkeypatch.setattr(Follower, "holds", once)
     _, index = indexed(tmp_path, SHARDS["level 1, checksum"])

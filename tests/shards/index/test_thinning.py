@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.formats import Piece, Start
+from shards.formats import Chunk, Start
 from shards.index import splice_points
 from shards.index.thinning import Follower, thinned
 from tests.shards.index.spliced import SHARDS, TEXT, compressed, indexed
 
 pytestmark = pytest.mark.usefixtures("near")
 
-Call = tuple[str, Start, Sequence[Piece]]
+Call = tuple[str, Start, Sequence[Chunk]]
 
 
-def decodes(compression: str, start: Start, window: bytes, pieces: Sequence[Piece]) -> bool:
-    """True if the pieces' raw bytes come out with this window before them."""
-    return Follower(compression, start._replace(window=window)).holds(pieces)
+def decodes(compression: str, start: Start, window: bytes, chunks: Sequence[Chunk]) -> bool:
+    """True if the chunks' raw bytes come out with this window before them."""
+    return Follower(compression, start._replace(history=window)).holds(chunks)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_what_is_dropped_is_not_referred_to_and_what_is_kept_is(
     calls: list[Call] = []
     monkeypatch.setattr(splice_points, "thinned", lambda *call: calls.append(call) or thinned(*call))
     indexed(tmp_path, data)
-    held = [call for call in calls if decodes(call[0], call[1], bytes(call[1].window), call[2])]
+    held = [call for call in calls if decodes(call[0], call[1], bytes(call[1].history), call[2])]
     assert len(held) >= 2
     draw = random.Random(0)
-    for compression, start, pieces in held[:4]:
-        window = np.frombuffer(start.window, np.uint8)
-        kept = np.frombuffer(thinned(compression, start, pieces), np.uint8)
+    for compression, start, chunks in held[:4]:
+        window = np.frombuffer(start.history, np.uint8)
+        kept = np.frombuffer(thinned(compression, start, chunks), np.uint8)
         assert ((kept == window) | (kept == 0)).all()
         noise = np.frombuffer(draw.randbytes(len(window)), np.uint8)
-        assert decodes(compression, start, np.where(kept > 0, kept, noise).tobytes(), pieces)
+        assert decodes(compression, start, np.where(kept > 0, kept, noise).tobytes(), chunks)
         grain_bytes = -(-len(window) // 65_535)
         bounds = range(0, len(window), grain_bytes)
         grains = [at for at in bounds if kept[at : at + grain_bytes].any()]
@@ -54,4 +54,4 @@ def test_what_is_dropped_is_not_referred_to_and_what_is_kept_is(
         for at in draw.sample(grains, min(25, len(grains))):
             other = window.copy()
             other[at : at + grain_bytes] ^= 1
-            assert not decodes(compression, start, other.tobytes(), pieces)
+            assert not decodes(compression, start, other.tobytes(), chunks)

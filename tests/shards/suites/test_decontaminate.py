@@ -20,7 +20,7 @@ from shards import ConfigError, DataConfig, Loader, check_fingerprint, merge_sta
 from shards.config import Decontamination
 from shards.suites import decontaminate, suite
 from shards.suites import normalization as comparing
-from shards.suites.decontaminate import HashSet, Lines, ngrams, obtain
+from shards.suites.decontaminate import HashSet, ngrams, obtain, split_lines
 from shards.suites.normalization import comparable
 from shards.suites.suite import find
 from tests.shards.corpora import ROOT, SAMPLE, config, record, words, write_shard
@@ -289,13 +289,13 @@ def test_a_set_of_hashes_holds_what_was_put_in(tmp_path: Path, size: int) -> Non
 def test_a_paragraph_is_what_stands_between_line_feeds_without_its_margins() -> None:
     spaces = " " * 300
     texts = ["  first line here \r\nshort\nsecond\u2028line here\n\n", f"first line here\t{spaces}", "", spaces, "\n\n"]
-    lines = Lines.of([*texts, f"\t{spaces}first line here"], 4)
+    lines = split_lines([*texts, f"\t{spaces}first line here"], 4)
     assert lines.owners.tolist() == [0, 0, 1, 5]
     found = [lines.data[a:b].decode() for a, b in zip(lines.starts, lines.ends, strict=True)]
     assert found == ["first line here", "second\u2028line here", "first line here", "first line here"]
     for numbers in (lines.hashes(np.arange(4)), lines.signatures()):
         assert numbers[0] == numbers[2] == numbers[3] != numbers[1]
-    assert not len(Lines.of([], 4).signatures())
+    assert not len(split_lines([], 4).signatures())
 
 
 def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
