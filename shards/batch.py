@@ -53,7 +53,7 @@ class Batch:
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
         self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
-        # Of the lanes that this rank answers for: sum both over ranks
+        # Of the lanes that this rank reports on: sum both over ranks
         self.skipped_so_far = skipped_so_far  # bad records since the run's start
         self.epochs = epochs  # how often each source was read through, by its records
         counts: Counter[str] = Counter()
@@ -113,7 +113,7 @@ class Batch:
         ]
 
     def origins(self) -> Iterator[Origin]:
-        """Where each piece of each row comes from, in the order of rows and pieces."""
+        """Yield where each piece of each row comes from, in the order of rows and pieces."""
         for slot, (row, _) in zip(self._slots, self._draws, strict=True):
             if row is None:
                 continue

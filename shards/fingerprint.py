@@ -23,7 +23,7 @@ def fingerprint(
     lanes: int,
     seed: int,
 ) -> dict[str, object]:
-    """Plain values that are equal for two loaders only if they give the same global batches."""
+    """Return plain values that are equal for two loaders only if they give the same global batches."""
     plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
     plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
     plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
@@ -45,7 +45,7 @@ def fingerprint(
 
 
 def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    """Compares what a run was begun with to what it is to go on with. Paths may differ: contents count.
+    """Compare what a run was begun with to what it is to go on with. Paths may differ: contents count.
 
     Raises: ConfigError or ShardError that names what differs.
     """
@@ -89,7 +89,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
 
 
 def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) -> None:
-    """Compares (path, content hash) of a source's shards, in order. Raises: ShardError that names what differs."""
+    """Compare (path, content hash) of a source's shards, in order. Raises: ShardError that names what differs."""
     order = [content for _, content in before]
     path_of = {content: path for path, content in after}
     if order != [content for _, content in after] and sorted(order) == sorted(content for _, content in after):
@@ -113,7 +113,7 @@ def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) 
 
 
 def plan_version_of(fingerprint: Mapping[str, object]) -> int:
-    """The plan version of a run; what was begun before there were any is of version 1."""
+    """Return the plan version of a run; one that began before there were any is of version 1."""
     version = _settings(fingerprint)["plan_version"]
     assert isinstance(version, int)
     return version

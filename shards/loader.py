@@ -99,6 +99,7 @@ class Loader:
         self._pool: Pool = WorkerPool(config, recipe) if config.num_workers else self._in_process
         weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
         self.ended = False  # all lanes of this rank have run dry
+        self._gap_announced: int | None = None  # the step of weight_changes that it lasts until
         self._lanes: dict[int, Lane]
         self._state = self._first_state()
         self._torn = True  # the lanes may stand elsewhere than the state says
@@ -113,14 +114,14 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers. What they have made ahead is thrown away: a state needs no more than its cursors."""
+        """End the workers. What they have made ahead is thrown away: a state needs no more than its cursors."""
         self._pool.close()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; after an error or an interrupt the same one that could not be made, from its first row on.
+        """Return the next batch; after an error or an interrupt the one that could not be made, from its first row on.
 
         Raises: StopIteration when all lanes of this rank have run dry, all sources having reached their max_epochs;
             other ranks may have rows left. ShardError if that is so before the first row.
@@ -138,20 +139,20 @@ class Loader:
         return batch
 
     def next_batch(self) -> Batch:
-        """The next batch, be there a row in it or not; without end, for as long as other ranks have rows left."""
+        """Return the next batch, even one without a row, and without end, as long as other ranks have rows left."""
         self._restore()
         state, batch, ended = self._make_batch(self._state.rows)
         self._state, self.ended, self._torn = state, ended, False
         return batch
 
     def _restore(self) -> None:
-        """Puts the lanes back if a batch could not be made, and takes note that one is being made."""
+        """Put the lanes back if a batch could not be made, and take note that one is being made."""
         if self._torn:
             self._put_back()
         self._torn = True
 
     def _make_batch(self, first: int) -> tuple[LoaderState, Batch, bool]:
-        """The batch that begins with row `first` of the run, where the lanes are after it, and whether all are dry."""
+        """Make the batch from row `first` of the run: where the lanes are after it, the batch, and whether all are dry."""
         draws: list[Draw] = []
         is_empty = True
         for j in range(first + self._dp_rank % self._stride, first + self._global_batch_size, self._stride):
@@ -161,30 +162,33 @@ class Loader:
                 draws.append(draw)
         state = self._snapshot(first + self._global_batch_size)
         slots = range(self._dp_rank, self._global_batch_size, self._dp_size)
-        skipped = _skipped_in(self._answered())
+        skipped = _skipped_in(self._reported())
         batch = Batch(draws, slots, self._sources, self._config.seq_len, state, skipped, self._epochs())
         self._check_skipped(batch)
-        return state, batch, is_empty and self._is_dry(first)
+        ended = is_empty and self._is_dry(first)
+        if is_empty and not ended:
+            self._announce_gap(first)
+        return state, batch, ended
 
     @property
     def rows_drawn(self) -> int:
-        """Rows that are not empty, since the run's start, of the lanes that this rank tells of: sum it over ranks."""
-        return sum(stream.cursor.rows_drawn for lane in self._answered() for stream in lane.streams)
+        """Rows that are not empty, since the run's start, of the lanes that this rank reports on: sum it over ranks."""
+        return sum(stream.cursor.rows_drawn for lane in self._reported() for stream in lane.streams)
 
     def forecast(self, steps: int | None) -> Forecast:
-        """How long the data will last, the same at every start of a run; see `forecast.forecast`."""
+        """Foretell how long the data will last, the same at every start of a run; see `forecast.forecast`."""
         with self._in_process.lend_maker() as maker:
             return forecast(self._config, maker, self._sources, self.num_lanes, self._global_batch_size, steps)
 
     def state_dict(self) -> dict[str, object]:
-        """Where this rank's lanes stand after the last batch; plain, JSON-able.
+        """Return where this rank's lanes stand after the last batch; plain, JSON-able.
 
         `merge_states` joins those of all ranks.
         """
         return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Goes on from a state that holds at least this rank's lanes, whatever number of ranks it was made with.
+        """Go on from a state that holds at least this rank's lanes, whatever number of ranks it was made with.
 
         Raises: CheckpointError if it is of another run, another version, or lacks a lane.
         """
@@ -211,15 +215,15 @@ class Loader:
         return LoaderState(LOADER_STATE_VERSION, 0, self.num_lanes, names, lanes)
 
     def _lane_names(self) -> list[str]:
-        """The lanes that this rank reads, as a state names them."""
+        """List the lanes that this rank reads, as a state names them."""
         return [str(lane) for lane in range(self._dp_rank % self._stride, self.num_lanes, self._stride)]
 
-    def _answered(self) -> Iterator[Lane]:
-        """The lanes that this rank tells of, so that what several ranks read is told once."""
+    def _reported(self) -> Iterator[Lane]:
+        """Return the lanes that this rank reports on, so that what several ranks read is counted once."""
         return (lane for number, lane in self._lanes.items() if number % self._dp_size == self._dp_rank)
 
     def _put_back(self) -> None:
-        """Puts the lanes where the state says, whatever was drawn, requested or interrupted since."""
+        """Put the lanes where the state says, whatever was drawn, requested or interrupted since."""
         self._torn = True  # until the end: this may be interrupted, too
         self._pool.clear()
         self._lanes = {}
@@ -236,7 +240,7 @@ class Loader:
         self._torn = False
 
     def _records_before(self, number: int, source: Source) -> Ints:
-        """int64 [V]: the records of a source in the segments that this rank's lanes are through with."""
+        """Count int64 [V] records of a source in the segments that this rank's lanes are through with."""
         counts = np.zeros(self.num_lanes, np.int64)
         for lane, cursor in self._state.lanes.items():
             counts[int(lane)] = cursor.sources[number].segment
@@ -251,12 +255,12 @@ class Loader:
         return draw
 
     def _is_dry(self, j: int) -> bool:
-        """True if from row j of the run on no lane of this rank has a source left that is drawn from."""
+        """Tell whether from row j of the run on no lane of this rank has a source left that is drawn from."""
         left = [self._weights(j)[0], *(weights for step, weights in self._stages if step * self._global_batch_size > j)]
         return all(lane.is_dry(left) for lane in self._lanes.values())
 
     def _weights(self, j: int) -> tuple[tuple[float, ...], int]:
-        """The sources' weights at row j, and the step from which they count."""
+        """Return the sources' weights at row j, and the step from which they count."""
         step = j // self._global_batch_size
         return next((weights, start) for start, weights in reversed(self._stages) if start <= step)
 
@@ -266,9 +270,23 @@ class Loader:
 
     def _epochs(self) -> dict[str, float]:
         return {
-            source.config.name: sum(lane.streams[i].progress() for lane in self._answered()) / source.plan.num_records
+            source.config.name: sum(lane.streams[i].progress() for lane in self._reported()) / source.plan.num_records
             for i, source in enumerate(self._sources)
         }
+
+    def _announce_gap(self, j: int) -> None:
+        """Say, once, that no lane of this rank has a row before the weights change, if that is so at row j."""
+        change = next((step for step, _ in self._stages if step * self._global_batch_size > j), None)
+        weights, _ = self._weights(j)
+        if change in (None, self._gap_announced) or not all(lane.is_dry([weights]) for lane in self._lanes.values()):
+            return
+        self._gap_announced = change
+        logger.warning(
+            "the sources that are drawn from have run out at step %d; batches are empty up to step %d, where "
+            "data.weight_changes names others: let it come earlier, or raise max_epochs",
+            j // self._global_batch_size,
+            change,
+        )
 
     def _check_skipped(self, batch: Batch) -> None:
         """Raises: ShardError if bad records are too many, in all lanes that this rank reads."""
@@ -280,7 +298,7 @@ class Loader:
             )
 
     def _announce_lanes(self, sources: list[Source]) -> None:
-        """Says what the number of lanes brings with it, given the sources that are drawn from."""
+        """Log what follows from the number of lanes, given the sources that are drawn from."""
         raw_bytes = sum(source.plan.raw_bytes for source in sources)
         if self.num_lanes < FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
             logger.warning(

@@ -28,20 +28,20 @@ class Source:
         self.number, self._seed = number, seed
 
     def segments_of_lane(self, lane: int) -> int | None:
-        """How many segments the lane reads before the source is exhausted; None = no limit."""
+        """Count the segments that a lane reads before the source is exhausted; None = no limit."""
         limit = self.config.max_epochs
         return None if limit is None else self.plan.segments_of_lane(lane, limit)
 
     def deal(self, lane: int, segment: int) -> Deal:
-        """The windows of the deal that begins with the lane's q-th segment."""
+        """Return the deal that begins with a lane's q-th segment."""
         return self.plan.deal(lane, segment)
 
     def window(self, name: WindowId) -> WindowPlan:
-        """What a window is made of."""
+        """Look up what a window is made of."""
         return self.plan.deal(name.lane, name.segment).windows[name.window]
 
     def task(self, name: WindowId) -> WindowTask:
-        """The task that makes a window."""
+        """Build the task that makes a window."""
         planned = self.window(name)
         spans = tuple(
             SpanTask(span, self.shards[span.shard].index.raw_range(self.shards[span.shard].path, span.start, span.stop))
@@ -50,6 +50,6 @@ class Source:
         return WindowTask(self.number, spans, planned.raw_bytes, self.key(name))
 
     def key(self, name: WindowId) -> int:
-        """The key of a window's order."""
+        """Compute the key of a window's order."""
         deal = self.deal(name.lane, name.segment)
         return key_of("window", self._seed, self.config.name, deal.epoch, name.lane, deal.segments[0], name.window)

@@ -41,7 +41,7 @@ class Soundness:
         self._unknown: str | None = None  # a text that has UNK in it
 
     def add(self, part: str, text: str, ids: npt.NDArray[np.integer]) -> None:
-        """Takes up a document.
+        """Add a document.
 
         Args:
             part: what it belongs to, such as a domain of the suite or a shard of the source.
@@ -82,7 +82,7 @@ class Soundness:
 
 
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Tries a tokenizer on the beginning of a few shards of each source of text. Call it on one rank.
+    """Try a tokenizer on the beginning of a few shards of each source of text. Call it on one rank.
 
     What is wrong with a shard is left for its indexing to say.
     Raises: ConfigError if the tokenizer cannot say the text; ShardError if a source has no shards, or its text_key is
@@ -99,7 +99,7 @@ def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
-    """Tries a tokenizer on the beginning of a few shards of each source of a suite. Raises: ConfigError."""
+    """Try a tokenizer on the beginning of a few shards of each source of a suite. Raises: ConfigError."""
     found = Soundness(tokenizer, f"suite {suite.name!r}")
     for part in suite.parts:
         source = part.as_training_source()
@@ -110,7 +110,7 @@ def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
 
 
 def _beginning(shard: str, source: SourceConfig, *options: int) -> Iterator[str]:
-    """The first texts of a shard."""
+    """Yield the first texts of a shard."""
     left = SAMPLED_CHARACTERS
     try:
         for _, text in texts_of(shard, source, "skip", *options):

@@ -71,7 +71,7 @@ def index_command(
 
 
 def user_cache() -> Path:
-    """Where what is no shard's neighbour goes, if the config names no folder."""
+    """Return the folder of what cannot lie beside its shard, if the config names none."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
@@ -81,12 +81,12 @@ def history_path(index: Path) -> Path:
 
 
 def digest(parts: list[str]) -> str:
-    """A short name for a list of names."""
+    """Make a short name for a list of names."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
 
 def store(path: Path, data: bytes) -> None:
-    """Writes an index or a manifest. Raises: ShardError if the folder cannot be written."""
+    """Write an index or a manifest. Raises: ShardError if the folder cannot be written."""
     with _errors_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_atomically(path, data)
@@ -94,7 +94,7 @@ def store(path: Path, data: bytes) -> None:
 
 @contextmanager
 def written_meanwhile(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to as long as the block runs, minutes maybe; then what it holds is stored.
+    """Open a file to write to as long as the block runs, minutes maybe; then store what it holds.
 
     Until then it has no name, so that nothing is left of it, whatever ends the process. If nothing was written, there
     is no file under `path` afterwards. Raises: ShardError for any OSError, which must be one of writing.

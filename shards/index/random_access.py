@@ -23,7 +23,7 @@ def open_at(
     index_dir: Path | None = None,
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> "io.BufferedReader[RawShard]":
-    """Opens a shard's raw bytes, whatever its compression, at any of them; the file that it gives can seek, too.
+    """Open a shard's raw bytes, whatever its compression, at any of them; the file that it gives can seek, too.
 
     Decoding starts at the nearest entry, some 64 MiB before at most, and what is read is compared with the index. A
     shard without an index is indexed first, which reads all of it once.
@@ -49,7 +49,7 @@ def document(
     cache: BlockCache | None = None,
     strict: bool = True,
 ) -> Document:
-    """One document of a shard, read from the nearest entry.
+    """Read one document of a shard from the nearest entry.
 
     Args:
         path: of a shard, local or remote.
@@ -106,7 +106,7 @@ class RawShard(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: "memoryview[int] | bytearray") -> int:  # type: ignore[override]
-        """Reads up to the cell's end."""
+        """Read up to the cell's end."""
         if self._position >= self._index.raw_bytes:
             return 0
         cell = int(np.searchsorted(self._bounds, self._position, side="right")) - 1
@@ -126,7 +126,7 @@ class RawShard(io.RawIOBase):
 
 
 def _index(path: str, index_dir: Path | None, max_decoder_window: int, cache: BlockCache | None) -> ShardIndex:
-    """A shard's index: that which a run made, whatever its cells, or a new one."""
+    """Get a shard's index: the one that a run made, whatever its cells, or a new one."""
     if files.is_column(path):
         raise ShardError(f"{path}: is a column of an Arrow file, which has no raw bytes")
     # One that is only touched will do: each cell that is read is compared with its hash.

@@ -29,7 +29,7 @@ class RecordTable:
         self._unhashed: deque[memoryview] = deque()
 
     def feed(self, chunk: bytes) -> None:
-        """Takes the next raw bytes, at least one."""
+        """Take in the next raw bytes, at least one."""
         self._unhashed.append(memoryview(chunk))
         start, documents, filled = 0, 0, self._filled
         cell_stop = self._cell[1] + self._cell_bytes - self.raw_bytes  # in the chunk
@@ -47,7 +47,7 @@ class RecordTable:
         self._hash_to(self._last_end)
 
     def finish(self) -> None:
-        """Takes note that no more bytes come: a last record without line feed ends here."""
+        """Close the table: a last record without line feed ends here."""
         if self._last_end < self.raw_bytes:
             self.num_documents += self._filled
             if self.raw_bytes > self._cell[1] + self._cell_bytes:
@@ -58,7 +58,7 @@ class RecordTable:
         self.cells.append((self.num_records, self.raw_bytes))
 
     def _end_cells(self, stop: int) -> int:
-        """Ends the open cell before a record that would make it too long, and that record's if it is too long itself.
+        """End the open cell before a record that would make it too long, and that record's if it is too long itself.
 
         Args:
             stop: raw offset after the record.
@@ -72,7 +72,7 @@ class RecordTable:
         return self._cell[1] + self._cell_bytes
 
     def _close_cell(self, following: tuple[int, int]) -> None:
-        """Ends the open cell where the following one begins."""
+        """End the open cell where the following one begins."""
         self.cells.append(self._cell)
         self._cell = following
         self._hash_to(following[1])

@@ -50,7 +50,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
     splice_counts: SpliceCounts = SpliceCounts()
 
     def table(self) -> Ints:
-        """int64 [cells + 1, 2]: (record, raw offset) where each cell begins; the last row is the shard's end."""
+        """Return int64 [cells + 1, 2]: (record, raw offset) where each cell begins, and the shard's end."""
         return np.frombuffer(self.cells, "<i8").reshape(-1, 2)
 
     @property
@@ -59,7 +59,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
         return len(self.frames) // 16
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
-        """Raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
+        """Describe raw bytes [start, stop) of this shard, to be decoded from the last entry at or before them."""
         frame, splice = (start, start), None  # every byte of a plain file is an entry
         if self.compression != "plain":
             frames = np.frombuffer(self.frames, "<i8").reshape(-1, 2)
@@ -81,7 +81,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
         )
 
     def _checks(self, start: int, stop: int) -> tuple[CellCheck, ...]:
-        """What the whole cells within raw bytes [start, stop) must be."""
+        """List what the whole cells within raw bytes [start, stop) must be."""
         if not self.checks:
             return ()
         bounds, hashes = self.table()[:, 1], np.frombuffer(self.checks, "<u8")
@@ -118,7 +118,7 @@ def build(
     histories: Path | None = None,
     verify_entries: bool = True,
 ) -> ShardIndex:
-    """Reads a shard once, from its first byte to its last.
+    """Read a shard once, from its first byte to its last.
 
     Args:
         cell_bytes: raw bytes per cell.
@@ -169,7 +169,7 @@ def build(
 def _scan(
     chunks: Iterator[Chunk], cell_bytes: int, splicer: Splicer | None
 ) -> tuple[RecordTable, list[tuple[int, int]], int]:
-    """Takes in all chunks of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
+    """Take in all chunks of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
     table = RecordTable(cell_bytes)
     frames: list[tuple[int, int]] = []
     decoder_bytes = formats.MIN_DECODER_BYTES
@@ -186,7 +186,7 @@ def _scan(
 
 
 def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
-    """`build` for a column of an Arrow file; raw bytes are the lengths that stand in for them."""
+    """Do as `build` for a column of an Arrow file; raw bytes are the lengths that stand in for them."""
     before = files.stat(path)
     found = arrow.measure(path)
     if progress:
@@ -211,7 +211,7 @@ def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> S
 
 
 def content_hash(path: str, cache: BlockCache | None = None) -> str:
-    """xxh3-128 of a file's bytes (a column's values), in hex. Raises: ShardError if it cannot be read."""
+    """Hash a file's bytes (a column's values): xxh3-128, in hex. Raises: ShardError if it cannot be read."""
     if files.is_column(path):
         return arrow.measure(path).content_hash
     with files.open_shard(path, cache=cache) as file:
@@ -228,7 +228,7 @@ def obtain(
     cache: BlockCache | None = None,
     verify_entries: bool = True,
 ) -> ShardIndex:
-    """The index of a shard: the stored one if it is still true, else a new one, which is stored.
+    """Get the index of a shard: the stored one if it is still true, else a new one, which is stored.
 
     Args:
         index_dir: where indexes are kept, if not beside the shards; the histories of splice points lie beside them.
@@ -267,7 +267,7 @@ def find(path: str, index_dir: Path | None, now: files.Stat, cell_bytes: int | N
 
 
 def hash_tables(indexes: Iterable[ShardIndex]) -> str:
-    """xxh3-128 of what indexes say that batches depend on, contents and record tables, in hex."""
+    """Hash what batches depend on of indexes, contents and record tables: xxh3-128, in hex."""
     found = xxhash.xxh3_128()
     for index in indexes:
         found.update(f"{index.content_hash} {len(index.cells)} ".encode())
@@ -276,7 +276,7 @@ def hash_tables(indexes: Iterable[ShardIndex]) -> str:
 
 
 def load(index_path: Path, cell_bytes: int | None = None) -> ShardIndex | None:
-    """The stored index of a shard, whether true or not; None if there is none of this version and cell size.
+    """Load the stored index of a shard, whether true or not; None if there is none of this version and cell size.
 
     Args:
         cell_bytes: None = any.

@@ -140,7 +140,7 @@ class Mix:
         return total
 
     def row_of_use(self, lane: int, source: int, row: int, uses: int) -> int | None:
-        """Find the first row of a lane, from `row` on, that is from a source after `uses` others of it; None = never."""
+        """Find the first row of a lane, from `row` on, from a source after `uses` others of it; None = never."""
         if not self._shares[source]:
             return None
         goal = self.drawn(lane, source, row) + uses  # the row that is wanted makes it one more

@@ -64,7 +64,7 @@ class HashSet:
 
     @staticmethod
     def write(path: Path, hashes: Hashes, signatures: Hashes) -> None:
-        """Writes the set of `hashes`, atomically; `signatures` [hashes] belong to them."""
+        """Write the set of `hashes`, atomically; `signatures` [hashes] belong to them."""
         unique = np.unique(hashes)
         num_words = 1 << max(0, (max(1, len(unique)) * BITS_PER_HASH // 64 - 1).bit_length())
         bitmap = np.zeros(num_words, np.uint64)
@@ -78,16 +78,16 @@ class HashSet:
 
     @property
     def digest(self) -> str:
-        """Of the hashes; equal for equal sets."""
+        """Hash of the hashes; equal for equal sets."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._hashes).data)
 
     def candidates(self, signatures: Hashes) -> Ints:
-        """Places of those signatures of which the hash may be in the set."""
+        """Find the places of those signatures of which the hash may be in the set."""
         found = self._bitmap[_word(signatures, len(self._bitmap))] & _bit(signatures)
         return np.flatnonzero(found)
 
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """For each hash whether it is in the set."""
+        """Tell for each hash whether it is in the set."""
         if not len(self._hashes):
             return np.zeros(len(hashes), np.bool_)
         places = np.searchsorted(self._hashes, hashes)
@@ -145,7 +145,7 @@ class Decontaminator:
         return f"shares a {what}{' or more' * (self._config.match == 'paragraph')} with the suite {self._config.suite}"
 
     def shares_text(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """bool [documents]: whether a text has a paragraph (an n-gram) of the suite."""
+        """Tell, as bool [documents], whether a text has a paragraph (an n-gram) of the suite."""
         flagged = np.zeros(len(texts), np.bool_)
         texts = comparable(texts)
         if self._config.match == "paragraph":
@@ -255,7 +255,7 @@ def split_lines(texts: Sequence[str], min_words: int) -> Lines:
 
 
 def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
-    """Copies of the lines that are too short to be signed, each as long as it has to be, to stand after `data`.
+    """Copy the lines that are too short to be signed, each as long as it has to be, to stand after `data`.
 
     Moves the bounds of these lines there.
     """
@@ -269,7 +269,7 @@ def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
 
 
 def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
-    """Moves the ends of stretches that are not empty inward past white space, in place."""
+    """Move the ends of stretches that are not empty inward past white space, in place."""
     buffer, words = np.frombuffer(data, np.uint8), _words_at(data)
     for bounds, step in ((starts, 1), (ends, -1)):
         rest = np.flatnonzero(buffer[bounds if step > 0 else bounds - 1] <= SPACE)
@@ -289,12 +289,12 @@ def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
 
 
 def _words_at(data: bytes) -> Hashes:
-    """Every 8 bytes as a number, those that overlap too: a view of the text."""
+    """View every 8 bytes as a number, those that overlap too."""
     return np.ndarray(max(0, len(data) - 7), "<u8", data, strides=(1,))
 
 
 def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
-    """Hashes of all runs of n words of comparable texts, and which text each is of."""
+    """Hash all runs of n words of comparable texts; return also which text each is of."""
     found, starts = words("\n".join(texts))
     ends = np.cumsum([len(text) + 1 for text in texts])
     owners = np.searchsorted(ends, starts, side="right")
@@ -307,7 +307,7 @@ def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
 
 
 def words(text: str) -> tuple[Hashes, Ints]:
-    """A hash of each word of a comparable text, and the character at which it starts.
+    """Hash each word of a comparable text; return also the character at which it starts.
 
     A word is a run of letters, digits and marks upon them, or a single Han or Kana character. One that is longer than a
     block is as many words as it fills.
@@ -339,7 +339,7 @@ def words(text: str) -> tuple[Hashes, Ints]:
 
 @lru_cache(maxsize=1)
 def _powers() -> tuple[Hashes, Hashes]:
-    """(P^i, P^-i) modulo 2^64 for each character of a block."""
+    """Compute (P^i, P^-i) modulo 2^64 for each character of a block."""
     tables = []
     for base in (PRIME, pow(PRIME, -1, 1 << 64)):
         table = np.full(BLOCK_CHARACTERS, base, np.uint64)

@@ -76,7 +76,7 @@ class Part(NamedTuple):
     shards: tuple[str, ...]  # files, or columns of Arrow files
 
     def as_training_source(self) -> SourceConfig:
-        """The source in the words of `data.sources`, in which readers are told what to read."""
+        """Express the source in the words of `data.sources`, in which readers are told what to read."""
         return _as_training_source(self.source, self.source.split or "train")
 
 
@@ -87,7 +87,7 @@ class Suite(NamedTuple):
     parts: tuple[Part, ...]
 
     def documents(self) -> Iterator[SuiteDocument]:
-        """All documents, in the order of sources, shards, lines. Raises: ShardError for a damaged shard."""
+        """Yield all documents, in the order of sources, shards, lines. Raises: ShardError for a damaged shard."""
         for part in self.parts:
             source, reading = part.source, part.as_training_source()
             for shard in part.shards:
@@ -96,12 +96,12 @@ class Suite(NamedTuple):
                     yield SuiteDocument(source.name, domain, text)
 
     def content_hashes(self) -> dict[str, str]:
-        """Shard -> content hash, as an index has it: two suites with equal hashes hold the same documents."""
+        """Map shard -> content hash, as an index has it: two suites with equal hashes hold the same documents."""
         return {shard: content_hash(shard) for part in self.parts for shard in part.shards}
 
 
 def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
-    """The suite at a path.
+    """Find the suite at a path.
 
     Args:
         path: a folder or a YAML file.
@@ -133,7 +133,7 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
 
 
 def training_shards(suite: Suite, shards: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-    """Those of a suite's shards that are trained on, each with the source and shard that it is.
+    """List those of a suite's shards that are trained on, each with the source and shard that it is.
 
     Args:
         shards: source -> (path, content hash) of each of its shards, as a loader's fingerprint has them.
@@ -161,7 +161,7 @@ def _from_yaml(path: Path, split: str, key: str) -> Suite:
 
 
 def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[str, ...]:
-    """The shards of one source of a YAML file; relative paths count from the file's folder."""
+    """List the shards of one source of a YAML file; relative paths count from the file's folder."""
     split = source.split or split
     if source.dataset is not None:
         return tuple(hf_datasets.shards_of(_as_training_source(source, split)))
@@ -176,7 +176,7 @@ def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[s
 
 
 def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
-    """The same in the words of `data.sources`, in which readers are told what to read."""
+    """Express a source in the words of `data.sources`, in which readers are told what to read."""
     return SourceConfig(
         name=source.name,
         paths=() if source.path is None else (source.path,),
@@ -190,7 +190,7 @@ def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
 
 
 def _of_split(folder: Path, split: str) -> tuple[str, ...]:
-    """A folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like."""
+    """List a folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like."""
     inside = _shards_in(folder / split) if (folder / split).is_dir() else []
     return tuple(str(path) for path in inside or _shards_in(folder) if inside or _stem(path) == split)
 
@@ -208,13 +208,13 @@ def _whole_stem(path: Path) -> str:
 
 
 def _splits_in(folder: Path) -> list[str]:
-    """What could be named as a split for a folder."""
+    """List what could be named as a split for a folder."""
     below = [child.name for child in folder.iterdir() if child.is_dir() and _shards_in(child)]
     return sorted({*below, *(_stem(path) for path in _shards_in(folder))})
 
 
 def _file_each(folder: Path, key: str) -> list[Part]:
-    """A domain for each shard of a folder, unless they are named like splits."""
+    """Make a domain of each shard of a folder, unless they are named like splits."""
     shards = _shards_in(folder)
     if any(_stem(path) in SPLITS for path in shards):
         return []

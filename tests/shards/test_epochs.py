@@ -332,3 +332,21 @@ def test_a_forecast_from_a_sample_is_near(corpora: dict[int, str], monkeypatch: 
         assert foretold.last_step == pytest.approx(steps, rel=0.05)
         assert foretold.share_read == pytest.approx(100 / steps, rel=0.06)
         assert loader.forecast(10 * steps).share_read == 1
+
+
+def test_sources_that_run_out_long_before_the_weights_change_are_told_of_once(
+    corpora: dict[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [{"name": name, "paths": [corpora[25]], "weight": w, "max_epochs": 1} for name, w in (("a", 1), ("b", 0))]
+    change = {"step": 500, "weights": {"a": 0.0, "b": 1.0}}
+    with (
+        Loader(config(sources, lanes=2, weight_changes=(change,)), 4, SEED) as loader,
+        caplog.at_level(logging.WARNING),
+    ):
+        names = [set(batch.source_tokens) for batch in loader]
+    assert all(len(found) == 1 for found in names)
+    assert names == sorted(names, key=max)  # no step between the last of a and the first of b
+    assert names[0] == {"a"}
+    assert names[-1] == {"b"}
+    (message,) = [entry.message for entry in caplog.records if "have run out" in entry.message]
+    assert "empty up to step 500" in message
