@@ -152,7 +152,7 @@ class Loader:
         self._torn = True
 
     def _make_batch(self, first: int) -> tuple[LoaderState, Batch, bool]:
-        """Make the batch from row `first` of the run: where the lanes are after it, the batch, and whether all are dry."""
+        """Make the batch from row `first` of the run: (where the lanes are after it, the batch, if all are dry)."""
         draws: list[Draw] = []
         is_empty = True
         for j in range(first + self._dp_rank % self._stride, first + self._global_batch_size, self._stride):
