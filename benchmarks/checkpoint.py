@@ -37,6 +37,7 @@ from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
+from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, started
 
 PIECE = 1 << 22
@@ -89,12 +90,12 @@ class Ours:
         self._training = training
         root.mkdir()
         config = CheckpointConfig(keep=1, asynchronous=asynchronous)
-        self.store = CheckpointStore(root, config)
-        self._saver = Saver(self.store, training.engine, here, checkpoint_bytes(MODEL, 2), lambda: None, lambda: None)
+        self.store = CheckpointStore(root, config, checkpoint_bytes(MODEL, 2))
+        self._saver = Saver(self.store, training.engine, here, RunFolder(root), lease=None)
 
     def save(self) -> dict[str, float]:
         step = self._training.steps
-        state = RunState(step, 0, {}, "", "id", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+        state = RunState(step, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
 
         def done() -> bool:
             self._saver.settle(self._saver.busy)

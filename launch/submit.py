@@ -170,8 +170,8 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     base, logs = named.config, named.folder / "logs"
     partition, silent = partition_of(arguments.partition)
     bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
-    store = CheckpointStore(runs[0].folder / "checkpoints", base.checkpoint)
-    save = save_time(store, bytes_each, arguments.nodes)
+    store = CheckpointStore(runs[0].folder / "checkpoints", base.checkpoint, bytes_each)
+    save = save_time(store, arguments.nodes)
     cores = max(run.config.data.num_workers for run in runs) + 2
     output, tasks = ("%A_%a.log", len(runs)) if arguments.array else ("%j.log", None)
     request = request_of(arguments, base.run.name, logs / output, cores, preflight.grace_for(save), tasks)

@@ -76,10 +76,6 @@ class Journal:
         if self._tracker and cursors is not None:
             self._folder.cursors.append({"step": step, **cursors})
 
-    def sync(self) -> None:
-        """Makes durable what was written, before a checkpoint says that the run stands after it."""
-        self._folder.sync()
-
     def last_evaluated(self, suite: str) -> int:
         """The last step whose evaluation on a suite stands whole in evals.jsonl; -1 if none.
 

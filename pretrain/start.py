@@ -154,7 +154,8 @@ def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingL
     replaced = fresh and not restarted and is_there(folder.config)
     holding = stack.enter_context(ExitStack())
     lease = holding.enter_context(Lease(folder.lease, job_id))
-    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    expected_bytes = checkpoint_bytes(config.model, config.bytes_per_weight)
+    store = CheckpointStore(folder.checkpoints, config.checkpoint, expected_bytes)
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
     if begun:
@@ -166,7 +167,7 @@ def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingL
         holding.close()  # the lease has gone with the folder
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
-    store.check_room(checkpoint_bytes(config.model, config.bytes_per_weight))
+    store.check_room()
     return Held(lease, config, prepared)
 
 

@@ -94,11 +94,11 @@ class Trainer:
         if self._loader and data is not None:
             check_fingerprint(data, self._loader.fingerprint)  # two nodes may see other files under the same names
         self.engine = _engine(config, topology)
-        self._store = CheckpointStore(folder.checkpoints, config.checkpoint)
+        expected_bytes = checkpoint_bytes(config.model, config.bytes_per_weight)
+        self._store = CheckpointStore(folder.checkpoints, config.checkpoint, expected_bytes)
         checkpoint, damaged = newest_valid(self._store, topology)
         self.state = self._resume(checkpoint)
-        estimate = checkpoint_bytes(config.model, config.bytes_per_weight)
-        self._save_seconds = save_time(self._store, estimate, nodes=1).seconds  # of the newest save
+        self._save_seconds = save_time(self._store, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, config.precision, *own)
         suite = self._eval_set.suite if self._eval_set else ""
@@ -116,9 +116,7 @@ class Trainer:
         self._feed = Feed(self._loader, config.data, rows, topology)
         self._evaluated = topology.broadcast_object(self._journal.last_evaluated(suite))
         self._meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
-        self._saver = stack.enter_context(
-            Saver(self._store, self.engine.save, topology, estimate, self._journal.sync, self._check_lease)
-        )
+        self._saver = stack.enter_context(Saver(self._store, self.engine, topology, folder, lease))
         self._saving_seconds: float | None = None  # since the last step
         limits = (config.train.max_nonfinite, config.train.nonfinite_limit)
         self._unapplied = UnappliedSteps(*limits, folder, topology)
@@ -161,7 +159,7 @@ class Trainer:
         layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
         if checkpoint is None:
             return RunState(
-                step=0, tokens=0, tokens_per_source={}, batch_hash="", wandb_run_id="", restarts=0,
+                step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0,
                 config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **dataclasses.asdict(layout),
             )  # fmt: skip
         state = read_state(checkpoint)
@@ -328,14 +326,11 @@ class Trainer:
 
     def save(self) -> None:
         """Begins to save a checkpoint of where the run stands."""
-        self._check_lease()
         cursors = self._feed.cursors()
         data = None
         if cursors is not None and self._loader is not None:
             data = DataState(cursors, self._loader.fingerprint)
-        run_id = self._folder.run_id(self._config.run.name) if self._topology.is_main else ""
-        state = msgspec.structs.replace(self.state, wandb_run_id=run_id)
-        self._saving_seconds = self._saver.save(state, data)
+        self._saving_seconds = self._saver.save(self.state, data)
 
     def note_data_end(self) -> None:
         """Says and notes that the data has come to its end, and with it the run."""

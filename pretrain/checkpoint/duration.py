@@ -19,11 +19,11 @@ class SaveTime:
     measured: bool
 
 
-def save_time(store: CheckpointStore, bytes_each: int, nodes: int) -> SaveTime:
-    """Return what the run's newest checkpoint took; of a run without one, a guess from a checkpoint's bytes."""
+def save_time(store: CheckpointStore, nodes: int) -> SaveTime:
+    """Return how long the run's newest checkpoint took to save; without one, guess from its expected size."""
     if steps := store.steps():
         return SaveTime(store.open(steps[-1]).seconds, measured=True)
-    return SaveTime(bytes_each / (nodes * _BYTES_PER_SECOND), measured=False)
+    return SaveTime(store.expected_bytes / (nodes * _BYTES_PER_SECOND), measured=False)
 
 
 def time_for_last_save(save_seconds: float) -> float:

@@ -34,7 +34,6 @@ class RunState(msgspec.Struct, frozen=True):
         tokens: trained on since the run's start, over all ranks; padding is not counted.
         tokens_per_source: the same, for each source.
         batch_hash: of all batches so far, chained; 16 hex digits.
-        wandb_run_id: of the wandb run that its figures went to.
         restarts: how often the run was taken up again.
         config_hash: of the config that it ran with last.
         tp_size, dp_size, zero_stage: what the engine's files fit.
@@ -45,7 +44,6 @@ class RunState(msgspec.Struct, frozen=True):
     tokens: int
     tokens_per_source: dict[str, int]
     batch_hash: str
-    wandb_run_id: str
     restarts: int
     config_hash: str
     tp_size: int

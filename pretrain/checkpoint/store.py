@@ -110,11 +110,18 @@ def read_manifest(folder: Path, step: int) -> Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in one folder. Reading is open to all ranks, changing anything is rank 0's."""
+    """The checkpoints in one folder. Any rank may read them; only rank 0 changes anything.
 
-    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+    Args:
+        root: the folder.
+        config: when to save and what to keep.
+        expected_bytes: size of a checkpoint, which counts until there is one to measure; only saving needs it.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig, expected_bytes: int = 0) -> None:
         self.root = root
         self.config = config
+        self.expected_bytes = expected_bytes
 
     def folder_of(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
@@ -249,34 +256,36 @@ class CheckpointStore:
                 f" {(2 * needed + self.config.reserve_bytes - free) / 1e9:.2f} GB, or start the layout that saved it"
             )
 
-    def check_room(self, estimate: int) -> None:
-        """Makes sure, removing nothing, that the next checkpoint can fit, once what killed saves left is gone.
+    def check_room(self) -> None:
+        """Check, without removing anything, that the next checkpoint will fit once incomplete ones are gone.
 
-        Args:
-            estimate: bytes of a checkpoint; the newest one's count instead, if there is one.
         Raises:
-            ConfigError: with sizes, and what to do.
+            ConfigError: if it will not, with sizes and what to do.
         """
         left_behind = sum(self._size_of(step) for step in self.all_steps() if not self.is_complete(step))
-        self._to_remove(estimate, left_behind)
+        self._to_remove(left_behind)
 
-    def make_room(self, estimate: int) -> None:
-        """Makes sure that the next checkpoint fits; where the disk is short, by removing the oldest ones.
+    def make_room(self) -> None:
+        """Make the next checkpoint fit, by removing the oldest ones where the disk is short.
 
-        The newest stays, and what `keep_every` keeps for good; if that is not enough, everything stays.
+        The newest checkpoint stays, and so do those that `keep_every` keeps; if that is not enough, everything stays.
 
         Raises:
             ConfigError: if it does not fit, with sizes, and what to do.
         """
-        for step in self._to_remove(estimate):
+        for step in self._to_remove():
             _logger.warning("the disk is short of room for the next checkpoint: the one of step %d goes", step)
             self.try_to_discard(step)
 
-    def _to_remove(self, estimate: int, left_behind: int = 0) -> list[int]:
-        """The fewest of the oldest checkpoints without which the next one fits; `left_behind`: bytes that go anyway."""
+    def _to_remove(self, left_behind: int = 0) -> list[int]:
+        """Return the fewest of the oldest checkpoints whose removal lets the next one fit.
+
+        Args:
+            left_behind: bytes that will be freed in any case.
+        """
         steps = self.steps()
         sizes = {step: self._size_of(step) for step in steps}
-        needed = sizes[steps[-1]] if steps else estimate
+        needed = sizes[steps[-1]] if steps else self.expected_bytes
         free = shutil.disk_usage(self.root).free + left_behind
         removed = []
         for step in [s for s in steps[:-1] if s not in self._kept_for_good(steps)]:

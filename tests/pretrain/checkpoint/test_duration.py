@@ -9,9 +9,9 @@ from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
 
 def test_a_save_takes_as_long_as_the_last_one(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig())
-    assert save_time(store, 10**12, nodes=4) == SaveTime(500, measured=False)
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(), expected_bytes=10**12)
+    assert save_time(store, nodes=4) == SaveTime(500, measured=False)
     for step, seconds in ((10, 20.0), (20, 30.0)):
         store.prepare(step)
         store.complete(step, [], seconds)
-    assert save_time(store, 10**12, nodes=4) == SaveTime(30, measured=True)
+    assert save_time(store, nodes=4) == SaveTime(30, measured=True)

@@ -39,8 +39,8 @@ class OneRank:
     def gather_objects(self, value: object) -> list[object]:
         return [value]
 
-    def sum_int64(self, values: list[int]) -> list[int]:
-        return values
+    def any(self, value: bool) -> bool:
+        return value
 
     def together(self, action: Callable[[], object]) -> object:
         return action()
@@ -71,12 +71,12 @@ class Run:
         self.folder, self.model = RunFolder(root), Model()
         self.folder.create()
         settings = CheckpointConfig.model_validate({"keep": 1, "reserve_bytes": 0, **config})
-        self.store = CheckpointStore(self.folder.checkpoints, settings)
+        self.store = CheckpointStore(self.folder.checkpoints, settings, expected_bytes=1000)
 
     @contextmanager
     def saver(self) -> Iterator[Saver]:
         topology: Any = OneRank()
-        with Saver(self.store, self.model.save, topology, 1000, self.folder.sync, lambda: None) as saver:
+        with Saver(self.store, self.model, topology, self.folder, lease=None) as saver:
             yield saver
 
     def begin(self, saver: Saver, step: int) -> None:
@@ -126,7 +126,7 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state(step: int) -> RunState:
-    return RunState(step, 0, {}, "", "id", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+    return RunState(step, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
 
 
 def two_saves_begun(root: Path) -> Run:
@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(
             saver.finish()
     assert "checkpoint.reserve_bytes" in caplog.text
     with pytest.raises(ConfigError, match="does not fit"):
-        run.store.check_room(0)
+        run.store.check_room()
     assert run.newest() == 50
 
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_a_disk_does_not_show_is_not_removed(tmp_path: Path, m
             make_unreadable(hidden, patch)
             for change in (
                 checkpoints.discard_incomplete,
-                lambda: checkpoints.make_room(0),
+                checkpoints.make_room,
                 lambda: make(checkpoints, 20),
             ):
                 with pytest.raises((OSError, AssertionError), match="Input/output error|not written over"):
