@@ -1,24 +1,33 @@
-"""The global batch of a step, on the device, with its totals over all ranks. loader -> feed -> loop.
+"""The global batch of a step, on the device, with its totals over all ranks. loader -> feed -> trainer.
 
-Of each tensor-parallel group only rank 0 has a loader; it hands its rows on to the others. What the ranks must know of
+In each tensor-parallel group only rank 0 has a loader; it hands its rows on to the others. What the ranks must know of
 one another before the first backward pass (the number of valid targets, which the loss is divided by) travels in one
 collective, and so does everything else that they tell each other once a step, such as that one was asked to stop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import xxhash
 from torch import Tensor
 
+from pretrain.checkpoint.state import DataState
 from pretrain.topology import Topology
 from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, check_not_empty, merge_states
 
-_EPOCH_UNIT = 10**12  # epochs travel as integers, like all the rest
-_EPOCH_DIGITS = 9  # behind the point, fewer than are sent: thirds of an epoch on three ranks add up to 1
+_EPOCH_UNIT = 10**12  # epochs travel as integers, like everything else
+_EPOCH_DIGITS = 9  # after the point, fewer than are sent: thirds of an epoch on three ranks add up to 1
+
+# The sums that all ranks make of a step, besides the tokens and epochs of each source
+_TOTALS = (
+    "stop_requests", "saving", "failures",  # ranks
+    "rows", "rows_drawn",  # of the batch; since the run's start
+    "ranks_with_data",  # ranks whose lanes have not all run dry
+    "targets", "padding", "row_hash", "skipped", "skipped_so_far", "contaminated", "replays",  # as in StepBatch
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,10 @@ class StepBatch:
         row_hash: sum mod 2^64 of the rows' hashes.
         tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
         epoch_per_source: how often each source was read through since the run's start, by its records.
-        skipped: the bad records that were passed over to get to these rows, of all ranks.
+        skipped: the bad records that all ranks passed over to get to these rows.
         skipped_so_far: how many there were since the run's start.
-        replays: entries of shards that did not hold, so that decoding took longer to reach these rows, of all ranks.
-        contaminated: the documents that were dropped on the way, for sharing text with a suite, of all ranks.
+        replays: entries of shards that did not hold, so that decoding took longer to reach these rows, on all ranks.
+        contaminated: the documents that all ranks dropped on the way because they share text with a suite.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
     """
@@ -54,6 +63,30 @@ class StepBatch:
     contaminated: list[Skipped]
     stop_requested: bool
     saving: bool
+
+
+@dataclass
+class _PassedOver:
+    """What was passed over on the way to the next row, however many batches that took.
+
+    Attributes:
+        skipped, contaminated: this rank's.
+        n_skipped, n_contaminated, replays: of all ranks.
+    """
+
+    skipped: list[Skipped] = field(default_factory=list)
+    contaminated: list[Skipped] = field(default_factory=list)
+    n_skipped: int = 0
+    n_contaminated: int = 0
+    replays: int = 0
+
+    def add(self, batch: Batch | None, totals: Mapping[str, int]) -> None:
+        if batch is not None:
+            self.skipped += batch.skipped
+            self.contaminated += batch.contaminated
+        self.n_skipped += totals["skipped"]
+        self.n_contaminated += totals["contaminated"]
+        self.replays += totals["replays"]
 
 
 class Feed:
@@ -77,7 +110,7 @@ class Feed:
         self.passed_over: tuple[list[Skipped], list[Skipped]] = ([], [])
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
-        """The next global batch that holds a row; None, on all ranks, once all lanes have run dry.
+        """Return the next global batch that holds a row; None, on all ranks, once all lanes have run dry.
 
         Args:
             stop_requested: whether this process was asked to stop.
@@ -85,68 +118,83 @@ class Feed:
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
-        skipped: list[Skipped] = []  # of this rank, on the way to the next row, however many batches that takes
-        dropped: list[Skipped] = []
-        n_skipped = n_dropped = replays = 0
+        passed_over = _PassedOver()
         while True:
-            batch, failure, rows, ever, going = None, None, 0, 0, 0
-            if self._loader:
-                try:
-                    batch = self._loader.next_batch()
-                    skipped, dropped = skipped + batch.skipped, dropped + batch.contaminated
-                    rows, ever, going = batch.num_rows, self._loader.rows_drawn, int(not self._loader.ended)
-                except HeadraceError as error:  # the other ranks have to hear of it before this one leaves
-                    failure = error
-            flags = [int(stop_requested), int(saving), int(failure is not None), rows, ever, going]
-            totals = iter(self._topology.sum_int64([*flags, *self._own_totals(batch)]))
-            stop, writing, failures, all_rows, all_ever, going_ranks = (next(totals) for _ in flags)
-            if failures:
+            batch, failure = self._draw()
+            own = self._totals_of(batch)
+            own |= {"stop_requests": int(stop_requested), "saving": int(saving), "failures": int(failure is not None)}
+            totals = dict(zip(own, self._topology.sum_int64(list(own.values())), strict=True))
+            if totals["failures"]:
                 raise failure or ShardError("another rank could not read its data; see its message")
-            n_targets, n_padding, row_hash, new_skipped, skipped_so_far, new_dropped, new_replays = islice(totals, 7)
-            n_skipped, n_dropped, replays = n_skipped + new_skipped, n_dropped + new_dropped, replays + new_replays
-            if all_rows or not going_ranks:
+            passed_over.add(batch, totals)
+            if totals["rows"] or not totals["ranks_with_data"]:
                 break
             # A batch without a row anywhere is no step: these lanes have run dry, and others have not
-        skipped = self._of_all_ranks(skipped) if n_skipped else []
-        dropped = self._of_all_ranks(dropped) if n_dropped else []
-        if not all_rows:
-            check_not_empty(all_ever, self._sources)
-            self.passed_over = skipped, dropped
+        skipped = self._of_all_ranks(passed_over.skipped) if passed_over.n_skipped else []
+        contaminated = self._of_all_ranks(passed_over.contaminated) if passed_over.n_contaminated else []
+        if not totals["rows"]:
+            check_not_empty(totals["rows_drawn"], self._sources)
+            self.passed_over = skipped, contaminated
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
-        tokens_per_source = {source: next(totals) for source in self._sources}
-        epochs = {source: round(next(totals) / _EPOCH_UNIT, _EPOCH_DIGITS) for source in self._sources}
+        tokens_per_source = {source: totals[f"tokens/{source}"] for source in self._sources}
         tokens, segment_ids = self._shared(batch)
         return StepBatch(
             tokens=tokens,
             segment_ids=segment_ids,
-            n_targets=n_targets,
+            n_targets=totals["targets"],
             n_tokens=sum(tokens_per_source.values()),
-            n_padding=n_padding,
-            row_hash=row_hash,
+            n_padding=totals["padding"],
+            row_hash=totals["row_hash"],
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
-            epoch_per_source=epochs,
+            epoch_per_source={
+                source: round(totals[f"epochs/{source}"] / _EPOCH_UNIT, _EPOCH_DIGITS) for source in self._sources
+            },
             skipped=skipped,
-            skipped_so_far=skipped_so_far,
-            replays=replays,
-            contaminated=dropped,
-            stop_requested=stop > 0,
-            saving=writing > 0,
+            skipped_so_far=totals["skipped_so_far"],
+            replays=passed_over.replays,
+            contaminated=contaminated,
+            stop_requested=totals["stop_requests"] > 0,
+            saving=totals["saving"] > 0,
         )
 
-    def _own_totals(self, batch: Batch | None) -> list[int]:
-        if batch is None:  # the dp rank's totals are told by the rank that has its loader
-            return [0] * (7 + 2 * len(self._sources))
-        counts = dict.fromkeys(self._sources, 0)
+    def _draw(self) -> tuple[Batch | None, HeadraceError | None]:
+        """Draw this rank's part of a batch, or keep the error that all ranks must hear of before this one leaves."""
+        try:
+            return self._loader.next_batch() if self._loader else None, None
+        except HeadraceError as error:
+            return None, error
+
+    def _totals_of(self, batch: Batch | None) -> dict[str, int]:
+        """Return what this rank adds to each sum over all ranks, the names in the same order on every rank.
+
+        Ranks without a batch add nothing: where they have no loader, the rank that has their loader speaks for them.
+        """
+        by_source = [f"{figure}/{source}" for figure in ("tokens", "epochs") for source in self._sources]
+        totals = dict.fromkeys([*_TOTALS, *by_source], 0)
+        if batch is None or self._loader is None:
+            return totals
+        totals |= {
+            "rows": batch.num_rows,
+            "rows_drawn": self._loader.rows_drawn,
+            "ranks_with_data": int(not self._loader.ended),
+            "targets": batch.n_targets,
+            "padding": batch.padding_tokens,
+            "row_hash": batch.row_hash,
+            "skipped": len(batch.skipped),
+            "skipped_so_far": batch.skipped_so_far,
+            "contaminated": len(batch.contaminated),
+            "replays": batch.replays,
+        }
         for name, tokens in batch.source_tokens.items():
-            counts[name.partition("/")[0]] += tokens  # a sub-source counts to its source
-        epochs = [round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT) for source in self._sources]
-        skipped = [len(batch.skipped), batch.skipped_so_far, len(batch.contaminated), batch.replays]
-        return [batch.n_targets, batch.padding_tokens, batch.row_hash, *skipped, *counts.values(), *epochs]
+            totals[f"tokens/{name.partition('/')[0]}"] += tokens  # a sub-source counts towards its source
+        for source in self._sources:
+            totals[f"epochs/{source}"] = round(batch.epochs.get(source, 0.0) * _EPOCH_UNIT)
+        return totals
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
-        """Tokens of each sub-source over all ranks; their names are known only once they are met."""
+        """Count each sub-source's tokens over all ranks; their names are known only once they are met."""
         if not self._has_sub_sources:
             return {}
         own = {name: n for name, n in batch.source_tokens.items() if "/" in name} if batch else {}
@@ -157,11 +205,11 @@ class Feed:
         return dict(sorted(sums.items()))
 
     def _of_all_ranks(self, own: list[Skipped]) -> list[Skipped]:
-        """The records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
+        """Gather the records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
         return sorted(found for part in self._topology.gather_objects(own) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
-        """(tokens, segment_ids) of this dp rank, on each of its tp ranks: [2, rows, seq_len + 1] int64."""
+        """Return this dp rank's (tokens, segment_ids), on each of its tp ranks: [2, rows, seq_len + 1] int64."""
         device = self._topology.device
         if batch is None:
             rows = torch.empty(self._shape, dtype=torch.int32, device=device)
@@ -170,16 +218,21 @@ class Feed:
         return self._topology.broadcast_in_tp(rows).long()
 
     def origins(self) -> list[Origin]:
-        """Where every piece of the last global batch comes from, by slot; every rank calls it."""
+        """Return where every piece of the last global batch comes from, by slot; every rank calls it."""
         own = list(self._batch.origins()) if self._batch else []
         return sorted(origin for origins in self._topology.gather_objects(own) for origin in origins)
 
     def cursors(self) -> dict[str, object] | None:
-        """Where all lanes stand after the last batch that was given out, on rank 0; every rank calls it."""
+        """Return where all lanes stand after the last batch given out, on rank 0; every rank calls it."""
         states = [state for state in self._topology.gather_objects(self._cursors) if state is not None]
         return merge_states(states) if self._topology.is_main else None
 
+    def state(self) -> DataState | None:
+        """Return what a checkpoint says of the data after that batch, on rank 0; every rank calls it."""
+        cursors = self.cursors()
+        return DataState(cursors, self._loader.fingerprint) if cursors is not None and self._loader else None
+
 
 def chain_hash(before: str, row_hash: int) -> str:
-    """The batch hash of a step: of its rows and of every batch before it; 16 hex digits."""
+    """Hash a step's rows and every batch before it; 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(f"{before}/{row_hash:016x}".encode())

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from pretrain import data_end
 from pretrain.checkpoint.duration import save_time, time_for_last_save
-from pretrain.checkpoint.resume import newest_valid
+from pretrain.checkpoint.resume import Choice, Restorer, choose
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.state import DataState, Layout, RunState, read_data, read_state
+from pretrain.checkpoint.state import DataState, Layout, RunState
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
-from pretrain.checkpoint.universal import converted
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine, StepStats
 from pretrain.evaluation.eval_set import load_suite, warn_of_training_shards
@@ -96,15 +94,15 @@ class Trainer:
         self.engine = _engine(config, topology)
         expected_bytes = checkpoint_bytes(config.model, config.bytes_per_weight)
         self._store = CheckpointStore(folder.checkpoints, config.checkpoint, expected_bytes)
-        checkpoint, damaged = newest_valid(self._store, topology)
-        self.state = self._resume(checkpoint)
+        choice = choose(self._store, topology)
+        self.state = self._resume(choice.checkpoint)
         self._save_seconds = save_time(self._store, nodes=1).seconds  # of the newest save
         own = (topology.dp_rank, topology.dp_size)
         self._eval_set = load_suite(config.evaluation, tokenizer, config.data.seq_len, config.precision, *own)
         suite = self._eval_set.suite if self._eval_set else ""
         self._folder = folder
         self._steps = data_end.foresee(self._loader, config.train.steps, topology)
-        self._begin(damaged)
+        self._begin(choice)
         tracker = None
         if topology.is_main:
             assert self._loader is not None
@@ -123,16 +121,12 @@ class Trainer:
         if self.state.step == 0:
             self._journal.log_cursors(0, self._feed.cursors())
 
-    def _begin(self, damaged: Mapping[int, Sequence[str]]) -> None:
-        """Make the run folder this start's, now that nothing is left to refuse it; every rank calls it.
-
-        Args:
-            damaged: the checkpoints to set aside, and what is wrong with each.
-        """
+    def _begin(self, choice: Choice) -> None:
+        """Make the run folder this start's, now that nothing is left to refuse it; every rank calls it."""
         if self._topology.is_main:
-            for step, sentences in damaged.items():
+            for step, sentences in choice.damaged.items():
                 aside = self._store.set_aside(step)
-                _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, "; ".join(sentences))
+                _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, sentences)
             self._store.discard_incomplete()
             self._say_new_rate()
             self._folder.begin(self._config.run.name, self._config.to_yaml(), self.state.step or -1)
@@ -162,25 +156,9 @@ class Trainer:
                 step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0,
                 config_hash=config.hash(), init_hash=self._begin_with(config.init_from), **dataclasses.asdict(layout),
             )  # fmt: skip
-        state = read_state(checkpoint)
-
-        def take_up_data() -> None:
-            if self._loader:
-                data = read_data(checkpoint)
-                check_fingerprint(data.fingerprint, self._loader.fingerprint)
-                self._loader.load_state_dict(data.cursors)
-
-        topology.together(take_up_data)
-        if state.layout == layout:
-            self.engine.load(checkpoint.folder)
-        else:
-            with self._interrupt.starting():  # it may take minutes, and nothing is trained yet
-                conversion = converted(self._store, checkpoint, state.layout, layout, topology)
-            self.engine.load_universal(conversion)
-        _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
-        return msgspec.structs.replace(
-            state, restarts=state.restarts + 1, config_hash=config.hash(), **dataclasses.asdict(layout)
-        )
+        restorer = Restorer(self._store, layout, topology, self._interrupt.starting())
+        state = restorer.restore(checkpoint, self.engine, self._loader)
+        return msgspec.structs.replace(state, config_hash=config.hash())
 
     def _begin_with(self, source: Path | None) -> str:
         """Gives the engine the weights of another model, if one is named; returns the hash of its files."""

@@ -1,40 +1,129 @@
-"""Which checkpoint is whole, decided by all ranks together. store -> resume -> {trainer, evaluation}."""
+"""Takes a run up again from its newest whole checkpoint, on all ranks together. store -> resume -> {start, evaluation}.
+
+Rank 0 says which checkpoints there are; every rank compares a share of the files with their hashes. All ranks therefore
+choose the same one, and each file is read for that once. A checkpoint of another layout is converted on the way.
+"""
 
 from __future__ import annotations
 
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pretrain.checkpoint.state import Layout, RunState, read_data, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
+from pretrain.checkpoint.universal import converted
 from pretrain.topology import Topology
-from shards import CheckpointError
+from shards import CheckpointError, Loader, check_fingerprint
+
+_logger = logging.getLogger(__name__)
 
 
-def newest_valid(store: CheckpointStore, topology: Topology) -> tuple[Checkpoint | None, dict[int, list[str]]]:
-    """Find the newest checkpoint whose files are all as they were saved; every rank checks a share of them.
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a start goes on from.
 
-    Returns:
-        It, None if there are no checkpoints at all; and what is wrong with each newer one, a sentence a file. Those are
-        to be set aside only now that a whole one is found: a disk that cannot be read today may be whole tomorrow.
+    Attributes:
+        checkpoint: None if there is none at all.
+        damaged: each newer checkpoint that is not whole, and what is wrong with it. They are to be set aside only once
+            nothing can refuse the start any more: a disk that cannot be read today may be whole tomorrow.
+    """
+
+    checkpoint: Checkpoint | None
+    damaged: dict[int, str] = field(default_factory=dict)
+
+
+def choose(store: CheckpointStore, topology: Topology) -> Choice:
+    """Choose the newest checkpoint whose files are all as they were saved; every rank calls it.
+
     Raises:
         CheckpointError: if there are checkpoints and none of them is whole.
     """
     steps = topology.broadcast_object(topology.together(lambda: store.steps() if topology.is_main else []))
-    damaged: dict[int, list[str]] = {}
+    damaged: dict[int, str] = {}
     for step in reversed(steps):
-        if not (found := damage_of(store, step, topology)):
-            return store.open(step), damaged
-        damaged[step] = found
+        try:
+            return Choice(open_verified(store, step, topology), damaged)
+        except CheckpointError as error:
+            damaged[step] = str(error)
     if damaged or store.has_damaged():
-        sentences = "; ".join(sentence for found in damaged.values() for sentence in found)
         raise CheckpointError(
-            f"none of the checkpoints in {store.root} is whole ({sentences});"
+            f"none of the checkpoints in {store.root} is whole ({'; '.join(damaged.values())});"
             " restore one from a copy, or start over with --fresh"
         )
-    return None, damaged
+    return Choice(None)
 
 
-def damage_of(store: CheckpointStore, step: int, topology: Topology) -> list[str]:
-    """Says, on every rank, what is wrong with a checkpoint's files. Every rank calls it, and checks a share of them."""
+def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Checkpoint:
+    """Open a checkpoint whose files are all as they were saved. Every rank calls it, and checks a share of them.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them finds anything wrong; with a sentence for each file.
+    """
+    checkpoint, found = None, []
     try:
-        own = store.open(step).broken_files(topology.rank, topology.world_size)
+        checkpoint = store.open(step)
+        found = checkpoint.broken_files(topology.rank, topology.world_size)
     except CheckpointError as error:
-        own = [str(error)]
-    return [sentence for part in topology.gather_objects(own) for sentence in part]
+        found = [str(error)]
+    if sentences := [sentence for part in topology.gather_objects(found) for sentence in part]:
+        raise CheckpointError("; ".join(sentences))
+    assert checkpoint is not None
+    return checkpoint
+
+
+class LoadableEngine(Protocol):
+    """What takes the weights and the optimizer's state from a checkpoint; every rank calls both."""
+
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint of this layout."""
+
+    def load_universal(self, folder: Path) -> None:
+        """Load what `universal` made of a checkpoint of another layout."""
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """Restores a run's parts from a checkpoint that was chosen.
+
+    Args:
+        store: where the checkpoint lies, and its conversion if it needs one.
+        layout: what the engine's files are to fit.
+        conversion: what to do a conversion in; it may take minutes.
+    """
+
+    store: CheckpointStore
+    layout: Layout
+    topology: Topology
+    conversion: AbstractContextManager[None]
+
+    def restore(self, checkpoint: Checkpoint, engine: LoadableEngine, loader: Loader | None) -> RunState:
+        """Restore the loader, then the engine; every rank calls it.
+
+        Args:
+            loader: None on the ranks that have none.
+        Returns:
+            Where the run stands, in the layout that goes on with it.
+        Raises:
+            ConfigError: if the data is not what it was, or the disk has no room for a conversion.
+            CheckpointError: if the checkpoint does not fit the model; like the other, on all ranks.
+        """
+        state = read_state(checkpoint)
+        self.topology.together(lambda: _restore_loader(checkpoint, loader))
+        if state.layout == self.layout:
+            engine.load(checkpoint.folder)
+        else:
+            with self.conversion:
+                folder = converted(self.store, checkpoint, state.layout, self.layout, self.topology)
+            engine.load_universal(folder)
+        _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
+        return state.resumed(self.layout)
+
+
+def _restore_loader(checkpoint: Checkpoint, loader: Loader | None) -> None:
+    if loader:
+        data = read_data(checkpoint)
+        check_fingerprint(data.fingerprint, loader.fingerprint)
+        loader.load_state_dict(data.cursors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,6 +55,10 @@ class RunState(msgspec.Struct, frozen=True):
     @property
     def layout(self) -> Layout:
         return Layout(self.tp_size, self.dp_size, self.zero_stage)
+
+    def resumed(self, layout: Layout) -> RunState:
+        """Return the state from which a layout goes on."""
+        return msgspec.structs.replace(self, restarts=self.restarts + 1, **asdict(layout))
 
 
 class DataState(msgspec.Struct, frozen=True):

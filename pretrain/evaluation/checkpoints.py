@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pretrain.checkpoint.resume import damage_of
+from pretrain.checkpoint.resume import open_verified
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.eval_set import EvalSet
@@ -22,7 +22,7 @@ from pretrain.inference.forward_model import BareModel
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
-from shards import CheckpointError, HeadraceError
+from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Evaluator:
     def score(self, weights: Weights) -> DocumentScores:
         """Every rank calls it."""
         self.model.take(weights)
-        return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
+        return self._score()
 
     def score_checkpoint(self, store: CheckpointStore, step: int) -> DocumentScores:
         """Every rank calls it.
@@ -53,6 +53,9 @@ class Evaluator:
             take_checkpoint(self.model, store, step, self.topology)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
+        return self._score()
+
+    def _score(self) -> DocumentScores:
         return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
 
 
@@ -69,9 +72,8 @@ def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, 
         HeadraceError: on all ranks, if any of them cannot read the checkpoint.
     """
     chosen = here.broadcast_object(here.together(lambda: store.choose(step).step if here.is_main else -1))
-    if damage := damage_of(store, chosen, here):
-        raise CheckpointError("; ".join(damage))
-    here.together(lambda: model.take(CheckpointWeights(store.open(chosen), weight_specs(model.config))))
+    checkpoint = open_verified(store, chosen, here)
+    here.together(lambda: model.take(CheckpointWeights(checkpoint, weight_specs(model.config))))
     return chosen
 
 

@@ -19,7 +19,7 @@ from pretrain.exchange.tokenizer_files import write_tokenizer
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
-from shards.storage.atomic import fsync_folder, partial_name
+from shards.storage.atomic import fsync_folder, is_there, partial_name
 
 Format = Literal["hf", "meta"]
 
@@ -68,7 +68,7 @@ def export(
 @contextmanager
 def _appearing(to: Path) -> Iterator[Path]:
     """A folder beside `to` that gets its name once it is complete and durable."""
-    if to.exists():
+    if is_there(to):
         raise ConfigError(f"--to {to} is there already; name another folder, or remove it")
     partial = partial_name(to)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint.resume import newest_valid
+from pretrain.checkpoint.resume import choose
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
@@ -97,9 +97,10 @@ class Run:
         """The step of the checkpoint that a start takes, whose every file is of that step; readies the folder."""
         topology: Any = OneRank()
         self.store.discard_incomplete()
-        checkpoint, damaged = newest_valid(self.store, topology)
+        choice = choose(self.store, topology)
+        checkpoint = choice.checkpoint
         assert checkpoint is not None
-        for newer in damaged:
+        for newer in choice.damaged:
             self.store.set_aside(newer)
         step = checkpoint.step
         assert sorted(path.name for path in checkpoint.folder.iterdir()) == [
