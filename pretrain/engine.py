@@ -122,7 +122,7 @@ def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, above: str = "") -
     return merged
 
 
-class _HandOver(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+class _CapturingCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
     """What DeepSpeed would write goes to a function instead; reading is left to DeepSpeed."""
 
     def __init__(self, take: Callable[[Path, object], None]) -> None:
@@ -301,7 +301,7 @@ class Engine:
             take: is called with each file's path and content, whose tensors are the very ones that training goes on to
                 change; must not raise, since the other ranks wait for this one.
         """
-        self.deepspeed.checkpoint_engine = _HandOver(take)
+        self.deepspeed.checkpoint_engine = _CapturingCheckpointEngine(take)
         self.deepspeed.save_checkpoint(
             str(folder),
             tag="engine",

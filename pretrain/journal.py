@@ -71,6 +71,11 @@ class Journal:
                 for record in records:
                     log.append({"step": step, **record._asdict()})
 
+    def log_data_end(self, step: int) -> None:
+        """Note that the data ends with a step."""
+        if self._tracker:
+            self._folder.note_data_end(step)
+
     def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
         """Where the lanes stood after a step, for provenance."""
         if self._tracker and cursors is not None:

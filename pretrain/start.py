@@ -1,8 +1,8 @@
 """From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
 
-In this order, so that what is wrong shows in the first second: the config against the number of ranks, the tokenizer,
-the run folder and its lease, the indexes of the shards (rank 0, while the others wait for it). Only once all of it is
-found right, on every rank, does anything in the run folder change.
+The order of the checks lets mistakes show in the first second: the config against the number of ranks, the tokenizer,
+the run folder and its lease, the indexes of the shards (on rank 0, while the others wait). Nothing in the run folder
+changes before every rank has found everything right.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 import shards
 from pretrain import topology
+from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, how_to_split_vocabulary, load_config
+from pretrain.engine import Engine
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.faults.interrupt import Interrupt
 from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
-from pretrain.model.size import checkpoint_bytes, flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
-from pretrain.startup_barrier import Meeting
-from pretrain.trainer import Trainer
+from pretrain.startup_barrier import StartupBarrier
 from shards import ConfigError, Prepared, Tokenizer, tokenizer_check
 from shards.storage.atomic import is_there
 from shards.suites import suite
@@ -43,7 +43,7 @@ _SAMPLE_TOKENS = 80  # of the continuation that a finished run shows
 
 @dataclass(frozen=True)
 class Report:
-    """What a start of a run came to.
+    """The outcome of a start.
 
     Attributes:
         finished: False if it stopped early and goes on when started again.
@@ -59,7 +59,7 @@ class Report:
 
 
 def start(config: RunConfig, fresh: bool) -> Report:
-    """Trains a config's run from where it stands; every process that the launcher started calls it.
+    """Train a config's run from where it stands; every process that the launcher started calls it.
 
     Args:
         fresh: begin again from nothing; the folder of a run of this name is moved aside first.
@@ -69,35 +69,38 @@ def start(config: RunConfig, fresh: bool) -> Report:
     """
     dp_size = topology.dp_size_of(topology.world_size_of(os.environ), config.parallel)
     config.check(dp_size)
-    tokenizer = checked_inputs(config)
+    tokenizer = check_inputs(config)
     folder = RunFolder(config.run.dir / config.run.name)
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        held: Held | None = None
+        claim: Claim | None = None
         with interrupt.starting():
-            with Meeting(config.parallel.timeout_minutes) as meeting:
-                if meeting.is_host:
+            with StartupBarrier(config.parallel.timeout_minutes) as barrier:
+                if barrier.is_host:
                     check_texts(config, tokenizer)
-                    held = taken(config, folder, fresh, IndexingLog(meeting.advance), stack)
+                    claim = claim_run(config, folder, fresh, IndexingLog(barrier.advance), stack)
                 else:
-                    meeting.wait()
-            here = stack.enter_context(topology.started(config.parallel, meeting.store))
-        config, prepared = here.broadcast_object((held.config, held.prepared) if held else (config, None))
-        if here.is_main:
-            announce(config, here)
-        lease = held.lease if held else None
-        trainer = Trainer(config, folder, lease, prepared, tokenizer, here, interrupt, stack)
-        finished = train(trainer, config, interrupt)
-        sample = ""
-        if finished:
-            codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
-            model = (trainer.engine.next_logits, config.model.n_layers, config.data.seq_len)
-            sample = "".join(generate(*model, codec, config.evaluation.prompt, sampling, here))
+                    barrier.wait()
+            ranks = stack.enter_context(topology.started(config.parallel, barrier.store))
+        config, prepared = ranks.broadcast_object((claim.config, claim.prepared) if claim else (config, ()))
+        if ranks.is_main:
+            announce(config, ranks)
+        lease = claim.lease if claim else None
+        trainer = assemble(Start(config, ranks, tokenizer, interrupt, prepared, lease), stack)
+        finished = train(trainer)
+        sample = sample_of(trainer.engine, config, tokenizer, ranks) if finished else ""
     return Report(finished, trainer.state.step, folder, sample)
 
 
-def checked_inputs(config: RunConfig) -> Tokenizer:
-    """The tokenizer, once it is known to fit the model, and the texts of the evaluation to be there.
+def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, ranks: topology.Topology) -> str:
+    """Return the model's continuation of evaluation.prompt; every rank calls it."""
+    codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
+    model = (engine.next_logits, config.model.n_layers, config.data.seq_len)
+    return "".join(generate(*model, codec, config.evaluation.prompt, sampling, ranks))
+
+
+def check_inputs(config: RunConfig) -> Tokenizer:
+    """Check that the tokenizer fits the model and that the evaluation's texts are there; return the tokenizer.
 
     Raises:
         ConfigError, ShardError: if something is missing or does not fit.
@@ -110,8 +113,7 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {pieces}"
             f" pieces; set model.vocab_size={pieces}" + (f", and {advice}" if advice else "")
         )
-    begun = CheckpointStore(config.run.dir / config.run.name / "checkpoints", config.checkpoint).steps()
-    if config.init_from and not begun:
+    if config.init_from and not checkpoints_of(config).steps():
         open_model(config.init_from, config.model)
         check_tokenizer(config.init_from, tokenizer, f"data.tokenizer={config.data.tokenizer}")
     if config.evaluation.suite:
@@ -120,24 +122,27 @@ def checked_inputs(config: RunConfig) -> Tokenizer:
 
 
 def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Tries the tokenizer on a sample of what is trained on and evaluated; rank 0 alone. Raises: ConfigError."""
+    """Try the tokenizer on a sample of what is trained on and evaluated; only rank 0. Raises: ConfigError."""
     tokenizer_check.check_sources(config.data, tokenizer)
     if config.evaluation.suite:
         tokenizer_check.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
 
 
-class Held(NamedTuple):
+@dataclass(frozen=True)
+class Claim:
     """What rank 0 has when it is ready for the others."""
 
     lease: Lease  # on the run's folder
-    config: RunConfig  # as it is for this run
-    prepared: Prepared  # the shards
+    config: RunConfig  # with what follows from the run that it goes on with
+    prepared: tuple[Prepared, ...]  # the shards' manifests
 
 
-def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Held:
-    """Take the run's folder and ready its data; rank 0 alone. A start that is refused leaves the folder as it was.
+def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Claim:
+    """Take the lease on the run's folder and prepare its data; only rank 0.
 
-    What shows only once all ranks are there is checked by the trainer; the folder is this start's after that.
+    A start that is refused leaves the folder as it was.
+
+    What shows only once all ranks have met is checked by `assembly`, which then makes the folder this start's.
 
     Args:
         progress: is told of what is indexed.
@@ -154,8 +159,7 @@ def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingL
     replaced = fresh and not restarted and is_there(folder.config)
     holding = stack.enter_context(ExitStack())
     lease = holding.enter_context(Lease(folder.lease, job_id))
-    expected_bytes = checkpoint_bytes(config.model, config.bytes_per_weight)
-    store = CheckpointStore(folder.checkpoints, config.checkpoint, expected_bytes)
+    store = checkpoints_of(config)
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
     if begun:
@@ -168,11 +172,11 @@ def taken(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingL
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
     store.check_room()
-    return Held(lease, config, prepared)
+    return Claim(lease, config, prepared)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
-    """Logs what changed since a run was begun. Raises ConfigError if that would corrupt it."""
+    """Log what has changed since a run was begun. Raises ConfigError if that would corrupt it."""
     refused, allowed = compare_for_resume(old, new)
     if refused:
         changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
@@ -206,7 +210,7 @@ def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunF
 
 
 class IndexingLog:
-    """Says which shards a start is indexing, and how far it is, every so many seconds; called from several threads.
+    """Logs now and then which shards a start is indexing and how far it is; called from several threads.
 
     Args:
         advance: is called at every sign of progress.
@@ -226,14 +230,14 @@ class IndexingLog:
             _logger.info("indexing: %.2f GB of %d shards read, now %s", total / 1e9, len(self._bytes_read), shard)
 
 
-def announce(config: RunConfig, here: topology.Topology) -> None:
-    """Says what is about to be trained, and on what."""
+def announce(config: RunConfig, ranks: topology.Topology) -> None:
+    """Log what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
-    micro_batch_size = config.micro_batch_size(here.dp_size)
-    sizes = (here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
+    micro_batch_size = config.micro_batch_size(ranks.dp_size)
+    sizes = (ranks.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
     memory = memory_per_rank(model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
     tokens_per_step = train.global_batch_size * seq_len
-    if config.precision == "bf16" and here.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if config.precision == "bf16" and ranks.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _logger.warning(
             "this CPU has no instructions for bf16, and emulating them is many times slower than precision=fp32"
         )
@@ -246,8 +250,8 @@ def announce(config: RunConfig, here: topology.Topology) -> None:
     )  # fmt: skip
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
-        here.world_size, here.tp_size, here.dp_size, here.device.type, config.precision,
-        config.parallel.applied_zero_stage, config.micro_steps(here.dp_size), micro_batch_size,
+        ranks.world_size, ranks.tp_size, ranks.dp_size, ranks.device.type, config.precision,
+        config.parallel.applied_zero_stage, config.micro_steps(ranks.dp_size), micro_batch_size,
     )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",

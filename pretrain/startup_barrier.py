@@ -25,7 +25,7 @@ _FAREWELL_SECONDS = 10.0  # that a refused rank 0 stays for, so that the others 
 _READY = "0"
 
 
-class Meeting:
+class StartupBarrier:
     """The store that the process groups are formed with later, entered by every rank of a start; rank 0 is its host.
 
     Args:
@@ -43,7 +43,7 @@ class Meeting:
         self.is_host = os.environ["RANK"] == "0"
         self.store: Store
 
-    def __enter__(self) -> Meeting:
+    def __enter__(self) -> StartupBarrier:
         """Come together, without waiting for those that are not there yet."""
         # Under torchrun its agent has opened the port already
         opens_port = self.is_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

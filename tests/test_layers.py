@@ -33,9 +33,17 @@ LAYERS = (
     ("pretrain.inference",),
     ("pretrain.exchange", "pretrain.evaluation"),
     ("pretrain.faults",),
-    ("pretrain.startup_barrier", "pretrain.feed", "pretrain.data_end", "pretrain.journal", "pretrain.provenance"),
+    (
+        "pretrain.startup_barrier",
+        "pretrain.feed",
+        "pretrain.held_out",
+        "pretrain.data_end",
+        "pretrain.recorder",
+        "pretrain.journal",
+        "pretrain.provenance",
+    ),
     ("pretrain.config",),
-    ("pretrain.trainer", "pretrain.loop"),
+    ("pretrain.trainer", "pretrain.loop", "pretrain.assembly"),
     ("pretrain.start",),
     ("pretrain.cluster",),
 )
@@ -116,7 +124,7 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
 
 def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
-    assert users <= {"pretrain.trainer", "pretrain.loop", "pretrain.start", "pretrain.cluster.submission"}
+    assert users == {"pretrain.trainer", "pretrain.assembly", "pretrain.start", "pretrain.cluster.submission"}
 
 
 def test_the_architecture_page_names_every_module() -> None:

@@ -34,6 +34,13 @@ class Choice:
     checkpoint: Checkpoint | None
     damaged: dict[int, str] = field(default_factory=dict)
 
+    def set_damaged_aside(self, store: CheckpointStore) -> None:
+        """Set the damaged checkpoints aside and remove what killed saves left; on rank 0."""
+        for step, sentences in self.damaged.items():
+            aside = store.set_aside(step)
+            _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, sentences)
+        store.discard_incomplete()
+
 
 def choose(store: CheckpointStore, topology: Topology) -> Choice:
     """Choose the newest checkpoint whose files are all as they were saved; every rank calls it.

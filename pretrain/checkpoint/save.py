@@ -149,7 +149,7 @@ class Saver:
         begun = time.monotonic()
         if self._under_way and self._under_way.step == state.step:
             return 0.0
-        self._check_lease()
+        self.check_lease()
         self._end_current()
         if (waited := time.monotonic() - begun) > _NOTEWORTHY_SECONDS and self._topology.is_main:
             _logger.warning(
@@ -187,7 +187,8 @@ class Saver:
         if self._failure:
             raise CheckpointError(f"the newest state of the run is not saved: {self._failure}")
 
-    def _check_lease(self) -> None:
+    def check_lease(self) -> None:
+        """Raise HeadraceError, on rank 0, if another process has taken the run over."""
         if self._lease:
             self._lease.check()
 
@@ -287,7 +288,7 @@ class Saver:
         """Complete a checkpoint and remove older ones, in the background; return the seconds that the save took."""
         try:
             self._folder.sync()
-            self._check_lease()
+            self.check_lease()
             seconds = time.monotonic() - writing.begun
             self._store.complete(writing.step, entries, seconds)
         except (OSError, HeadraceError) as error:

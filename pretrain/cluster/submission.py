@@ -17,7 +17,7 @@ from pretrain.cluster.preflight import Finding
 from pretrain.config import RunConfig, load_config
 from pretrain.model.size import parameter_count
 from pretrain.run.run_folder import RunFolder
-from pretrain.start import check_same_run, checked_inputs
+from pretrain.start import check_inputs, check_same_run
 from pretrain.topology import dp_size_of
 from shards import ConfigError, HeadraceError
 
@@ -87,7 +87,7 @@ def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
     """The job that scores a run's checkpoints as they appear. Raises: HeadraceError if it could score nothing."""
     if run.config.evaluation.suite is None:
         raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
-    checked_inputs(run.config)
+    check_inputs(run.config)
     # The run's own config says the rest
     words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])
     # Nothing is to be saved before the end, and a script without a trap would be ended by the signal
@@ -146,7 +146,7 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
         f" {length} of {train.global_batch_size:,} rows of {seq_len:,} tokens",
     )  # fmt: skip
     try:
-        checked_inputs(config)
+        check_inputs(config)
         folder = RunFolder(run.folder)
         if folder.has_begun():
             begun = load_config(folder.config, begun=True)

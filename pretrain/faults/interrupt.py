@@ -49,7 +49,6 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = 0
-        self._agreed = False
         self._first_at: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._left = threading.Event()
@@ -88,14 +87,6 @@ class Interrupt:
             yield
         finally:
             self._starting = False
-
-    def agree(self, stop: bool) -> None:
-        """Notes what all ranks decided together; once they decided to stop, that stands."""
-        self._agreed = self._agreed or stop
-
-    def pending(self) -> bool:
-        """Whether all ranks agreed to stop. Asks nobody: the same on every rank that heard the same answers."""
-        return self._agreed
 
     def _watch_launcher(self) -> None:
         try:

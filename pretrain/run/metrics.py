@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pretrain import log
+from pretrain.topology import Topology
 from shards import Config
 
 _logger = logging.getLogger(__name__)
@@ -137,6 +138,14 @@ _PEAK_FLOPS = (
 def peak_flops_of(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one device, by `torch.cuda.get_device_name()`; None where it is not known."""
     return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+
+
+def total_peak_flops(config: MetricsConfig, topology: Topology) -> float | None:
+    """Return the dense bf16 FLOP/s of all devices together; None where it is not known."""
+    peak = config.peak_flops
+    if peak is None and topology.device.type == "cuda":
+        peak = peak_flops_of(torch.cuda.get_device_name())
+    return peak * topology.world_size if peak else None
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak_flops: float | None) -> float | None:

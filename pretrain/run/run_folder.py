@@ -92,18 +92,26 @@ class RunFolder:
         """Notes that the data ends with this step: that is so however often these steps are trained."""
         write_atomically(self._data_end, str(step))
 
-    def run_id(self, name: str) -> str:
-        """Read the id of the run's wandb run, or draw one where there is none, or where it is another run's.
+    @property
+    def _run_id(self) -> Path:
+        return self.wandb / "run_id"
+
+    def run_id(self) -> str:
+        """Read the id of the run's wandb run. Raises FileNotFoundError if it has none; see `settle_run_id`."""
+        return self._run_id.read_text().strip()
+
+    def settle_run_id(self, name: str) -> str:
+        """Settle which wandb run is this run's: the one that it has, or a new one; return its id.
 
         An id belongs to a run.name and a folder, which config.yaml knows from the last start. Under another name the
-        run gets a new one. A folder that lies elsewhere now was copied if the other is still there and has the same id,
-        and gets a new one too; else it was moved, and keeps its own.
+        run gets a new one. A folder that lies elsewhere now was copied if the other one is still there and has the same
+        id, and gets a new one too; otherwise it was moved, and keeps its own.
 
         Args:
             name: the run.name by which it goes now.
         """
         try:
-            found = (self.wandb / "run_id").read_text().strip()
+            found = self.run_id()
         except FileNotFoundError:
             return self.new_run_id()
         run = (
@@ -114,11 +122,11 @@ class RunFolder:
             reason = f"this run was called {run['name']} before"
         elif is_there(was.root) and was.root.samefile(self.root):
             return found
-        elif is_there(was.wandb / "run_id") and (was.wandb / "run_id").read_text().strip() == found:
+        elif is_there(was._run_id) and was.run_id() == found:
             reason = f"{self.root} is a copy of {was.root}"
         else:
             moved = "%s lay in %s before and goes on in its wandb run %s; if it is a copy, remove %s"
-            _logger.info(moved, self.root, was.root, found, self.wandb / "run_id")
+            _logger.info(moved, self.root, was.root, found, self._run_id)
             return found
         drawn = self.new_run_id()
         _logger.warning("%s: all its figures go to a new wandb run, %s, and none to %s", reason, drawn, found)
@@ -128,7 +136,7 @@ class RunFolder:
         """Draw an id for a new wandb run, to which all of the run's figures go from now on."""
         drawn = secrets.token_hex(4)
         self.wandb.mkdir(exist_ok=True)
-        write_atomically(self.wandb / "run_id", drawn)
+        write_atomically(self._run_id, drawn)
         return drawn
 
     def begin(self, name: str, config: str, step: int) -> None:
@@ -139,7 +147,7 @@ class RunFolder:
             config: its config as YAML.
             step: that it goes on from; -1 if it begins with an evaluation of what it has not trained yet.
         """
-        self.run_id(name)  # while config.yaml tells whose it was
+        self.settle_run_id(name)  # while config.yaml tells whose it was
         write_atomically(self.config, config)
         self.cut_back(step)
 

@@ -18,8 +18,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -81,9 +84,41 @@ def log_late_evals(
     if not lease.is_free():
         _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
         return
-    tracker = Tracker(config, folder, name, folder.run_id(name), {})
+    tracker = Tracker(config, folder, name, folder.settle_run_id(name), {})
     with tracker._tolerated():
         tracker._log_late(suite, records)
+
+
+def describe(
+    config: Mapping[str, object], config_hash: str, fingerprint: Mapping[str, object], init_hash: str
+) -> dict[str, object]:
+    """Return what the wandb run says of itself: the config, and what it was trained with and on.
+
+    Args:
+        config: the whole config, as JSON-able values.
+        fingerprint: of the data.
+        init_hash: of the files that the run began with; empty if its weights were drawn.
+    """
+    packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
+    provenance = {
+        "git_commit": git_commit(),
+        "config_hash": config_hash,
+        "data": fingerprint,
+        "init_hash": init_hash,
+        "packages": {name: version(name) for name in packages},
+    }
+    return {**config, "provenance": provenance}
+
+
+def git_commit() -> str:
+    """Return the commit that this program was started from, with "+" where files differ; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + "+" * bool(changed)
 
 
 class Tracker:

@@ -14,17 +14,17 @@ from tests.distributed.test_elastic import CONFIG
 SIGNALLED = """
 import os, signal
 from pretrain.trainer import Trainer
-logits, batches = Trainer._logits, []
+before_batch, batches = Trainer._before_evaluation_batch, []
 
-def signalled(trainer, tokens, segment_ids):
+def signalled(trainer):
     batches.append(trainer.state.step)
     if rank == 1 and batches.count(2) == 2:
         os.kill(os.getpid(), signal.SIGUSR1)
-        while not trainer._interrupt.requested:
+        while not trainer._parts.stop.wanted():
             pass
-    return logits(trainer, tokens, segment_ids)
+    before_batch(trainer)
 
-Trainer._logits = signalled
+Trainer._before_evaluation_batch = signalled
 """
 
 FAILING = """

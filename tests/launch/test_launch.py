@@ -15,7 +15,7 @@ from launch.pretrain import main
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.run.run_folder import RunFolder
-from pretrain.start import IndexingLog, check_checkpoints_there, checked_inputs, taken
+from pretrain.start import IndexingLog, check_checkpoints_there, check_inputs, claim_run
 from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
@@ -74,10 +74,10 @@ def test_a_vocabulary_that_cannot_be_split_is_told_with_a_way_out(monkeypatch: p
     monkeypatch.chdir(ROOT)
     heads = ["model.n_heads=6", "model.n_kv_heads=6", "model.dim=96", "model.ffn_dim=192"]
     with pytest.raises(ConfigError) as refused:
-        checked_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4095", "parallel.tp_size=3"]))
+        check_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4095", "parallel.tp_size=3"]))
     assert "set model.vocab_size=4096, and set parallel.tp_size to a divisor of 4096: 1, 2, 4, " in str(refused.value)
     assert "a multiple of 3, such as 4095 or 4098" in str(refused.value)
-    checked_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4096", "parallel.tp_size=2"]))
+    check_inputs(load_config(CONFIG, [*heads, "model.vocab_size=4096", "parallel.tp_size=2"]))
 
 
 def test_a_truncated_shard_is_named(command, truncated_shard: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Pa
     assert command("--fresh", "model.dim=128", no_data)[0] == 2
     assert not aside.exists(), "a start that is refused moves nothing"
     with ExitStack() as stack:
-        taken(config, folder, True, IndexingLog(lambda: None), stack)
+        claim_run(config, folder, True, IndexingLog(lambda: None), stack)
         assert (aside / "metrics.jsonl").exists()
         assert not folder.metrics.path.exists()
 

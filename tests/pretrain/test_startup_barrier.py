@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 from pretrain.faults.interrupt import Stopped
-from pretrain.startup_barrier import Meeting
+from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import free_port
 from shards import ConfigError, HeadraceError, ShardError
 from tests.distributed.ranks import rank_environment
@@ -20,31 +20,31 @@ from tests.distributed.ranks import rank_environment
 TIMEOUT = 1.5  # seconds, of the waiting rank; rank 0 is busy for longer than that
 
 
-def get_on(meeting: Meeting) -> None:
+def get_on(barrier: StartupBarrier) -> None:
     for _ in range(30):
-        meeting.advance()
+        barrier.advance()
         time.sleep(0.1)
 
 
-def hang(meeting: Meeting) -> None:
+def hang(barrier: StartupBarrier) -> None:
     time.sleep(2 * TIMEOUT)
 
 
-def failing(error: BaseException) -> Callable[[Meeting], NoReturn]:
-    def fail(meeting: Meeting) -> NoReturn:
+def failing(error: BaseException) -> Callable[[StartupBarrier], NoReturn]:
+    def fail(barrier: StartupBarrier) -> NoReturn:
         raise error
 
     return fail
 
 
-def rank(number: int, port: int, work: Callable[[Meeting], None], said: Connection, may_go: Event) -> None:
+def rank(number: int, port: int, work: Callable[[StartupBarrier], None], said: Connection, may_go: Event) -> None:
     pytest.MonkeyPatch().setattr("os.environ", rank_environment(number, 2, port))
     try:
-        with Meeting(timeout_minutes=TIMEOUT / 60) as meeting:
-            if meeting.is_host:
-                work(meeting)
+        with StartupBarrier(timeout_minutes=TIMEOUT / 60) as barrier:
+            if barrier.is_host:
+                work(barrier)
             else:
-                meeting.wait()
+                barrier.wait()
     except BaseException as error:
         said.send((type(error), str(error)))
     else:
@@ -52,7 +52,7 @@ def rank(number: int, port: int, work: Callable[[Meeting], None], said: Connecti
     may_go.wait(60)  # as training would: the store is gone with rank 0
 
 
-def meet(work: Callable[[Meeting], None]) -> tuple[type[BaseException] | None, str]:
+def meet(work: Callable[[StartupBarrier], None]) -> tuple[type[BaseException] | None, str]:
     """What the waiting rank comes to while rank 0 works."""
     context = multiprocessing.get_context("fork")
     port, pipes = free_port(), [context.Pipe(duplex=False) for _ in range(2)]

@@ -135,8 +135,8 @@ def test_the_run_id_lasts(tmp_path: Path) -> None:
     folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
     folder.create()
     other.create()
-    assert folder.run_id("run") == folder.run_id("run")
-    assert folder.run_id("run") != other.run_id("other")
+    assert folder.settle_run_id("run") == folder.settle_run_id("run")
+    assert folder.settle_run_id("run") != other.settle_run_id("other")
 
 
 def begun(root: Path) -> RunFolder:
@@ -148,40 +148,40 @@ def begun(root: Path) -> RunFolder:
 
 def test_a_copied_folder_gets_a_wandb_run_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parent = begun(tmp_path / "run")
-    run_id = parent.run_id("run")
+    run_id = parent.settle_run_id("run")
     shutil.copytree(parent.root, tmp_path / "other")
     shutil.copytree(parent.root, tmp_path / "elsewhere" / "run")
     for copy in (RunFolder(tmp_path / "other"), RunFolder(tmp_path / "elsewhere" / "run")):
         caplog.clear()
-        drawn = copy.run_id(copy.root.name)
+        drawn = copy.settle_run_id(copy.root.name)
         assert drawn != run_id
         assert f"all its figures go to a new wandb run, {drawn}, and none to {run_id}" in caplog.text
         copy.begin(copy.root.name, f"run: {{name: {copy.root.name}, dir: {copy.root.parent}}}", -1)
     (tmp_path / "run").rename(tmp_path / "archived")
     for copy in (RunFolder(tmp_path / "other"), RunFolder(tmp_path / "elsewhere" / "run")):
-        assert copy.run_id(copy.root.name) == (copy.wandb / "run_id").read_text() != run_id
+        assert copy.settle_run_id(copy.root.name) == (copy.wandb / "run_id").read_text() != run_id
 
 
 def test_a_moved_folder_keeps_its_wandb_run_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = begun(tmp_path / "run")
-    run_id = folder.run_id("run")
+    run_id = folder.settle_run_id("run")
     (tmp_path / "elsewhere").mkdir()
     folder.root.rename(tmp_path / "elsewhere" / "run")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     begun(tmp_path / "run")  # another run of this name has its own
     caplog.set_level("INFO")
-    assert RunFolder(tmp_path / "elsewhere" / "run").run_id("run") == run_id
+    assert RunFolder(tmp_path / "elsewhere" / "run").settle_run_id("run") == run_id
     assert f"goes on in its wandb run {run_id}" in caplog.text
     begun(tmp_path / "elsewhere" / "run")
     caplog.clear()
-    assert RunFolder(tmp_path / "link" / "run").run_id("run") == run_id  # the same place by another name
+    assert RunFolder(tmp_path / "link" / "run").settle_run_id("run") == run_id  # the same place by another name
     assert not caplog.text
 
 
 def test_another_name_is_another_wandb_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run_id = begun(tmp_path / "run").run_id("run")
+    run_id = begun(tmp_path / "run").settle_run_id("run")
     (tmp_path / "run").rename(tmp_path / "renamed")
-    assert RunFolder(tmp_path / "renamed").run_id("renamed") != run_id
+    assert RunFolder(tmp_path / "renamed").settle_run_id("renamed") != run_id
     assert "was called run before" in caplog.text
 
 
@@ -227,11 +227,11 @@ def test_what_a_disk_does_not_show_is_not_taken_for_absent(tmp_path: Path, monke
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.config.write_text(f"run: {{name: run, dir: {tmp_path}}}")
-    run_id = folder.run_id("run")
+    run_id = folder.settle_run_id("run")
     folder.checkpoints.joinpath("step_00000010").mkdir()
     cases: list[tuple[Path, Callable[[], object]]] = [
         (folder.checkpoints, folder.has_begun),
-        (folder.wandb / "run_id", lambda: folder.run_id("run")),
+        (folder.wandb / "run_id", lambda: folder.settle_run_id("run")),
         (folder.metrics.path, folder.has_begun),
         (folder.metrics.path, lambda: folder.cut_back(0)),
     ]
@@ -242,7 +242,7 @@ def test_what_a_disk_does_not_show_is_not_taken_for_absent(tmp_path: Path, monke
             make_unreadable(path, patch)
             with pytest.raises(OSError, match="Input/output error"):
                 ask()
-    assert folder.run_id("run") == run_id
+    assert folder.settle_run_id("run") == run_id
     assert len(list(folder.metrics.read())) == 4
 
 

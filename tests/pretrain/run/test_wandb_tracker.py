@@ -43,7 +43,7 @@ def evaluate(tracker, step):
 
 
 config = WandbConfig(system_metrics=False, mode=mode)
-with Tracker(config, folder, "name", folder.run_id("name"), described) as tracker:
+with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
     if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
         evaluate(tracker, resumed_at)
     for step in range(resumed_at + 1, last + 1):

@@ -1,0 +1,191 @@
+"""Puts the parts of a training together, where the run stands. start -> assembly -> trainer.
+
+In this order: what may still refuse the start, then what changes the run's folder, then what writes to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from pretrain import data_end
+from pretrain.checkpoint.duration import save_time
+from pretrain.checkpoint.resume import Choice, Restorer, choose
+from pretrain.checkpoint.save import Saver
+from pretrain.checkpoint.state import Layout, RunState
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig, load_config
+from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_shards
+from pretrain.exchange.folder import content_hash, file_hashes, open_model
+from pretrain.faults.deadline import Deadline, job_end
+from pretrain.faults.interrupt import Interrupt
+from pretrain.faults.stop import StopPolicy
+from pretrain.faults.unapplied_steps import UnappliedSteps
+from pretrain.faults.watchdog import Watchdog
+from pretrain.feed import Feed
+from pretrain.held_out import HeldOut
+from pretrain.journal import Journal
+from pretrain.model.size import checkpoint_bytes
+from pretrain.optim import learning_rate_at
+from pretrain.recorder import StepRecorder
+from pretrain.run.lease import Lease
+from pretrain.run.metrics import total_peak_flops
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.wandb_tracker import Tracker, describe
+from pretrain.topology import Topology
+from pretrain.trainer import Parts, Trainer
+from shards import Loader, Prepared, Tokenizer, check_fingerprint
+
+_logger = logging.getLogger(__name__)
+
+
+def checkpoints_of(config: RunConfig) -> CheckpointStore:
+    """Return the checkpoints of a config's run."""
+    folder = RunFolder(config.run.dir / config.run.name)
+    return CheckpointStore(
+        folder.checkpoints, config.checkpoint, checkpoint_bytes(config.model, config.bytes_per_weight)
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one rank has once all ranks have met.
+
+    Attributes:
+        lease: on the run's folder, which rank 0 holds; None on the others.
+        prepared: the shards' manifests, as rank 0 left them.
+    """
+
+    config: RunConfig
+    topology: Topology
+    tokenizer: Tokenizer
+    interrupt: Interrupt
+    prepared: tuple[Prepared, ...]
+    lease: Lease | None
+
+
+def assemble(start: Start, stack: ExitStack) -> Trainer:
+    """Put the parts together; every rank calls it.
+
+    Args:
+        stack: closes the loader's workers and the journal when the caller leaves it.
+    Raises:
+        ConfigError, ShardError, CheckpointError: if the run cannot go on like this; then its folder is unchanged.
+    """
+    config, topology = start.config, start.topology
+    folder, store = RunFolder(config.run.dir / config.run.name), checkpoints_of(config)
+    watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
+    loader = _loader(start, stack)
+    derived = config.deepspeed_config(topology.dp_size)
+    engine = Engine(config.model, config.optim, config.parallel, config.precision, derived, topology, config.run.seed)
+    choice = choose(store, topology)
+    state = _state(start, choice, store, engine, loader)
+    save_seconds = save_time(store, nodes=1).seconds
+    data, dp = config.data, (topology.dp_rank, topology.dp_size)
+    eval_set = load_suite(config.evaluation, start.tokenizer, data.seq_len, config.precision, *dp)
+    steps = data_end.foresee(loader, config.train.steps, topology)
+    # Nothing refuses the start any more
+    if topology.is_main:
+        _warn_of_new_rate(config, folder, steps, state.step)
+        choice.set_damaged_aside(store)
+        folder.begin(config.run.name, config.to_yaml(), state.step or -1)
+    topology.barrier()
+    suite = eval_set.suite if eval_set else ""
+    tracker = _tracker(config, folder, suite, loader, state.init_hash) if topology.is_main else None
+    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps))
+    peak_flops = total_peak_flops(config.metrics, topology)
+    limits = (config.train.max_nonfinite, config.train.nonfinite_limit)
+    parts = Parts(
+        engine=engine,
+        feed=Feed(loader, data, config.train.global_batch_size // topology.dp_size, topology),
+        journal=journal,
+        recorder=StepRecorder(config.model, data, config.optim.z_loss > 0, peak_flops, topology),
+        saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease)),
+        held_out=_held_out(config, eval_set, engine, topology, journal),
+        stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
+        watchdog=watchdog,
+        unapplied=UnappliedSteps(*limits, folder, topology),
+    )
+    return Trainer(config, parts, topology, steps, state)
+
+
+def _loader(start: Start, stack: ExitStack) -> Loader | None:
+    """Open the loader, on the first rank of each tensor-parallel group; every rank calls it."""
+    config, topology = start.config, start.topology
+    loader = None
+    if topology.tp_rank == 0:
+        sizes = (config.train.global_batch_size, config.run.seed, topology.dp_rank, topology.dp_size)
+        loader = stack.enter_context(Loader(config.data, *sizes, prepared=start.prepared))
+    fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
+    if loader and fingerprint is not None:
+        check_fingerprint(fingerprint, loader.fingerprint)  # two nodes may see other files under the same names
+    return loader
+
+
+def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:
+    """Restore the run from a checkpoint or, without one, give the engine its first weights."""
+    config, topology = start.config, start.topology
+    layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+    if choice.checkpoint:
+        restorer = Restorer(store, layout, topology, start.interrupt.starting())
+        state = restorer.restore(choice.checkpoint, engine, loader)
+        return msgspec.structs.replace(state, config_hash=config.hash())
+    init_hash = _take_weights(config, config.init_from, engine, topology) if config.init_from else ""
+    return RunState(
+        step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
+        init_hash=init_hash, **asdict(layout),
+    )  # fmt: skip
+
+
+def _take_weights(config: RunConfig, source: Path, engine: Engine, topology: Topology) -> str:
+    """Give the engine the weights of another model; return the hash of its files."""
+    engine.take(open_model(source, config.model))
+    hashes = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
+    found = content_hash([line for part in hashes for line in part])
+    _logger.info("begun with the weights in %s (files' hash %s)", source, found)
+    return found
+
+
+def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: int) -> None:
+    """Warn if the next step's learning rate is not the one that the run's config had for it until now.
+
+    Args:
+        steps: of the whole run.
+        step: where the run stands.
+    """
+    if step == 0 or step >= steps:
+        return
+    old = load_config(folder.config, begun=True)
+    before = learning_rate_at(step, old.optim, old.train.steps or steps)
+    after = learning_rate_at(step, config.optim, steps)
+    if not math.isclose(before, after, rel_tol=1e-3):
+        _logger.warning(
+            "the learning rate of step %d is %.4g, where the run's schedule had %.4g for it: optim or train.steps"
+            " has changed",
+            step + 1, after, before,
+        )  # fmt: skip
+
+
+def _tracker(config: RunConfig, folder: RunFolder, suite: str, loader: Loader | None, init_hash: str) -> Tracker:
+    """Make the tracker, on rank 0, which has a loader."""
+    assert loader is not None
+    warn_of_training_shards(config.evaluation, loader.fingerprint)
+    described = describe(config.model_dump(mode="json"), config.hash(), loader.fingerprint, init_hash)
+    return Tracker(config.wandb, folder, config.run.name, folder.run_id(), described, suite)
+
+
+def _held_out(
+    config: RunConfig, eval_set: EvalSet | None, engine: Engine, topology: Topology, journal: Journal
+) -> HeldOut | None:
+    evaluated = topology.broadcast_object(journal.last_evaluated(eval_set.suite if eval_set else ""))
+    if eval_set is None:
+        return None
+    batch_size = config.evaluation.batch_size or config.micro_batch_size(topology.dp_size)
+    return HeldOut(eval_set, engine, topology, batch_size, evaluated)

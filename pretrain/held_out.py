@@ -1,0 +1,42 @@
+"""The held-out suite, scored between steps. engine, EvalSet -> held_out -> trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import EvalSet
+from pretrain.evaluation.scores import DocumentScores
+from pretrain.evaluation.scoring import evaluate
+from pretrain.topology import Topology
+
+
+class HeldOut:
+    """Scores a suite with the model that is being trained, and remembers for which step it did so last.
+
+    Args:
+        batch_size: rows that a rank scores at once.
+        evaluated: the last step whose evaluation was written down; -1 if there is none.
+    """
+
+    def __init__(self, eval_set: EvalSet, engine: Engine, topology: Topology, batch_size: int, evaluated: int) -> None:
+        self.evaluated = evaluated
+        self._eval_set = eval_set
+        self._engine = engine
+        self._topology = topology
+        self._batch_size = batch_size
+
+    def score(self, before_batch: Callable[[], None]) -> DocumentScores:
+        """Score every document; every rank calls it.
+
+        Args:
+            before_batch: is called before each batch, on all ranks, which may leave together by an exception.
+        """
+
+        def logits(tokens: Tensor, segment_ids: Tensor) -> Tensor:
+            before_batch()
+            return self._engine.logits(tokens, segment_ids)
+
+        return evaluate(logits, self._eval_set, self._topology, self._batch_size)

@@ -1,0 +1,87 @@
+"""Measures each step and makes its record. engine, feed -> recorder -> journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from pretrain.checkpoint.state import RunState
+from pretrain.engine import StepStats
+from pretrain.feed import StepBatch
+from pretrain.model.size import flops_per_token
+from pretrain.model.transformer import ModelConfig
+from pretrain.run.metrics import Meter, StepRecord, mfu, peak_memory_bytes
+from pretrain.topology import Topology
+from shards import DataConfig
+
+
+class StepRecorder:
+    """Makes the records of metrics.jsonl.
+
+    Args:
+        model, data: the config's parts, from which a token's arithmetic follows.
+        with_z_loss: whether the loss that is trained on has a z-loss.
+        peak_flops: FLOP/s of all devices together; None where it is not known.
+    Attributes:
+        meter: is charged with the parts of the step under way.
+    """
+
+    def __init__(
+        self, model: ModelConfig, data: DataConfig, with_z_loss: bool, peak_flops: float | None, topology: Topology
+    ) -> None:
+        self.meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
+        self._flops_per_token = flops_per_token(model, data.seq_len)
+        self._decontaminates = data.decontaminate is not None
+        self._with_z_loss = with_z_loss
+        self._peak_flops = peak_flops
+        self._device = topology.device
+        self._saving_seconds: float | None = None  # since the last step
+
+    def note_save(self, seconds: float) -> None:
+        """Take note of how long training stood still for a save; the next step's record has it."""
+        self._saving_seconds = seconds
+
+    def record(
+        self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float, failed_saves: int
+    ) -> StepRecord:
+        """Make the record of a step, which is over now.
+
+        Args:
+            state: where the run stands after the step.
+            failed_saves: in a row, up to now.
+        """
+        seconds = self.meter.end_step()
+        saving_seconds, self._saving_seconds = self._saving_seconds, None
+        tokens_per_second = batch.n_tokens / seconds["step"]
+        return StepRecord(
+            step=state.step,
+            loss=stats.loss,
+            nonfinite=True if batch.n_targets and not stats.applied else None,
+            without_targets=None if batch.n_targets else True,
+            failed_saves=failed_saves or None,
+            checkpoint_seconds=saving_seconds,
+            z_loss=stats.z_loss if self._with_z_loss else None,
+            grad_norm=stats.grad_norm,
+            learning_rate=learning_rate,
+            tokens=state.tokens,
+            tokens_per_second=tokens_per_second,
+            batch_hash=state.batch_hash,
+            step_seconds=seconds["step"],
+            data_wait_seconds=seconds["data_wait"],
+            forward_backward_seconds=seconds.get("forward_backward", 0.0),
+            optimizer_seconds=seconds.get("optimizer", 0.0),
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens),
+            tokens_per_source=batch.tokens_per_source,
+            epoch_per_source=batch.epoch_per_source,
+            skipped_records=batch.skipped_so_far,
+            replayed_entries=batch.replays,
+            contaminated_per_source=_contaminated(batch) if self._decontaminates else None,
+            mfu=mfu(self._flops_per_token, tokens_per_second, self._peak_flops),
+        )
+
+
+def _contaminated(batch: StepBatch) -> dict[str, int]:
+    counts = Counter(record.source for record in batch.contaminated)
+    return {source: counts[source] for source in batch.epoch_per_source}

@@ -1,0 +1,149 @@
+"""Wherever a run is stopped, its starts together train, save and evaluate what one undisturbed start does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.store import CheckpointConfig
+from pretrain.engine import StepStats
+from pretrain.evaluation.eval_set import EvaluationConfig
+from pretrain.faults.interrupt import Interrupt
+from pretrain.faults.stop import StopPolicy
+from pretrain.faults.watchdog import Watchdog
+from pretrain.feed import StepBatch
+from pretrain.loop import train
+from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
+from pretrain.trainer import Trainer
+from shards import CheckpointError
+
+SAVED_EVERY, EVALUATED_EVERY, BATCHES = 4, 3, 2  # steps, steps, batches of an evaluation
+DATA_END = 8  # steps that the data lasts for
+
+
+class Run:
+    """What lasts from one start to the next, and the parts of a start that write to it."""
+
+    def __init__(self, steps: int | None, with_suite: bool = True) -> None:
+        self.steps, self.with_suite = steps, with_suite
+        self.state = RunState(0, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+        self.trained: list[int] = []
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+        self.data_end: int | None = None
+        self.saves_fail = False
+
+    def start(self, looks: int = 10**9) -> bool:
+        """Trains until the run is finished, or until it has looked so often at whether it is to stop."""
+        looked = 0
+
+        def is_over(step_seconds: float, save_seconds: float) -> bool:
+            nonlocal looked
+            looked += 1
+            return looked >= looks
+
+        deadline: Any = SimpleNamespace(reached=is_over)
+        parts: Any = SimpleNamespace(
+            engine=SimpleNamespace(train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True)),
+            feed=SimpleNamespace(next=self.next, state=lambda: None, cursors=lambda: None, passed_over=([], [])),
+            journal=SimpleNamespace(
+                log_step=self.log_step, log_evals=lambda step, scores: self.evaluated.append(step),
+                log_data_end=self.end_data, log_cursors=lambda *arguments: None, log_skipped=lambda *arguments: None,
+            ),
+            recorder=SimpleNamespace(
+                meter=Meter(), note_save=lambda seconds: None, record=lambda *arguments: SimpleNamespace(step_seconds=0.0)
+            ),
+            saver=SimpleNamespace(
+                save=self.save, finish=self.finish, check_lease=lambda: None, settle=lambda busy: None,
+                pulse=lambda: None, busy=False, seconds=None, failed=0,
+            ),
+            held_out=SimpleNamespace(score=self.score, evaluated=max(self.evaluated, default=-1)),
+            stop=StopPolicy(Interrupt(), deadline, save_seconds=0.0),
+            watchdog=Watchdog(None, 0),
+            unapplied=SimpleNamespace(note=lambda *arguments: None),
+        )  # fmt: skip
+        if not self.with_suite:
+            parts.held_out = None
+        config: Any = SimpleNamespace(
+            train=SimpleNamespace(steps=self.steps),
+            checkpoint=CheckpointConfig(every=SAVED_EVERY),
+            evaluation=EvaluationConfig(every=EVALUATED_EVERY),
+            optim=OptimConfig(learning_rate=1.0),
+        )
+        topology: Any = SimpleNamespace(is_main=False, any=bool)
+        self.trainer = Trainer(config, parts, topology, self.steps or DATA_END, self.state)
+        self.at = self.state.step
+        return train(self.trainer)
+
+    def next(self, stop_requested: bool, saving: bool) -> StepBatch | None:
+        if self.at >= DATA_END:
+            return None
+        self.at += 1
+        nothing = torch.zeros(0)
+        return StepBatch(
+            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, row_hash=1, tokens_per_source={},
+            epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
+            stop_requested=stop_requested, saving=saving,
+        )  # fmt: skip
+
+    def log_step(self, record: object, evals_follow: bool) -> None:
+        self.trained.append(self.trainer.state.step)
+        assert evals_follow == (self.with_suite and (self.at % EVALUATED_EVERY == 0 or self.at == self.steps))
+
+    def end_data(self, step: int) -> None:
+        self.data_end = step
+
+    def save(self, state: RunState, data: object) -> float:
+        self.under_way = state
+        return 0.0
+
+    def finish(self) -> None:
+        if self.saves_fail:
+            raise CheckpointError("the disk is full")
+        self.state = self.under_way
+        self.saved.append(self.state.step)
+
+    def score(self, before_batch: Any) -> None:
+        for _ in range(BATCHES):
+            before_batch()
+
+
+@pytest.mark.parametrize("steps", [7, DATA_END, 100, None])
+@pytest.mark.parametrize("with_suite", [True, False])
+def test_a_run_that_is_stopped_anywhere_is_made_whole(steps: int | None, with_suite: bool) -> None:
+    last = min(steps or DATA_END, DATA_END)
+    wanted = sorted({0, last, *range(0, last, EVALUATED_EVERY)}) if with_suite else []
+    for looks in range(1, 30):
+        run = Run(steps, with_suite)
+        starts = 0
+        while not run.start(looks if starts == 0 else 10**9):
+            starts += 1
+            assert run.state.step == run.trainer.state.step, "what was trained is saved before the process ends"
+            assert starts < 2, "a start that nothing stops finishes the run"
+        assert run.trained == list(range(1, last + 1)), looks
+        assert run.evaluated == wanted, looks
+        assert run.state.step == last
+        assert run.data_end == (None if steps == 7 or steps == DATA_END else last)
+
+
+def test_a_finished_run_is_left_as_it_is() -> None:
+    run = Run(steps=7)
+    assert run.start()
+    before = (list(run.trained), list(run.saved), list(run.evaluated))
+    assert run.start()
+    assert (run.trained, run.saved, run.evaluated) == before
+
+
+def test_only_the_end_of_a_run_must_be_saved() -> None:
+    run = Run(steps=7)
+    run.saves_fail = True
+    assert not run.start(looks=5 + BATCHES)  # stopped: it goes on from its previous checkpoint
+    run = Run(steps=7)
+    run.saves_fail = True
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        run.start()
