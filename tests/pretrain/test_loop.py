@@ -50,13 +50,16 @@ class Run:
         deadline: Any = SimpleNamespace(reached=is_over)
         parts: Any = SimpleNamespace(
             engine=SimpleNamespace(train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True)),
-            feed=SimpleNamespace(next=self.next, state=lambda: None, cursors=lambda: None, passed_over=([], [])),
+            feed=SimpleNamespace(
+                next=self.next, state=lambda: None, cursors=lambda: None, origins=list, passed_over=([], []),
+            ),
             journal=SimpleNamespace(
                 log_step=self.log_step, log_evals=lambda step, scores: self.evaluated.append(step),
                 log_data_end=self.end_data, log_cursors=lambda *arguments: None, log_skipped=lambda *arguments: None,
             ),
             recorder=SimpleNamespace(
-                meter=Meter(), note_save=lambda seconds: None, record=lambda *arguments: SimpleNamespace(step_seconds=0.0)
+                meter=Meter(), note_save=lambda seconds: None,
+                record=lambda *arguments: SimpleNamespace(step_seconds=0.0),
             ),
             saver=SimpleNamespace(
                 save=self.save, finish=self.finish, check_lease=lambda: None, settle=lambda busy: None,
