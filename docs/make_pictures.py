@@ -40,12 +40,12 @@ MODULES = {
     "write": ("pretrain/checkpoint/write",),
     "agree": ("pretrain/checkpoint/save",),
     "complete": ("pretrain/checkpoint/store",),
-    "choose": ("pretrain/checkpoint/store",),
+    "choose": ("pretrain/checkpoint/resume",),
     "verify": ("pretrain/checkpoint/resume",),
     "compare": ("pretrain/checkpoint/state",),
     "convert": ("pretrain/checkpoint/universal", "pretrain/checkpoint/zero_files"),
     "load": ("pretrain/engine",),
-    "resume": ("pretrain/trainer", "shards/plan/cursor"),
+    "resume": ("pretrain/assembly", "shards/plan/cursor"),
 }
 
 COLUMNS = 3
