@@ -1,4 +1,4 @@
-"""Puts the parts of a training together, where the run stands. start -> assembly -> trainer.
+"""Puts the parts of a training together at the step where the run stands. start -> assembly -> trainer.
 
 In this order: what may still refuse the start, then what changes the run's folder, then what writes to it.
 """
@@ -56,7 +56,7 @@ def checkpoints_of(config: RunConfig) -> CheckpointStore:
 
 @dataclass(frozen=True)
 class Start:
-    """What one rank has once all ranks have met.
+    """Everything that one rank has once all ranks have met.
 
     Attributes:
         lease: on the run's folder, which rank 0 holds; None on the others.

@@ -1,4 +1,4 @@
-"""The end of a run's data: foretold at the start, and told when it has come. loader -> data_end -> trainer.
+"""Foresees the end of a run's data at the start, and says when it has come. loader -> data_end -> {assembly, trainer}.
 
 A run has either a number of steps, which its data may not last for, or a number of epochs, which end it.
 """
@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 
 
 def foresee(loader: Loader | None, steps: int | None, topology: Topology) -> int:
-    """The steps of the whole run: those that were asked for, or about those that the data has. Every rank calls it.
+    """Return the steps of the whole run: those asked for, or about those that the data has. Every rank calls it.
 
     Args:
         steps: None = as many as the sources' max_epochs take.
@@ -23,7 +23,7 @@ def foresee(loader: Loader | None, steps: int | None, topology: Topology) -> int
     forecast = None
     if loader and topology.is_main:
         forecast = loader.forecast(steps)
-        announce(steps, forecast)
+        log_forecast(steps, forecast)
     forecast = topology.broadcast_object(forecast)
     assert forecast is not None
     foreseen = steps or forecast.last_step
@@ -31,8 +31,8 @@ def foresee(loader: Loader | None, steps: int | None, topology: Topology) -> int
     return max(1, foreseen)
 
 
-def announce(steps: int | None, forecast: Forecast) -> None:
-    """Says with which step the data will end, and which sources run out before the run does."""
+def log_forecast(steps: int | None, forecast: Forecast) -> None:
+    """Log with which step the data will end, and which sources run out before the run does."""
     last = "" if forecast.last_step is None else f"{'' if forecast.is_exact else 'about '}{forecast.last_step}"
     if steps is None:
         guess = "" if forecast.is_exact else " (estimated from a sample; beyond it the schedule keeps its last rate)"
@@ -55,12 +55,13 @@ def announce(steps: int | None, forecast: Forecast) -> None:
         )  # fmt: skip
 
 
-def tell(step: int, steps: int | None, foreseen: int, optim: OptimConfig) -> None:
-    """Says that the data has come to its end with a step, and the run with it.
+def log_end(step: int, steps: int | None, foreseen: int, optim: OptimConfig) -> None:
+    """Log that the data, and with it the run, has come to its end.
 
     Args:
+        step: the last one.
         steps: as in `foresee`.
-        foreseen: steps of the whole run, which the schedule has.
+        foreseen: steps of the whole run, on which the schedule is based.
     """
     if steps is None:
         _logger.info("all epochs are done with step %d; %d steps were foreseen", step, foreseen)

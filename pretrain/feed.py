@@ -67,7 +67,7 @@ class StepBatch:
 
 @dataclass
 class _PassedOver:
-    """What was passed over on the way to the next row, however many batches that took.
+    """The records passed over on the way to the next row, however many batches that took.
 
     Attributes:
         skipped, contaminated: this rank's.
@@ -90,7 +90,7 @@ class _PassedOver:
 
 
 class Feed:
-    """Draws a global batch a step.
+    """Draws one global batch per step.
 
     Args:
         loader: of this dp rank; None on the other ranks of its tensor-parallel group.

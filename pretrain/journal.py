@@ -1,6 +1,6 @@
-"""What a run writes down: the JSONL files of its folder, wandb and the console.
+"""Writes down what a run does: in the JSONL files of its folder, in wandb and on the console.
 
-Rank 0 alone. trainer -> journal -> {run folder, wandb_tracker, console}.
+Only rank 0 writes. trainer -> journal -> {run folder, wandb_tracker, console}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Writes each record everywhere it belongs. On the ranks that do not write (`tracker` None) it does nothing.
+    """Writes each record everywhere it belongs. On the ranks that have no tracker it does nothing.
 
     Args:
         folder: the run's, cut back to the step that the run goes on from.
@@ -47,14 +47,18 @@ class Journal:
         self._stack.__exit__(kind, error, trace)
 
     def log_step(self, record: StepRecord, evals_follow: bool) -> None:
-        """One trained step; `evals_follow`: the same step is evaluated next, and wandb shows both in one row."""
+        """Log one trained step.
+
+        Args:
+            evals_follow: whether the same step is evaluated next; wandb shows both in one row.
+        """
         if self._tracker:
             self._folder.metrics.append(record.as_json())
             self._tracker.log_step(record.as_json(), more=evals_follow)
             self._progress.show(record)
 
     def log_evals(self, step: int, scores: DocumentScores) -> None:
-        """One evaluation: the lines of all its domains and averages, and the sums of its documents."""
+        """Log one evaluation: a line for each domain and average, and the sums of each document."""
         if self._tracker:
             records = write_down(self._folder, step, scores)
             self._tracker.log_evals(records)
@@ -65,7 +69,7 @@ class Journal:
             )  # fmt: skip
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
-        """The bad records, and the documents that a suite holds too, that were passed over to get to a step's rows."""
+        """Log the bad records and contaminated documents that were passed over to get to a step's rows."""
         if self._tracker:
             for log, records in ((self._folder.bad_records, skipped), (self._folder.contaminated, contaminated)):
                 for record in records:
@@ -77,14 +81,14 @@ class Journal:
             self._folder.note_data_end(step)
 
     def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
-        """Where the lanes stood after a step, for provenance."""
+        """Log where the lanes stood after a step, for provenance."""
         if self._tracker and cursors is not None:
             self._folder.cursors.append({"step": step, **cursors})
 
     def last_evaluated(self, suite: str) -> int:
-        """The last step whose evaluation on a suite stands whole in evals.jsonl; -1 if none.
+        """Return the last step whose evaluation on a suite is whole in evals.jsonl; -1 if there is none.
 
-        Says so where there are evaluations, but under other labels: the training begins a series of its own then.
+        Warn where there are evaluations under other labels only: the training then begins a series of its own.
         """
         steps = evaluated_steps(self._folder, suite)
         if self._tracker and suite and not steps and (others := labels(self._folder)):

@@ -1,4 +1,4 @@
-"""Which documents a step was trained on: its batch, made again from the nearest cursors before it, and proved the same.
+"""Names the documents of a step: makes its batch again from the nearest cursors before it, and proves it the same.
 
 run folder, shards -> provenance -> launch/provenance.py.
 """
@@ -15,7 +15,7 @@ from shards import Batch, CheckpointError, ConfigError, DataConfig, Tokenizer, b
 
 
 def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_size: int, seed: int) -> Batch:
-    """The global batch that a run was trained on in its `step`-th optimizer step, all rows of all ranks.
+    """Make the global batch of a run's `step`-th optimizer step again, with all rows of all ranks.
 
     Args:
         step: counted from 1, as in metrics.jsonl.
@@ -23,7 +23,7 @@ def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_s
     Raises:
         ConfigError: if the run has not come to that step, or its data is not what it was.
         ShardError: if a shard is not what it was.
-        CheckpointError: if the batch made again has not the hash that the run wrote down.
+        CheckpointError: if the new batch does not have the hash that the run wrote down.
     """
     trained = folder.metrics.last(step)
     if step < 1 or trained is None or trained["step"] != step:
@@ -40,7 +40,7 @@ def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_s
 
 
 def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
-    """The text of each piece of a global batch, in the order of `batch.origins()`: that of its tokens in the row."""
+    """Decode each piece of a global batch, in the order of `batch.origins()`; only its tokens in the row count."""
     tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
     for tokens, segment_ids in zip(batch.tokens, batch.segment_ids, strict=True):
         for piece in range(1, int(segment_ids.max()) + 1):
@@ -48,14 +48,14 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
 
 
 def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
-    """What the run's data was, as its newest checkpoint says; None if there is no checkpoint."""
+    """Read from the newest checkpoint what the run's data was; None if there is no checkpoint."""
     store = CheckpointStore(folder.checkpoints, CheckpointConfig())
     steps = store.steps()
     return read_data(store.open(steps[-1])).fingerprint if steps else None
 
 
 def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:
-    """Compares a batch with the chain of hashes in metrics.jsonl. Raises: CheckpointError."""
+    """Compare a batch with the chain of hashes in metrics.jsonl. Raises CheckpointError where they differ."""
     before = folder.metrics.last(step - 1) if step > 1 else {"step": 0, "batch_hash": ""}
     if before is None or before["step"] != step - 1:
         raise CheckpointError(f"{folder.metrics.path}: step {step - 1} is missing, so step {step} cannot be checked")

@@ -130,7 +130,7 @@ def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 @dataclass(frozen=True)
 class Claim:
-    """What rank 0 has when it is ready for the others."""
+    """The results of rank 0's preparations, which the other ranks wait for."""
 
     lease: Lease  # on the run's folder
     config: RunConfig  # with what follows from the run that it goes on with

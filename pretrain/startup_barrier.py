@@ -1,7 +1,7 @@
-"""Where the ranks wait for rank 0 to ready the data, for as long as it gets on. start -> startup_barrier -> topology.
+"""Lets the ranks wait for rank 0 to prepare the data, for as long as it makes progress. start -> startup_barrier.
 
-A rendezvous by itself gives up after a fixed time, and cannot tell a rank 0 that indexes a large corpus from one that
-hangs; nor does it tell the others that rank 0 was refused.
+A plain rendezvous gives up after a fixed time. It cannot tell a rank 0 that indexes a large corpus from one that hangs,
+nor does it tell the other ranks that rank 0 was refused.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.topology import launcher_environment
 from shards import ConfigError, HeadraceError
 
-_LOOK_SECONDS = 0.5  # between two looks at whether rank 0 gets on, and between two signs that it does
-_FIRST_LOOK_SECONDS = 0.02  # until the first: most starts are ready at once
-_FAREWELL_SECONDS = 10.0  # that a refused rank 0 stays for, so that the others hear of it
+_LOOK_SECONDS = 0.5  # between two looks for progress of rank 0, and between two signs of it
+_FIRST_LOOK_SECONDS = 0.02  # until the first look: most starts are ready at once
+_FAREWELL_SECONDS = 10.0  # for which a refused rank 0 stays, so that the others hear of it
 _READY = "0"
 
 
 class StartupBarrier:
-    """The store that the process groups are formed with later, entered by every rank of a start; rank 0 is its host.
+    """The store from which the process groups are formed later. Every rank of a start enters it; rank 0 is its host.
 
     Args:
-        timeout_minutes: how long the others wait without a sign of progress, and how long any wait for rank 0 to come.
+        timeout_minutes: how long the others wait without a sign of progress, and for rank 0 to open the store.
     Attributes:
-        is_host: whether this is rank 0.
+        is_host: whether this process is rank 0.
         store: for `topology.started`.
     """
 
@@ -44,7 +44,7 @@ class StartupBarrier:
         self.store: Store
 
     def __enter__(self) -> StartupBarrier:
-        """Come together, without waiting for those that are not there yet."""
+        """Open the store, without waiting for ranks that have not come yet."""
         # Under torchrun its agent has opened the port already
         opens_port = self.is_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.store = TCPStore(
@@ -58,7 +58,7 @@ class StartupBarrier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell the others, on rank 0, what became of it."""
+        """Tell the other ranks, on rank 0, how its preparations ended."""
         if not self.is_host:
             return
         code = error.exit_code if isinstance(error, HeadraceError) else STOPPED if isinstance(error, Stopped) else 1
@@ -69,7 +69,7 @@ class StartupBarrier:
                 time.sleep(0.05)
 
     def advance(self) -> None:
-        """Give a sign of progress, on rank 0; from any thread, as often as one likes."""
+        """Give a sign of progress, on rank 0; any thread may call it as often as it likes."""
         if time.monotonic() - self._last_sign >= _LOOK_SECONDS:
             self._last_sign = time.monotonic()
             self.store.add("signs", 1)
@@ -78,8 +78,8 @@ class StartupBarrier:
         """Wait, on any other rank, until rank 0 is ready, for as long as it gives signs of progress.
 
         Raises:
-            HeadraceError: if it gives none for `timeout_minutes`, or could not start; with the same exit code.
-            Stopped: if a signal ended its start.
+            HeadraceError: if it gives none for `timeout_minutes`, or could not start; then with the same exit code.
+            Stopped: if a signal ended rank 0's start.
         """
         signs, since, pause = 0, time.monotonic(), _FIRST_LOOK_SECONDS
         while not self.store.check(["outcome"]):

@@ -1,4 +1,4 @@
-"""What the loop does with the parts of a training, and where the run stands. loop -> trainer -> {engine, feed, ...}."""
+"""Trains, saves and evaluates, one call of the loop at a time. loop -> trainer -> {engine, feed, journal, ...}."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _EvaluationLeft(Exception):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a training is made of, on one rank; `assembly` puts it together."""
+    """The parts of a training on one rank; `assembly` puts them together."""
 
     engine: Engine
     feed: Feed
@@ -69,22 +69,22 @@ class Trainer:
 
     @property
     def engine(self) -> Engine:
-        """The model and its optimizer."""
+        """Return the model with its optimizer."""
         return self._parts.engine
 
     @property
     def at_end(self) -> bool:
-        """Whether there is no further step to train."""
+        """Return whether there is no further step to train."""
         return self._data_is_used_up or self._is_last(self.state.step)
 
     @property
     def stopping(self) -> bool:
-        """Whether all ranks have agreed to stop early."""
+        """Return whether all ranks have agreed to stop early."""
         return self._parts.stop.agreed
 
     @property
     def finished(self) -> bool:
-        """Whether the run is at its end, and that is evaluated too."""
+        """Return whether the run is at its end and evaluated there."""
         return self.at_end and not self._is_evaluation_due()
 
     def next_batch(self) -> StepBatch | None:
@@ -130,7 +130,7 @@ class Trainer:
         self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.passed_over)
         self._parts.journal.log_data_end(self.state.step)
         if self._topology.is_main:
-            data_end.tell(self.state.step, self._config.train.steps, self._steps, self._config.optim)
+            data_end.log_end(self.state.step, self._config.train.steps, self._steps, self._config.optim)
 
     def save_if_due(self) -> None:
         """Begin to save where the run stands, if it is time for it; at the run's end, see it through.

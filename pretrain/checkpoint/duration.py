@@ -1,4 +1,4 @@
-"""How long a save takes, and how much time the last one needs before a process ends."""
+"""Tells how long a save takes, and how much time the last one needs before a process ends."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from pretrain.checkpoint.store import CheckpointStore
 
-# Assumed of a run that has saved nothing yet: what a node writes to the disk that all share, often between 0.2 and 10e9
+# What a node writes to the shared disk, assumed while a run has saved nothing; real disks reach between 0.2e9 and 10e9
 _BYTES_PER_SECOND = 0.5e9
-_SAVES = 2.5  # a periodic save may begin just before the last one, which waits for it; and both may meet a busier disk
+_SAVES = 2.5  # a periodic save may begin just before the last one, which waits for it, and the disk may be busier
 
 
 @dataclass(frozen=True)
 class SaveTime:
-    """How long a save takes, in seconds."""
+    """The duration of a save in seconds, and whether it was measured or guessed."""
 
     seconds: float
     measured: bool

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from pretrain.checkpoint.state import Layout, RunState, read_data, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
-from pretrain.checkpoint.universal import converted
+from pretrain.checkpoint.universal import find_or_convert
 from pretrain.topology import Topology
 from shards import CheckpointError, Loader, check_fingerprint
 
@@ -82,7 +82,7 @@ def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Chec
 
 
 class LoadableEngine(Protocol):
-    """What takes the weights and the optimizer's state from a checkpoint; every rank calls both."""
+    """An engine that takes its weights and optimizer state from a checkpoint; every rank calls both methods."""
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of this layout."""
@@ -123,7 +123,7 @@ class Restorer:
             engine.load(checkpoint.folder)
         else:
             with self.conversion:
-                folder = converted(self.store, checkpoint, state.layout, self.layout, self.topology)
+                folder = find_or_convert(self.store, checkpoint, state.layout, self.layout, self.topology)
             engine.load_universal(folder)
         _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
         return state.resumed(self.layout)

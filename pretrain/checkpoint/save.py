@@ -41,7 +41,7 @@ _FAILURES_SHOWN = 4  # of the files of all ranks; a full disk fails thousands
 
 
 class SavableEngine(Protocol):
-    """What is saved."""
+    """An engine that can be saved."""
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Hand over the path and the content of each file that this rank saves."""
@@ -118,18 +118,21 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still writing."""
+        """Return whether this rank is still writing."""
         return isinstance(self._under_way, _Writing) and self._under_way.is_busy
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from the beginning of the newest complete save to COMPLETE; only rank 0 knows. None before that."""
+        """Return the seconds that the newest complete save took; None before the first one, and on ranks > 0."""
         completed_in = self._under_way.completed_in() if isinstance(self._under_way, _Closing) else None
         return self._seconds if completed_in is None else completed_in
 
     @property
     def failed(self) -> int:
-        """Saves that have failed or were refused in a row. Rank 0 knows of a success first; the others at the next."""
+        """Return how many saves in a row have failed or were refused.
+
+        Rank 0 hears of a success first; the other ranks hear of it when the next save begins.
+        """
         if isinstance(self._under_way, _Closing) and self._under_way.completed_in() is not None:
             return 0
         return self._failed

@@ -1,4 +1,4 @@
-"""The copy of a rank's state that is written while training changes the original. engine -> staging -> save."""
+"""Copies a rank's state, so that it can be written while training changes the original. engine -> staging -> save."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 class Staging:
-    """Host memory as large as what this rank saves, used again by every save.
+    """Host memory as large as what this rank saves, which every save uses again.
 
-    It is kept between saves: fresh memory costs a page fault every 4 KiB, which is an order of magnitude slower than
-    the copy itself, and pinned memory costs a call of the driver.
+    It is kept between saves, since fresh memory costs a page fault every 4 KiB, which is an order of magnitude slower
+    than the copy itself, and pinned memory costs a call to the driver.
 
     Args:
-        pinned: in memory that a GPU copies into at full speed; torch rounds each such block up to a power of two.
+        pinned: whether it is memory that a GPU copies into at full speed; torch rounds each such block up to a power of
+            two.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -23,23 +24,18 @@ class Staging:
         self._blocks: dict[tuple[str, int], Tensor] = {}  # (file, number of the tensor in it)
 
     def copy(self, file: str, content: object) -> object:
-        """What a file is to hold, as it is now: its tensors in this memory, everything else copied.
+        """Copy a file's content as it is now, its tensors into this memory.
 
         Args:
-            file: the same name at every save, so that it finds its memory again.
-            content: nested dicts, lists and tuples; what else there is must not hold large tensors.
+            file: its name, the same at every save, by which its memory is found again.
+            content: nested dicts, lists and tuples; anything else in it must not hold large tensors.
         Returns:
-            Valid until the next copy for the same file.
+            The copy, valid until the next one for the same file.
         """
-        staged = _Copy(file, self._blocks, self._pinned).of(content)
+        staged = _Copy(file, self._blocks, self._pinned).copied(content)
         if self._pinned:
             torch.cuda.synchronize()
         return staged
-
-    @property
-    def bytes(self) -> int:
-        """Host memory held."""
-        return sum(block.nbytes for block in self._blocks.values())
 
 
 class _Copy:
@@ -49,15 +45,15 @@ class _Copy:
         self._file, self._blocks, self._pinned = file, blocks, pinned
         self._copies: dict[tuple[object, ...], Tensor] = {}  # one for what is one tensor, such as tied weights
 
-    def of(self, item: object) -> object:
+    def copied(self, item: object) -> object:
         if isinstance(item, Tensor):
             return self._tensor(item.detach())
         if isinstance(item, dict):
             copied = copy.copy(item)  # keeps the kind of dict, and what hangs on it
-            copied.update((key, self.of(value)) for key, value in item.items())
+            copied.update((key, self.copied(value)) for key, value in item.items())
             return copied
         if type(item) in (list, tuple):  # not torch.Size and its like
-            return type(item)(self.of(value) for value in item)  # type: ignore[call-arg, attr-defined]
+            return type(item)(self.copied(value) for value in item)  # type: ignore[call-arg, attr-defined]
         return copy.deepcopy(item)
 
     def _tensor(self, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run and of its data: state.json and data.json. trainer <-> state <-> files."""
+"""Describes the run and its data in a checkpoint: state.json and data.json. trainer <-> state <-> files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import msgspec
 from pretrain.checkpoint.store import Checkpoint
 from shards import CheckpointError, ConfigError, Tokenizer
 
-STATE_VERSION = 1  # of state.json and data.json
+CHECKPOINT_VERSION = 1  # of state.json and data.json
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint's engine files are divided over ranks: only the same layout reads them as they are."""
+    """The division of a checkpoint's engine files over ranks; only the same layout can load them unconverted."""
 
     tp_size: int
     dp_size: int
@@ -27,17 +27,17 @@ class Layout:
 
 
 class RunState(msgspec.Struct, frozen=True):
-    """Where a run stands after a step: the content of state.json.
+    """The state of a run after a step: the content of state.json.
 
     Attributes:
         step: optimizer steps done.
         tokens: trained on since the run's start, over all ranks; padding is not counted.
         tokens_per_source: the same, for each source.
         batch_hash: of all batches so far, chained; 16 hex digits.
-        restarts: how often the run was taken up again.
-        config_hash: of the config that it ran with last.
-        tp_size, dp_size, zero_stage: what the engine's files fit.
-        init_hash: of the files in init_from, which the run began with; empty if its weights were drawn.
+        restarts: how often the run was resumed.
+        config_hash: of the config with which it ran last.
+        tp_size, dp_size, zero_stage: the layout of the engine's files.
+        init_hash: of the files in init_from, with which the run began; empty if its weights were drawn.
     """
 
     step: int
@@ -50,7 +50,7 @@ class RunState(msgspec.Struct, frozen=True):
     dp_size: int
     zero_stage: int
     init_hash: str = ""
-    version: int = STATE_VERSION
+    version: int = CHECKPOINT_VERSION
 
     @property
     def layout(self) -> Layout:
@@ -66,11 +66,11 @@ class DataState(msgspec.Struct, frozen=True):
 
     cursors: dict[str, object]  # as `shards.merge_states` gives it
     fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
-    version: int = STATE_VERSION
+    version: int = CHECKPOINT_VERSION
 
 
 class _Versioned(msgspec.Struct):
-    """What every version has in common."""
+    """The one field that every version has."""
 
     version: int | None = None
 
@@ -79,12 +79,12 @@ State = TypeVar("State", RunState, DataState)
 
 
 def read_state(checkpoint: Checkpoint) -> RunState:
-    """Where the run stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    """Read where the run stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
     return _read_json(checkpoint.folder / "state.json", RunState)
 
 
 def read_data(checkpoint: Checkpoint) -> DataState:
-    """Where the loader stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    """Read where the loader stood at a checkpoint. Raises CheckpointError if another version wrote it."""
     return _read_json(checkpoint.folder / "data.json", DataState)
 
 
@@ -109,8 +109,9 @@ def _read_json(path: Path, kind: type[State]) -> State:
         version = msgspec.json.decode(content, type=_Versioned).version
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if version != STATE_VERSION:
+    if version != CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{path} has version {version}, this program reads {STATE_VERSION}; go on with the program that wrote it"
+            f"{path} has version {version}, this program reads {CHECKPOINT_VERSION};"
+            " go on with the program that wrote it"
         )
     return msgspec.json.decode(content, type=kind)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which of them are whole, and which may go. A folder without a valid COMPLETE is none.
+"""Keeps a run's checkpoints: opens, verifies and removes them. A folder without a valid COMPLETE is no checkpoint.
 
 checkpoints/step_00001000/
     engine/      DeepSpeed's files, of every rank
@@ -52,15 +52,15 @@ class FileEntry(msgspec.Struct, frozen=True):
     hash: str  # xxh3-128 of the content, 32 hex digits
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class CompleteFile(msgspec.Struct, frozen=True):
     """The content of COMPLETE."""
 
     files: list[FileEntry]
     seconds: float  # that the save took, from its beginning to this file
     hash: str = ""  # xxh3-128 of the rest as JSON, 32 hex digits
 
-    def signed(self) -> Manifest:
-        """The same, with the hash that it ought to have."""
+    def signed(self) -> CompleteFile:
+        """Return the same content with the hash that it ought to have."""
         rest = msgspec.structs.replace(self, hash="")
         return msgspec.structs.replace(self, hash=xxhash.xxh3_128_hexdigest(msgspec.json.encode(rest)))
 
@@ -75,7 +75,7 @@ class Checkpoint:
     seconds: float  # that the save took
 
     def broken_files(self, share: int = 0, shares: int = 1) -> list[str]:
-        """What is wrong with the files of one share of `shares`, a sentence each; empty if nothing."""
+        """Say what is wrong with the files of one share of `shares`, a sentence each; empty if nothing is."""
         return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
 
 
@@ -92,21 +92,21 @@ def _damage(folder: Path, entry: FileEntry) -> str | None:
     return None
 
 
-def write_manifest(folder: Path, files: list[FileEntry], seconds: float) -> None:
-    """Declares a folder complete."""
-    manifest = Manifest(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
-    write_atomically(folder / COMPLETE, msgspec.json.format(msgspec.json.encode(manifest)))
+def write_complete(folder: Path, files: list[FileEntry], seconds: float) -> None:
+    """Declare a folder complete."""
+    content = CompleteFile(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
+    write_atomically(folder / COMPLETE, msgspec.json.format(msgspec.json.encode(content)))
 
 
-def read_manifest(folder: Path, step: int) -> Checkpoint:
-    """A folder that was declared complete. Raises: CheckpointError if it was not, or COMPLETE itself is damaged."""
+def read_complete(folder: Path, step: int) -> Checkpoint:
+    """Open a folder that was declared complete. Raises CheckpointError if it was not, or COMPLETE itself is damaged."""
     try:
-        manifest = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=Manifest)
+        content = msgspec.json.decode((folder / COMPLETE).read_bytes(), type=CompleteFile)
     except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: no UTF-8
         raise CheckpointError(f"{folder / COMPLETE} cannot be read: {error}") from error
-    if manifest != manifest.signed():
+    if content != content.signed():
         raise CheckpointError(f"{folder / COMPLETE} differs from what was saved")
-    return Checkpoint(folder, step, manifest.files, manifest.seconds)
+    return Checkpoint(folder, step, content.files, content.seconds)
 
 
 class CheckpointStore:
@@ -127,58 +127,58 @@ class CheckpointStore:
         return self.root / f"step_{step:08d}"
 
     def complete(self, step: int, files: list[FileEntry], seconds: float) -> None:
-        """Declares a checkpoint complete; its files, and their names, are durable already.
+        """Declare a checkpoint complete; its files and their names are durable already.
 
         Args:
-            seconds: that the save took so far.
+            seconds: that the save has taken so far.
         """
-        write_manifest(self.folder_of(step), files, seconds)
+        write_complete(self.folder_of(step), files, seconds)
 
     def is_complete(self, step: int) -> bool:
-        """Whether the step has a checkpoint that was completed; its files may have been damaged since.
+        """Return whether a step's checkpoint was completed; its files may have been damaged since.
 
         Raises:
-            OSError: if it cannot be told; a checkpoint that a disk does not show at the moment is not to be removed.
+            OSError: if the disk does not say; a checkpoint that it does not show at the moment must not be removed.
         """
         return is_there(self.folder_of(step) / COMPLETE)
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints were completed, oldest first."""
+        """Return the steps whose checkpoints were completed, oldest first."""
         return [step for step in self.all_steps() if self.is_complete(step)]
 
     def all_steps(self) -> list[int]:
-        """The steps that have a folder, oldest first, whether or not it was completed."""
+        """Return the steps that have a folder, oldest first, whether or not it was completed."""
         found = (_FOLDER.fullmatch(name) for name in names_in(self.root))
         return sorted(int(match[1]) for match in found if match)
 
     def has_damaged(self) -> bool:
-        """Whether any was set aside."""
+        """Return whether any checkpoint was set aside."""
         return any(name.endswith(".damaged") for name in names_in(self.root))
 
     def open(self, step: int) -> Checkpoint:
-        """The checkpoint of a step.
+        """Open the checkpoint of a step.
 
         Raises:
             CheckpointError: if it is not complete, or COMPLETE itself is damaged.
         """
-        return read_manifest(self.folder_of(step), step)
+        return read_complete(self.folder_of(step), step)
 
     def universal_folder(self, step: int, tp_size: int) -> Path:
-        """Where what `universal` makes of a checkpoint lies; it goes when a newer checkpoint is complete."""
+        """Return the folder for a checkpoint's conversion, which is removed when a newer checkpoint is complete."""
         return self.folder_of(step).with_suffix(f".universal-tp{tp_size}")
 
     def discard_universal(self, step: int | None = None) -> None:
-        """Removes what `universal` made of a step's checkpoint, or of all; COMPLETE first."""
+        """Remove the conversions of a step's checkpoint, or of all checkpoints; COMPLETE first."""
         name = "step_*" if step is None else self.folder_of(step).name
         for folder in self.root.glob(f"{name}.universal-tp*"):
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
     def choose(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint of a step, by default the newest.
+        """Open the checkpoint of a step, by default the newest.
 
         Raises:
-            CheckpointError: if there is none; it names those that there are.
+            CheckpointError: if there is none; the message lists those that there are.
         """
         steps = self.steps()
         if not steps:
@@ -188,10 +188,10 @@ class CheckpointStore:
         return self.open(steps[-1] if step is None else step)
 
     def prepare(self, step: int) -> Path:
-        """An empty folder for a new checkpoint; what a killed save left there goes."""
+        """Make an empty folder for a new checkpoint, in place of what a killed save may have left there."""
         folder = self.folder_of(step)
         assert not self.is_complete(step), f"{folder} is complete and is not written over"
-        self.discard_universal(step)  # of a checkpoint of this step that was damaged and set aside
+        self.discard_universal(step)  # it belongs to a checkpoint of this step that was damaged and set aside
         if is_there(folder):
             shutil.rmtree(folder)
         (folder / "engine").mkdir(parents=True)
@@ -200,10 +200,10 @@ class CheckpointStore:
         return folder
 
     def discard(self, step: int) -> None:
-        """Removes a checkpoint, or what there is of it.
+        """Remove a checkpoint, or what there is of it.
 
         Raises:
-            OSError: if something of it stays; no checkpoint does.
+            OSError: if something of it is left, which is no checkpoint any more.
         """
         folder = self.folder_of(step)
         # COMPLETE first: a half-removed checkpoint must not look whole
@@ -212,13 +212,13 @@ class CheckpointStore:
         shutil.rmtree(folder)
 
     def discard_incomplete(self) -> None:
-        """Removes what killed saves left behind, which would take up the room of new ones; none may be in progress."""
+        """Remove what killed saves left behind, which would take up room; no save may be in progress."""
         for step in self.all_steps():
             if not self.is_complete(step):
                 self.try_to_discard(step)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, which makes room for a new one of its step; what is left of it is not lost."""
+        """Rename a damaged checkpoint, which frees its name for a new one and keeps what is left of it."""
         folder = self.folder_of(step)
         names = itertools.chain([f"{folder.name}.damaged"], (f"{folder.name}.{n}.damaged" for n in itertools.count(2)))
         aside = next(path for name in names if not is_there(path := folder.with_name(name)))
@@ -227,7 +227,7 @@ class CheckpointStore:
         return aside
 
     def prune(self) -> None:
-        """Removes what the config does not keep, and what killed saves left behind; a failure is only logged."""
+        """Remove what the config does not keep and what killed saves left behind; a failure is only logged."""
         try:
             steps, folders = self.steps(), self.all_steps()
         except OSError as error:
@@ -237,10 +237,10 @@ class CheckpointStore:
         for step in folders:
             if step not in kept and step < steps[-1]:
                 self.try_to_discard(step)
-        self.discard_universal()  # the newest was saved in the layout that trains
+        self.discard_universal()  # the newest checkpoint was saved in the layout that trains
 
     def check_room_for_universal(self, needed: int) -> None:
-        """Makes sure that a conversion fits, and the checkpoint after it.
+        """Check that a conversion fits on the disk, and the next checkpoint beside it.
 
         Args:
             needed: bytes of the conversion.
@@ -304,10 +304,10 @@ class CheckpointStore:
         )
 
     def _size_of(self, step: int) -> int:
-        """Bytes of a checkpoint: as COMPLETE counts them, since a large run has thousands of files."""
+        """Return the bytes of a checkpoint, as COMPLETE counts them: a large run has thousands of files."""
         try:
             return sum(entry.size for entry in self.open(step).files)
-        except CheckpointError:  # it goes like any other
+        except CheckpointError:  # it may be removed like any other
             return sum(path.stat().st_size for path in self.folder_of(step).rglob("*") if path.is_file())
 
     def _kept_for_good(self, steps: list[int]) -> set[int]:
@@ -315,7 +315,7 @@ class CheckpointStore:
         return {step for step in steps if every and step % every == 0}
 
     def try_to_discard(self, step: int) -> None:
-        """As `discard`; a failure is only logged, and does no harm."""
+        """Do as `discard` does; a failure is only logged, and does no harm."""
         try:
             self.discard(step)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint made readable for other numbers of ranks or another ZeRO stage. trainer -> universal -> engine.
+"""Converts a checkpoint for other numbers of ranks or another ZeRO stage. resume -> universal -> engine.
 
 DeepSpeed's files hold flat pieces of each rank's share. Here weights and moments are put together again and written in
 DeepSpeed's universal layout, a file for each of them, of which a rank takes its part, whatever the dp_size and stage:
@@ -11,8 +11,8 @@ DeepSpeed's universal layout, a file for each of them, of which a rank takes its
 DeepSpeed's own converter writes everything twice, and what it makes of ZeRO-3 fits no other tp_size and no other stage.
 Since this one cuts the weights for the new tp_size already, DeepSpeed has only to divide them over dp ranks.
 
-All ranks do it together, each the weights that are dealt to it. They end at about the same time, so that no collective
-waits for long.
+All ranks convert together, each the weights that are dealt to it. They end at about the same time, so that no
+collective waits for long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.checkpoint.state import Layout
-from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_manifest, write_manifest
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_complete, write_complete
 from pretrain.checkpoint.write import Writer
 from pretrain.checkpoint.zero_files import Saved, Share, read_shares, whole
 from pretrain.topology import Topology
@@ -39,11 +39,11 @@ from shards.storage.atomic import fsync_folder
 
 _logger = logging.getLogger(__name__)
 
-_LINE_SECONDS = 10.0  # between two lines about how far it is
+_LINE_SECONDS = 10.0  # between two lines about the progress
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")  # of AdamW: the master weight and its two moments
 
 
-def converted(
+def find_or_convert(
     store: CheckpointStore, checkpoint: Checkpoint, saved: Layout, wanted: Layout, topology: Topology
 ) -> Path:
     """Return the folder with a checkpoint's conversion, which all ranks make together unless it is there already.
@@ -75,7 +75,7 @@ def converted(
     def complete() -> None:
         if topology.is_main:
             seconds = time.monotonic() - begun
-            write_manifest(target, entries, seconds)
+            write_complete(target, entries, seconds)
             size = sum(entry.size for entry in entries)
             _logger.info("converted %d files, %.3g GB, in %.1f s: %s", len(entries), size / 1e9, seconds, target)
 
@@ -84,9 +84,9 @@ def converted(
 
 
 def is_whole(folder: Path, step: int, share: int = 0, shares: int = 1) -> bool:
-    """Whether a conversion is there, and one share of its files to the last bit."""
+    """Return whether a conversion is there, and every file in one share of it as it was written."""
     try:
-        return not read_manifest(folder, step).broken_files(share, shares)
+        return not read_complete(folder, step).broken_files(share, shares)
     except CheckpointError:
         return False
 
@@ -129,7 +129,7 @@ def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size:
                 size = sum(entry.size for entry in written)
                 _logger.info("converting: %d of %d weights, %.3g GB", done + 1, len(names), size / 1e9)
         written += [file.result() for file in pending]
-    # The names of files are durable; these are those of their folders
+    # The names of files are durable already; those of their folders are not
     for above in (*target.glob("tp_*/engine/zero"), *target.glob("tp_*/engine"), *target.glob("tp_*"), target):
         fsync_folder(above)
     fsync_folder(target.parent)
@@ -148,7 +148,7 @@ def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
 
 
 def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) -> Sequence[Tensor]:
-    """The parts of the tensor-parallel ranks that were -> those of the ranks that will be."""
+    """Recut what the former tensor-parallel ranks held for the new ones."""
     if dim is None or key == "step":
         return [parts[0]] * tp_size
     # Copies: torch.save writes all of the memory that a view is a part of
@@ -158,7 +158,7 @@ def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) ->
 
 
 def _shard_dims(metadata: Saved) -> dict[str, int]:
-    """The dimension that each sharded weight is split along; replicated ones are not in it."""
+    """Return the dimension along which each sharded weight is split; replicated weights are left out."""
     info = metadata["universal_checkpoint_info"]
     names = [name for group in metadata["param_shapes"] for name in group]
 
@@ -170,7 +170,7 @@ def _shard_dims(metadata: Saved) -> dict[str, int]:
 
 
 def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, object]:
-    """The files besides the weights, under the names that every stage looks for."""
+    """Return the files besides the weights, under the names that each ZeRO stage looks for."""
     weights = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
     model_states = {key: value for key, value in metadata.items() if key not in weights}
     model_states["mp_world_size"] = 1  # each tensor-parallel rank has a folder, and in it nobody else's slices

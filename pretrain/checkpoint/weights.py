@@ -1,6 +1,6 @@
-"""The weights in a checkpoint, whole, whatever topology saved them. zero_files -> weights -> {export, evaluation}.
+"""Reads whole weights from a checkpoint, whatever topology saved them. zero_files -> weights -> {export, evaluation}.
 
-No process group and no GPU: the files are mapped, and a weight is put together when it is asked for.
+It needs no process group and no GPU: the files are mapped, and a weight is put together when it is asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class CheckpointWeights:
     """A checkpoint's weights by name.
 
     Args:
-        checkpoint: its files are mapped as they are; whoever opens it has compared them with their hashes.
+        checkpoint: its files are mapped unchecked; the caller has compared them with their hashes.
         specs: of all its weights.
     Raises:
-        CheckpointError: if it is no checkpoint of a model with these weights.
+        CheckpointError: if the checkpoint is not one of a model with these weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec]) -> None:
@@ -35,10 +35,10 @@ class CheckpointWeights:
                 raise CheckpointError(f"{self._folder} has no weight {name}; its run's config.yaml has another model")
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """A weight, or its slice for tensor-parallel rank `index` of `count`, fp32.
+        """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in fp32.
 
         Raises:
-            CheckpointError: if it has another shape.
+            CheckpointError: if it has another shape than its spec.
         """
         spec = self._specs[name]
         if spec.shard_dim is None:

@@ -1,7 +1,7 @@
-"""Writes a checkpoint's files in the background: each new, hashed as it is written, on the disk when it is done.
+"""Writes a checkpoint's files in the background, hashes them on the way and makes them durable. save -> write -> files.
 
-save -> write -> files. What was written is known by its hash before anything can be read back, so a disk that garbles
-it is found out when the checkpoint is verified.
+The hash is taken of what is written, not of what can be read back, so a disk that garbles a file is found out when the
+checkpoint is verified.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shards.storage.atomic import fsync_folder
 
 T = TypeVar("T")
 
-_PIECE_BYTES = 1 << 26  # between two looks at whether the process wants to end
+_CHUNK_BYTES = 1 << 26  # between two checks of whether the process is ending
 _BUFFER_BYTES = 1 << 20
 
 
 class Writer:
-    """One thread that does one thing after the other; what it has not done at the end of `with` is left undone."""
+    """One thread that does one task after the other; tasks that are not done at the end of `with` are abandoned."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -44,10 +44,11 @@ class Writer:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, task: Callable[..., T], *arguments: object) -> Future[T]:
+        """Have a task done after those submitted before."""
         return self._thread.submit(task, *arguments)
 
     def write(self, folder: Path, name: str, content: object) -> Future[FileEntry]:
-        """Writes `folder`/`name`: bytes as they are, anything else as `torch.save` does.
+        """Write `folder`/`name`: bytes unchanged, anything else as `torch.save` does.
 
         The future raises CheckpointError, naming the file, if it could not be written and made durable.
         """
@@ -72,19 +73,19 @@ def _dump(content: object, file: _HashedFile) -> None:
     if isinstance(content, bytes):
         file.write(content)
         return
-    # torch.save computes a checksum of its own, at a tenth of the speed, that torch.load never looks at
+    # torch.save computes a checksum of its own, at a tenth of the speed, which torch.load never checks
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(content, cast(IO[bytes], file))
     except Exception as error:
-        raise file.failure or error from error  # it hides what went wrong with the file behind an error of its own
+        raise file.failure or error from error  # torch.save hides the file's error behind one of its own
     finally:
         torch.serialization.set_crc32_options(before)
 
 
 class _HashedFile:
-    """A file that hashes what goes through it."""
+    """A file that hashes everything written to it."""
 
     def __init__(self, file: IO[bytes], left: threading.Event) -> None:
         self._file, self._left = file, left
@@ -95,12 +96,12 @@ class _HashedFile:
     def write(self, content: bytes | memoryview) -> int:
         view = memoryview(content).cast("B")
         try:
-            for start in range(0, len(view), _PIECE_BYTES):
+            for start in range(0, len(view), _CHUNK_BYTES):
                 if self._left.is_set():
                     raise InterruptedError("the process ends before the save")
-                piece = view[start : start + _PIECE_BYTES]
-                self._file.write(piece)
-                self._hash.update(piece)
+                chunk = view[start : start + _CHUNK_BYTES]
+                self._file.write(chunk)
+                self._hash.update(chunk)
         except OSError as error:
             self.failure = self.failure or error
             raise
@@ -108,7 +109,7 @@ class _HashedFile:
         return len(view)
 
     def flush(self) -> None:
-        """torch.save asks for it; what counts is the flush before the fsync."""
+        """Do nothing: torch.save calls it, but only the flush before the fsync counts."""
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -1,8 +1,8 @@
-"""What DeepSpeed's files hold of each weight, rank by rank. engine's files -> zero_files -> {weights, universal}.
+"""Reads from DeepSpeed's files which part of each weight each rank holds. files -> zero_files -> {weights, universal}.
 
 DeepSpeed flattens the weights of each optimizer group on each tensor-parallel rank, one after the other, and divides
 them over the data-parallel ranks: with ZeRO-1 and 2 the whole flat group is cut at equal lengths, with ZeRO-3 every
-weight by itself. What is read are the fp32 master weights that every optimizer step works on, and their moments.
+weight by itself. The fp32 master weights, on which every optimizer step works, and their moments are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shards import CheckpointError
 
 _SHARE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
-# What DeepSpeed saves is its own to describe
+# DeepSpeed does not describe the types of what it saves
 Saved = Mapping[str, Any]
 
 
@@ -39,7 +39,7 @@ Share = Mapping[str, Fragment]  # what one rank holds, by weight
 
 
 def read_shares(engine: Path) -> tuple[list[list[Share]], Saved]:
-    """What each rank holds, [tp_rank][dp_rank], mapped from the disk rather than read; and one model file's content."""
+    """Map what each rank holds, [tp_rank][dp_rank], without reading it; return that and one model file's content."""
     files = {(int(m[2]), int(m[1])): path for path in engine.iterdir() if (m := _SHARE.search(path.name))}
     tp_size, dp_size = (max((place[i] for place in files), default=-1) + 1 for i in (0, 1))
     if not files or len(files) != tp_size * dp_size:
@@ -61,7 +61,7 @@ def _load(path: Path) -> Any:
 def _sliced_share(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """ZeRO-1 and 2: each group of weights is one flat tensor, cut at equal lengths; who holds what is written down."""
+    """Read a share of ZeRO-1 or 2: each group is one flat tensor cut at equal lengths; the file says who holds what."""
     shapes = {name: shape for group in groups for name, shape in group.items()}
     optimizer = saved["base_optimizer_state"]["state"]  # nothing before the first step
     for i, addresses in enumerate(saved["param_slice_mappings"]):
@@ -73,7 +73,7 @@ def _sliced_share(
 def _partitioned_share(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """ZeRO-3: each weight is cut into dp_size equal pieces, the last ones padded; a group's pieces lie in a row."""
+    """Read a share of ZeRO-3: each weight is cut into dp_size equal pieces, the last padded; a group's lie in a row."""
     optimizer = saved["optimizer_state_dict"]["state"]  # nothing before the first step
     for i, shapes in enumerate(groups):
         states = {**optimizer.get(i, {}), "fp32": saved["fp32_flat_groups"][i]}
@@ -85,7 +85,7 @@ def _partitioned_share(
 
 
 def whole(ranks: Sequence[Share], name: str, key: str) -> Tensor:
-    """A state of a weight as its tensor-parallel rank holds it, from the pieces of the dp ranks."""
+    """Join the pieces that the dp ranks hold of a weight's state into what their tensor-parallel rank holds."""
     pieces = [rank[name] for rank in ranks if name in rank]
     if key == "step":
         return torch.as_tensor(pieces[0].states[key])

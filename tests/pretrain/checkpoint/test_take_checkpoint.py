@@ -12,7 +12,7 @@ import pytest
 import torch
 import xxhash
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_manifest
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_complete
 from pretrain.evaluation import checkpoints
 from pretrain.evaluation.checkpoints import score_steps, take_checkpoint
 from pretrain.model.transformer import ModelConfig
@@ -73,7 +73,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for step in (2, 4):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
-        write_manifest(folder, [], 0.0)
+        write_complete(folder, [], 0.0)
     monkeypatch.setattr(checkpoints, "CheckpointWeights", lambda checkpoint, specs: checkpoint.step)
     return tmp_path
 
@@ -107,7 +107,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
     entries = [FileEntry(f"engine/{name}", len(name), xxhash.xxh3_128_hexdigest(name.encode())) for name in names]
     for name in names:
         (folder / name).write_text(name)
-    write_manifest(folder.parent, entries, 0.0)
+    write_complete(folder.parent, entries, 0.0)
     hashed: list[str] = []
 
     def counted(path: Path) -> str:

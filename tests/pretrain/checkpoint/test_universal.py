@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_manifest
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_complete
 from pretrain.checkpoint.universal import convert, is_whole, read_piece
 from shards import ConfigError
 from shards.storage.content_hash import hash_file
@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> CheckpointStore:
     folder = store.universal_folder(7, 2)
     folder.mkdir()
     (folder / "fp32.pt").write_bytes(b"weights")
-    write_manifest(folder, [FileEntry("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
+    write_complete(folder, [FileEntry("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
     return store
 
 
