@@ -1,6 +1,6 @@
-"""When the last save has to begin, so that it is done before the job's time is up. Slurm -> deadline -> trainer.
+"""Tells when the last save has to begin, so that it is done before the job's time is up. Slurm -> deadline -> stop.
 
-Rank 0 alone looks at the clock; what it finds travels with the request to stop.
+Only rank 0 looks at the clock; what it finds travels with the request to stop.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from pretrain.checkpoint.duration import time_for_last_save
 
 _logger = logging.getLogger(__name__)
 
-_SPARE_SECONDS = 15.0  # to end workers, wandb and the process
+_SPARE_SECONDS = 15.0  # for ending the workers, wandb and the process
 _NEWS = 1.25  # the margin is logged again when it has grown by this factor
 
 
 class Deadline:
-    """Compares the time that is left with what saving takes.
+    """Compares the time that is left with the time that saving takes.
 
     Args:
         end: of the job, in seconds since the epoch; None if there is none.
-        clock: the same, now.
+        clock: gives the present time in the same unit.
     """
 
     def __init__(self, end: float | None, clock: Callable[[], float] = time.time) -> None:
         self._end = end
         self._clock = clock
-        self._logged = 0.0  # the margin that was
+        self._logged = 0.0  # the margin that was logged last
         self._reached = False
 
     def reached(self, step_seconds: float, save_seconds: float) -> bool:
-        """Whether to stop now.
+        """Return whether to stop now; once it is time, it stays so.
 
         Args:
-            step_seconds: of the slowest step lately: one more is trained before the run stops.
-            save_seconds: that the last save took; before the first, what it is guessed to take.
+            step_seconds: duration of the slowest recent step; one more is trained before the run stops.
+            save_seconds: duration of the last save; before the first one, a guess.
         """
         if self._end is None:
             return False
@@ -58,7 +58,7 @@ class Deadline:
 
 
 def job_end(environment: Mapping[str, str]) -> float | None:
-    """When the Slurm job of this process is to end, in seconds since the epoch; None without one or its limit."""
+    """Return when this process's Slurm job will end, in seconds since the epoch; None without a job or a limit."""
     if end := environment.get("SLURM_JOB_END_TIME"):
         return float(end)
     if "SLURM_JOB_ID" not in environment:
@@ -68,7 +68,7 @@ def job_end(environment: Mapping[str, str]) -> float | None:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
         if found in ("", "NONE", "N/A", "Unknown"):
             return None
-        return datetime.fromisoformat(found).timestamp()  # of this node's time zone
+        return datetime.fromisoformat(found).timestamp()  # squeue prints this node's local time
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         _logger.warning("the job's end is not known, so no save is begun ahead of it: %s", error)
         return None

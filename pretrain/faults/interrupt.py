@@ -1,15 +1,14 @@
-"""Signals that ask a run to stop, turned into one decision that all ranks share. signals -> interrupt -> loop.
+"""Notes the signals that ask a run to stop. signals -> interrupt -> stop.
 
-What arrived is noted by a thread, since Python calls a handler only where the main thread comes back from what it
-waits for. Between two steps, or two batches of an evaluation, the loop asks all ranks with a collective, and tells this
-module the answer, so that every rank stops at the same place. Before there are process groups there is nobody to ask
-and nothing to save: there a signal ends the start. What may arrive meanwhile:
+A thread notes them, since Python calls a handler only once the main thread returns from what it waits for. That all
+ranks stop at the same place is for `stop` to see to. During a start there is nothing to save yet, and a signal ends the
+start. What may arrive:
 - Ctrl-C reaches every process of the terminal; DeepSpeed's launcher sends SIGTERM on top, up to half a minute later;
 - Slurm may send SIGUSR1 ahead of the time limit and SIGTERM at it.
-So another kind of signal is no impatience. The same one again, after a second, is.
+So a signal of another kind does not mean impatience. The same one again, after a second, does.
 
-The `deepspeed` command itself dies of a SIGTERM without a word to those it started, which would train on unattended. So
-a process whose launcher has lost its parent takes that for the request.
+The `deepspeed` command itself dies of a SIGTERM without telling the processes it started, which would train on
+unattended. So a process whose launcher has lost its parent takes that as a request to stop.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ STOPPED = 75  # EX_TEMPFAIL: stopped early and wants to go on; Slurm can requeue
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHER = "deepspeed.launcher.launch"  # the module between the `deepspeed` command and its ranks
 _WATCH_SECONDS = 0.5
-_REPEAT_SECONDS = 1.0  # the same signal within this time came by several ways, not twice
-_LEAVE_SECONDS = 10.0  # that a start has to leave in order; it may hang at the rendezvous
+_REPEAT_SECONDS = 1.0  # within this time the same signal came by two ways, and was sent once
+_LEAVE_SECONDS = 10.0  # in which a start has to leave in order; it may hang at the rendezvous
 LAUNCHER_GRACE_SECONDS = 30.0  # between the launcher's SIGTERM and its SIGKILL
 
 
 class Stopped(BaseException):
-    """A signal ended a start, before there was anything to save; no error, so that nothing takes it for one."""
+    """A signal ended a start before there was anything to save. It is no error, so that nothing handles it as one."""
 
 
 class Interrupt:
-    """Listens for signals while it is entered (on the main thread); puts the old handlers back at the end.
+    """Listens for signals while it is entered, on the main thread, and restores the old handlers at the end.
 
     Attributes:
-        requested: the number of the signal that this process received first; 0 if none.
+        requested: number of the signal that this process received first; 0 if there was none.
         has_launcher: whether the `deepspeed` command started this process, which kills it half a minute after SIGTERM.
     """
 
@@ -53,17 +52,17 @@ class Interrupt:
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._left = threading.Event()
         self._starting = False  # whether a signal ends the start
-        self._leaving = False  # whether one does
+        self._leaving = False  # whether a signal is ending the start
         self.has_launcher = False
 
     def __enter__(self) -> Interrupt:
-        self._ears, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._listener, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._in_main_thread)
         self._left.clear()
-        threading.Thread(target=self._listen, args=(self._ears,), name="signals", daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._listener,), name="signals", daemon=True).start()
         threading.Thread(target=self._watch_launcher, name="launcher-watch", daemon=True).start()
         return self
 
@@ -75,11 +74,11 @@ class Interrupt:
         self._previous.clear()
         signal.set_wakeup_fd(self._previous_fd)
         self._left.set()
-        self._mouth.close()  # which ends the thread that listens
+        self._waker.close()  # this ends the listening thread
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Inside, a signal raises Stopped; if that gets nowhere, the process ends."""
+        """Let a signal raise Stopped inside; if that gets nowhere, end the process."""
         self._starting = True
         try:
             if self.requested:
@@ -103,7 +102,7 @@ class Interrupt:
             except psutil.NoSuchProcess:
                 orphaned = True
             if orphaned:
-                # No signal: on Ctrl-C the launcher has sent one already, and a second would mean impatience
+                # Not by a signal: on Ctrl-C the launcher has sent one already, and a second would mean impatience
                 self._request(signal.SIGTERM, "the launcher is gone")
                 return
 
@@ -112,11 +111,11 @@ class Interrupt:
             self._leaving = True
             raise Stopped
 
-    def _listen(self, ears: socket.socket) -> None:
-        while arrived := ears.recv(1):
+    def _listen(self, listener: socket.socket) -> None:
+        while arrived := listener.recv(1):
             if arrived[0] in _SIGNALS:
                 self._receive(arrived[0])
-        ears.close()
+        listener.close()
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()
@@ -144,5 +143,5 @@ class Interrupt:
 
 
 def _say(message: str) -> None:
-    # Not by logging or print: the signal may have come in the middle of one of those, while it holds its lock
+    # Not by logging or print: the signal may have come while one of those holds its lock
     os.write(2, message.encode())

@@ -1,8 +1,8 @@
-"""Optimizer steps that changed nothing: why, what was in them, and when a run has had too many.
+"""Handles optimizer steps that changed nothing: why, what was in them, and when a run has had too many.
 
-trainer -> unapplied_steps. There are two kinds, and the engine has left out both, on every rank: a loss or gradient
-that was no number, and a global batch without a single target, on which weight decay and momentum would move weights
-that learn nothing. Whether the run goes on is decided by figures that all ranks share, so all of them decide alike.
+trainer -> unapplied_steps. The engine leaves out two kinds of steps on every rank: those whose loss or gradient is not
+finite, and those whose global batch has no target, in which weight decay and momentum would move the weights although
+they learn nothing. Whether the run goes on follows from figures that all ranks share, so all of them decide alike.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from shards.storage.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
 
-_NAMED = 3  # documents in the message; the file has all
+_NAMED = 3  # documents in the message; the file lists all of them
 
 
 class UnappliedSteps:
-    """Count the steps in a row that changed nothing, and end the run when there are too many.
+    """Counts the steps in a row that changed nothing, and ends the run when there are too many.
 
     Args:
-        limit: how many in a row end the run.
-        nonfinite_limit: the same, where the last of them was no number.
+        limit: steps in a row that end the run.
+        nonfinite_limit: the same, where the last of them was not finite.
     """
 
     def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology) -> None:
@@ -36,14 +36,14 @@ class UnappliedSteps:
         self._in_a_row = 0
 
     def note(self, step: int, stats: StepStats, n_targets: int, origins: Callable[[], Sequence[Origin]]) -> None:
-        """Takes up what a step came to; every rank calls it.
+        """Take note of a step's outcome; every rank calls it.
 
         Args:
             step: counted from 1, as in metrics.jsonl.
             n_targets: of the global batch.
-            origins: of all pieces of the global batch; asked of all ranks together.
+            origins: gives those of all pieces of the global batch; all ranks call it together.
         Raises:
-            HeadraceError: on all ranks, if the run is to end; nothing of the step has been kept.
+            HeadraceError: on all ranks, if the run has to end; nothing of the step has been kept.
         """
         if stats.applied:
             self._in_a_row = 0
@@ -65,7 +65,7 @@ class UnappliedSteps:
             _logger.warning("%s; it changed nothing", found)
 
     def _nonfinite(self, step: int, stats: StepStats, pieces: Sequence[Origin]) -> str:
-        """Lists the documents of a step that was no number in the run's folder; says what was found."""
+        """List the documents of a step that was not finite in the run's folder; return what was found."""
         found = f"step {step}: loss {stats.loss:g}, gradient norm {stats.grad_norm:g}"
         if not self._topology.is_main:
             return found

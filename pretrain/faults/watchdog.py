@@ -1,7 +1,7 @@
 """Ends a process that hangs: all its stacks go to the log, and it asks to be started again. trainer -> watchdog.
 
-A rank that stands still holds up all the others, silently, in their next collective; so the first to notice need not be
-the one to blame, and every rank that notices shows where it stands.
+A rank that hangs silently holds up all others in their next collective. So the first one to notice need not be the one
+to blame, and every rank that notices shows where it is.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from pretrain.faults.interrupt import STOPPED
 
 
 class Watchdog:
-    """A thread that looks whether the part of the work that is under way takes too long.
+    """Watches, in a thread, whether the part of the work that is under way takes too long.
 
     Args:
-        timeout: seconds that one part may take; None watches nothing.
+        timeout: seconds that one part may take; None: watch nothing.
         rank: named in the message.
     """
 
     def __init__(self, timeout: float | None, rank: int) -> None:
         self._timeout = timeout
         self._rank = rank
-        self._kinds: set[str] = set()  # of parts that have begun before
-        self._watched: tuple[str, float] | None = None  # what is under way, and its time.monotonic()
+        self._kinds: set[str] = set()  # kinds of parts that have begun before
+        self._watched: tuple[str, float] | None = (
+            None  # name of the part under way, and the time.monotonic() of its start
+        )
         self._left = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -42,17 +44,17 @@ class Watchdog:
         self._left.set()
 
     def begin(self, kind: str, name: str) -> None:
-        """A part begins, and with it the one before it has ended.
+        """Begin a part of the work, and end the previous one.
 
         Args:
-            kind: the first part of each kind is not watched: it may compile.
+            kind: the first part of each kind is not watched, since it may compile.
             name: what the message calls it.
         """
         self._watched = (name, time.monotonic()) if kind in self._kinds else None
         self._kinds.add(kind)
 
     def end(self) -> None:
-        """Nothing that is watched is under way."""
+        """End the part that is under way."""
         self._watched = None
 
     def _watch(self, timeout: float) -> None:
@@ -70,7 +72,7 @@ class Watchdog:
             faulthandler.dump_traceback(stacks, all_threads=True)
             stacks.seek(0)
             lines = [message, *stacks]
-        # In one piece, and with its rank on each line, since all ranks may say it at once. No logging: the thread that
-        # hangs may hold its lock
+        # In a single write, with the rank on each line, since all ranks may write at once. Not by logging: the thread
+        # that hangs may hold its lock
         os.write(2, "".join(f"rank {self._rank}: {line}" for line in lines).encode())
         os._exit(STOPPED)
