@@ -1,9 +1,9 @@
-"""Keeps two live processes off one run folder, on one host or on many. run_folder -> lease -> loop.
+"""Keeps a second live process out of a run folder, on one host or on many. start -> lease -> save.
 
 The lease is a file that names its holder; its modification time is the holder's sign of life. No lock of the operating
-system is involved, since `flock` and process ids mean nothing on another node. Who takes a dead lease over first claims
-its succession, by creating a file of which there can be only one, and then renames its own lease over the old. A holder
-that was silent for too long and comes back finds another file in its place.
+system is involved, since `flock` and process ids mean nothing on another node. To take over a dead lease, a process
+first claims the succession by creating a file of which there can be only one, and then renames its own lease over the
+old one. A holder that was silent for too long and comes back finds another file in its place.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SILENCE_SECONDS = 120.0  # after which the holder counts as dead: eight missed s
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lease, as far as another process can check it."""
+    """The process that holds a lease, described so that another process can check on it."""
 
-    token: str  # tells this lease from every other
+    token: str  # distinguishes this lease from every other
     job_id: str | None  # of Slurm; a requeued job keeps its id
     host: str
-    pid_space: str  # boot and pid namespace: only within one do process ids mean the same
+    pid_space: str  # boot and pid namespace, outside of which process ids mean nothing
     pid: int
-    started: float  # seconds since the epoch, of the process: a process id comes round again
+    started: float  # seconds since the epoch; process ids are used again
 
     @classmethod
     def me(cls, job_id: str | None) -> Holder:
@@ -52,7 +52,7 @@ class Holder(msgspec.Struct, frozen=True):
         return f"{job}process {self.pid} on {self.host}"
 
     def is_alive(self) -> bool | None:
-        """Whether the holder's process still runs; None if that cannot be seen from here."""
+        """Return whether the holder's process still runs; None if that cannot be seen from here."""
         if self.host != socket.gethostname() or self.pid_space != _pid_space():
             return None
         try:
@@ -68,7 +68,7 @@ def _pid_space() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        return ""  # not Linux: the host's name has to do
+        return ""  # not Linux, where the host's name has to do
 
 
 class Lease:
@@ -83,9 +83,9 @@ class Lease:
     ):
         """
         Args:
-            path: of the lease file.
+            path: the lease file.
             job_id: SLURM_JOB_ID, if any; the same job takes its own lease over at once.
-            heartbeat, silence: seconds; only tests have a reason to change them.
+            heartbeat, silence: in seconds; only tests have a reason to change them.
         """
         self.path = path
         self._me = Holder.me(job_id)
@@ -98,10 +98,10 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Takes the lease: at once if it is free or its holder is gone; where that cannot be seen, after its silence.
+        """Take the lease: at once if it is free or its holder is gone; where that cannot be seen, after its silence.
 
         Raises:
-            HeadraceError: if its holder lives; the message names it.
+            HeadraceError: if its holder lives; the message names the holder.
         """
         while not (self._create() or self._succeed()):
             time.sleep(self._heartbeat / 10)
@@ -114,19 +114,19 @@ class Lease:
     ) -> None:
         self._released.set()
         self._thread.join()
-        # One that cannot be taken back is silent from now on, which frees it too
+        # A lease that cannot be removed is silent from now on, which frees it too
         with contextlib.suppress(OSError):
             if self._is_mine():
                 self.path.unlink()
         os.close(self._descriptor)
 
     def check(self) -> None:
-        """Costs nothing while the signs of life go out.
+        """Check that the lease is still held; it costs nothing while the signs of life go out.
 
         Raises:
             HeadraceError: if another process has taken the lease over, as it may after a long stop of this one.
         """
-        # This process stood still: the thread may not have looked yet
+        # This process was suspended, and the thread may not have looked yet
         if time.monotonic() - self._last_sign > 3 * self._heartbeat:
             self._give_sign()
         if self._lost_to is not None:
@@ -135,12 +135,12 @@ class Lease:
             )
 
     def is_free(self) -> bool:
-        """Whether nobody is at work in the folder, as far as can be seen from here. Takes nothing."""
+        """Return whether nobody is at work in the folder, as far as can be seen from here; take nothing."""
         found = self._look()
         return found is None or self._is_free(*found)
 
     def _create(self) -> bool:
-        """Takes a lease that nobody has."""
+        """Take a lease that nobody has; return whether that succeeded."""
         try:
             self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
@@ -153,7 +153,7 @@ class Lease:
         os.fsync(self._descriptor)
 
     def _succeed(self) -> bool:
-        """Waits until the holder is known to live, which is an error, or to be gone, and takes over from it.
+        """Wait until the holder is known to live, which is an error, or to be gone; then take over from it.
 
         Returns:
             False if the lease was given back meanwhile, or another contender was faster.
@@ -164,7 +164,9 @@ class Lease:
             holder, age = found
             if self._is_free(holder, age):
                 return self._take_over(holder)
-            if (holder and holder.is_alive()) or age < youngest < math.inf:  # a sign of life since we began to look
+            if (
+                holder and holder.is_alive()
+            ) or age < youngest < math.inf:  # it has given a sign of life since we began to look
                 raise HeadraceError(
                     f"the run folder {self.path.parent} is in use by {holder or 'another process'} "
                     f"(last sign of life {age:.0f} s ago); stop that one first, or give this run another run.name"
@@ -180,7 +182,7 @@ class Lease:
         return False
 
     def _is_free(self, holder: Holder | None, age: float) -> bool:
-        """Whether a lease may be taken over: its holder is gone, or silent, or was an earlier start of the same job."""
+        """Return whether a lease may be taken over: its holder is gone, silent, or an earlier start of the same job."""
         alive = holder.is_alive() if holder else None
         own_job = holder is not None and holder.job_id is not None and holder.job_id == self._me.job_id
         return alive is False or (alive is None and own_job) or age >= self._silence
@@ -195,7 +197,7 @@ class Lease:
                     claim.unlink()
             return False
         try:
-            # Only now is it certain that nobody else takes over from the same holder; so look once more who that is
+            # Only now is it certain that nobody else takes over from this holder, so check once more who it is
             found = self._look()
             if found is None or found[0] != judged or not self._is_free(*found):
                 return False
@@ -209,20 +211,20 @@ class Lease:
             claim.unlink()
 
     def _look(self) -> tuple[Holder | None, float] | None:
-        """The holder, None if it is unreadable, and the seconds since its sign of life; None if there is no lease."""
+        """Read the holder, None if unreadable, and the seconds since its sign of life; None if there is no lease."""
         try:
-            with self.path.open("rb") as file:  # opened anew each time: that is when NFS asks the server
+            with self.path.open("rb") as file:  # opened anew each time, since NFS asks the server only then
                 content = file.read()
                 age = self._age(os.fstat(file.fileno()).st_mtime)
         except FileNotFoundError:
             return None
         try:
             return msgspec.json.decode(content, type=Holder), age
-        except msgspec.DecodeError:  # its writer was killed, or is between two of its calls
+        except msgspec.DecodeError:  # its writer was killed, or is between two calls
             return None, age
 
     def _age(self, modified: float) -> float:
-        """Seconds since a file was modified, by the file system's own clock: those of two nodes need not agree."""
+        """Return the seconds since a file was modified, by the file system's clock: those of two nodes may differ."""
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".lease-clock-") as clock:
             clock.write(b"?")
             clock.flush()
@@ -236,7 +238,7 @@ class Lease:
 
     def _give_sign(self) -> None:
         try:
-            # On the open file, not by its name: a lease that was taken over must not be touched
+            # Through the open file, not by its name: a lease that was taken over must not be touched
             os.utime(self._descriptor)
             mine = self._is_mine()
         except OSError as error:

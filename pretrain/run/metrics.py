@@ -1,6 +1,6 @@
-"""What a step did and what its seconds went into: records for metrics.jsonl, and the console's progress.
+"""Defines the records of metrics.jsonl, measures where a step's seconds go, and shows progress on the console.
 
-loop -> StepRecord -> {metrics.jsonl, console, wandb}.
+recorder -> StepRecord -> journal -> {metrics.jsonl, console, wandb}.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class StepRecord:
     mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
 
     def as_json(self) -> dict[str, object]:
-        """The record without what is None."""
+        """Return the record without the fields that are None."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 class Meter:
-    """Splits the seconds of a step into named parts, and starts anew with each step."""
+    """Splits the seconds of a step into named parts, and begins again with each step."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None):
         """
@@ -90,7 +90,7 @@ class Meter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charges the time inside to a part; one that is entered several times in a step adds up."""
+        """Charge the time inside to a part; a part that is entered several times in a step adds up."""
         start = self._clock()
         try:
             yield
@@ -100,14 +100,14 @@ class Meter:
             self._parts[name] = self._parts.get(name, 0.0) + self._clock() - start
 
     def end_step(self) -> dict[str, float]:
-        """The parts' seconds since the last call, and under `step` all of them, with what belongs to no part."""
+        """Return each part's seconds since the step began, and under `step` the whole step's; begin the next step."""
         now = self._clock()
         seconds = {**self._parts, "step": now - self._step_start}
         self.start_step()
         return seconds
 
     def start_step(self) -> None:
-        """Forgets what was measured: the time of an evaluation or a checkpoint is none of the next step's."""
+        """Forget what was measured: the time of an evaluation or a save does not belong to the next step."""
         self._parts = {}
         self._step_start = self._clock()
 
@@ -136,7 +136,7 @@ _PEAK_FLOPS = (
 
 
 def peak_flops_of(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, by `torch.cuda.get_device_name()`; None where it is not known."""
+    """Return a device's dense bf16 FLOP/s by its `torch.cuda.get_device_name()`; None where it is not known."""
     return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
 
 
@@ -149,7 +149,7 @@ def total_peak_flops(config: MetricsConfig, topology: Topology) -> float | None:
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak_flops: float | None) -> float | None:
-    """The share of the devices' peak that goes into the model's own arithmetic; recomputed activations do not count.
+    """Return the share of the devices' peak used for the model's own arithmetic; recomputation does not count.
 
     Args:
         flops_per_token: of forward and backward pass.
@@ -161,7 +161,7 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak_flops: float | No
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: of the GPU's allocator, or its resident set."""
+    """Return the most memory that this process has held: of the GPU's allocator, or its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -169,7 +169,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None:
-    """How long the rest of a run will take, if it goes on as it did lately.
+    """Estimate how long the rest of a run will take if it goes on as it did lately.
 
     Args:
         times: (seconds on some clock, step), in order; what lies between two steps, such as an evaluation, counts.
@@ -184,7 +184,7 @@ def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None
 
 
 def step_line(record: StepRecord, steps: int, left: float | None) -> str:
-    """A step for the reader of a log file."""
+    """Describe a step in one line of a log."""
     parts = [
         f"step {record.step}/{steps}",
         f"loss {record.loss:.4f}",
@@ -211,7 +211,7 @@ def _duration(seconds: float | None) -> str:
 
 
 class StepProgress:
-    """Shows where the run stands: a live bar on a terminal, else a plain line in the log every so many seconds."""
+    """Shows progress: as a live bar on a terminal, elsewhere as a plain line in the log every so many seconds."""
 
     def __init__(
         self,
@@ -251,6 +251,7 @@ class StepProgress:
             self._bar.stop()
 
     def show(self, record: StepRecord) -> None:
+        """Show that a step is done."""
         now = self._clock()
         self._times.append((now, record.step))
         line = step_line(record, self._steps, seconds_left(self._times, self._steps))

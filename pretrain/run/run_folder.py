@@ -1,4 +1,4 @@
-"""The folder of one run: its layout, whose it is, and what happens to its records when a start goes on from it.
+"""Lays out the folder of one run, tells whose it is, and cuts its records back when a start goes on from it.
 
 Only rank 0 writes here, except for the engine's files in a checkpoint. {start, journal} -> run_folder -> step_log.
 """
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of a run lies. Making one touches nothing on disk."""
+    """The paths of everything that belongs to a run. Making one touches nothing on disk."""
 
     root: Path
 
@@ -39,7 +39,7 @@ class RunFolder:
         return StepLog(self.root / "evals.jsonl")
 
     def document_scores(self, step: int, suite: str) -> Path:
-        """The sums of each document of a suite at a step, which comparisons are made from."""
+        """Return the file of a suite's sums per document at a step, from which comparisons are made."""
         return self.root / "evals" / suite / f"step_{step:08d}.npz"
 
     @property
@@ -47,12 +47,12 @@ class RunFolder:
         return StepLog(self.root / "bad_records.jsonl")
 
     def nonfinite(self, step: int) -> Path:
-        """The documents of a step whose loss or gradient was no number, tab-separated."""
+        """Return the tab-separated list of documents of a step whose loss or gradient was not finite."""
         return self.root / "nonfinite" / f"step_{step:08d}.tsv"
 
     @property
     def contaminated(self) -> StepLog:
-        """The documents that data.decontaminate kept out."""
+        """Return the log of the documents that data.decontaminate kept out."""
         return StepLog(self.root / "contaminated.jsonl")
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def wandb_rows(self) -> StepLog:
-        """What was sent to wandb of each step; see `pretrain.run.wandb_rows`."""
+        """Return the log of what was sent to wandb of each step; see `pretrain.run.wandb_rows`."""
         return StepLog(self.wandb / "rows.jsonl")
 
     @property
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def wandb(self) -> Path:
-        """wandb makes its own folder `wandb/` in the one that it is given, so this is the root's."""
+        """Return the folder `wandb/` that wandb makes in the root."""
         return self.root / "wandb"
 
     @property
@@ -82,14 +82,14 @@ class RunFolder:
         return self.root / "data_end"
 
     def data_end(self) -> int | None:
-        """The run's last step, where it has come to the end of its data; None as long as it has not."""
+        """Read the run's last step, once it has come to the end of its data; None before."""
         try:
             return int(self._data_end.read_text())
         except FileNotFoundError:
             return None
 
     def note_data_end(self, step: int) -> None:
-        """Notes that the data ends with this step: that is so however often these steps are trained."""
+        """Note that the data ends with this step, which stays true however often the steps are trained again."""
         write_atomically(self._data_end, str(step))
 
     @property
@@ -140,32 +140,32 @@ class RunFolder:
         return drawn
 
     def begin(self, name: str, config: str, step: int) -> None:
-        """Make the folder that of a start that nothing refuses any more.
+        """Make the folder that of a start which nothing refuses any more.
 
         Args:
             name: of the run.
             config: its config as YAML.
-            step: that it goes on from; -1 if it begins with an evaluation of what it has not trained yet.
+            step: the one from which it goes on; -1 if it begins with an evaluation of the untrained model.
         """
         self.settle_run_id(name)  # while config.yaml tells whose it was
         write_atomically(self.config, config)
         self.cut_back(step)
 
     def check_there(self) -> None:
-        """Raises: ConfigError naming the runs that there are, if this is none."""
+        """Raise ConfigError, with the runs that there are, if there is no run here."""
         if not is_there(self.config):
             runs = sorted(str(path.parent) for path in self.root.parent.glob("*/config.yaml"))
             there = f"runs beside it: {', '.join(runs)}" if runs else "name a run's folder, e.g. runs/quickstart"
             raise ConfigError(f"--run {self.root}: no run there (it has no config.yaml); {there}")
 
     def has_begun(self) -> bool:
-        """Whether there is anything of a run here that another config could corrupt."""
+        """Return whether there is anything of a run here that another config could corrupt."""
         return any(True for _ in self.metrics.read()) or any(
             name.startswith("step_") for name in names_in(self.checkpoints)
         )
 
     def create(self) -> None:
-        """Makes the folder and those in it, where they are missing, and tries whether it can be written to.
+        """Make the folder and those in it, where they are missing, and check that it can be written to.
 
         Raises:
             ConfigError: if it cannot.
@@ -184,12 +184,12 @@ class RunFolder:
 
     @property
     def superseded(self) -> Path:
-        """Where the records lie that were cut off: of steps that were trained again, or are to be."""
+        """Return the folder of the records that were cut off, since their steps are trained again."""
         return self.root / "superseded"
 
     @property
     def _records(self) -> tuple[StepLog, ...]:
-        """The files that follow the checkpoints: durable before one is complete, cut back when it is resumed from."""
+        """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
         return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
 
     def cut_back(self, step: int) -> None:
@@ -200,19 +200,19 @@ class RunFolder:
                 _logger.info("%s: %d records past step %d are now in %s", log.path, cut, max(step, 0), aside)
 
     def sync(self) -> None:
-        """Makes all records durable: to be called before a checkpoint is declared complete."""
+        """Make all records durable, as must be done before a checkpoint is declared complete."""
         for log in self._records:
             log.sync()
-        fsync_folder(self.root)  # one of them may be new
+        fsync_folder(self.root)  # one of the files may be new
 
     def move_aside(self) -> Path:
-        """Frees the run's name for a fresh start by renaming the folder to `<name>.<n>`; deletes nothing.
+        """Free the run's name for a fresh start by renaming the folder to `<name>.<n>`; delete nothing.
 
-        The caller holds the lease, which is gone with the folder. Returns where that went.
+        The caller holds the lease, which moves away with the folder. Return where that went.
         """
         numbered = re.compile(re.escape(self.root.name) + r"\.(\d+)")
-        taken = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
-        aside = self.root.with_name(f"{self.root.name}.{max(taken, default=0) + 1}")
+        numbers = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]
+        aside = self.root.with_name(f"{self.root.name}.{max(numbers, default=0) + 1}")
         self.root.rename(aside)
         RunFolder(aside).lease.unlink(missing_ok=True)
         fsync_folder(self.root.parent)

@@ -1,4 +1,4 @@
-"""Files of records that survive a kill at any byte, and of which each step is written once. run_folder -> step_log."""
+"""Appends records to files that survive a kill at any byte and hold each step once. run_folder -> step_log."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _CHUNK_BYTES = 1 << 16
 
 
 class _Stamped(msgspec.Struct):
-    """The one field by which a resume decides whether to keep a record; msgspec skips the others unparsed."""
+    """The field by which a resume decides whether to keep a record; msgspec skips the others unparsed."""
 
     step: int
 
 
 def _step_of(line: bytes) -> int | None:
-    """The optimizer step of a JSON record; None for one that was torn or is none."""
+    """Return the optimizer step of a JSON record; None where it is torn, or no record."""
     try:
         return msgspec.json.decode(line, type=_Stamped).step
     except msgspec.DecodeError:
@@ -45,7 +45,7 @@ class StepLog:
         self._compressed = path.suffix == ".zst"
 
     def append(self, *records: Mapping[str, object]) -> None:
-        """Adds records in a single write: a kill between the lines of one evaluation would have them written twice."""
+        """Append records in a single write: after a kill between them an evaluation would be written twice."""
         lines = [msgspec.json.encode(record) + b"\n" for record in records]
         if self._compressed:
             lines = [_frame(line) for line in lines]
@@ -55,26 +55,26 @@ class StepLog:
             if not self._compressed and _is_torn(descriptor):
                 content = b"\n" + content  # else a reader would take both for one line, and pass over it
             written = os.write(descriptor, content)
-            if written != len(content):  # a full disk: the torn record would hide the next one on its line
+            if written != len(content):  # the disk is full, and the torn record would hide the next one on its line
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
                 raise HeadraceError(f"{self.path}: cannot append {len(content)} bytes; is the disk full?")
         finally:
             os.close(descriptor)
 
     def sync(self) -> None:
-        """Makes all records durable against a loss of power; a kill alone loses none."""
+        """Make all records durable against a loss of power; a kill alone loses none."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
     def read(self, after: int = -1) -> Iterator[dict[str, object]]:
-        """The records of all steps past `after`, in the order in which they were appended."""
+        """Read the records of all steps past `after`, in the order in which they were appended."""
         for line, _ in self._lines():
             step = _step_of(line)
             if step is not None and step > after:
                 yield msgspec.json.decode(line, type=dict[str, object])
 
     def last(self, step: int | None = None) -> dict[str, object] | None:
-        """The last record of a step up to `step`, or of all; None if there is none. Records stand in order of steps."""
+        """Read the last record of the steps up to `step`, or of all; None if there is none. Steps are in order."""
         newest = None
         for line, _ in self._lines():
             found = _step_of(line)
@@ -88,7 +88,7 @@ class StepLog:
 
         Args:
             step: the last step to keep.
-            aside: what is cut off is appended to this file, whole and durable before it goes.
+            aside: file to which the records are appended, and made durable, before they are cut off.
         Returns:
             How many records were cut off.
         """
@@ -119,7 +119,7 @@ class StepLog:
         return self.path.stat().st_size if is_there(self.path) else 0
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
-        """Each complete record, as JSON, and the offset in the file at which it ends."""
+        """Read each complete record, as JSON, and the offset in the file at which it ends."""
         if not is_there(self.path):
             return
         with self.path.open("rb") as file:
@@ -134,7 +134,7 @@ class StepLog:
 
 
 class _Aside:
-    """A file that takes up records as they are cut off from another; nothing is written before the first."""
+    """A file that takes the records that are cut off from another; it is made with the first of them."""
 
     def __init__(self, path: Path, compressed: bool) -> None:
         self._path, self._compressed = path, compressed
@@ -171,7 +171,7 @@ def _is_torn(descriptor: int) -> bool:
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """The content of each whole zstd frame and the offset at which it ends; stops at the first that is not whole."""
+    """Read the content of each whole zstd frame and the offset at which it ends, up to the first that is not whole."""
     end = 0
     pending = b""
     while True:

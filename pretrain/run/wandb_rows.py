@@ -1,7 +1,7 @@
-"""What wandb is given of each step, and what it was given before. run folder -> wandb_rows -> wandb_tracker.
+"""Makes wandb's row of each step, and compares it with the row sent before. run folder -> wandb_rows -> wandb_tracker.
 
-wandb keeps a row for good, but a step may be trained again after a kill, and need not come out as it did: the config,
-the layout or the machine may be others. So what was sent is noted beside wandb's own files, and compared.
+wandb keeps a row for good, but a step may be trained again after a kill and come out differently, under another config
+or layout or on another machine. So what was sent is noted beside wandb's own files, and compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EVAL = "eval/"
 
 
 class _Sent(msgspec.Struct, frozen=True):
-    """What is kept of one row."""
+    """The hashes that are kept of one row."""
 
     figures: str  # hash of those in _FIGURES
     evals: str | None  # hash of its evaluation; None without one
@@ -118,7 +118,7 @@ def eval_prefix(folder: RunFolder, suite: str | None) -> str:
 
 
 def step_row(record: Mapping[str, object]) -> Row:
-    """A line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
+    """Return a line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
     row: Row = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -129,7 +129,7 @@ def step_row(record: Mapping[str, object]) -> Row:
 
 
 def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> Iterator[Row]:
-    """Lines of evals.jsonl, a row for each run of lines of one step, figures under `<prefix><domain>/<figure>`."""
+    """Make a row of all consecutive lines of evals.jsonl of one step, figures under `<prefix><domain>/<figure>`."""
     row: Row = {}
     for record in records:
         if row and row["step"] != record["step"]:
@@ -143,7 +143,7 @@ def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> I
 
 
 def last_local_step(wandb_folder: Path, run_id: str) -> int:
-    """The last step of which the local files of a run's sessions have a row; -1 if there is none.
+    """Return the last step of which the local files of a run's sessions have a row; -1 if there is none.
 
     Rows are never sent twice, so the newest session that has any has the last one. A session that was killed leaves a
     file that wandb's own reader reads up to where it is torn.

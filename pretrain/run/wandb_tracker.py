@@ -1,6 +1,6 @@
-"""Mirrors metrics.jsonl and evals.jsonl into wandb. The only importer of wandb.
+"""Mirrors metrics.jsonl and evals.jsonl into wandb; no other module imports wandb.
 
-loop -> wandb_tracker -> {wandb/, server}. A run is one wandb run, however often it is restarted, and shows each step
+journal -> wandb_tracker -> {wandb/, server}. A run is one wandb run, however often it is restarted, and shows each step
 once. The JSONL files are the truth. When a run resumes from a checkpoint, wandb may already hold steps past it, or lack
 some before it (a kill loses what was not flushed or sent). So a start asks up to which step wandb has rows (offline its
 local files, online the server), fills the gap from the JSONL files, and does not send again what is there. A row's
@@ -64,7 +64,7 @@ def log_late_evals(
     lease: Lease,
     patience_seconds: float,
 ) -> None:
-    """Adds evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
+    """Add evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
 
     Their axis is `eval_step`, and their rows have no `step`: wandb takes no row for a step that is past, and a training
     that goes on must not take them for its own. Figures stand under `eval-<suite>/<domain>/<figure>`, and once more in
@@ -183,7 +183,7 @@ class Tracker:
                 self._run.finish(exit_code=0 if kind is None else 1)
 
     def log_step(self, record: Mapping[str, object], more: bool = False) -> None:
-        """Sends a line of metrics.jsonl.
+        """Send a line of metrics.jsonl.
 
         Args:
             record: with its `step`; a step that wandb already has is passed over.
@@ -195,7 +195,7 @@ class Tracker:
         self._evals_follow = more
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
-        """Sends the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
+        """Send the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
         for row in eval_rows(records, eval_prefix(self._folder, self._suite)):
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
@@ -222,7 +222,7 @@ class Tracker:
         self._run.log(row, step=self._last_step + self._late_rows, commit=True)
 
     def _take_back(self, step: int) -> None:
-        """Have wandb show no row from a step on, since those that it has are of a training that was taken back."""
+        """Have wandb show no row from a step on, since the rows that it has are of a training that was undone."""
         import wandb
 
         assert self._run is not None
@@ -269,11 +269,11 @@ class Tracker:
         run.finish()
 
     def _made_rows(self, until: float = math.inf) -> Iterator[Row]:
-        """The rows of the JSONL files, up to a step, that wandb has not: all past the last that it has."""
+        """Make the rows of the JSONL files that wandb does not have: all past its last one, up to a step."""
         return rows_of(self._folder, self._suite, after=self._last_step, until=until)
 
     def _fill_gap(self) -> None:
-        """Sends what the JSONL files have and wandb has not; the last row is held: it may be evaluated only now."""
+        """Send the rows that wandb lacks; hold the last one, since its step may be evaluated only now."""
         self._held = None  # it stands in the files too
         for row in self._made_rows():
             self._send_held()
@@ -292,7 +292,7 @@ class Tracker:
             self._run = None
 
     def _open(self) -> None:
-        """Opens a session and brings wandb up to the JSONL files."""
+        """Open a session and bring wandb up to date with the JSONL files."""
         self._run, self._last_step = self._start()
         self._define_axis(self._run)
         self._sent = SentRows(self._folder.wandb_rows, self._id)
@@ -308,7 +308,7 @@ class Tracker:
         run.define_metric("*", step_metric="step")
 
     def _start(self) -> tuple[wandb.Run, int]:
-        """Opens a session. Returns it and the last step that wandb has; -1 if none."""
+        """Open a session; return it and the last step that wandb has, -1 if it has none."""
         import wandb  # takes a second and starts a process: only for those who want it
 
         if self._config.mode == "online":
@@ -358,7 +358,7 @@ def _late_rows(run: wandb.Run) -> int:
 
 
 def _forget_process() -> None:
-    """Lets the next `init` start wandb's process anew."""
+    """Let the next `init` start a new wandb process."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):  # it says good-bye to the dead one, after forgetting it
