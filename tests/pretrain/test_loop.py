@@ -114,6 +114,7 @@ class Run:
     def score(self, before_batch: Any) -> None:
         for _ in range(BATCHES):
             before_batch()
+            assert not self.trainer.stopping, "no batch is scored once all ranks have agreed to stop"
 
 
 @pytest.mark.parametrize("steps", [7, DATA_END, 100, None])

@@ -1,0 +1,68 @@
+"""A step's record says of its batch, its figures and the saves before it what is so, and leaves out what is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint.state import RunState
+from pretrain.engine import StepStats
+from pretrain.feed import StepBatch
+from pretrain.model.size import flops_per_token
+from pretrain.model.transformer import ModelConfig
+from pretrain.recorder import StepRecorder
+from shards import Skipped
+from tests.shards.corpora import config
+
+DATA = config([{"name": name, "paths": ["x"]} for name in ("a", "b")])
+MODEL = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64)
+STATE = RunState(3, 300, {}, "00", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+TRAINED = StepStats(loss=2.0, z_loss=0.5, grad_norm=1.0, applied=True)
+SKIPPED = StepStats(loss=math.nan, z_loss=math.nan, grad_norm=math.nan, applied=False)
+
+
+def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_saves: int = 0) -> dict[str, object]:
+    nothing = torch.zeros(0)
+    batch = StepBatch(
+        nothing, nothing, n_targets, n_tokens=96, n_padding=32, row_hash=1, tokens_per_source={"a": 96},
+        epoch_per_source={"a": 0.5, "b": 0.0}, skipped=[], skipped_so_far=7, replays=2,
+        contaminated=[Skipped("a", "shard", 1, "why")], stop_requested=False, saving=False,
+    )  # fmt: skip
+    with recorder.meter.part("data_wait"):
+        pass
+    return recorder.record(STATE, batch, stats, 1e-3, failed_saves).as_json()
+
+
+def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
+    topology: Any = type("Alone", (), {"device": torch.device("cpu")})
+    return StepRecorder(MODEL, DATA, with_z_loss, peak_flops, topology)
+
+
+def test_a_trained_step() -> None:
+    found = record(90, TRAINED, recorder(with_z_loss=True, peak_flops=1e12))
+    assert (found["step"], found["tokens"], found["loss"], found["z_loss"]) == (3, 300, 2.0, 0.5)
+    assert found["padding_share"] == 0.25
+    assert (found["skipped_records"], found["replayed_entries"]) == (7, 2)
+    per_second = found["tokens_per_second"]
+    assert isinstance(per_second, float)
+    assert found["mfu"] == pytest.approx(per_second * flops_per_token(MODEL, DATA.seq_len) / 1e12)
+    assert not {"nonfinite", "without_targets", "failed_saves", "checkpoint_seconds"} & set(found)
+    assert "contaminated_per_source" not in found, "nothing is looked for without data.decontaminate"
+    assert not {"mfu", "z_loss"} & set(record(90, TRAINED, recorder()))
+
+
+def test_a_step_that_changed_nothing_says_why() -> None:
+    assert {"nonfinite", "without_targets"} & set(record(90, SKIPPED, recorder())) == {"nonfinite"}
+    assert {"nonfinite", "without_targets"} & set(record(0, SKIPPED, recorder())) == {"without_targets"}
+
+
+def test_a_save_belongs_to_the_next_step_alone() -> None:
+    steps = recorder()
+    steps.note_save(1.5)
+    assert record(90, TRAINED, steps, failed_saves=2)["checkpoint_seconds"] == 1.5
+    found = record(90, TRAINED, steps, failed_saves=2)
+    assert "checkpoint_seconds" not in found
+    assert found["failed_saves"] == 2
