@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 import shards
-from pretrain import topology
 from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, compare_for_resume, how_to_split_vocabulary, load_config
@@ -31,6 +30,7 @@ from pretrain.model.size import flops_per_token, memory_per_rank, parameter_coun
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.startup_barrier import StartupBarrier
+from pretrain.topology import Topology, dp_size_of, started, world_size_of
 from shards import ConfigError, Prepared, Tokenizer, tokenizer_check
 from shards.storage.atomic import is_there
 from shards.suites import suite
@@ -38,7 +38,7 @@ from shards.suites import suite
 _logger = logging.getLogger(__name__)
 
 _INDEXING_LINE_SECONDS = 10.0
-_SAMPLE_TOKENS = 80  # of the continuation that a finished run shows
+_SAMPLE_TOKENS = 80  # in the continuation that a finished run shows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
         ConfigError, ShardError: if the config or its data cannot be trained on as they are.
         Stopped: if a signal came before there was anything to save.
     """
-    dp_size = topology.dp_size_of(topology.world_size_of(os.environ), config.parallel)
+    dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
     tokenizer = check_inputs(config)
     folder = RunFolder(config.run.dir / config.run.name)
@@ -81,22 +81,22 @@ def start(config: RunConfig, fresh: bool) -> Report:
                     claim = claim_run(config, folder, fresh, IndexingLog(barrier.advance), stack)
                 else:
                     barrier.wait()
-            ranks = stack.enter_context(topology.started(config.parallel, barrier.store))
-        config, prepared = ranks.broadcast_object((claim.config, claim.prepared) if claim else (config, ()))
-        if ranks.is_main:
-            announce(config, ranks)
+            topology = stack.enter_context(started(config.parallel, barrier.store))
+        config, prepared = topology.broadcast_object((claim.config, claim.prepared) if claim else (config, ()))
+        if topology.is_main:
+            announce(config, topology)
         lease = claim.lease if claim else None
-        trainer = assemble(Start(config, ranks, tokenizer, interrupt, prepared, lease), stack)
+        trainer = assemble(Start(config, topology, tokenizer, interrupt, prepared, lease), stack)
         finished = train(trainer)
-        sample = sample_of(trainer.engine, config, tokenizer, ranks) if finished else ""
+        sample = sample_of(trainer.engine, config, tokenizer, topology) if finished else ""
     return Report(finished, trainer.state.step, folder, sample)
 
 
-def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, ranks: topology.Topology) -> str:
+def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
     """Return the model's continuation of evaluation.prompt; every rank calls it."""
     codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
     model = (engine.next_logits, config.model.n_layers, config.data.seq_len)
-    return "".join(generate(*model, codec, config.evaluation.prompt, sampling, ranks))
+    return "".join(generate(*model, codec, config.evaluation.prompt, sampling, topology))
 
 
 def check_inputs(config: RunConfig) -> Tokenizer:
@@ -140,12 +140,11 @@ class Claim:
 def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Claim:
     """Take the lease on the run's folder and prepare its data; only rank 0.
 
-    A start that is refused leaves the folder as it was.
-
-    What shows only once all ranks have met is checked by `assembly`, which then makes the folder this start's.
+    A start that is refused leaves the folder as it was. What shows only once all ranks have met is checked by
+    `assembly`, which then makes the folder this start's.
 
     Args:
-        progress: is told of what is indexed.
+        progress: hears of what is indexed.
         stack: gives the lease back.
     Raises:
         ConfigError: if the folder cannot be written to, or holds a run that this config would corrupt.
@@ -154,7 +153,7 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
-    # A requeued job repeats its command, and so does torchrun: --fresh meant the first start
+    # A requeued job repeats its command, and so does torchrun, but --fresh was meant for the first start
     restarted = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     replaced = fresh and not restarted and is_there(folder.config)
     holding = stack.enter_context(ExitStack())
@@ -167,8 +166,8 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
         check_checkpoints_there(store, begun, folder)
     prepared = shards.prepare(config.data, progress)
     if replaced:
-        _logger.info("the run that stood in %s is now in %s", folder.root, folder.move_aside())
-        holding.close()  # the lease has gone with the folder
+        _logger.info("the run in %s was moved to %s", folder.root, folder.move_aside())
+        holding.close()  # the lease has moved away with the folder
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
     store.check_room()
@@ -189,11 +188,11 @@ def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
 
 
 def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunFolder) -> None:
-    """Raise ConfigError if a run has come too far to have no checkpoint, which then was lost, or cannot be seen.
+    """Raise ConfigError if a run has come too far to have no checkpoint: then it was lost, or cannot be seen.
 
-    A run that was killed before its first save has none either, though the record of the step may be there. One that
-    was killed in that save has the save's folder, and its records end before the second save would have begun, since a
-    save never overtakes the one before it.
+    A run that was killed before its first save has no checkpoint either, though the record of that step may be there. A
+    run that was killed in that save has the save's folder, and its records end before the second save would have begun,
+    since a save never overtakes the previous one.
     """
     newest = folder.metrics.last()
     step = int(str(newest["step"])) if newest else 0
@@ -230,14 +229,18 @@ class IndexingLog:
             _logger.info("indexing: %.2f GB of %d shards read, now %s", total / 1e9, len(self._bytes_read), shard)
 
 
-def announce(config: RunConfig, ranks: topology.Topology) -> None:
+def announce(config: RunConfig, topology: Topology) -> None:
     """Log what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
-    micro_batch_size = config.micro_batch_size(ranks.dp_size)
-    sizes = (ranks.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
+    micro_batch_size = config.micro_batch_size(topology.dp_size)
+    sizes = (topology.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
     memory = memory_per_rank(model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
     tokens_per_step = train.global_batch_size * seq_len
-    if config.precision == "bf16" and ranks.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (
+        config.precision == "bf16"
+        and topology.device.type == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         _logger.warning(
             "this CPU has no instructions for bf16, and emulating them is many times slower than precision=fp32"
         )
@@ -250,8 +253,8 @@ def announce(config: RunConfig, ranks: topology.Topology) -> None:
     )  # fmt: skip
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
-        ranks.world_size, ranks.tp_size, ranks.dp_size, ranks.device.type, config.precision,
-        config.parallel.applied_zero_stage, config.micro_steps(ranks.dp_size), micro_batch_size,
+        topology.world_size, topology.tp_size, topology.dp_size, topology.device.type, config.precision,
+        config.parallel.applied_zero_stage, config.micro_steps(topology.dp_size), micro_batch_size,
     )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",
