@@ -27,7 +27,7 @@ DATA_END = 8  # steps that the data lasts for
 
 
 class Run:
-    """What lasts from one start to the next, and the parts of a start that write to it."""
+    """A run folder's content over several starts, and the parts of a start that write to it."""
 
     def __init__(self, steps: int | None, with_suite: bool = True) -> None:
         self.steps, self.with_suite = steps, with_suite
@@ -39,7 +39,7 @@ class Run:
         self.saves_fail = False
 
     def start(self, looks: int = 10**9) -> bool:
-        """Trains until the run is finished, or until it has looked so often at whether it is to stop."""
+        """Train until the run is finished, or until it has checked that often whether to stop."""
         looked = 0
 
         def is_over(step_seconds: float, save_seconds: float) -> bool:

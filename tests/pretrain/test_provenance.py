@@ -24,7 +24,7 @@ Result = tuple[int, list[dict[str, str]], str]  # exit code, lines of the table,
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[Batch]]:
-    """A run's folder as a training leaves it, written from a loader alone; and the batches that it gave."""
+    """Write a run's folder as a training leaves it, from a loader alone; return it and the batches."""
     root = tmp_path_factory.mktemp("run")
     for shard, suffix in enumerate((".jsonl.zst", ".json.gz", ".jsonl")):
         lines = [record(f"s{shard} d{i} é " + words(i, 3 + i * i % 90)) for i in range(40)]
@@ -69,7 +69,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_names_exactly_the_documents_of_a_step(
     trained: tuple[RunFolder, list[Batch]], command: Callable[..., Result], step: int
 ) -> None:
-    """Each named span, read from its shard and tokenized anew, stood in the row; and nothing else stood there."""
+    """Check that each row holds the named spans, read from their shards and tokenized again, and nothing else."""
     folder, batches = trained
     before = {path: path.read_bytes() for path in folder.root.iterdir() if path.suffix != ".manifest"}
     code, lines, said = command("--run", folder.root, "--step", step, "--text")

@@ -53,7 +53,7 @@ def rank(number: int, port: int, work: Callable[[StartupBarrier], None], said: C
 
 
 def meet(work: Callable[[StartupBarrier], None]) -> tuple[type[BaseException] | None, str]:
-    """What the waiting rank comes to while rank 0 works."""
+    """Return the error of the rank that waits while rank 0 works, and its message."""
     context = multiprocessing.get_context("fork")
     port, pipes = free_port(), [context.Pipe(duplex=False) for _ in range(2)]
     may_go = context.Event()

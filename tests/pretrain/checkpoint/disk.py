@@ -178,7 +178,7 @@ class Recording:
             self._find(operation.to.parent).names[operation.to.name] = self._find(path.parent).names.pop(path.name)
 
     def leavings(self, folder: Path) -> Iterator[str]:
-        """Makes `folder` what may be left, in turn for each of the extremes: all, all names, only what was synced."""
+        """Fill `folder` with what may be left, in turn for each extreme: all, all names, only what was synced."""
         for what, names, contents in (
             ("everything", "names", "content"),
             ("names without contents", "names", "synced_content"),

@@ -80,7 +80,7 @@ class Run:
             yield saver
 
     def begin(self, saver: Saver, step: int) -> None:
-        """Trains to a step, begins to save it, and trains on."""
+        """Train to a step, begin to save it, and train on."""
         self.model.train(step)
         self.folder.metrics.append({"step": step})
         if step == 20:  # the first evaluation makes a file
@@ -94,7 +94,7 @@ class Run:
             saver.finish()
 
     def newest(self) -> int:
-        """The step of the checkpoint that a start takes, whose every file is of that step; readies the folder."""
+        """Choose a checkpoint as a start does, check that every file is of its step, and return that step."""
         topology: Any = OneRank()
         self.store.discard_incomplete()
         choice = choose(self.store, topology)
@@ -122,7 +122,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an fsync is for shows in what a power cut leaves."""
+    """Leave out every fsync: its effect is tested by what a power cut leaves."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -131,7 +131,7 @@ def state(step: int) -> RunState:
 
 
 def two_saves_begun(root: Path) -> Run:
-    """A checkpoint of step 10, and of step 20 what a killed save left."""
+    """Make a run with a checkpoint of step 10, and what a killed save left of step 20."""
     run = Run(root)
     run.save(10)
     run.store.prepare(20)
@@ -140,7 +140,7 @@ def two_saves_begun(root: Path) -> Run:
 
 
 def operations(root: Path) -> list[Operation]:
-    """What a save of step 20 does to the files, in order."""
+    """Record what a save of step 20 does to the files, in order."""
     run = two_saves_begun(root)
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(root, patch)

@@ -41,7 +41,7 @@ class ThreadTopology(Topology):
 
 
 def on_ranks(work: Callable[[Topology], object]) -> list[object]:
-    """What it gives on each of two ranks: a value, or the error that it raised."""
+    """Return what a function gives on each of two ranks: a value, or the error that it raised."""
     barrier, values = threading.Barrier(SIZE), [None] * SIZE
 
     def one(rank: int) -> object:
@@ -58,7 +58,7 @@ def on_ranks(work: Callable[[Topology], object]) -> list[object]:
 
 
 class Model:
-    """Takes note of the checkpoint that it is filled with."""
+    """A model that notes the checkpoint with which it is filled."""
 
     config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
     step = -1
@@ -69,7 +69,7 @@ class Model:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where checkpoints of the steps 2 and 4 lie; their weights are their step."""
+    """Make checkpoints of the steps 2 and 4, whose weights are their step."""
     for step in (2, 4):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()

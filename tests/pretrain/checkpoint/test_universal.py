@@ -21,7 +21,7 @@ from shards.storage.content_hash import hash_file
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    """With a conversion of step 7 for two tensor-parallel ranks."""
+    """Make a store with a conversion of step 7 for two tensor-parallel ranks."""
     store = CheckpointStore(tmp_path, CheckpointConfig(reserve_bytes=0))
     folder = store.universal_folder(7, 2)
     folder.mkdir()
@@ -64,7 +64,7 @@ SHAPES = {"rows.weight": (4096, 64), "columns.weight": (64, 4096), "output.weigh
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, torch.Tensor]]]:
-    """What ZeRO-1 saves on two ranks, as far as a conversion reads it; and the states in it, by kind and weight."""
+    """Save what a conversion reads of ZeRO-1 on two ranks; return its folder and the states by kind and weight."""
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "engine").mkdir()
     generator = torch.Generator().manual_seed(1)

@@ -44,7 +44,7 @@ def lease(path: Path, job_id: str | None = None) -> Lease:
 
 
 def pretend(path: Path, **changed: object) -> None:
-    """Makes the holder seem to be another one: a process on another host, for example."""
+    """Make the holder seem to be another one: a process on another host, for example."""
     holder = msgspec.json.decode(path.read_bytes(), type=Holder)
     with path.open("r+b") as file:  # in place: its holder knows it by its inode
         file.truncate()

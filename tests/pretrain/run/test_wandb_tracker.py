@@ -68,7 +68,7 @@ with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
 def session(
     root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
 ) -> str:
-    """Runs one; returns what it logged."""
+    """Run a session; return what it logged."""
     command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert result.returncode == (-9 if end == "killed" else 0), result.stderr
@@ -76,7 +76,7 @@ def session(
 
 
 def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    """All records of all sessions of a wandb run, as wandb's own reader prints them."""
+    """Read all records of all sessions of a wandb run, as wandb's own reader prints them."""
     records: list[dict[str, object]] = []
     for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
@@ -104,7 +104,7 @@ def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) 
 
 
 def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
-    """Each step stands once: up to 20 as it was trained first, with rate 1, and from there as it was trained last."""
+    """Check that each step is there once: up to 20 as first trained, with rate 1, later ones as last trained."""
     assert [row["step"] for row in rows] == list(range(1, last + 1))
     assert all(row["_step"] == row["step"] for row in rows)
     assert [row["learning_rate"] for row in rows] == [1.0 if step <= 20 else 2.0 for step in range(1, last + 1)]
