@@ -1,24 +1,133 @@
-"""The feed's totals and lists, on one rank without a process group."""
+"""The feed's totals and lists are those of the global batch, on any number of ranks."""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pretrain.feed import Feed
-from shards import Loader
+from shards import DataConfig, HeadraceError, Loader, ShardError, prepare
 from tests.shards.corpora import config, record, words, write_shard
 
-ALONE = SimpleNamespace(
-    is_main=True,
-    device=torch.device("cpu"),
-    sum_int64=lambda values: [value % 2**64 for value in values],
-    gather_objects=lambda own: [own],
-    broadcast_in_tp=lambda tensor: tensor,
-)
+ROWS = 4  # of a global batch
+
+
+class Ranks:
+    """Data-parallel ranks that are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size)
+        self._values: list[Any] = [None] * size
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait(60)
+        gathered = list(self._values)
+        self._barrier.wait(60)
+        return gathered
+
+    def run(self, work: Any) -> list[Any]:
+        """Return what a function gives on each rank."""
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(lambda rank: work(Place(self, rank)), range(self.size)))
+
+
+class Place:
+    """What the feed asks of a topology."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self._ranks, self.rank = ranks, rank
+        self.is_main = rank == 0
+
+    def gather_objects(self, own: Any) -> list[Any]:
+        return self._ranks.gather(self.rank, own)
+
+    def sum_int64(self, values: list[int]) -> list[int]:
+        return [sum(parts) % 2**64 for parts in zip(*self.gather_objects(values), strict=True)]
+
+    def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Return, for each rank, what a feed says of every step until the data is used up."""
+
+    prepared = prepare(data)
+
+    def work(place: Place) -> list[dict[str, Any]]:
+        topology: Any = place
+        with Loader(data, ROWS, seed, place.rank, ranks, prepared=prepared) as loader:
+            feed = Feed(loader, data, ROWS // ranks, topology)
+            found = []
+            while (batch := feed.next(stop_requested=place.rank == 1, saving=place.rank == 0)) is not None:
+                assert batch.tokens.shape == (ROWS // ranks, data.seq_len + 1)
+                found.append({key: value for key, value in vars(batch).items() if key not in ("tokens", "segment_ids")})
+            assert feed.next(stop_requested=False) is None
+            return [*found, {"passed_over": feed.passed_over}]
+
+    return Ranks(ranks).run(work)
+
+
+def mixed(folder: Path, **changes: object) -> DataConfig:
+    """Return the config of two sources, one of which has sub-sources and bad records."""
+    texts = [words(i, 20 + 7 * (i % 9)) for i in range(60)]
+    write_shard(folder / "a.jsonl", b"".join(record(text) for text in texts))
+    kinds = [b'{"text": "%s", "kind": "%s"}\n' % (words(i, 30).encode(), b"xyz"[i % 3 : i % 3 + 1]) for i in range(40)]
+    write_shard(folder / "b.jsonl", b"{}\n".join(kinds))
+    sources = [
+        {"name": "a", "paths": [str(folder / "a.jsonl")], "max_epochs": 1},
+        {"name": "b", "paths": [str(folder / "b.jsonl")], "max_epochs": 2, "source_from": "kind"},
+    ]
+    return config(sources, lanes=4, window_bytes=512, **({"on_bad_record": "skip"} | changes))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_totals_do_not_depend_on_the_ranks(tmp_path: Path, ranks: int) -> None:
+    data = mixed(tmp_path)
+    (alone,) = steps(data, 1)
+    together = steps(data, ranks)
+    assert all(found == together[0] for found in together)
+    asked = {"stop_requested": True, "saving": True}
+    assert together[0] == [step | asked if "saving" in step else step for step in alone]
+    for step in alone[:-1]:
+        by_source = step["tokens_per_source"]
+        assert step["n_tokens"] == by_source["a"] + by_source["b"]
+        assert by_source["b"] == sum(count for name, count in by_source.items() if name.startswith("b/"))
+        assert step["n_tokens"] + step["n_padding"] == ROWS * (data.seq_len + 1)
+        assert not step["stop_requested"]
+    assert alone[-2]["epoch_per_source"] == {"a": 1.0, "b": 2.0}
+    listed = [found.line for step in alone[:-1] for found in step["skipped"]]
+    assert len(listed) == alone[-2]["skipped_so_far"]
+    assert alone[-2]["skipped_so_far"] > 0
+
+
+def test_all_ranks_hear_of_data_that_one_cannot_read(tmp_path: Path) -> None:
+    data = mixed(tmp_path, on_bad_record="fail")
+
+    prepared = prepare(data)
+
+    def work(place: Place) -> HeadraceError | None:
+        topology: Any = place
+        with Loader(data, ROWS, 0, place.rank, 2, prepared=prepared) as loader:
+            feed = Feed(loader, data, ROWS // 2, topology)
+            try:
+                while feed.next(stop_requested=False):
+                    pass
+            except HeadraceError as error:
+                return error
+        return None
+
+    errors = Ranks(2).run(work)
+    assert all(isinstance(error, ShardError) for error in errors)
+    assert any("b.jsonl" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -27,11 +136,6 @@ def test_each_bad_record_is_listed_also_where_no_row_comes_after_it(tmp_path: Pa
     write_shard(tmp_path / "bad.jsonl", b"{}\n" * 10)
     sources = [{"name": "a", "paths": [str(tmp_path / "*.jsonl")], "max_epochs": 1}]
     data = config(sources, on_bad_record="skip", lanes=1, window_bytes=256)
-    with Loader(data, 1, seed) as loader:
-        feed = Feed(loader, data, 1, ALONE)
-        listed = []
-        while (batch := feed.next(stop_requested=False)) is not None:
-            listed += batch.skipped
-        listed += feed.passed_over[0]
-        assert feed.next(stop_requested=False) is None
-    assert sorted(found.line for found in listed) == list(range(1, 11))
+    (found,) = steps(data, 1, seed)
+    listed = [skipped for step in found[:-1] for skipped in step["skipped"]] + found[-1]["passed_over"][0]
+    assert sorted(skipped.line for skipped in listed) == list(range(1, 11))
