@@ -140,6 +140,8 @@ class Saver:
     def save(self, state: RunState, data: DataState | None) -> float:
         """Begin to save the checkpoint of `state.step`; what training does next does not change it.
 
+        Where that step is saved already nothing happens, and where its save has failed it is tried again.
+
         Args:
             data: only rank 0 needs it.
         Returns:
@@ -150,11 +152,11 @@ class Saver:
             HeadraceError: on rank 0, if another process has taken the run over.
         """
         begun = time.monotonic()
-        if self._under_way and self._under_way.step == state.step:
-            return 0.0
         self.check_lease()
+        is_previous = self._under_way is not None and self._under_way.step < state.step
         self._end_current()
-        if (waited := time.monotonic() - begun) > _NOTEWORTHY_SECONDS and self._topology.is_main:
+        waited = time.monotonic() - begun
+        if is_previous and waited > _NOTEWORTHY_SECONDS and self._topology.is_main:
             _logger.warning(
                 "the save of step %d waited %.1f s for the previous one; set checkpoint.every higher",
                 state.step, waited,

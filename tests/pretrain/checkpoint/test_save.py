@@ -316,6 +316,26 @@ def test_a_save_is_completed_once_no_rank_is_busy(tmp_path: Path) -> None:
         assert run.store.open(10).seconds == pytest.approx(saver.seconds, abs=1e-3)
 
 
+def test_a_save_that_failed_is_tried_again_for_the_same_step(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    failing = True
+
+    def fail(at: int, operation: Operation) -> OSError | None:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if failing and operation.kind == "write" else None
+
+    run.model.train(20)
+    with run.saver() as saver, pytest.MonkeyPatch.context() as patch:
+        disk = Disk(run.store.root, patch, fail)
+        for succeeds in (False, True, True):
+            failing = not succeeds
+            saver.save(state(20), DataState({"lanes": 20}, {}))
+            saver.settle(busy=False)  # which waits for the files
+            assert saver.busy is False
+        saver.finish()
+    assert run.store.steps() == [20]
+    assert [operation.to for operation in disk.operations if operation.to] == [run.store.folder_of(20) / COMPLETE]
+
+
 def test_without_a_copy_the_save_is_over_when_training_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, asynchronous=False)
     with run.saver() as saver:
