@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pretrain.checkpoint.store import CheckpointStore
+from shards import CheckpointError
 
 # What a node writes to the shared disk, assumed while a run has saved nothing; real disks reach between 0.2e9 and 10e9
 _BYTES_PER_SECOND = 0.5e9
@@ -21,8 +23,9 @@ class SaveTime:
 
 def save_time(store: CheckpointStore, nodes: int) -> SaveTime:
     """Return how long the run's newest checkpoint took to save; without one, guess from its expected size."""
-    if steps := store.steps():
-        return SaveTime(store.open(steps[-1]).seconds, measured=True)
+    for step in reversed(store.steps()):
+        with suppress(CheckpointError):  # COMPLETE may be damaged, which a start copes with
+            return SaveTime(store.open(step).seconds, measured=True)
     return SaveTime(store.expected_bytes / (nodes * _BYTES_PER_SECOND), measured=False)
 
 

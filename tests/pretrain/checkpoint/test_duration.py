@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.checkpoint.duration import SaveTime, save_time
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore
 
 
 def test_a_save_takes_as_long_as_the_last_one(tmp_path: Path) -> None:
@@ -15,3 +15,5 @@ def test_a_save_takes_as_long_as_the_last_one(tmp_path: Path) -> None:
         store.prepare(step)
         store.complete(step, [], seconds)
     assert save_time(store, nodes=4) == SaveTime(30, measured=True)
+    (store.folder_of(20) / COMPLETE).write_text("{")
+    assert save_time(store, nodes=4) == SaveTime(20, measured=True)
