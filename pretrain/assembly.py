@@ -60,14 +60,14 @@ class Start:
 
     Attributes:
         lease: on the run's folder, which rank 0 holds; None on the others.
-        prepared: the shards' manifests, as rank 0 left them.
+        prepared: what `shards.prepare` left on rank 0.
     """
 
     config: RunConfig
     topology: Topology
     tokenizer: Tokenizer
     interrupt: Interrupt
-    prepared: tuple[Prepared, ...]
+    prepared: Prepared | None
     lease: Lease | None
 
 

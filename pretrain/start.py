@@ -82,7 +82,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
                 else:
                     barrier.wait()
             topology = stack.enter_context(started(config.parallel, barrier.store))
-        config, prepared = topology.broadcast_object((claim.config, claim.prepared) if claim else (config, ()))
+        config, prepared = topology.broadcast_object((claim.config, claim.prepared) if claim else (config, None))
         if topology.is_main:
             announce(config, topology)
         lease = claim.lease if claim else None
@@ -134,7 +134,7 @@ class Claim:
 
     lease: Lease  # on the run's folder
     config: RunConfig  # with what follows from the run that it goes on with
-    prepared: tuple[Prepared, ...]  # the shards' manifests
+    prepared: Prepared  # the shards, and the filter of data.decontaminate
 
 
 def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Claim:
