@@ -172,7 +172,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
     tree, origins = read_tree(path, overrides)
     _fill_in(tree, begun)
     try:
-        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = explain(error, RunConfig, origins=origins, file=str(path))
         if {finding["type"] for finding in error.errors()} != {"value_error"}:
@@ -274,9 +274,7 @@ def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
             parts[name] = field.get_default(call_default_factory=True)
         elif name in tree:
             with contextlib.suppress(ValidationError):
-                # As JSON: there strict types still take a list for a tuple and a string for a path
-                section = json.dumps(tree[name])
-                parts[name] = TypeAdapter[Any](field.rebuild_annotation()).validate_json(section, strict=True)
+                parts[name] = TypeAdapter[Any](field.rebuild_annotation()).validate_python(tree[name])
     return parts
 
 

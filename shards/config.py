@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from shards.config_errors import explain
 from shards.errors import ConfigError
 
-Int = Annotated[int, Strict()]  # 8, never "8" or 8.0
-Bool = Annotated[bool, Strict()]
-Float = Annotated[float, Strict()]  # an int will do
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
@@ -21,10 +27,36 @@ PLAN_VERSIONS = (1, 2)  # which rules deal out the data; the newest last, which 
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
 
+def _with_strict_scalars(schema: Any) -> Any:
+    """Return a pydantic schema, or a part of one, whose scalars are all strict.
+
+    pydantic's own strict mode goes too far: it refuses lists for tuples, texts for paths and mappings for sections.
+    """
+    if isinstance(schema, list):
+        return [_with_strict_scalars(part) for part in schema]
+    if not isinstance(schema, dict) or schema.get("type") == "chain":
+        return schema
+    if schema.get("type") in ("bool", "float", "int", "str"):
+        return schema | {"strict": True}
+    if schema.get("type") == "literal" and all(type(value) is int for value in schema["expected"]):
+        # A literal is looked up by equality, and True and 1.0 equal 1
+        return core_schema.chain_schema([core_schema.int_schema(strict=True), schema])
+    return {key: _with_strict_scalars(part) for key, part in schema.items()}
+
+
 class Config(BaseModel):
-    """Base of every config dataclass: frozen, and an unknown key is an error."""
+    """Base of every config class: frozen, without unknown keys, and strict about the types of values.
+
+    A number, a truth value or a text is never converted: 8 is an int, "8", 8.0 and True are not; an int may stand for a
+    float. A list may stand for a tuple and a text for a path, since YAML has neither.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        strict: CoreSchema = _with_strict_scalars(handler(source))
+        return strict
 
     @classmethod
     def parse(cls, values: Mapping[str, object], at: str = "") -> Self:
@@ -41,7 +73,7 @@ class Config(BaseModel):
 class OverflowTolerance(Config):
     """One document per row; what overflows the last full row becomes a row of its own only if it is long enough."""
 
-    overflow_tolerance: Int = Field(ge=1)  # tokens; a shorter overflow is dropped
+    overflow_tolerance: int = Field(ge=1)  # tokens; a shorter overflow is dropped
 
 
 Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
@@ -61,9 +93,9 @@ class SourceConfig(Config):
     dataset_config: str | None = None  # of its configurations, where it has several
     split: str = "train"  # of the data set
     revision: str | None = None  # of a data set on the hub; None = the newest
-    weight: Float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
+    weight: float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
     # Passes over the source, then it leaves the mix; None = no limit
-    max_epochs: Int | None = Field(default=None, ge=1)
+    max_epochs: int | None = Field(default=None, ge=1)
     text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
     input_ids_key: Name | None = None  # of token ids in a data set, taken as they are; None = the text is tokenized
     id_key: Name = "id"  # of the record's id, where it has one (Dolma)
@@ -82,7 +114,7 @@ class RemoteCache(Config):
     """Where what was read of remote shards is kept, to be read again without the network."""
 
     dir: Path  # on a local disk; shared by all processes of a node, and by runs
-    max_bytes: Int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
+    max_bytes: int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
 
 
 class Decontamination(Config):
@@ -94,14 +126,14 @@ class Decontamination(Config):
     # without the white space at its ends, or so many words in turn wherever they stand
     match: Literal["paragraph", "ngram"] = "paragraph"
     # Words of a paragraph, at least; words of an n-gram. A Han or Kana character is a word
-    min_tokens: Int = Field(default=13, ge=1)
+    min_tokens: int = Field(default=13, ge=1)
 
 
 class WeightChange(Config):
     """New weights from a step on."""
 
-    step: Int = Field(ge=1)  # first optimizer step, counted from 0, that uses them
-    weights: dict[str, Float]  # source name -> weight; a source that is not named keeps its weight
+    step: int = Field(ge=1)  # first optimizer step, counted from 0, that uses them
+    weights: dict[str, float]  # source name -> weight; a source that is not named keeps its weight
 
 
 class DataConfig(Config):
@@ -116,34 +148,34 @@ class DataConfig(Config):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     tokenizer: Path  # a SentencePiece model
-    seq_len: Int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
+    seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
     # Streams of rows, fixed for a run's life; None = as many as divide a batch and have 64 MiB each, at most 1024
-    lanes: Int | None = Field(default=None, ge=1)
+    lanes: int | None = Field(default=None, ge=1)
     # Of the rules that say which row comes when; None = the run's own, of a new run the newest
     plan_version: Literal[1, 2] | None = None
-    bos: Bool = True  # begin each document with the tokenizer's BOS
-    eos: Bool = True  # end each document with the tokenizer's EOS
+    bos: bool = True  # begin each document with the tokenizer's BOS
+    eos: bool = True  # end each document with the tokenizer's EOS
     weight_changes: tuple[WeightChange, ...] = ()  # in order of their steps
 
     on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
     # Records skipped on one rank before it fails; None = no limit
-    max_bad_records: Int | None = Field(default=None, ge=0)
+    max_bad_records: int | None = Field(default=None, ge=0)
 
     decontaminate: Decontamination | None = None  # None = no document is dropped for what it says
 
-    window_bytes: Int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
+    window_bytes: int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
     index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
-    max_index_at_start: Int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
-    max_decoder_window: Int = Field(
+    max_index_at_start: int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
+    max_decoder_window: int = Field(
         default=DEFAULT_MAX_DECODER_WINDOW, ge=1024
     )  # bytes of zstd window; --long=31 needs 2 GiB
 
     remote_cache: RemoteCache | None = None  # of remote shards; None = what is read again is fetched again
 
-    num_workers: Int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
-    prefetch_bytes: Int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use
-    worker_timeout: Float = Field(default=300.0, gt=0)  # seconds for one window, then its worker is replaced
+    num_workers: int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
+    prefetch_bytes: int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use
+    worker_timeout: float = Field(default=300.0, gt=0)  # seconds for one window, then its worker is replaced
 
     @model_validator(mode="after")
     def _check(self) -> Self:

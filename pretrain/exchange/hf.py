@@ -130,17 +130,19 @@ def read_config(path: Path) -> ForeignConfig:
     found = {key: values.get(theirs) for key, theirs in _KEYS.items()}
     for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size"):
         required(path, values, _KEYS[key])
-    head_dim = values.get("head_dim") or found["dim"] // found["n_heads"]
-    if head_dim * found["n_heads"] != found["dim"]:
-        raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     found["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     found["rope_scaling"] = _rope_scaling(path, rope)
     found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
-    found["tie_embeddings"] = bool(values.get("tie_word_embeddings", False))
+    if found["tie_embeddings"] is None:
+        found["tie_embeddings"] = False  # likewise
+    config = ModelConfig.parse(found, at=str(path))
+    head_dim = values.get("head_dim") or config.dim // config.n_heads
+    if head_dim * config.n_heads != config.dim:
+        raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
     context = values.get("max_position_embeddings", 2048)  # the default of LlamaConfig, as above
-    return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
+    return ForeignConfig(path, config, _KEYS, context)
 
 
 def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ PLAIN = [*"plainwords", "\u2581"]  # the pieces of "plain words"
 
 def config(tokenizer: Path, *sources: dict[str, object]) -> DataConfig:
     values = {"tokenizer": tokenizer, "seq_len": 32, "sources": [{"name": f"s{i}", **s} for i, s in enumerate(sources)]}
-    return DataConfig.model_validate(values, strict=False)
+    return DataConfig.model_validate(values)
 
 
 def judged(tokenizer: Tokenizer, texts: list[str]) -> None:

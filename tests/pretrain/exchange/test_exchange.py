@@ -26,9 +26,7 @@ from pretrain.model.weights import fill, weight_specs
 from shards import CheckpointError, ConfigError, DataConfig, Tokenizer, read_documents
 
 TOKENIZER = Path("shards/sample/tokenizer-4k.model")
-DATA = DataConfig.model_validate(
-    {"sources": [{"name": "x", "paths": ["x"]}], "tokenizer": TOKENIZER, "seq_len": 64}, strict=False
-)
+DATA = DataConfig.model_validate({"sources": [{"name": "x", "paths": ["x"]}], "tokenizer": TOKENIZER, "seq_len": 64})
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SHORT = {"original_max_position_embeddings": 32}
 PLAIN = {"n_kv_heads": 4, "ffn_dim": 80}
@@ -207,6 +205,9 @@ def with_config(folder: Path, **changes: object) -> Path:
         ({"head_dim": 16}, "head_dim=16"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn'"),
         ({"hidden_size": None}, "the key hidden_size is missing"),
+        ({"hidden_size": "48"}, 'config.json.dim: "48" is wrong; it should be a whole number'),
+        ({"num_attention_heads": 4.0}, "config.json.n_heads: 4.0 is wrong"),
+        ({"tie_word_embeddings": "false"}, 'config.json.tie_embeddings: "false" is wrong'),
         ({"rope_theta": 5e5}, "rope_theta=500000.0, but model.rope_theta=10000.0"),
         ({"num_hidden_layers": 1}, "weights of another architecture: model.layers.1"),
         ({"num_hidden_layers": 3}, "lacks weights: model.layers.2"),

@@ -1,0 +1,132 @@
+"""No value of a wrong type is converted, in any section: a run computes what its config says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.config import RunConfig
+from shards import Config, ConfigError
+from shards.suites.suite import SuiteFile
+
+# Every key of a run's config with a value of its type that is not null
+FULL = yaml.safe_load("""
+run: {name: a, dir: runs, seed: 1}
+model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, norm_eps: 0.5, rope_theta: 1.5,
+  rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
+    original_max_position_embeddings: 64},
+  qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5}
+init_from: a/folder
+data:
+  sources:
+    - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+    - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
+  tokenizer: a.model
+  seq_len: 32
+  packing: {overflow_tolerance: 2}
+  lanes: 4
+  plan_version: 2
+  bos: false
+  eos: true
+  weight_changes: [{step: 3, weights: {a: 0.5}}]
+  on_bad_record: skip
+  max_bad_records: 3
+  decontaminate: {suite: s, splits: [val], match: ngram, min_tokens: 8}
+  window_bytes: 1000
+  index_dir: i
+  max_index_at_start: 1000
+  max_decoder_window: 2000
+  remote_cache: {dir: c, max_bytes: 20000000}
+  num_workers: 2
+  prefetch_bytes: 1000
+  worker_timeout: 1.5
+train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2}
+optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, floor: 0.5, betas: [0.5, 0.25], eps: 0.5,
+  weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
+parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, activation_checkpointing: true, compile: true,
+  attention: sdpa, deterministic: true, timeout_minutes: 1.5}
+precision: fp32
+checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2}
+evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x}
+metrics: {log_every_seconds: 1.5, peak_flops: 1.5}
+wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
+deepspeed: {memory_breakdown: true}
+""")
+# Keys that exclude another one above, or that hold other types than the one above
+OTHERS = {"train.epochs", "data.sources.input_ids_key"}
+SUITE = {"name": "a", "sources": [{"name": "b", "path": "p", "text_key": "t", "domain_from": "d", "split": "val"}]}
+
+
+def wrong_values(right: object) -> list[object]:
+    """Return values of other types that a lenient reader would convert to a right one's type."""
+    if isinstance(right, bool):
+        return [str(right).lower(), int(right), float(right)]
+    if isinstance(right, int):
+        return [str(right), float(right), True]
+    if isinstance(right, float):
+        return [str(right), True]
+    if isinstance(right, str):
+        return [1, True, ["x"]]
+    if isinstance(right, list):
+        return ["x", 1, {"0": right[0]}]
+    return ["x", 1, [right]]
+
+
+def places(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """Yield the path and the value of everything below a tree."""
+    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in below:
+        yield (*path, key), value
+        yield from places(value, (*path, key))
+
+
+def replaced(tree: Any, path: tuple[str | int, ...], value: object) -> Any:
+    """Return a copy of a tree with another value in one place."""
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = replaced(copy[path[0]], path[1:], value)
+    return copy
+
+
+def in_words(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def test_the_full_config_is_right_and_has_every_key() -> None:
+    config = RunConfig.parse(FULL)
+    spelled_out = config.model_dump(mode="json")
+    assert {re.sub(r"\.\d+", "", in_words(path)) for path, _ in places(spelled_out)} == {
+        re.sub(r"\.\d+", "", in_words(path)) for path, _ in places(FULL)
+    } | OTHERS
+    assert RunConfig.parse(spelled_out) == config
+    assert config.data.sources[0].paths == ("a", "b")
+    assert config.data.tokenizer == Path("a.model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "wrong"),
+    [
+        pytest.param(kind, path, wrong, id=f"{in_words(path)}={wrong!r}")
+        for kind, tree in ((RunConfig, FULL), (SuiteFile, SUITE))
+        for path, right in places(tree)
+        if path[0] != "deepspeed"  # DeepSpeed's own keys have a table of their own
+        for wrong in wrong_values(right)
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused_by_name(
+    kind: type[Config], path: tuple[str | int, ...], wrong: object
+) -> None:
+    tree = FULL if kind is RunConfig else SUITE
+    with pytest.raises(ConfigError) as caught:
+        kind.parse(replaced(tree, path, wrong))
+    assert str(caught.value).startswith(in_words(path)), caught.value
+
+
+def test_a_whole_number_may_stand_for_a_fraction() -> None:
+    assert RunConfig.parse(replaced(FULL, ("optim", "grad_clip"), 1)).optim.grad_clip == 1.0
