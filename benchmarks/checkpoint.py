@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
-from pretrain.engine import Engine, deepspeed_config, valid_targets
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine, valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
@@ -50,8 +51,8 @@ class Training:
 
     def __init__(self, here: Topology) -> None:
         parallel, optim = ParallelConfig(), OptimConfig(learning_rate=1e-4)
-        derived = deepspeed_config(parallel, optim, "bf16", 1, 1, 1, {})
-        self.engine = Engine(MODEL, optim, parallel, "bf16", derived, here, seed=0)
+        derived = deepspeed_config(parallel, optim, "bf16", {})
+        self.engine = Engine(MODEL, optim, parallel, derived, 1, 1, here, seed=0)
         self._tokens = torch.randint(MODEL.vocab_size, (1, SEQ_LEN + 1)).to(here.device)
         self._segments = torch.ones_like(self._tokens)
         self.steps = 0

@@ -9,6 +9,7 @@ Each micro-batch size runs in turn, one micro-step a step, on rows of three docu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -21,7 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from pretrain.config import RunConfig, load_config
-from pretrain.engine import Engine, deepspeed_config, valid_targets
+from pretrain.engine import Engine, valid_targets
 from pretrain.model.size import flops_per_token, memory_per_rank
 from pretrain.run.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.topology import Topology, started
@@ -29,10 +30,8 @@ from pretrain.topology import Topology, started
 
 def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int, warmup: int) -> dict[str, object]:
     """Trains `warmup + steps` steps of one micro-batch each; medians over the last `steps`."""
-    parts = (config.parallel, config.optim, config.precision, micro_batch_size, 1, here.dp_size, config.deepspeed)
-    engine = Engine(
-        config.model, config.optim, config.parallel, config.precision, deepspeed_config(*parts), here, config.run.seed
-    )
+    parts = config.model, config.optim, config.parallel, config.deepspeed_config()
+    engine = Engine(*parts, micro_batch_size, 1, here, config.run.seed)
     seq_len = config.data.seq_len
     generator = torch.Generator().manual_seed(here.dp_rank)
     tokens = torch.randint(config.model.vocab_size, (micro_batch_size, seq_len + 1), generator=generator)
@@ -49,8 +48,8 @@ def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int
     peak = config.metrics.peak_flops
     if peak is None and here.device.type == "cuda":
         peak = peak_flops_of(torch.cuda.get_device_name())
-    sizes = (here.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
-    estimate = memory_per_rank(config.model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
+    work = dataclasses.replace(config.workload(here.dp_size), micro_batch_size=micro_batch_size)
+    estimate = memory_per_rank(work)
     share = mfu(flops_per_token(config.model, seq_len), tokens_per_second, peak * here.world_size if peak else None)
     return {
         "micro_batch_size": micro_batch_size,

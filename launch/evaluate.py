@@ -39,7 +39,6 @@ from pretrain import log, topology
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
-from pretrain.engine import Precision
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps, take_checkpoint
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
@@ -48,6 +47,7 @@ from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_do
 from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
 from pretrain.inference.forward_model import BareModel
+from pretrain.model.transformer import Precision
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals

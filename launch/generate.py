@@ -28,12 +28,11 @@ from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
-from pretrain.engine import Precision
 from pretrain.evaluation.checkpoints import take_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import BareModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import check_splits
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, slurm_environment, started, world_size_of

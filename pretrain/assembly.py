@@ -83,8 +83,9 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     folder, store = RunFolder(config.run.dir / config.run.name), checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
-    derived = config.deepspeed_config(topology.dp_size)
-    engine = Engine(config.model, config.optim, config.parallel, config.precision, derived, topology, config.run.seed)
+    micro_batches = config.micro_batch_size(topology.dp_size), config.micro_steps(topology.dp_size)
+    parts = config.model, config.optim, config.parallel, config.deepspeed_config()
+    engine = Engine(*parts, *micro_batches, topology, config.run.seed)
     choice = choose(store, topology)
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds

@@ -17,16 +17,17 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
-from pretrain.engine import Precision, deepspeed_config
+from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config
 from pretrain.evaluation.eval_set import EvaluationConfig
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.size import Workload
+from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, SourceConfig
-from shards.config import PLAN_VERSIONS
-from shards.config_errors import explain
+from shards.config import check_split, with_recorded_plan
+from shards.config_errors import explain, listed, multiples_near
 
 
 class RunPart(Config):
@@ -102,21 +103,12 @@ class RunConfig(Config):
         return self.train.micro_batch_size or self.train.global_batch_size // dp_size
 
     def check(self, dp_size: int) -> None:
-        """Checks what depends on the number of data-parallel ranks.
+        """Check what depends on the number of data-parallel ranks.
 
         Raises:
             ConfigError: naming each value that does not fit, and those that would.
         """
-        rows, micro = self.train.global_batch_size, self.train.micro_batch_size or 1
-        portion = dp_size * micro
-        if rows % portion:
-            working = [n for n in range(1, rows + 1) if rows % (n * micro) == 0]
-            raise ConfigError(
-                f"train.global_batch_size={rows} cannot be split into micro-batches of "
-                f"train.micro_batch_size={micro} rows on {dp_size} data-parallel ranks; "
-                f"make it a multiple of {portion}, such as {_multiples_near(rows, portion)}; "
-                f"as the config stands, these numbers of data-parallel ranks work: {_listed(working)}"
-            )
+        check_split(self.train.global_batch_size, dp_size, self.train.micro_batch_size or 1)
 
     @property
     def bytes_per_weight(self) -> int:
@@ -124,8 +116,8 @@ class RunConfig(Config):
         return 2 if self.precision == "bf16" else 4
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
-        """With its plan version: what it says, else that of the run that it goes on with, else the newest."""
-        version = self.data.plan_version or (begun.data.plan if begun else PLAN_VERSIONS[-1])
+        """Return this config with its plan version: the one it names, else that of the run it goes on with."""
+        version = self.data.plan_version or (begun or self).data.plan
         return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
     def to_yaml(self) -> str:
@@ -139,20 +131,25 @@ class RunConfig(Config):
             ConfigError: if the config does not fit this number of data-parallel ranks.
         """
         self.check(dp_size)
-        derived = dump({"derived for DeepSpeed": self.deepspeed_config(dp_size)})
+        batch = batch_sizes(self.micro_batch_size(dp_size), self.micro_steps(dp_size), dp_size)
+        derived = dump({"derived for DeepSpeed": batch | self.deepspeed_config()})
         commented = "".join(f"# {line}\n" for line in derived.splitlines())
         return f"{self.to_yaml()}\n# On {dp_size} data-parallel ranks:\n{commented}"
 
-    def deepspeed_config(self, dp_size: int) -> dict[str, JsonValue]:
-        """The configuration that DeepSpeed is given."""
-        return deepspeed_config(
-            self.parallel,
-            self.optim,
-            self.precision,
-            self.micro_batch_size(dp_size),
-            self.micro_steps(dp_size),
-            dp_size,
-            self.deepspeed,
+    def deepspeed_config(self) -> DeepSpeedConfig:
+        """Return the configuration that DeepSpeed is given, except for the batch sizes."""
+        return deepspeed_config(self.parallel, self.optim, self.precision, self.deepspeed)
+
+    def workload(self, dp_size: int) -> Workload:
+        """Return what one rank trains, from which its memory can be estimated."""
+        return Workload(
+            model=self.model,
+            parallel=self.parallel,
+            dp_size=dp_size,
+            micro_batch_size=self.micro_batch_size(dp_size),
+            seq_len=self.data.seq_len,
+            bytes_per_weight=self.bytes_per_weight,
+            z_loss=self.optim.z_loss > 0,
         )
 
     def hash(self) -> str:
@@ -181,13 +178,13 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
     raise ConfigError("\n".join(lines))
 
 
-def _fill_in(tree: Mapping[str, object], begun: bool) -> None:
-    """Spells out what follows from other keys, so that each part of the program reads it where it stands."""
+def _fill_in(tree: dict[str, Any], begun: bool) -> None:
+    """Spell out what follows from other keys, so that each part of the program finds it in its own section."""
+    if begun and isinstance(tree.get("data"), dict):
+        tree["data"] = with_recorded_plan(tree["data"])
     data, train = tree.get("data"), tree.get("train")
     if not isinstance(data, dict):
         return
-    if begun:
-        data.setdefault("plan_version", PLAN_VERSIONS[0])
     if isinstance(train, dict) and train.get("epochs") is not None and isinstance(data.get("sources"), list):
         for source in data["sources"]:
             if isinstance(source, dict) and source.get("max_epochs") is None:
@@ -312,9 +309,11 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from _not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
+    if parallel:
+        yield from parallel.problems()
     if {"parallel", "optim", "precision", "deepspeed"} <= parts.keys():
         try:
-            deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], 1, 1, 1, parts["deepspeed"])
+            deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], parts["deepspeed"])
         except ConfigError as error:
             yield str(error)
 
@@ -323,10 +322,10 @@ def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
     """Say what makes a tokenizer of so many pieces go with tensor parallelism; empty if it does as it is."""
     if pieces % tp_size == 0:
         return ""
-    divisors = _listed([n for n in range(1, pieces + 1) if pieces % n == 0])
+    divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])
     return (
         f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or take a tokenizer whose number of pieces is a"
-        f" multiple of {tp_size}, such as {_multiples_near(pieces, tp_size)} (launch/train_tokenizer.py --vocab-size)"
+        f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} (launch/train_tokenizer.py --vocab-size)"
     )
 
 
@@ -342,18 +341,8 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
 
 def _not_divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
     if value % by:
-        near, divisors = _multiples_near(value, by), _listed([n for n in range(1, value + 1) if value % n == 0])
+        near, divisors = multiples_near(value, by), listed([n for n in range(1, value + 1) if value % n == 0])
         yield (
             f"{key}={value} cannot be split by {by_key}={by}; make {key} a multiple, such as {near}, "
             f"or {by_key} a divisor: {divisors}"
         )
-
-
-def _multiples_near(value: int, of: int) -> str:
-    below = value // of * of
-    return _listed([n for n in (below, below + of) if n])
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    shown = [str(n) for n in numbers[:16]]
-    return " or ".join(shown) if len(shown) == 2 else ", ".join(shown) + (", ..." if len(numbers) > 16 else "")

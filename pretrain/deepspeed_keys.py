@@ -1,14 +1,23 @@
-"""Which of DeepSpeed's own keys a config may set beyond those that we derive. config -> engine -> deepspeed_keys.
+"""DeepSpeed's configuration: what follows from ours, and which of its own keys a config may set besides.
 
-Many of DeepSpeed's keys change what a run computes, or how its state is laid out in files without the files saying so.
-The keys allowed here change neither: a test trains, saves and resumes with each of them, and compares every bit.
+config -> deepspeed_keys -> engine. Many of DeepSpeed's keys change what a run computes, or how its state is laid out in
+files without the files saying so. The keys allowed here change neither: a test trains, saves and resumes with each of
+them, and compares every bit.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from pydantic import JsonValue
 
+from pretrain.model.transformer import Precision
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig
 from shards import ConfigError
+
+DeepSpeedConfig = dict[str, Any]  # in DeepSpeed's own JSON schema
 
 # Key -> the type of its values. Before one is added, tests/distributed/deepspeed_keys.py has to try it
 ALLOWED: dict[str, type[int] | type[bool]] = {
@@ -28,6 +37,7 @@ ALLOWED: dict[str, type[int] | type[bool]] = {
 }
 
 _OTHER_SECTIONS = "it follows from the sections optim, precision and parallel"
+_BATCH = "it follows from the section train and the number of ranks"
 _LAYOUT = "it lays the optimizer's state out in a way that a checkpoint's readers do not know"
 
 # Why some keys are refused; a section's reason holds for every key in it
@@ -37,6 +47,9 @@ _REFUSED = {
     "fp16": _OTHER_SECTIONS,
     "amp": _OTHER_SECTIONS,
     "bf16": _OTHER_SECTIONS,
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
     "prescale_gradients": _OTHER_SECTIONS,
     "gradient_predivide_factor": _OTHER_SECTIONS,
     "checkpoint": "the section checkpoint of this config says how checkpoints are written",
@@ -48,7 +61,62 @@ _REFUSED = {
 }
 
 
-def check_added_key(key: str, value: JsonValue) -> None:
+def deepspeed_config(
+    parallel: ParallelConfig, optim: OptimConfig, precision: Precision, extra: DeepSpeedConfig
+) -> DeepSpeedConfig:
+    """Derive DeepSpeed's configuration from ours, except for the batch sizes, which depend on the number of ranks.
+
+    Args:
+        extra: the config's `deepspeed` section.
+    Raises:
+        ConfigError: if `extra` contradicts what is derived or has a key that is not known to be harmless.
+    """
+    stage = parallel.applied_zero_stage
+    zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
+    for key, offloaded in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
+        on_cpu = parallel.offload in offloaded
+        zero[key] = {"device": "cpu" if on_cpu else "none", "pin_memory": on_cpu and torch.cuda.is_available()}
+    derived: DeepSpeedConfig = {
+        "gradient_clipping": optim.grad_clip,
+        # The fp32 gradients are summed as they come: else ZeRO-1 keeps the bf16 ones beside them until the step's end
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW; DeepSpeed's own compiles at first use
+        "steps_per_print": 2**31,  # it reports nothing that we do not
+        "wall_clock_breakdown": False,
+    }
+    return _merged(derived, extra)
+
+
+def batch_sizes(micro_batch_size: int, micro_steps: int, dp_size: int) -> DeepSpeedConfig:
+    """Return the part of DeepSpeed's configuration that says how a global batch is split."""
+    return {
+        "train_batch_size": micro_batch_size * micro_steps * dp_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_steps,
+    }
+
+
+def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, above: str = "") -> DeepSpeedConfig:
+    merged = dict(derived)
+    for name, value in extra.items():
+        key = above + name
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            merged[name] = _merged(merged[name], value, f"{key}.")
+        elif name not in merged:
+            _check_added_key(key, value)
+            merged[name] = value
+        elif merged[name] != value:
+            raise ConfigError(
+                f"deepspeed.{key}={value!r} contradicts {merged[name]!r}, which follows from the rest of the config;"
+                " change that instead, and leave this key out"
+            )
+    return merged
+
+
+def _check_added_key(key: str, value: JsonValue) -> None:
     """Raise ConfigError unless a key of the config's `deepspeed` section is known to be harmless.
 
     Args:

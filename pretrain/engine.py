@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -23,7 +22,7 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
-from pretrain.deepspeed_keys import check_added_key
+from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.model.attention import AttentionBackend
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
@@ -34,9 +33,6 @@ from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from shards import CheckpointError, ConfigError
-
-Precision = Literal["bf16", "fp32"]
-DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own JSON schema
 
 
 @dataclass(frozen=True)
@@ -56,70 +52,6 @@ class StepStats:
     z_loss: float
     grad_norm: float
     applied: bool
-
-
-def deepspeed_config(
-    parallel: ParallelConfig,
-    optim: OptimConfig,
-    precision: Precision,
-    micro_batch_size: int,
-    micro_steps: int,
-    dp_size: int,
-    extra: DeepSpeedConfig,
-) -> DeepSpeedConfig:
-    """DeepSpeed's configuration, derived from ours; `extra` is the config's `deepspeed` section.
-
-    Raises:
-        ConfigError: if `extra` contradicts what is derived or has a key that is not known to be harmless, or the parts
-            cannot go together.
-    """
-    if parallel.compile and parallel.zero_stage == 3:
-        raise ConfigError(
-            "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
-            " without end; use zero_stage 1 or 2, or compile=false"
-        )
-    if parallel.offload == "parameters" and parallel.zero_stage != 3:
-        raise ConfigError(
-            f"parallel.offload=parameters needs parallel.zero_stage=3, not {parallel.zero_stage};"
-            " offload=optimizer works with every stage"
-        )
-    stage = parallel.applied_zero_stage
-    zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
-    for key, offloaded in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
-        on_cpu = parallel.offload in offloaded
-        zero[key] = {"device": "cpu" if on_cpu else "none", "pin_memory": on_cpu and torch.cuda.is_available()}
-    derived: DeepSpeedConfig = {
-        "train_batch_size": micro_batch_size * micro_steps * dp_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": optim.grad_clip,
-        # The fp32 gradients are summed as they come: else ZeRO-1 keeps the bf16 ones beside them until the step's end
-        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW; DeepSpeed's own compiles at first use
-        "steps_per_print": 2**31,  # it reports nothing that we do not
-        "wall_clock_breakdown": False,
-    }
-    return _merged(derived, extra)
-
-
-def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, above: str = "") -> DeepSpeedConfig:
-    merged = dict(derived)
-    for name, value in extra.items():
-        key = above + name
-        if isinstance(value, dict) and isinstance(merged.get(name), dict):
-            merged[name] = _merged(merged[name], value, f"{key}.")
-        elif name not in merged:
-            check_added_key(key, value)
-            merged[name] = value
-        elif merged[name] != value:
-            raise ConfigError(
-                f"deepspeed.{key}={value!r} contradicts {merged[name]!r}, which follows from the rest of the config;"
-                " change that instead, and leave this key out"
-            )
-    return merged
 
 
 class _CapturingCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -144,8 +76,8 @@ class Engine:
 
     Args:
         model_config, optim_config, parallel: the parts of the run's config that it carries out.
-        precision: type of the weights in forward and backward; master weights and sums are fp32 always.
-        ds_config: what `deepspeed_config` derived.
+        ds_config: what `deepspeed_keys.deepspeed_config` derived from them.
+        micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
         topology: this process's place.
         seed: of the run; weights and dropout are drawn from it.
     """
@@ -155,15 +87,16 @@ class Engine:
         model_config: ModelConfig,
         optim_config: OptimConfig,
         parallel: ParallelConfig,
-        precision: Precision,
         ds_config: DeepSpeedConfig,
+        micro_batch_size: int,
+        micro_steps: int,
         topology: Topology,
         seed: int,
     ) -> None:
         self.optim_config = optim_config
         self.topology = topology
         self.seed = seed
-        self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
+        self.micro_batch_size = micro_batch_size
         # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
         model = Transformer(
             model_config,
@@ -190,7 +123,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=ds_config,
+                config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.dp_size),
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )

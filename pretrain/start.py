@@ -232,9 +232,8 @@ class IndexingLog:
 def announce(config: RunConfig, topology: Topology) -> None:
     """Log what is about to be trained, and on what."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
-    micro_batch_size = config.micro_batch_size(topology.dp_size)
-    sizes = (topology.dp_size, micro_batch_size, seq_len, config.bytes_per_weight)
-    memory = memory_per_rank(model, config.parallel, *sizes, z_loss=config.optim.z_loss > 0)
+    work = config.workload(topology.dp_size)
+    memory = memory_per_rank(work)
     tokens_per_step = train.global_batch_size * seq_len
     if (
         config.precision == "bf16"
@@ -254,7 +253,7 @@ def announce(config: RunConfig, topology: Topology) -> None:
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
         topology.world_size, topology.tp_size, topology.dp_size, topology.device.type, config.precision,
-        config.parallel.applied_zero_stage, config.micro_steps(topology.dp_size), micro_batch_size,
+        config.parallel.applied_zero_stage, config.micro_steps(topology.dp_size), work.micro_batch_size,
     )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",

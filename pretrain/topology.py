@@ -37,6 +37,19 @@ class ParallelConfig(Config):
     deterministic: bool = False  # on CUDA, only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot go together in this layout, whatever the number of ranks."""
+        if self.compile and self.zero_stage == 3:
+            yield (
+                "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
+                " without end; use zero_stage 1 or 2, or compile=false"
+            )
+        if self.offload == "parameters" and self.zero_stage != 3:
+            yield (
+                f"parallel.offload=parameters needs parallel.zero_stage=3, not {self.zero_stage};"
+                " offload=optimizer works with every stage"
+            )
+
     @property
     def applied_zero_stage(self) -> Literal[1, 2, 3]:
         """The stage that DeepSpeed is given: 0 runs as 1, since DeepSpeed's own has no fp32 accumulation, a wrong norm

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from shards.config_errors import explain
+from shards.config_errors import explain, listed, multiples_near
 from shards.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
@@ -23,7 +23,7 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 MIB = 1 << 20
 DEFAULT_MAX_LANES = 1024
 LANE_BYTES = 64 * MIB  # raw, of all sources: what a lane should have at least, where the number is not given
-PLAN_VERSIONS = (1, 2)  # which rules deal out the data; the newest last, which new runs follow
+PLAN_VERSIONS = (1, 2)  # of the rules by which data is dealt out; the newest last
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
 
@@ -200,7 +200,7 @@ class DataConfig(Config):
 
     @property
     def plan(self) -> int:
-        """The plan version that holds."""
+        """The plan version that applies: a config that names none is of a new run, which follows the newest."""
         return self.plan_version or PLAN_VERSIONS[-1]
 
     @property
@@ -235,6 +235,37 @@ class DataConfig(Config):
     def cell_bytes(self) -> int:
         """Raw bytes between the record table's marks: no coarser than a window."""
         return min(MIB, self.window_limit)
+
+
+def with_recorded_plan(written: Mapping[str, object]) -> dict[str, object]:
+    """Return a data config that a run wrote down, with its plan version.
+
+    Where it names none, the run was begun before there were plan versions, under the rules that are now the first.
+    """
+    return {"plan_version": PLAN_VERSIONS[0], **written}
+
+
+def check_split(global_batch_size: int, dp_size: int, micro_batch_size: int = 1) -> None:
+    """Check that a global batch can be split evenly over ranks, in whole micro-batches.
+
+    Args:
+        global_batch_size: rows of one step, over all ranks.
+        dp_size: number of data-parallel ranks.
+        micro_batch_size: rows of one forward pass.
+    Raises: ConfigError that names values that would fit.
+    """
+    portion = dp_size * micro_batch_size
+    if global_batch_size % portion == 0:
+        return
+    working = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * micro_batch_size) == 0]
+    over = "over"
+    if micro_batch_size > 1:
+        over = f"into micro-batches of train.micro_batch_size={micro_batch_size} rows on"
+    raise ConfigError(
+        f"train.global_batch_size={global_batch_size} cannot be split {over} {dp_size} data-parallel ranks; make it a"
+        f" multiple of {portion}, such as {multiples_near(global_batch_size, portion)}; with this batch, these numbers"
+        f" of data-parallel ranks work: {listed(working)}"
+    )
 
 
 def _check_weights(weights: Mapping[str, float], where: str) -> None:

@@ -39,6 +39,18 @@ def explain(
     return lines
 
 
+def multiples_near(value: int, of: int) -> str:
+    """List the multiples of a number on both sides of a value."""
+    below = value // of * of
+    return listed([n for n in (below, below + of) if n])
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """List numbers as a sentence does, cut off after sixteen."""
+    shown = [str(n) for n in numbers[:16]]
+    return " or ".join(shown) if len(shown) == 2 else ", ".join(shown) + (", ..." if len(numbers) > 16 else "")
+
+
 def _sentence(
     root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...], items: Sequence[ErrorDetails]
 ) -> str:

@@ -5,7 +5,7 @@ loader -> fingerprint -> checkpoint.
 
 from collections.abc import Mapping, Sequence
 
-from shards.config import PLAN_VERSIONS, DataConfig
+from shards.config import DataConfig, with_recorded_plan
 from shards.errors import ConfigError, ShardError
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
@@ -122,7 +122,7 @@ def plan_version_of(fingerprint: Mapping[str, object]) -> int:
 def _settings(fingerprint: Mapping[str, object]) -> dict[str, object]:
     config = fingerprint.get("config")
     assert isinstance(config, Mapping)
-    return {"plan_version": PLAN_VERSIONS[0], **config}
+    return with_recorded_plan(config)
 
 
 def _check_config(key: str, old: object, new: object) -> None:

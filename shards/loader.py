@@ -24,8 +24,8 @@ import numpy as np
 from shards import preparation
 from shards.arrays import Ints
 from shards.batch import Batch
-from shards.config import DataConfig
-from shards.errors import CheckpointError, ConfigError, ShardError
+from shards.config import DataConfig, check_split
+from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.lane import Draw, Lane, Stream
@@ -68,7 +68,8 @@ class Loader:
         Raises: ConfigError if the batch cannot be split over the ranks; ShardError if a shard is missing or
         damaged.
         """
-        _check_split(global_batch_size, dp_rank, dp_size)
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        check_split(global_batch_size, dp_size)
         self._config, self._seed = config, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
@@ -342,13 +343,3 @@ def check_not_empty(rows_drawn: int, sources: Sequence[str]) -> None:
 
 def _skipped_in(lanes: Iterable[Lane]) -> int:
     return sum(stream.cursor.skipped for lane in lanes for stream in lane.streams)
-
-
-def _check_split(global_batch_size: int, dp_rank: int, dp_size: int) -> None:
-    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    if global_batch_size % dp_size:
-        working = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
-        raise ConfigError(
-            f"train.global_batch_size={global_batch_size} cannot be split over {dp_size} data-parallel ranks; "
-            f"numbers of ranks that work: {', '.join(map(str, working))}"
-        )

@@ -5,6 +5,7 @@ config, job -> preflight -> findings -> launch/submit.py. Each check looks at on
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import shutil
@@ -17,10 +18,8 @@ import msgspec
 
 from pretrain.checkpoint.duration import SaveTime, time_for_last_save
 from pretrain.checkpoint.store import CheckpointConfig
-from pretrain.model.size import MemoryEstimate, memory_per_rank
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.size import Workload, memory_per_rank
 from pretrain.run.lease import Holder
-from pretrain.topology import ParallelConfig
 from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
@@ -86,28 +85,9 @@ def gpu_bytes_of(gpu_types: Iterable[str]) -> int | None:
     return min(known) * 10**9 if known and len(known) == len(sizes) else None
 
 
-def memory_findings(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    dp_size: int,
-    micro_batch_size: int,
-    seq_len: int,
-    weight_bytes: int,
-    z_loss: bool,
-    gpu_bytes: int | None,
-) -> Iterator[Finding]:
-    """Whether a rank fits its GPU.
-
-    Args:
-        weight_bytes: 2 for bf16, 4 for fp32.
-        z_loss: whether the loss has one.
-        gpu_bytes: memory of one GPU; None if it is not known.
-    """
-
-    def estimate(layout: ParallelConfig, rows: int) -> MemoryEstimate:
-        return memory_per_rank(model, layout, dp_size, rows, seq_len, weight_bytes, z_loss)
-
-    need = estimate(parallel, micro_batch_size)
+def memory_findings(work: Workload, gpu_bytes: int | None) -> Iterator[Finding]:
+    """Compare what a rank needs with the memory of one GPU; None if that is not known."""
+    need = memory_per_rank(work)
     text = (
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
         f" optimizer {_size(need.optimizer)}, activations {_size(need.activations)}"
@@ -119,16 +99,18 @@ def memory_findings(
     if need.total <= _FULL_SHARE * gpu_bytes:
         yield Finding("ok", "memory", text)
         return
-    ways = _smaller(parallel, micro_batch_size)
-    fitting = [way for way, layout, rows in ways if estimate(layout, rows).total <= _FULL_SHARE * gpu_bytes]
+    fitting = [
+        changes for changes, smaller in _smaller(work) if memory_per_rank(smaller).total <= _FULL_SHARE * gpu_bytes
+    ]
     advice = (
         f"; this would fit: {', or '.join(fitting[:3])}" if fitting else "; take a larger parallel.tp_size, more GPUs"
     )
     yield Finding("error" if need.total > gpu_bytes else "warning", "memory", text + advice)
 
 
-def _smaller(parallel: ParallelConfig, rows: int) -> list[tuple[str, ParallelConfig, int]]:
-    """What to set to need less memory, and the layout and micro-batch that come of it; the fewest changes first."""
+def _smaller(work: Workload) -> list[tuple[str, Workload]]:
+    """List what to set to need less memory, and the workload that comes of it; the fewest changes first."""
+    parallel, rows = work.parallel, work.micro_batch_size
     stages = [stage for stage in (1, 2, 3) if stage >= parallel.applied_zero_stage]
     halves = [rows >> n for n in range(rows.bit_length()) if rows % (1 << n) == 0]
     ways = []
@@ -141,7 +123,9 @@ def _smaller(parallel: ParallelConfig, rows: int) -> list[tuple[str, ParallelCon
             *(["parallel.activation_checkpointing=true"] if checkpointing != parallel.activation_checkpointing else []),
         ]
         layout = parallel.model_copy(update={"activation_checkpointing": checkpointing, "zero_stage": stage})
-        ways.append((len(changes), " ".join(changes), layout, fewer))
+        if not any(layout.problems()):
+            smaller = dataclasses.replace(work, parallel=layout, micro_batch_size=fewer)
+            ways.append((len(changes), " ".join(changes), smaller))
     return [way[1:] for way in sorted(ways, key=lambda way: way[0])]
 
 

@@ -157,9 +157,8 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
     yield from layout_findings(config, request)
     yield from preflight.data_findings(config.data)
     if request.gpus_per_node and not layout_problem(config, request.ranks):
-        dp_size = dp_size_of(request.ranks, config.parallel)
-        sizes = (dp_size, config.micro_batch_size(dp_size), seq_len, config.bytes_per_weight)
-        yield from preflight.memory_findings(model, config.parallel, *sizes, config.optim.z_loss > 0, gpu_bytes)
+        work = config.workload(dp_size_of(request.ranks, config.parallel))
+        yield from preflight.memory_findings(work, gpu_bytes)
 
 
 def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:

@@ -54,47 +54,49 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory_per_rank(
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    dp_size: int,
-    micro_batch_size: int,
-    seq_len: int,
-    weight_bytes: int,
-    z_loss: bool,
-) -> MemoryEstimate:
-    """Estimate one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments).
+@dataclass(frozen=True)
+class Workload:
+    """What one rank trains: all that its memory depends on."""
 
-    Args:
-        weight_bytes: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32 (which needs no master copy).
-        z_loss: whether the loss has one, which takes a softmax of its own.
-    """
-    own = parameter_count(config) // parallel.tp_size
+    model: ModelConfig
+    parallel: ParallelConfig
+    dp_size: int
+    micro_batch_size: int  # rows of one forward pass
+    seq_len: int  # tokens of a row
+    bytes_per_weight: int  # in the forward pass: 2 for bf16, 4 for fp32, which needs no master copy
+    z_loss: bool  # whether the loss has a z-loss, which takes a softmax of its own
+
+
+def memory_per_rank(work: Workload) -> MemoryEstimate:
+    """Estimate one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments)."""
+    parallel, dp_size = work.parallel, work.dp_size
+    parameters = parameter_count(work.model) // parallel.tp_size
     stage = parallel.applied_zero_stage
-    optimizer = (12 if weight_bytes == 2 else 8) * own // dp_size
-    gradients = 4 * own // (dp_size if stage >= 2 else 1)
-    weights = weight_bytes * own // (dp_size if stage == 3 else 1)
+    optimizer = (12 if work.bytes_per_weight == 2 else 8) * parameters // dp_size
+    gradients = 4 * parameters // (dp_size if stage >= 2 else 1)
+    weights = work.bytes_per_weight * parameters // (dp_size if stage == 3 else 1)
     if parallel.offload != "none":
         optimizer = 0
     if parallel.offload == "parameters":
         weights = 0
-    activations = _activations(config, parallel, micro_batch_size * seq_len, weight_bytes, z_loss)
-    return MemoryEstimate(weights, gradients, optimizer, activations)
+    return MemoryEstimate(weights, gradients, optimizer, _activations(work))
 
 
-def _activations(config: ModelConfig, parallel: ParallelConfig, tokens: int, weight_bytes: int, z_loss: bool) -> int:
-    """What the backward pass needs of one micro-batch: per token and layer, the tensors that the layers save.
+def _activations(work: Workload) -> int:
+    """Estimate what the backward pass needs of one micro-batch: the tensors that the layers save.
 
-    On every tp rank whole: the two norms' inputs and outputs, the branches' sums (6 dim). Split over tp ranks: queries,
-    keys, values, their rotations and attention's output (6 heads' widths), SwiGLU's three products (4 hidden_dim).
-    The logits stand there twice in fp32 (as given to the loss, and the softmax kept for the backward pass), and for a
-    z-loss once more as its exponentials, and in bf16 once more as they are widened for it.
+    Per token and layer, every tp rank holds the two norms' inputs and outputs and the branches' sums whole (6 dim). The
+    tp ranks divide the queries, keys, values, their rotations and attention's output (6 times the heads' width) and
+    SwiGLU's three products (4 hidden_dim). The logits are held twice in fp32: as given to the loss, and as the softmax
+    kept for the backward pass. A z-loss holds them once more as its exponentials, and in bf16 again, widened for it.
     """
+    config, parallel, weight_bytes = work.model, work.parallel, work.bytes_per_weight
+    tokens = work.micro_batch_size * work.seq_len
     split = (6 * config.n_heads * config.head_dim + 4 * config.hidden_dim) // parallel.tp_size
     block = weight_bytes * tokens * (6 * config.dim + split)
     if parallel.activation_checkpointing:
         blocks = config.n_layers * weight_bytes * tokens * config.dim + block
     else:
         blocks = config.n_layers * block
-    each = weight_bytes + 8 + (z_loss and (8 if weight_bytes == 2 else 4))  # bytes of a logit
+    each = weight_bytes + 8 + (work.z_loss and (8 if weight_bytes == 2 else 4))  # bytes of a logit
     return blocks + tokens * each * config.vocab_size // parallel.tp_size

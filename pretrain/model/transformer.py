@@ -36,6 +36,8 @@ from pretrain.model.parallel import (
 from pretrain.rng import derive_seed
 from shards import Config
 
+Precision = Literal["bf16", "fp32"]  # of the weights in forward and backward pass
+
 
 class ModelConfig(Config):
     """The architecture. Two runs with the same ModelConfig compute the same function of their weights."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.zero_files import read_shares, whole
-from pretrain.deepspeed_keys import ALLOWED
-from pretrain.engine import Engine, StepStats, deepspeed_config
+from pretrain.deepspeed_keys import ALLOWED, deepspeed_config
+from pretrain.engine import Engine, StepStats
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.nonfinite import step
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, model_config
@@ -46,8 +46,8 @@ def engine_with(here: Topology, stage: int, keys: list[str]) -> Engine:
     for key in keys:
         section, _, name = key.rpartition(".")
         (extra[section] if section else extra)[name] = VALUES[key]
-    derived = deepspeed_config(parallel, OPTIM, "bf16", 2, GLOBAL_ROWS // (2 * here.dp_size), here.dp_size, extra)
-    return Engine(model_config(tied=True), OPTIM, parallel, "bf16", derived, here, SEED)
+    derived = deepspeed_config(parallel, OPTIM, "bf16", extra)
+    return Engine(model_config(tied=True), OPTIM, parallel, derived, 2, GLOBAL_ROWS // (2 * here.dp_size), here, SEED)
 
 
 def save(engine: Engine, folder: Path, here: Topology) -> None:

@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from pretrain.engine import Engine, deepspeed_config
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.transformer import ModelConfig
@@ -39,8 +40,8 @@ def write_suite(folder: Path) -> Path:
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4096, init_std=0.15)
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
-    derived = deepspeed_config(parallel, OptimConfig(), "fp32", 1, 1, topology.dp_size, {})
-    return Engine(config, OptimConfig(), parallel, "fp32", derived, topology, seed=0)
+    derived = deepspeed_config(parallel, OptimConfig(), "fp32", {})
+    return Engine(config, OptimConfig(), parallel, derived, 1, 1, topology, seed=0)
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine import Engine, deepspeed_config
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.generate import Sampling, generate
 from pretrain.optim import OptimConfig
@@ -25,8 +26,8 @@ OPTIM = OptimConfig()
 def engine_with(topology: Topology, model: Path, zero_stage: int, precision: str) -> Engine:
     source = open_model(model)
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
-    derived = deepspeed_config(parallel, OPTIM, precision, 1, 1, topology.dp_size, {})
-    engine = Engine(source.description.config, OPTIM, parallel, precision, derived, topology, seed=3)
+    derived = deepspeed_config(parallel, OPTIM, precision, {})
+    engine = Engine(source.description.config, OPTIM, parallel, derived, 1, 1, topology, seed=3)
     engine.take(source)
     return engine
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import xxhash
 
-from pretrain.engine import Engine, StepStats, deepspeed_config, valid_targets
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine, StepStats, valid_targets
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
@@ -91,9 +92,9 @@ def history(here: Topology, stage: int, offload: str, precision: str, micro: int
     """Figures and fingerprints of two good steps."""
     parallel = ParallelConfig.model_validate({"tp_size": here.tp_size, "zero_stage": stage, "offload": offload})
     micro_steps = GLOBAL_ROWS // (micro * here.dp_size)
-    derived = deepspeed_config(parallel, OPTIM, precision, micro, micro_steps, here.dp_size, {})
+    derived = deepspeed_config(parallel, OPTIM, precision, {})
     model = model_config(tied=True).model_copy(update={"n_layers": 1})
-    engine = Engine(model, OPTIM, parallel, precision, derived, here, SEED)
+    engine = Engine(model, OPTIM, parallel, derived, micro, micro_steps, here, SEED)
     found: list[object] = []
     for number in range(2):
         if with_bad:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.engine import Engine, deepspeed_config
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine
 from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
@@ -53,8 +54,8 @@ def run_case(
     """Trains five steps and returns what was seen; also whether replicated weights stayed equal on the tp ranks."""
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
     micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
-    ds_config = deepspeed_config(parallel, OPTIM, precision, micro_batch_size, micro_steps, topology.dp_size, {})
-    engine = Engine(model_config(tied), OPTIM, parallel, precision, ds_config, topology, SEED)
+    ds_config = deepspeed_config(parallel, OPTIM, precision, {})
+    engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED)
     if topology.world_size == 1 and precision == "fp32" and zero_stage == 1:
         torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
     history = []

@@ -158,6 +158,7 @@ def test_overrides_reach_every_depth(small: Path) -> None:
             "parallel.zero_stage=3 parallel.compile=true",
             "parallel.compile=true cannot be used with parallel.zero_stage=3",
         ),
+        ("parallel.offload=parameters", "parallel.offload=parameters needs parallel.zero_stage=3, not 1"),
         ("deepspeed.bf16.enabled=false", "deepspeed.bf16.enabled=False contradicts True"),
     ],
 )

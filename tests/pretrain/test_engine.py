@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pretrain.engine import Engine, Precision, deepspeed_config, valid_targets
+from pretrain.deepspeed_keys import batch_sizes, deepspeed_config
+from pretrain.engine import Engine, valid_targets
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.size import memory_per_rank
+from pretrain.model.size import Workload, memory_per_rank
+from pretrain.model.transformer import Precision
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology
@@ -22,8 +24,8 @@ from tests.distributed.parity import OPTIM, global_batches, model_config
 def history(topology: Topology, precision: Precision = "bf16", **parallel: object) -> list[tuple[float, float]]:
     """(loss, gradient norm) of three steps."""
     config = ParallelConfig.model_validate(parallel)
-    derived = deepspeed_config(config, OPTIM, precision, micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
-    engine = Engine(model_config(tied=True), OPTIM, config, precision, derived, topology, seed=3)
+    derived = deepspeed_config(config, OPTIM, precision, {})
+    engine = Engine(model_config(tied=True), OPTIM, config, derived, 2, 4, topology, seed=3)
     found = []
     for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
         n_targets = int(valid_targets(segment_ids).sum())
@@ -49,8 +51,8 @@ def test_memory_savings_change_no_number(topology: Topology, parallel: dict[str,
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: int) -> None:
     parallel = ParallelConfig.model_validate({"zero_stage": zero_stage})
-    derived = deepspeed_config(parallel, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
-    engine = Engine(model_config(tied=True), OPTIM, parallel, "bf16", derived, topology, seed=3)
+    derived = deepspeed_config(parallel, OPTIM, "bf16", {})
+    engine = Engine(model_config(tied=True), OPTIM, parallel, derived, 2, 4, topology, seed=3)
     tokens, segment_ids = global_batches()[0]
     n_targets = int(valid_targets(segment_ids).sum())
     assert engine.train_step(tokens, segment_ids, n_targets, 0, 1e-3, Meter()).applied
@@ -66,9 +68,9 @@ def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: 
 def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topology, immediate: bool) -> None:
     """What DeepSpeed does by default keeps the bf16 gradients too; its figures are the same, to the last bit."""
     model, parallel = model_config(tied=True), ParallelConfig()
-    derived = deepspeed_config(parallel, OPTIM, "bf16", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
+    derived = deepspeed_config(parallel, OPTIM, "bf16", {})
     derived["bf16"]["immediate_grad_update"] &= immediate
-    engine = Engine(model, OPTIM, parallel, "bf16", derived, topology, seed=3)
+    engine = Engine(model, OPTIM, parallel, derived, 2, 4, topology, seed=3)
     take_step, found = engine.deepspeed.optimizer.step, []
 
     def measured() -> None:
@@ -84,7 +86,8 @@ def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topol
         stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
         figures.append((stats.loss, stats.grad_norm))
     assert figures == history(topology)
-    estimate = memory_per_rank(model, parallel, 1, 2, 24, weight_bytes=2, z_loss=True).gradients
+    work = Workload(model, parallel, dp_size=1, micro_batch_size=2, seq_len=24, bytes_per_weight=2, z_loss=True)
+    estimate = memory_per_rank(work).gradients
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 
 
@@ -97,8 +100,8 @@ def test_only_training_is_compiled_and_computes_the_same(
     torch._dynamo.reset()
     model = model_config(tied=True)
     parallel = ParallelConfig(compile=True, activation_checkpointing=checkpointing)
-    derived = deepspeed_config(parallel, OPTIM, "fp32", micro_batch_size=2, micro_steps=4, dp_size=1, extra={})
-    engine = Engine(model, OPTIM, parallel, "fp32", derived, topology, seed=3)
+    derived = deepspeed_config(parallel, OPTIM, "fp32", {})
+    engine = Engine(model, OPTIM, parallel, derived, 2, 4, topology, seed=3)
     counts, figures = [], []
     for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
         n_targets = int(valid_targets(segment_ids).sum())
@@ -121,26 +124,24 @@ def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "extra", "message"),
+    ("extra", "message"),
     [
-        ({"zero_stage": 3, "compile": True}, {}, "compile=false"),
-        ({"zero_stage": 2, "offload": "parameters"}, {}, "zero_stage=3"),
-        ({}, {"zero_optimization": {"stage": 2}}, r"deepspeed\.zero_optimization\.stage=2 contradicts 1"),
-        ({}, {"zero_optimization": True}, r"deepspeed\.zero_optimization=True contradicts"),
-        ({}, {"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer is refused: it follows from the sections optim"),
-        ({}, {"optimizer": {}}, r"deepspeed\.optimizer is refused"),
-        ({}, {"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler is refused: it follows from the sections"),
-        ({}, {"fp16": {"enabled": False}}, r"deepspeed\.fp16 is refused: it follows"),
-        ({}, {"bf16": {"check_grad_overflow": False}}, r"deepspeed\.bf16\.check_grad_overflow is refused: it follows"),
-        ({}, {"checkpoint": {"load_universal": True}}, r"deepspeed\.checkpoint is refused: the section checkpoint"),
+        ({"train_batch_size": 8}, r"deepspeed\.train_batch_size is refused: it follows from the section train"),
+        ({"zero_optimization": {"stage": 2}}, r"deepspeed\.zero_optimization\.stage=2 contradicts 1"),
+        ({"zero_optimization": True}, r"deepspeed\.zero_optimization=True contradicts"),
+        ({"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer is refused: it follows from the sections optim"),
+        ({"optimizer": {}}, r"deepspeed\.optimizer is refused"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler is refused: it follows from the sections"),
+        ({"fp16": {"enabled": False}}, r"deepspeed\.fp16 is refused: it follows"),
+        ({"bf16": {"check_grad_overflow": False}}, r"deepspeed\.bf16\.check_grad_overflow is refused: it follows"),
+        ({"checkpoint": {"load_universal": True}}, r"deepspeed\.checkpoint is refused: the section checkpoint"),
         (
-            {},
             {"managed_gradient_accumulation": False},
             r"managed_gradient_accumulation is refused: the gradients of all",
         ),
-        ({}, {"something_new": 1}, r"deepspeed\.something_new is refused: nobody has shown it harmless"),
+        ({"something_new": 1}, r"deepspeed\.something_new is refused: nobody has shown it harmless"),
         *(
-            ({}, {"zero_optimization": {key: value}}, rf"deepspeed\.zero_optimization\.{key} is refused.*leave it out")
+            ({"zero_optimization": {key: value}}, rf"deepspeed\.zero_optimization\.{key} is refused.*leave it out")
             for key, value in (
                 ("round_robin_gradients", True),
                 ("load_from_fp32_weights", False),
@@ -151,22 +152,22 @@ def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
             )
         ),
         (
-            {},
             {"zero_optimization": {"reduce_bucket_size": "5e8"}},
             "reduce_bucket_size='5e8' is wrong; .* whole number",
         ),
-        ({}, {"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size=0 is wrong"),
-        ({}, {"dump_state": 1}, "deepspeed.dump_state=1 is wrong; it should be true or false"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size=0 is wrong"),
+        ({"dump_state": 1}, "deepspeed.dump_state=1 is wrong; it should be true or false"),
     ],
 )
-def test_contradictions_are_refused(parallel: dict[str, object], extra: dict[str, object], message: str) -> None:
+def test_contradictions_are_refused(extra: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(ParallelConfig.model_validate(parallel), OptimConfig(), "bf16", 1, 1, 1, extra)
+        deepspeed_config(ParallelConfig(), OptimConfig(), "bf16", extra)
 
 
 def test_keys_of_deepspeed_that_we_do_not_derive_pass_through() -> None:
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "memory_breakdown": True}
-    derived = deepspeed_config(ParallelConfig(), OptimConfig(grad_clip=0.5), "bf16", 4, 2, 3, extra)
+    derived = deepspeed_config(ParallelConfig(), OptimConfig(grad_clip=0.5), "bf16", extra)
     assert derived["zero_optimization"]["reduce_bucket_size"] == 1000
     assert derived["memory_breakdown"] is True
-    assert (derived["train_batch_size"], derived["gradient_clipping"]) == (24, 0.5)
+    assert derived["gradient_clipping"] == 0.5
+    assert batch_sizes(4, 2, 3)["train_batch_size"] == 24

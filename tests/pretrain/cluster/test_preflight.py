@@ -11,7 +11,7 @@ import pytest
 from pretrain.checkpoint.duration import SaveTime
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.cluster import preflight
-from pretrain.model.size import memory_per_rank
+from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import ModelConfig
 from pretrain.run.lease import Lease
 from pretrain.topology import ParallelConfig
@@ -21,27 +21,34 @@ LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 SAMPLE = Path(__file__).parents[3] / "shards" / "sample"
 
 
+def workload(parallel: ParallelConfig, rows: int = 4) -> Workload:
+    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2, z_loss=False)
+
+
 def memory(gpu_bytes: int | None, parallel: ParallelConfig, rows: int = 4):
-    (finding,) = preflight.memory_findings(LLAMA_7B, parallel, 16, rows, 2048, 2, False, gpu_bytes)
+    (finding,) = preflight.memory_findings(workload(parallel, rows), gpu_bytes)
     return finding
 
 
 def test_memory_is_compared_with_the_gpu() -> None:
     parallel = ParallelConfig()
-    need = memory_per_rank(LLAMA_7B, parallel, 16, 4, 2048, 2, False).total
+    need = memory_per_rank(workload(parallel)).total
     levels = [memory(gpu, parallel).level for gpu in (None, 2 * need, int(1.05 * need), need - 1)]
     assert levels == ["note", "ok", "warning", "error"]
 
 
-def test_what_is_said_to_fit_does() -> None:
-    said = memory(80 * 10**9, ParallelConfig()).text
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_said_to_fit_does(compiled: bool) -> None:
+    said = memory(80 * 10**9, ParallelConfig(compile=compiled)).text
     advice = said.partition("this would fit: ")[2].split(", or ")
     assert len(advice) > 1
     for change in advice:
         values = {key: json.loads(value) for key, _, value in (word.partition("=") for word in change.split())}
         rows = values.pop("train.micro_batch_size", 4)
         keys = {key.removeprefix("parallel."): value for key, value in values.items()}
-        assert memory(80 * 10**9, ParallelConfig.model_validate(keys), rows).level == "ok", change
+        parallel = ParallelConfig.model_validate({"compile": compiled, **keys})
+        assert memory(80 * 10**9, parallel, rows).level == "ok", change
+        assert not list(parallel.problems())
 
 
 @pytest.mark.parametrize(

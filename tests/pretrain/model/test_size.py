@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.model.parallel import vocab_parallel_logsumexp, vocab_parallel_nll
-from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import Workload, flops_per_token, memory_per_rank, parameter_count
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import ParallelConfig
 
@@ -44,7 +44,7 @@ def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
 def test_memory_is_divided_as_zero_divides_it() -> None:
     def estimate(stage: int, dp_size: int, tp_size: int = 1):
         parallel = ParallelConfig.model_validate({"tp_size": tp_size, "zero_stage": stage})
-        return memory_per_rank(LLAMA_7B, parallel, dp_size, 1, seq_len=2048, weight_bytes=2, z_loss=False)
+        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2, z_loss=False))
 
     parameters = parameter_count(LLAMA_7B)
     one = estimate(1, 1)
@@ -88,6 +88,6 @@ def test_the_loss_takes_what_is_estimated(dtype: torch.dtype, z_loss: bool) -> N
 
     def estimate(pieces: int) -> int:
         config = LLAMA_7B.model_copy(update={"vocab_size": pieces})
-        return memory_per_rank(config, ParallelConfig(), 1, 1, tokens, dtype.itemsize, z_loss).activations
+        return memory_per_rank(Workload(config, ParallelConfig(), 1, 1, tokens, dtype.itemsize, z_loss)).activations
 
     assert memory.peak == pytest.approx(estimate(3 * vocab_size) - estimate(2 * vocab_size), rel=0.02)
