@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 from pretrain.config import load_config
 from pretrain.evaluation.eval_set import load_suite
 from pretrain.evaluation.scoring import evaluate
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import started
@@ -57,8 +57,8 @@ def main() -> int:
     seq_len, batch_size = config.data.seq_len, config.evaluation.batch_size or 8
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     with started(config.parallel) as here:
-        model = BareModel(config.model, config.parallel, config.precision, here)
-        model.take(Drawn(config.model))
+        model = ForwardModel(config.model, config.parallel, config.precision, here)
+        model.set_weights(Drawn(config.model))
         eval_set = load_suite(config.evaluation, tokenizer, seq_len, "bf16", here.dp_rank, here.dp_size)
         assert eval_set is not None
         targets = int(eval_set.document_targets.sum())

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.exchange import hf, meta
 from pretrain.exchange.folder import describe, open_model
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, started
@@ -132,8 +132,8 @@ def compare(folder: Path) -> None:
     print("| domain | tokens | perplexity, ours | transformers | largest difference of a logit |")
     print("| --- | --- | --- | --- | --- |")
     with started(ParallelConfig()) as here, torch.no_grad():
-        ours = BareModel(weights.description.config, ParallelConfig(), "fp32", here)
-        ours.take(weights)
+        ours = ForwardModel(weights.description.config, ParallelConfig(), "fp32", here)
+        ours.set_weights(weights)
         for domain in DOMAINS:
             count, sums, largest = 0, [0.0, 0.0], 0.0
             documents = read_documents(str(SAMPLE / "eval" / domain / "val.jsonl.zst"))

@@ -94,7 +94,7 @@ class Section(NamedTuple):
 
 
 def sections(config: type[Config], path: str = "") -> Iterator[Section]:
-    """Yields a config class and all those below it, depth first, in the order of their fields."""
+    """Yield a config class and all those below it, depth first, in the order of their fields."""
     yield Section(path, config)
     for name, field in config.model_fields.items():
         for inner, suffix in _inner_configs(field.annotation):
@@ -102,7 +102,7 @@ def sections(config: type[Config], path: str = "") -> Iterator[Section]:
 
 
 def keys(section: Section) -> list[Key]:
-    """Reads what there is to say about each key of a section."""
+    """Read what there is to say about each key of a section."""
     meanings = comments(section.config)
     return [
         Key(
@@ -117,7 +117,7 @@ def keys(section: Section) -> list[Key]:
 
 
 def comments(config: type[Config]) -> dict[str, str]:
-    """Reads the comments of a class's fields: the lines directly above a field, then those behind it.
+    """Read the comments of a class's fields: the lines directly above a field, then those behind it.
 
     Returns:
         The text of each field that has any, as one line.
@@ -148,7 +148,7 @@ def comments(config: type[Config]) -> dict[str, str]:
 
 
 def undocumented() -> list[str]:
-    """Names the keys whose field has no comment. A section needs none: its class has a docstring."""
+    """Name the keys whose field has no comment. A section needs none, since its class has a docstring."""
     return [
         key.path
         for root in (RunConfig, SuiteFile)
@@ -159,7 +159,7 @@ def undocumented() -> list[str]:
 
 
 def page() -> str:
-    """Puts the whole page together."""
+    """Put the whole page together."""
     parts = [HEAD]
     for section in sections(RunConfig):
         title = f"## `{section.path}`" if section.path else "## The top level"
@@ -191,7 +191,7 @@ def _table(section: Section, resumes: bool) -> str:
 
 
 def _below(section: Section, key: Key) -> str:
-    """Links to the section of a key that has one; empty for a key that holds a value."""
+    """Link to the section of a key that has one; return an empty text for a key that holds a value."""
     field = section.config.model_fields[key.path.rpartition(".")[2]]
     paths = [f"{key.path}{suffix}" for _, suffix in _inner_configs(field.annotation)]
     return ", ".join(f"[`{path}`](#{re.sub(r'[^a-z0-9_-]', '', path.lower())})" for path in paths)
@@ -204,7 +204,7 @@ def _on_resume(section: Section, key: Key) -> str:
 
 
 def _inner_configs(annotation: Any) -> Iterator[tuple[type[Config], str]]:
-    """The config classes that an annotation mentions, each with `[]` if it stands in a list."""
+    """Yield the config classes that an annotation mentions, each with `[]` if it is in a list."""
     if inspect.isclass(annotation) and issubclass(annotation, Config):
         yield annotation, ""
     elif typing.get_origin(annotation) is not Literal:
@@ -215,7 +215,7 @@ def _inner_configs(annotation: Any) -> Iterator[tuple[type[Config], str]]:
 
 
 def _in_words(annotation: Any) -> str:
-    """Says an annotation as a user of YAML would."""
+    """Describe an annotation as a user of YAML would."""
     words = list(dict.fromkeys(_alternatives(annotation)))
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
@@ -257,7 +257,7 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
 
 
 def _inner_bounds(annotation: Any) -> Iterator[str]:
-    """Yields the bounds that stand inside an annotation, each once."""
+    """Yield the bounds inside an annotation, each once."""
     if typing.get_origin(annotation) is Literal:
         return
     own = _bounds(getattr(annotation, "__metadata__", ()))
@@ -277,7 +277,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _number(value: float) -> str:
-    """A number, with a second reading where its digits are too many to count."""
+    """Format a number, with a second reading where it has too many digits to count."""
     if isinstance(value, int) and value >= MIB:
         reading = f"{value // MIB} MiB" if value % MIB == 0 else f"{value:,}"
         return f"`{value}` ({reading})"
@@ -303,7 +303,7 @@ def _docstring(config: type[Config]) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A comment as the page shows it: with a capital, unless it begins with a name or a value, and None as YAML's."""
+    """Capitalize a comment, unless it begins with a name or a value, and write None as YAML does."""
     text = re.sub(r"\bNone\b", "`null`", text)
     return text[:1].upper() + text[1:] if text[:1].islower() and text.split()[0].isalpha() else text
 

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        task = Task.of(os.environ, arguments.nodes)
+        task = Task.from_environment(os.environ, arguments.nodes)
         problems = check(task, arguments.run_folder)
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,13 +40,13 @@ from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.evaluation import compare
-from pretrain.evaluation.checkpoints import Evaluator, as_they_appear, score_steps, take_checkpoint
+from pretrain.evaluation.checkpoints import Evaluator, new_checkpoints, score_steps, take_checkpoint
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, step_table, task_table
 from pretrain.exchange.folder import open_model
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import Precision
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
@@ -100,7 +100,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     if store.steps():  # all have the same, and one that is followed may have none yet
         check_tokenizer(store.choose(), tokenizer, config.data.tokenizer)
     with topology.started(config.parallel) as here:
-        model = BareModel(config.model, config.parallel, config.precision, here)
+        model = ForwardModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:
             take_checkpoint(model, store, _one_step(arguments.steps), here)
             batch_size = config.evaluation.batch_size or BATCH_SIZE
@@ -133,7 +133,7 @@ def _steps(
             steps = load_config(folder.config, begun=True).train.steps
             return ended if ended is not None else steps or sys.maxsize
 
-        yield from as_they_appear(store, done, last_step, lease.is_free, arguments.poll_seconds)
+        yield from new_checkpoints(store, done, last_step, lease.is_free, arguments.poll_seconds)
         return
     if arguments.steps == "all":
         wanted = store.steps()
@@ -184,14 +184,14 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
     parallel = ParallelConfig(tp_size=arguments.tp)
     with topology.started(parallel) as here:
-        model = BareModel(config, parallel, _precision(precision), here)
+        model = ForwardModel(config, parallel, _precision(precision), here)
         if arguments.tasks:
-            model.take(weights)
+            model.set_weights(weights)
             _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or BATCH_SIZE, here)
             return
         scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, here).score(weights)
         if here.is_main:
-            records = write_down(RunFolder(arguments.model), 0, scores)
+            records = record_scores(RunFolder(arguments.model), 0, scores)
             warn_of_doubts(records, config)
             Console().print(step_table(records))
 
@@ -201,7 +201,7 @@ def _precision(word: str) -> Precision:
 
 
 def _evaluator(
-    config: EvaluationConfig, model: BareModel, tokenizer: Tokenizer, seq_len: int, precision: str, here: Topology
+    config: EvaluationConfig, model: ForwardModel, tokenizer: Tokenizer, seq_len: int, precision: str, here: Topology
 ) -> Evaluator:
     eval_set = load_suite(config, tokenizer, seq_len, precision, here.dp_rank, here.dp_size)
     if eval_set is None:
@@ -210,7 +210,12 @@ def _evaluator(
 
 
 def _run_tasks(
-    arguments: argparse.Namespace, model: BareModel, tokenizer: Tokenizer, seq_len: int, batch_size: int, here: Topology
+    arguments: argparse.Namespace,
+    model: ForwardModel,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    here: Topology,
 ) -> None:
     """Runs and prints tasks of lm-evaluation-harness. Raises: ConfigError if it is not installed or knows none such."""
     try:

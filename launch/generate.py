@@ -30,7 +30,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
 from pretrain.evaluation.checkpoints import take_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import check_splits
@@ -65,7 +65,7 @@ class Speaker:
     """Where a model comes from, and how it speaks."""
 
     config: ModelConfig
-    fill: Callable[[BareModel, Topology], object]  # with its weights; every rank calls it
+    fill: Callable[[ForwardModel, Topology], object]  # with its weights; every rank calls it
     codec: Codec
     context: int  # tokens that it was trained with
     precision: Precision
@@ -78,7 +78,7 @@ def opened(arguments: argparse.Namespace) -> Speaker:
         description = model.description
         return Speaker(
             description.config,
-            lambda bare, _: bare.take(model),
+            lambda forward, _: forward.set_weights(model),
             open_codec(arguments.model),
             description.context,
             arguments.precision or "fp32",
@@ -92,7 +92,7 @@ def opened(arguments: argparse.Namespace) -> Speaker:
     codec = codec_of(tokenizer, config.data.bos)
     return Speaker(
         config.model,
-        lambda bare, here: take_checkpoint(bare, store, arguments.step, here),
+        lambda forward, here: take_checkpoint(forward, store, arguments.step, here),
         codec,
         config.data.seq_len,
         arguments.precision or config.precision,
@@ -125,7 +125,7 @@ def speak(arguments: argparse.Namespace) -> None:
     speaker = opened(arguments)
     check_splits(speaker.config, tp_size, "the number of ranks")
     with started(ParallelConfig(tp_size=tp_size)) as here:
-        model = BareModel(speaker.config, ParallelConfig(tp_size=tp_size), speaker.precision, here)
+        model = ForwardModel(speaker.config, ParallelConfig(tp_size=tp_size), speaker.precision, here)
         speaker.fill(model, here)
         for prompt in prompts(arguments, here):
             given = (speaker.codec, prompt, sampling, here)

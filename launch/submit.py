@@ -40,8 +40,8 @@ from pretrain.cluster.submission import (
     partition_of,
     run_findings,
     runs_of,
+    sbatch_finding,
     training_script,
-    tried_out,
 )
 from pretrain.config import RunConfig
 from pretrain.model.size import checkpoint_bytes
@@ -185,7 +185,7 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     findings += preflight.disk_findings(base.checkpoint, steps, bytes_each, folders)
     findings += job_findings(request, save, partition, silent, arguments.dry_run)
     if partition:
-        findings.append(tried_out(script))
+        findings.append(sbatch_finding(script))
     show(console, findings)
     wrong = any(finding.level == "error" for finding in findings)
     if arguments.dry_run or not wrong:

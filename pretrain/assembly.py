@@ -84,8 +84,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
     micro_batches = config.micro_batch_size(topology.dp_size), config.micro_steps(topology.dp_size)
-    parts = config.model, config.optim, config.parallel, config.deepspeed_config()
-    engine = Engine(*parts, *micro_batches, topology, config.run.seed)
+    settings = config.model, config.optim, config.parallel, config.deepspeed_config()
+    engine = Engine(*settings, *micro_batches, topology, config.run.seed)
     choice = choose(store, topology)
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
@@ -147,7 +147,7 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
 
 def _take_weights(config: RunConfig, source: Path, engine: Engine, topology: Topology) -> str:
     """Give the engine the weights of another model; return the hash of its files."""
-    engine.take(open_model(source, config.model))
+    engine.set_weights(open_model(source, config.model))
     hashes = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
     found = content_hash([line for part in hashes for line in part])
     _logger.info("begun with the weights in %s (files' hash %s)", source, found)

@@ -95,11 +95,11 @@ class RunConfig(Config):
         return self
 
     def micro_steps(self, dp_size: int) -> int:
-        """Forward passes of one dp rank in one optimizer step."""
+        """Return the number of forward passes of one dp rank in one optimizer step."""
         return self.train.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
 
     def micro_batch_size(self, dp_size: int) -> int:
-        """Rows of one forward pass of one dp rank."""
+        """Return the rows of one forward pass of one dp rank."""
         return self.train.micro_batch_size or self.train.global_batch_size // dp_size
 
     def check(self, dp_size: int) -> None:
@@ -112,7 +112,7 @@ class RunConfig(Config):
 
     @property
     def bytes_per_weight(self) -> int:
-        """Of the weights in forward and backward pass."""
+        """Bytes of a weight in the forward and backward pass."""
         return 2 if self.precision == "bf16" else 4
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
@@ -121,11 +121,11 @@ class RunConfig(Config):
         return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
     def to_yaml(self) -> str:
-        """All values, defaults too, as YAML that `load_config` reads back to an equal config."""
+        """Return all values, defaults too, as YAML that `load_config` reads back to an equal config."""
         return dump(self.model_dump(mode="json"))
 
     def describe(self, dp_size: int = 1) -> str:
-        """What `--print-config` shows: the config, and the DeepSpeed config that follows from it.
+        """Return what `--print-config` shows: the config, and the DeepSpeed config that follows from it.
 
         Raises:
             ConfigError: if the config does not fit this number of data-parallel ranks.
@@ -153,13 +153,13 @@ class RunConfig(Config):
         )
 
     def hash(self) -> str:
-        """16 hex digits that differ whenever a value differs."""
+        """Return 16 hex digits that differ whenever a value differs."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) -> RunConfig:
-    """Reads a config from YAML and `key.path=value` overrides.
+    """Read a config from YAML and `key.path=value` overrides.
 
     Args:
         begun: it is the one in a run's folder: where it names no plan version, the run is older than these.
@@ -227,7 +227,7 @@ class Change(NamedTuple):
 
 
 def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]:
-    """What differs between the config that a run was begun with and the one that it is to go on with.
+    """Compare the config that a run was begun with to the one that it is to go on with.
 
     Returns:
         The changes that would corrupt the run, and those that may be.
@@ -241,12 +241,12 @@ def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], li
 
 
 def may_change(key: str) -> bool:
-    """Whether a run may go on with another value of a key."""
+    """Return whether a run may go on with another value of a key."""
     return next((allowed for pattern, allowed in _MAY_CHANGE if fnmatch.fnmatchcase(key, pattern)), False)
 
 
 def _effective(config: RunConfig) -> dict[str, JsonValue]:
-    """The config's values with the defaults that follow from others filled in: to spell one out is no change."""
+    """Return the config's values with derived defaults filled in, so that spelling one out counts as no change."""
     values: dict[str, Any] = config.model_dump(mode="json")
     values["data"] |= {"window_bytes": config.data.window_limit, "plan_version": config.data.plan}
     if config.data.plan == 1:
@@ -264,7 +264,7 @@ def _leaves(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
 
 
 def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
-    """The sections that are right, each by itself; a section that is not there has its default."""
+    """Return the sections that are valid by themselves; a section that is missing has its default."""
     parts = {}
     for name, field in RunConfig.model_fields.items():
         if name not in tree and not field.is_required():
@@ -276,7 +276,7 @@ def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be, whatever the number of data-parallel ranks, as far as the sections that are there tell."""
+    """Yield what cannot work for any number of data-parallel ranks, as far as the given sections tell."""
     model: ModelConfig | None = parts.get("model")
     parallel: ParallelConfig | None = parts.get("parallel")
     train: TrainConfig | None = parts.get("train")

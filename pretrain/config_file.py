@@ -61,12 +61,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def dump(tree: Tree) -> str:
-    """A tree as YAML that `read_tree` gives back."""
+    """Write a tree as YAML that `read_tree` reads back."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Origins]:
-    """Reads a file and applies `key.path=value`; a number in a path is a position in a list.
+    """Read a file and apply `key.path=value` overrides; a number in a path is a position in a list.
 
     Raises:
         ConfigError: if the file cannot be read or parsed, or an override fits nowhere. Whether keys and values are
@@ -97,7 +97,7 @@ def _text_of(path: Path) -> str:
 
 
 def _parse(text: str, where: str) -> tuple[Any, Origins] | None:
-    """What a YAML text holds, and the line of each key; None if it holds nothing."""
+    """Return the content of a YAML text and the line of each key; None if it is empty."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -140,25 +140,25 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 def _set(tree: Any, path: Sequence[str], value: object, override: str) -> None:
-    """Sets one value in nested dicts and lists; sections that are not there yet are made."""
-    here = tree
+    """Set one value in nested dicts and lists, making sections that are missing."""
+    node = tree
     for i, part in enumerate(path):
         last = i == len(path) - 1
         parent = ".".join(path[:i])
-        if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(
-                    f"override {override!r}: {parent} is a list of {len(here)}; "
-                    f"name one by its number, 0 to {len(here) - 1}, or set all of {parent}"
+                    f"override {override!r}: {parent} is a list of {len(node)}; "
+                    f"name one by its number, 0 to {len(node) - 1}, or set all of {parent}"
                 )
             if last:
-                here[int(part)] = value
-            here = here[int(part)]
-        elif isinstance(here, dict):
+                node[int(part)] = value
+            node = node[int(part)]
+        elif isinstance(node, dict):
             if last:
-                here[part] = value
-            elif here.get(part) is None:
-                here[part] = {}
-            here = here[part]
+                node[part] = value
+            elif node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         else:
-            raise ConfigError(f"override {override!r}: {parent} is {here!r}, which has no {part!r} in it")
+            raise ConfigError(f"override {override!r}: {parent} is {node!r}, which has no {part!r} in it")

@@ -1,7 +1,7 @@
 """DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its own checkpoint files.
 
-The only importer of deepspeed (beside the conversion of checkpoints). What DeepSpeed does not do the way the design
-wants is settled here: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
+The only importer of deepspeed, apart from the conversion of checkpoints. It works around what DeepSpeed does otherwise
+than the design needs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class StepStats:
     applied: bool
 
 
-class _CapturingCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
-    """What DeepSpeed would write goes to a function instead; reading is left to DeepSpeed."""
+class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    """Hands what DeepSpeed would write to a function instead; reading is left to DeepSpeed."""
 
     def __init__(self, take: Callable[[Path, object], None]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _CapturingCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  
         self._take(Path(path), state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folder is there: a rank that failed here would leave the others waiting for it."""
+        """Do nothing: the folder exists, and a rank that failed here would leave the others waiting for it."""
 
     def preserves_storage_sharing(self) -> bool:
         return False  # else DeepSpeed makes a copy of the weights, in fresh memory each time
@@ -134,7 +134,7 @@ class Engine:
     def train_step(
         self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
     ) -> StepStats:
-        """One optimizer step.
+        """Make one optimizer step.
 
         Args:
             tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
@@ -186,7 +186,7 @@ class Engine:
         getattr(self.deepspeed.optimizer, "averaged_gradients", {}).clear()
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the valid targets of one micro-batch: negative log-likelihood, weighted z-loss; fp32 scalars."""
+        """Sum the negative log-likelihood and weighted z-loss over a micro-batch's valid targets; fp32 scalars."""
         valid = valid_targets(segment_ids)
         logits = self.deepspeed(tokens[:, :-1], segment_ids[:, :-1])
         nll = (vocab_parallel_nll(logits, tokens[:, 1:]) * valid).sum()
@@ -197,44 +197,44 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
-        """[B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without dropout or gradients."""
+        """Return this rank's slice of the logits [B, T, vocab_size / tp_size], without dropout or gradients."""
         self.deepspeed.eval()
         return self.deepspeed(tokens, segment_ids)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Tokens [B, T] after those in a cache -> this rank's slice of the last one's logits [B, vocab / tp_size]."""
+        """Return this rank's slice [B, vocab / tp_size] of the logits after tokens [B, T] that follow a cache."""
         self.deepspeed.eval()
         return self.deepspeed(tokens, cache=cache)[:, -1]
 
     @torch.no_grad()
-    def take(self, weights: Weights) -> None:
-        """Puts other weights in the place of those that were drawn, before the first step. Every rank must call it.
+    def set_weights(self, weights: Weights) -> None:
+        """Replace the drawn weights by others, before the first step. Every rank must call it.
 
         Each rank reads its own slices, one at a time. The fp32 master weights get them unrounded, whatever the
         precision of the forward pass.
         """
-        here = self.topology
+        topology = self.topology
         for name, parameter in self.model.named_parameters():
-            value = weights.read(name, here.tp_rank, here.tp_size).to(here.device, torch.float32)
+            value = weights.read(name, topology.tp_rank, topology.tp_size).to(topology.device, torch.float32)
             # Of ZeRO-3, where a rank has a part of the weight, all dp ranks get dp rank 0's
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                padded = F.pad(value.flatten(), (0, size * here.dp_size - value.numel()))
-                safe_set_local_fp32_param(parameter, padded[size * here.dp_rank :][:size])
+                padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[size * topology.dp_rank :][:size])
             else:
                 safe_set_full_fp32_param(parameter, value)
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
-        """Hands over what DeepSpeed's files of this rank, in `folder`/engine, are to hold. Every rank must call it.
+        """Hand over the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
 
         Args:
             take: is called with each file's path and content, whose tensors are the very ones that training goes on to
                 change; must not raise, since the other ranks wait for this one.
         """
-        self.deepspeed.checkpoint_engine = _CapturingCheckpointEngine(take)
+        self.deepspeed.checkpoint_engine = _CallbackCheckpointEngine(take)
         self.deepspeed.save_checkpoint(
             str(folder),
             tag="engine",
@@ -243,7 +243,7 @@ class Engine:
         )
 
     def load(self, folder: Path) -> None:
-        """Takes weights and optimizer state from `folder`/engine, saved in this same layout. Every rank calls it.
+        """Load weights and optimizer state from `folder`/engine, saved in this same layout. Every rank must call it.
 
         Raises:
             CheckpointError: if it is not a checkpoint of this model in this layout.
@@ -251,23 +251,23 @@ class Engine:
         self._load(folder, universal=False)
 
     def load_universal(self, folder: Path) -> None:
-        """Takes them from a folder that `checkpoint.universal` made for this tp_size. Every rank calls it.
+        """Load both from a folder that `checkpoint.universal` made for this tp_size. Every rank must call it.
 
         Raises:
             CheckpointError: if it is not a checkpoint of this model.
         """
-        here = self.topology
-        # What ZeRO-3 reads a weight's state with: DeepSpeed's own would read all of it on every rank
+        topology = self.topology
+        # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank
         self.deepspeed.optimizer.load_hp_checkpoint_state = lambda weight, key, param: read_piece(
-            Path(weight) / f"{key}.pt", here.dp_rank, here.dp_size
+            Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size
         )
-        self._load(folder / f"tp_{here.tp_rank}", universal=True)
+        self._load(folder / f"tp_{topology.tp_rank}", universal=True)
         for state in self.deepspeed.optimizer.optimizer.state.values():
             # A tensor that counts in place: DeepSpeed leaves one for all groups, and on the CPU
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
 
     def _load(self, folder: Path, universal: bool) -> None:
-        self.deepspeed._config.load_universal_checkpoint = universal  # looked at nowhere but here
+        self.deepspeed._config.load_universal_checkpoint = universal  # DeepSpeed reads it nowhere else
         try:
             path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
         except (RuntimeError, KeyError, AssertionError, OSError) as error:
@@ -283,12 +283,12 @@ class Engine:
 
 
 def valid_targets(segment_ids: Tensor) -> Tensor:
-    """Which of the next tokens are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
+    """Mark the next tokens that are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
 
 
 def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
-    """The attention that a config asks for, "auto" resolved. Raises: ConfigError if this device cannot run it."""
+    """Resolve the attention that a config asks for. Raises: ConfigError if this device cannot run it."""
     fits = topology.device.type == "cuda" and head_dim >= 16
     if parallel.attention == "flex" and not fits:
         raise ConfigError(
@@ -301,7 +301,7 @@ def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: in
 
 
 def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:
-    """What DeepSpeed needs to know to convert a checkpoint to another topology, read off the weights' own tags."""
+    """Describe the weights, by their own tags, as DeepSpeed's conversion to another topology asks for."""
     names: dict[int | None, list[str]] = {None: [], 0: [], 1: []}
     for name, parameter in model.named_parameters():
         names[shard_dim(parameter)].append(f"^{re.escape(name)}$")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, write_down
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, record_scores
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import Tracker
@@ -60,7 +60,7 @@ class Journal:
     def log_evals(self, step: int, scores: DocumentScores) -> None:
         """Log one evaluation: a line for each domain and average, and the sums of each document."""
         if self._tracker:
-            records = write_down(self._folder, step, scores)
+            records = record_scores(self._folder, step, scores)
             self._tracker.log_evals(records)
             macro = next(record for record in records if record["domain"] == "macro")
             _logger.info(

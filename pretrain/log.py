@@ -14,7 +14,7 @@ _NOISY = ("torch.distributed", "urllib3", "fsspec", "filelock", "datasets", "wan
 
 
 def set_up(rank: int) -> None:
-    """Sends this process's log to stderr; calling it again replaces what the last call set up.
+    """Send this process's log to stderr; calling it again replaces what the last call set up.
 
     Rank 0 says everything from INFO up; the others, whose lines would repeat it, only warnings.
 
@@ -41,7 +41,7 @@ def set_up(rank: int) -> None:
 
 
 def console() -> Console:
-    """Where the log goes. What is drawn live must share it, or the lines of the one break into the other."""
+    """Return the log's console. Live displays must share it, or log lines would break into them."""
     handlers = logging.getLogger().handlers
     return next((h.console for h in handlers if isinstance(h, RichHandler)), Console(stderr=True))
 

@@ -37,7 +37,7 @@ class ParameterGroup(TypedDict):
 
 
 def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
-    """The learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step.
 
     Args:
         step: which step, from 0.
@@ -54,7 +54,7 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def _height_at(step: int, config: OptimConfig, steps: int) -> float:
-    """Where a schedule stands between its peak, 1, and its floor, 0, after the warm-up."""
+    """Return a schedule's height between its peak, 1, and its floor, 0, after the warm-up."""
     last = steps - 1
     decay_start = config.warmup_steps
     if config.schedule == "constant":
@@ -68,7 +68,7 @@ def _height_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[ParameterGroup]:
-    """Matrices with weight decay, vectors (the norms' weights) without."""
+    """Group matrices with weight decay and vectors, which are the norms' weights, without."""
     trained = [p for p in parameters if p.requires_grad]
     groups: list[ParameterGroup] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

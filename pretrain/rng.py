@@ -14,14 +14,14 @@ import xxhash
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
-    """A 63-bit seed for one place of the run, e.g. `derive_seed(run_seed, "dropout", step, micro_step, dp_rank)`."""
+    """Derive a 63-bit seed for one place of the run: `derive_seed(seed, "dropout", step, micro_step, dp_rank)`."""
     key = "/".join(str(part) for part in (seed, *path))
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's default generators inside the block and puts their former state back after it."""
+    """Seed torch's default generators inside the block and restore their former state after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

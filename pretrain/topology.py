@@ -90,7 +90,7 @@ class Topology:
         return fairscale_groups.get_data_parallel_group()
 
     def sum_int64(self, values: list[int]) -> list[int]:
-        """Sums each value over all ranks; wraps mod 2^64, so that hashes can be summed too.
+        """Sum each value over all ranks, mod 2^64, so that hashes can be summed too.
 
         Values may be unsigned or signed 64-bit; the sums come back unsigned.
         """
@@ -99,34 +99,34 @@ class Topology:
         return [v % 2**64 for v in tensor.tolist()]
 
     def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the dp ranks, in place; every tp rank must hold the same values."""
+        """Sum a tensor over the dp ranks, in place; every tp rank must hold the same values."""
         dist.all_reduce(values, group=self.dp_group)
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is true on any rank."""
+        """Return whether a value is true on any rank."""
         return self.sum_int64([int(value)])[0] > 0
 
     def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Gives every tp rank the tensor of tp rank 0, in place."""
+        """Give every tp rank the tensor of tp rank 0, in place."""
         if self.tp_size > 1:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, on every rank, by rank. For small things only: it pickles."""
+        """Return every rank's value, on every rank, by rank. For small values only, since it pickles them."""
         values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """What an action gives on this rank, once it has succeeded on every one. Every rank calls it.
+        """Run an action and return its result once it has succeeded on every rank. Every rank must call it.
 
         Raises:
             HeadraceError: that of the first rank where it failed, on all of them, so that none waits for those.
@@ -179,14 +179,14 @@ def _signed(value: int) -> int:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """Find a TCP port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What `deepspeed` or `torchrun` would have set, for one of several tasks of a Slurm step; empty elsewhere.
+    """Return what `deepspeed` or `torchrun` would set for one of several Slurm tasks; empty elsewhere.
 
     A command that runs on several ranks adds it to its environment first. Where to meet is the job script's to say.
     """
@@ -200,7 +200,7 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The five variables of `torch.distributed`'s env:// rendezvous: as the launcher set them, else for one process.
+    """Return the variables of `torch.distributed`'s env:// rendezvous: the launcher's, else for one process.
 
     Raises:
         ConfigError: if a launcher set only some of them.
@@ -219,17 +219,17 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo has no class of its own for it."""
+    """Return whether a collective failed because another rank has ended; gloo has no error class for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher started, known before any of them has met another."""
+    """Return how many processes the launcher started, known before any of them has met another."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 
 def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
-    """Data-parallel ranks in a world of this size.
+    """Return the number of data-parallel ranks in a world of this size.
 
     Raises:
         ConfigError: if tp_size does not divide the number of ranks.
@@ -244,7 +244,7 @@ def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
 
 @contextlib.contextmanager
 def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = None) -> Iterator[Topology]:
-    """Joins the process group, forms the tensor- and data-parallel groups, and leaves them again at the end.
+    """Join the process group, form the tensor- and data-parallel groups, and leave them again at the end.
 
     Args:
         store: where the ranks have met already; None: they meet now.

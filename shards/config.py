@@ -60,7 +60,7 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, object], at: str = "") -> Self:
-        """Validates plain values, as read from YAML; `at` is the key under which they stand.
+        """Validate plain values, as read from YAML; `at` is the key under which they stand.
 
         Raises: ConfigError naming each key that is wrong, its value, and what would be right.
         """
@@ -205,11 +205,11 @@ class DataConfig(Config):
 
     @property
     def strict_records(self) -> bool:
-        """Whether a line is a record by its bytes alone (`records.json_lines`): since the second plan version."""
+        """True if a line is a record by its bytes alone (`records.json_lines`), as since the second plan version."""
         return self.plan >= 2
 
     def num_lanes(self, global_batch_size: int, raw_bytes: int) -> int:
-        """V, the logical streams of rows; `raw_bytes` are those of all sources that are drawn from."""
+        """Return V, the number of lanes; `raw_bytes` counts all sources that are drawn from."""
         if self.lanes:
             return self.lanes
         if self.plan == 1:
@@ -218,7 +218,7 @@ class DataConfig(Config):
         return next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
 
     def weight_stages(self) -> list[tuple[int, tuple[float, ...]]]:
-        """(first step, weights in the order of the sources), in the order of steps."""
+        """Return (first step, weights in the order of the sources) of each stage, in the order of steps."""
         weights = {source.name: source.weight for source in self.sources}
         stages = [(0, tuple(weights.values()))]
         for change in self.weight_changes:

@@ -16,7 +16,7 @@ def explain(
     origins: Mapping[str, str] | None = None,
     file: str = "",
 ) -> list[str]:
-    """One line for each finding: where it stands, the key, the value, what would be right.
+    """Explain each finding in one line: its place, the key, the value, and what would be right.
 
     Args:
         error: what pydantic found in a tree.
@@ -54,7 +54,7 @@ def listed(numbers: Sequence[int]) -> str:
 def _sentence(
     root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...], items: Sequence[ErrorDetails]
 ) -> str:
-    """What pydantic found about one key; for a union that is one finding for each of its members."""
+    """Explain what pydantic found about one key; a union has one finding for each of its members."""
     first, key = items[0], ".".join((*above, *path))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_suggestion(root, above, path)}"
@@ -89,21 +89,21 @@ def _wanted(item: ErrorDetails) -> str:
 
 
 def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...]) -> str:
-    """The key that was probably meant: one nearby, else the same one of another section, else all that there are."""
+    """Suggest the key that was meant: a similar one nearby, else one of another section, else list all keys."""
     *section, name = path
-    here = sorted({field for model in _models_at(root, section) for field in model.model_fields})
+    nearby = sorted({field for model in _models_at(root, section) for field in model.model_fields})
     elsewhere: dict[str, list[str]] = {}
     for other in _all_paths(root, above):
         elsewhere.setdefault(other[-1], []).append(".".join(other))
-    if near := difflib.get_close_matches(name, here, n=1, cutoff=0.7):
+    if near := difflib.get_close_matches(name, nearby, n=1, cutoff=0.7):
         return f"did you mean {'.'.join((*above, *section, near[0]))}?"
     if near := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
         return f"did you mean {' or '.join(elsewhere[near[0]])}?"
-    return f"known here: {', '.join(here)}"
+    return f"known here: {', '.join(nearby)}"
 
 
 def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """A pydantic location without the names of union members that it puts between keys."""
+    """Yield a pydantic location's keys, without the names of union members that it puts between them."""
     models = [root]
     open_keys = False  # in a mapping whose keys are the user's
     for i, part in enumerate(location):
@@ -140,7 +140,7 @@ def _all_paths(model: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:
-    """The config classes that a field's type mentions, at any depth."""
+    """Return the config classes that a field's type mentions, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

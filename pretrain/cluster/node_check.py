@@ -1,9 +1,9 @@
-"""Finds out, before a training starts, which nodes of a job cannot take part in it. srun -> node_check -> job script.
+"""Find out before a training starts which nodes of a job cannot take part in it. srun -> node_check -> job script.
 
-Every rank of the job tries its own part: is the GPU free, does it compute right, is the run folder there; then the
-ranks of each node reduce among themselves, and at last all together. After each stage rank 0 gathers the findings
-through a key-value store, which needs no working fabric, and a rank that does not report in time is a finding too: so a
-GPU that hangs is named like one that is missing.
+Every rank of the job tests its own part: whether the GPU is free and computes correctly, and whether the run folder is
+there. Then the ranks of each node reduce among themselves, and finally all ranks together. After each stage rank 0
+gathers the findings through a key-value store, which needs no working fabric. A rank that does not report in time is a
+finding too, so a GPU that hangs is named like one that is missing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Task:
     meeting: tuple[str, int]
 
     @classmethod
-    def of(cls, environment: Mapping[str, str], nodes: Sequence[str]) -> Task:
-        """As `srun` and the job script have set it. Raises ConfigError outside of a Slurm step."""
+    def from_environment(cls, environment: Mapping[str, str], nodes: Sequence[str]) -> Task:
+        """Read the place that `srun` and the job script set. Raises ConfigError outside of a Slurm step."""
         try:
             world_size = int(environment["SLURM_STEP_NUM_TASKS"])
             return cls(
@@ -78,7 +78,7 @@ class Task:
 
 
 def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dict[str, str]:
-    """Tries all nodes; every rank of the step calls it.
+    """Try all nodes; every rank of the step calls it.
 
     Args:
         patience: seconds for all ranks to report.
@@ -95,15 +95,15 @@ def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dic
         timeout=timedelta(seconds=2 * patience),
         wait_for_workers=False,
     )
-    own_node = task.rank // task.local_size
+    node = task.rank // task.local_size
     stages: dict[str, Callable[[], str]] = {
         "alone": lambda: _problem_alone(task, run_folder),
-        "node": lambda: _reduce(PrefixStore(f"node-{own_node}", store), task.local_rank, task.local_size, task.device),
+        "node": lambda: _reduce(PrefixStore(f"node-{node}", store), task.local_rank, task.local_size, task.device),
         "all": lambda: _reduce(PrefixStore("all", store), task.rank, task.world_size, task.device),
     }
     problems: dict[str, str] = {}
     for stage, find in stages.items():
-        problems = _gathered(PrefixStore(stage, store), task, find, patience)
+        problems = _gather(PrefixStore(stage, store), task, find, patience)
         if problems:
             break
     store.set(f"left-{task.rank}", "")
@@ -114,8 +114,8 @@ def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dic
     return problems
 
 
-def _gathered(store: Store, task: Task, find: Callable[[], str], patience: float) -> dict[str, str]:
-    """Every node's first problem, on every rank; `find` gives this rank's, or nothing."""
+def _gather(store: Store, task: Task, find: Callable[[], str], patience: float) -> dict[str, str]:
+    """Return every node's first problem, on every rank; `find` returns this rank's, or an empty text."""
     end = time.monotonic() + patience
     store.set(f"found-{task.rank}", find())
     if task.rank == 0:
@@ -138,7 +138,7 @@ def _report_of(store: Store, rank: int, seconds: float) -> str:
 
 
 def _problem_alone(task: Task, run_folder: Path) -> str:
-    """What is wrong with this rank's part of its node; empty if nothing."""
+    """Describe what is wrong with this rank's part of its node; empty if nothing is."""
     if not run_folder.is_dir():
         return f"does not see the run folder {run_folder}, which has to lie on a disk that all nodes share"
     if not task.gpus:
@@ -148,25 +148,25 @@ def _problem_alone(task: Task, run_folder: Path) -> str:
         return f"torch sees none of the {task.gpus} GPUs that the job was given (CUDA_VISIBLE_DEVICES={visible})"
     try:
         return gpu_problem(task.device)
-    except RuntimeError as error:  # what CUDA raises is as manifold as what can break
+    except RuntimeError as error:  # CUDA raises nothing more specific
         return f"{task.device}: {str(error).splitlines()[0]}"
 
 
 def gpu_problem(device: torch.device) -> str:
-    """Why a GPU should not be trained on; empty if it is free and computes right."""
+    """Say why a GPU should not be trained on; empty if it is free and computes correctly."""
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     if free < _FREE_SHARE * total:
         return f"{device}: another process uses {(total - free) / 1e9:.1f} of its {total / 1e9:.1f} GB"
     numbers = torch.randint(-1, 2, (2, _MATRIX, _MATRIX), generator=torch.Generator().manual_seed(0)).float()
-    there = numbers.to(device, torch.bfloat16)
-    if not torch.equal((there[0] @ there[1]).float().cpu(), numbers[0] @ numbers[1]):
+    on_gpu = numbers.to(device, torch.bfloat16)
+    if not torch.equal((on_gpu[0] @ on_gpu[1]).float().cpu(), numbers[0] @ numbers[1]):
         return f"{device}: computes a wrong product"
     return ""
 
 
 def _reduce(store: Store, rank: int, world_size: int, device: torch.device) -> str:
-    """Sums a tensor over ranks that all call this; what went wrong, empty if nothing."""
+    """Sum a tensor over the ranks that call this, and say what went wrong; empty if nothing did."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

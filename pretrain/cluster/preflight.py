@@ -52,7 +52,7 @@ class Finding:
 
 
 def data_findings(config: DataConfig) -> Iterator[Finding]:
-    """Whether every source's shards are there, and how much of them has no index yet."""
+    """Check that every source's shards are there, and say how many of them have no index yet."""
     for source in config.sources:
         if source.dataset is not None:
             yield Finding("note", "data", f"{source.name}: the data set {source.dataset} is looked at by the job")
@@ -79,7 +79,7 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
 
 
 def gpu_bytes_of(gpu_types: Iterable[str]) -> int | None:
-    """Memory of the smallest of some GPUs; None unless all are known."""
+    """Return the memory of the smallest of some GPUs; None unless all are known."""
     sizes = [_GPU_GB.get(name) for name in gpu_types]
     known = [size for size in sizes if size is not None]
     return min(known) * 10**9 if known and len(known) == len(sizes) else None
@@ -132,7 +132,7 @@ def _smaller(work: Workload) -> list[tuple[str, Workload]]:
 def disk_findings(
     checkpoint: CheckpointConfig, steps: int | None, bytes_each: int, folders: Sequence[Path]
 ) -> Iterator[Finding]:
-    """Whether the checkpoints that the runs keep fit on their disk, with the one being written beside the old ones.
+    """Check that the checkpoints that the runs keep, and the one being written, fit on their disk.
 
     Args:
         steps: of the longest run; None where it ends with its data, which nobody has counted yet.
@@ -168,7 +168,7 @@ def grace_for(save: SaveTime) -> int:
 
 
 def grace_findings(save: SaveTime, grace: int, limit: int, preemption: str, preemption_grace: int) -> Iterator[Finding]:
-    """Whether the time between Slurm's warning and the end is enough to save.
+    """Check that the time between Slurm's warning and the end is enough to save.
 
     Args:
         grace, limit: seconds from the warning to the time limit, and from the start to there.
@@ -199,7 +199,7 @@ def _time_needed(save: SaveTime) -> float:
 
 
 def lease_findings(folder: Path) -> Iterator[Finding]:
-    """Whether somebody is at work in a run folder."""
+    """Warn where another process is at work in a run folder."""
     try:
         holder = msgspec.json.decode((folder / "lease").read_bytes(), type=Holder)
     except (OSError, msgspec.MsgspecError):
@@ -209,7 +209,7 @@ def lease_findings(folder: Path) -> Iterator[Finding]:
 
 
 def _size(count: float) -> str:
-    """Bytes for a reader, in decimal units."""
+    """Format bytes for a reader, in decimal units."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

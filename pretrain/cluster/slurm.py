@@ -71,7 +71,7 @@ class JobRequest:
         return self.nodes * self.ranks_per_node
 
     def directives(self) -> dict[str, str | None]:
-        """The `#SBATCH` lines by key; None for a key that the template has and this job has not."""
+        """Return the `#SBATCH` lines by key; None removes a key that the template has."""
         options = dict(_option(option) for option in self.options)
         return {
             "job-name": self.name,
@@ -105,7 +105,7 @@ def _option(option: str) -> tuple[str, str]:
 
 
 def job_script(template: str, directives: Mapping[str, str | None], settings: Mapping[str, str]) -> str:
-    """A template with its `#SBATCH` lines and settings filled in; comments beside them stay.
+    """Fill in the `#SBATCH` lines and settings of a template, keeping the comments beside them.
 
     Args:
         directives: value by key; "" for a key without a value, None for a line that is to go.
@@ -142,7 +142,7 @@ def _comment(line: str) -> str:
 
 
 def shell_words(words: Sequence[str]) -> str:
-    """Words as they are typed in a shell."""
+    """Quote words as they would be typed in a shell."""
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -155,7 +155,7 @@ class SweepTask:
 
 
 def read_sweep(path: Path) -> list[SweepTask]:
-    """The grid of a YAML file that has a list of values for each key, the last key varying fastest.
+    """Read the grid of a YAML file that lists values for each key; the last key varies fastest.
 
     Raises:
         ConfigError: if a key has no list, sets the run's name, or two runs would have the same name.
@@ -184,7 +184,7 @@ def read_sweep(path: Path) -> list[SweepTask]:
 
 
 def seconds_of(time: str) -> int | None:
-    """A time limit as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None for another."""
+    """Read a time limit as sbatch does: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None for anything else."""
     match = _TIME.fullmatch(time)
     if match is None:
         return None
@@ -218,7 +218,7 @@ def has_slurm() -> bool:
 
 
 def partition(name: str | None) -> Partition:
-    """What Slurm says of a partition, by default of its default one.
+    """Ask Slurm about a partition, or about its default one.
 
     Raises:
         ConfigError: if there is none of that name.
@@ -245,12 +245,12 @@ def _fields(line: str) -> list[tuple[str, str]]:
 
 
 def try_out(script: str) -> str:
-    """When and where Slurm would start a job, as it sees the queue now. Raises ConfigError if it would refuse it."""
+    """Ask Slurm when and where it would start a job now. Raises ConfigError if it would refuse the job."""
     return _sbatch(script, "--test-only").stderr.strip().removeprefix("sbatch: ")
 
 
 def submit(script: str) -> str:
-    """Hands a script to sbatch; the job's id. Raises ConfigError if sbatch refuses it."""
+    """Hand a script to sbatch and return the job's id. Raises ConfigError if sbatch refuses it."""
     return _sbatch(script, "--parsable").stdout.strip().partition(";")[0]
 
 

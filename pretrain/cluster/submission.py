@@ -38,7 +38,7 @@ class Run:
 
 
 def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:
-    """The runs of a config, one or a sweep's.
+    """Return the runs of a config: one, or those of a sweep.
 
     Args:
         typed: overrides of them all.
@@ -66,7 +66,7 @@ def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:
 def training_script(
     path: Path, typed: Sequence[str], runs: Sequence[Run], request: slurm.JobRequest, node_check: bool
 ) -> str:
-    """The job that trains. A sweep's tasks stand in it one by one, so that it says itself what task 7 is.
+    """Write the job that trains. It lists a sweep's tasks one by one, so that a reader can see what task 7 is.
 
     Args:
         path, typed: the config and the overrides of all runs.
@@ -84,7 +84,7 @@ def training_script(
 
 
 def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
-    """The job that scores a run's checkpoints as they appear. Raises: HeadraceError if it could score nothing."""
+    """Write the job that scores checkpoints as they appear. Raises: HeadraceError if it has nothing to score."""
     if run.config.evaluation.suite is None:
         raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
     check_inputs(run.config)
@@ -100,13 +100,13 @@ def _template(name: str) -> str:
 
 
 def _settings(folder: Path, arguments: str) -> dict[str, str]:
-    """What both templates assign at their head, as shell text."""
+    """Return what both templates assign at their head, as shell text."""
     paths = {"run": str(folder), "checkout": str(_CHECKOUT), "python": sys.executable}
     return {key: slurm.shell_words([path]) for key, path in paths.items()} | {"arguments": arguments}
 
 
 def layout_problem(config: RunConfig, ranks: int) -> str:
-    """Why a config cannot be trained on so many ranks; empty if it can."""
+    """Say why a config cannot be trained on so many ranks; empty if it can."""
     try:
         config.check(dp_size_of(ranks, config.parallel))
     except ConfigError as error:
@@ -115,7 +115,7 @@ def layout_problem(config: RunConfig, ranks: int) -> str:
 
 
 def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Finding]:
-    """Whether the batch can be dealt to the ranks, now and after a restart on another number of nodes."""
+    """Check that the batch can be split over the ranks, now and on another number of nodes."""
     nodes, each, parallel = request.nodes, request.ranks_per_node, config.parallel
     devices = f"{nodes} nodes, each of {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
     working = [str(n) for n in range(1, _MOST_NODES + 1) if not layout_problem(config, n * each)]
@@ -136,7 +136,7 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
 
 
 def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> Iterator[Finding]:
-    """What the checks of one run have to say."""
+    """Yield the findings of all checks of one run."""
     config = run.config
     model, train, seq_len = config.model, config.train, config.data.seq_len
     length = f"{train.steps:,} steps" if train.steps else f"{train.epochs} epochs in steps"
@@ -162,7 +162,7 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
 
 
 def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:
-    """The partition that was asked for, or why no cluster can say. Raises ConfigError if it says that there is none."""
+    """Return the partition asked for, or why no cluster was asked. Raises ConfigError if there is none of that name."""
     if not slurm.has_slurm():
         return None, "there is no sbatch on this machine"
     try:
@@ -178,7 +178,7 @@ def job_findings(
     silent: str,
     dry_run: bool,
 ) -> Iterator[Finding]:
-    """What the checks of the job have to say, whatever the runs in it are.
+    """Yield the findings of the checks of the job, whatever its runs are.
 
     Args:
         silent: why no cluster was asked, where there is no partition.
@@ -195,8 +195,8 @@ def job_findings(
         yield Finding("note" if dry_run else "error", "slurm", text)
 
 
-def tried_out(script: str) -> Finding:
-    """What sbatch itself thinks of the job."""
+def sbatch_finding(script: str) -> Finding:
+    """Ask sbatch itself about the job."""
     try:
         return Finding("ok", "slurm", slurm.try_out(script))
     except ConfigError as error:

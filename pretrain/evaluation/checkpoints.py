@@ -16,9 +16,9 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.eval_set import EvalSet
 from pretrain.evaluation.plausibility import warn_of_doubts
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, write_down
+from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.scoring import evaluate
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
@@ -33,18 +33,18 @@ _PATIENCE_SECONDS = 3600.0  # after which a run that nobody works on is not wait
 class Evaluator:
     """One model and one suite, for any number of weights."""
 
-    model: BareModel
+    model: ForwardModel
     eval_set: EvalSet
     topology: Topology
     batch_size: int
 
     def score(self, weights: Weights) -> DocumentScores:
-        """Every rank calls it."""
-        self.model.take(weights)
+        """Score one model's weights. Every rank must call it."""
+        self.model.set_weights(weights)
         return self._score()
 
     def score_checkpoint(self, store: CheckpointStore, step: int) -> DocumentScores:
-        """Every rank calls it.
+        """Score one checkpoint of a run. Every rank must call it.
 
         Raises:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
@@ -59,8 +59,8 @@ class Evaluator:
         return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
 
 
-def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
-    """Fills a model with the weights of one checkpoint, the same on every rank. Every rank calls it.
+def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
+    """Fill a model with one checkpoint's weights, the same one on every rank. Every rank must call it.
 
     The files are compared with their hashes first, each by one rank: a node's ranks would else read all of it each.
 
@@ -73,14 +73,14 @@ def take_checkpoint(model: BareModel, store: CheckpointStore, step: int | None, 
     """
     chosen = here.broadcast_object(here.together(lambda: store.choose(step).step if here.is_main else -1))
     checkpoint = open_verified(store, chosen, here)
-    here.together(lambda: model.take(CheckpointWeights(checkpoint, weight_specs(model.config))))
+    here.together(lambda: model.set_weights(CheckpointWeights(checkpoint, weight_specs(model.config))))
     return chosen
 
 
 def score_steps(
     evaluator: Evaluator, store: CheckpointStore, folder: RunFolder, steps: Iterator[int | None], must_be_there: bool
 ) -> list[dict[str, object]]:
-    """Scores checkpoints one after the other, and writes down what was found. Every rank calls it.
+    """Score checkpoints one after the other and record the results. Every rank must call it.
 
     Args:
         steps: on rank 0 (that of other ranks is not looked at); None where there is nothing new yet.
@@ -106,7 +106,7 @@ def score_steps(
             _logger.warning("%s; it is left out", error)
             continue
         if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
-            fresh = write_down(folder, step, scores)
+            fresh = record_scores(folder, step, scores)
             warn_of_doubts(fresh, evaluator.model.config)
             records += fresh
             seconds = time.perf_counter() - begin
@@ -115,7 +115,7 @@ def score_steps(
     return records
 
 
-def as_they_appear(
+def new_checkpoints(
     store: CheckpointStore,
     done: set[int],
     last_step: Callable[[], int],
@@ -123,7 +123,7 @@ def as_they_appear(
     poll_seconds: float,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[int | None]:
-    """Steps of checkpoints, oldest first, until the run's last one; None each time that there is nothing new yet.
+    """Yield steps of checkpoints, oldest first, until the run's last; None whenever there is no new one yet.
 
     Args:
         done: steps not to be named again.

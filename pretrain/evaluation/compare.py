@@ -55,7 +55,7 @@ class Difference:
 
 
 def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int = 0) -> list[Difference]:
-    """Every domain that both have, in the order of a's, then `macro` and `micro` over these.
+    """Compare every domain that both have, in the order of a's, then `macro` and `micro` over these.
 
     Raises:
         ConfigError: if they have no document in common.
@@ -92,12 +92,12 @@ def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int
 
 
 def only_in_one(a: DocumentScores, b: DocumentScores) -> tuple[list[str], list[str]]:
-    """The domains that only a has, and those that only b has."""
+    """Return the domains that only a has, and those that only b has."""
     return sorted(set(a.domains) - set(b.domains)), sorted(set(b.domains) - set(a.domains))
 
 
 def chosen_suites(folders: Sequence[RunFolder], wanted: str | None) -> list[str]:
-    """The label to compare of each folder: the one that all have been scored under, or else each one's only one.
+    """Choose the label to compare in each folder: one that all were scored under, else each folder's only one.
 
     Args:
         wanted: a label, or what one begins with, up to a dot or `@`; None: any.
@@ -122,7 +122,7 @@ def _is_called(suite: str, wanted: str | None) -> bool:
 
 
 def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
-    """The step that is wanted, or the last one that was scored. Raises: ConfigError if that step was not scored."""
+    """Return the wanted step, or the last one scored. Raises: ConfigError if the wanted step was not scored."""
     scored = sorted(int(path.stem.partition("_")[2]) for path in folder.document_scores(0, suite).parent.glob("*.npz"))
     if wanted is not None and wanted not in scored:
         raise ConfigError(f"--steps {wanted}: {folder.root} was scored on {suite} at {scored}")
@@ -130,7 +130,7 @@ def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
 
 
 def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Numbers of the documents of a domain in a and in b, those of the same text at the same place."""
+    """Return the numbers, in a and in b, of a domain's documents with the same text at the same place."""
     places = []
     for scores in (a, b):
         numbers = np.flatnonzero(scores.domain == scores.domains.index(domain))
@@ -145,7 +145,7 @@ def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDAr
 
 
 def _resampled(columns: Floats, samples: int, generator: np.random.Generator) -> Floats:
-    """Sums [3, samples] of columns [3, documents] over documents drawn with replacement."""
+    """Sum columns [3, documents] over documents drawn with replacement: [3, samples]."""
     count = columns.shape[1]
     parts = []
     for start in range(0, samples, max(1, _CHUNK // count)):
@@ -176,7 +176,7 @@ def _interval(differences: Floats) -> tuple[float, float]:
 
 
 def check_can_draw() -> None:
-    """Raises: ConfigError if matplotlib is not installed."""
+    """Check that matplotlib is installed. Raises: ConfigError if it is not."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -184,7 +184,7 @@ def check_can_draw() -> None:
 
 
 def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) -> None:
-    """Draws the differences with their intervals, a line a domain, averages at the bottom, as a PNG.
+    """Draw the differences with their intervals as a PNG: one line per domain, averages at the bottom.
 
     It needs matplotlib, see `check_can_draw`.
     """

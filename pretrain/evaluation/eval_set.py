@@ -46,7 +46,7 @@ class EvaluationConfig(Config):
     prompt: str = "The "  # what a finished run shows a continuation of
 
     def label(self, suite: str, seq_len: int, precision: str, content: str) -> str:
-        """What a suite is called in evals.jsonl when it is scored like this: figures under one label are comparable.
+        """Return a suite's name in evals.jsonl when scored like this: figures under one label are comparable.
 
         Args:
             seq_len: tokens of a window.
@@ -101,7 +101,7 @@ class EvalSet:
 def load_suite(
     config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int = 0, dp_size: int = 1
 ) -> EvalSet | None:
-    """Reads, tokenizes and packs the config's suite; None where it names none.
+    """Read, tokenize and pack the config's suite; return None where it names none.
 
     A rank keeps 2 bytes a token of its own rows (4 beyond 65,536 pieces) and some 30 bytes a document.
 
@@ -152,7 +152,7 @@ def load_suite(
 
 
 def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokenizer) -> str:
-    """16 hex digits that differ where other documents are scored, or the same ones as other tokens.
+    """Return 16 hex digits that differ where other documents are scored, or the same ones as other tokens.
 
     Args:
         domains, keys: of each document; their order does not matter.
@@ -163,7 +163,7 @@ def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokeni
 
 
 def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], domains: tuple[str, ...]) -> None:
-    """A domain of which nothing is scored would have a perplexity of 1. Raises: ConfigError."""
+    """Refuse domains without a target, whose perplexity would be 1. Raises: ConfigError."""
     silent = sorted({part.source.name for part in suite.parts} - set(known.values()))
     silent += [domain for number, domain in enumerate(domains) if number not in scored]
     if silent:
@@ -173,7 +173,7 @@ def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], doma
 
 
 def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, Tokens]]:
-    """The documents that are evaluated, with their tokens, in the suite's order."""
+    """Yield the documents that are evaluated, with their tokens, in the suite's order."""
     if config.max_documents is None and config.max_tokens is None:
         for document in suite.documents():
             yield document, tokenizer.encode_documents([document.text])[0]
@@ -189,7 +189,7 @@ def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Ite
 
 
 def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, object]) -> None:
-    """Says which of the suite's files are trained on, by their contents: their loss says nothing.
+    """Warn of files of the suite that are trained on, judged by their contents: their loss says nothing.
 
     Args:
         fingerprint: of the run's data, as a loader has it.
@@ -255,7 +255,7 @@ class _Packer:
             self.pack()
 
     def pack(self) -> None:
-        """Makes rows of what was added since the last call."""
+        """Pack into rows what was added since the last call."""
         for row in packed(self._windows, self._seq_len):
             if self.num_rows % self._dp_size == self._dp_rank:
                 self.rows.append(row)
@@ -264,7 +264,7 @@ class _Packer:
 
 
 def packed(windows: Sequence[tuple[int, Tokens]], seq_len: int) -> Iterator[Row]:
-    """Rows of windows, each (document, 2 to seq_len + 1 tokens)."""
+    """Pack windows, each (document, 2 to seq_len + 1 tokens), into rows."""
     lengths = np.array([len(tokens) for _, tokens in windows], np.int64)
     for members in best_fit(lengths, seq_len + 1):
         documents, tokens = zip(*(windows[i] for i in members), strict=True)

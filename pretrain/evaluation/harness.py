@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from pretrain.evaluation.eval_set import packed
 from pretrain.evaluation.scoring import scored_rows
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
@@ -39,7 +39,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         batch_size: rows a rank scores at once.
     """
 
-    def __init__(self, model: BareModel, tokenizer: Tokenizer, seq_len: int, topology: Topology, batch_size: int):
+    def __init__(self, model: ForwardModel, tokenizer: Tokenizer, seq_len: int, topology: Topology, batch_size: int):
         super().__init__()
         self._model, self._tokenizer, self._topology = model, tokenizer, topology
         self._seq_len, self._batch_size = seq_len, batch_size
@@ -51,11 +51,11 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What an answer without a context follows, as the first word of a training document does."""
+        """The id before an answer without a context: that before the first word of a training document."""
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids; unless told otherwise after BOS, as a training document has it."""
+        """Return token ids, after BOS as in a training document unless told otherwise."""
         start = [] if add_special_tokens is False or self._tokenizer.bos_id < 0 else [self._tokenizer.bos_id]
         ids = self._tokenizer.encode(string)
         self._encoded += len(ids)
@@ -70,7 +70,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
             )
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: object) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context."""
+        """Return each continuation's log-likelihood in nats, and whether greedy decoding produces it."""
         self._check_spelled()
         windows, targets = [], []
         for number, (_, context, continuation) in enumerate(requests):
@@ -78,20 +78,22 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
             targets.append(min(len(continuation), len(tokens) - 1))
             if len(tokens) > 1:
                 windows.append((number, np.array(tokens, np.int64)))
-        here = self._topology
+        topology = self._topology
         rows = list(packed(windows, self._seq_len))
         sums = np.zeros((len(requests), 3))
-        own = rows[here.dp_rank :: here.dp_size]
-        for row, figures in scored_rows(self._model.logits, own, len(rows), self._seq_len, here, self._batch_size):
+        rank_rows = rows[topology.dp_rank :: topology.dp_size]
+        for row, figures in scored_rows(
+            self._model.logits, rank_rows, len(rows), self._seq_len, topology, self._batch_size
+        ):
             for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
                 # The last prediction of a piece is for its last token, and stands one place before that
                 sums[number] += figures[:, end - 1 - targets[number] : end - 1].sum(axis=1, dtype=np.float64)
-        totals = here.sum_over_dp(torch.from_numpy(sums).to(here.device)).cpu().numpy()
+        totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
         assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
         return [(-float(nll), bool(correct == count)) for nll, count, correct in totals]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in the harness's own windows: the last has as much context as fits."""
+        """Return the log-likelihood of whole texts, in the harness's windows; the last has as much context as fits."""
         parts: list[Request] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -105,11 +107,11 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         return [sum(values[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, each up to the first of its stop strings."""
-        here = self._topology
-        own = [self._continue(*request.args) for request in requests[here.dp_rank :: here.dp_size]]
-        answers = here.gather_objects(own)[:: here.tp_size]
-        return [answers[i % here.dp_size][i // here.dp_size] for i in range(len(requests))]
+        """Return greedy continuations, each up to the first of its stop strings."""
+        topology = self._topology
+        answered = [self._continue(*request.args) for request in requests[topology.dp_rank :: topology.dp_size]]
+        answers = topology.gather_objects(answered)[:: topology.tp_size]
+        return [answers[i % topology.dp_size][i // topology.dp_size] for i in range(len(requests))]
 
     @torch.no_grad()
     def _continue(self, context: str, options: dict[str, Any]) -> str:
@@ -139,7 +141,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
 def run_tasks(
     lm: HeadraceLM, tasks: Sequence[str], task_path: Path | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Runs tasks by name. Every rank calls it.
+    """Run tasks by name. Every rank must call it.
 
     Args:
         task_path: a folder with task files of one's own.
@@ -149,10 +151,10 @@ def run_tasks(
     Raises:
         ConfigError: if there is no task of a name.
     """
-    own = None if task_path is None else str(task_path)
-    manager = TaskManager(include_path=own, include_defaults=False)
+    folder = None if task_path is None else str(task_path)
+    manager = TaskManager(include_path=folder, include_defaults=False)
     if set(tasks) - set(manager.all_tasks):  # looking through the harness's own thousands takes seconds
-        manager = TaskManager(include_path=own)
+        manager = TaskManager(include_path=folder)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise ConfigError(f"--tasks: the harness knows no task {', '.join(unknown)}; give --task-path for your own")
     results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)

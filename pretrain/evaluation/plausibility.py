@@ -20,7 +20,7 @@ _NAMED = 5  # domains in a message
 
 
 def drawn_loss(config: ModelConfig) -> float:
-    """The loss to expect of drawn weights, in nats a token: ln(vocab_size), and more where logits are drawn widely.
+    """Return the loss to expect of drawn weights, in nats: ln(vocab_size), and more for widely drawn logits.
 
     The last norm leaves activations of length sqrt(dim), so logits are normally distributed with variance dim *
     init_std^2, and independent. The mean of the logsumexp of such logits is that of the random energy model.
@@ -32,7 +32,7 @@ def drawn_loss(config: ModelConfig) -> float:
 
 
 def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig, drawn: bool = False) -> None:
-    """Says what in an evaluation cannot be right.
+    """Warn of results in an evaluation that cannot be right.
 
     Args:
         records: the lines of evals.jsonl of one evaluation.

@@ -1,4 +1,4 @@
-"""What an evaluation found: sums of each document, figures of each domain, averages.
+"""The results of an evaluation: sums of each document, figures of each domain, averages.
 
 scoring -> scores -> {evals.jsonl, compare}.
 
@@ -45,7 +45,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Independent of the tokenizer, since the bytes are the same for all."""
+        """Loss in bits per byte of text: independent of the tokenizer, since the bytes are the same for all."""
         return self.nll / math.log(2) / max(self.text_bytes, 1)
 
     @property
@@ -54,7 +54,7 @@ class Score:
 
 
 def total(scores: Iterable[Score]) -> Score:
-    """The sums of several scores' sums."""
+    """Add up the sums of several scores."""
     listed = list(scores)
     return Score(
         nll=math.fsum(score.nll for score in listed),
@@ -87,7 +87,7 @@ class DocumentScores:
     text_bytes: npt.NDArray[np.int64]
 
     def by_domain(self) -> dict[str, Score]:
-        """The sums of each domain's documents, in the order of `domains`."""
+        """Return the sums of each domain's documents, in the order of `domains`."""
         sums = [
             np.bincount(self.domain, weights=values, minlength=len(self.domains)).tolist()
             for values in (self.nll, self.tokens, self.correct, self.text_bytes)
@@ -98,7 +98,7 @@ class DocumentScores:
         }
 
     def save(self, path: Path) -> None:
-        """Writes all of it, atomically: some 20 bytes a document."""
+        """Write all scores atomically: some 20 bytes a document."""
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         arrays = {field.name: np.array(getattr(self, field.name)) for field in fields(self)}
@@ -107,7 +107,8 @@ class DocumentScores:
 
     @staticmethod
     def load(path: Path) -> DocumentScores:
-        """
+        """Read what `save` wrote.
+
         Raises:
             CheckpointError: if the file is missing or was written by another version.
         """
@@ -121,7 +122,7 @@ class DocumentScores:
 
 
 def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
-    """The lines of evals.jsonl for one evaluation: each domain, then the averages.
+    """Return the lines of evals.jsonl for one evaluation: each domain, then the averages.
 
     `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
     `macro` over domains: the mean of each figure, and the perplexity that belongs to the mean loss, so that one large
@@ -145,8 +146,8 @@ def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
     return [*records, {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])}, micro]
 
 
-def write_down(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
-    """Adds one evaluation to a run's folder, or to that of a model; rank 0 alone. Returns the lines of evals.jsonl."""
+def record_scores(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
+    """Record one evaluation in a run's or a model's folder, on rank 0 alone. Return the lines of evals.jsonl."""
     scores.save(folder.document_scores(step, scores.suite))
     records = eval_records(step, scores)
     folder.evals.append(*records)
@@ -154,13 +155,13 @@ def write_down(folder: RunFolder, step: int, scores: DocumentScores) -> list[dic
 
 
 def evaluated_steps(folder: RunFolder, suite: str) -> set[int]:
-    """The steps of which the evaluation on a suite stands whole in evals.jsonl."""
+    """Return the steps whose evaluation on a suite is complete in evals.jsonl."""
     last = {"suite": suite, "domain": "micro"}
     return {int(str(record["step"])) for record in folder.evals.read() if record.items() >= last.items()}
 
 
 def labels(folder: RunFolder) -> list[str]:
-    """What stands in evals.jsonl under `suite`, in the order of first appearance."""
+    """List the labels in evals.jsonl, in the order of first appearance."""
     return list(dict.fromkeys(str(record["suite"]) for record in folder.evals.read()))
 
 
@@ -179,5 +180,5 @@ def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, objec
 
 
 def perplexity(nll_per_token: float) -> float:
-    """exp of a loss in nats; infinite beyond a float's range: a model that diverged is no reason to crash."""
+    """Return exp of a loss in nats; infinite beyond a float's range, since a diverged model must not crash the run."""
     return math.exp(nll_per_token) if nll_per_token < 700 else math.inf

@@ -24,7 +24,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
-    """Scores every document. All ranks call it, and all get the whole result.
+    """Score every document. Every rank must call it, and each returns the whole result.
 
     Args:
         batch_size: rows a rank scores at once.
@@ -55,7 +55,7 @@ def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: 
 def scored_rows(
     logits: Logits, rows: Sequence[Row], num_rows: int, seq_len: int, topology: Topology, batch_size: int
 ) -> Iterator[tuple[Row, npt.NDArray[np.float32]]]:
-    """Scores a rank's rows, batch by batch. All ranks iterate to the end, together.
+    """Score a rank's rows, batch by batch. All ranks must iterate to the end, together.
 
     Args:
         rows: of this dp rank: every dp_size-th of all.
@@ -75,7 +75,7 @@ def scored_rows(
 
 
 def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(tokens, segment_ids), int64 [batch_size, seq_len + 1]; pieces of a row count from 1, 0 is padding."""
+    """Return (tokens, segment_ids), int64 [batch_size, seq_len + 1]; a row's pieces count from 1, 0 is padding."""
     tokens = np.zeros((batch_size, seq_len + 1), np.int64)
     segment_ids = np.zeros_like(tokens)
     for i, row in enumerate(rows):

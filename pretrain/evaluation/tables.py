@@ -13,7 +13,7 @@ _AVERAGES = ("macro", "micro")
 
 
 def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
-    """Perplexity and bits per byte of each domain, at two times.
+    """Show the perplexity and bits per byte of each domain at two times.
 
     Args:
         before, after: lines of evals.jsonl; rows come in the order of `after`.
@@ -32,7 +32,7 @@ def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping
 
 
 def step_table(records: Sequence[Mapping[str, object]]) -> Table:
-    """All figures of each domain. `records`: the lines of evals.jsonl of one step and suite, one at least."""
+    """Show all figures of each domain. `records`: the lines of evals.jsonl of one step and suite, at least one."""
     table = Table(Column("domain", overflow="fold"), title=f"{records[0]['suite']}, step {records[0]['step']}")
     for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
         table.add_column(head, justify="right")
@@ -44,7 +44,7 @@ def step_table(records: Sequence[Mapping[str, object]]) -> Table:
 
 
 def difference_table(suite: str, names: tuple[str, str], differences: Sequence[Difference]) -> Table:
-    """Two models side by side; differences that are clear in colour, green where the second is better."""
+    """Show two models side by side, with clear differences in colour: green where the second is better."""
     table = Table(
         Column("domain", overflow="fold"),
         title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",
@@ -60,7 +60,7 @@ def difference_table(suite: str, names: tuple[str, str], differences: Sequence[D
 
 
 def task_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What the harness found, by task and figure."""
+    """Show the harness's results by task and figure."""
     table = Table("task", "figure", "value")
     for task, figures in results.items():
         for name, value in figures.items():

@@ -1,4 +1,4 @@
-"""What a model in another program's layout says of itself, held against ours. {hf, meta} -> description.
+"""The description of a model in another program's layout, compared with ours. {hf, meta} -> description.
 
 Nothing is guessed: a key that our model has no counterpart for is refused by name, and so is a model whose keys differ
 from those of the config that it is to be trained or run with.
@@ -22,14 +22,14 @@ _ARCHITECTURE = (
 
 
 @dataclass(frozen=True)
-class ForeignConfig:
-    """A model's description as found in a file.
+class ModelDescription:
+    """A model's architecture as a file describes it.
 
     Attributes:
-        file: which.
-        config: what it says, in our terms.
+        file: the file that describes it.
+        config: its content, in our terms.
         keys: our key -> the file's key.
-        context: tokens that it was made for.
+        context: tokens of context that the model was made for.
     """
 
     file: Path
@@ -38,7 +38,7 @@ class ForeignConfig:
     context: int
 
     def check(self, model: ModelConfig) -> None:
-        """Raises: ConfigError naming each key that differs from `model`, in both vocabularies."""
+        """Compare with our model's config. Raises: ConfigError naming each key that differs, in both vocabularies."""
         theirs, ours = architecture(self.config), architecture(model)
         differing = [
             f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
@@ -53,18 +53,18 @@ class ForeignConfig:
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:
-    """The keys of a model's config that decide what it computes, defaults filled in."""
+    """Return the keys of a model's config that decide what it computes, with defaults filled in."""
     values = config.model_dump(mode="json") | {"n_kv_heads": config.kv_heads, "ffn_dim": config.hidden_dim}
     return {key: values[key] for key in _ARCHITECTURE}
 
 
 def refuse(file: Path, key: str, value: object, wanted: str) -> ConfigError:
-    """For a key with a value that our model has no counterpart for."""
+    """Make the error for a key whose value our model has no counterpart for."""
     return ConfigError(f"{file}: {key}={value!r} is another architecture than Headrace trains, which has {wanted}")
 
 
 def required(file: Path, values: Mapping[str, object], key: str) -> object:
-    """A key's value. Raises: ConfigError if the file lacks it."""
+    """Return a key's value. Raises: ConfigError if the file lacks it."""
     if values.get(key) is None:
         raise ConfigError(f"{file}: the key {key} is missing; is this the description of a LLaMA model?")
     return values[key]

@@ -36,7 +36,7 @@ def export(
     tp_size: int = 1,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model and its tokenizer into a new folder.
+    """Write a model and its tokenizer into a new folder.
 
     Args:
         weights: where they are read from, one at a time.
@@ -49,7 +49,7 @@ def export(
     """
     specs = weight_specs(model)
     tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
-    with _appearing(to) as folder:
+    with _atomic_folder(to) as folder:
         if layout == "meta":
             check_splits(model, tp_size, "--tp")
             meta.write_params(folder, model)
@@ -66,8 +66,8 @@ def export(
 
 
 @contextmanager
-def _appearing(to: Path) -> Iterator[Path]:
-    """A folder beside `to` that gets its name once it is complete and durable."""
+def _atomic_folder(to: Path) -> Iterator[Path]:
+    """Yield a folder beside `to` that is renamed to it once it is complete and on disk."""
     if is_there(to):
         raise ConfigError(f"--to {to} is there already; name another folder, or remove it")
     partial = partial_name(to)

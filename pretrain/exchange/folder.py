@@ -21,7 +21,7 @@ Model = hf.HFModel | meta.MetaModel
 
 
 def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
-    """The model in a folder, of whichever layout it has.
+    """Open the model in a folder, in whichever layout it is.
 
     Args:
         expected: the config that it is to be used with.
@@ -43,13 +43,13 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
 
 
 def describe(folder: Path) -> str:
-    """A model's `model:` section for a run's config, as YAML. Raises: ConfigError if ours cannot be this model."""
+    """Return a model's `model:` section as YAML. Raises: ConfigError if Headrace's model cannot be this one."""
     values = architecture(open_model(folder).description.config)
     return dump({"init_from": str(folder), "model": values})
 
 
 def open_codec(folder: Path) -> Codec:
-    """The tokenizer in a model's folder: a SentencePiece model, else a tokenizer.json through the `tokenizers` library.
+    """Open the tokenizer in a model's folder: a SentencePiece model, else a tokenizer.json (`tokenizers` library).
 
     Raises:
         ConfigError: if there is neither.
@@ -77,11 +77,11 @@ def open_codec(folder: Path) -> Codec:
 
 
 def file_hashes(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """ "name hash" of each file in one share of a folder's files."""
+    """Return "name hash" of each file in one share of a folder's files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return [f"{path.name} {hash_file(path)}" for path in files[share::shares]]
 
 
 def content_hash(hashes: Sequence[str]) -> str:
-    """32 hex digits for all files of a folder, from what `file_hashes` gave for each share."""
+    """Return 32 hex digits for all files of a folder, from what `file_hashes` returned for each share."""
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(hashes)).encode())

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.exchange.description import ForeignConfig, refuse, required
+from pretrain.exchange.description import ModelDescription, refuse, required
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
@@ -41,7 +41,7 @@ _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def hf_name(name: str) -> str:
-    """What transformers calls one of our weights."""
+    """Return transformers' name of one of our weights."""
     name = name.removesuffix(".weight")
     if name in _OUTSIDE:
         return f"{_OUTSIDE[name]}.weight"
@@ -63,7 +63,7 @@ class HFModel:
         self._files = self._find()
 
     def _find(self) -> dict[str, Path]:
-        """Their name of each weight -> the file that holds it."""
+        """Map transformers' name of each weight to the file that holds it."""
         index, single = self.folder / INDEX, self.folder / SINGLE
         if index.exists():
             try:
@@ -72,7 +72,7 @@ class HFModel:
                 raise ConfigError(f"{index}: cannot be read as an index of weights: {error!r}") from None
             files = {name: self.folder / file for name, file in names.items()}
         elif single.exists():
-            with _opened(single) as file:
+            with _open_safetensors(single) as file:
                 files = dict.fromkeys(file.keys(), single)
         else:
             raise ConfigError(f"{self.folder} has neither {SINGLE} nor {INDEX}; other formats of weights are not read")
@@ -87,9 +87,9 @@ class HFModel:
         return files
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """A weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
+        """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
         spec, theirs = self.specs[name], hf_name(name)
-        with _opened(self._files[theirs]) as file:
+        with _open_safetensors(self._files[theirs]) as file:
             stored = file.get_slice(theirs)
             if tuple(stored.get_shape()) != spec.shape:
                 raise ConfigError(
@@ -100,7 +100,7 @@ class HFModel:
         return tensor
 
 
-def _opened(path: Path) -> Any:
+def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -111,8 +111,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def read_config(path: Path) -> ForeignConfig:
-    """What a config.json says of a LLaMA model.
+def read_config(path: Path) -> ModelDescription:
+    """Read a LLaMA model's config.json.
 
     Raises:
         ConfigError: naming the first key that our model has no counterpart for.
@@ -142,7 +142,7 @@ def read_config(path: Path) -> ForeignConfig:
     if head_dim * config.n_heads != config.dim:
         raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
     context = values.get("max_position_embeddings", 2048)  # the default of LlamaConfig, as above
-    return ForeignConfig(path, config, _KEYS, context)
+    return ModelDescription(path, config, _KEYS, context)
 
 
 def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -157,7 +157,7 @@ def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
 def write_config(
     folder: Path, config: ModelConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int | None]
 ) -> None:
-    """Writes config.json and generation_config.json.
+    """Write config.json and generation_config.json.
 
     Args:
         seq_len: tokens of context that it was trained with.
@@ -197,7 +197,7 @@ def write_config(
 def write_weights(
     folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    """Writes the weights, in several files and their index if they take more than `max_shard_bytes`."""
+    """Write the weights, in several files with an index if they take more than `max_shard_bytes`."""
     ours = {hf_name(name): name for name in specs}
     shapes = {theirs: specs[name].shape for theirs, name in ours.items()}
     parts = list(_parts(shapes, dtype.itemsize, max_shard_bytes))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.exchange.description import ForeignConfig, required
+from pretrain.exchange.description import ModelDescription, required
 from pretrain.model.attention import RopeScaling
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
@@ -33,17 +33,17 @@ _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_LENGTH = 1.0, 4.0, 8192
 
 
 def meta_name(name: str) -> str:
-    """What Meta's code calls one of our weights."""
+    """Return the name in Meta's code of one of our weights."""
     return name.replace("blocks.", "layers.").replace("embedding.", "tok_embeddings.")
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of queries or keys [heads * head_dim, dim] from our order into Meta's."""
+    """Reorder rows of queries or keys [heads * head_dim, dim] from our order into Meta's."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def halved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of queries or keys [heads * head_dim, dim] from Meta's order into ours."""
+    """Reorder rows of queries or keys [heads * head_dim, dim] from Meta's order into ours."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -61,14 +61,14 @@ class MetaModel:
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
             raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
-        self._parts = [_loaded(path) for path in paths]
-        self.description = self._described(folder / PARAMS, rope_scaling)
+        self._parts = [_load_part(path) for path in paths]
+        self.description = self._describe(folder / PARAMS, rope_scaling)
         self.specs = weight_specs(self.description.config)
         wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
         if unknown := sorted(self._parts[0].keys() - wanted):
             raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
 
-    def _described(self, path: Path, rope_scaling: RopeScaling | None) -> ForeignConfig:
+    def _describe(self, path: Path, rope_scaling: RopeScaling | None) -> ModelDescription:
         try:
             values: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -88,10 +88,10 @@ class MetaModel:
             "tie_embeddings": self._is_tied(dim),
         }
         context = values.get("max_seq_len", 2048)  # Meta's code is told when it is started; this is its default
-        return ForeignConfig(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
+        return ModelDescription(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
 
     def _embedding_dim(self, dim: object) -> int:
-        """Llama 1 and 2 split the embedding along its width, Llama 3 along the vocabulary."""
+        """Find how the embedding is split: Llama 1 and 2 split its width (1), Llama 3 the vocabulary (0)."""
         return 0 if self._part(0, "tok_embeddings.weight").shape[1] == dim else 1
 
     def _is_tied(self, dim: object) -> bool:
@@ -117,7 +117,7 @@ class MetaModel:
         return torch.cat([self._part(rank, name) for rank in range(len(self._parts))], dim)
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """A weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
+        """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
         spec, config = self.specs[name], self.description.config
         dim = self._embedding_dim(config.dim) if name == "embedding.weight" else spec.shard_dim
         whole = self._whole(meta_name(name), dim)
@@ -131,7 +131,7 @@ class MetaModel:
         return spec.slice_of(whole, index, count)
 
 
-def _loaded(path: Path) -> dict[str, Tensor]:
+def _load_part(path: Path) -> dict[str, Tensor]:
     try:
         part: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
@@ -140,7 +140,7 @@ def _loaded(path: Path) -> dict[str, Tensor]:
     return part
 
 
-def _scaling(path: Path, values: Mapping[str, Any], of_the_run: RopeScaling | None) -> dict[str, Any] | None:
+def _scaling(path: Path, values: Mapping[str, Any], from_run: RopeScaling | None) -> dict[str, Any] | None:
     if not values.get("use_scaled_rope"):
         return None
     factor = values.get("rope_scaling_factor")
@@ -151,16 +151,16 @@ def _scaling(path: Path, values: Mapping[str, Any], of_the_run: RopeScaling | No
             "high_freq_factor": values.get("rope_high_freq_factor", _HIGH_FREQ_FACTOR),
             "original_max_position_embeddings": _ORIGINAL_LENGTH,
         }
-    if of_the_run is None:
+    if from_run is None:
         raise ConfigError(
             f"{path}: use_scaled_rope=true does not say by how much; set model.rope_scaling: {{factor: 8.0}} for"
             " Llama 3.1, {factor: 32.0} for Llama 3.2"
         )
-    return of_the_run.model_dump()
+    return from_run.model_dump()
 
 
 def write_params(folder: Path, config: ModelConfig) -> None:
-    """Writes params.json. Raises: ConfigError if Meta's code cannot be this model."""
+    """Write params.json. Raises: ConfigError if Meta's code cannot be this model."""
     values: dict[str, object] = {
         "dim": config.dim,
         "n_layers": config.n_layers,
@@ -186,7 +186,7 @@ def write_params(folder: Path, config: ModelConfig) -> None:
 
 
 def _width(dim: int, hidden_dim: int) -> dict[str, object]:
-    """The keys from which Meta's code computes SwiGLU's width: 8/3 dim times a factor, up to the next multiple."""
+    """Return the keys from which Meta's code computes SwiGLU's width: 8/3 dim times a factor, rounded up."""
     multiple_of = 256 if hidden_dim % 256 == 0 else hidden_dim
     third = int(2 * (4 * dim) / 3)
     if -(-third // multiple_of) * multiple_of == hidden_dim:
@@ -198,7 +198,7 @@ def _width(dim: int, hidden_dim: int) -> dict[str, object]:
 def write_weights(
     folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], head_dim: int, dtype: torch.dtype, tp_size: int
 ) -> None:
-    """Writes consolidated.XX.pth for each of `tp_size` ranks, one after the other; one is in memory at a time.
+    """Write consolidated.XX.pth for each of `tp_size` ranks in turn; only one is in memory at a time.
 
     The embedding is split along the vocabulary, as in Llama 3; a tied output projection is written out.
     """

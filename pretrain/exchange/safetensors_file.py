@@ -21,7 +21,7 @@ TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:
-    """Writes one file and makes it durable.
+    """Write one file and flush it to disk.
 
     Args:
         shapes: of each tensor, in the file's order.

@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> None:
-    """Writes tokenizer.model, tokenizer.json and tokenizer_config.json.
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json.
 
     Args:
         source: the SentencePiece model.
@@ -58,7 +58,7 @@ def _write_json(path: Path, content: Json) -> None:
 
 
 def _inexpressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
-    """Where the `tokenizers` library does other than this model, found by comparing them; None if nowhere."""
+    """Say where the `tokenizers` library differs from this model, as found by comparing them; None if nowhere."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     if trainer.model_type != trainer.BPE:
@@ -123,7 +123,7 @@ def _sequence(name: str, type_id: int) -> Json:
 
 
 def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Json:
-    """SentencePiece merges the neighbours whose joint piece scores best; the library, those of the earliest merge."""
+    """Order the merges: SentencePiece merges the best-scoring neighbours first, the library the earliest listed."""
     normal = {p.piece: p.score for p in proto.pieces if p.type == proto.SentencePiece.NORMAL}
     merges = [
         (-score, -cut, piece[:cut], piece[cut:])
@@ -146,7 +146,7 @@ def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Json:
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
-    """Compares the pieces of a model's tokenizer, as its folder has it, with those of ours, by id.
+    """Compare the pieces of the tokenizer in a model's folder with those of ours, by id.
 
     Args:
         key: of the config, with its value, that names our tokenizer.
@@ -170,7 +170,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
 
 
 def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
-    """Id -> piece, and where it stands; None if the folder has no tokenizer in a format that is read."""
+    """Return the file and its pieces by id; None if the folder has no tokenizer in a format that is read."""
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         try:

@@ -16,7 +16,7 @@ from pretrain.model.weights import Weights, fill
 from pretrain.topology import ParallelConfig, Topology
 
 
-class BareModel:
+class ForwardModel:
     """The forward pass of a model.
 
     Args:
@@ -30,16 +30,16 @@ class BareModel:
         self.config = config
         self._topology = topology
 
-    def take(self, weights: Weights) -> None:
-        """Fills it with other weights of the same architecture."""
+    def set_weights(self, weights: Weights) -> None:
+        """Fill the model with other weights of the same architecture."""
         fill(self._model, weights, self._topology.tp_rank, self._topology.tp_size)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
-        """tokens, segment ids [B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size]."""
+        """Return this rank's slice of the logits [B, T, vocab_size / tp_size] of tokens [B, T]."""
         return self._model(tokens, segment_ids)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Tokens that follow those in the cache, [1, T] -> this rank's slice of the last one's logits."""
+        """Return this rank's slice of the logits after tokens [1, T] that follow those in the cache."""
         return self._model(tokens, cache=cache)[:, -1]

@@ -58,7 +58,7 @@ class Codec:
 
 
 def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
-    """With a SentencePiece model; `bos`: documents begin with BOS."""
+    """Return a codec of a SentencePiece model; `bos` says whether documents begin with BOS."""
     prefix = [tokenizer.bos_id] if bos else []
     return Codec(
         encode=lambda prompt: [*prefix, *tokenizer.encode(prompt)],
@@ -78,7 +78,7 @@ def generate(
     sampling: Sampling,
     topology: Topology,
 ) -> Iterator[str]:
-    """Yields the continuation of a prompt in stretches of whole characters; every rank gets the same.
+    """Yield a prompt's continuation in stretches of whole characters, the same on every rank.
 
     Args:
         next_logits: the model.
@@ -112,7 +112,7 @@ def generate(
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits [vocab_size]."""
+    """Sample one token id from logits [vocab_size]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     best, ids = logits.topk(min(sampling.top_k or len(logits), len(logits)))  # sorted, the most likely first
@@ -146,7 +146,7 @@ class TextStream:
         self._given = 0  # characters of the continuation
 
     def add(self, token_id: int) -> str:
-        """The text that is certain with one token more."""
+        """Return the text that is certain with one token more."""
         self._ids.append(token_id)
         text = self._text()
         found = [text.index(string) for string in self._stop if string in text]
@@ -159,7 +159,7 @@ class TextStream:
         return self._give(text, len(text) - held)
 
     def rest(self) -> str:
-        """What was held back and has come to its end now."""
+        """Return what was held back, at the end of the text."""
         text = self._text()
         return self._give(text, len(text))
 
@@ -172,5 +172,5 @@ class TextStream:
 
 
 def _overlap(text: str, string: str) -> int:
-    """Characters at the end of a text with which a string begins."""
+    """Count the characters at the end of a text with which a string begins."""
     return next((n for n in range(min(len(string), len(text)), 0, -1) if text.endswith(string[:n])), 0)

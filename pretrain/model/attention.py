@@ -25,7 +25,7 @@ AttentionBackend = Literal["sdpa", "flex"]
 
 
 def positions_in_pieces(segment_ids: Tensor) -> Tensor:
-    """Each token's position within its own piece, from 0. segment_ids [B, T] -> [B, T] int64."""
+    """Return each token's position within its piece, from 0. segment_ids [B, T] -> [B, T] int64."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -33,7 +33,7 @@ def positions_in_pieces(segment_ids: Tensor) -> Tensor:
 
 
 def attention_within_pieces(segment_ids: Tensor, backend: AttentionBackend) -> Attend:
-    """Causal attention that does not cross the bounds of a piece; made once a forward pass, used by every block.
+    """Return causal attention that stays within a piece; made once a forward pass, used by every block.
 
     Args:
         segment_ids: [B, T]; padding (0) attends to padding, so that its rows stay finite.
@@ -90,7 +90,7 @@ class RopeScaling(Config):
         return self
 
     def scaled(self, frequencies: Tensor) -> Tensor:
-        """Frequencies in radians a token, any shape; in between the two bounds they pass over linearly.
+        """Scale frequencies in radians a token, of any shape; between the two bounds the scale changes linearly.
 
         Source: Llama 3.1's reference code; Grattafiori et al. 2024, arXiv 2407.21783, section 3.4.2.
         """
@@ -102,7 +102,7 @@ class RopeScaling(Config):
 def rotary_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the two halves of a head alike.
+    """Return the cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the two halves of a head alike.
 
     Computed from the positions rather than kept as a buffer: casting a model to bf16 would round a buffer too, and
     bf16 cannot tell position 2049 from 2050.
@@ -119,7 +119,7 @@ def rotary_angles(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE to x [B, heads, T, head_dim], in fp32, and returns x's type."""
+    """Apply RoPE to x [B, heads, T, head_dim] in fp32, and return x's type."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

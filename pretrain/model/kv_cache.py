@@ -30,12 +30,12 @@ class KVCache:
         self.attends: list[Attend] = [self._attend_in(layer) for layer in range(n_layers)]
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The positions of the next tokens [B, T] in their documents, [B, T] int64."""
+        """Return the positions of the next tokens [B, T] in their documents, [B, T] int64."""
         rows, length = tokens.shape
         return torch.arange(self.length, self.length + length, device=tokens.device).expand(rows, length)
 
     def advance(self, count: int) -> None:
-        """Counts tokens that every layer has seen."""
+        """Count tokens that every layer has seen."""
         self.length += count
 
     def _attend_in(self, layer: int) -> Attend:

@@ -23,21 +23,21 @@ from torch.overrides import TorchFunctionMode
 
 
 def column_linear(in_features: int, out_features: int) -> nn.Module:
-    """x [..., in] -> this rank's slice of the outputs [..., out / tp_size]. Its weight is not initialized."""
+    """Make a layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], with undrawn weights."""
     with _Untouched():
         layer = ColumnParallelLinear(in_features, out_features, bias=False, gather_output=False, init_method=_undrawn)
     return _tagged(layer, shard_dim=0)
 
 
 def row_linear(in_features: int, out_features: int) -> nn.Module:
-    """This rank's slice of x [..., in / tp_size] -> the whole output [..., out]. Its weight is not initialized."""
+    """Make a layer from this rank's slice of x [..., in / tp_size] to the outputs [..., out], with undrawn weights."""
     with _Untouched():
         layer = RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
     return _tagged(layer, shard_dim=1)
 
 
 def vocab_embedding(vocab_size: int, dim: int) -> nn.Module:
-    """Token ids [...] -> embeddings [..., dim]; each rank holds vocab_size / tp_size rows. Not initialized."""
+    """Make an embedding [...] -> [..., dim] of which each rank holds vocab_size / tp_size undrawn rows."""
     with _Untouched():
         layer = VocabParallelEmbedding(vocab_size, dim, init_method=_undrawn)
     return _tagged(layer, shard_dim=0)
@@ -73,12 +73,12 @@ def _tagged(layer: nn.Module, shard_dim: int) -> nn.Module:
 
 
 def shard_dim(parameter: nn.Parameter) -> int | None:
-    """The dimension that this weight is split along over the tp ranks; None for a replicated weight."""
+    """Return the dimension that a weight is split along over the tp ranks; None for a replicated weight."""
     return getattr(parameter, "shard_dim", None)
 
 
 def full_shape(parameter: nn.Parameter) -> list[int]:
-    """The shape of the whole weight, of which this rank may hold a slice."""
+    """Return the shape of the whole weight, of which this rank may hold a slice."""
     shape = list(parameter.shape)
     dim = shard_dim(parameter)
     if dim is not None:
@@ -87,7 +87,7 @@ def full_shape(parameter: nn.Parameter) -> list[int]:
 
 
 def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's slice of a whole weight, as a view of it."""
+    """Return this rank's slice of a whole weight, as a view of it."""
     dim = shard_dim(parameter)
     if dim is None:
         return full
@@ -95,7 +95,7 @@ def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def on_sharded_activations(weight: Tensor) -> Tensor:
-    """A replicated weight, for use on activations of which each tp rank has a different slice.
+    """Return a replicated weight for use on activations of which each tp rank has a different slice.
 
     Each rank then computes only its slice's part of the weight's gradient; this sums the parts. Without it the ranks'
     copies of the weight drift apart, while the loss hardly shows it.
@@ -104,7 +104,7 @@ def on_sharded_activations(weight: Tensor) -> Tensor:
 
 
 def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """The negative log-likelihood of each target, without gathering the logits.
+    """Return the negative log-likelihood of each target, without gathering the logits.
 
     Args:
         logits: [..., vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
@@ -118,7 +118,7 @@ def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def vocab_parallel_logsumexp(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the whole vocabulary, [...] fp32, differentiable."""
+    """Return log(sum(exp(logits))) over the whole vocabulary, [...] fp32, differentiable."""
     logits = logits.float()
     largest = logits.detach().amax(dim=-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
@@ -129,7 +129,7 @@ def vocab_parallel_logsumexp(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vocab_parallel_argmax(logits: Tensor) -> Tensor:
-    """The most likely token id [...] int64 over the whole vocabulary; the lowest id where several are equal."""
+    """Return the most likely token id [...] int64 over the whole vocabulary; of equal ones, the lowest."""
     group, slice_size = get_model_parallel_group(), logits.shape[-1]
     best, index = logits.max(dim=-1)
     index = index + get_model_parallel_rank() * slice_size
@@ -142,7 +142,7 @@ def vocab_parallel_argmax(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What an evaluation asks of logits, without gathering them and without a gradient.
+    """Score each target for an evaluation, without gathering the logits and without a gradient.
 
     Args:
         logits: [B, T, vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
@@ -154,24 +154,24 @@ def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     nll, correct = torch.empty(targets.shape, device=logits.device), torch.empty_like(targets, dtype=torch.bool)
     first = get_model_parallel_rank() * logits.shape[-1]
     # Row by row: fp32 copies of a whole batch's logits would take more memory than its forward pass
-    for row, (own, wanted) in enumerate(zip(logits, targets, strict=True)):
-        place = wanted - first
-        here = (place >= 0) & (place < own.shape[-1])
-        found = own.gather(-1, torch.where(here, place, 0).unsqueeze(-1)).squeeze(-1).float()
-        found = reduce_from_model_parallel_region(torch.where(here, found, 0.0))
-        largest = own.amax(dim=-1).float()
+    for row, (row_logits, row_targets) in enumerate(zip(logits, targets, strict=True)):
+        column = row_targets - first
+        in_slice = (column >= 0) & (column < row_logits.shape[-1])
+        found = row_logits.gather(-1, torch.where(in_slice, column, 0).unsqueeze(-1)).squeeze(-1).float()
+        found = reduce_from_model_parallel_region(torch.where(in_slice, found, 0.0))
+        largest = row_logits.amax(dim=-1).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
-        sum_exp = torch.sub(own, largest.unsqueeze(-1)).exp_().sum(dim=-1)  # fp32, whatever the logits are
+        sum_exp = torch.sub(row_logits, largest.unsqueeze(-1)).exp_().sum(dim=-1)  # fp32, whatever the logits are
         nll[row] = reduce_from_model_parallel_region(sum_exp).log() + largest - found
-        # An argmax costs more than all the rest, and is asked only where the target may be it
+        # An argmax costs more than all the rest, so it is computed only where the target may be it
         likely = found == largest
         correct[row] = likely
-        correct[row, likely] = vocab_parallel_argmax(own[likely]) == wanted[likely]
+        correct[row, likely] = vocab_parallel_argmax(row_logits[likely]) == row_targets[likely]
     return nll, correct
 
 
 def gather_vocab(logits: Tensor) -> Tensor:
-    """The whole logits [..., vocab_size] of a few positions, for sampling; never for training."""
+    """Gather the whole logits [..., vocab_size] of a few positions, for sampling; never for training."""
     parts = [torch.empty_like(logits) for _ in range(get_model_parallel_world_size())]
     dist.all_gather(parts, logits.contiguous(), group=get_model_parallel_group())
     return torch.cat(parts, dim=-1)

@@ -11,12 +11,12 @@ from pretrain.topology import ParallelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Trainable parameters of the whole model; tied embeddings count once."""
+    """Count the trainable parameters of the whole model; tied embeddings count once."""
     return sum(math.prod(spec.shape) for spec in weight_specs(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Floating-point operations of forward and backward for one trained token, on full-length documents.
+    """Count floating-point operations, forward and backward, of one trained token in full-length documents.
 
     Two a weight of every matrix multiplication forward (the embedding is a look-up and has none) and twice that
     backward; plus, in each layer, the causal half of the seq_len x seq_len products of attention, twice (scores and
@@ -32,7 +32,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
-    """Bytes of a checkpoint of the whole model: weights as they are trained on, and what the optimizer keeps.
+    """Return the bytes of the whole model's checkpoint: the weights in training, and the optimizer's state.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.

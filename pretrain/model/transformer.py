@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         self._compiled = [torch.compile(block, dynamic=False) for block in self.blocks]
 
     def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Predicts each next token.
+        """Predict each next token.
 
         Args:
             tokens: [B, T] int64.
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draws every matrix from a generator of its own, seeded by its name: the same weights at every tp_size."""
+        """Draw every matrix from its own generator, seeded by its name: the same weights at every tp_size."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue  # the norms' weights are ones

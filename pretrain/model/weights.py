@@ -1,4 +1,4 @@
-"""Which weights a model has, by name, and where they may come from. {checkpoint, exchange} -> weights -> models.
+"""The weights of a model by name, and the sources that they are read from. {checkpoint, exchange} -> weights -> models.
 
 A weight's name is the one that it has in `Transformer`. Whatever holds a model - a run's checkpoint, files in another
 program's layout - answers to these names and hands out whole weights or slices of them, one at a time.
@@ -24,11 +24,11 @@ class WeightSpec:
     shard_dim: int | None = None
 
     def slice_of(self, whole: Tensor, index: int, count: int) -> Tensor:
-        """The slice of tensor-parallel rank `index` of `count`, a view."""
+        """Return the slice of tensor-parallel rank `index` of `count`, a view."""
         return whole if self.shard_dim is None else whole.chunk(count, self.shard_dim)[index]
 
     def bounds(self, index: int, count: int) -> tuple[slice, ...]:
-        """The same slice as an index into the whole weight."""
+        """Return the same slice as an index into the whole weight."""
         bounds = [slice(0, size) for size in self.shape]
         if self.shard_dim is not None:
             size = self.shape[self.shard_dim] // count
@@ -40,11 +40,11 @@ class Weights(Protocol):
     """Somewhere that a model's weights can be read from, one after the other."""
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """The slice of a weight that tensor-parallel rank `index` of `count` holds, on the CPU, in its stored type."""
+        """Read a weight's slice of tensor-parallel rank `index` of `count`, on the CPU, in its stored type."""
 
 
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """All weights of a model in the order in which its layers use them; a tied output projection is no weight."""
+    """List all weights in the order in which the layers use them; a tied output projection is not one."""
     dim, head_dim, hidden = config.dim, config.head_dim, config.hidden_dim
     queries, keys = config.n_heads * head_dim, config.kv_heads * head_dim
     block = {
@@ -72,13 +72,13 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 
 @torch.no_grad()
 def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
-    """Gives every parameter of a model its values, rounded to the parameter's type where that is narrower."""
+    """Give every parameter of a model its values, rounded where the parameter's type is narrower."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights.read(name, tp_rank, tp_size))
 
 
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
-    """Raises: ConfigError naming what of a model `tp_size` ranks cannot divide; `key` is what the user set it with."""
+    """Check that `tp_size` ranks can divide a model. Raises: ConfigError; `key` is what the user set it with."""
     for name, value in (
         ("n_heads", config.n_heads),
         ("n_kv_heads", config.kv_heads),

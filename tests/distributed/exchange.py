@@ -28,7 +28,7 @@ def engine_with(topology: Topology, model: Path, zero_stage: int, precision: str
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
     derived = deepspeed_config(parallel, OPTIM, precision, {})
     engine = Engine(source.description.config, OPTIM, parallel, derived, 1, 1, topology, seed=3)
-    engine.take(source)
+    engine.set_weights(source)
     return engine
 
 

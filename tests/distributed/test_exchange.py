@@ -11,7 +11,7 @@ from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.exchange.export import export
 from pretrain.exchange.folder import open_codec, open_model
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import generate
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, Topology
@@ -47,8 +47,8 @@ def test_import_and_export_copy_every_bit(
         assert same_files(tmp_path / "model", tmp_path / f"{name}-out"), name
         half = weights.read("blocks.1.attention.wo.weight", 1, 2)
         assert torch.equal(half, ours.blocks[1].attention.wo.weight.chunk(2, 1)[1])
-    alone = BareModel(ours.config, ParallelConfig(), "fp32", topology)
-    alone.take(open_model(tmp_path / "model"))
+    alone = ForwardModel(ours.config, ParallelConfig(), "fp32", topology)
+    alone.set_weights(open_model(tmp_path / "model"))
     codec = open_codec(tmp_path / "model")
     assert (
         "".join(generate(alone.next_logits, 2, 32, codec, PROMPT, SAMPLING, topology))

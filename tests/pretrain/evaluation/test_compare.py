@@ -11,7 +11,7 @@ import pytest
 
 from launch.evaluate import main
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
-from pretrain.evaluation.checkpoints import as_they_appear
+from pretrain.evaluation.checkpoints import new_checkpoints
 from pretrain.evaluation.compare import chosen_suites, compare, draw, only_in_one
 from pretrain.evaluation.scores import DocumentScores
 from pretrain.run.run_folder import RunFolder
@@ -137,9 +137,9 @@ def test_checkpoints_are_named_as_they_appear_until_the_last(tmp_path: Path) -> 
     save(2)
     save(4)
     coming = [6, 8]
-    found = as_they_appear(store, {2}, lambda: 8, lambda: False, 1.0, lambda _: save(coming.pop(0)))
+    found = new_checkpoints(store, {2}, lambda: 8, lambda: False, 1.0, lambda _: save(coming.pop(0)))
     assert list(found) == [4, None, 6, None, 8]
     slept: list[float] = []
-    abandoned = as_they_appear(store, {2, 4, 6, 8}, lambda: 9, lambda: True, 600.0, slept.append)
+    abandoned = new_checkpoints(store, {2, 4, 6, 8}, lambda: 9, lambda: True, 600.0, slept.append)
     assert set(abandoned) == {None}
     assert sum(slept) == 3000.0, "an hour after the last sign of work"

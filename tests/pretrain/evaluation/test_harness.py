@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="needs the extra: pip install -e '.[eval]'
 from lm_eval.api.instance import Instance
 
 from pretrain.evaluation.harness import HeadraceLM, run_tasks
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
 from pretrain.topology import ParallelConfig, Topology
 from shards import Tokenizer
@@ -34,8 +34,8 @@ def lm(topology: Topology, weights: dict[str, torch.Tensor]) -> HeadraceLM:
         def read(self, name: str, index: int = 0, count: int = 1) -> torch.Tensor:
             return weights[name]
 
-    model = BareModel(engine_of(topology, 1).model.config, ParallelConfig(), "fp32", topology)
-    model.take(InMemory())
+    model = ForwardModel(engine_of(topology, 1).model.config, ParallelConfig(), "fp32", topology)
+    model.set_weights(InMemory())
     return HeadraceLM(model, Tokenizer(TOKENIZER), SEQ_LEN, topology, batch_size=3)
 
 

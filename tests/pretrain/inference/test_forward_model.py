@@ -1,11 +1,11 @@
-"""A bare model continues a document as it scores it, at any length, and compiles nothing."""
+"""A forward model continues a document as it scores it, at any length, and compiles nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pretrain.inference.forward_model import BareModel
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import ParallelConfig, Topology
@@ -18,7 +18,7 @@ def test_generating_gives_what_scoring_gives_and_neither_compiles(
 ) -> None:
     monkeypatch.setattr(torch, "compile", None)
     monkeypatch.setattr(torch.nn.Module, "compile", None)
-    model = BareModel(CONFIG, ParallelConfig(compile=True), "fp32", topology)
+    model = ForwardModel(CONFIG, ParallelConfig(compile=True), "fp32", topology)
     torch.manual_seed(0)
     for parameter in model._model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
