@@ -1,6 +1,6 @@
-"""The whole configuration of a run: composes the parts that other modules own, and checks them against each other.
+"""The whole configuration of a run: it composes the parts that other modules own, and checks them together.
 
-file, overrides -> config_file -> RunConfig -> {start, loop, commands}. What is wrong is said all at once, at the start.
+file, overrides -> config_file -> RunConfig -> {start, loop, commands}. All findings are reported at once.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from shards.config_errors import explain, listed, multiples_near
 
 
 class RunPart(Config):
-    """Which run it is."""
+    """The name and place of a run, and its seed."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of its folder, and in wandb
-    dir: Path = Path("runs")  # where run folders lie; relative to the current folder
-    seed: int = Field(0, ge=0)  # orders the data, draws the weights and dropout
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # name of the run's folder, and of the run in wandb
+    dir: Path = Path("runs")  # folder of all run folders; relative to the current folder
+    seed: int = Field(0, ge=0)  # decides the order of the data, the initial weights and dropout
 
 
 class TrainConfig(Config):
-    """How long, and in what portions. A row is data.seq_len + 1 tokens."""
+    """The length of a training and the size of its batches. A row is data.seq_len + 1 tokens."""
 
-    # Either of the two ends the run
+    # Exactly one of the two is set, and ends the run
     steps: int | None = Field(None, ge=1)  # optimizer steps
-    epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule has the steps that these will take
+    epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule spans the steps that they take
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
-    # Rows of one forward pass on one dp rank: memory grows with it, results do not change. None: all that a rank has
+    # Rows of one forward pass on one dp rank: it changes memory, not results. None: all rows of a rank
     micro_batch_size: int | None = Field(None, ge=1)
-    # A step whose loss or gradient norm is not finite changes nothing. Then the run goes on (skip), or ends without
+    # A step whose loss or gradient norm is not finite changes nothing. The run then goes on (skip), or ends without
     # saving (stop); the step's documents are listed in the run's folder, under nonfinite/
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    # A step, or a batch of an evaluation, that takes longer ends the process: its stacks in the log, exit code 75
+    # A step or an evaluation's batch that takes longer ends the process with exit code 75 and its stacks in the log
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    # Such steps in a row at which a run that skips them ends too; and so does one whose batches have nothing to predict
+    # This many such steps in a row end the run even if they are skipped; so do batches without anything to predict
     max_nonfinite: int = Field(10, ge=1)
 
     @model_validator(mode="after")
@@ -70,17 +70,17 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
-    """One run. Frozen, and consistent in all that does not depend on the number of ranks; for that there is `check`."""
+    """One run. It is consistent in all that does not depend on the number of ranks; `check` covers the rest."""
 
     run: RunPart
     model: ModelConfig
-    # A folder with a model of Hugging Face's or Meta's layout: its weights instead of drawn ones, before the first step
+    # Folder of a model in Hugging Face's or Meta's layout, whose weights the run begins with; None: they are drawn
     init_from: Path | None = None
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
-    precision: Precision = "bf16"  # of the weights in forward and backward pass; the optimizer's are fp32
+    precision: Precision = "bf16"  # type of the weights in forward and backward pass; the optimizer's are fp32
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -173,7 +173,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
     except ValidationError as error:
         lines = explain(error, RunConfig, origins=origins, file=str(path))
         if {finding["type"] for finding in error.errors()} != {"value_error"}:
-            # pydantic compares no sections while one of them is wrong; the user would hear of it at the next try
+            # pydantic does not compare sections while one is wrong, so the user would learn of the rest at the next try
             lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]
     raise ConfigError("\n".join(lines))
 
@@ -191,12 +191,12 @@ def _fill_in(tree: dict[str, Any], begun: bool) -> None:
                 source["max_epochs"] = train["epochs"]
 
 
-# What may change when a run goes on; the first pattern that fits a key counts. A key that none fits may not change.
+# Keys that may change when a run goes on: the first pattern that matches decides, and no match means no.
 _MAY_CHANGE = (
     ("run.seed", False),  # orders the data, seeds dropout
     ("run.*", True),  # the folder may have been moved
     ("model.*", False),  # the weights would not fit, or mean something else
-    # The loader compares contents, so files may move; what else decides which token stands where may not change
+    # The loader compares contents, so files may move; nothing else that decides the tokens of a batch may change
     *(
         (f"{section}.{key}{below}", True)
         for section, keys in (("data.sources.*", SourceConfig.MAY_CHANGE), ("data", DataConfig.MAY_CHANGE))
@@ -204,11 +204,11 @@ _MAY_CHANGE = (
         for below in ("", ".*")
     ),
     ("data.*", False),
-    ("train.global_batch_size", False),  # which rows a step is made of
-    ("train.epochs", False),  # which rows there are
+    ("train.global_batch_size", False),  # decides which rows a step has
+    ("train.epochs", False),  # decides which rows there are
     ("train.*", True),
-    ("optim.*", True),  # a schedule that is changed on purpose, from here on
-    ("precision", False),  # the optimizer's state has another shape
+    ("optim.*", True),  # a schedule may be changed on purpose
+    ("precision", False),  # the optimizer's state differs in shape
     ("parallel.*", True),  # a checkpoint is converted for another layout
     ("checkpoint.*", True),
     ("evaluation.*", True),
@@ -219,7 +219,7 @@ _MAY_CHANGE = (
 
 
 class Change(NamedTuple):
-    """A key whose value differs; None also where a config does not have it."""
+    """A key whose value differs; a value is None also where a config lacks the key."""
 
     key: str
     old: JsonValue
@@ -235,7 +235,7 @@ def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], li
     before, after = dict(_leaves("", _effective(old))), dict(_leaves("", _effective(new)))
     keys = [*before, *(key for key in after if key not in before)]
     changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-    # A number of lanes that is left out follows from the data; the run's fingerprint has it, and compares it
+    # Without a number of lanes it follows from the data, and the comparison of fingerprints covers it
     changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
     return [c for c in changes if not may_change(c.key)], [c for c in changes if may_change(c.key)]
 
@@ -319,7 +319,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
-    """Say what makes a tokenizer of so many pieces go with tensor parallelism; empty if it does as it is."""
+    """Say how to split a tokenizer of so many pieces by tensor parallelism; empty if it can be split already."""
     if pieces % tp_size == 0:
         return ""
     divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])

@@ -1,4 +1,4 @@
-"""A YAML file and `key.path=value` overrides -> one plain tree, and where each key stands.
+"""A YAML file and `key.path=value` overrides -> one plain tree, and the place where each key was written.
 
 file -> config_file -> config. YAML as version 1.2 reads it, since PyYAML's 1.1 has traps: there
 `3e-4` is a string, `off` is false, `12:30` is 750.
@@ -26,7 +26,7 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"true$|True$|TRUE$|false$|False$|FALSE$")
 _NULL = re.compile(r"~$|null$|Null$|NULL$|$")
-# In this order: the first that matches counts, and every int looks like a float
+# The order matters: the first match wins, and every int looks like a float
 _SCALARS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT), ("merge", re.compile(r"<<$")))
 
 
@@ -69,8 +69,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Origins]
     """Read a file and apply `key.path=value` overrides; a number in a path is a position in a list.
 
     Raises:
-        ConfigError: if the file cannot be read or parsed, or an override fits nowhere. Whether keys and values are
-            right is not judged here.
+        ConfigError: if the file cannot be read or parsed, or an override fits nowhere. Keys and values are not checked.
     """
     tree, origins = _parse(_text_of(path), str(path)) or ({}, {})
     if not isinstance(tree, dict):
@@ -105,7 +104,7 @@ def _parse(text: str, where: str) -> tuple[Any, Origins] | None:
             return None
         origins: Origins = {}
         _note_lines(node, "", where, origins)
-        # Through JSON: an alias shares its value with the anchor, and an override of the one would change the other
+        # A copy through JSON, since an alias shares its value with the anchor and an override would change both
         return json.loads(json.dumps(loader.construct_document(node))), origins
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -127,7 +126,7 @@ def _note_lines(node: yaml.Node, path: str, where: str, origins: Origins) -> Non
         below = [(str(i), item, item) for i, item in enumerate(node.value)]
     for name, named, value in below:
         key = f"{path}.{name}" if path else name
-        origins[key] = f"{where}:{named.start_mark.line + 1}"  # of the key: its value may begin further down
+        origins[key] = f"{where}:{named.start_mark.line + 1}"  # the line of the key; its value may begin further down
         _note_lines(value, key, where, origins)
 
 

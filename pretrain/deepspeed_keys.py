@@ -19,7 +19,7 @@ from shards import ConfigError
 
 DeepSpeedConfig = dict[str, Any]  # in DeepSpeed's own JSON schema
 
-# Key -> the type of its values. Before one is added, tests/distributed/deepspeed_keys.py has to try it
+# Key -> the type of its values. Before adding one, try it in tests/distributed/deepspeed_keys.py
 ALLOWED: dict[str, type[int] | type[bool]] = {
     "dump_state": bool,
     "memory_breakdown": bool,

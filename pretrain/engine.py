@@ -37,7 +37,7 @@ from shards import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step found, the same on every rank.
+    """The results of one optimizer step, the same on every rank.
 
     Attributes:
         loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. Like the
@@ -117,9 +117,9 @@ class Engine:
             eps=optim_config.eps,
             fused=True,  # one pass over ZeRO's flat partition, on CPU and GPU
         )
-        # Compiled at the first start on CPUs (a minute, and a compiler), used for inference only
+        # On CPUs the first start would compile this op, which takes a minute and only inference uses it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at six moments
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use six times
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -128,7 +128,7 @@ class Engine:
                 dist_init_required=False,
             )
 
-        # It would copy two scripts into every checkpoint; `python -m deepspeed.utils.zero_to_fp32` is one of them
+        # DeepSpeed would copy two of its scripts into every checkpoint, which the package has anyway
         self.deepspeed._copy_recovery_script = lambda folder: None
 
     def train_step(
@@ -164,7 +164,7 @@ class Engine:
             with meter.part("forward_backward"), seeded(dropout_seed, tokens.device):
                 nll, z_loss = self._losses(ids, segments)
                 loss = nll + z_loss
-                # DeepSpeed leaves a step out, on all ranks, whose gradient is not finite; an infinite loss may have one
+                # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
                 loss = loss * torch.where(loss.isfinite(), scale, torch.nan)
                 self.deepspeed.backward(loss, scale_wrt_gas=False)
             sums += torch.stack((nll.detach(), z_loss.detach())).double()
@@ -182,7 +182,7 @@ class Engine:
         ZeRO-1 and 2 with offload clear them only after a step that was applied. The next step would add to them, and
         so no step would ever be finite again.
         """
-        # BF16_Optimizer, which is ZeRO-1 in bf16 without offload, has no such dictionary
+        # BF16_Optimizer (ZeRO-1 in bf16 without offload) has no such dictionary
         getattr(self.deepspeed.optimizer, "averaged_gradients", {}).clear()
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class Engine:
         topology = self.topology
         for name, parameter in self.model.named_parameters():
             value = weights.read(name, topology.tp_rank, topology.tp_size).to(topology.device, torch.float32)
-            # Of ZeRO-3, where a rank has a part of the weight, all dp ranks get dp rank 0's
+            # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
             if hasattr(parameter, "ds_id"):
@@ -239,7 +239,7 @@ class Engine:
             str(folder),
             tag="engine",
             client_state={"universal_checkpoint_info": self._universal_info},
-            save_latest=False,  # what is newest is the store's to say, and DeepSpeed writes it non-atomically
+            save_latest=False,  # the store decides which is newest, and DeepSpeed writes that file non-atomically
         )
 
     def load(self, folder: Path) -> None:
@@ -263,7 +263,7 @@ class Engine:
         )
         self._load(folder / f"tp_{topology.tp_rank}", universal=True)
         for state in self.deepspeed.optimizer.optimizer.state.values():
-            # A tensor that counts in place: DeepSpeed leaves one for all groups, and on the CPU
+            # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
 
     def _load(self, folder: Path, universal: bool) -> None:
@@ -274,7 +274,7 @@ class Engine:
             raise CheckpointError(f"{folder / 'engine'} does not fit this model: {error}") from error
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
-        # Loading brings back the hyperparameters of the old config; those of this one apply
+        # Loading restores the hyperparameters of the old config, but this config's apply
         for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
             group["weight_decay"] = weight_decay
             group["betas"] = self.optim_config.betas

@@ -9,7 +9,7 @@ import warnings
 from rich.console import Console
 from rich.logging import RichHandler
 
-# Of these only warnings and worse are news
+# These loggers are quiet below warnings
 _NOISY = ("torch.distributed", "urllib3", "fsspec", "filelock", "datasets", "wandb", "matplotlib")
 
 
@@ -32,11 +32,11 @@ def set_up(rank: int) -> None:
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # DeepSpeed's collectives, by names that torch is about to drop: nothing that a user could change
+    # DeepSpeed calls collectives by names that torch is about to drop, which a user cannot change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # DeepSpeed sets its logger's level when it is imported, which may be later; a filter stays, and is not added twice
+    # DeepSpeed sets its logger's level on import, which may be later; a filter stays, and is not added twice
     logging.getLogger("DeepSpeed").addFilter(_is_news)
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class ParallelConfig(Config):
-    """How the model and its training state are laid over ranks, and what is traded for memory."""
+    """The layout of the model and its training state over ranks, and what is traded for memory."""
 
     tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
     zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
@@ -59,7 +59,7 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands.
+    """The place of this process among all ranks.
 
     Attributes:
         rank, world_size: among all processes of the run.
@@ -148,7 +148,7 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, in the names that Megatron gave it; fairscale's own module lacks half."""
+    """The functions that DeepSpeed asks of an `mpu`, under Megatron's names; fairscale's own module lacks half."""
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()
@@ -254,10 +254,10 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
     world_size = int(environment["WORLD_SIZE"])
     dp_size = dp_size_of(world_size, parallel)
     device = _device(int(environment["LOCAL_RANK"]))
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # from which DeepSpeed takes the number of its device
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device's number from it
     timeout = timedelta(minutes=parallel.timeout_minutes)
     if parallel.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.use_deterministic_algorithms(True)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -278,16 +278,16 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         dp_size=dp_size,
         device=device,
     )
-    # Not after an error: on NCCL leaving a group waits for ranks that may be gone
+    # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: timedelta) -> None:
-    """Form this rank's tensor- and data-parallel group, and tell fairscale's layers of them.
+    """Form this rank's tensor- and data-parallel group, and register them with fairscale's layers.
 
-    fairscale's own function forms a group of one rank for every pipeline slot besides, each of which all ranks wait
-    for: 98 groups at 64 ranks, most of them for nothing. Under NCCL a mesh splits the world once for each dimension.
+    fairscale's own function also forms a group of one rank for every pipeline slot, and all ranks wait for each: 98
+    groups at 64 ranks, most of them unused. Under NCCL a mesh splits the world once for each dimension.
     """
     mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
     fairscale_groups._DATA_PARALLEL_GROUP = mesh.get_group("dp")

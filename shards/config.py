@@ -1,4 +1,4 @@
-"""What the user says about the data: sources, row length, packing, workers. The first thing the loader is handed."""
+"""The user's settings of the data: sources, row length, packing, workers. config -> loader."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +22,8 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
 DEFAULT_MAX_LANES = 1024
-LANE_BYTES = 64 * MIB  # raw, of all sources: what a lane should have at least, where the number is not given
-PLAN_VERSIONS = (1, 2)  # of the rules by which data is dealt out; the newest last
+LANE_BYTES = 64 * MIB  # raw bytes of all sources per lane, at least, where the number of lanes is not given
+PLAN_VERSIONS = (1, 2)  # versions of the rules by which data is dealt out; the newest last
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
 
@@ -82,7 +82,7 @@ Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
 class SourceConfig(Config):
     """A named list of shards, or a data set, with a weight."""
 
-    # Keys that a run may change when it goes on: contents are compared instead, or no token depends on them
+    # Keys that a run may change when it goes on, since contents are compared instead or no token depends on them
     MAY_CHANGE: ClassVar = frozenset(
         {"paths", "dataset", "dataset_config", "split", "revision", "id_key", "source_from"}
     )
@@ -90,15 +90,15 @@ class SourceConfig(Config):
     name: Name  # as it appears in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
     dataset: str | None = None  # instead of paths: an HF data set: a local file or folder, or its name on the hub
-    dataset_config: str | None = None  # of its configurations, where it has several
-    split: str = "train"  # of the data set
-    revision: str | None = None  # of a data set on the hub; None = the newest
+    dataset_config: str | None = None  # which of the data set's configurations, where it has several
+    split: str = "train"  # split of the data set
+    revision: str | None = None  # revision of a data set on the hub; None = the newest
     weight: float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
     # Passes over the source, then it leaves the mix; None = no limit
     max_epochs: int | None = Field(default=None, ge=1)
-    text_key: Name = "text"  # of the text in a record, as in the Pile and Dolma
-    input_ids_key: Name | None = None  # of token ids in a data set, taken as they are; None = the text is tokenized
-    id_key: Name = "id"  # of the record's id, where it has one (Dolma)
+    text_key: Name = "text"  # key of the text in a record, as in the Pile and Dolma
+    input_ids_key: Name | None = None  # column of token ids in a data set; None = the text is tokenized
+    id_key: Name = "id"  # key of the record's id, where it has one (Dolma)
     source_from: str | None = None  # key of a sub-source to count apart in metrics, e.g. meta.pile_set_name
 
     @model_validator(mode="after")
@@ -111,10 +111,10 @@ class SourceConfig(Config):
 
 
 class RemoteCache(Config):
-    """Where what was read of remote shards is kept, to be read again without the network."""
+    """A local copy of what was read of remote shards, to be read again without the network."""
 
     dir: Path  # on a local disk; shared by all processes of a node, and by runs
-    max_bytes: int = Field(ge=16 * MIB)  # of disk that it may take; the least recently used goes first
+    max_bytes: int = Field(ge=16 * MIB)  # the most disk space that it may take; the least recently used blocks go first
 
 
 class Decontamination(Config):
@@ -122,10 +122,10 @@ class Decontamination(Config):
 
     suite: Path  # a folder or a YAML file, as in evaluation.suite
     splits: tuple[Name, ...] = Field(default=("val", "test"), min_length=1)  # of the suite
-    # What has to be the same, apart from case, forms of characters and kinds of quotes, dashes and white space: a line
-    # without the white space at its ends, or so many words in turn wherever they stand
+    # What has to match, ignoring case, forms of characters and kinds of quotes, dashes and white space: a whole line
+    # without the white space at its ends, or min_tokens consecutive words anywhere
     match: Literal["paragraph", "ngram"] = "paragraph"
-    # Words of a paragraph, at least; words of an n-gram. A Han or Kana character is a word
+    # The fewest words of a paragraph, or the words of an n-gram. A Han or Kana character is a word
     min_tokens: int = Field(default=13, ge=1)
 
 
@@ -137,7 +137,7 @@ class WeightChange(Config):
 
 
 class DataConfig(Config):
-    """Everything that decides what the batches hold, and how they are made."""
+    """Everything that decides the content of batches, and how they are made."""
 
     # As in SourceConfig; every other key decides what a batch holds
     MAY_CHANGE: ClassVar = frozenset(
@@ -152,26 +152,26 @@ class DataConfig(Config):
     packing: Packing = "best_fit"
     # Streams of rows, fixed for a run's life; None = as many as divide a batch and have 64 MiB each, at most 1024
     lanes: int | None = Field(default=None, ge=1)
-    # Of the rules that say which row comes when; None = the run's own, of a new run the newest
+    # Version of the rules that decide the order of rows; None = the run's own, or the newest for a new run
     plan_version: Literal[1, 2] | None = None
     bos: bool = True  # begin each document with the tokenizer's BOS
     eos: bool = True  # end each document with the tokenizer's EOS
     weight_changes: tuple[WeightChange, ...] = ()  # in order of their steps
 
-    on_bad_record: Literal["fail", "skip"] = "fail"  # a line that is no JSON object with a text
+    on_bad_record: Literal["fail", "skip"] = "fail"  # a bad record is a line that is not a JSON object with a text
     # Records skipped on one rank before it fails; None = no limit
     max_bad_records: int | None = Field(default=None, ge=0)
 
-    decontaminate: Decontamination | None = None  # None = no document is dropped for what it says
+    decontaminate: Decontamination | None = None  # None = no document is dropped for its content
 
     window_bytes: int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
-    index_dir: Path | None = None  # of indexes and manifests; None = beside the shards, or the user's cache
+    index_dir: Path | None = None  # folder of indexes and manifests; None = beside the shards, or the user's cache
     max_index_at_start: int = Field(default=20 * 10**9, ge=0)  # raw bytes a training start may index by itself
     max_decoder_window: int = Field(
         default=DEFAULT_MAX_DECODER_WINDOW, ge=1024
-    )  # bytes of zstd window; --long=31 needs 2 GiB
+    )  # bytes of zstd's decoder window; --long=31 needs 2 GiB
 
-    remote_cache: RemoteCache | None = None  # of remote shards; None = what is read again is fetched again
+    remote_cache: RemoteCache | None = None  # cache of remote shards; None = what is read again is fetched again
 
     num_workers: int = Field(default=1, ge=0)  # processes that make windows; 0 = in the loading process
     prefetch_bytes: int = Field(default=128 * MIB, ge=0)  # raw bytes of windows made ahead of their use

@@ -1,4 +1,4 @@
-"""Says what is wrong in a config so that the user can put it right. config -> config_errors -> the user."""
+"""Explain what is wrong in a config so that the user can correct it. config -> config_errors -> the user."""
 
 import difflib
 import json
@@ -32,7 +32,7 @@ def explain(
     lines = []
     for path, items in findings.items():
         if any(other[: len(path)] == path and other != path for other in findings):
-            continue  # what is wrong below it is the reason
+            continue  # the finding below it is the reason
         keys = [".".join((*above, *path[:n])) for n in range(len(path), 0, -1)]
         where = next((origins[key] for key in keys if key in origins), file) if origins else file
         lines += [f"{where}: {line}" if where else line for line in _sentence(root, above, path, items).splitlines()]
@@ -62,7 +62,7 @@ def _sentence(
         return f"{key}: missing, and it has no default"
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        return f"{key}: {message}" if key else message  # those of the whole tree name their keys
+        return f"{key}: {message}" if key else message  # findings about the whole tree name their keys
     wanted = dict.fromkeys(_wanted(item) for item in items)
     return f"{key}: {json.dumps(first['input'], default=str)} is wrong; it should be {' or '.join(wanted)}"
 
@@ -105,7 +105,7 @@ def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, 
 def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
     """Yield a pydantic location's keys, without the names of union members that it puts between them."""
     models = [root]
-    open_keys = False  # in a mapping whose keys are the user's
+    open_keys = False  # inside a mapping whose keys the user chooses
     for i, part in enumerate(location):
         annotations = [
             m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields

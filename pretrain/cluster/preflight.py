@@ -1,6 +1,6 @@
-"""What can be known of a run before it waits in a queue: does it fit GPUs, disk and time, and is its data there.
+"""Check a run before it waits in a queue: whether it fits GPUs, disk and time limit, and whether its data is there.
 
-config, job -> preflight -> findings -> launch/submit.py. Each check looks at one thing and says all that it found.
+config, job -> preflight -> findings -> launch/submit.py. Each check looks at one thing and reports all its findings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.run.lease import Holder
 from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
-# Decimal GB of one device, by what clusters call it in gres.conf; where a name is sold in two sizes, the smaller
+# Decimal GB of one device by its usual name in gres.conf; of a name sold in two sizes, the smaller
 _GPU_GB = {
     "v100": 16, "p100": 16, "t4": 16, "a10": 24, "l4": 24, "rtx4090": 24, "rtx3090": 24, "a30": 24, "v100_32gb": 32,
     "a100": 40, "a100_40gb": 40, "a40": 48, "a6000": 48, "l40": 48, "l40s": 48, "mi250x": 64, "mi250": 64, "gh200": 96,
@@ -31,7 +31,7 @@ _GPU_GB = {
     "mi300x": 192,
 }  # fmt: skip
 _FULL_SHARE = 0.9  # of a GPU's memory; the rest is NCCL's, the CUDA context's and fragmentation's
-_STEP_SECONDS = 60  # until the ranks have ended a step and begin to save
+_STEP_SECONDS = 60  # time for the ranks to end a step before they save
 _LEAST_GRACE_SECONDS = 120
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -39,11 +39,11 @@ Level = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has to say.
+    """One result of a check.
 
     Attributes:
         level: `error` keeps a job from being submitted.
-        about: what was looked at, in a word.
+        about: the subject of the check, in one word.
     """
 
     level: Level
@@ -93,7 +93,7 @@ def memory_findings(work: Workload, gpu_bytes: int | None) -> Iterator[Finding]:
         f" optimizer {_size(need.optimizer)}, activations {_size(need.activations)}"
     )
     if gpu_bytes is None:
-        yield Finding("note", "memory", f"{text}; what a GPU has is not known, tell with --gpu-memory GB")
+        yield Finding("note", "memory", f"{text}; the memory of a GPU is not known, set it with --gpu-memory GB")
         return
     text += f"; a GPU has {_size(gpu_bytes)}"
     if need.total <= _FULL_SHARE * gpu_bytes:

@@ -26,12 +26,12 @@ _MAX_NAME = 120  # characters of a sweep's run.name; file systems take 255
 
 
 class SlurmError(HeadraceError):
-    """Slurm's commands are there, but no cluster answers them."""
+    """Slurm's commands exist, but no cluster answers them."""
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is asked of Slurm.
+    """A job to be requested of Slurm.
 
     Attributes:
         name: of the job, as squeue shows it.
@@ -89,8 +89,8 @@ class JobRequest:
             "account": self.account,
             "qos": self.qos,
             "array": f"0-{self.tasks - 1}" if self.tasks else None,
-            # afterok, since what comes after needs what came before; without the second line a job whose predecessor
-            # failed would wait for ever
+            # afterok, since a job needs its predecessor's results; without the second line a job would wait for ever
+            # if its predecessor failed
             "dependency": f"afterok:{self.after}" if self.after else None,
             "kill-on-invalid-dep": "yes" if self.after else None,
             **options,
@@ -113,7 +113,7 @@ def job_script(template: str, directives: Mapping[str, str | None], settings: Ma
     """
     left, unset = dict(directives), dict(settings)
     lines: list[str] = []
-    end = 0  # where the #SBATCH lines end, and what the template lacks is added
+    end = 0  # end of the #SBATCH lines, where missing ones are added
     for line in template.splitlines():
         name = line.partition("=")[0]
         if match := _DIRECTIVE.fullmatch(line):
@@ -199,7 +199,7 @@ def seconds_of(time: str) -> int | None:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition's nodes have, and what it does to its jobs.
+    """A partition's GPUs, and its rules of preemption.
 
     Attributes:
         gpu_types: as the cluster's gres.conf calls them, in lower case.

@@ -1,4 +1,4 @@
-"""What a submission to Slurm is made of: its runs, what the checks say of each, and the job's script.
+"""The parts of a submission to Slurm: its runs, the findings about each, and the job's script.
 
 launch/submit.py -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is one run, a
 sweep's, or an evaluation beside a run.
@@ -22,7 +22,7 @@ from pretrain.topology import dp_size_of
 from shards import ConfigError, HeadraceError
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_MOST_NODES = 256  # up to which numbers of nodes that would work are named
+_MOST_NODES = 256  # the most nodes that a message suggests
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
     if run.config.evaluation.suite is None:
         raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
     check_inputs(run.config)
-    # The run's own config says the rest
+    # All other settings come from the run's own config
     words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])
-    # Nothing is to be saved before the end, and a script without a trap would be ended by the signal
+    # Nothing has to be saved before the end, and the signal would end a script without a trap
     directives = request.directives() | {"signal": None}
     return slurm.job_script(_template("evaluate"), directives, _settings(run.folder, f"({words})"))
 

@@ -1,1 +1,1 @@
-"""What a model has learned, told by text that it was not trained on: suites, scores, comparisons, downstream tasks."""
+"""Evaluation on text that a model was not trained on: suites, scores, comparisons, downstream tasks."""

@@ -1,4 +1,4 @@
-"""Scores the checkpoints of a run after the fact, or as they appear.
+"""Score the checkpoints of a run after the fact, or as they appear.
 
 store, forward_model -> checkpoints -> evals.jsonl. The run may be training meanwhile: nothing of it is changed but that
 lines are added to evals.jsonl, and a checkpoint that is removed while it is read is passed over.
@@ -26,7 +26,7 @@ from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 3600.0  # after which a run that nobody works on is not waited for any longer
+_PATIENCE_SECONDS = 3600.0  # an idle run is waited for no longer than this
 
 
 @dataclass(frozen=True)

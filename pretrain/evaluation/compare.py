@@ -1,4 +1,4 @@
-"""Two or more models on the same documents: how their losses differ, and how much of that may be chance.
+"""Compare models on the same documents: how their losses differ, and how much of that may be chance.
 
 DocumentScores -> compare -> table, picture. The interval is a paired bootstrap: documents are drawn anew, with
 replacement, within each domain, the same for both models, and the differences of these samples are sorted.
@@ -19,8 +19,8 @@ from pretrain.evaluation.scores import DocumentScores, Score, total
 from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 
-_CHUNK = 1 << 22  # numbers that are drawn at once
-_MAX_BARS = 60  # of a picture: beyond, the largest differences are shown
+_CHUNK = 1 << 22  # random numbers drawn at once
+_MAX_BARS = 60  # bars of a picture; with more domains, only the largest differences are shown
 
 Floats = npt.NDArray[np.float64]
 

@@ -43,7 +43,7 @@ class EvaluationConfig(Config):
     max_tokens: int | None = Field(None, ge=1)  # of a domain, in whole documents; None: all
     subset_seed: int = Field(0, ge=0)  # which documents, where not all
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
-    prompt: str = "The "  # what a finished run shows a continuation of
+    prompt: str = "The "  # a finished run shows a continuation of it
 
     def label(self, suite: str, seq_len: int, precision: str, content: str) -> str:
         """Return a suite's name in evals.jsonl when scored like this: figures under one label are comparable.
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A suite as one dp rank holds it: its own rows, and what there is to know of all documents.
+    """A suite as one dp rank holds it: the rank's rows, and the figures of all documents.
 
     Attributes:
         suite: its label.
@@ -211,10 +211,10 @@ class _Sample:
     def __init__(self, config: EvaluationConfig) -> None:
         self._max_documents = config.max_documents
         self._max_tokens = config.max_tokens
-        # The last by hash on top, which is the first to go
+        # The document with the last hash is on top, and is dropped first
         self._heap: list[tuple[int, int, SuiteDocument, Tokens]] = []
         self._tokens = 0
-        self._end: tuple[int, int] | None = None  # (hash, number) from which on no document fits any more
+        self._end: tuple[int, int] | None = None  # (hash, number) from which no document fits
 
     def wants(self, place: tuple[int, int]) -> bool:
         return self._end is None or place < self._end

@@ -26,9 +26,9 @@ from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from shards.tokenizer_check import MAX_UNKNOWN_SHARE
 
-_MAX_NEW_TOKENS = 256  # where a task does not say
+_MAX_NEW_TOKENS = 256  # if a task does not set it
 
-Request = tuple[Any, list[int], list[int]]  # what it was made of; tokens of the context, and of the continuation
+Request = tuple[Any, list[int], list[int]]  # the request's source; tokens of the context; tokens of the continuation
 
 
 class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
@@ -86,7 +86,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
             self._model.logits, rank_rows, len(rows), self._seq_len, topology, self._batch_size
         ):
             for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
-                # The last prediction of a piece is for its last token, and stands one place before that
+                # The last prediction of a piece is for its last token, one position before it
                 sums[number] += figures[:, end - 1 - targets[number] : end - 1].sum(axis=1, dtype=np.float64)
         totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
         assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
@@ -127,7 +127,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         for _ in range(most):
             tokens = torch.tensor([fresh], device=self._topology.device)
             logits = gather_vocab(self._model.next_logits(tokens, cache))[0]
-            choice = int(logits[: self._tokenizer.vocab_size].argmax())  # rows beyond it have no meaning
+            choice = int(logits[: self._tokenizer.vocab_size].argmax())  # rows beyond the vocabulary have no meaning
             if choice == self.eot_token_id:
                 break
             answer.append(choice)
@@ -153,7 +153,7 @@ def run_tasks(
     """
     folder = None if task_path is None else str(task_path)
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if set(tasks) - set(manager.all_tasks):  # looking through the harness's own thousands takes seconds
+    if set(tasks) - set(manager.all_tasks):  # searching the harness's own thousands of tasks takes seconds
         manager = TaskManager(include_path=folder)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise ConfigError(f"--tasks: the harness knows no task {', '.join(unknown)}; give --task-path for your own")

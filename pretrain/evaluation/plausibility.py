@@ -1,4 +1,4 @@
-"""Evaluations that cannot be right, told in words. scores -> plausibility -> log.
+"""Warn of evaluations that cannot be right. scores -> plausibility -> log.
 
 A broken tokenizer, wrong weights or a model that diverged give figures that look like any others, to whoever does not
 know what to expect. Two things are known: no model need be worse than one that takes every piece for equally likely,
@@ -16,7 +16,7 @@ from pretrain.model.transformer import ModelConfig
 _logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1.0  # nats; drawn models of many shapes were within 0.5 of what is expected
-_NAMED = 5  # domains in a message
+_NAMED = 5  # domains named in a message
 
 
 def drawn_loss(config: ModelConfig) -> float:

@@ -20,7 +20,7 @@ from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError
 from shards.storage.atomic import write_atomically
 
-_SOURCE = "source:"  # before the name of a source in the place of a domain's
+_SOURCE = "source:"  # prefix of a source's name where a domain's is expected
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores an EvalSet with a model, on all ranks together. engine, EvalSet -> scoring -> DocumentScores.
+"""Score an EvalSet with a model, on all ranks together. engine, EvalSet -> scoring -> DocumentScores.
 
 Rows are dealt to the dp ranks in turn, so each window is scored by one of them; the sums of each document are added
 over them at the end, in float64. Neither the training's data nor any random state is touched.
@@ -32,8 +32,8 @@ def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: 
     sums = np.zeros((len(eval_set.document_domain), 3))  # nll, targets, correct targets of each document
     for row, figures in scored_rows(logits, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
         starts = np.cumsum(row.lengths) - row.lengths
-        # A piece's targets end one before the next piece starts; what lies there is masked and counts nothing.
-        # float64 first: in a long document a float32 sum drifts
+        # A piece's targets end one before the next piece starts; the position between is masked and counts nothing.
+        # The sum is float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.documents, of_pieces.T)
     totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()

@@ -28,7 +28,7 @@ _KEYS = {
     "rope_theta": "rope_theta", "rope_scaling": "use_scaled_rope", "ffn_dim": "(rows of feed_forward.w1)",
     "vocab_size": "(rows of tok_embeddings)", "tie_embeddings": "(output equal to tok_embeddings)",
 }  # fmt: skip
-# What Meta's code has built in, of which params.json says only that it is used
+# Constants of Meta's code; params.json says only whether they are used
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_LENGTH = 1.0, 4.0, 8192
 
 
@@ -74,7 +74,7 @@ class MetaModel:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
         dim = required(path, values, "dim")
-        # Not from params.json: it has -1 for the vocabulary of Llama 2, and the width only through a formula
+        # params.json does not tell: it has -1 for the vocabulary of Llama 2, and the width only through a formula
         vocab_size = self._rows("tok_embeddings.weight", len(self._parts) if self._embedding_dim(dim) == 0 else 1)
         hidden_dim = self._rows("layers.0.feed_forward.w1.weight", len(self._parts))
         found = {
@@ -87,7 +87,7 @@ class MetaModel:
             "rope_scaling": _scaling(path, values, rope_scaling),
             "tie_embeddings": self._is_tied(dim),
         }
-        context = values.get("max_seq_len", 2048)  # Meta's code is told when it is started; this is its default
+        context = values.get("max_seq_len", 2048)  # the default of Meta's code, which takes it as an argument
         return ModelDescription(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
 
     def _embedding_dim(self, dim: object) -> int:
@@ -191,7 +191,7 @@ def _width(dim: int, hidden_dim: int) -> dict[str, object]:
     third = int(2 * (4 * dim) / 3)
     if -(-third // multiple_of) * multiple_of == hidden_dim:
         return {"multiple_of": multiple_of}
-    # In the middle of the last multiple, where no rounding reaches its ends
+    # The middle of the last multiple, so that rounding cannot reach its ends
     return {"multiple_of": multiple_of, "ffn_dim_multiplier": (hidden_dim - multiple_of / 2) / third}
 
 
@@ -209,7 +209,7 @@ def write_weights(
             weight = weights.read(name, index, count).to(dtype)
             if name.endswith(("attention.wq.weight", "attention.wk.weight")):
                 weight = interleaved(weight, head_dim)
-            part[meta_name(name)] = weight.contiguous().clone()  # a view would be saved with all that it is a view of
+            part[meta_name(name)] = weight.contiguous().clone()  # a view would be saved with its whole storage
         part.setdefault("output.weight", part["tok_embeddings.weight"])
         with (folder / f"consolidated.{rank:02d}.pth").open("wb") as file:
             torch.save(part, file)

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that a model need not fit into memory; the library reads them.
+"""Write safetensors files tensor by tensor, so that a model need not fit into memory; the library reads them.
 
 Format: an 8-byte little-endian length, so many bytes of JSON that give each tensor's type, shape and place, the data.
 Source: github.com/huggingface/safetensors, section "Format".
@@ -34,7 +34,7 @@ def write_safetensors(
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data begins aligned
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():

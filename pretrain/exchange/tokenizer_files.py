@@ -42,7 +42,7 @@ def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> N
     special = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
     special["unk_token"] = proto.trainer_spec.unk_id
     config: Json = {
-        # Takes tokenizer.json as it stands; LlamaTokenizer would build its own normalization
+        # This class uses tokenizer.json unchanged; LlamaTokenizer would build its own normalization
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key: pieces[index] for key, index in special.items() if index >= 0},
         "clean_up_tokenization_spaces": False,
@@ -177,7 +177,7 @@ def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
             tokenizer = Tokenizer(model, bos=False, eos=False)
             return model, {index: tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
         except HeadraceError:
-            _logger.info("%s is no SentencePiece model", model)  # Llama 3 has a list of byte sequences under this name
+            _logger.info("%s is no SentencePiece model", model)  # under this name Llama 3 has a list of byte sequences
     if library.exists():
         content = json.loads(library.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

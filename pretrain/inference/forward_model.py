@@ -1,4 +1,4 @@
-"""A model without optimizer or engine, scored with weights from anywhere.
+"""A model without optimizer or engine, for weights of any source.
 
 weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices; so
 the number of ranks is free.

@@ -1,4 +1,4 @@
-"""Continues a prompt with a model, token by token: its logits -> sampling -> text, as it comes.
+"""Continue a prompt with a model, token by token: logits -> sampling -> text, as it comes.
 
 The one way to generate: for the sample at a run's end, and for launch/generate.py. Every rank runs the same loop; the
 model's slices of the logits are gathered, and rank 0's choice counts on all.
@@ -28,7 +28,7 @@ _UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are m
 
 
 class Sampling(Config):
-    """How the next token is chosen, and when to stop. Besides, every continuation ends with its document."""
+    """The choice of the next token, and when to stop. Every continuation also ends with its document."""
 
     max_tokens: int = Field(256, ge=1)  # of the continuation
     temperature: float = Field(0.8, ge=0)  # divides the logits; 0 takes the most likely token
@@ -93,14 +93,14 @@ def generate(
         return
     stream = TextStream(codec, ids, sampling.stop)
     end = min(max_length, len(ids) + sampling.max_tokens)
-    cache = KVCache(n_layers, end)  # not of max_length: a long context takes more memory than the model
-    # The draws are made on the CPU: the same on every device
+    cache = KVCache(n_layers, end)  # not max_length, since a long context takes more memory than the model
+    # Drawn on the CPU, so that the text is the same on every device
     generator = torch.Generator().manual_seed(sampling.seed)
     new = ids
     for _ in range(end - len(ids)):
         tokens = torch.tensor([new], device=topology.device)
         logits = gather_vocab(next_logits(tokens, cache))[0, : codec.size].float().cpu()
-        # Ranks that drew different tokens, for a last bit of difference in a logit, would wait for each other for ever
+        # Ranks whose logits differ in the last bit could draw different tokens, and would wait for each other for ever
         chosen = topology.broadcast_object(sample(logits, sampling, generator))
         if chosen in codec.ends:
             break
@@ -117,7 +117,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(logits.argmax())
     best, ids = logits.topk(min(sampling.top_k or len(logits), len(logits)))  # sorted, the most likely first
     probabilities = (best / sampling.temperature).softmax(-1)
-    # A token stays while those before it do not reach the sum: the first always does
+    # A token is kept while those before it do not reach the sum, so the first always is
     # Source: Holtzman et al. 2019, arXiv 1904.09751, section 3.1
     before = probabilities.cumsum(-1) - probabilities
     kept = torch.where(before < sampling.top_p, probabilities, 0.0)

@@ -71,11 +71,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RopeScaling(Config):
-    """Slows the rotations whose wavelength is long, so that a model trained on short contexts can be trained on long
-    ones. Keys as in a config.json of Llama 3.1.
+    """Slower rotations for long wavelengths, so that a model trained on short contexts can be trained on long ones.
+
+    The keys are those in a config.json of Llama 3.1.
     """
 
-    rope_type: Literal["llama3"] = "llama3"  # the only method there is; named as in config.json
+    rope_type: Literal["llama3"] = "llama3"  # the only supported method, named as in config.json
     factor: float = Field(gt=1)  # by which the longest wavelengths grow
     low_freq_factor: float = Field(1.0, gt=0)  # wavelengths above the original length / this grow in full
     high_freq_factor: float = Field(4.0, gt=0)  # wavelengths below the original length / this stay as they are

@@ -1,4 +1,4 @@
-"""What attention remembers of the tokens so far, so that the next one costs one position and not all of them.
+"""Keys and values of the tokens so far, so that the next token costs one position and not all of them.
 
 generate -> transformer -> kv_cache, in place of the attention within a packed row's pieces.
 """
@@ -51,7 +51,7 @@ class KVCache:
             for stored, new in zip(memory, (k, v), strict=True):
                 stored[:, :, start:end] = new
             keys, values = (stored[:, :, :end] for stored in memory)
-            # [T (query), start + T (key)]: a token sees all before this pass, and of this pass those up to itself
+            # [T (query), start + T (key)]: a token sees all before this pass, and in this pass those up to itself
             mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(diagonal=start)
             return F.scaled_dot_product_attention(
                 q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]

@@ -1,4 +1,4 @@
-"""Tensor-parallel building blocks: fairscale's layers, tagged so that nobody miscounts them; losses on split logits.
+"""Tensor-parallel building blocks: fairscale's layers with tagged weights, and losses on split logits.
 
 Every sharded weight carries the dimension that it is split along. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere alike.
@@ -67,7 +67,7 @@ def _tagged(layer: nn.Module, shard_dim: int) -> nn.Module:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     weight.shard_dim = shard_dim  # type: ignore[attr-defined]
-    # The name that DeepSpeed looks for: without it the norm leaves out the slices of tp ranks > 0
+    # DeepSpeed looks for this name; without it the norm would leave out the slices of tp ranks > 0
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     return layer
 
@@ -153,7 +153,7 @@ def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """
     nll, correct = torch.empty(targets.shape, device=logits.device), torch.empty_like(targets, dtype=torch.bool)
     first = get_model_parallel_rank() * logits.shape[-1]
-    # Row by row: fp32 copies of a whole batch's logits would take more memory than its forward pass
+    # Row by row, since fp32 copies of a whole batch's logits would take more memory than its forward pass
     for row, (row_logits, row_targets) in enumerate(zip(logits, targets, strict=True)):
         column = row_targets - first
         in_slice = (column >= 0) & (column < row_logits.shape[-1])

@@ -1,4 +1,4 @@
-"""How large a model is: parameters, floating-point operations, memory. The one place that counts them."""
+"""The size of a model: parameters, floating-point operations, memory. No other module counts them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class WeightSpec:
 
 
 class Weights(Protocol):
-    """Somewhere that a model's weights can be read from, one after the other."""
+    """A source of a model's weights, which are read one after the other."""
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Read a weight's slice of tensor-parallel rank `index` of `count`, on the CPU, in its stored type."""
