@@ -25,7 +25,7 @@ from pretrain.optim import OptimConfig
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.topology import ParallelConfig
-from shards import Config, ConfigError, DataConfig, SourceConfig
+from shards import Config, ConfigError, DataConfig, SourceConfig, installation
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
@@ -323,9 +323,10 @@ def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
     if pieces % tp_size == 0:
         return ""
     divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])
+    command = installation.typed("train-tokenizer", "--vocab-size")
     return (
         f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or take a tokenizer whose number of pieces is a"
-        f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} (launch/train_tokenizer.py --vocab-size)"
+        f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} ({command})"
     )
 
 

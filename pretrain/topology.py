@@ -20,7 +20,7 @@ from pydantic import Field
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
-from shards import Config, ConfigError, HeadraceError
+from shards import Config, ConfigError, HeadraceError, installation
 
 T = TypeVar("T")
 
@@ -212,7 +212,7 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         raise ConfigError(
             f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with `deepspeed` or `torchrun`,"
-            " under Slurm with launch/submit.py"
+            f" under Slurm with `{installation.typed('submit')}`"
         )
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return {**single, "MASTER_PORT": str(free_port())}

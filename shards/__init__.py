@@ -6,6 +6,7 @@ from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardErro
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast
 from shards.index.random_access import document, open_at
+from shards.installation import version
 from shards.loader import Loader, check_not_empty
 from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
@@ -34,6 +35,7 @@ __all__ = [
     "SourceConfig",
     "Tokenizer",
     "WeightChange",
+    "__version__",
     "batch_after",
     "check_fingerprint",
     "check_not_empty",
@@ -43,3 +45,5 @@ __all__ = [
     "prepare",
     "read_documents",
 ]
+
+__version__ = version()

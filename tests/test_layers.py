@@ -13,7 +13,14 @@ FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / pa
 
 # From the bottom up. A module may import those of its own layer and below; one that is missing here fails the test.
 LAYERS = (
-    ("shards.errors", "shards.arrays", "shards.hashing", "shards.config_errors", "shards.config"),
+    (
+        "shards.installation",
+        "shards.errors",
+        "shards.arrays",
+        "shards.hashing",
+        "shards.config_errors",
+        "shards.config",
+    ),
     ("shards.formats",),
     ("shards.storage",),
     ("shards.records",),
@@ -46,6 +53,8 @@ LAYERS = (
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly"),
     ("pretrain.start",),
     ("pretrain.cluster",),
+    ("pretrain.commands",),
+    ("pretrain.__main__",),
 )
 
 # Third-party engines, and the only modules that import them
@@ -96,7 +105,7 @@ def test_there_is_something_to_hold() -> None:
 def test_imports_point_down(path: Path) -> None:
     module = module_of(path)
     if module == "pretrain":
-        assert imports_of(path) == set()
+        assert imports_of(path) == {"shards.__version__"}
         return
     layer = layer_of(module)
     assert layer is not None, f"{module} has no layer; give it one here"
@@ -124,7 +133,8 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
 
 def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
-    assert users == {"pretrain.trainer", "pretrain.assembly", "pretrain.start", "pretrain.cluster.submission"}
+    running = {"pretrain.trainer", "pretrain.assembly", "pretrain.start", "pretrain.cluster.submission"}
+    assert {name for name in users if not within(name, "pretrain.commands")} == running
 
 
 def test_the_architecture_page_names_every_module() -> None:

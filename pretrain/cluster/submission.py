@@ -1,6 +1,6 @@
 """The parts of a submission to Slurm: its runs, the findings about each, and the job's script.
 
-launch/submit.py -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is one run, a
+headrace submit -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is one run, a
 sweep's, or an evaluation beside a run.
 """
 
@@ -19,15 +19,15 @@ from pretrain.model.size import parameter_count
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import check_inputs, check_same_run
 from pretrain.topology import dp_size_of
-from shards import ConfigError, HeadraceError
+from shards import ConfigError, HeadraceError, installation
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
+_TEMPLATES = Path(__file__).parent / "templates"  # in a clone the folder slurm/
 _MOST_NODES = 256  # the most nodes that a message suggests
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a submission: the words that `launch/pretrain.py` is given, and what they come to."""
+    """One run of a submission: the words that `headrace train` is given, and what they come to."""
 
     overrides: tuple[str, ...]
     config: RunConfig
@@ -79,7 +79,8 @@ def training_script(
             folder, added = slurm.shell_words([str(run.folder)]), slurm.shell_words(run.overrides)
             lines.append(f"  {i}) run={folder} arguments+=({added}) ;;")
         lines.append("esac")
-    settings = _settings(runs[0].folder, "\n".join(lines)) | {"node_check": "yes" if node_check else "no"}
+    settings = _settings(runs[0].folder, "\n".join(lines), "train", "check-nodes")
+    settings["node_check"] = "yes" if node_check else "no"
     return slurm.job_script(_template("pretrain"), request.directives(), settings)
 
 
@@ -92,17 +93,21 @@ def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
     words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])
     # Nothing has to be saved before the end, and the signal would end a script without a trap
     directives = request.directives() | {"signal": None}
-    return slurm.job_script(_template("evaluate"), directives, _settings(run.folder, f"({words})"))
+    return slurm.job_script(_template("evaluate"), directives, _settings(run.folder, f"({words})", "evaluate"))
 
 
 def _template(name: str) -> str:
-    return (_CHECKOUT / "slurm" / f"{name}.sbatch").read_text()
+    return (_TEMPLATES / f"{name}.sbatch").read_text()
 
 
-def _settings(folder: Path, arguments: str) -> dict[str, str]:
-    """Return what both templates assign at their head, as shell text."""
-    paths = {"run": str(folder), "checkout": str(_CHECKOUT), "python": sys.executable}
-    return {key: slurm.shell_words([path]) for key, path in paths.items()} | {"arguments": arguments}
+def _settings(folder: Path, arguments: str, *commands: str) -> dict[str, str]:
+    """Return what a template assigns at its head, as shell text: for each command the words that start it."""
+    settings = {"run": slurm.shell_words([str(folder)]), "arguments": arguments}
+    for command in commands:
+        script = installation.script(command)
+        start = [str(script)] if script else ["-P", "-m", "pretrain", command]  # -P: the current folder has no modules
+        settings[command.replace("-", "_")] = f"({slurm.shell_words([sys.executable, *start])})"
+    return settings
 
 
 def layout_problem(config: RunConfig, ranks: int) -> str:

@@ -1,4 +1,4 @@
-"""Scores models on text that they were not trained on: `python launch/evaluate.py --run runs/x --suite DIR`.
+"""Scores models on text that they were not trained on: `headrace evaluate --run runs/x --suite DIR`.
 
     --run DIR [--steps all|1000,2000]   checkpoints of a run, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
@@ -7,7 +7,7 @@
     --compare DIR DIR                   evaluations side by side, with bootstrap intervals; draws a PNG
 
 Figures go to evals.jsonl in the folder, to the run's wandb run unless it is being trained, and to the terminal.
-Any number of ranks will do (`deepspeed launch/evaluate.py ...`), with --tp tensor-parallel ones. Values of the run's
+A launcher may start it on any number of ranks, of which --tp share one copy of the model. Values of the run's
 config are set as key.path=value, such as evaluation.max_documents=100. See docs/evaluation.md.
 
 Exit codes: 0 done, 2 no such run, suite or checkpoint, or bad input, 1 anything else.
@@ -23,19 +23,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Python puts launch/ first, where `pretrain` is the script of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import torch
-
-if not torch.cuda.is_available():
-    # Where DeepSpeed has to look for a device itself, it reports what it found on stdout
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 from rich.console import Console
 
-from pretrain import log, topology
+from pretrain import topology
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
@@ -51,8 +41,8 @@ from pretrain.model.transformer import Precision
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
-from pretrain.topology import ParallelConfig, Topology, slurm_environment
-from shards import CheckpointError, ConfigError, HeadraceError, Tokenizer
+from pretrain.topology import ParallelConfig, Topology
+from shards import CheckpointError, ConfigError, Tokenizer
 
 _logger = logging.getLogger("headrace")
 
@@ -60,12 +50,11 @@ DEFAULT_PLOT = Path("comparison.png")
 BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, metavar="DIR", help="a run's folder, e.g. runs/quickstart")
-    what.add_argument("--model", type=Path, metavar="DIR", help="a model in another program's layout")
-    what.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, metavar="DIR", help="a run's folder, e.g. runs/quickstart")
+    subject.add_argument("--model", type=Path, metavar="DIR", help="a model in another program's layout")
+    subject.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
     parser.add_argument("--suite", type=Path, help="a folder or YAML file; default: the run's evaluation.suite")
     parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
     parser.add_argument("--steps", default="newest", help="newest, all, or a list such as 1000,2000")
@@ -79,13 +68,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, help="tokens a window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {DEFAULT_PLOT}, with matplotlib")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
-    return parser.parse_intermixed_args()
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
-    """Scores checkpoints of a run. Raises: HeadraceError if there is nothing of what is asked for."""
+    """Score checkpoints of a run. Raises: HeadraceError if there is nothing of what is asked for."""
     folder = RunFolder(arguments.run)
     folder.check_there()
     overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
@@ -124,7 +111,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
 def _steps(
     arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str, lease: Lease
 ) -> Iterator[int | None]:
-    """The steps to score; None where there is none yet. Raises: CheckpointError if there is no such step."""
+    """Yield the steps to score; None where there is none yet. Raises: CheckpointError if there is no such step."""
     done = evaluated_steps(folder, suite)
     if arguments.follow:
 
@@ -143,7 +130,7 @@ def _steps(
         wanted = [store.choose(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
         if step in done:
-            _logger.info("step %d: %s stands in %s already", step, suite, folder.evals.path)
+            _logger.info("step %d: %s is in %s already", step, suite, folder.evals.path)
         else:
             yield step
 
@@ -156,7 +143,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _one_step(text: str) -> int | None:
-    """The step that is asked for; None for the newest."""
+    """Return the step that is asked for; None for the newest."""
     numbers = [] if text == "newest" else _numbers(text)
     if len(numbers) > 1:
         raise ConfigError(f"--steps {text}: name one step with --tasks or --compare")
@@ -164,7 +151,7 @@ def _one_step(text: str) -> int | None:
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    """Scores a model in another layout. Raises: HeadraceError if it is none, or the suite is not there."""
+    """Score a model in another layout. Raises: HeadraceError if it is no model, or there is no suite."""
     weights = open_model(arguments.model)
     config = weights.description.config
     path = arguments.tokenizer or arguments.model / "tokenizer.model"
@@ -217,7 +204,7 @@ def _run_tasks(
     batch_size: int,
     here: Topology,
 ) -> None:
-    """Runs and prints tasks of lm-evaluation-harness. Raises: ConfigError if it is not installed or knows none such."""
+    """Run and print tasks of lm-evaluation-harness. Raises: ConfigError if it is not installed or has no such task."""
     try:
         from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an extra, and slow to import
     except ImportError as error:
@@ -229,7 +216,7 @@ def _run_tasks(
 
 
 def compare_runs(arguments: argparse.Namespace) -> None:
-    """Prints and draws two evaluations. Raises: HeadraceError if they cannot be compared."""
+    """Print and draw two evaluations. Raises: HeadraceError if they cannot be compared."""
     folders = [RunFolder(root) for root in arguments.compare]
     if arguments.plot:
         compare.check_can_draw()  # before anything is computed: a picture was asked for
@@ -265,22 +252,12 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     print(f"drawn in {path}")
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    os.environ.update(slurm_environment(os.environ))
-    log.set_up(int(os.environ.get("RANK", "0")))
-    try:
-        if arguments.compare:
-            compare_runs(arguments)
-        elif arguments.run:
-            evaluate_run(arguments)
-        else:
-            evaluate_model(arguments)
-    except HeadraceError as error:
-        _logger.error("%s", error)
-        return error.exit_code
+def run(arguments: argparse.Namespace) -> int:
+    """Score or compare, as the arguments ask. Raises: HeadraceError if there is nothing of what is asked for."""
+    if arguments.compare:
+        compare_runs(arguments)
+    elif arguments.run:
+        evaluate_run(arguments)
+    else:
+        evaluate_model(arguments)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

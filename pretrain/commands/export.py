@@ -1,4 +1,4 @@
-"""Writes a run's model for other programs: `python launch/export.py --run runs/x --to models/x`.
+"""Writes a run's model for other programs: `headrace export --run runs/x --to models/x`.
 
     hf      what `transformers.AutoModelForCausalLM` and `AutoTokenizer` load: safetensors, config.json, tokenizer
     meta    Meta's layout: consolidated.XX.pth for each of --tp ranks, params.json, tokenizer.model
@@ -14,14 +14,7 @@ Exit codes: 0 done, 2 no such run, step or model, or one that the layout cannot 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    # Python puts launch/ first, where other modules of the same names could be found
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed has to look for a device, it reports on stdout
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
@@ -32,11 +25,10 @@ from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
 from pretrain.run.run_folder import RunFolder
-from shards import CheckpointError, HeadraceError, Tokenizer
+from shards import CheckpointError, ConfigError, Tokenizer
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--describe", type=Path, metavar="DIR", help="print the `model:` section for a model; no export"
     )
@@ -50,14 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of a safetensors file, in 10^9 bytes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
-    arguments = parser.parse_intermixed_args()
-    if not arguments.describe and not (arguments.run and arguments.to):
-        parser.error("--run and --to are needed, or --describe")
-    return arguments
 
 
 def export_run(arguments: argparse.Namespace) -> None:
-    """Raises: HeadraceError if there is no such run or checkpoint, or it cannot be exported."""
+    """Export a checkpoint of a run. Raises: HeadraceError if there is none, or it cannot be exported."""
     folder = RunFolder(arguments.run)
     folder.check_there()
     config = load_config(folder.config, arguments.overrides, begun=True)
@@ -81,19 +69,13 @@ def export_run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int:
+    """Export a run's model, or describe another model. Raises: HeadraceError if it cannot be done."""
     log.set_up(0)
-    try:
-        if arguments.describe:
-            print(describe(arguments.describe), end="")
-        else:
-            export_run(arguments)
-    except HeadraceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.describe:
+        print(describe(arguments.describe), end="")
+    elif arguments.run and arguments.to:
+        export_run(arguments)
+    else:
+        raise ConfigError("give --run and --to, or --describe")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Continues prompts with a model: `python launch/generate.py --run runs/x --prompt "The "`; without --prompt, it asks.
+"""Continues prompts with a model: `headrace generate --run runs/x --prompt "The "`; without --prompt, it reads lines.
 
 The model is a run's checkpoint, of whatever topology, or with --model a folder in the layout of Hugging Face or Meta.
 Started by `deepspeed`, `torchrun` or `srun`, all ranks share one model tensor-parallel, each with its slices.
@@ -9,22 +9,13 @@ The text goes to stdout as it comes, without the prompt. Exit codes: 0 done, 2 b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Python puts launch/ first, where `pretrain` is the script of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed has to look for a device, it reports on stdout
-
-from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load_config
@@ -35,16 +26,15 @@ from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import check_splits
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import ParallelConfig, Topology, slurm_environment, started, world_size_of
-from shards import HeadraceError, Tokenizer
+from pretrain.topology import ParallelConfig, Topology, started, world_size_of
+from shards import Tokenizer
 
 
-def parse_arguments() -> argparse.Namespace:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Sampling()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="a run's folder, e.g. runs/quickstart")
-    source.add_argument("--model", type=Path, help="a folder with an exported or downloaded model")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=Path, help="a run's folder, e.g. runs/quickstart")
+    model.add_argument("--model", type=Path, help="a folder with an exported or downloaded model")
     parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
     parser.add_argument("--prompt", action="append", help="may be repeated; without it, lines are read")
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
@@ -56,27 +46,25 @@ def parse_arguments() -> argparse.Namespace:
         "--stop", action="append", default=[], help="end before this string; may be given several times"
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's; for --model fp32")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args()
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """Where a model comes from, and how it speaks."""
+class Source:
+    """A model that has not been loaded yet, and what has to be known to generate with it."""
 
     config: ModelConfig
-    fill: Callable[[ForwardModel, Topology], object]  # with its weights; every rank calls it
+    load: Callable[[ForwardModel, Topology], object]  # fills a model with the weights; every rank calls it
     codec: Codec
-    context: int  # tokens that it was trained with
+    context: int  # tokens of the windows that it was trained on
     precision: Precision
 
 
-def opened(arguments: argparse.Namespace) -> Speaker:
-    """Raises: HeadraceError if there is no such model."""
+def find_model(arguments: argparse.Namespace) -> Source:
+    """Find the model that the arguments name. Raises: HeadraceError if there is none."""
     if arguments.model:
         model = open_model(arguments.model)
         description = model.description
-        return Speaker(
+        return Source(
             description.config,
             lambda forward, _: forward.set_weights(model),
             open_codec(arguments.model),
@@ -90,7 +78,7 @@ def opened(arguments: argparse.Namespace) -> Speaker:
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
     check_tokenizer(store.choose(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
-    return Speaker(
+    return Source(
         config.model,
         lambda forward, here: take_checkpoint(forward, store, arguments.step, here),
         codec,
@@ -100,7 +88,7 @@ def opened(arguments: argparse.Namespace) -> Speaker:
 
 
 def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
-    """The prompts given, or the lines that rank 0 reads until its input ends."""
+    """Yield the prompts given, or the lines that rank 0 reads until its input ends."""
     if arguments.prompt:
         yield from arguments.prompt
         return
@@ -117,38 +105,27 @@ def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
         yield line
 
 
-def speak(arguments: argparse.Namespace) -> None:
-    """Prints the continuations. Raises: HeadraceError if the model or the arguments are not right."""
+def print_continuations(arguments: argparse.Namespace) -> None:
+    """Print the continuations of all prompts. Raises: HeadraceError if the model or the arguments are wrong."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     sampling = Sampling.parse({name: getattr(arguments, name) for name in names}, at="--")
     tp_size = world_size_of(os.environ)
-    speaker = opened(arguments)
-    check_splits(speaker.config, tp_size, "the number of ranks")
+    source = find_model(arguments)
+    check_splits(source.config, tp_size, "the number of ranks")
     with started(ParallelConfig(tp_size=tp_size)) as here:
-        model = ForwardModel(speaker.config, ParallelConfig(tp_size=tp_size), speaker.precision, here)
-        speaker.fill(model, here)
+        model = ForwardModel(source.config, ParallelConfig(tp_size=tp_size), source.precision, here)
+        source.load(model, here)
         for prompt in prompts(arguments, here):
-            given = (speaker.codec, prompt, sampling, here)
-            for part in generate(model.next_logits, speaker.config.n_layers, speaker.context, *given):
+            given = (source.codec, prompt, sampling, here)
+            for part in generate(model.next_logits, source.config.n_layers, source.context, *given):
                 if here.is_main:
                     print(part, end="", flush=True)
             if here.is_main:
                 print(flush=True)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    os.environ.update(slurm_environment(os.environ))
-    log.set_up(int(os.environ.get("RANK", "0")))
-    try:
-        speak(arguments)
-    except HeadraceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Print continuations until there are no more prompts, or Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        print_continuations(arguments)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

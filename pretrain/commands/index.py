@@ -1,9 +1,9 @@
-"""Indexes the shards of a run, `python launch/index.py --config configs/my-run.yaml`, or those of one source by its
-patterns, `python launch/index.py 'data/pile/*.jsonl.zst'`.
+"""Indexes the shards of a run, `headrace index --config configs/my-run.yaml`, or those of one source by its
+patterns, `headrace index 'data/pile/*.jsonl.zst'`.
 
 A training start makes missing indexes by itself, up to data.max_index_at_start; beyond that, run this first. It may be
-a Slurm array: task i of n takes every n-th shard with `--part i/n`; run it once more without to write the manifests.
-With a config all sources are indexed as its run will look for them: data sets too, and its remote_cache is filled.
+a Slurm array: with `--part i/n` a task takes every n-th shard; run it once more without --part to write the manifests.
+With a config all sources are indexed where its run will look for them, data sets too, and its remote_cache is filled.
 
 Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 130 interrupted, 1 anything else.
 """
@@ -20,14 +20,11 @@ from pathlib import Path
 from queue import Empty
 from threading import Thread
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pretrain.config_file import read_tree
-from shards import DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
+from shards import ConfigError, DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
 from shards.index import manifest
 from shards.index.shard_index import ShardIndex, obtain
 from shards.index.splice_points import explain
@@ -38,17 +35,18 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells call it
 REPORT_BYTES = 4 << 20
 REFRESH_SECONDS = 0.2
 
+Report = tuple[str, int | ShardIndex | HeadraceError]
+
 
 def part(text: str) -> tuple[int, int]:
-    """(I, N) of --part I/N. Raises: argparse.ArgumentTypeError."""
+    """Parse I/N into (I, N). Raises: argparse.ArgumentTypeError."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1, such as 0/100 to 99/100")
     return int(number), int(count)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "patterns", nargs="*", metavar="PATTERN", help="shards or globs, as in paths; with --config: key.path=value"
     )
@@ -70,50 +68,54 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cell-bytes", type=int, help="only for a run that sets data.window_bytes below 1 MiB")
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
-    arguments = parser.parse_intermixed_args()
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other. Raises: ConfigError."""
     if (arguments.cat is None) != (arguments.document is None):
-        parser.error("--cat and --document belong together")
+        raise ConfigError("--cat and --document belong together")
     if not arguments.config and not arguments.patterns and not arguments.cat:
-        parser.error("name shards, or a run's config with --config")
+        raise ConfigError("name shards, or a run's config with --config")
     if arguments.config and (arguments.index_dir or arguments.cell_bytes or arguments.max_decoder_window):
-        parser.error("with --config say data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
-    return arguments
+        raise ConfigError("with --config say data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
 
 
 def data_config(arguments: argparse.Namespace) -> DataConfig:
-    """What is to be indexed, and how. Raises: ConfigError."""
+    """Return the sources to index and the settings to do it with. Raises: ConfigError."""
     if arguments.config:
         tree, _ = read_tree(arguments.config, arguments.patterns)
         return DataConfig.parse(tree.get("data") or {}, "data")
-    said = {
+    given = {
         "window_bytes": arguments.cell_bytes,
         "index_dir": arguments.index_dir,
         "max_decoder_window": arguments.max_decoder_window,
     }
     return DataConfig(
         sources=(SourceConfig(name="PATTERN", paths=tuple(arguments.patterns)),),
-        tokenizer=Path(),  # takes no part in it, nor do rows
+        tokenizer=Path(),  # neither it nor seq_len matters to an index
         seq_len=1,
-        **{key: value for key, value in said.items() if value is not None},
+        **{key: value for key, value in given.items() if value is not None},
     )
 
 
-def work(tasks: Queue, reports: Queue, data: DataConfig, verify: bool, verify_entries: bool) -> None:
-    """A worker process: indexes the shards that it is given, until it is given None.
+def work(
+    tasks: Queue[str | None], reports: Queue[Report], data: DataConfig, verify: bool, verify_entries: bool
+) -> None:
+    """Index the shards that `tasks` gives, until it gives None; a worker process runs it.
 
-    Reports are (shard, what was read of it since the last: bytes, compressed), and (shard, its index, or the error).
+    It reports (shard, compressed bytes read of it since the last report) and (shard, its index or the error).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the command's process, which then ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's process handles it, and ends this one
     Thread(target=end_with_parent, daemon=True).start()
     cache = open_cache(data.remote_cache)
-    unsaid = 0
+    unreported = 0
 
     def report(path: str, size: int) -> None:
-        nonlocal unsaid
-        unsaid += size
-        if unsaid >= REPORT_BYTES:
-            reports.put((path, unsaid))
-            unsaid = 0
+        nonlocal unreported
+        unreported += size
+        if unreported >= REPORT_BYTES:
+            reports.put((path, unreported))
+            unreported = 0
 
     while (path := tasks.get()) is not None:
         try:
@@ -124,7 +126,7 @@ def work(tasks: Queue, reports: Queue, data: DataConfig, verify: bool, verify_en
 
 
 def end_with_parent() -> None:
-    """Waits until the command's process is gone, whatever ended it, and ends this one."""
+    """Wait until the command's process is gone, whatever ended it, and end this one."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -134,13 +136,14 @@ def end_with_parent() -> None:
 def index_shards(
     data: DataConfig, paths: list[str], workers: int, verify: bool, verify_entries: bool
 ) -> list[ShardIndex]:
-    """Indexes shards, several at a time, with a bar; the indexes in the order of `paths`.
+    """Index shards, several at a time, under a progress bar; return the indexes in the order of `paths`.
 
-    Raises: ShardError that names every shard that is missing or damaged, once all others have their indexes;
-    HeadraceError if a worker is lost.
+    Raises:
+        ShardError: names every shard that is missing or damaged, once all others have their indexes.
+        HeadraceError: if a worker is lost.
     """
     found: dict[str, ShardIndex | HeadraceError] = {}
-    sizes: dict[str, int] = {}  # bytes, of those that are there
+    sizes: dict[str, int] = {}  # bytes of each shard that exists
     for path in paths:
         try:
             sizes[path] = files.stat(path).size
@@ -150,8 +153,9 @@ def index_shards(
     lost: list[int] = []  # exit statuses of workers
     # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
     spawn = get_context("spawn")
-    tasks, reports = spawn.Queue(), spawn.Queue()
-    tasks.cancel_join_thread()  # what nobody takes any more must not keep this process
+    tasks: Queue[str | None] = spawn.Queue()
+    reports: Queue[Report] = spawn.Queue()
+    tasks.cancel_join_thread()  # tasks that no worker will take must not keep this process
     for task in (*sizes, *[None] * workers):
         tasks.put(task)
     arguments = (tasks, reports, data, verify, verify_entries)
@@ -163,16 +167,16 @@ def index_shards(
             process.start()
         while len(found) < len(paths):
             try:
-                path, said = reports.get(timeout=REFRESH_SECONDS)
+                path, found_or_size = reports.get(timeout=REFRESH_SECONDS)
             except Empty:
                 lost = [process.exitcode for process in processes if process.exitcode]
                 if lost:
                     break
                 continue
-            if isinstance(said, int):
-                size = said
+            if isinstance(found_or_size, int):
+                size = found_or_size
             else:
-                found[path], size = said, sizes[path] - read[path]
+                found[path], size = found_or_size, sizes[path] - read[path]
             read[path] += size
             progress.advance(bar, size)
     wrong = [str(error) for error in found.values() if isinstance(error, HeadraceError)]
@@ -183,11 +187,11 @@ def index_shards(
         raise HeadraceError("\n".join(wrong))
     if wrong:
         raise ShardError("\n".join(wrong))
-    return [found[path] for path in paths]
+    return [index for path in paths if isinstance(index := found[path], ShardIndex)]
 
 
 def show(path: str, index: ShardIndex) -> None:
-    """What the index of a shard says."""
+    """Print what the index of a shard says."""
     print(path)
     print(
         f"  {index.compression}, {index.stat.size:,} bytes, {index.raw_bytes:,} raw, content hash {index.content_hash}"
@@ -202,36 +206,35 @@ def show(path: str, index: ShardIndex) -> None:
         )
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int:
+    """Index the shards, or print a document; return the exit code. Raises: HeadraceError if it cannot be done."""
+    check_arguments(arguments)
     try:
         if arguments.cat:
             print(document(arguments.cat, arguments.document, index_dir=arguments.index_dir).text)
-            return 0
-        data = data_config(arguments)
-        paths_of = [preparation.shard_paths(source) for source in data.sources]
-        paths = list(dict.fromkeys(path for paths in paths_of for path in paths))
-        if arguments.part:
-            number, count = arguments.part
-            paths = paths[number::count]
-        indexes = index_shards(data, paths, arguments.workers, arguments.verify, arguments.verify_entries == "on")
-        if not arguments.part:
-            index_of = dict(zip(paths, indexes, strict=True))
-            for listed in paths_of:
-                manifest.write(listed, [index_of[path] for path in listed], data.index_dir, data.cell_bytes)
-    except HeadraceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        else:
+            index_sources(arguments)
     except KeyboardInterrupt:
-        print("interrupted; indexes that are made stay, the same command makes the others", file=sys.stderr)
+        print("interrupted; the indexes made so far stay, the same command makes the others", file=sys.stderr)
         return INTERRUPTED
+    return 0
+
+
+def index_sources(arguments: argparse.Namespace) -> None:
+    """Index the shards that are named, and write the manifest of each source unless only a part is done."""
+    data = data_config(arguments)
+    paths_of = [preparation.shard_paths(source) for source in data.sources]
+    paths = list(dict.fromkeys(path for paths in paths_of for path in paths))
+    if arguments.part:
+        number, count = arguments.part
+        paths = paths[number::count]
+    indexes = index_shards(data, paths, arguments.workers, arguments.verify, arguments.verify_entries == "on")
+    if not arguments.part:
+        index_of = dict(zip(paths, indexes, strict=True))
+        for listed in paths_of:
+            manifest.write(listed, [index_of[path] for path in listed], data.index_dir, data.cell_bytes)
     if arguments.show:
         for path, index in zip(paths, indexes, strict=True):
             show(path, index)
     raw, documents = sum(index.raw_bytes for index in indexes), sum(index.num_documents for index in indexes)
     print(f"{len(paths)} shards indexed: {raw:,} raw bytes, {documents:,} documents")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Names every document of a step: `python launch/provenance.py --run runs/quickstart --step 300`.
+"""Names every document of a step: `headrace provenance --run runs/quickstart --step 300`.
 
 The step's batch is made again from the nearest cursors that the run wrote down, and checked against the batch hash in
 its metrics.jsonl. Goes to stdout as tab-separated lines under one line of names, a line for each piece of a document:
@@ -25,29 +25,19 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Python puts launch/ first, where `pretrain` is the script of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Nothing runs on one here, and where DeepSpeed has to look for it, it reports what it found on stdout
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step, texts
 from pretrain.run.run_folder import RunFolder
-from shards import HeadraceError
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, required=True, help="counted from 1, as in metrics.jsonl")
     parser.add_argument("--text", action="store_true", help="add the text, as a JSON string")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
-    return parser.parse_intermixed_args()
 
 
-def name_documents(arguments: argparse.Namespace) -> None:
-    """Prints the table. Raises: HeadraceError if the run or the step is not there, or not what it was."""
+def print_documents(arguments: argparse.Namespace) -> None:
     folder = RunFolder(arguments.run)
     folder.check_there()
     config = load_config(folder.config, arguments.overrides, begun=True)
@@ -55,7 +45,7 @@ def name_documents(arguments: argparse.Namespace) -> None:
     batch = batch_of_step(folder, arguments.step, config.data, rows, config.run.seed)
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None
     print("row", "source", "shard", "line", "start", "stop", *(["text"] if spoken else []), sep="\t")
-    documents = set()
+    documents: set[tuple[str, int]] = set()
     for origin in batch.origins():
         documents.add((origin.shard, origin.line))
         print(*origin, *([next(spoken)] if spoken else []), sep="\t")
@@ -67,16 +57,10 @@ def name_documents(arguments: argparse.Namespace) -> None:
     )
 
 
-def main() -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table. Raises: HeadraceError if the run or the step is not there, or not what it was."""
     try:
-        name_documents(parse_arguments())
-    except HeadraceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes it
+        print_documents(arguments)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes stdout
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Submits a run to Slurm, once it is known that it can work:
 
-    python launch/submit.py --config configs/llama-1b-dolma.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+    headrace submit --config configs/llama-1b-dolma.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
 
 The job restarts itself until the run is finished. With --dry-run nothing is submitted: the checks go to stderr, the
 script to stdout. With --array a sweep: one run for each combination of a YAML file's lists, such as
@@ -14,16 +14,8 @@ Exit codes: 0 submitted (or, with --dry-run, all is well), 2 something would not
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-
-if __name__ == "__main__":
-    # Python puts launch/ first, where `pretrain` is the script of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a login node has no GPU, about which DeepSpeed would say so
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,14 +37,14 @@ from pretrain.cluster.submission import (
 )
 from pretrain.config import RunConfig
 from pretrain.model.size import checkpoint_bytes
-from shards import ConfigError, HeadraceError
+from shards import ConfigError
 from shards.storage.atomic import write_atomically
 
 _COLORS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of arguments: whole numbers from `least` on."""
+    """Return a type of arguments: whole numbers from `least` on."""
 
     def whole_number(text: str) -> int:
         if int(text) < least:
@@ -62,8 +54,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.learning_rate=1e-3")
     parser.add_argument("--nodes", type=at_least(1), required=True)
@@ -91,11 +82,10 @@ def parse_arguments() -> argparse.Namespace:
         "--evaluate", action="store_true", help="a job beside the training that scores its checkpoints as they appear"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, and stop")
-    return parser.parse_intermixed_args()
 
 
 def show(console: Console, findings: list[Finding]) -> None:
-    """The findings, each once, one under the other."""
+    """Print the findings, each once, one below the other."""
     table = Table.grid(padding=(0, 2))
     for finding in dict.fromkeys(findings):
         level = f"[{_COLORS[finding.level]}]{finding.level}[/]"
@@ -104,7 +94,7 @@ def show(console: Console, findings: list[Finding]) -> None:
 
 
 def explain(console: Console, job: str, request: slurm.JobRequest, runs: list[Run], base: RunConfig) -> None:
-    """How to watch a job that was submitted."""
+    """Print how to watch a job that was submitted."""
     logs = runs[0].folder / "logs"
     own_log = base.run.dir / base.run.name / "logs" / (f"{job}_0.log" if request.tasks else f"{job}.log")
     ways = [
@@ -128,7 +118,7 @@ def explain(console: Console, job: str, request: slurm.JobRequest, runs: list[Ru
 def request_of(
     arguments: argparse.Namespace, name: str, output: Path, cpus_per_task: int, grace_seconds: int, tasks: int | None
 ) -> slurm.JobRequest:
-    """What is asked of Slurm; what follows from the runs is used where the command says nothing."""
+    """Make the request to Slurm; what the command leaves open follows from the runs."""
     return slurm.JobRequest(
         name=name,
         nodes=arguments.nodes,
@@ -148,7 +138,7 @@ def request_of(
 
 
 def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
-    """Submits launch/evaluate.py --follow for the run of a config; the exit code."""
+    """Submit `headrace evaluate --follow` for the run of a config; return the exit code."""
     (run,) = runs_of(arguments.config, arguments.overrides, None)
     logs = run.folder / "logs"
     request = request_of(arguments, f"{run.config.run.name}-eval", logs / "eval-%j.log", 2, 0, None)
@@ -159,14 +149,14 @@ def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
             raise ConfigError("there is no sbatch on this machine, so no job can be submitted from here; try --dry-run")
         logs.mkdir(parents=True, exist_ok=True)
         job = slurm.submit(script)
-        console.print(f"\nSubmitted as job {job}; it says what it does in {logs}/eval-{job}.log.", style="bold")
+        console.print(f"\nSubmitted as job {job}; its log is {logs}/eval-{job}.log.", style="bold")
     return 0
 
 
 def submit_training(arguments: argparse.Namespace, console: Console) -> int:
-    """Checks and submits the run of a config, or a sweep's; the exit code."""
+    """Check and submit the run of a config, or those of a sweep; return the exit code."""
     runs = runs_of(arguments.config, arguments.overrides, arguments.array)
-    (named,) = runs_of(arguments.config, arguments.overrides, None)  # the run itself, or what a sweep's are named after
+    (named,) = runs_of(arguments.config, arguments.overrides, None)  # a sweep's runs are named after it
     base, logs = named.config, named.folder / "logs"
     partition, silent = partition_of(arguments.partition)
     bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
@@ -201,17 +191,9 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int:
+    """Submit a training or an evaluation; return the exit code. Raises: HeadraceError if it cannot be submitted."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        console.width = 120  # of a log file
-    try:
-        return submit_evaluation(arguments, console) if arguments.evaluate else submit_training(arguments, console)
-    except HeadraceError as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        console.width = 120  # columns of a log file
+    return submit_evaluation(arguments, console) if arguments.evaluate else submit_training(arguments, console)

@@ -6,13 +6,12 @@ from those of the config that it is to be trained or run with.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.model.transformer import ModelConfig
-from shards import ConfigError
+from shards import ConfigError, installation
 
 # The keys that decide what a model computes from its weights; the others say how it was drawn or is trained
 _ARCHITECTURE = (
@@ -48,7 +47,7 @@ class ModelDescription:
         if differing:
             raise ConfigError(
                 f"{self.file} describes another model: {'; '.join(differing)}. Its own `model:` section is printed by"
-                f" `python launch/export.py --describe {shlex.quote(str(self.file.parent))}`"
+                f" `{installation.typed('export', '--describe', str(self.file.parent))}`"
             )
 
 

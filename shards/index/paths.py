@@ -6,7 +6,6 @@ files -> paths -> shard_index, decoders.
 import errno
 import hashlib
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from shards import installation
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB
 from shards.errors import ShardError
 from shards.storage import atomic, files, remote
@@ -58,7 +58,7 @@ def index_command(
 ) -> str:
     """Return the command that makes indexes where and as a run with these settings looks for them.
 
-    It is for the shell, from the repository's root. Args: `paths` of shards, or patterns of them.
+    It is for the shell, in a clone from its root. Args: `paths` of shards, or patterns of them.
     """
     options = ["--verify"] if verify else []
     if index_dir is not None:
@@ -67,7 +67,7 @@ def index_command(
         options += ["--cell-bytes", str(cell_bytes)]
     if max_window != DEFAULT_MAX_DECODER_WINDOW:
         options += ["--max-decoder-window", str(max_window)]
-    return shlex.join(["python", "launch/index.py", *paths, *options])
+    return installation.typed("index", *paths, *options)
 
 
 def user_cache() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import pretrain
+from pretrain.commands import dispatch
 from tests.pretrain.checkpoint.disk import KILLED, Disk, Operation
 
 
@@ -34,7 +34,7 @@ def main() -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         Disk(folder, patch, fail)
-        return pretrain.main()
+        return dispatch.run("train", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -15,20 +15,18 @@ import json
 import os
 import sys
 
+from pretrain.commands import dispatch
 from pretrain.topology import free_port
-
-pretrain = importlib.import_module("launch.pretrain")
 
 
 def run_rank(arguments: list[str], code: str, rank: int, world_size: int, port: int) -> None:
     """Runs the command as one rank, in this process, and ends it."""
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
-    sys.argv = ["pretrain.py", *arguments]
     status = 1
     try:
         exec(code, {"rank": rank})
-        status = pretrain.main()
+        status = dispatch.run("train", arguments)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     sys.stdout.flush()
@@ -38,7 +36,12 @@ def run_rank(arguments: list[str], code: str, rank: int, world_size: int, port: 
 
 def main() -> None:
     config, starts = sys.argv[1], json.loads(sys.argv[2])
-    for late in ("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"):
+    for late in (
+        "pretrain.commands.train",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "deepspeed.runtime.zero.muon.original_muon",
+    ):
         importlib.import_module(late)  # what a rank would import at its first step, for seconds
     gc.freeze()  # DeepSpeed collects garbage at every turn
     codes = []

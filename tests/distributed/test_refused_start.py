@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from launch.export import export_run
-from launch.generate import opened
+from pretrain.commands.export import export_run
+from pretrain.commands.generate import find_model
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import StepLog
 from shards import ConfigError
@@ -76,7 +76,7 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
         folder.config.read_text().replace(str(Path("shards/sample/tokenizer-4k.model")), str(other))
     )
     asked = argparse.Namespace(run=folder.root, step=None, to=tmp_path / "to", overrides=[], model=None)
-    for command in (export_run, opened):
+    for command in (export_run, find_model):
         with pytest.raises(ConfigError, match=r"other\.model is not the model that .*step_00000010 was trained with"):
             command(asked)
     shutil.rmtree(folder.checkpoints)

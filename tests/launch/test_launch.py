@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from launch.pretrain import main
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.commands import dispatch
 from pretrain.config import load_config
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import IndexingLog, check_checkpoints_there, check_inputs, claim_run
@@ -31,11 +30,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 
     def run(*arguments: str) -> tuple[int, str]:
         caplog.clear()
-        words = ["launch/pretrain.py", "--config", str(CONFIG), f"run.dir={tmp_path}/runs", *arguments]
-        monkeypatch.setattr(sys, "argv", words)
+        words = ["--config", str(CONFIG), f"run.dir={tmp_path}/runs", *arguments]
         # A start puts its place among the ranks into the environment
         with caplog.at_level(logging.INFO), mock.patch.dict(os.environ):
-            return main(), caplog.text
+            return dispatch.run("train", words), caplog.text
 
     return run
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch.submit import main
+from pretrain.commands import dispatch
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -23,8 +22,7 @@ def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     def run(*arguments: str) -> tuple[int, str, str]:
         words = ["--config", "configs/quickstart.yaml", "--time=1:00:00", f"run.dir={tmp_path}/runs", *arguments]
-        monkeypatch.setattr(sys, "argv", ["launch/submit.py", *words])
-        code = main()
+        code = dispatch.run("submit", words)
         said = capsys.readouterr()
         return code, said.out, " ".join(said.err.split())
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from launch.train_tokenizer import main, sentences, train
+from pretrain.commands import dispatch
+from pretrain.commands.train_tokenizer import sentences, train
 from shards import read_documents
 from shards.storage import files
 
@@ -33,24 +33,21 @@ def test_every_text_of_the_sample_comes_back() -> None:
     assert BUNDLED.decode(BUNDLED.encode(hard)) == hard
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
-    return main()
+def run(*arguments: str | Path) -> int:
+    return dispatch.run("train-tokenizer", [str(argument) for argument in arguments])
 
 
-def test_a_bad_record_is_named_and_can_be_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_record_is_named_and_can_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = tmp_path / "a.jsonl"
     lines = [b'{"text": "a few words %d, and more of them"}\n' % i for i in range(50)]
     shard.write_bytes(b"".join([*lines[:7], b'{"text": null}\n', *lines[7:]]))
     command = (shard, "--vocab-size", "290", "--out", tmp_path / "t.model")
-    assert run(monkeypatch, *command) == 2
+    assert run(*command) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: {shard}, line 8: 'text' is null, not a string; mend the line, or pass --on-bad-record skip"
+        f"error: {shard}, line 8: 'text' is null, not a string; correct the line, or pass --on-bad-record skip"
     ]
     assert not (tmp_path / "t.model").exists()
-    assert run(monkeypatch, *command, "--on-bad-record", "skip") == 0
+    assert run(*command, "--on-bad-record", "skip") == 0
     shard.write_bytes(b"".join(lines))
     assert pieces(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))) == pieces(
         sentencepiece.SentencePieceProcessor(model_proto=train(sentences([str(shard)]), 290, 0.998))
@@ -68,7 +65,6 @@ def test_a_bad_record_is_named_and_can_be_skipped(
 )
 def test_what_makes_no_model_is_said_in_a_line(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     text: str,
     size: int,
@@ -77,6 +73,6 @@ def test_what_makes_no_model_is_said_in_a_line(
 ) -> None:
     shard = tmp_path / "a.jsonl"
     shard.write_text(f'{{"text": "{text}"}}\n')
-    assert run(monkeypatch, shard, "--vocab-size", str(size), "--out", tmp_path / out) == 2
+    assert run(shard, "--vocab-size", str(size), "--out", tmp_path / out) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line

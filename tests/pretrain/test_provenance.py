@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch.provenance import main
+from pretrain.commands import dispatch
 from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
 from shards import Batch, DataConfig, Loader, Tokenizer, read_documents
@@ -55,10 +54,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[B
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["launch/provenance.py", *map(str, arguments)])
-        code = main()
+        code = dispatch.run("provenance", [str(argument) for argument in arguments])
         said = capsys.readouterr()
         return code, list(csv.DictReader(said.out.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)), said.err
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch.submit import main
 from pretrain.cluster.slurm import job_script
+from pretrain.commands import dispatch
 from pretrain.config import load_config
 from pretrain.feed import chain_hash
 from shards import Loader
@@ -74,9 +73,8 @@ def submit(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     config.write_text(CONFIG.format(folder=tmp_path))
 
     def run(*arguments: str) -> Submitted:
-        words = ["launch/submit.py", "--config", str(config), "--time=60", "--grace=40", *arguments]
-        monkeypatch.setattr(sys, "argv", words)
-        code = main()
+        words = ["--config", str(config), "--time=60", "--grace=40", *arguments]
+        code = dispatch.run("submit", words)
         said = capsys.readouterr().err
         found = re.search(r"Submitted as job (\d+)", said)
         assert found, said

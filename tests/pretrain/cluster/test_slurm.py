@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
 
-from launch import evaluate, generate
 from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words
+from pretrain.commands import dispatch, evaluate, generate
 from pretrain.topology import launcher_environment, slurm_environment, world_size_of
 from shards import ConfigError
 
 TEMPLATE = Path(__file__).parents[3] / "slurm" / "pretrain.sbatch"
-SETTINGS = ("run", "checkout", "python", "node_check", "arguments")
+SETTINGS = ("run", "train", "check_nodes", "node_check", "arguments")
 
 
 def request(**values: object) -> JobRequest:
@@ -117,13 +115,12 @@ def test_a_task_of_a_slurm_step_is_a_rank() -> None:
         launcher_environment(slurm_environment(step))
 
 
-@pytest.mark.parametrize("command", [evaluate, generate])
-def test_commands_beside_the_training_are_ranks_too(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_commands_beside_the_training_are_ranks_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(command, "parse_arguments", lambda: argparse.Namespace(compare=None, run="a run"))
-    for work in ("evaluate_run", "speak"):
-        monkeypatch.setattr(command, work, lambda _: seen.append(world_size_of(os.environ)), raising=False)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda _: seen.append(world_size_of(os.environ)))
+    monkeypatch.setattr(generate, "print_continuations", lambda _: seen.append(world_size_of(os.environ)))
     step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     with mock.patch.dict(os.environ, step):
-        assert command.main() == 0
+        assert dispatch.run(command, ["--run", "a run"]) == 0
     assert seen == [16]

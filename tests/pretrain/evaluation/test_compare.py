@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.evaluate import main
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+from pretrain.commands import dispatch
 from pretrain.evaluation.checkpoints import new_checkpoints
 from pretrain.evaluation.compare import chosen_suites, compare, draw, only_in_one
 from pretrain.evaluation.scores import DocumentScores
@@ -116,14 +116,12 @@ def test_without_matplotlib_there_is_a_table_and_a_word(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog listens instead
     monkeypatch.chdir(tmp_path)
-    words = ["evaluate.py", "--compare", *map(str, folders)]
-    monkeypatch.setattr(sys, "argv", words)
-    assert main() == 0
+    words = ["--compare", *map(str, folders)]
+    assert dispatch.run("evaluate", words) == 0
     assert "micro" in capsys.readouterr().out
     assert "only the table: a picture needs matplotlib" in caplog.text
     assert f"scored as {labels[0]}" in caplog.text
-    monkeypatch.setattr(sys, "argv", [*words, "--plot", "c.png"])
-    assert main() == 2
+    assert dispatch.run("evaluate", [*words, "--plot", "c.png"]) == 2
     assert "micro" not in capsys.readouterr().out, "refused before anything is computed"
 
 

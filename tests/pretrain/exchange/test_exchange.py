@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from launch.export import export_run
 from pretrain.checkpoint.store import FileEntry, write_complete
+from pretrain.commands.export import export_run
 from pretrain.config import load_config
 from pretrain.exchange.export import export
 from pretrain.exchange.folder import describe, open_model

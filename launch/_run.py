@@ -1,0 +1,16 @@
+"""Starts the command of a script in this folder, which Python has put first on sys.path.
+
+There, `pretrain` would be the script of that name and not the package, so the clone's root takes the folder's place.
+"""
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+def run(command: str) -> NoReturn:
+    """Run a command with the words on the command line, and exit with its code."""
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pretrain.commands import dispatch
+
+    sys.exit(dispatch.run(command, sys.argv[1:]))

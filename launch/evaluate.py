@@ -1,0 +1,6 @@
+"""Scores models on held-out text: `python launch/evaluate.py --run runs/x --suite DIR`."""
+
+if __name__ == "__main__":
+    from _run import run  # of this folder
+
+    run("evaluate")

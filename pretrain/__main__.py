@@ -1,0 +1,8 @@
+"""Runs a command: `python -m pretrain train ...` does what `headrace train ...` does."""
+
+import sys
+
+from pretrain.commands.dispatch import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Starts a command, as `headrace NAME`, `python -m pretrain NAME` or a script in launch/.
+
+What all commands share is done here: the device that DeepSpeed may look for, the place among several ranks, the parser,
+and the exit code of an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pretrain import log
+from shards import HeadraceError, installation
+
+
+class Command(NamedTuple):
+    """A command: the module pretrain/commands/NAME.py has `add_arguments(parser)` and `run(arguments) -> exit code`."""
+
+    summary: str
+    on_ranks: bool = False  # runs a model, on as many ranks as a launcher starts
+
+
+COMMANDS = {
+    "sample": Command("write the sample configs and their text into a folder, to be trained on from there"),
+    "train": Command("train a model, or continue training it", on_ranks=True),
+    "index": Command("index shards before a run reads them"),
+    "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
+    "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
+    "generate": Command("continue prompts with a model", on_ranks=True),
+    "export": Command("write a run's model for other programs"),
+    "provenance": Command("name every document of a step"),
+    "submit": Command("submit a run to Slurm, once it is known that it can work"),
+    "check-nodes": Command("try the nodes of a Slurm job before a training starts on them"),
+}
+
+
+def main() -> int:
+    """Run the command that the first word names; return its exit code."""
+    parser = argparse.ArgumentParser(prog="headrace", description="Pretrain language models on raw shards of text.")
+    parser.add_argument("--version", action="version", version=f"headrace {installation.version()}")
+    _ignore_local_rank(parser)
+    # Each command parses the words behind its name by itself, so that only its module is imported.
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    arguments, words = parser.parse_known_args()
+    return run(arguments.command, words)
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Run a command with the words that were typed behind its name; return its exit code."""
+    on_ranks = COMMANDS[name].on_ranks
+    if on_ranks:
+        _become_rank()
+    else:
+        _use_device("cpu")
+    module = importlib.import_module(f"pretrain.commands.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=installation.typed(name),
+        description=as_typed_here(module.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _ignore_local_rank(parser)
+    module.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(words)
+    try:
+        return int(module.run(arguments))
+    except HeadraceError as error:
+        if on_ranks:
+            logging.getLogger("headrace").error("%s", error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def as_typed_here(text: str) -> str:
+    """Return a text that names commands as `headrace NAME`, with each as it is typed in this installation."""
+    names = "|".join(sorted(COMMANDS, key=len, reverse=True))
+    return re.sub(rf"\bheadrace ({names})\b", lambda match: installation.typed(match[1]), text)
+
+
+def _ignore_local_rank(parser: argparse.ArgumentParser) -> None:
+    # The deepspeed launcher adds it in front of all other words; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def _become_rank() -> None:
+    """Prepare this process to be one of the ranks that a launcher has started, or the only one."""
+    # Here, since commands without a model are typed often, and importing torch takes them seconds.
+    import torch
+
+    from pretrain.topology import slurm_environment
+
+    if not torch.cuda.is_available():
+        _use_device("cpu")
+    os.environ.update(slurm_environment(os.environ))
+    log.set_up(int(os.environ.get("RANK", "0")))
+
+
+def _use_device(name: str) -> None:
+    # Where DeepSpeed has to look for a device by itself, it reports on stdout what it found.
+    os.environ.setdefault("DS_ACCELERATOR", name)
