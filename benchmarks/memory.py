@@ -175,7 +175,7 @@ def measure_many(command: list[str]) -> bool:
         found = [sight.pss for sight in sights if start <= sight.windows < start + WINDOWS // 5]
         medians.append(statistics.median(found))
         print(f"|   windows {start} to {start + WINDOWS // 5}, median | {medians[-1] / 1e9:.2f} | |", flush=True)
-    # From the second fifth on: in the first, memory still grew (see docs/data.md).
+    # From the second fifth on: in the first, memory still grew (see docs/data-measurements.md).
     growth = medians[-1] / medians[1] - 1
     print(f"|   growth over the last {WINDOWS * 4 // 5} windows, % | {100 * growth:.1f} | |", flush=True)
     return most < MANY_BOUND and growth < GROWTH_BOUND
