@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 
-PACKAGES = ("shards", "pretrain")
+PACKAGES = ("shards", "pretrain", "launch")
 KEY = "max_failed_saves"  # of the value that is followed, in the section `checkpoint`
 RUN = [
     "run.name=reading", "model.dim=64", "model.ffn_dim=128", "train.global_batch_size=8", "data.num_workers=0",
@@ -86,12 +86,13 @@ class Profiler:
 def profile(output: Path, words: list[str]) -> None:
     """Run launch/pretrain.py of the current folder, and write down the files of everything that is followed."""
     profiler = Profiler(Path.cwd())
-    sys.argv = ["launch/pretrain.py", *words]
-    sys.path[0] = "launch"
+    script = Path("launch/pretrain.py").resolve()
+    sys.argv = [str(script), *words]
+    sys.path[0] = str(script.parent)
     threading.setprofile(profiler)
     sys.setprofile(profiler)
     try:
-        runpy.run_path("launch/pretrain.py", run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.setprofile(None)
         output.write_text(json.dumps({name: sorted(files) for name, files in profiler.files.items()}))
