@@ -1,41 +1,35 @@
-"""launch/pretrain.py on a disk that fails one rank: `python -m tests.distributed.faulty FAULTS [its arguments]`.
-
-FAULTS is JSON, a list of [rank, part of a path, what]. What happens at each write there: "kill" the process, wait until
-a file named `go-on` stands in the run folder's parent ("wait"), or raise the error of that number.
-"""
+"""A disk that fails one rank of a run."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from pretrain.commands import dispatch
 from tests.pretrain.checkpoint.disk import KILLED, Disk, Operation
 
 
-def main() -> int:
-    faults = [(path, what) for rank, path, what in json.loads(sys.argv.pop(1)) if rank == int(os.environ["RANK"])]
-    folder = Path(sys.argv[sys.argv.index("--config") + 1]).parent
+def install(rank: int, root: str, faults: Sequence[tuple[int, str, object]]) -> None:
+    """Put a disk with faults in the place of this process's, for everything below a folder.
+
+    Args:
+        root: the run folder's parent.
+        faults: of each the rank, a part of a path, and what happens at each write there: "kill" the process, "wait"
+            until there is a file named `go-on` in `root`, or the number of the error to raise.
+    """
+    mine = [(path, what) for number, path, what in faults if number == rank]
 
     def fail(number: int, operation: Operation) -> OSError | None:
-        what = next((what for path, what in faults if path in str(operation.path)), None)
+        what = next((what for path, what in mine if path in str(operation.path)), None)
         if operation.kind != "write" or what is None:
             return None
         if what == "kill":
             os._exit(KILLED)
-        while what == "wait" and not (folder / "go-on").exists():
+        while what == "wait" and not (Path(root) / "go-on").exists():
             time.sleep(0.01)
-        return None if what == "wait" else OSError(what, os.strerror(what))
+        return None if what == "wait" else OSError(what, os.strerror(int(str(what))))
 
-    with pytest.MonkeyPatch.context() as patch:
-        Disk(folder, patch, fail)
-        return dispatch.run("train", sys.argv[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Disk(Path(root), pytest.MonkeyPatch(), fail)

@@ -1,21 +1,27 @@
-"""Starts several gloo ranks of a module on this machine and waits for them, as a launcher would."""
+"""Starts gloo ranks on this machine, forked from a process that has imported torch and DeepSpeed already."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.topology import free_port
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 300.0  # seconds
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What `deepspeed` or `torchrun` would set for one rank; one thread each, so that four fit on two cores."""
+    """Return what `deepspeed` or `torchrun` would set for one rank; one thread each, so that four fit on two cores."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -24,45 +30,121 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 
-def run_forked(config: Path, starts: list[tuple[int, list[str], str]]) -> tuple[list[list[int]], str]:
-    """Runs `tests.distributed.forked`; returns the exit codes of each start's ranks, and all that they said."""
-    command = [sys.executable, "-m", "tests.distributed.forked", str(config), json.dumps(starts)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+class Rank:
+    """A process that the server has forked, with what tests need of `subprocess.Popen`.
+
+    Attributes:
+        pid: of the process, and of its group.
+    """
+
+    def __init__(self, pid: int, output: Path) -> None:
+        self.pid = pid
+        self._output = output
+
+    @property
+    def output(self) -> str:
+        """What the rank has written to stdout and stderr so far."""
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while the rank runs."""
+        path = self._output.with_name(self._output.name + ".exit")
+        return int(path.read_text()) if path.exists() else None
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Wait for the end of the rank and return its exit code."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, f"a rank has not ended within {timeout} s: {self.output}"
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal the process."""
+        os.kill(self.pid, number)
+
+    def kill_group(self) -> None:
+        """Kill the process and all that it has started."""
+        os.killpg(self.pid, signal.SIGKILL)
 
 
-def run_ranks(world_size: int, module: str, *arguments: str, timeout: float = 300) -> str:
-    """Runs `python -m module arguments` on every rank; returns rank 0's stdout.
+class _Server:
+    """The process that forks ranks; it ends, with them, when this process does."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="headrace-ranks-")
+        self._numbers = itertools.count()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.fork_server"],
+            cwd=ROOT,
+            env=rank_environment(0, 1, 0),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        )
+
+    def start(self, module: str, arguments: Sequence[str], code: str, environment: dict[str, str]) -> Rank:
+        """Fork one rank."""
+        output = Path(self._folder.name) / str(next(self._numbers))
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([module, list(arguments), code, environment, str(output)]) + "\n")
+        while not (line := self._process.stdout.readline()).strip().isdigit():  # before it, what imports have printed
+            assert line, "the server has ended"
+        return Rank(int(line), output)
+
+
+_server = functools.cache(_Server)
+
+
+def start_ranks(world_size: int, module: str, *arguments: str, code: str = "") -> list[Rank]:
+    """Start `python -m module arguments` on every rank.
+
+    Args:
+        code: Python that each rank runs first, with its number as `rank`.
+    """
+    port = free_port()
+    return [
+        _server().start(module, arguments, code, rank_environment(rank, world_size, port)) for rank in range(world_size)
+    ]
+
+
+def run_ranks(world_size: int, module: str, *arguments: str) -> str:
+    """Run `python -m module arguments` on every rank; return what rank 0 wrote.
 
     Raises:
         AssertionError: with the output of the first rank that failed.
     """
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=rank_environment(rank, world_size, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    ranks = start_ranks(world_size, module, *arguments)
     try:
-        with ThreadPoolExecutor(
-            world_size
-        ) as readers:  # all at once: a rank whose pipe is full keeps the others waiting
-            outputs = list(readers.map(lambda process: process.communicate(timeout=timeout), processes))
+        codes = [rank.wait() for rank in ranks]
     finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, (stdout, stderr)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {module} exited {process.returncode}\n{stdout}\n{stderr}"
-    return outputs[0][0]
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill_group()
+    for number, (rank, code) in enumerate(zip(ranks, codes, strict=True)):
+        assert code == 0, f"rank {number} of {module} exited {code}\n{rank.output}"
+    return ranks[0].output
+
+
+def run_starts(config: Path, starts: Sequence[tuple[int, list[str], str]]) -> tuple[list[list[int]], str]:
+    """Run launch/pretrain.py several times, each start once the one before it has ended.
+
+    Args:
+        starts: of each the number of ranks, the overrides, and Python code that every rank runs first.
+    Returns:
+        The exit codes of each start's ranks, and all that they wrote.
+    """
+    codes, outputs = [], []
+    for world_size, overrides, code in starts:
+        ranks = start_ranks(world_size, "launch.pretrain", "--config", str(config), *overrides, code=code)
+        codes.append([rank.wait() for rank in ranks])
+        outputs += [rank.output for rank in ranks]
+    return codes, "".join(outputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_forked
+from tests.distributed.ranks import run_starts
 
 CONFIG = """
 run: {{name: elastic, dir: {folder}, seed: 7}}
@@ -45,7 +45,7 @@ def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> 
     folder.mkdir()
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, precision=precision))
-    codes, output = run_forked(config, [(world_size, overrides, "") for world_size, overrides in starts])
+    codes, output = run_starts(config, [(world_size, overrides, "") for world_size, overrides in starts])
     assert codes == [[0] * world_size for world_size, _ in starts], output
     return [json.loads(line) for line in (folder / "elastic" / "metrics.jsonl").read_text().splitlines()]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_forked
+from tests.distributed.ranks import run_starts
 
 CONFIG = """
 run: {{name: unnamed, dir: {folder}, seed: 7}}
@@ -41,7 +41,7 @@ def test_a_training_reads_the_same_with_and_without_entries(tmp_path: Path) -> N
         overrides = [f"run.name={name}", f"data.index_dir={tmp_path / name}-indexes"]
         # The second start goes on from cursors. Segments lie all over the shards, so both make use of entries.
         starts += [(1, [*overrides, "train.steps=4"], code), (1, overrides, code)]
-    codes, output = run_forked(config, starts)
+    codes, output = run_starts(config, starts)
     assert codes == [[0]] * 4, output
     found = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_forked
+from tests.distributed.ranks import run_starts
 from tests.distributed.test_elastic import CONFIG
 
 # Rank 1 is told to stop in the middle of the evaluation of step 2
@@ -52,7 +52,7 @@ def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
     evaluated = ["train.steps=4", "evaluation.every=2", f"evaluation.suite={suite.parent}", "evaluation.batch_size=2"]
     run = tmp_path / "elastic"
 
-    codes, output = run_forked(config, [(2, evaluated, SIGNALLED)])
+    codes, output = run_starts(config, [(2, evaluated, SIGNALLED)])
     assert codes == [[75, 75]], output
     assert {json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()} == {0}
     assert (run / "checkpoints" / "step_00000002" / "COMPLETE").exists(), output
@@ -60,7 +60,7 @@ def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
     faults = [(3, "raise ValueError('out of luck')"), (3, "os.kill(os.getpid(), 9)"), (4, "time.sleep(100)")]
     evaluated.append("train.stall_timeout=3")
     starts = [(2, evaluated, FAILING.format(step=step, fault=fault)) for step, fault in faults]
-    codes, output = run_forked(config, [*starts, (2, evaluated, "")])
+    codes, output = run_starts(config, [*starts, (2, evaluated, "")])
     assert codes == [[1, 1], [1, -9], [75, 75], [0, 0]], output
     assert output.count("ValueError: out of luck") == 1
     assert output.count("Traceback (most recent call last)") == 1, output  # that of the rank that failed, and no other

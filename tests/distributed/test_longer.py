@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_forked
+from tests.distributed.ranks import run_starts
 from tests.distributed.test_elastic import CONFIG
 
 PEAK = 3e-3  # the learning rate in CONFIG
@@ -24,7 +24,7 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
     first = ["train.steps=4", f"optim.schedule={schedule}", "optim.floor=0.2"]
-    codes, output = run_forked(config, [(1, first, "")])
+    codes, output = run_starts(config, [(1, first, "")])
     assert codes == [[0]], output
     hint = output[output.index("Next ") :]
     same_run = re.search(r"with (train\S+ optim\S+ optim\S+) this one goes on", hint)
@@ -32,7 +32,7 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     assert same_run, hint
     assert new_run, hint
 
-    codes, output = run_forked(config, [(1, same_run[1].split(), ""), (1, [*first, *new_run[1].split()], "")])
+    codes, output = run_starts(config, [(1, same_run[1].split(), ""), (1, [*first, *new_run[1].split()], "")])
     assert codes == [[0], [0]], output
     assert "the learning rate of step" not in output
     ended = rates(tmp_path / "elastic")
@@ -43,7 +43,7 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     assert longer == sorted(longer, reverse=True)
     assert longer[0] == pytest.approx(PEAK)
 
-    codes, output = run_forked(config, [(1, [*first, "train.steps=16"], "")])
+    codes, output = run_starts(config, [(1, [*first, "train.steps=16"], "")])
     assert codes == [[0]], output
     jumped = rates(tmp_path / "elastic")[8]
     assert (

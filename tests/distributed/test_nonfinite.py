@@ -11,7 +11,7 @@ import pytest
 from pretrain.config import load_config
 from pretrain.provenance import batch_of_step
 from pretrain.run.run_folder import RunFolder
-from tests.distributed.ranks import run_forked, run_ranks
+from tests.distributed.ranks import run_ranks, run_starts
 from tests.distributed.test_elastic import CONFIG
 
 # NaN as a weight's gradient in the steps that are named
@@ -42,7 +42,7 @@ def test_such_steps_are_skipped_and_counted_until_there_are_too_many(tmp_path: P
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
     overrides = ["train.steps=20", "train.max_nonfinite=2", "checkpoint.every=4"]
-    codes, output = run_forked(config, [(1, overrides, POISON)])
+    codes, output = run_starts(config, [(1, overrides, POISON)])
     assert codes == [[1]], output
     assert "step 7: loss" in output
     assert "2 in a row" in output
@@ -81,7 +81,7 @@ def test_steps_without_a_target_are_said_and_end_a_run_that_has_no_others(tmp_pa
     paths = json.dumps([str(tmp_path / "words.jsonl")])
     words = ["run.name=words", "data.bos=false", "data.eos=false", f"data.sources.0.paths={paths}"]
     few = ["train.steps=6", "train.max_nonfinite=4", "train.on_nonfinite=stop"]
-    codes, output = run_forked(config, [(1, few, EMPTIED), (1, [*few, *words], "")])
+    codes, output = run_starts(config, [(1, few, EMPTIED), (1, [*few, *words], "")])
     assert codes == [[0], [1]], output
     metrics = [json.loads(line) for line in (tmp_path / "elastic" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if m.get("without_targets")] == [2, 3, 5]

@@ -16,7 +16,7 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import StepLog
 from shards import ConfigError
 from shards.storage.content_hash import hash_file
-from tests.distributed.ranks import ROOT, run_forked
+from tests.distributed.ranks import ROOT, run_starts
 from tests.distributed.test_elastic import CONFIG
 
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
@@ -62,7 +62,7 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
         for i, overrides in enumerate(suffixed)
     ]
     starts = [first, *refused, (1, [*base, "train.steps=12"], lose), (1, [*base, "train.steps=12"], "")]
-    codes, output = run_forked(config, starts)
+    codes, output = run_starts(config, starts)
     assert codes == [[0], *([2] * world for world, _, _ in refused), [2], [2]], output
     for i in range(len(refused)):
         assert content(tmp_path / f"snapshot{i}") == content(tmp_path / "snapshot0"), suffixed[i]
@@ -82,7 +82,7 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
     shutil.rmtree(folder.checkpoints)
     folder.metrics.cut_back(3, folder.superseded / "metrics.jsonl")  # before the first save
     folder.config.write_text(folder.config.read_text().replace(str(other), "shards/sample/tokenizer-4k.model"))
-    codes, output = run_forked(config, [(1, [*base, "train.steps=4"], "")])
+    codes, output = run_starts(config, [(1, [*base, "train.steps=4"], "")])
     assert codes == [[0]], output
     superseded = StepLog(folder.superseded / "metrics.jsonl").read()
     assert [record["step"] for record in superseded] == [*range(4, 11), 1, 2, 3]

@@ -19,7 +19,7 @@ import pytest
 
 from pretrain.topology import free_port
 from shards import read_documents
-from tests.distributed.ranks import ROOT, rank_environment
+from tests.distributed.ranks import ROOT, Rank, start_ranks
 from tests.pretrain.checkpoint.disk import KILLED
 
 STEPS = 40
@@ -43,6 +43,7 @@ train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 2}}
 optim: {{learning_rate: 1.0e-3, warmup_steps: 5, z_loss: 1.0e-4}}
 parallel: {{tp_size: {tp_size}, zero_stage: {zero_stage}}}
 checkpoint: {{every: 6, keep: 2}}
+precision: {precision}
 evaluation: {{every: 15, suite: {folder}/suite, batch_size: 4}}
 wandb: {{mode: disabled}}
 """
@@ -51,7 +52,9 @@ wandb: {{mode: disabled}}
 class Run:
     """One run folder, and commands that work on it."""
 
-    def __init__(self, folder: Path, world_size: int, tp_size: int = 1, zero_stage: int = 1) -> None:
+    def __init__(
+        self, folder: Path, world_size: int, tp_size: int = 1, zero_stage: int = 1, precision: str = "fp32"
+    ) -> None:
         self.folder, self.world_size = folder, world_size
         suite = folder / "suite"
         for domain in ("wiki", "code"):
@@ -63,27 +66,17 @@ class Run:
         lines = ["{broken" * 300 if i % 25 else json.dumps({"text": f"{i} line " * 30}) for i in range(1000)]
         folder.joinpath("odd.jsonl").write_text("\n".join(lines))
         self.config = folder / "config.yaml"
-        self.config.write_text(CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage))
+        self.config.write_text(
+            CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage, precision=precision)
+        )
 
-    def start(self, *overrides: str, faults: Sequence[tuple[int, str, object]] = ()) -> list[subprocess.Popen[str]]:
-        port = free_port()
-        program = ["-m", "tests.distributed.faulty", json.dumps(faults)] if faults else ["launch/pretrain.py"]
-        command = [sys.executable, *program, "--config", str(self.config), *overrides]
-        return [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=rank_environment(rank, self.world_size, port),
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for rank in range(self.world_size)
-        ]
+    def start(self, *overrides: str, faults: Sequence[tuple[int, str, object]] = ()) -> list[Rank]:
+        code = f"from tests.distributed import faulty; faulty.install(rank, {str(self.folder)!r}, {faults!r})"
+        arguments = ("--config", str(self.config), *overrides)
+        return start_ranks(self.world_size, "launch.pretrain", *arguments, code=code if faults else "")
 
     def finish(self, *overrides: str) -> str:
-        """Runs to the end; returns rank 0's output."""
+        """Run to the end; return rank 0's output."""
         return wait(self.start(*overrides), [0])
 
     def metrics(self) -> list[dict]:
@@ -99,7 +92,7 @@ class Run:
         path = self.folder / "resumed" / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def wait_for_step(self, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    def wait_for_step(self, step: int, processes: Sequence[Rank | subprocess.Popen[bytes]]) -> None:
         while self.steps_done() < step:
             assert all(process.poll() is None for process in processes), "ended before its time"
             time.sleep(0.01)
@@ -108,11 +101,11 @@ class Run:
         return [(m["step"], m["loss"], m["grad_norm"], m["batch_hash"], m["learning_rate"]) for m in self.metrics()]
 
 
-def wait(processes: list[subprocess.Popen[str]], codes: list[int]) -> str:
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode in codes, output
-    return outputs[0]
+def wait(ranks: list[Rank], codes: list[int]) -> str:
+    """Wait for the end of all ranks, with one of these exit codes; return rank 0's output."""
+    for rank in ranks:
+        assert rank.wait() in codes, rank.output
+    return ranks[0].output
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +121,7 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
     step = random.randint(1, STEPS - 1)
     processes = run.start()
     run.wait_for_step(step, processes)
-    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[0].kill_group()
     wait(processes, [-signal.SIGKILL])
     run.finish()
     assert [m["step"] for m in run.metrics()] == list(range(1, STEPS + 1)), f"killed after step {step}"
@@ -160,8 +153,8 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool,
     run = Run(tmp_path, world_size=1)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
     command += ["launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
-    # Steps of a second or more: the launcher's own signals arrive within one. Not in bf16, which some CPUs emulate.
-    command += ["train.global_batch_size=128", "data.seq_len=256", "evaluation.suite=null", "precision=fp32"]
+    # Steps of a second or more: the launcher's own signals arrive within one
+    command += ["train.global_batch_size=128", "data.seq_len=256", "evaluation.suite=null"]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
             command,
@@ -189,17 +182,17 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "tp_size", "zero_stage"), [(2, 2, 1), (2, 1, 3)])
-def test_ranks_killed_together_resume_exactly(world_size: int, tp_size: int, zero_stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp_size", "zero_stage", "precision"), [(2, 1, "bf16"), (1, 3, "fp32")])
+def test_ranks_killed_together_resume_exactly(tp_size: int, zero_stage: int, precision: str, tmp_path: Path) -> None:
     runs = []
     for name, kill_after in (("straight", None), ("killed", 14)):
         tmp_path.joinpath(name).mkdir()
-        run = Run(tmp_path / name, world_size, tp_size, zero_stage)
+        run = Run(tmp_path / name, 2, tp_size, zero_stage, precision)
         if kill_after:
             processes = run.start("train.steps=20")
             run.wait_for_step(kill_after, processes)
             for process in processes:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill_group()
             wait(processes, [-signal.SIGKILL])
         run.finish("train.steps=20")
         runs.append(run)
@@ -220,8 +213,8 @@ def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed:
     processes = run.start("evaluation.suite=null", faults=faults)
     run.wait_for_step(18, processes[:1])
     assert processes[1].wait() == KILLED
-    processes[0].kill()
-    output = processes[0].communicate()[0]
+    processes[0].send_signal(signal.SIGKILL)
+    output = wait(processes[:1], [1, -signal.SIGKILL])  # it may have noticed by itself
     assert "step 6 is not saved: rank 1: " in output
     assert re.search(r"rank 1: \S*/step_00000006/engine/\S+optim_states.pt cannot be written: No space left", output)
     assert complete() == [12]
@@ -328,8 +321,8 @@ def test_data_that_one_rank_cannot_read_stops_all_of_them(tmp_path: Path) -> Non
         "data.lanes=2",
         "data.on_bad_record=fail",
     )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert [process.wait() for process in processes] == [2, 2], [process.output for process in processes]
+    outputs = [process.output for process in processes]
     assert sum("bad.jsonl" in output and "line 121" in output for output in outputs) == 1, outputs
     assert sum("another rank could not read its data" in output for output in outputs) == 1
 
