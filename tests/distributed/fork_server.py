@@ -1,8 +1,9 @@
 """Forks ranks on request, so that none of them has to import torch and DeepSpeed.
 
-Usage: python -m tests.distributed.fork_server. A request is a line of JSON on stdin: [module, arguments, code, environment, output]. The rank runs `code`, then the
-module as `python -m` would, with all that it says in the file `output`. The answer is its process id, a line on stdout;
-once it has ended, its exit code is in the file `output`.exit, negative for a signal. The end of stdin ends all of them.
+Usage: python -m tests.distributed.fork_server. A request is a line of JSON on stdin: [module, arguments, code,
+environment, output]. The rank runs `code`, then the module as `python -m` would, with all that it says in the file
+`output`. The answer is its process id, a line on stdout; once it has ended, its exit code is in the file `output`.exit,
+negative for a signal. The end of stdin ends all of them.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool,
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
     command += ["launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
     # Steps of a second or more: the launcher's own signals arrive within one
-    command += ["train.global_batch_size=128", "data.seq_len=256", "evaluation.suite=null"]
+    command += ["train.global_batch_size=64", "data.seq_len=256", "evaluation.suite=null"]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
             command,
