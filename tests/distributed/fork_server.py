@@ -2,7 +2,7 @@
 
 Usage: python -m tests.distributed.fork_server. A request is a line of JSON on stdin: [module, arguments, code,
 environment, output]. The rank runs `code`, then the module as `python -m` would, with all that it says in the file
-`output`. The answer is its process id, a line on stdout; once it has ended, its exit code is in the file `output`.exit,
+`output`. The answer is its process id, a line on stdout; once it has ended, its exit code is in OUTPUT.PROCESS.exit,
 negative for a signal. The end of stdin ends all of them.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 
 # What a rank would import, the last ones at its first step
 MODULES = (
-    "launch.pretrain",
+    "pretrain.commands.train",
+    "pretrain.commands.evaluate",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -42,7 +43,6 @@ def run_rank(module: str, arguments: list[str], code: str, environment: dict[str
     status = 1
     try:
         exec(code, {"rank": int(environment["RANK"])})
-        sys.modules.pop(module, None)  # else runpy warns that it runs a module twice
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
@@ -59,7 +59,7 @@ def reap(outputs: dict[int, str]) -> None:
     for process in list(outputs):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            path = Path(outputs.pop(process) + ".exit")
+            path = Path(f"{outputs.pop(process)}.{process}.exit")
             path.with_suffix(".partial").write_text(str(os.waitstatus_to_exitcode(status)))
             path.with_suffix(".partial").rename(path)
 

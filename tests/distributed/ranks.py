@@ -31,6 +31,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "COLUMNS": "200",  # of tables
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
@@ -53,7 +54,7 @@ class Rank:
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the rank runs."""
-        path = self._output.with_name(self._output.name + ".exit")
+        path = self._output.with_name(f"{self._output.name}.{self.pid}.exit")
         return int(path.read_text()) if path.exists() else None
 
     def wait(self, timeout: float = TIMEOUT) -> int:
@@ -90,9 +91,14 @@ class _Server:
             start_new_session=True,
         )
 
-    def start(self, module: str, arguments: Sequence[str], code: str, environment: dict[str, str]) -> Rank:
-        """Fork one rank."""
-        output = Path(self._folder.name) / str(next(self._numbers))
+    def new_file(self) -> Path:
+        """Return the path of a file that does not exist yet."""
+        return Path(self._folder.name) / str(next(self._numbers))
+
+    def start(
+        self, module: str, arguments: Sequence[str], code: str, environment: dict[str, str], output: Path
+    ) -> Rank:
+        """Fork one rank, which appends what it says to the file `output`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([module, list(arguments), code, environment, str(output)]) + "\n")
@@ -104,15 +110,18 @@ class _Server:
 _server = functools.cache(_Server)
 
 
-def start_ranks(world_size: int, module: str, *arguments: str, code: str = "") -> list[Rank]:
+def start_ranks(world_size: int, module: str, *arguments: str, code: str = "", one_output: bool = False) -> list[Rank]:
     """Start `python -m module arguments` on every rank.
 
     Args:
         code: Python that each rank runs first, with its number as `rank`.
+        one_output: all ranks write into one file, in the order of time.
     """
-    port = free_port()
+    port, server = free_port(), _server()
+    outputs = [server.new_file()] * world_size if one_output else [server.new_file() for _ in range(world_size)]
     return [
-        _server().start(module, arguments, code, rank_environment(rank, world_size, port)) for rank in range(world_size)
+        server.start(module, arguments, code, rank_environment(rank, world_size, port), output)
+        for rank, output in enumerate(outputs)
     ]
 
 
@@ -135,7 +144,7 @@ def run_ranks(world_size: int, module: str, *arguments: str) -> str:
 
 
 def run_starts(config: Path, starts: Sequence[tuple[int, list[str], str]]) -> tuple[list[list[int]], str]:
-    """Run launch/pretrain.py several times, each start once the one before it has ended.
+    """Run the command that trains several times, each start once the one before it has ended.
 
     Args:
         starts: of each the number of ranks, the overrides, and Python code that every rank runs first.
@@ -144,7 +153,8 @@ def run_starts(config: Path, starts: Sequence[tuple[int, list[str], str]]) -> tu
     """
     codes, outputs = [], []
     for world_size, overrides, code in starts:
-        ranks = start_ranks(world_size, "launch.pretrain", "--config", str(config), *overrides, code=code)
+        arguments = ("train", "--config", str(config), *overrides)
+        ranks = start_ranks(world_size, "pretrain", *arguments, code=code, one_output=True)
         codes.append([rank.wait() for rank in ranks])
-        outputs += [rank.output for rank in ranks]
+        outputs.append(ranks[0].output)
     return codes, "".join(outputs)

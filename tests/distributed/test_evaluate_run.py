@@ -11,9 +11,8 @@ import pytest
 
 from pretrain.evaluation.scores import DocumentScores
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import free_port
-from tests.distributed.ranks import ROOT, rank_environment
-from tests.distributed.test_resume import Run, wait
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_resume import Run
 
 # One run for all of them, on which they work one after the other
 pytestmark = pytest.mark.distributed
@@ -30,19 +29,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def evaluate(*arguments: str, world_size: int = 1) -> str:
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "launch/evaluate.py", *arguments],
-            cwd=ROOT,
-            env=rank_environment(rank, world_size, port) | {"COLUMNS": "200"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    return wait(processes, [0])
+    return run_ranks(world_size, "pretrain", "evaluate", *arguments)
 
 
 def evals(folder: Path) -> dict[tuple[int, str, str], dict]:

@@ -72,8 +72,8 @@ class Run:
 
     def start(self, *overrides: str, faults: Sequence[tuple[int, str, object]] = ()) -> list[Rank]:
         code = f"from tests.distributed import faulty; faulty.install(rank, {str(self.folder)!r}, {faults!r})"
-        arguments = ("--config", str(self.config), *overrides)
-        return start_ranks(self.world_size, "launch.pretrain", *arguments, code=code if faults else "")
+        arguments = ("train", "--config", str(self.config), *overrides)
+        return start_ranks(self.world_size, "pretrain", *arguments, code=code if faults else "")
 
     def finish(self, *overrides: str) -> str:
         """Run to the end; return rank 0's output."""
