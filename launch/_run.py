@@ -3,6 +3,8 @@
 There, `pretrain` would be the script of that name and not the package, so the clone's root takes the folder's place.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 from typing import NoReturn

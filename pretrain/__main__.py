@@ -1,5 +1,7 @@
 """Runs a command: `python -m pretrain train ...` does what `headrace train ...` does."""
 
+from __future__ import annotations
+
 import sys
 
 from pretrain.commands.dispatch import main

@@ -27,7 +27,7 @@ from shards import CheckpointError
 
 _logger = logging.getLogger(__name__)
 
-CURSORS_EVERY = 50  # optimizer steps between two records of cursors.jsonl.zst; provenance computes on from the nearest
+_CURSORS_EVERY = 50  # optimizer steps between two records of cursors.jsonl.zst; provenance computes on from the nearest
 
 
 class _EvaluationLeft(Exception):
@@ -119,7 +119,7 @@ class Trainer:
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # if need be, at the next start
-        if self.state.step % CURSORS_EVERY == 0:
+        if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
 

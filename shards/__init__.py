@@ -1,5 +1,7 @@
 """Headrace's streaming loader: raw Pile and Dolma shards -> batches that depend on data, config, seed, step only."""
 
+from __future__ import annotations
+
 from shards.batch import Batch, Origin, Skipped
 from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError

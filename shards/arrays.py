@@ -1,5 +1,7 @@
 """Array types that the whole package uses, and how consecutive cells are grouped by size."""
 
+from __future__ import annotations
+
 import numpy as np
 import numpy.typing as npt
 

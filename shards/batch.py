@@ -1,5 +1,7 @@
 """Drawn rows -> the arrays that a step trains on, with what there is to say about them. lane -> batch -> loader."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from shards.lane import Draw, Row
 from shards.plan.cursor import LoaderState
 from shards.source import Source
 
-HASH_MODULUS = 1 << 64
+_HASH_MODULUS = 1 << 64
 
 
 class Origin(NamedTuple):
@@ -65,7 +67,7 @@ class Batch:
             self._count(counts, row, lengths)
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
-        self.row_hash %= HASH_MODULUS
+        self.row_hash %= _HASH_MODULUS
         self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE; padding apart
         self.padding_tokens = self.tokens.size - counts.total()
 

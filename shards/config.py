@@ -1,5 +1,7 @@
 """The user's settings of the data: sources, row length, packing, workers. config -> loader."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,8 +23,8 @@ from shards.errors import ConfigError
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 MIB = 1 << 20
-DEFAULT_MAX_LANES = 1024
-LANE_BYTES = 64 * MIB  # raw bytes of all sources per lane, at least, where the number of lanes is not given
+_DEFAULT_MAX_LANES = 1024
+_LANE_BYTES = 64 * MIB  # raw bytes of all sources per lane, at least, where the number of lanes is not given
 PLAN_VERSIONS = (1, 2)  # versions of the rules by which data is dealt out; the newest last
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 
@@ -213,8 +215,8 @@ class DataConfig(Config):
         if self.lanes:
             return self.lanes
         if self.plan == 1:
-            return min(global_batch_size, DEFAULT_MAX_LANES)
-        most = min(max(1, raw_bytes // LANE_BYTES), global_batch_size, DEFAULT_MAX_LANES)
+            return min(global_batch_size, _DEFAULT_MAX_LANES)
+        most = min(max(1, raw_bytes // _LANE_BYTES), global_batch_size, _DEFAULT_MAX_LANES)
         return next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
 
     def weight_stages(self) -> list[tuple[int, tuple[float, ...]]]:

@@ -1,5 +1,7 @@
 """Explain what is wrong in a config so that the user can correct it. config -> config_errors -> the user."""
 
+from __future__ import annotations
+
 import difflib
 import json
 import typing

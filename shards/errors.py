@@ -1,5 +1,7 @@
 """The errors that Headrace raises on purpose. Anything else that escapes is a bug."""
 
+from __future__ import annotations
+
 
 class HeadraceError(Exception):
     """Something the user can put right; its message says what, where, and how."""

@@ -3,6 +3,8 @@
 loader -> fingerprint -> checkpoint.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 
 from shards.config import DataConfig, with_recorded_plan

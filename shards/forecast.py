@@ -4,6 +4,8 @@ A pure function of the data and the config, so that every start of a run foretel
 a whole and packed as it will be, of large data a bounded sample is.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,11 +24,11 @@ from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
 COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
 SAMPLE_BYTES = 4 << 20  # raw, tokenized of larger ones
-PACKED_RECORDS = 500_000  # packed at most, all epochs counted
-DRAWN_RECORDS = 5_000_000  # beyond them, all epochs counted, lanes are long enough to be of one length
+_PACKED_RECORDS = 500_000  # packed at most, all epochs counted
+_DRAWN_RECORDS = 5_000_000  # beyond them, all epochs counted, lanes are long enough to be of one length
 PACKED_WINDOWS = 2000  # likewise
-DECODED_PER_BYTE = 16  # raw bytes unpacked at most for one that is tokenized of a sample: small segments lie far apart
-NEARLY = 0.99  # of the share that is wished: as good as met
+_DECODED_PER_BYTE = 16  # raw bytes unpacked at most for one that is tokenized of a sample: small segments lie far apart
+_NEARLY = 0.99  # of the share that is wished: as good as met
 
 Figures = npt.NDArray[np.float64]
 
@@ -114,7 +116,7 @@ def _shortfalls(
     wished = _wished(stages, rows)
     for i, source in enumerate(sources):
         share = met[i] / max(1.0, sum(met))
-        if empty.get(i, rows) < rows and share < NEARLY * wished[i]:
+        if empty.get(i, rows) < rows and share < _NEARLY * wished[i]:
             yield Shortfall(source.config.name, math.ceil(empty[i] / global_batch_size), wished[i], share)
 
 
@@ -144,7 +146,7 @@ def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:
         limits = [source.plan.segments_of_lane(lane, 1) for lane in range(lanes)]
         records += epochs * source.plan.num_records
         windows += epochs * sum(1 for lane, limit in enumerate(limits) for _ in _windows(source, lane, limit))
-    return records <= PACKED_RECORDS and windows <= PACKED_WINDOWS
+    return records <= _PACKED_RECORDS and windows <= PACKED_WINDOWS
 
 
 def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
@@ -188,7 +190,7 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
         task = source.task(name)
         if not rows:
             task = _beginning(task, budget)
-        elif size + task.raw_bytes > budget or unpacked > DECODED_PER_BYTE * budget:
+        elif size + task.raw_bytes > budget or unpacked > _DECODED_PER_BYTE * budget:
             break
         found = maker.documents(task, skip_bad=True)
         size += maker.raw_bytes(task)
@@ -199,7 +201,7 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
     counts, raw_bytes = source.plan.read_before(np.array(limits, np.int64))
     parts = raw_bytes.astype(np.float64)
     total = parts.sum() * rows / max(1, size)
-    if source.plan.segment_bytes < config.cell_bytes and counts.sum() <= DRAWN_RECORDS:
+    if source.plan.segment_bytes < config.cell_bytes and counts.sum() <= _DRAWN_RECORDS:
         parts *= _spread(np.concatenate(lengths), counts, key_of("forecast", source.config.name))
     parts *= total / max(1.0, parts.sum())
     return parts

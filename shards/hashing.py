@@ -1,5 +1,7 @@
 """Counter-based randomness: hashes of what a thing is called, never a generator with a state."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import msgspec

@@ -1,5 +1,7 @@
 """How this copy of Headrace was installed: its version, and how its commands are typed."""
 
+from __future__ import annotations
+
 import shlex
 import tomllib
 from importlib import metadata

@@ -3,6 +3,8 @@
 A lane takes its windows by their names, and does not know how they come to be made in time.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from shards.source import Source
 from shards.windows.window import SkippedRecord, Window
 
 # In turn, at most 1 GiB: with half of all deals without a row, chance gives none in 10^19
-MAX_FRUITLESS_DEALS = 64
+_MAX_FRUITLESS_DEALS = 64
 
 Take = Callable[[WindowId], Window]  # each stream's windows are taken in their order, once each
 Passed = tuple[int, SkippedRecord]  # number of the source, and a record of it that was passed over
@@ -115,7 +117,7 @@ class Stream:
         """Raises: ShardError if deals without a row are all of the source, or too many in turn."""
         seen = {segment for deal in deals for segment in deal.segments}
         whole_pass = len(seen) == self.source.plan.num_segments
-        if not whole_pass and len(deals) < MAX_FRUITLESS_DEALS:
+        if not whole_pass and len(deals) < _MAX_FRUITLESS_DEALS:
             return
         what = "a whole pass over it gives" if whole_pass else f"{len(deals)} parts of it in turn give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""

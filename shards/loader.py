@@ -11,6 +11,8 @@ A rank reads every lane that one of its rows falls on, and passes over the rows 
 batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or timing.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 import math
@@ -38,11 +40,11 @@ from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.recipe import Tools
 from shards.windows.worker_pool import InProcess, Pool, WorkerPool
 
-FEW_LANES = 256
+_FEW_LANES = 256
 LARGE_RUN_BYTES = 100 * 10**9  # raw
-SHARED_LANE_BYTES = 10**9  # raw, from which on it is a warning that several ranks read each lane
+_SHARED_LANE_BYTES = 10**9  # raw, from which on it is a warning that several ranks read each lane
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -75,7 +77,7 @@ class Loader:
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
         if tokenizer.obstacle and dp_rank == 0:
             slower = "encodes documents whole, several times slower than word by word"
-            logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
+            _logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
         if prepared is None:
             shards = [preparation.source_shards(config, source) for source in config.sources]
             for source, found in zip(config.sources, shards, strict=True):
@@ -282,7 +284,7 @@ class Loader:
         if change in (None, self._gap_announced) or not all(lane.is_dry([weights]) for lane in self._lanes.values()):
             return
         self._gap_announced = change
-        logger.warning(
+        _logger.warning(
             "the sources that are drawn from have run out at step %d; batches are empty up to step %d, where "
             "data.weight_changes names others: let it come earlier, or raise max_epochs",
             j // self._global_batch_size,
@@ -301,15 +303,15 @@ class Loader:
     def _announce_lanes(self, sources: list[Source]) -> None:
         """Log what follows from the number of lanes, given the sources that are drawn from."""
         raw_bytes = sum(source.plan.raw_bytes for source in sources)
-        if self.num_lanes < FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
-            logger.warning(
+        if self.num_lanes < _FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
+            _logger.warning(
                 "data.lanes=%d: a batch is only as diverse as its lanes; %d or more suit a run of this size",
                 self.num_lanes,
-                FEW_LANES,
+                _FEW_LANES,
             )
         if self._stride < self._dp_size:
-            logger.log(
-                logging.WARNING if raw_bytes > SHARED_LANE_BYTES else logging.INFO,
+            _logger.log(
+                logging.WARNING if raw_bytes > _SHARED_LANE_BYTES else logging.INFO,
                 "data.lanes=%d on %d data-parallel ranks: %d ranks read each lane, so each document is tokenized %d "
                 "times; that takes more workers, and nothing else changes",
                 self.num_lanes,
@@ -323,7 +325,7 @@ class Loader:
             for source, limit in zip(sources, passes, strict=True)
         ]
         if None not in passes and max(dealt) < self.num_lanes:
-            logger.warning(
+            _logger.warning(
                 "data.lanes=%d: %d of them get no segment within max_epochs (%s) and give only empty rows; lower "
                 "data.lanes, or leave it out",
                 self.num_lanes,

@@ -4,6 +4,8 @@ lane, worker_pool -> prefetch -> loader. Windows are requested before lanes need
 bytes. That decides only when a window is made, never which rows a lane gives out.
 """
 
+from __future__ import annotations
+
 import heapq
 from collections import deque
 from collections.abc import Sequence
@@ -14,8 +16,8 @@ from shards.plan.segments import WindowId
 from shards.windows.window import Window
 from shards.windows.worker_pool import NOW, Pool, WindowRequest
 
-WINDOWS_PER_STREAM = 2
-BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
+_WINDOWS_PER_STREAM = 2
+_BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
 
 
 class _Queue:
@@ -46,9 +48,9 @@ class Prefetcher:
                 windows are always allowed, and never more than a few per stream: small ones would not fill the bytes.
         """
         self._pool, self._num_lanes, self._stages = pool, num_lanes, stages
-        self._max_bytes, self._bytes_per_row = config.prefetch_bytes, BYTES_PER_TOKEN * (config.seq_len + 1)
+        self._max_bytes, self._bytes_per_row = config.prefetch_bytes, _BYTES_PER_TOKEN * (config.seq_len + 1)
         self._queues = {(stream.number, lane.number): _Queue(lane, stream) for lane in lanes for stream in lane.streams}
-        self._max_windows = WINDOWS_PER_STREAM * len(self._queues)
+        self._max_windows = _WINDOWS_PER_STREAM * len(self._queues)
         self._windows = self._bytes = 0  # of the windows in all queues
         self._due: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs a queue's next, source, lane)
         if pool.ahead:

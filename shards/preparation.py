@@ -3,6 +3,8 @@
 One rank prepares; the others read the manifests that it leaves.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Sequence
@@ -26,11 +28,11 @@ from shards.storage.content_hash import hash_file
 from shards.suites import decontaminate
 from shards.suites.decontaminate import Decontaminator
 
-NOT_HERE = "%s is not here as the first rank left it"
-SHARE_FOLDER = "set data.index_dir to a folder that all nodes share"
-RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
+_NOT_HERE = "%s is not here as the first rank left it"
+_SHARE_FOLDER = "set data.index_dir to a folder that all nodes share"
+_RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class PreparedFile(NamedTuple):
@@ -79,7 +81,7 @@ def prepared_filter(config: DataConfig, prepared: PreparedFile | None) -> Decont
             found = Decontaminator(config.decontaminate, path)
             if found.content_hash == prepared.content_hash:
                 return found
-        logger.warning("data.decontaminate: %s, so the suite is read again; %s", NOT_HERE % path, SHARE_FOLDER)
+        _logger.warning("data.decontaminate: %s, so the suite is read again; %s", _NOT_HERE % path, _SHARE_FOLDER)
     return decontaminate.obtain(config.decontaminate, config.index_dir)
 
 
@@ -91,7 +93,7 @@ def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared
     path = Path(prepared.path)
     if is_there(path) and hash_file(path) == prepared.content_hash:
         return [Shard(shard, entry.index) for shard, entry in manifest.read(path, config.cell_bytes).items()]
-    logger.warning("source %r: %s, so each shard is looked at again; %s", source.name, NOT_HERE % path, SHARE_FOLDER)
+    _logger.warning("source %r: %s, so each shard is looked at again; %s", source.name, _NOT_HERE % path, _SHARE_FOLDER)
     return source_shards(config, source)
 
 
@@ -148,7 +150,7 @@ def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
         else:
             (indexed if index.stat == stat else touched)[path] = index
     guess = sum(
-        stats[path].size * (1 if path.endswith(".jsonl") or files.is_column(path) else RAW_PER_COMPRESSED)
+        stats[path].size * (1 if path.endswith(".jsonl") or files.is_column(path) else _RAW_PER_COMPRESSED)
         for path in unindexed
     )
     return IndexStatus(stats, indexed, touched, unindexed, guess, whole)
@@ -164,7 +166,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     paths, indexes = list(found.stats), found.indexed | found.touched
     believed = found.touched_bytes > config.max_index_at_start
     if believed:
-        logger.warning(
+        _logger.warning(
             "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so it is not read for it: each read is "
             "compared with the indexes; to compare them all before: %s",
             source.name,
@@ -193,7 +195,7 @@ def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
             same = os.path.realpath(before) == os.path.realpath(path)
             doubles.append(f"{path} ({'the file' if same else 'a copy of'} {before})")
     if doubles:
-        logger.warning(
+        _logger.warning(
             "source %r: %d of its %d shards hold what another holds, so that their documents are read twice in an "
             "epoch: %s; for a new run, take them out of its paths",
             source.name,

@@ -1,5 +1,7 @@
 """What a step was trained on, made again from a saved state. loader -> provenance -> launch/provenance.py."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from shards.batch import Batch

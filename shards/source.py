@@ -3,6 +3,8 @@
 manifest, segments -> source -> lane.
 """
 
+from __future__ import annotations
+
 from shards.config import DataConfig, SourceConfig
 from shards.hashing import key_of
 from shards.index.manifest import Shard

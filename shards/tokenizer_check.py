@@ -5,6 +5,8 @@ file) encodes without an error: every space becomes UNK, and the figures of a tr
 like any others. So texts are decoded again, and ids counted that stand for nothing.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 
@@ -19,11 +21,11 @@ from shards.suites.suite import Suite
 from shards.tokenize.tokenizer import Tokenizer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
-SAMPLED_CHARACTERS = 1 << 15  # of a shard, in whole documents where they are not longer
-DECODED_CHARACTERS = 1 << 15  # of a part, in whole documents; UNK is counted in all that are added
-SHOWN_CHARACTERS = 30
+_SAMPLED_CHARACTERS = 1 << 15  # of a shard, in whole documents where they are not longer
+_DECODED_CHARACTERS = 1 << 15  # of a part, in whole documents; UNK is counted in all that are added
+_SHOWN_CHARACTERS = 30
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Soundness:
@@ -52,7 +54,7 @@ class Soundness:
         self._counts[part] = total + len(ids), unknown + found
         if found:
             self._unknown = self._unknown or text
-        elif self._changed is None and self._decoded.get(part, 0) < DECODED_CHARACTERS:
+        elif self._changed is None and self._decoded.get(part, 0) < _DECODED_CHARACTERS:
             self._decoded[part] = self._decoded.get(part, 0) + len(text)
             self._changed = self._tokenizer.difference(text, ids)
 
@@ -60,7 +62,7 @@ class Soundness:
         """Raises: ConfigError if the tokenizer cannot say the texts; parts of them it only warns of."""
         named = f"the tokenizer {self._tokenizer.path}"
         if self._changed is not None:
-            text, again = (found[:SHOWN_CHARACTERS] for found in self._changed)
+            text, again = (found[:_SHOWN_CHARACTERS] for found in self._changed)
             raise ConfigError(
                 f"{named} does not give back the text of {self._name}: {text!r} becomes {again!r}"
                 " when it is encoded and decoded; name the tokenizer that the text is to be read with"
@@ -68,7 +70,7 @@ class Soundness:
         if self._unknown is None:
             return
         total, unknown = (sum(counts) for counts in zip(*self._counts.values(), strict=True))
-        example = self._unknown[:SHOWN_CHARACTERS]
+        example = self._unknown[:_SHOWN_CHARACTERS]
         if unknown >= MAX_UNKNOWN_SHARE * total:
             raise ConfigError(
                 f"{named} cannot spell the text of {self._name}: {unknown / total:.1%} of its ids are UNK (as in"
@@ -78,7 +80,7 @@ class Soundness:
         for part, (total, unknown) in self._counts.items():
             if unknown >= MAX_UNKNOWN_SHARE * total:
                 share = 100 * unknown / total
-                logger.warning("%s has no pieces for %.1f %% of %s in %s", named, share, part, self._name)
+                _logger.warning("%s has no pieces for %.1f %% of %s in %s", named, share, part, self._name)
 
 
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -111,7 +113,7 @@ def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
 
 def _beginning(shard: str, source: SourceConfig, *options: int) -> Iterator[str]:
     """Yield the first texts of a shard."""
-    left = SAMPLED_CHARACTERS
+    left = _SAMPLED_CHARACTERS
     try:
         for _, text in texts_of(shard, source, "skip", *options):
             yield text[:left]

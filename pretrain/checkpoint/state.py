@@ -11,7 +11,7 @@ import msgspec
 from pretrain.checkpoint.store import Checkpoint
 from shards import CheckpointError, ConfigError, Tokenizer
 
-CHECKPOINT_VERSION = 1  # of state.json and data.json
+_CHECKPOINT_VERSION = 1  # of state.json and data.json
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RunState(msgspec.Struct, frozen=True):
     dp_size: int
     zero_stage: int
     init_hash: str = ""
-    version: int = CHECKPOINT_VERSION
+    version: int = _CHECKPOINT_VERSION
 
     @property
     def layout(self) -> Layout:
@@ -66,7 +66,7 @@ class DataState(msgspec.Struct, frozen=True):
 
     cursors: dict[str, object]  # as `shards.merge_states` gives it
     fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
-    version: int = CHECKPOINT_VERSION
+    version: int = _CHECKPOINT_VERSION
 
 
 class _Versioned(msgspec.Struct):
@@ -109,9 +109,9 @@ def _read_json(path: Path, kind: type[State]) -> State:
         version = msgspec.json.decode(content, type=_Versioned).version
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if version != CHECKPOINT_VERSION:
+    if version != _CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{path} has version {version}, this program reads {CHECKPOINT_VERSION};"
+            f"{path} has version {version}, this program reads {_CHECKPOINT_VERSION};"
             " go on with the program that wrote it"
         )
     return msgspec.json.decode(content, type=kind)

@@ -46,8 +46,8 @@ from shards import CheckpointError, ConfigError, Tokenizer
 
 _logger = logging.getLogger("headrace")
 
-DEFAULT_PLOT = Path("comparison.png")
-BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
+_DEFAULT_PLOT = Path("comparison.png")
+_BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model")
     parser.add_argument("--seq-len", type=int, help="tokens a window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
-    parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {DEFAULT_PLOT}, with matplotlib")
+    parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {_DEFAULT_PLOT}, with matplotlib")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
 
 
@@ -90,7 +90,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         model = ForwardModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:
             take_checkpoint(model, store, _one_step(arguments.steps), here)
-            batch_size = config.evaluation.batch_size or BATCH_SIZE
+            batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
             return
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, here)
@@ -174,7 +174,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         model = ForwardModel(config, parallel, _precision(precision), here)
         if arguments.tasks:
             model.set_weights(weights)
-            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or BATCH_SIZE, here)
+            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or _BATCH_SIZE, here)
             return
         scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, here).score(weights)
         if here.is_main:
@@ -193,7 +193,7 @@ def _evaluator(
     eval_set = load_suite(config, tokenizer, seq_len, precision, here.dp_rank, here.dp_size)
     if eval_set is None:
         raise ConfigError("there is no suite: give --suite, a folder or YAML file, or --tasks")
-    return Evaluator(model, eval_set, here, config.batch_size or BATCH_SIZE)
+    return Evaluator(model, eval_set, here, config.batch_size or _BATCH_SIZE)
 
 
 def _run_tasks(
@@ -247,7 +247,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     except ConfigError as error:
         _logger.warning("there is no picture, only the table: %s", error)
         return
-    path = arguments.plot or DEFAULT_PLOT
+    path = arguments.plot or _DEFAULT_PLOT
     compare.draw(differences, (first, second), path)
     print(f"drawn in {path}")
 

@@ -31,9 +31,9 @@ from shards.index.splice_points import explain
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
-INTERRUPTED = 128 + signal.SIGINT  # as shells call it
-REPORT_BYTES = 4 << 20
-REFRESH_SECONDS = 0.2
+_INTERRUPTED = 128 + signal.SIGINT  # as shells call it
+_REPORT_BYTES = 4 << 20
+_REFRESH_SECONDS = 0.2
 
 Report = tuple[str, int | ShardIndex | HeadraceError]
 
@@ -113,7 +113,7 @@ def work(
     def report(path: str, size: int) -> None:
         nonlocal unreported
         unreported += size
-        if unreported >= REPORT_BYTES:
+        if unreported >= _REPORT_BYTES:
             reports.put((path, unreported))
             unreported = 0
 
@@ -167,7 +167,7 @@ def index_shards(
             process.start()
         while len(found) < len(paths):
             try:
-                path, found_or_size = reports.get(timeout=REFRESH_SECONDS)
+                path, found_or_size = reports.get(timeout=_REFRESH_SECONDS)
             except Empty:
                 lost = [process.exitcode for process in processes if process.exitcode]
                 if lost:
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
             index_sources(arguments)
     except KeyboardInterrupt:
         print("interrupted; the indexes made so far stay, the same command makes the others", file=sys.stderr)
-        return INTERRUPTED
+        return _INTERRUPTED
     return 0
 
 

@@ -22,7 +22,7 @@ from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
 from shards import ConfigError
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, _INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 _KEYS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -64,7 +64,7 @@ class HFModel:
 
     def _find(self) -> dict[str, Path]:
         """Map transformers' name of each weight to the file that holds it."""
-        index, single = self.folder / INDEX, self.folder / SINGLE
+        index, single = self.folder / _INDEX, self.folder / SINGLE
         if index.exists():
             try:
                 names = json.loads(index.read_text())["weight_map"]
@@ -75,7 +75,7 @@ class HFModel:
             with _open_safetensors(single) as file:
                 files = dict.fromkeys(file.keys(), single)
         else:
-            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {INDEX}; other formats of weights are not read")
+            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {_INDEX}; other formats of weights are not read")
         wanted = {hf_name(name) for name in self.specs}
         if self.description.config.tie_embeddings:
             files.pop("lm_head.weight", None)  # some programs write the tied weight twice
@@ -209,7 +209,7 @@ def write_weights(
     if len(parts) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _parts(

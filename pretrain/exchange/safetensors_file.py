@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def write_safetensors(
@@ -32,7 +32,7 @@ def write_safetensors(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
+        header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the data
     with path.open("wb") as file:

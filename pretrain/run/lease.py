@@ -27,8 +27,8 @@ from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 15.0  # between two signs of life
-SILENCE_SECONDS = 120.0  # after which the holder counts as dead: eight missed signs
+_HEARTBEAT_SECONDS = 15.0  # between two signs of life
+_SILENCE_SECONDS = 120.0  # after which the holder counts as dead: eight missed signs
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -78,8 +78,8 @@ class Lease:
         self,
         path: Path,
         job_id: str | None = None,
-        heartbeat: float = HEARTBEAT_SECONDS,
-        silence: float = SILENCE_SECONDS,
+        heartbeat: float = _HEARTBEAT_SECONDS,
+        silence: float = _SILENCE_SECONDS,
     ):
         """
         Args:

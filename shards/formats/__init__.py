@@ -4,6 +4,8 @@ zstd_blocks, base -> zstd, gzip, plain -> formats -> decoders, shard_index. The 
 bytes, not by its name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Protocol
@@ -17,8 +19,8 @@ __all__ = ["DECODE_ERRORS", "Chunk", "Peeked", "Readable", "Start", "chunks", "d
 MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the history of gzip
 MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
 
-SHARD_START = Start()
-FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
+_SHARD_START = Start()
+_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
 
 
 class Peeked:
@@ -47,7 +49,7 @@ def detect(head: bytes, path: str) -> str:
         return "gzip"
     if zstd.starts_frame(head):
         return "zstd"
-    if other := next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None):
+    if other := next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None):
         raise ShardError(
             f"{path}: is {other}; a shard is JSON lines, as they are or compressed by zstd or gzip: convert it"
         )
@@ -60,7 +62,9 @@ def detect(head: bytes, path: str) -> str:
     return "plain"
 
 
-def chunks(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[Chunk]:
+def chunks(
+    file: Readable, compression: str, path: str, max_window: int, start: Start = _SHARD_START
+) -> Iterator[Chunk]:
     """Yield what a shard's compressed bytes decode to, from a place in it to the file's end.
 
     Args:
@@ -79,7 +83,9 @@ def chunks(file: Readable, compression: str, path: str, max_window: int, start: 
     return plain.chunks(file, start)
 
 
-def decode(file: Readable, compression: str, path: str, max_window: int, start: Start = SHARD_START) -> Iterator[bytes]:
+def decode(
+    file: Readable, compression: str, path: str, max_window: int, start: Start = _SHARD_START
+) -> Iterator[bytes]:
     """Yield the raw bytes of a shard in parts, none empty. Args, Raises: as `chunks`."""
     return (chunk.raw for chunk in chunks(file, compression, path, max_window, start) if chunk.raw)
 

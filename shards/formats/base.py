@@ -1,5 +1,7 @@
 """What the formats share: the file they read, where they start, the chunks they give. base -> zstd, gzip, plain."""
 
+from __future__ import annotations
+
 from typing import NamedTuple, Protocol, cast
 
 import zstandard

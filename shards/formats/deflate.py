@@ -5,6 +5,8 @@ section 3.2.7), as nearly all are, is ruled out by arithmetic on all bits at onc
 decoded from: what is no block fails within a few bytes, or gives other bytes than the known ones.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,8 +15,8 @@ import numpy.typing as npt
 from shards.formats import gzip
 from shards.formats.base import DECODE_ERRORS, Start
 
-STEP_BYTES = 1 << 13  # looked at in one go; blocks are 20 to 40 KiB
-HEADER_BITS = 17 + 19 * 3  # BFINAL to HCLEN, and the longest list of code length lengths
+_STEP_BYTES = 1 << 13  # looked at in one go; blocks are 20 to 40 KiB
+_HEADER_BITS = 17 + 19 * 3  # BFINAL to HCLEN, and the longest list of code length lengths
 
 
 def find_starts(
@@ -28,9 +30,9 @@ def find_starts(
         offset, raw_offset: of `data` and `raw` in the shard.
         search_bytes: how much of `data` to look through.
     """
-    for first in range(0, min(search_bytes, len(data)), STEP_BYTES):
-        part = np.frombuffer(data[first : first + STEP_BYTES + HEADER_BITS // 8 + 1], np.uint8)
-        for bit in _dynamic_headers(part, STEP_BYTES * 8):
+    for first in range(0, min(search_bytes, len(data)), _STEP_BYTES):
+        part = np.frombuffer(data[first : first + _STEP_BYTES + _HEADER_BITS // 8 + 1], np.uint8)
+        for bit in _dynamic_headers(part, _STEP_BYTES * 8):
             at = first + bit // 8
             state = gzip.restart_state(bit % 8, data[at])
             length = _decoded_bytes(data[at + 1 :], state)
@@ -53,7 +55,7 @@ def _decoded_bytes(data: bytes, state: int) -> int | None:
 def _dynamic_headers(data: npt.NDArray[np.uint8], limit: int) -> list[int]:
     """Find the bits, below `limit`, at which the header of a dynamic block that is not the last may begin."""
     bits = np.unpackbits(data, bitorder="little")
-    count = min(limit, len(bits) - HEADER_BITS)
+    count = min(limit, len(bits) - _HEADER_BITS)
     if count <= 0:
         return []
 

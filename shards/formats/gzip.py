@@ -4,6 +4,8 @@ Inside a member decoding can start where a block of deflate (RFC 1951) begins, g
 is any bit of a byte; empty blocks made for the purpose lead up to that bit.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from isal import isal_zlib
@@ -14,16 +16,16 @@ from shards.formats.base import DECODE_ERRORS, Chunk, Input, Readable, Start
 MAGIC = b"\x1f\x8b"
 MAX_OUTPUT_BYTES = 1 << 20  # a chunk of zeros unpacks a thousandfold
 HISTORY_BYTES = 1 << 15
-TRAILER_BYTES = 8  # CRC-32 and size of a member
-GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
-DEFLATE_WBITS = -15  # neither
+_TRAILER_BYTES = 8  # CRC-32 and size of a member
+_GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
+_DEFLATE_WBITS = -15  # neither
 
 # Empty blocks, as bits in the order of the stream. RFC 1951, section 3.2.6: a fixed one is BFINAL=0, BTYPE=01 and the
 # code 0000000 of the end. Section 3.2.7: a dynamic one of an odd number of bits is BFINAL=0, BTYPE=10, HLIT=0, HDIST=0,
 # HCLEN=14; lengths of 1 for the code lengths 18 (3rd of them) and 1 (18th), 0 for the others; 138 and 117 zeros, a 1
 # for literal 255, the end and a distance; the end.
-EMPTY_FIXED = "010" + "0000000"
-EMPTY_DYNAMIC = (
+_EMPTY_FIXED = "010" + "0000000"
+_EMPTY_DYNAMIC = (
     "001" + "00000" + "00000" + "0111"
     + "000" * 2 + "100" + "000" * 14 + "100"
     + "1" + f"{138 - 11:07b}"[::-1] + "1" + f"{117 - 11:07b}"[::-1] + "000"
@@ -41,7 +43,7 @@ def restart_state(bits: int, first: int) -> int:
     return first << 3 | bits
 
 
-def restart(history: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
+def restart(history: bytes | memoryview, state: int) -> isal_zlib.Decompress:
     """Make a decompressor that takes the bytes after the one that a block inside a member begins in.
 
     Args:
@@ -49,11 +51,11 @@ def restart(history: bytes | memoryview, state: int) -> "isal_zlib.Decompress":
         state: from `restart_state`.
     """
     first, before = state >> 3, state & 7
-    bits = EMPTY_DYNAMIC * (before % 2)
-    bits += EMPTY_FIXED * ((before - len(bits)) // 2 % 4)
+    bits = _EMPTY_DYNAMIC * (before % 2)
+    bits += _EMPTY_FIXED * ((before - len(bits)) // 2 % 4)
     bits += f"{first:08b}"[::-1][before:]
     assert len(bits) % 8 == 0, (len(bits), before)
-    member = isal_zlib.decompressobj(wbits=DEFLATE_WBITS, zdict=history)
+    member = isal_zlib.decompressobj(wbits=_DEFLATE_WBITS, zdict=history)
     member.decompress(bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8)))
     return member
 
@@ -66,7 +68,7 @@ def chunks(file: Readable, path: str, start: Start) -> Iterator[Chunk]:
         for chunk in _member(source, path, restart(start.history, start.state), raw_offset):
             raw_offset = chunk.raw_offset + len(chunk.raw)
             yield chunk
-        if len(source.take(TRAILER_BYTES)) < TRAILER_BYTES:
+        if len(source.take(_TRAILER_BYTES)) < _TRAILER_BYTES:
             raise _truncated(source, path, raw_offset)
     while head := _head_of_member(source):
         if head != MAGIC:
@@ -75,7 +77,7 @@ def chunks(file: Readable, path: str, start: Start) -> Iterator[Chunk]:
                 f"the file is damaged after raw byte {raw_offset}, copy it again"
             )
         yield Chunk(source.offset, raw_offset, b"", b"", HISTORY_BYTES, True)
-        for chunk in _member(source, path, isal_zlib.decompressobj(wbits=GZIP_WBITS), raw_offset):
+        for chunk in _member(source, path, isal_zlib.decompressobj(wbits=_GZIP_WBITS), raw_offset):
             raw_offset = chunk.raw_offset + len(chunk.raw)
             yield chunk
 
@@ -90,7 +92,7 @@ def _head_of_member(source: Input) -> bytes:
     return b""
 
 
-def _member(source: Input, path: str, member: "isal_zlib.Decompress", raw_offset: int) -> Iterator[Chunk]:
+def _member(source: Input, path: str, member: isal_zlib.Decompress, raw_offset: int) -> Iterator[Chunk]:
     """Yield the chunks of the rest of a member, whose next byte `source` stands at."""
     raw = b""
     while not member.eof:

@@ -1,5 +1,7 @@
 """Uncompressed JSON lines -> raw bytes. base -> plain -> formats."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from shards.formats.base import READ_BYTES, Chunk, Readable, Start

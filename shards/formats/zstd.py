@@ -5,6 +5,8 @@ first frame; a frame is complete only if its decompressor says so. Feeding whole
 call (repeats unpack ten-thousandfold), and every bound of blocks is a place from which decoding might start.
 """
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Iterator
 
@@ -14,10 +16,10 @@ from shards.errors import DamageError, ShardError
 from shards.formats import zstd_blocks
 from shards.formats.base import READ_BYTES, Chunk, Input, Readable, Start
 
-CHUNK_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
+_CHUNK_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
 MAX_OUTPUT_BYTES = 1 << 20  # of a chunk
-MIN_WINDOW_BYTES = 1 << 10
-MIN_WINDOW_LOG = 10
+_MIN_WINDOW_BYTES = 1 << 10
+_MIN_WINDOW_LOG = 10
 
 
 def starts_frame(head: bytes) -> bool:
@@ -30,7 +32,7 @@ def window_bytes(head: bytes) -> int:
 
     Raises: zstandard.ZstdError if the header is cut short, or asks for more than any decoder grants.
     """
-    return max(MIN_WINDOW_BYTES, zstandard.get_frame_parameters(head).window_size)
+    return max(_MIN_WINDOW_BYTES, zstandard.get_frame_parameters(head).window_size)
 
 
 def restart_state(header: bytes) -> int:
@@ -38,11 +40,11 @@ def restart_state(header: bytes) -> int:
 
     That is its window's size, rounded up, and whether a checksum ends it.
     """
-    window_log = max(MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
+    window_log = max(_MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
     return window_log << 1 | zstd_blocks.has_checksum(header)
 
 
-def restart(history: bytes | memoryview, state: int) -> "zstandard.ZstdDecompressionObj":
+def restart(history: bytes | memoryview, state: int) -> zstandard.ZstdDecompressionObj:
     """Make a decompressor that takes blocks from inside a frame.
 
     Args:
@@ -111,14 +113,14 @@ def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
 
 
 def _blocks(
-    source: Input, path: str, frame: "zstandard.ZstdDecompressionObj", window: int, raw_offset: int, checksum: bool
+    source: Input, path: str, frame: zstandard.ZstdDecompressionObj, window: int, raw_offset: int, checksum: bool
 ) -> Iterator[Chunk]:
     """Yield the chunks of the rest of a frame, whose next block `source` stands at."""
     while not frame.eof:
         offset = source.offset
         size = raw_limit = 0
         last = False
-        while not last and size < CHUNK_BYTES and raw_limit + zstd_blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
+        while not last and size < _CHUNK_BYTES and raw_limit + zstd_blocks.MAX_BLOCK_BYTES <= MAX_OUTPUT_BYTES:
             head = source.peek(zstd_blocks.BLOCK_HEADER_BYTES, size)
             last, kind, content, limit = zstd_blocks.block_header(head)
             if len(head) == zstd_blocks.BLOCK_HEADER_BYTES and (
@@ -141,7 +143,7 @@ def _blocks(
             raise _damaged(path, source.offset, raw_offset, "the frame does not end with its last block")
 
 
-def _decompress(frame: "zstandard.ZstdDecompressionObj", data: bytes, path: str, offset: int, raw_offset: int) -> bytes:
+def _decompress(frame: zstandard.ZstdDecompressionObj, data: bytes, path: str, offset: int, raw_offset: int) -> bytes:
     try:
         return frame.decompress(data)
     except zstandard.ZstdError as error:

@@ -26,15 +26,17 @@ if no block from there on refers to a tree, table or offset from before. Of the 
 and tables; of offsets, and of later blocks, only decoding tells: see shards/index/splice_points.py.
 """
 
+from __future__ import annotations
+
 MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE_MAGICS = tuple(bytes([low, 0x2A, 0x4D, 0x18]) for low in range(0x50, 0x60))
 MAX_HEADER_BYTES = 18  # magic and frame header
 BLOCK_HEADER_BYTES = 3
 MAX_BLOCK_BYTES = 1 << 17
 CHECKSUM_BYTES = 4
-RAW, RLE, COMPRESSED, RESERVED = range(4)  # Block_Type
-TREELESS = 3  # Literals_Block_Type
-REPEAT = 3  # of Symbol_Compression_Modes
+RAW, _RLE, _COMPRESSED, RESERVED = range(4)  # Block_Type
+_TREELESS = 3  # Literals_Block_Type
+_REPEAT = 3  # of Symbol_Compression_Modes
 
 
 def frame_header_bytes(head: bytes) -> int:
@@ -55,20 +57,20 @@ def block_header(head: bytes) -> tuple[bool, int, int, int]:
     """Read a Block_Header: (Last_Block, Block_Type, bytes of content that follow, bytes it unpacks to at most)."""
     value = int.from_bytes(head[:BLOCK_HEADER_BYTES], "little")
     kind, size = value >> 1 & 3, value >> 3
-    return bool(value & 1), kind, 1 if kind == RLE else size, MAX_BLOCK_BYTES if kind == COMPRESSED else size
+    return bool(value & 1), kind, 1 if kind == _RLE else size, MAX_BLOCK_BYTES if kind == _COMPRESSED else size
 
 
 def stands_alone(block: bytes) -> bool:
     """Tell whether a block's headers, its Block_Header first, refer to no tree or table from before."""
     _, kind, size, _ = block_header(block)
-    if kind != COMPRESSED:
+    if kind != _COMPRESSED:
         return True
     content = memoryview(block)[BLOCK_HEADER_BYTES : BLOCK_HEADER_BYTES + size]
     try:
         literals, size_format = content[0] & 3, content[0] >> 2 & 3
-        if literals == TREELESS:
+        if literals == _TREELESS:
             return False
-        if literals == COMPRESSED:
+        if literals == _COMPRESSED:
             header, bits = ((3, 10), (3, 10), (4, 14), (5, 18))[size_format]
             compressed_size = int.from_bytes(content[:header], "little") >> (4 + bits)
             content = content[header + compressed_size :]
@@ -81,7 +83,7 @@ def stands_alone(block: bytes) -> bool:
         modes = content[1 if content[0] < 128 else 2 if content[0] < 255 else 3]
     except IndexError:  # damaged
         return False
-    return REPEAT not in (modes >> 6, modes >> 4 & 3, modes >> 2 & 3)
+    return _REPEAT not in (modes >> 6, modes >> 4 & 3, modes >> 2 & 3)
 
 
 def made_header(window_log: int) -> bytes:

@@ -3,6 +3,8 @@
 formats, splice_points -> decoders -> cells.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import shlex
@@ -24,7 +26,7 @@ from shards.storage.block_cache import BlockCache
 MAX_OPEN = 32
 MAX_OPEN_BYTES = 256 << 20
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class CellCheck(NamedTuple):
@@ -165,7 +167,7 @@ class Decoders:
 
     def _distrust(self, path: str, splice: Splice, error: Exception) -> None:
         self._distrusted.add((path, splice))
-        logger.warning(
+        _logger.warning(
             "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); reading on from the last "
             "frame's start, which takes longer; to make its entries anew: rm -f %s; %s",
             path,

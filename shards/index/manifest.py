@@ -3,6 +3,8 @@
 shard_index -> manifest -> preparation. A manifest is believed only while the indexes it was made of are as they were.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import msgspec

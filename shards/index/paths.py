@@ -3,6 +3,8 @@
 files -> paths -> shard_index, decoders.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -19,7 +21,7 @@ from shards.errors import ShardError
 from shards.storage import atomic, files, remote
 
 INDEX_SUFFIX = ".index.json"
-HISTORY_SUFFIX = ".windows"
+_HISTORY_SUFFIX = ".windows"
 
 
 def index_paths(path: str, index_dir: Path | None) -> list[Path]:
@@ -77,7 +79,7 @@ def user_cache() -> Path:
 
 def history_path(index: Path) -> Path:
     """Return where the histories of a shard's splice points are kept, given where its index is."""
-    return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + HISTORY_SUFFIX)
+    return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + _HISTORY_SUFFIX)
 
 
 def digest(parts: list[str]) -> str:

@@ -3,6 +3,8 @@
 shard_index, decoders -> random_access.
 """
 
+from __future__ import annotations
+
 import io
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def open_at(
     raw_offset: int = 0,
     index_dir: Path | None = None,
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
-) -> "io.BufferedReader[RawShard]":
+) -> io.BufferedReader[RawShard]:
     """Open a shard's raw bytes, whatever its compression, at any of them; the file that it gives can seek, too.
 
     Decoding starts at the nearest entry, some 64 MiB before at most, and what is read is compared with the index. A
@@ -105,7 +107,7 @@ class RawShard(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def readinto(self, buffer: "memoryview[int] | bytearray") -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview[int] | bytearray) -> int:  # type: ignore[override]
         """Read up to the cell's end."""
         if self._position >= self._index.raw_bytes:
             return 0

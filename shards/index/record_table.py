@@ -5,6 +5,8 @@ beyond `cell_bytes` with that record. So a longer record is a cell of its own, a
 from the table.
 """
 
+from __future__ import annotations
+
 from collections import deque
 
 import xxhash

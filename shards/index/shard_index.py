@@ -3,6 +3,8 @@
 formats, record_table, splice_points -> shard_index -> manifest, segments.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext

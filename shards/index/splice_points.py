@@ -8,6 +8,8 @@ whole shard, up to the next entry, and what comes out is compared. What reads fr
 record table's hashes; so no entry can make a wrong byte be read, only cost time.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,16 +24,16 @@ from shards.formats import Chunk, Start, deflate, gzip, zstd, zstd_blocks
 from shards.index.thinning import Follower, thinned
 
 SPACING_BYTES = 64 * MIB  # raw bytes from one entry to the next, where that is affordable
-MIN_ENTRIES = 8  # of a shard, so that several readers can share a small one
+_MIN_ENTRIES = 8  # of a shard, so that several readers can share a small one
 SHARE = 0.02  # of the shard's compressed size, that all its histories may take
 SMALL_SHARE = 0.1  # that they may take as long as there are fewer than MIN_ENTRIES
 MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some milliseconds
 HISTORIES_PER_GAP = 4  # opening handles a history twice, so nearer entries would save nothing
-MAX_HISTORY_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
+_MAX_HISTORY_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
 TRIAL_BYTES = MIB  # raw, of zstd: what a place is tried with at least; a history's length, if that is more
-TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's histories out of the cache
+_TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's histories out of the cache
 GATHERED_BYTES = 192 << 10  # of gzip data: to find a block's beginning in the first third, and try it with the rest
-GATHERED_RAW_BYTES = 16 * MIB  # of gzip data that unpacks to more
+_GATHERED_RAW_BYTES = 16 * MIB  # of gzip data that unpacks to more
 
 
 class Splice(msgspec.Struct, frozen=True):
@@ -98,10 +100,10 @@ class Splicer:
         if self._trial:
             self._waiting.append(chunk)
             self._waiting_bytes += len(chunk.raw)
-            if self._waiting_bytes >= TURN_BYTES:
+            if self._waiting_bytes >= _TURN_BYTES:
                 self._compare()
         self._gather(chunk)
-        if chunk.history_bytes <= MAX_HISTORY_BYTES:
+        if chunk.history_bytes <= _MAX_HISTORY_BYTES:
             self._hold(chunk)
 
     def finish(self) -> tuple[tuple[Splice, ...], SpliceCounts]:
@@ -130,19 +132,19 @@ class Splicer:
         gap, raw_gap = chunk.offset - offset, chunk.raw_offset - raw_offset
         # Where nothing holds, ever less is tried: an attempt costs what decoding several histories does.
         nearest = max(MIN_GAP_BYTES, (HISTORIES_PER_GAP + self._failed_in_turn**2) * chunk.history_bytes)
-        if raw_gap < nearest or chunk.history_bytes > MAX_HISTORY_BYTES:
+        if raw_gap < nearest or chunk.history_bytes > _MAX_HISTORY_BYTES:
             return False
-        if raw_gap < SPACING_BYTES and gap * (MIN_ENTRIES + 1) < self._size:
+        if raw_gap < SPACING_BYTES and gap * (_MIN_ENTRIES + 1) < self._size:
             return False
         # A part of the budget is free from the start, so that the first entries need not wait; all of it at the end.
-        free = chunk.offset + (self._size - chunk.offset) / (MIN_ENTRIES + 1)
+        free = chunk.offset + (self._size - chunk.offset) / (_MIN_ENTRIES + 1)
         return self._affordable(0, free)
 
     def _affordable(self, packed_bytes: int, size: float) -> bool:
         """Tell whether all histories, with one more, take no more than their share of `size` compressed bytes."""
         count = len(self._splices) + (self._trial is not None)
         spent = self._stored_bytes + (len(self._trial.packed) if self._trial else 0)
-        return spent + packed_bytes <= (SHARE if count >= MIN_ENTRIES else SMALL_SHARE) * size
+        return spent + packed_bytes <= (SHARE if count >= _MIN_ENTRIES else SMALL_SHARE) * size
 
     def _gather(self, chunk: Chunk) -> None:
         """Add a chunk to those that an entry is looked for in; the first only where one is due and may be."""
@@ -166,7 +168,7 @@ class Splicer:
             return False  # the decoder holds back raw bytes of this chunk's data, which would be missed when counting
         first = self._gathered[0]
         gathered, raw = last.offset + len(last.data) - first.offset, last.raw_offset + len(last.raw) - first.raw_offset
-        return gathered >= GATHERED_BYTES or raw >= GATHERED_RAW_BYTES
+        return gathered >= GATHERED_BYTES or raw >= _GATHERED_RAW_BYTES
 
     def _try_gathered(self) -> None:
         """Try the places for an entry in what was gathered, until one holds."""
@@ -251,7 +253,7 @@ def explain(size: int, raw_bytes: int, decoder_window: int, splices: tuple[Splic
         gap = raw_bytes / (len(splices) + 1) / MIB
         return f"{len(splices)}, about one every {gap:,.0f} MiB raw; they take {packed / size:.2%} of the shard's size"
     nearest = max(MIN_GAP_BYTES, HISTORIES_PER_GAP * decoder_window)
-    if decoder_window > MAX_HISTORY_BYTES:
+    if decoder_window > _MAX_HISTORY_BYTES:
         size_text = f"{decoder_window // MIB} MiB"
         return f"none: a decoder window of {size_text} is too large to handle, so it is decoded from frames' starts"
     if raw_bytes < nearest:

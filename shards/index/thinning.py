@@ -7,6 +7,8 @@ from, over any number of copies in between, and a byte that was inserted comes o
 gzip: Knespel, Brunst 2023, "Rapidgzip", HPDC '23.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +19,7 @@ from shards.formats import Chunk, Start
 
 Bytes = npt.NDArray[np.uint8]
 
-MARKS = (1 << 16) - 1  # 1 and up: two digits of a byte, each in a separate history
+_MARKS = (1 << 16) - 1  # 1 and up: two digits of a byte, each in a separate history
 
 
 class Follower:
@@ -56,7 +58,7 @@ def thinned(compression: str, start: Start, chunks: Sequence[Chunk]) -> memoryvi
     Raises: one of DECODE_ERRORS if they cannot be decoded from there.
     """
     history = np.frombuffer(start.history, np.uint8)
-    grain_bytes = -(-len(history) // MARKS)
+    grain_bytes = -(-len(history) // _MARKS)
     marks = np.arange(1, -(-len(history) // grain_bytes) + 1, dtype=np.uint16)  # of the grains
 
     def spread(grains: Bytes) -> Bytes:

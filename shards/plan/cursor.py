@@ -3,6 +3,8 @@
 A state is a cursor, never a buffer: it names the next row of each lane, and the rows are made again from there.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -47,7 +49,7 @@ class LoaderState(msgspec.Struct, frozen=True):
         return plain
 
     @staticmethod
-    def from_dict(state: Mapping[str, object]) -> "LoaderState":
+    def from_dict(state: Mapping[str, object]) -> LoaderState:
         """Raises: CheckpointError if `state` is not what `to_dict` of this version gives."""
         if state.get("version") != LOADER_STATE_VERSION:
             raise CheckpointError(

@@ -6,6 +6,8 @@ weights are the fractions that rounding down has cut off, and so on; the last le
 repeats each level from a phase of its own, so that a batch is mixed across its lanes.
 """
 
+from __future__ import annotations
+
 import heapq
 import math
 from collections.abc import Sequence
@@ -23,8 +25,8 @@ Slots = npt.NDArray[np.int16]
 RULES = {1: (1 << 14, 1), 2: (1 << 10, 4)}
 # Each level has a multiplier of its own: 2^64 times the fractional parts of the golden ratio and of the roots of 2, 3
 # and 5, no whole combination of which vanishes. So the phases of the lanes fill the levels' periods together evenly.
-PHASES = (0x9E3779B97F4A7C15, 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B)
-MIXES_KEPT = 2048  # lanes run out of sources one by one: each may need a mix of its own for a while
+_PHASES = (0x9E3779B97F4A7C15, 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B)
+_MIXES_KEPT = 2048  # lanes run out of sources one by one: each may need a mix of its own for a while
 
 
 def integer_weights(weights: Sequence[Fraction], period: int) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ def mixing_sequence(shares: tuple[int, ...]) -> Slots:
 
 def lane_phase(lane: int, period: int, level: int = 0) -> int:
     """Return where a lane starts in a level's sequence: floor(frac(lane * multiplier) * period), in integers."""
-    return ((lane * PHASES[level]) % (1 << 64) * period) >> 64
+    return ((lane * _PHASES[level]) % (1 << 64) * period) >> 64
 
 
 class _Level:
@@ -155,7 +157,7 @@ class Mix:
         return low
 
 
-@lru_cache(maxsize=MIXES_KEPT)
+@lru_cache(maxsize=_MIXES_KEPT)
 def mix_of(weights: tuple[float, ...], version: int) -> Mix | None:
     """Return the mix of these weights; None if all of them are 0."""
     return Mix(weights, version) if any(weights) else None

@@ -4,6 +4,8 @@ shard_index -> segments -> lane. A source is cut into *segments*, which each epo
 turn. A *deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,16 +17,16 @@ import numpy as np
 from shards.arrays import Ints, greedy_groups
 from shards.hashing import key_of, permutation, permutations
 
-MAX_SEGMENT_BYTES = 16 << 20  # raw; what is read in a row of a large source, once its place is found
-DEAL_BYTES = 16 << 20  # raw: about what a deal holds where segments are smaller
-MAX_DEAL_SEGMENTS = 4096
-SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch, where the source is large enough
+_MAX_SEGMENT_BYTES = 16 << 20  # raw; what is read in a row of a large source, once its place is found
+_DEAL_BYTES = 16 << 20  # raw: about what a deal holds where segments are smaller
+_MAX_DEAL_SEGMENTS = 4096
+_SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch, where the source is large enough
 # Under version 2 a segment is no smaller than this, or than a 4,096th of the source where that is less: a window is
 # gathered from as many places as it has segments, and each place costs decoding from the entry before it.
 # With 64 KiB, windows of 1 GB in one frame came at a seventh of the rate of whole MiBs; with these, at two fifths.
-SMALL_SEGMENT_BYTES = 256 << 10
-SMALL_SEGMENTS = 4096
-SUMMED_AT_ONCE = 1 << 20  # segments, of all epochs that are added up together
+_SMALL_SEGMENT_BYTES = 256 << 10
+_SMALL_SEGMENTS = 4096
+_SUMMED_AT_ONCE = 1 << 20  # segments, of all epochs that are added up together
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -92,12 +94,12 @@ class SourcePlan:
         records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
         self._records, self._shard_ends = records, ends
         self.num_records, self.raw_bytes = int(records[-1]), int(self._offsets[-1])
-        wanted = self.raw_bytes // (SEGMENTS_PER_LANE[version] * lanes)
-        least = min(SMALL_SEGMENT_BYTES, self.raw_bytes // SMALL_SEGMENTS) if version > 1 else window_limit
-        self.segment_bytes = max(1, least, min(wanted, MAX_SEGMENT_BYTES))
+        wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * lanes)
+        least = min(_SMALL_SEGMENT_BYTES, self.raw_bytes // _SMALL_SEGMENTS) if version > 1 else window_limit
+        self.segment_bytes = max(1, least, min(wanted, _MAX_SEGMENT_BYTES))
         self._cut(divide=version > 1)
         mean_bytes = max(1, self.raw_bytes // max(1, self.num_segments))
-        self._deal_segments = min(max(1, DEAL_BYTES // mean_bytes), MAX_DEAL_SEGMENTS) if version > 1 else 1
+        self._deal_segments = min(max(1, _DEAL_BYTES // mean_bytes), _MAX_DEAL_SEGMENTS) if version > 1 else 1
         self._permutation = lru_cache(maxsize=8)(self._permute)
         self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # for each lane the present and the next
 
@@ -144,7 +146,7 @@ class SourcePlan:
         """
         sums = np.zeros((2, self.num_lanes), np.int64)
         stops = np.where(counts > 0, (counts - 1) * self.num_lanes + np.arange(self.num_lanes) + 1, 0)
-        epochs, at_once = -(-int(stops.max()) // self.num_segments), max(1, SUMMED_AT_ONCE // self.num_segments)
+        epochs, at_once = -(-int(stops.max()) // self.num_segments), max(1, _SUMMED_AT_ONCE // self.num_segments)
         for first in range(0, epochs, at_once):
             keys = [self._epoch_key(epoch) for epoch in range(first, min(epochs, first + at_once))]
             dealt = permutations(keys, self.num_segments).ravel()

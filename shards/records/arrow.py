@@ -5,6 +5,8 @@ number in the mapped file: nothing is decoded on the way. Lengths stand in for r
 per token id, and 1 a row, as a line feed would be.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from shards.arrays import Ints
 from shards.errors import ShardError
 from shards.storage import files
 
-BYTES_PER_TOKEN_ID = 4
+_BYTES_PER_TOKEN_ID = 4
 
 
 class Measure(NamedTuple):
@@ -52,7 +54,7 @@ def measure(path: str) -> Measure:
         of_lengths.update(lengths.tobytes())
         of_values.update(values)
         nulls += chunk.null_count
-        parts.append(np.maximum(lengths, 0) * (1 if _is_text(chunk.type) else BYTES_PER_TOKEN_ID) + 1)
+        parts.append(np.maximum(lengths, 0) * (1 if _is_text(chunk.type) else _BYTES_PER_TOKEN_ID) + 1)
     row_bytes = np.concatenate(parts)
     kind = b"text" if _is_text(rows.schema.field(column).type) else b"token ids"
     content_hash = xxhash.xxh3_128_hexdigest(kind + of_lengths.digest() + of_values.digest())

@@ -1,5 +1,7 @@
 """Open columns of Arrow files: consecutive rows -> records. arrow -> arrow_rows -> window, provenance."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import pyarrow as pa

@@ -3,14 +3,16 @@
 config -> hf_datasets -> preparation. What is read then is the files' columns (arrow.py), by row number, in any process.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 
 
 def shards_of(source: SourceConfig) -> list[str]:
@@ -57,16 +59,16 @@ def _reason(error: BaseException) -> str:
 def _load(datasets, name: str, source: SourceConfig):  # type: ignore[no-untyped-def]  # the library has no types
     """A `datasets.Dataset` over Arrow files."""
     path = Path(name).expanduser()
-    if any((path / mark).exists() for mark in SAVED):
+    if any((path / mark).exists() for mark in _SAVED):
         data = datasets.load_from_disk(str(path))
         splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split or source.split): data}
         if source.split not in splits:
             raise ValueError(f"its splits are {', '.join(splits)}")
         return splits[source.split]
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"a file's name must end in one of {', '.join(BUILDERS)}")
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files={"train": str(path)}, split=source.split)
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"a file's name must end in one of {', '.join(_BUILDERS)}")
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files={"train": str(path)}, split=source.split)
     return datasets.load_dataset(
         str(path) if path.exists() else name, source.dataset_config, split=source.split, revision=source.revision
     )

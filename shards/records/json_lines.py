@@ -6,6 +6,8 @@ nor by who reads it. A document is valid UTF-8 from end to end, and a JSON objec
 has a string under the text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import typing
@@ -23,11 +25,11 @@ from shards.errors import ShardError
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
-BOM = b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = MIB
 MAX_DEPTH = 256  # arrays and objects within each other; far below what the parsers' own stacks hold
 ADVICE = "mend the line, or set data.on_bad_record: skip"
-MAX_INT_DIGITS = 640  # that Python turns into an int whatever its settings; a longer number becomes a float
+_MAX_INT_DIGITS = 640  # that Python turns into an int whatever its settings; a longer number becomes a float
 
 _RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -99,7 +101,7 @@ class RecordParser:
         records = Records([], [], [], [], [])
         for line, record in enumerate(raw.split(b"\n"), first_line):
             if line == 1:
-                record = record.removeprefix(BOM)
+                record = record.removeprefix(_BOM)
             try:
                 if self._strict:
                     _check(record)
@@ -203,7 +205,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _integer(digits: str) -> int | float:
     """The number, for one too long to be an int as near as a float comes: no record is bad for a number's length."""
-    return int(digits) if len(digits) <= MAX_INT_DIGITS else float(digits)
+    return int(digits) if len(digits) <= _MAX_INT_DIGITS else float(digits)
 
 
 def _without_surrogates(text: str) -> str:

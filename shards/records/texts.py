@@ -3,6 +3,8 @@
 {json_lines, arrow_rows} -> texts -> {suite, tokenizer_check}.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -16,8 +18,8 @@ from shards.storage.block_cache import open_cache
 
 # Of a suite: its figures would be of another text
 ADVICE = "mend it, since no record of a suite is skipped"
-ROWS_AT_ONCE = 256  # of a data set's column
-SAMPLED_SHARDS = 4  # of a source, spread over all of them
+_ROWS_AT_ONCE = 256  # of a data set's column
+_SAMPLED_SHARDS = 4  # of a source, spread over all of them
 
 
 def texts_of(
@@ -37,8 +39,8 @@ def texts_of(
     columns = Columns()
     indexed = files.stat(shard)
     rows = arrow.num_rows(files.file_of(shard))
-    for first in range(0, rows, ROWS_AT_ONCE):
-        records = columns.records(shard, indexed, first, min(ROWS_AT_ONCE, rows - first), source)
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        records = columns.records(shard, indexed, first, min(_ROWS_AT_ONCE, rows - first), source)
         if records.bad and on_bad_record == "fail":
             raise bad_record_error(shard, records.bad[0], ADVICE)
         yield from zip(records.sub_sources, records.texts, strict=True)
@@ -46,7 +48,7 @@ def texts_of(
 
 def spread(paths: Sequence[str]) -> list[str]:
     """Take a few shards from all over a list of at least one."""
-    return list(paths[:: -(-len(paths) // SAMPLED_SHARDS)])
+    return list(paths[:: -(-len(paths) // _SAMPLED_SHARDS)])
 
 
 def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) -> list[str]:

@@ -3,6 +3,8 @@
 shard_index, manifest, a run's folder, checkpoints -> atomic.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,6 +4,8 @@ remote -> block_cache. Shared by all processes of a node: a block appears whole 
 adds or removes. A block that is damaged, or of another content of its URL, is a block that is not there.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import logging
@@ -18,11 +20,11 @@ from shards.config import RemoteCache
 from shards.errors import ConfigError
 
 BLOCK_SUFFIX = ".block"
-LOCK_NAME = "lock"  # held while the folder changes; says how many bytes are taken, at most
+_LOCK_NAME = "lock"  # held while the folder changes; says how many bytes are taken, at most
 CHECK_BYTES = 16  # xxh3-128 of a block and its name, after the block
-EVICT_TO = 0.9  # of max_bytes: so that the folder is listed once in many blocks
+_EVICT_TO = 0.9  # of max_bytes: so that the folder is listed once in many blocks
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class BlockCache:
@@ -74,7 +76,7 @@ class BlockCache:
                 os.replace(part, path)
         except OSError as error:
             if not self._warned:
-                logger.warning("%s: cannot keep blocks of remote shards: %s", self._folder, error.strerror)
+                _logger.warning("%s: cannot keep blocks of remote shards: %s", self._folder, error.strerror)
             self._warned = True
 
     def _make_room(self, lock: int, needed: int) -> int:
@@ -89,7 +91,7 @@ class BlockCache:
                 found = entry.stat()
                 blocks.append((found.st_mtime_ns, found.st_size, entry.path))
         taken = sum(size for _, size, _ in blocks)
-        limit = min(EVICT_TO * self._max_bytes, self._max_bytes - needed)
+        limit = min(_EVICT_TO * self._max_bytes, self._max_bytes - needed)
         if taken + needed > self._max_bytes:
             for _, size, path in sorted(blocks):
                 if taken <= limit:
@@ -106,7 +108,7 @@ class BlockCache:
     @contextmanager
     def _lock(self) -> Iterator[int]:
         """Waits until no other process or thread changes the folder; the lock's file descriptor."""
-        lock = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(self._folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock

@@ -1,5 +1,7 @@
 """The hash that tells one content from another: xxh3-128 of bytes, in hex."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import xxhash

@@ -3,6 +3,8 @@
 shard_index and json_lines -> files.
 """
 
+from __future__ import annotations
+
 import glob
 import logging
 import os
@@ -18,12 +20,14 @@ from shards.storage.block_cache import BlockCache
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
 # What somebody may take for a shard, though a glob passes it over
-LIKE_A_SHARD = re.compile(r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE)
-COLUMN_MARK = ".arrow#"  # in the path of a column of an Arrow file: FILE.arrow#COLUMN
-OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
-MAX_NAMED = 5  # names in a message, of what may be thousands
+_LIKE_A_SHARD = re.compile(
+    r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE
+)
+_COLUMN_MARK = ".arrow#"  # in the path of a column of an Arrow file: FILE.arrow#COLUMN
+_OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
+_MAX_NAMED = 5  # names in a message, of what may be thousands
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -64,7 +68,7 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
                 "indexes, checkpoints and logs; rename it"
             )
     if unread := [path for path in passed_over if path not in shards]:
-        logger.warning(
+        _logger.warning(
             "source %r: not read, since a glob takes only names that end in %s: %s; rename what is a shard, or name it "
             "in paths without wildcards",
             source,
@@ -76,8 +80,8 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
 
 def listed(names: list[str]) -> str:
     """The first of some names, and how many there are beyond."""
-    beyond = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + beyond
+    beyond = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + beyond
 
 
 def _matches(pattern: str) -> list[str]:
@@ -92,7 +96,7 @@ def _unread(pattern: str) -> list[str]:
     return [
         path
         for path in beside
-        if LIKE_A_SHARD.search(path) and not path.endswith((*SHARD_SUFFIXES, *OURS)) and not os.path.isdir(path)
+        if _LIKE_A_SHARD.search(path) and not path.endswith((*SHARD_SUFFIXES, *_OURS)) and not os.path.isdir(path)
     ]
 
 
@@ -152,7 +156,7 @@ def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> B
 
 def is_column(path: str) -> bool:
     """True for the path of a column, false for that of a file."""
-    return COLUMN_MARK in path
+    return _COLUMN_MARK in path
 
 
 def file_of(path: str) -> str:

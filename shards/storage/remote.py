@@ -5,6 +5,8 @@ is asked again with growing pauses where the answer fails, stalls or comes short
 where it broke. Only an answer that says so means that a file is missing.
 """
 
+from __future__ import annotations
+
 import re
 import threading
 import time
@@ -20,11 +22,11 @@ from shards.errors import ShardError
 from shards.storage.block_cache import BlockCache
 
 BLOCK_BYTES = 4 << 20
-ATTEMPTS = 8
+_ATTEMPTS = 8
 FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
-STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
+_STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
 ANSWER_SECONDS = 15.0  # for a size
-REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
+_REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
 WEB = ("http://", "https://")
 FILE = "file://"
 GLOB = re.compile(r"[*?\[]")
@@ -60,7 +62,7 @@ def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     while folders:
         folder, level = folders.pop()
         try:
-            entries = _persist(folder, partial(system.ls, folder, detail=True), STALL_SECONDS)
+            entries = _persist(folder, partial(system.ls, folder, detail=True), _STALL_SECONDS)
         except FileNotFoundError:
             continue  # of a folder that is not there nothing matches
         for entry in entries:
@@ -100,7 +102,7 @@ class RemoteFile:
         self,
         url: str,
         offset: int = 0,
-        stall_seconds: float = STALL_SECONDS,
+        stall_seconds: float = _STALL_SECONDS,
         cache: BlockCache | None = None,
     ) -> None:
         """
@@ -133,13 +135,13 @@ class RemoteFile:
         """Lets go of what was fetched ahead."""
         self._next, self._block, self._taken = self._size, b"", 0
 
-    def __enter__(self) -> "RemoteFile":
+    def __enter__(self) -> RemoteFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fetch(self) -> "_Call[bytes]":
+    def _fetch(self) -> _Call[bytes]:
         start, stop = self._range()
         return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
 
@@ -219,7 +221,7 @@ def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) ->
     Raises: FileNotFoundError or PermissionError at once where the server says so; ShardError if every attempt failed.
     """
     pause = FIRST_PAUSE_SECONDS
-    for number in range(1, ATTEMPTS + 1):
+    for number in range(1, _ATTEMPTS + 1):
         try:
             return attempt() if seconds is None else _Call(attempt).result(seconds)
         except ShardError:
@@ -227,10 +229,10 @@ def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) ->
         except Exception as error:  # each of fsspec's systems raises errors of its own library
             if _is_refused(error):
                 raise FileNotFoundError(str(error)) from None
-            if number == ATTEMPTS:
+            if number == _ATTEMPTS:
                 reason = repr(error.__cause__ or error)
                 raise ShardError(
-                    f"{what}: failed {ATTEMPTS} times, the last with {reason}; the server or the way to it is at "
+                    f"{what}: failed {_ATTEMPTS} times, the last with {reason}; the server or the way to it is at "
                     "fault, not the file: try again later"
                 ) from None
         time.sleep(pause)
@@ -247,7 +249,7 @@ def _is_refused(error: Exception) -> bool:
 
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
     if isinstance(cause, aiohttp.ClientResponseError):
-        return cause.status in REFUSED
+        return cause.status in _REFUSED
     if cause is error or cause is None:
         return isinstance(error, FileNotFoundError | PermissionError)
     return not isinstance(cause, aiohttp.ClientError | ConnectionError | TimeoutError)

@@ -8,6 +8,8 @@ its text alone.
 By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -37,17 +39,17 @@ from shards.suites.normalization import (
 )
 
 VERSION = 2  # raise it whenever the same text would give other hashes: runs do not continue across it
-BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
+_BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
 LINE_FEED, SPACE = 10, 32
-ASCII = 128  # characters
-WHITE_SPACE = bytes(range(SPACE + 1))
-EIGHT_SPACES = np.uint64(0x2020202020202020)
-SIGNED_BYTES = 8  # of a line that a signature reads at a time; a shorter line is filled up
-FILLER = 0xFF  # no byte of UTF-8
-PRIME = 0x9E3779B185EBCA87
-BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
+_ASCII = 128  # characters
+_WHITE_SPACE = bytes(range(SPACE + 1))
+_EIGHT_SPACES = np.uint64(0x2020202020202020)
+_SIGNED_BYTES = 8  # of a line that a signature reads at a time; a shorter line is filled up
+_FILLER = 0xFF  # no byte of UTF-8
+_PRIME = 0x9E3779B185EBCA87
+_BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class HashSet:
@@ -66,7 +68,7 @@ class HashSet:
     def write(path: Path, hashes: Hashes, signatures: Hashes) -> None:
         """Write the set of `hashes`, atomically; `signatures` [hashes] belong to them."""
         unique = np.unique(hashes)
-        num_words = 1 << max(0, (max(1, len(unique)) * BITS_PER_HASH // 64 - 1).bit_length())
+        num_words = 1 << max(0, (max(1, len(unique)) * _BITS_PER_HASH // 64 - 1).bit_length())
         bitmap = np.zeros(num_words, np.uint64)
         np.bitwise_or.at(bitmap, _word(signatures, num_words), _bit(signatures))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
     if not is_there(path):
         texts = (document.text for found in suites for document in found.documents())
         HashSet.write(path, *_hashes_of_suite(texts, config))
-        logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
+        _logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
     decontaminator = Decontaminator(config, path)
     if decontaminator.is_empty:
         raise ConfigError(
@@ -200,7 +202,7 @@ def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Has
         else:
             grams = ngrams([text], config.min_tokens)[0]
             pending.append(np.stack([grams, grams], axis=1))
-        if sum(map(len, pending)) >= BATCH_HASHES:
+        if sum(map(len, pending)) >= _BATCH_HASHES:
             found, pending = np.unique(np.concatenate([found, *pending]), axis=0), []
     found = np.concatenate([found, *pending])
     return found[:, 0], found[:, 1]
@@ -259,12 +261,12 @@ def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
 
     Moves the bounds of these lines there.
     """
-    short = np.flatnonzero(ends - starts < SIGNED_BYTES)
-    buffer = np.frombuffer(data + bytes(SIGNED_BYTES), np.uint8) if len(short) else np.zeros(0, np.uint8)
-    places = starts[short, None] + np.arange(SIGNED_BYTES)
-    copies = np.where(places < ends[short, None], buffer[places], np.uint8(FILLER))
-    starts[short] = len(data) + SIGNED_BYTES * np.arange(len(short))
-    ends[short] = starts[short] + SIGNED_BYTES
+    short = np.flatnonzero(ends - starts < _SIGNED_BYTES)
+    buffer = np.frombuffer(data + bytes(_SIGNED_BYTES), np.uint8) if len(short) else np.zeros(0, np.uint8)
+    places = starts[short, None] + np.arange(_SIGNED_BYTES)
+    copies = np.where(places < ends[short, None], buffer[places], np.uint8(_FILLER))
+    starts[short] = len(data) + _SIGNED_BYTES * np.arange(len(short))
+    ends[short] = starts[short] + _SIGNED_BYTES
     return copies.tobytes()
 
 
@@ -278,13 +280,13 @@ def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
             for _ in range(8):
                 moving = moving[ends[moving] - starts[moving] >= width]
                 at = bounds[moving] if step > 0 else bounds[moving] - width
-                moving = moving[words[at] == EIGHT_SPACES if width == 8 else buffer[at] <= SPACE]
+                moving = moving[words[at] == _EIGHT_SPACES if width == 8 else buffer[at] <= SPACE]
                 if not len(moving):
                     break
                 bounds[moving] += step * width
         for i in moving.tolist():  # whatever is longer
             line = data[int(starts[i]) : int(ends[i])]
-            left = line.lstrip(WHITE_SPACE) if step > 0 else line.rstrip(WHITE_SPACE)
+            left = line.lstrip(_WHITE_SPACE) if step > 0 else line.rstrip(_WHITE_SPACE)
             bounds[i] += step * (len(line) - len(left))
 
 
@@ -317,7 +319,7 @@ def words(text: str) -> tuple[Hashes, Ints]:
         block = text[begin : begin + BLOCK_CHARACTERS]
         if block.isascii():
             codes: npt.NDArray[np.integer] = np.frombuffer(block.encode(), np.uint8)
-            known = characters(ASCII)
+            known = characters(_ASCII)
         else:
             codes, known = code_points(block), characters(NUM_CHARACTERS)
         kinds = known.kinds.take(codes)
@@ -341,7 +343,7 @@ def words(text: str) -> tuple[Hashes, Ints]:
 def _powers() -> tuple[Hashes, Hashes]:
     """Compute (P^i, P^-i) modulo 2^64 for each character of a block."""
     tables = []
-    for base in (PRIME, pow(PRIME, -1, 1 << 64)):
+    for base in (_PRIME, pow(_PRIME, -1, 1 << 64)):
         table = np.full(BLOCK_CHARACTERS, base, np.uint64)
         table[:1] = 1
         tables.append(np.cumprod(table, out=table))

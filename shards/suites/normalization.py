@@ -5,6 +5,8 @@ narrow forms, ligatures), in case, in typographic or plain quotes and dashes, in
 that nobody sees.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections.abc import Sequence

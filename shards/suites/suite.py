@@ -11,6 +11,8 @@ in any of a shard's compressions. A YAML file names its sources one by one, data
 `source/subdomain`, or the source where the record names none.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -26,8 +28,8 @@ from shards.records import hf_datasets
 from shards.records.texts import texts_of
 from shards.storage import files
 
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file of that name is no domain's
-YAML_SUFFIXES = (".yaml", ".yml")
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file of that name is no domain's
+_YAML_SUFFIXES = (".yaml", ".yml")
 
 
 class SuiteSource(Config):
@@ -109,7 +111,7 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
         key: of the config, for messages.
     Raises: ConfigError that says what was looked for, and which splits or domains are there instead.
     """
-    if path.suffix in YAML_SUFFIXES:
+    if path.suffix in _YAML_SUFFIXES:
         return _from_yaml(path, split, key)
     if not path.is_dir():
         raise ConfigError(
@@ -121,7 +123,7 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name != split):
         if shards := _of_split(folder, split):
             parts.append(Part(SuiteSource.parse({"name": folder.name, "path": str(folder)}, key), shards))
-        elif folder.name not in SPLITS and _splits_in(folder):
+        elif folder.name not in _SPLITS and _splits_in(folder):
             without.append(folder)
     if shards := _of_split(path, split):
         parts.append(Part(SuiteSource.parse({"name": path.resolve().name, "path": str(path)}, key), shards))
@@ -216,7 +218,7 @@ def _splits_in(folder: Path) -> list[str]:
 def _file_each(folder: Path, key: str) -> list[Part]:
     """Make a domain of each shard of a folder, unless they are named like splits."""
     shards = _shards_in(folder)
-    if any(_stem(path) in SPLITS for path in shards):
+    if any(_stem(path) in _SPLITS for path in shards):
         return []
     return [
         Part(SuiteSource.parse({"name": _whole_stem(path), "path": str(path)}, key), (str(path),)) for path in shards

@@ -16,6 +16,8 @@ User-defined symbols are looked for from left to right, the longest first, befor
 that is farther from the end of A than the longest symbol is between symbols in A + B, too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,7 +28,7 @@ from sentencepiece import sentencepiece_model_pb2
 from shards.tokenize.split_points import Cuts
 
 PART_BYTES = 1 << 17
-TRIALS = 64  # places to divide at that are tried before a part is made twice as long
+_TRIALS = 64  # places to divide at that are tried before a part is made twice as long
 
 
 class LongWords:
@@ -84,7 +86,7 @@ class LongWords:
     def _places(self, data: bytes, ids: npt.NDArray[np.integer], stop: int) -> Iterator[tuple[int, int]]:
         """(ids before it, offset) of places between tokens of the text that ends at `stop`, the last first."""
         place, count, trials = stop, len(ids), 0
-        while count and trials < TRIALS and (size := self._sizes[ids[count - 1]]):
+        while count and trials < _TRIALS and (size := self._sizes[ids[count - 1]]):
             count, place = count - 1, place - size
             if count and place <= stop - self._margin and _begins_character(data, place):
                 trials += 1

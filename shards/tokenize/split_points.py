@@ -15,6 +15,8 @@ A unigram model has no such cuts: SentencePiece adds up scores in 32 bits from t
 nearly equal ways to split a word wins depends on how much text stands before it.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
@@ -25,9 +27,9 @@ from shards.hashing import GOLDEN
 SPACE = "\u2581"  # how a model writes " "
 END = 0xFF  # stands between texts: no byte of UTF-8
 LEAD = 4  # bytes that must stand before the first place to cut
-SEEN_BITS = 20
+_SEEN_BITS = 20
 MULTIPLIER = np.uint64(GOLDEN)
-BYTE_BITS = 8
+_BYTE_BITS = 8
 
 _NEVER, _ALWAYS, _ASK = 0, 1, 2
 
@@ -81,8 +83,8 @@ class Cuts:
         fours = np.ndarray((len(data) - 3,), "<u4", data, strides=(1,))
         before, after = fours[places - LEAD], fours[places]
         # Of the four bytes before a place, those of the last character: after the last byte that begins one.
-        begins = [(before >> np.uint32(BYTE_BITS * i)) & np.uint32(0xC0) != 0x80 for i in (3, 2, 1)]
-        before >>= np.select(begins, [np.uint32(BYTE_BITS * i) for i in (3, 2, 1)], np.uint32(0)).astype(np.uint32)
+        begins = [(before >> np.uint32(_BYTE_BITS * i)) & np.uint32(0xC0) != 0x80 for i in (3, 2, 1)]
+        before >>= np.select(begins, [np.uint32(_BYTE_BITS * i) for i in (3, 2, 1)], np.uint32(0)).astype(np.uint32)
         first = after & np.uint32(0xFF)
         bits = np.select([first < 0xC0, first < 0xE0, first < 0xF0], [24, 16, 8], 0).astype(np.uint32)
         after &= np.uint32(0xFFFFFFFF) >> bits
@@ -119,7 +121,7 @@ def _seen_characters(pieces: list[str]) -> npt.NDArray[np.bool_]:
     pairs = {piece[i : i + 2] for piece in pieces if not piece.isascii() for i in range(len(piece) - 1)}
     codes = [[int.from_bytes(char.encode(), "little") for char in pair] for pair in pairs]
     before, after = np.array(codes, np.uint32).reshape(-1, 2).T
-    seen = np.zeros(1 << SEEN_BITS, bool)
+    seen = np.zeros(1 << _SEEN_BITS, bool)
     seen[_slots(before, after)] = True
     return seen
 
@@ -129,5 +131,5 @@ def _slots(before: npt.NDArray[np.uint32], after: npt.NDArray[np.uint32]) -> Int
     keys = before.astype(np.uint64) << np.uint64(32)
     keys |= after
     keys *= MULTIPLIER
-    keys >>= np.uint64(64 - SEEN_BITS)
+    keys >>= np.uint64(64 - _SEEN_BITS)
     return keys.view(np.int64)

@@ -3,6 +3,8 @@
 window, evaluation and generation -> tokenizer -> word_encoder.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from shards.tokenize.long_words import LongWords
 from shards.tokenize.split_points import SPACE, Cuts
 from shards.tokenize.word_encoder import WordEncoder
 
-MAX_UINT16_VOCABULARY = 1 << 16
+_MAX_UINT16_VOCABULARY = 1 << 16
 
 
 class Tokenizer:
@@ -56,7 +58,7 @@ class Tokenizer:
                 )
         self._prefix = [self.bos_id] if bos else []
         self._suffix = [self.eos_id] if eos else []
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= MAX_UINT16_VOCABULARY else np.int32)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= _MAX_UINT16_VOCABULARY else np.int32)
         self._prepare_words(sentencepiece_model_pb2.ModelProto.FromString(model))
 
     def _prepare_words(self, model: sentencepiece_model_pb2.ModelProto) -> None:

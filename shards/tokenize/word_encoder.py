@@ -5,6 +5,8 @@ of text are found, looked up and replaced by their ids in numpy, without an obje
 table yet is encoded by SentencePiece and put there.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -23,21 +25,21 @@ SHORT = 15  # bytes of a word that fit a key
 MAX_WORDS = 1 << 20  # in the table; with what is below, at most about 100 MB
 MAX_LONG_BYTES = 1 << 22  # in the table's longer words, which are Python objects
 MAX_IDS = 1 << 23  # in the table
-SLOT_BITS = 21  # twice as many slots as words
+_SLOT_BITS = 21  # twice as many slots as words
 
-HALF_BYTES = 8
-LENGTH_BITS = np.uint64(56)  # a key's highest byte is its length: "a" is not "a\0"
+_HALF_BYTES = 8
+_LENGTH_BITS = np.uint64(56)  # a key's highest byte is its length: "a" is not "a\0"
 MIX = np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 def _masks(first: int) -> Keys:
     """uint64 [SHORT + 2]: by a word's length, the bits of its bytes in the half of a key that begins with `first`."""
-    sizes = [min(max(length - first, 0), HALF_BYTES) for length in range(SHORT + 2)]
+    sizes = [min(max(length - first, 0), _HALF_BYTES) for length in range(SHORT + 2)]
     return np.array([(1 << (8 * size)) - 1 for size in sizes], np.uint64)
 
 
-LOW_MASKS, HIGH_MASKS = _masks(0), _masks(HALF_BYTES)
-NO_HIGH = np.uint64(0xFFFFFFFFFFFFFFFF)  # the high half of no word: its length would be 255
+_LOW_MASKS, _HIGH_MASKS = _masks(0), _masks(_HALF_BYTES)
+_NO_HIGH = np.uint64(0xFFFFFFFFFFFFFFFF)  # the high half of no word: its length would be 255
 
 
 class WordEncoder:
@@ -63,7 +65,7 @@ class WordEncoder:
         self._prefix, self._suffix = list(prefix), list(suffix)
         capacity = MAX_WORDS + BLOCK_BYTES + 1
         # Open addressing. A slot holds a word's number, 0 = none. Memory is touched only as words come.
-        self._slots = np.zeros(1 << SLOT_BITS, np.int32)
+        self._slots = np.zeros(1 << _SLOT_BITS, np.int32)
         self._low, self._high = np.empty(capacity, np.uint64), np.empty(capacity, np.uint64)
         self._ends = np.empty(capacity, np.int64)  # of a word's ids in _ids; those of the next word begin there
         self._ids: npt.NDArray[np.integer] = np.empty(MAX_IDS, dtype)
@@ -72,11 +74,11 @@ class WordEncoder:
     def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.integer], Ints]:
         """(ids, lengths) of texts spelled as in `split_points`: all ids in one array, int64 [texts] ids of each."""
         end = bytes([END])
-        data = b"".join([bytes(LEAD - 1), end.join([b"", *texts, b""]), bytes(2 * HALF_BYTES)])
+        data = b"".join([bytes(LEAD - 1), end.join([b"", *texts, b""]), bytes(2 * _HALF_BYTES)])
         parts: list[npt.NDArray[np.integer]] = []
         marks: list[Ints] = []
         total = 0
-        for starts, ends in self._words(data, LEAD - 1, len(data) - 2 * HALF_BYTES):
+        for starts, ends in self._words(data, LEAD - 1, len(data) - 2 * _HALF_BYTES):
             if ends[0] - starts[0] > BLOCK_BYTES:
                 for ids in self._long_words.encode(data, int(starts[0]), int(ends[0])):
                     parts.append(ids)
@@ -117,15 +119,15 @@ class WordEncoder:
         lengths = np.minimum(ends - starts, SHORT + 1)
         # The eight bytes from each byte of the block on. `take` copies them to where they are aligned, and is still the
         # fastest way as long as they are no more than the block.
-        begin, size = int(starts[0]), int(starts[-1] - starts[0]) + HALF_BYTES + 1
+        begin, size = int(starts[0]), int(starts[-1] - starts[0]) + _HALF_BYTES + 1
         halves = np.ndarray((size,), "<u8", data, offset=begin, strides=(1,))
         places = starts - begin
         low = halves.take(places)
-        places += HALF_BYTES
+        places += _HALF_BYTES
         high = halves.take(places)
-        low &= LOW_MASKS.take(lengths)
-        high &= HIGH_MASKS.take(lengths)
-        high |= lengths.view(np.uint64) << LENGTH_BITS
+        low &= _LOW_MASKS.take(lengths)
+        high &= _HIGH_MASKS.take(lengths)
+        high |= lengths.view(np.uint64) << _LENGTH_BITS
         numbers, slots = self._find(low, high)
         short = lengths <= SHORT
         missing = np.flatnonzero(short & (numbers == 0))
@@ -148,13 +150,13 @@ class WordEncoder:
         slots_of = high * MULTIPLIER
         slots_of ^= low
         slots_of *= MIX
-        slots_of >>= np.uint64(64 - SLOT_BITS)
+        slots_of >>= np.uint64(64 - _SLOT_BITS)
         slots = slots_of.view(np.int64)
         numbers = self._slots.take(slots).astype(np.int64)
         wrong = np.flatnonzero((self._low.take(numbers) != low) | (self._high.take(numbers) != high))
         wrong = wrong[numbers.take(wrong) != 0]
         while len(wrong):
-            slots[wrong] = (slots[wrong] + 1) & ((1 << SLOT_BITS) - 1)
+            slots[wrong] = (slots[wrong] + 1) & ((1 << _SLOT_BITS) - 1)
             found = self._slots.take(slots[wrong]).astype(np.int64)
             numbers[wrong] = found
             differs = (self._low.take(found) != low[wrong]) | (self._high.take(found) != high[wrong])
@@ -165,7 +167,7 @@ class WordEncoder:
         """The numbers of words longer than a key."""
         fresh = [word for word in dict.fromkeys(words) if word not in self._long]
         if fresh:
-            self._long.update(zip(fresh, self._add(fresh, np.uint64(0), NO_HIGH).tolist(), strict=True))
+            self._long.update(zip(fresh, self._add(fresh, np.uint64(0), _NO_HIGH).tolist(), strict=True))
             self._long_bytes += sum(map(len, fresh))
         return [self._long[word] for word in words]
 
@@ -191,8 +193,8 @@ class WordEncoder:
         self._slots.fill(0)
         self._long: dict[bytes, int] = {}
         self._long_bytes = 0
-        self._low[0], self._high[0], self._ends[0] = 0, NO_HIGH, 0  # no word
+        self._low[0], self._high[0], self._ends[0] = 0, _NO_HIGH, 0  # no word
         self._count = 1
-        low, high = np.array([END], np.uint64), np.array([1], np.uint64) << LENGTH_BITS
+        low, high = np.array([END], np.uint64), np.array([1], np.uint64) << _LENGTH_BITS
         _, slots = self._find(low, high)
         self._slots[slots] = self._put([[*self._suffix, *self._prefix]], low, high)

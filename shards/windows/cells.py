@@ -4,6 +4,8 @@ Where segments are smaller than a cell, the windows of all lanes want parts of t
 verified as a whole. Keeping some makes that a small corpus is decoded about once, however finely it is dealt.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import numpy as np
@@ -13,7 +15,7 @@ from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
 from shards.plan.segments import Span
 
-CACHED_BYTES = 32 << 20  # raw, of one process
+_CACHED_BYTES = 32 << 20  # raw, of one process
 LINE_FEED = 10
 
 
@@ -40,7 +42,7 @@ class Cells:
             feeds = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_FEED) + 1
             self._cached[name] = raw, np.concatenate([[0], feeds, [len(raw)]])  # where each line begins
             self._cached_bytes += len(raw)
-            while self._cached_bytes > CACHED_BYTES and len(self._cached) > 1:
+            while self._cached_bytes > _CACHED_BYTES and len(self._cached) > 1:
                 self._cached_bytes -= len(self._cached.popitem(last=False)[1][0])
         self._cached.move_to_end(name)
         raw, begins = self._cached[name]

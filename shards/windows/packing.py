@@ -5,6 +5,8 @@ piece, a target there, is the first of the next, where it is only context. So ev
 target exactly once.
 """
 
+from __future__ import annotations
+
 import heapq
 import itertools
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from shards.arrays import Ints
 from shards.config import OverflowTolerance, Packing
 from shards.hashing import key_of, permutation
 
-GATHER_TOKENS = 1 << 20
+_GATHER_TOKENS = 1 << 20
 PACKER_VERSION = 1  # raise it whenever the same documents would give other rows: runs do not continue across it
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
@@ -78,7 +80,7 @@ def pack(
     # than the tokens do.
     offsets = _offsets(sizes)
     gathered = np.empty(int(offsets[-1]), tokens.dtype)
-    marks = np.searchsorted(offsets, np.arange(0, len(gathered), GATHER_TOKENS)).tolist()
+    marks = np.searchsorted(offsets, np.arange(0, len(gathered), _GATHER_TOKENS)).tolist()
     for a, b in itertools.pairwise([*marks, len(sizes)]):
         places = np.arange(offsets[a], offsets[b]) + np.repeat(begin[a:b] - offsets[a:b], sizes[a:b])
         gathered[offsets[a] : offsets[b]] = tokens[places]

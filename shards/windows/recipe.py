@@ -4,6 +4,8 @@ A worker that is started late, for one that was lost, finds files that may have 
 it would make from them is another run's, so it compares before it makes anything.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from shards.errors import ConfigError, ShardError
 from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer
 
-PACKAGE = Path(__file__).parents[1]  # shards/
+_PACKAGE = Path(__file__).parents[1]  # shards/
 
 
 class Tools(NamedTuple):
@@ -26,7 +28,7 @@ class Tools(NamedTuple):
     tokenizer: Tokenizer
     decontaminator: Decontaminator | None
 
-    def recipe(self) -> "Recipe":
+    def recipe(self) -> Recipe:
         """Describe the tools of this process for others."""
         filtered = self.decontaminator
         return Recipe(
@@ -73,7 +75,7 @@ class Recipe(msgspec.Struct, frozen=True):
             if found.get(what) != value:
                 raise ShardError(
                     f"a worker runs another program than the loading process, which began with {what} {value}; "
-                    f"the worker, from {PACKAGE}, has {found.get(what)}; put the old one back, or start again"
+                    f"the worker, from {_PACKAGE}, has {found.get(what)}; put the old one back, or start again"
                 )
 
 
@@ -83,7 +85,7 @@ def program() -> dict[str, str]:
     That is this package's code, and the libraries that parse, tokenize and pack.
     """
     code = xxhash.xxh3_128()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        code.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        code.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     libraries = (msgspec, np, sentencepiece)
     return {"the code of shards/": code.hexdigest()} | {one.__name__: one.__version__ for one in libraries}

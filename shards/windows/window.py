@@ -3,6 +3,8 @@
 decoders, cells, json_lines, recipe -> window -> worker, worker_pool.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import msgspec

@@ -3,6 +3,8 @@
 worker_process -> worker. It imports no torch, and it ends when its parent does, whatever ended the parent.
 """
 
+from __future__ import annotations
+
 import os
 import queue
 import select
@@ -18,7 +20,7 @@ from shards.errors import HeadraceError
 from shards.windows import worker_protocol
 from shards.windows.window import WindowMaker
 
-PARENT_CHECK_SECONDS = 1.0
+_PARENT_CHECK_SECONDS = 1.0
 PIPE_BYTES = 1 << 16
 
 
@@ -54,7 +56,7 @@ def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | Non
     return maker
 
 
-def serve(maker: WindowMaker, requests: "queue.SimpleQueue[worker_protocol.Request]", answers: int) -> None:
+def serve(maker: WindowMaker, requests: queue.SimpleQueue[worker_protocol.Request], answers: int) -> None:
     """Make the windows that are asked for, in turn, and write them to the file descriptor `answers`."""
     while True:
         request = requests.get()
@@ -75,7 +77,7 @@ def _write(answers: int, parts: list[bytes | memoryview]) -> None:
             view = view[os.write(answers, view) :]
 
 
-def _listen(stdin: int, requests: "queue.SimpleQueue[worker_protocol.Request]") -> None:
+def _listen(stdin: int, requests: queue.SimpleQueue[worker_protocol.Request]) -> None:
     """Read requests until the parent closes the pipe or is gone, then end the process, also amid a window."""
     try:
         _receive(stdin, requests)
@@ -85,11 +87,11 @@ def _listen(stdin: int, requests: "queue.SimpleQueue[worker_protocol.Request]") 
     os._exit(0)
 
 
-def _receive(stdin: int, requests: "queue.SimpleQueue[worker_protocol.Request]") -> None:
+def _receive(stdin: int, requests: queue.SimpleQueue[worker_protocol.Request]) -> None:
     parent = os.getppid()
     pending = b""
     while True:
-        ready, _, _ = select.select([stdin], [], [], PARENT_CHECK_SECONDS)
+        ready, _, _ = select.select([stdin], [], [], _PARENT_CHECK_SECONDS)
         if not ready and os.getppid() == parent:
             continue
         data = os.read(stdin, PIPE_BYTES) if ready else b""

@@ -4,6 +4,8 @@ worker_process -> worker_pool -> prefetch. Each result goes to its own request, 
 workers can change what is delivered.
 """
 
+from __future__ import annotations
+
 import heapq
 import itertools
 import os
@@ -21,7 +23,7 @@ from shards.windows.recipe import Recipe, Tools
 from shards.windows.window import Window, WindowMaker, WindowTask
 from shards.windows.worker_process import WorkerLost, WorkerProcess
 
-TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
+_TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
 STOP_SECONDS = 2.0
 NOW = -1.0  # due before anything that is only expected to be needed
 
@@ -101,7 +103,7 @@ class WorkerPool:
     def __init__(self, config: DataConfig, recipe: Recipe) -> None:
         self._config, self._recipe = config, recipe
         self._pid = os.getpid()
-        self.ahead = TASKS_IN_WORKER * config.num_workers
+        self.ahead = _TASKS_IN_WORKER * config.num_workers
         # `with` takes the lock itself, not the condition, whose __enter__ an interrupt could leave with the lock held.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -188,7 +190,7 @@ class WorkerPool:
                     self._changed.wait()
                 if self._closed:
                     return
-                fresh = self._next_requests(TASKS_IN_WORKER - len(asked))
+                fresh = self._next_requests(_TASKS_IN_WORKER - len(asked))
                 asked.extend(fresh)
             if not asked:
                 continue

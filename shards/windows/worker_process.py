@@ -3,6 +3,8 @@
 worker_pool -> worker_process -> worker_protocol, worker.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
@@ -19,11 +21,11 @@ from shards.windows.recipe import Recipe
 from shards.windows.window import Window, WindowTask
 
 MAX_DEATHS = 10  # of workers in turn at one window: chance may kill a few, and each costs little
-MAX_STALLS = 3  # each costs a whole time-out
+_MAX_STALLS = 3  # each costs a whole time-out
 PIPE_BYTES = 1 << 20  # sixteen times the default: a worker and its thread wait for each other less often
-MAX_POLL_SECONDS = 3600.0  # at a time: poll counts milliseconds in 32 bits
-STDERR = 2
-MAX_WORDS_BYTES = 4000  # of what a lost worker wrote, for the error
+_MAX_POLL_SECONDS = 3600.0  # at a time: poll counts milliseconds in 32 bits
+_STDERR = 2
+_MAX_WORDS_BYTES = 4000  # of what a lost worker wrote, for the error
 
 
 class WorkerLost(Exception):
@@ -97,7 +99,7 @@ class WorkerProcess:
         while view:
             if not self._wait(deadline):
                 patience = f"gave no answer for {self._timeout:g} s; if it needs longer, raise data.worker_timeout"
-                raise WorkerLost(patience + self._last_words(), MAX_STALLS)
+                raise WorkerLost(patience + self._last_words(), _MAX_STALLS)
             got = os.readv(self._stdout, [view])
             if not got:
                 raise self._death()
@@ -108,7 +110,7 @@ class WorkerProcess:
         """Wait for more of an answer, passing on what comes on stderr; False if nothing comes in time."""
         while True:
             left = deadline - time.monotonic()
-            ready = dict(self._poll.poll(1000 * min(max(0.0, left), MAX_POLL_SECONDS)))
+            ready = dict(self._poll.poll(1000 * min(max(0.0, left), _MAX_POLL_SECONDS)))
             if self._stderr in ready and not self._pass_on():
                 self._poll.unregister(self._stderr)  # closed
             if self._stdout in ready:
@@ -122,9 +124,9 @@ class WorkerProcess:
             data = os.read(self._stderr, PIPE_BYTES)
         except BlockingIOError:
             return False
-        self._words = (self._words + data)[-MAX_WORDS_BYTES:]
+        self._words = (self._words + data)[-_MAX_WORDS_BYTES:]
         with contextlib.suppress(OSError):  # this process's may be closed
-            os.write(STDERR, data)
+            os.write(_STDERR, data)
         return bool(data)
 
     def _last_words(self) -> str:

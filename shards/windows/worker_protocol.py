@@ -4,6 +4,8 @@ A message is its header's length (8 bytes, little-endian), the header (msgpack),
 header announces, as they lie in memory: nothing is pickled, no object per token. Replies come in the order of requests.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import msgspec

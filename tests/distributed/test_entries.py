@@ -1,5 +1,7 @@
 """Entries change how soon a segment opens, never what a training reads: same losses and batches with and without."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What several tests of shards set up alike."""
 
+from __future__ import annotations
+
 import pytest
 
 from shards.index import splice_points

@@ -1,5 +1,7 @@
 """Small corpora for the tests of shards: records of known text, in every compression."""
 
+from __future__ import annotations
+
 import gzip
 import itertools
 import json

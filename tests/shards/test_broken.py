@@ -1,5 +1,7 @@
 """Every kind of bad input: what is read all the same, what is skipped on request, what is an error."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Every command that a message prints is run as it stands there, and does what the message says."""
 
+from __future__ import annotations
+
 import itertools
 import os
 import re

@@ -1,5 +1,7 @@
 """What is wrong in a data config is named as the user wrote it, without the rest of a run's config."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

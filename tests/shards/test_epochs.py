@@ -1,5 +1,7 @@
 """An epoch is an epoch: each document as often as asked for, whatever the lanes, ranks, batches and sizes."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections import Counter

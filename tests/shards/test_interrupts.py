@@ -1,5 +1,7 @@
 """After an error or an interrupt at any place, `next` gives the batch that the loader's state names, and no other."""
 
+from __future__ import annotations
+
 import itertools
 import sys
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The invariant: a global batch depends on data, config, seed and step, and on nothing else."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

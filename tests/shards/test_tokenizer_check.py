@@ -1,5 +1,7 @@
 """A tokenizer that cannot say a text is refused; one that can never is, whatever its normalizer and the text."""
 
+from __future__ import annotations
+
 import json
 import logging
 import random

@@ -1,5 +1,7 @@
 """Every compression gives its raw bytes back, whole or not at all."""
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import io

@@ -1,5 +1,7 @@
 """Text compressed in many ways, and indexed; with the fixture `near`, with entries close to one another."""
 
+from __future__ import annotations
+
 import gzip
 from pathlib import Path
 

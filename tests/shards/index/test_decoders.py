@@ -1,5 +1,7 @@
 """Open decoders: ranges come out right in any order, and no more bytes are read than the way to them is long."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def close(self) -> None:
             self._file.close()
 
-        def __enter__(self) -> "Counting":
+        def __enter__(self) -> Counting:
             return self
 
         def __exit__(self, *_: object) -> None:

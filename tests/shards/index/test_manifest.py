@@ -1,5 +1,7 @@
 """Manifests and indexes: what is kept is believed only where it is right, wherever it is found."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Reading from anywhere in a shard, local or remote, from the nearest entry and no further."""
 
+from __future__ import annotations
+
 import io
 import json
 import subprocess

@@ -1,5 +1,7 @@
 """The index pass: what it counts and where it cuts, against a plain rendering of the definitions."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Splice points: what is read from them is what is read from the start; and where it is not, it is not delivered."""
 
+from __future__ import annotations
+
 import gzip
 import itertools
 import random

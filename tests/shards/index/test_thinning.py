@@ -1,5 +1,7 @@
 """Thinned windows: what follows is decoded the same whatever stood where they have zeros, and all else is needed."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The mixing's pure functions, against their definitions: the mix that is asked for is the one that is drawn."""
 
+from __future__ import annotations
+
 from collections import Counter
 from fractions import Fraction
 

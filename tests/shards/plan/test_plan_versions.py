@@ -1,5 +1,7 @@
 """Runs that were begun under an older plan version go on under it: their batches never change."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The plan's pure functions, against their definitions."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,5 +1,7 @@
 """A Hugging Face hub for one data set repository, as far as `HfFileSystem` reads files through it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

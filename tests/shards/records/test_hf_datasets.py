@@ -1,5 +1,7 @@
 """HF data sets as sources: the same batches however they are read, ids as they are, errors that say what is wrong."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from pathlib import Path

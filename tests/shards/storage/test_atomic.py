@@ -1,5 +1,7 @@
 """Files are written whole or not at all, and a hash is that of the content."""
 
+from __future__ import annotations
+
 import signal
 import subprocess
 import sys

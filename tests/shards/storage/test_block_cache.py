@@ -1,5 +1,7 @@
 """Kept blocks of remote shards: never wrong, never too many, whoever is killed."""
 
+from __future__ import annotations
+
 import errno
 import multiprocessing
 import os

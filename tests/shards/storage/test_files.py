@@ -1,5 +1,7 @@
 """What a source's paths come to: only contents decide; nothing is doubled, left out or waited for without a word."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from pathlib import Path

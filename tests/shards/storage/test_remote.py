@@ -1,5 +1,7 @@
 """Remote shards through a real HTTP server that drops, stalls, fails, serves ranges, or ignores them."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import re

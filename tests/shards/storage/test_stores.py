@@ -3,6 +3,8 @@ client and a server on this machine. The first two need s3fs, gcsfs, moto[server
 passed over without, unless HEADRACE_REQUIRE_STORES is set.
 """
 
+from __future__ import annotations
+
 import importlib
 import itertools
 import os

@@ -1,5 +1,7 @@
 """Whatever the text and the model, ids are those of SentencePieceProcessor.encode: word by word where that is exact."""
 
+from __future__ import annotations
+
 import io
 import logging
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Packing: what every policy promises, checked token by token."""
 
+from __future__ import annotations
+
 import sys
 from collections import Counter
 from types import FrameType

@@ -1,5 +1,7 @@
 """What is made ahead: nothing is kept that nobody will take, and what lanes will need is asked for in time."""
 
+from __future__ import annotations
+
 import threading
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Workers make what the loading process would make, or say why they cannot; none outlives its loader."""
 
+from __future__ import annotations
+
 import gc
 import itertools
 import os
