@@ -33,7 +33,8 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.deepspeed_keys import deepspeed_config
-from pretrain.engine import Engine, valid_targets
+from pretrain.engine import Engine
+from pretrain.model.attention import valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig

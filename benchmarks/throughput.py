@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import torch
 
 from pretrain.config import RunConfig, load_config
-from pretrain.engine import Engine, valid_targets
+from pretrain.engine import Engine
+from pretrain.model.attention import valid_targets
 from pretrain.model.size import flops_per_token, memory_per_rank
 from pretrain.run.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.topology import Topology, started

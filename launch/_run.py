@@ -12,7 +12,8 @@ from typing import NoReturn
 
 def run(command: str) -> NoReturn:
     """Run a command with the words on the command line, and exit with its code."""
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [str(folder.parent), *(path for path in sys.path if path != str(folder))]
     from pretrain.commands import dispatch
 
     sys.exit(dispatch.run(command, sys.argv[1:]))

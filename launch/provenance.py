@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from _run import run  # of this folder
+from pathlib import Path
+from runpy import run_path
 
-    run("provenance")
+if __name__ == "__main__":
+    run_path(str(Path(__file__).with_name("_run.py")))["run"]("provenance")

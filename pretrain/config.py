@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
-from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config
+from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
@@ -182,6 +182,8 @@ def _fill_in(tree: dict[str, Any], begun: bool) -> None:
     """Spell out what follows from other keys, so that each part of the program finds it in its own section."""
     if begun and isinstance(tree.get("data"), dict):
         tree["data"] = with_recorded_plan(tree["data"])
+    if begun and isinstance(tree.get("deepspeed"), dict):
+        tree["deepspeed"] = without_batch_sizes(tree["deepspeed"])
     data, train = tree.get("data"), tree.get("train")
     if not isinstance(data, dict):
         return

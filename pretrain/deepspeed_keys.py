@@ -99,6 +99,11 @@ def batch_sizes(micro_batch_size: int, micro_steps: int, dp_size: int) -> DeepSp
     }
 
 
+def without_batch_sizes(section: DeepSpeedConfig) -> DeepSpeedConfig:
+    """Leave out of a begun run's section the batch sizes, which older versions accepted where they said the same."""
+    return {key: value for key, value in section.items() if key not in batch_sizes(1, 1, 1)}
+
+
 def _merged(derived: DeepSpeedConfig, extra: DeepSpeedConfig, above: str = "") -> DeepSpeedConfig:
     merged = dict(derived)
     for name, value in extra.items():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
-from pretrain.model.attention import AttentionBackend
+from pretrain.model.attention import attention_backend, valid_targets
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
 from pretrain.model.transformer import ModelConfig, Transformer
@@ -32,7 +32,7 @@ from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
-from shards import CheckpointError, ConfigError
+from shards import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -280,24 +280,6 @@ class Engine:
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
-
-
-def valid_targets(segment_ids: Tensor) -> Tensor:
-    """Mark the next tokens that are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
-    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
-
-
-def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
-    """Resolve the attention that a config asks for. Raises: ConfigError if this device cannot run it."""
-    fits = topology.device.type == "cuda" and head_dim >= 16
-    if parallel.attention == "flex" and not fits:
-        raise ConfigError(
-            f"parallel.attention=flex needs CUDA and heads of at least 16, not {topology.device.type} and {head_dim};"
-            " use auto"
-        )
-    if parallel.attention != "auto":
-        return parallel.attention
-    return "flex" if fits else "sdpa"
 
 
 def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:

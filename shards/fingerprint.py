@@ -68,7 +68,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
         raise ConfigError(
             f"data.decontaminate: the run was begun with version {was} of the rule by which documents are dropped, "
             f"this program has version {now} and would drop others; go on with one whose "
-            f"shards/suites/decontaminate.py says VERSION = {was}, or start a new run"
+            f"decontaminate.py says VERSION = {was}, or start a new run"
         )
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")

@@ -1,24 +1,12 @@
-"""How this copy of Headrace was installed: its version, and how its commands are typed."""
+"""How the commands of this copy of Headrace are typed, in a clone or installed from a wheel."""
 
 from __future__ import annotations
 
 import shlex
-import tomllib
-from importlib import metadata
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]  # of a clone; of a wheel the folder that all packages share
 _SCRIPTS = {"train": "pretrain"}  # commands whose script in launch/ has another name
-
-
-def version() -> str:
-    """Return the version that pyproject.toml names, in a clone by reading it, else as pip recorded it.
-
-    A clone is asked first: what pip recorded of it may be older.
-    """
-    if is_clone():
-        return str(tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"])
-    return metadata.version("headrace")
 
 
 def is_clone() -> bool:
@@ -27,9 +15,9 @@ def is_clone() -> bool:
 
 
 def script(command: str) -> Path | None:
-    """Return the script of a command such as `train-tokenizer`; a wheel has none."""
-    name = _SCRIPTS.get(command, command.replace("-", "_"))
-    return _ROOT / "launch" / f"{name}.py" if is_clone() else None
+    """Return the script of a command such as `train-tokenizer`; a wheel has none, nor has a clone for `sample`."""
+    path = _ROOT / "launch" / f"{_SCRIPTS.get(command, command.replace('-', '_'))}.py"
+    return path if is_clone() and path.is_file() else None
 
 
 def typed(command: str, *words: str) -> str:

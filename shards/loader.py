@@ -18,6 +18,7 @@ import logging
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +39,7 @@ from shards.records import texts
 from shards.source import Source
 from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.recipe import Tools
+from shards.windows.window import WindowMaker
 from shards.windows.worker_pool import InProcess, Pool, WorkerPool
 
 _FEW_LANES = 256
@@ -96,10 +98,10 @@ class Loader:
             self._announce_lanes(list(itertools.compress(self._sources, drawn)))
         decontaminator = preparation.prepared_filter(config, prepared and prepared.filter)
         self.fingerprint = fingerprint(config, self._sources, tokenizer, decontaminator, self.num_lanes, seed)
-        tools = Tools(tokenizer, decontaminator)
-        recipe = tools.recipe()
-        self._in_process = InProcess(config, recipe, tools)
-        self._pool: Pool = WorkerPool(config, recipe) if config.num_workers else self._in_process
+        self._tools = Tools(tokenizer, decontaminator)
+        recipe = self._tools.recipe()
+        self._pool: Pool
+        self._pool = WorkerPool(config, recipe) if config.num_workers else InProcess(config, recipe, self._tools)
         weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
         self.ended = False  # all lanes of this rank have run dry
         self._gap_announced: int | None = None  # the step of weight_changes that it lasts until
@@ -180,7 +182,7 @@ class Loader:
 
     def forecast(self, steps: int | None) -> Forecast:
         """Foretell how long the data will last, the same at every start of a run; see `forecast.forecast`."""
-        with self._in_process.lend_maker() as maker:
+        with closing(WindowMaker(self._config, self._tools)) as maker:  # not that of the rows, which counts replays
             return forecast(self._config, maker, self._sources, self.num_lanes, self._global_batch_size, steps)
 
     def state_dict(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Takes a run up again from its newest whole checkpoint, on all ranks together. store -> resume -> {start, evaluation}.
+"""Takes a run up again from its newest whole checkpoint, on all ranks. store -> resume -> {assembly, evaluation}.
 
 Rank 0 says which checkpoints there are; every rank compares a share of the files with their hashes. All ranks therefore
 choose the same one, and each file is read for that once. A checkpoint of another layout is converted on the way.

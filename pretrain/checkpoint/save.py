@@ -105,6 +105,7 @@ class Saver:
         self._under_way: _Writing | _Closing | None = None
         self._failure: str | None = None  # why the newest save failed; the same on all ranks
         self._failed = 0  # saves in a row; the same on all ranks
+        self._failed_step: int | None = None  # of the newest save that failed
         self._seconds: float | None = None  # on rank 0
 
     def __enter__(self) -> Saver:
@@ -165,7 +166,7 @@ class Saver:
         if prepared:
             self._write(state, data, begun)
         elif self._failure:
-            self._count_failure()
+            self._count_failure(state.step)
         return time.monotonic() - begun
 
     def settle(self, busy: bool) -> None:
@@ -265,7 +266,7 @@ class Saver:
             seconds = self._writer.submit(self._complete, writing, entries)
         self._under_way = _Closing(writing.step, seconds)
         if self._failure:
-            self._count_failure()
+            self._count_failure(writing.step)
 
     def _end(self, closing: _Closing) -> None:
         """Wait for rank 0, and tell all ranks what became of the save."""
@@ -274,13 +275,16 @@ class Saver:
         incomplete = self._topology.broadcast_object(str(error) if error else None)
         if incomplete:  # all files were written, but COMPLETE was not
             self._failure = incomplete
-            self._count_failure()
+            self._count_failure(closing.step)
         elif not self._failure:
             self._failed = 0
             self._seconds = closing.completed_in()
 
-    def _count_failure(self) -> None:
-        """Take note, on all ranks, that another save has failed."""
+    def _count_failure(self, step: int) -> None:
+        """Take note, on all ranks, that the save of a step has failed; one that is tried again counts once."""
+        if step == self._failed_step:
+            return
+        self._failed_step = step
         self._failed += 1
         if self._failed >= self._store.config.max_failed_saves:
             raise CheckpointError(

@@ -174,7 +174,7 @@ class CheckpointStore:
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def choose(self, step: int | None = None) -> Checkpoint:
+    def find(self, step: int | None = None) -> Checkpoint:
         """Open the checkpoint of a step, by default the newest.
 
         Raises:

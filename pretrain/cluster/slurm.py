@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -255,7 +256,9 @@ def submit(script: str) -> str:
 
 
 def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
-    ran = subprocess.run(["sbatch", option], input=script, capture_output=True, text=True, check=False)
+    # sbatch hands its environment on to the job, whose ranks would train on the CPUs that this command keeps to
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    ran = subprocess.run(["sbatch", option], input=script, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise ConfigError(f"sbatch refuses the job: {ran.stderr.strip()}")
     return ran

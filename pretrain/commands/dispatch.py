@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pretrain import log
-from shards import HeadraceError, installation
+from shards import HeadraceError, __version__, installation
 
 
 class Command(NamedTuple):
@@ -43,7 +43,7 @@ COMMANDS = {
 def main() -> int:
     """Run the command that the first word names; return its exit code."""
     parser = argparse.ArgumentParser(prog="headrace", description="Pretrain language models on raw shards of text.")
-    parser.add_argument("--version", action="version", version=f"headrace {installation.version()}")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     _ignore_local_rank(parser)
     # Each command parses the words behind its name by itself, so that only its module is imported.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -85,7 +85,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
     if store.steps():  # all have the same, and one that is followed may have none yet
-        check_tokenizer(store.choose(), tokenizer, config.data.tokenizer)
+        check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with topology.started(config.parallel) as here:
         model = ForwardModel(config.model, config.parallel, config.precision, here)
         if arguments.tasks:
@@ -96,7 +96,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, here)
         if here.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
-                warn_of_training_shards(config.evaluation, read_data(store.choose()).fingerprint)
+                warn_of_training_shards(config.evaluation, read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         suite = evaluator.eval_set.suite
         steps = _steps(arguments, folder, store, suite, lease)
@@ -125,9 +125,9 @@ def _steps(
     if arguments.steps == "all":
         wanted = store.steps()
     elif arguments.steps == "newest":
-        wanted = [store.choose().step]
+        wanted = [store.find().step]
     else:
-        wanted = [store.choose(step).step for step in _numbers(arguments.steps)]
+        wanted = [store.find(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
         if step in done:
             _logger.info("step %d: %s is in %s already", step, suite, folder.evals.path)

@@ -49,7 +49,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder = RunFolder(arguments.run)
     folder.check_there()
     config = load_config(folder.config, arguments.overrides, begun=True)
-    checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).choose(arguments.step)
+    checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).find(arguments.step)
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)

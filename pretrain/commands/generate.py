@@ -76,7 +76,7 @@ def find_model(arguments: argparse.Namespace) -> Source:
     config = load_config(folder.config, begun=True)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
-    check_tokenizer(store.choose(arguments.step), tokenizer, config.data.tokenizer)
+    check_tokenizer(store.find(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
     return Source(
         config.model,

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify-entries",
         choices=("on", "off"),
         default="on",
-        help="decode from each splice point to the next and compare; off: only for a window's length, 1 MiB at least",
+        help="decode from each splice point to the next and compare; off: only for a history's length, 1 MiB at least",
     )
     parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and leave; with --document")
     parser.add_argument("--document", type=int, metavar="N", help="its line in the unpacked shard, counted from 1")

@@ -71,7 +71,7 @@ def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | Non
     Raises:
         HeadraceError: on all ranks, if any of them cannot read the checkpoint.
     """
-    chosen = here.broadcast_object(here.together(lambda: store.choose(step).step if here.is_main else -1))
+    chosen = here.broadcast_object(here.together(lambda: store.find(step).step if here.is_main else -1))
     checkpoint = open_verified(store, chosen, here)
     here.together(lambda: model.set_weights(CheckpointWeights(checkpoint, weight_specs(model.config))))
     return chosen

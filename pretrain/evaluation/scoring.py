@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain.engine import valid_targets
 from pretrain.evaluation.eval_set import EvalSet, Row
 from pretrain.evaluation.scores import DocumentScores
+from pretrain.model.attention import valid_targets
 from pretrain.model.parallel import vocab_parallel_score
 from pretrain.topology import Topology
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.engine import attention_backend
+from pretrain.model.attention import attention_backend
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import ModelConfig, Precision, Transformer
 from pretrain.model.weights import Weights, fill

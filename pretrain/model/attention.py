@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from shards import Config
+from pretrain.topology import ParallelConfig, Topology
+from shards import Config, ConfigError
 
 # q [B, n_heads, T, head_dim], k and v [B, n_kv_heads, T, head_dim] -> [B, n_heads, T, head_dim]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +31,24 @@ def positions_in_pieces(segment_ids: Tensor) -> Tensor:
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def valid_targets(segment_ids: Tensor) -> Tensor:
+    """Mark the next tokens that are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
+
+
+def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
+    """Resolve the attention that a config asks for. Raises: ConfigError if this device cannot run it."""
+    fits = topology.device.type == "cuda" and head_dim >= 16
+    if parallel.attention == "flex" and not fits:
+        raise ConfigError(
+            f"parallel.attention=flex needs CUDA and heads of at least 16, not {topology.device.type} and {head_dim};"
+            " use auto"
+        )
+    if parallel.attention != "auto":
+        return parallel.attention
+    return "flex" if fits else "sdpa"
 
 
 def attention_within_pieces(segment_ids: Tensor, backend: AttentionBackend) -> Attend:

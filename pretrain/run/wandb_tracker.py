@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import Row, SentRows, eval_prefix, eval_rows, last_local_step, rows_of, step_of, step_row
-from shards import Config, ConfigError
+from shards import Config, ConfigError, __version__, installation
 
 if TYPE_CHECKING:
     import wandb
@@ -101,6 +101,7 @@ def describe(
     """
     packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
     provenance = {
+        "version": __version__,
         "git_commit": git_commit(),
         "config_hash": config_hash,
         "data": fingerprint,
@@ -111,7 +112,9 @@ def describe(
 
 
 def git_commit() -> str:
-    """Return the commit that this program was started from, with "+" where files differ; empty outside a checkout."""
+    """Return the commit that this program was started from, with "+" where files differ; empty outside a clone."""
+    if not installation.is_clone():
+        return ""  # a wheel may be unpacked inside another project's repository
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

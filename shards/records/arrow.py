@@ -85,7 +85,7 @@ def table(file: str) -> pa.Table:
 
 def _column(path: str) -> tuple[pa.Table, str]:
     """A column's table, and its name. Raises: ShardError as `measure`."""
-    rows, column = table(files.file_of(path)), path.rpartition("#")[2]
+    rows, column = table(files.file_of(path)), files.column_of(path)
     if column not in rows.column_names:
         raise ShardError(
             f"{files.file_of(path)}: has no column {column!r}; its columns are {', '.join(rows.column_names)}: set "

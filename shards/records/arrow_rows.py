@@ -38,7 +38,7 @@ class Columns:
         rows = self._table(path, indexed, content_hash).slice(first, count)
         if rows.num_rows != count:
             raise ShardError(f"{path}: has fewer rows than its index says; put the old file back")
-        name = path.rpartition("#")[2]
+        name = files.column_of(path)
         texts: list[str | None] = [""] * count
         token_ids: list[Ints | None] = []
         if source.input_ids_key is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
+from shards.storage import files
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
@@ -34,14 +35,14 @@ def shards_of(source: SourceConfig) -> list[str]:
                 "lines with paths: instead, or make each kind of file a source of its own"
             )
         raise ShardError(f"{where}, split {source.split!r}: cannot be loaded: {_reason(error)}; {advice}") from None
-    files = [str(part["filename"]) for part in data.cache_files]
+    arrow_files = [str(part["filename"]) for part in data.cache_files]
     column = source.input_ids_key or source.text_key
     if column not in data.column_names:
         key = "input_ids_key" if source.input_ids_key else "text_key"
         raise ShardError(f"{where}: has no column {column!r} ({key}); its columns are {', '.join(data.column_names)}")
-    if sum(arrow.num_rows(file) for file in files) != len(data):
+    if sum(arrow.num_rows(file) for file in arrow_files) != len(data):
         raise ShardError(f"{where}: split {source.split!r} is a part of its files; name whole splits, e.g. train+test")
-    shards = [f"{file}#{column}" for file in files]
+    shards = [files.column_path(file, column) for file in arrow_files]
     for shard in shards:
         if arrow.holds_texts(shard) != (source.input_ids_key is None):
             wrong, right = ("texts", "text_key") if source.input_ids_key else ("token ids", "input_ids_key")

@@ -159,6 +159,16 @@ def is_column(path: str) -> bool:
     return _COLUMN_MARK in path
 
 
+def column_of(path: str) -> str:
+    """Return the name of a column, from its path."""
+    return path.rpartition("#")[2]
+
+
+def column_path(file: str, column: str) -> str:
+    """Return the path of a column of an Arrow file."""
+    return f"{file}#{column}"
+
+
 def file_of(path: str) -> str:
     """The file of a column's path; any other path as it is."""
     return path.rpartition("#")[0] if is_column(path) else path

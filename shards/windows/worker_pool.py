@@ -11,8 +11,6 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,24 +67,20 @@ class InProcess:
         self._config, self._recipe = config, recipe
         self._maker: WindowMaker | None = WindowMaker(config, tools)
 
-    @contextmanager
-    def lend_maker(self) -> Iterator[WindowMaker]:
-        """Lend the maker of this process. One that is interrupted may hold half of a change, and is not used again.
-
-        Raises: ConfigError if the tools have to be opened again, and their files are others now.
-        """
-        maker = self._maker or WindowMaker(self._config, self._recipe.open(self._config))
-        self._maker = None
-        yield maker
-        self._maker = maker
-
     def submit(self, request: WindowRequest) -> None:
         """Do nothing: there is nobody to work ahead."""
 
     def wait_for(self, request: WindowRequest) -> Window:
-        """Make a window. Raises: ShardError if it cannot be made."""
-        with self.lend_maker() as maker:
-            return maker.make(request.task)
+        """Make a window.
+
+        Raises: ShardError if it cannot be made; ConfigError if the tools have to be opened again after an interrupt,
+            and their files are others now.
+        """
+        # An interrupted maker may hold half of a change, and is not used again
+        maker, self._maker = self._maker or WindowMaker(self._config, self._recipe.open(self._config)), None
+        window = maker.make(request.task)
+        self._maker = maker
+        return window
 
     def clear(self) -> None:
         """Do nothing: nothing is held."""

@@ -8,20 +8,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import shards
 from pretrain.commands.dispatch import COMMANDS
 from pretrain.topology import free_port
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("pyproject.toml", "README.md", "LICENSE", "configs", "launch", "pretrain", "shards", "slurm")  # for a build
 MADE_BY_RUNS = ("__pycache__", "*.index.json", "*.windows", "*.manifest")
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = shards.__version__
 Shell = Callable[[str], subprocess.CompletedProcess[str]]
 
 

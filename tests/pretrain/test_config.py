@@ -249,6 +249,12 @@ def test_a_run_folder_without_a_plan_version_is_of_version_1(small: Path) -> Non
     assert refused == [("data.plan_version", 1, 2)]
 
 
+def test_batch_sizes_in_the_deepspeed_section_of_an_old_run_are_left_out(small: Path) -> None:
+    sizes = ["deepspeed.gradient_accumulation_steps=1", "deepspeed.dump_state=true"]
+    assert "deepspeed.gradient_accumulation_steps" in complaint(small, *sizes)
+    assert load_config(small, sizes, begun=True).deepspeed == {"dump_state": True}
+
+
 def test_epochs_are_an_end_of_their_own(small: Path) -> None:
     config = load_config(small, ["train.steps=null", "train.epochs=3"])
     assert [source.max_epochs for source in config.data.sources] == [3] * len(config.data.sources)

@@ -336,6 +336,19 @@ def test_a_save_that_failed_is_tried_again_for_the_same_step(tmp_path: Path) -> 
     assert [operation.to for operation in disk.operations if operation.to] == [run.store.folder_of(20) / COMPLETE]
 
 
+def test_a_retry_of_the_same_step_is_no_further_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that stops at a step whose save has failed tries once more, and still wants to be started again."""
+    run = Run(tmp_path, max_failed_saves=2)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    with run.saver() as saver:
+        for _ in range(3):
+            run.begin(saver, 20)
+            assert saver.failed == 1
+        with pytest.raises(CheckpointError, match="2 saves in a row have failed"):
+            run.begin(saver, 30)
+
+
 def test_without_a_copy_the_save_is_over_when_training_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, asynchronous=False)
     with run.saver() as saver:

@@ -63,7 +63,7 @@ class Model:
     config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
     step = -1
 
-    def take(self, weights: int) -> None:
+    def set_weights(self, weights: int) -> None:
         self.step = weights
 
 
@@ -135,7 +135,7 @@ def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
 
     def work(here: Topology) -> object:
         evaluator = SimpleNamespace(topology=here, eval_set=SimpleNamespace(suite="s"))
-        steps = (store.choose(step).step for step in [3])
+        steps = (store.find(step).step for step in [3])
         return score_steps(evaluator, store, None, steps, must_be_there=True)  # type: ignore[arg-type]
 
     errors = on_ranks(work)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words
+from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words, submit
 from pretrain.commands import dispatch, evaluate, generate
 from pretrain.topology import launcher_environment, slurm_environment, world_size_of
 from shards import ConfigError
@@ -113,6 +113,18 @@ def test_a_task_of_a_slurm_step_is_a_rank() -> None:
     assert slurm_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
     with pytest.raises(ConfigError, match="MASTER_ADDR.*launch/submit.py"):
         launcher_environment(slurm_environment(step))
+
+
+def test_a_job_does_not_inherit_the_device_of_the_command_that_submits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\necho 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as the command sets it for itself
+    assert submit("#!/bin/bash\n") == "7"
+    assert "DS_ACCELERATOR" not in (tmp_path / "environment").read_text()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])

@@ -8,8 +8,7 @@ import torch
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.engine import valid_targets
-from pretrain.model.attention import positions_in_pieces
+from pretrain.model.attention import positions_in_pieces, valid_targets
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import (
     vocab_parallel_argmax,
