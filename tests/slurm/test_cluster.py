@@ -173,12 +173,12 @@ def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster, submit) -> No
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
 def test_what_no_restart_can_mend_stops(code: int, starts: int, cluster: Cluster, tmp_path: Path) -> None:
-    fails = tmp_path / "python"
+    fails = tmp_path / "train"
     fails.write_text(f"#!/bin/sh\nexit {code}\n")
     fails.chmod(0o755)
     directives = {"gpus-per-node": None, "nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "1"}
     directives |= {"output": str(tmp_path / "log"), "time": "60"}
-    settings = {"run": str(tmp_path), "python": str(fails), "node_check": "no"}
+    settings = {"run": str(tmp_path), "train": f"({fails})", "node_check": "no"}
     script = tmp_path / "script"
     script.write_text(job_script((ROOT / "slurm" / "pretrain.sbatch").read_text(), directives, settings))
     job = cluster.ask("sbatch", "--parsable", str(script)).strip()
