@@ -1,4 +1,4 @@
-"""Array types that the whole package uses, and how consecutive cells are grouped by size."""
+"""Array types that the whole package uses, and grouping of consecutive cells by size."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def greedy_groups(offsets: Ints, bounds: Ints, limit: int) -> Ints:
-    """Groups consecutive cells, each group as long as it stays within `limit` bytes; a larger cell is its own group.
+    """Group consecutive cells, each group as long as it stays within `limit` bytes; a larger cell is its own group.
 
     Args:
-        offsets: int64 [cells + 1], rising: where each cell begins, and where the last one ends, in bytes.
-        bounds: int64 [n + 1], rising: cells at which a group must begin (a shard's first); the last is where all end.
+        offsets: int64 [cells + 1], rising: where each cell begins and where the last one ends, in bytes.
+        bounds: int64 [n + 1], rising: cells at which a group must begin (a shard's first); the last is the end of all.
         limit: bytes per group.
     Returns: int64 [groups], the first cell of each group.
     """
     current, stop = bounds[:-1], bounds[1:]
     starts = []
-    # One step makes one group in each shard: as many steps as the longest shard has groups, not as there are groups.
+    # One iteration makes one group in every shard, so the loop runs as often as the longest shard has groups.
     while True:
         unfinished = current < stop
         current, stop = current[unfinished], stop[unfinished]

@@ -1,4 +1,4 @@
-"""Drawn rows -> the arrays that a step trains on, with what there is to say about them. lane -> batch -> loader."""
+"""Drawn rows -> the arrays that a step trains on, and where they came from. lane -> batch -> loader."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _HASH_MODULUS = 1 << 64
 class Origin(NamedTuple):
     """Where a piece of a row comes from."""
 
-    slot: int  # of the row in the global batch
+    slot: int  # position of the row in the global batch
     source: str
     shard: str  # path
-    line: int  # of the record in the unpacked shard, counted from 1
-    start: int  # first token of the document that is in the piece, BOS counted
-    stop: int  # one past the last
+    line: int  # line of the record in the unpacked shard, counted from 1
+    start: int  # index of the piece's first token in the document, BOS counted
+    stop: int  # one past the last token
 
 
 class Skipped(NamedTuple):
-    """A record that was passed over to get to the rows of a batch."""
+    """A record that was skipped on the way to the rows of a batch."""
 
     source: str
     shard: str  # path
@@ -52,12 +52,12 @@ class Batch:
     ) -> None:
         self._draws, self._slots, self._sources, self._state = draws, slots, sources, state
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
-        self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding, pieces of a row from 1
-        self.n_targets = 0  # tokens that are to be predicted: all but the first of each piece
+        self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding; a row's pieces count from 1
+        self.n_targets = 0  # tokens to predict: all but the first of each piece
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
-        # Of the lanes that this rank reports on: sum both over ranks
+        # These two cover the lanes that this rank reports on; sum them over ranks
         self.skipped_so_far = skipped_so_far  # bad records since the run's start
-        self.epochs = epochs  # how often each source was read through, by its records
+        self.epochs = epochs  # how often each source has been read through, by its records
         counts: Counter[str] = Counter()
         for i, (row, _) in enumerate(draws):
             if row is None:
@@ -68,7 +68,7 @@ class Batch:
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
         self.row_hash %= _HASH_MODULUS
-        self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE; padding apart
+        self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE, without padding
         self.padding_tokens = self.tokens.size - counts.total()
 
     def _count(self, counts: Counter[str], row: Row, lengths: list[int]) -> None:
@@ -83,22 +83,22 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        """Rows that hold something: a lane that ran dry gives empty ones."""
+        """Number of rows that hold tokens; an exhausted lane yields empty rows."""
         return sum(draw.row is not None for draw in self._draws)
 
     @property
     def state(self) -> dict[str, object]:
-        """The loader's state after this batch; what to save once it was trained on."""
+        """The loader's state after this batch, to be saved once the batch has been trained on."""
         return self._state.to_dict()
 
     @property
     def replays(self) -> int:
-        """Entries that did not hold when the windows were read that these rows begin."""
+        """Number of entries that proved invalid while reading the windows that begin in these rows."""
         return sum(draw.row.window.replays for draw in self._draws if draw.row and draw.row.number == 0)
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The bad records of the windows that were entered to get to these rows."""
+        """The bad records of the windows that were entered to draw these rows."""
         return self._passed_over(contaminated=False)
 
     @property

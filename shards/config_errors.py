@@ -18,14 +18,14 @@ def explain(
     origins: Mapping[str, str] | None = None,
     file: str = "",
 ) -> list[str]:
-    """Explain each finding in one line: its place, the key, the value, and what would be right.
+    """Explain each finding in one line: where it is, the key, the value, and what would be right.
 
     Args:
         error: what pydantic found in a tree.
         root: the class of the tree.
-        at: the key under which the tree stands; empty for a whole config.
+        at: the key that holds the tree; empty for a whole config.
         origins: key path -> where it was written.
-        file: where keys are missing that stand nowhere; without it, lines begin with the key.
+        file: the place to report for missing keys, which were written nowhere; if empty, lines begin with the key.
     """
     above = (at,) if at else ()
     findings: dict[tuple[str, ...], list[ErrorDetails]] = {}
@@ -34,7 +34,7 @@ def explain(
     lines = []
     for path, items in findings.items():
         if any(other[: len(path)] == path and other != path for other in findings):
-            continue  # the finding below it is the reason
+            continue  # the deeper finding is the cause
         keys = [".".join((*above, *path[:n])) for n in range(len(path), 0, -1)]
         where = next((origins[key] for key in keys if key in origins), file) if origins else file
         lines += [f"{where}: {line}" if where else line for line in _sentence(root, above, path, items).splitlines()]
@@ -42,13 +42,13 @@ def explain(
 
 
 def multiples_near(value: int, of: int) -> str:
-    """List the multiples of a number on both sides of a value."""
+    """List the multiples of a number on either side of a value."""
     below = value // of * of
     return listed([n for n in (below, below + of) if n])
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """List numbers as a sentence does, cut off after sixteen."""
+    """List numbers as in a sentence, cut off after sixteen."""
     shown = [str(n) for n in numbers[:16]]
     return " or ".join(shown) if len(shown) == 2 else ", ".join(shown) + (", ..." if len(numbers) > 16 else "")
 
@@ -91,7 +91,7 @@ def _wanted(item: ErrorDetails) -> str:
 
 
 def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...]) -> str:
-    """Suggest the key that was meant: a similar one nearby, else one of another section, else list all keys."""
+    """Suggest the key that was meant: a similar one nearby, else one in another section, else all keys known here."""
     *section, name = path
     nearby = sorted({field for model in _models_at(root, section) for field in model.model_fields})
     elsewhere: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, 
 
 
 def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """Yield a pydantic location's keys, without the names of union members that it puts between them."""
+    """Yield the keys of a pydantic location, without the names of union members that it inserts between them."""
     models = [root]
     open_keys = False  # inside a mapping whose keys the user chooses
     for i, part in enumerate(location):
@@ -130,7 +130,7 @@ def _models_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
         found = [
             m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
         ]
-        models = found or models  # a position in a list
+        models = found or models  # the part is a list index
     return models
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class HeadraceError(Exception):
-    """Something the user can put right; its message says what, where, and how."""
+    """An error that the user can fix; its message says what is wrong, where, and how to fix it."""
 
-    exit_code = 1  # of a command that it ends
+    exit_code = 1  # of the command that the error ends
 
 
 class ConfigError(HeadraceError):
@@ -22,8 +22,8 @@ class ShardError(HeadraceError):
 
 
 class DamageError(ShardError):
-    """What a shard's file holds cannot be decoded, or is not what was indexed."""
+    """A shard's contents cannot be decoded, or differ from what was indexed."""
 
 
 class CheckpointError(HeadraceError):
-    """A saved state cannot be continued from."""
+    """A run cannot resume from a saved state."""

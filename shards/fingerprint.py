@@ -1,4 +1,4 @@
-"""What a run's batches are a function of, to be kept with its state and compared when it goes on.
+"""Everything that a run's batches depend on, saved with its state and compared when it resumes.
 
 loader -> fingerprint -> checkpoint.
 """
@@ -25,7 +25,7 @@ def fingerprint(
     lanes: int,
     seed: int,
 ) -> dict[str, object]:
-    """Return plain values that are equal for two loaders only if they give the same global batches."""
+    """Return plain values that are equal for two loaders only if they yield the same global batches."""
     plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
     plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
     plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
@@ -34,12 +34,12 @@ def fingerprint(
         "decontaminate": decontaminator.fingerprint if decontaminator else None,
         "tokenizer": tokenizer.content_hash,
         "packer_version": PACKER_VERSION,
-        "table_version": TABLE_VERSION,  # not that of an index: better entries give the same batches
+        "table_version": TABLE_VERSION,  # not the index's version: better entries give the same batches
         "shards": {
             source.config.name: [[shard.path, shard.index.content_hash] for shard in source.shards]
             for source in sources
         },
-        # By them the shards are cut into windows; runs that began before they were kept have none
+        # Record tables decide how shards are cut into windows; runs begun before these hashes existed have none
         "record_tables": {
             source.config.name: hash_tables(shard.index for shard in source.shards) for source in sources
         },
@@ -47,9 +47,9 @@ def fingerprint(
 
 
 def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    """Compare what a run was begun with to what it is to go on with. Paths may differ: contents count.
+    """Compare the data that a run began with to the data it would resume with; paths may differ, contents may not.
 
-    Raises: ConfigError or ShardError that names what differs.
+    Raises: ConfigError or ShardError naming what differs.
     """
     for key in ("packer_version", "table_version"):
         if old.get(key) != new.get(key):
@@ -91,7 +91,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
 
 
 def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) -> None:
-    """Compare (path, content hash) of a source's shards, in order. Raises: ShardError that names what differs."""
+    """Compare (path, content hash) of a source's shards, in order. Raises: ShardError naming what differs."""
     order = [content for _, content in before]
     path_of = {content: path for path, content in after}
     if order != [content for _, content in after] and sorted(order) == sorted(content for _, content in after):
@@ -115,7 +115,7 @@ def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) 
 
 
 def plan_version_of(fingerprint: Mapping[str, object]) -> int:
-    """Return the plan version of a run; one that began before there were any is of version 1."""
+    """Return a run's plan version, which is 1 if it began before plan versions existed."""
     version = _settings(fingerprint)["plan_version"]
     assert isinstance(version, int)
     return version

@@ -1,7 +1,7 @@
-"""How long the data will last, and in what shares its sources will be drawn. source, window -> forecast -> loader.
+"""How long the data will last and what share each source will have. source, window -> forecast -> loader.
 
-A pure function of the data and the config, so that every start of a run foretells the same: small data is tokenized as
-a whole and packed as it will be, of large data a bounded sample is.
+The forecast is a pure function of data and config, so every start of a run makes the same one. Small data is tokenized
+in full and packed as in training; of large data, a bounded sample is.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from shards.source import Source
 from shards.windows.packing import pack
 from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
-COUNTED_BYTES = 8 << 20  # raw, of all sources together: up to here all documents are tokenized
-SAMPLE_BYTES = 4 << 20  # raw, tokenized of larger ones
-_PACKED_RECORDS = 500_000  # packed at most, all epochs counted
-_DRAWN_RECORDS = 5_000_000  # beyond them, all epochs counted, lanes are long enough to be of one length
-PACKED_WINDOWS = 2000  # likewise
-_DECODED_PER_BYTE = 16  # raw bytes unpacked at most for one that is tokenized of a sample: small segments lie far apart
-_NEARLY = 0.99  # of the share that is wished: as good as met
+COUNTED_BYTES = 8 << 20  # raw bytes of all sources together up to which every document is tokenized
+SAMPLE_BYTES = 4 << 20  # raw bytes tokenized of larger data
+_PACKED_RECORDS = 500_000  # most records to pack, over all epochs
+_DRAWN_RECORDS = 5_000_000  # over all epochs; with more, lanes are long enough to be equally long
+PACKED_WINDOWS = 2000  # most windows to pack, over all epochs
+_DECODED_PER_BYTE = 16  # most raw bytes decoded per byte of a sample that is tokenized: small segments lie far apart
+_NEARLY = 0.99  # fraction of the requested share that counts as met
 
 Figures = npt.NDArray[np.float64]
 
 
 class Shortfall(NamedTuple):
-    """A source that runs out before the run does."""
+    """A source that runs out before the run ends."""
 
     source: str
-    step: int  # about which it has been read max_epochs times
-    wished: float  # share of the run's rows by the weights
-    met: float  # share of the rows that it gives
+    step: int  # approximate step at which it has been read max_epochs times
+    wished: float  # share of the run's rows that the weights ask for
+    met: float  # share of the rows that it provides
 
 
 class Forecast(NamedTuple):
-    """How long the data lasts, and how its sources are drawn.
+    """How long the data lasts and how its sources are drawn.
 
     Attributes:
-        last_step: with which it ends; None if it never does.
-        is_exact: last_step was counted, not estimated from a sample.
-        share_read: of what max_epochs grants, in rows, by the end of the run; None where some source has no limit.
-        shortfalls: of the sources whose weight is not met, in the config's order.
+        last_step: the step at which the data ends; None if it never does.
+        is_exact: True if last_step was counted, not estimated from a sample.
+        share_read: fraction of the rows granted by max_epochs that the run reads; None if some source has no limit.
+        shortfalls: the sources whose weight is not met, in the config's order.
     """
 
     last_step: int | None
@@ -66,12 +66,12 @@ def forecast(
     global_batch_size: int,
     steps: int | None,
 ) -> Forecast:
-    """Foretell a run.
+    """Forecast a run.
 
     Args:
-        maker: of the windows that are tokenized; closed when done.
+        maker: makes the windows that are tokenized; closed when done.
         lanes: V.
-        steps: optimizer steps that the run is to have; None = as many as the data has.
+        steps: optimizer steps that the run should have; None = as many as the data lasts.
     Raises: ShardError if the data that is looked at cannot be read.
     """
     stages = config.weight_stages()
@@ -106,7 +106,7 @@ def _shortfalls(
     steps: int,
     global_batch_size: int,
 ) -> Iterator[Shortfall]:
-    """Yield the sources that run out within so many steps, and so give less than their weight asks for.
+    """Yield the sources that run out within `steps` and so provide less than their weight asks for.
 
     Args:
         supply, stages: as for `_drain`.
@@ -123,7 +123,7 @@ def _shortfalls(
 def _rows_of_lanes(
     config: DataConfig, maker: WindowMaker, sources: Sequence[Source], lanes: int
 ) -> tuple[Figures, bool]:
-    """Count or estimate the rows that each lane will get of each source: [sources, V], and whether they are counted."""
+    """Count or estimate the rows of each lane from each source: [sources, V], and True if they were counted."""
     is_small = sum(source.plan.raw_bytes for source in sources) <= COUNTED_BYTES
     is_counted = is_small and _can_be_packed(sources, lanes)
     rows = np.zeros((len(sources), lanes))
@@ -139,7 +139,7 @@ def _rows_of_lanes(
 
 
 def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:
-    """Tell whether to pack all that max_epochs grants takes no longer than a start may."""
+    """Return whether everything that max_epochs grants is small enough to pack at a start."""
     records = windows = 0
     for source in sources:
         epochs = source.config.max_epochs or 1
@@ -159,9 +159,9 @@ def _windows(source: Source, lane: int, segments: int) -> Iterator[WindowId]:
 
 
 def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker) -> Figures:
-    """Count [V] rows of each lane: every document is tokenized once, and packed as often as it will be."""
+    """Count the rows of each lane, [V]: every document is tokenized once and packed as often as in training."""
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
-    # Read as a single lane of version 1 would, which unpacks each cell once: many lanes need most cells each
+    # Reading as a single lane of version 1 unpacks each cell once; each of many lanes would need most cells
     in_a_row = Source(config.model_copy(update={"plan_version": 1}), source.number, source.shards, 1, seed=0)
     for name in _windows(in_a_row, 0, in_a_row.plan.num_segments):
         found = maker.documents(in_a_row.task(name), skip_bad=True)
@@ -183,7 +183,7 @@ def _num_rows(lengths: Ints, config: DataConfig, key: int) -> int:
 
 
 def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: WindowMaker, budget: int) -> Figures:
-    """Estimate [V] rows of each lane: the source's raw bytes at the rate of a sample of windows."""
+    """Estimate the rows of each lane, [V], from the source's raw bytes and the row rate of a sample of windows."""
     size = rows = unpacked = 0
     lengths: list[Ints] = []
     for name in _sample(source, lanes):
@@ -208,14 +208,14 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
 
 
 def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
-    """Draw from a sample [V] by how much a lane's documents are longer than the mean, where chance deals them.
+    """Draw, from a sample, how much longer each lane's documents are than the mean when chance deals them: [V].
 
-    The raw bytes of segments that are smaller than a cell are not known, and a few long documents decide which lane is
-    the longest, and how much longer than the others.
+    Segments smaller than a cell have no known raw size, and a few long documents decide which lane is longest and
+    by how much.
 
     Args:
         lengths: tokens of the sample's documents.
-        counts: int64 [V], documents that each lane is dealt.
+        counts: int64 [V], documents dealt to each lane.
     """
     numbers = mixed(np.uint64(key) + np.arange(1, int(counts.sum()) + 1, dtype=np.uint64) * np.uint64(GOLDEN))
     drawn = lengths[(numbers % np.uint64(max(1, len(lengths)))).astype(np.intp)].astype(np.float64)
@@ -225,7 +225,7 @@ def _spread(lengths: Ints, counts: Ints, key: int) -> Figures:
 
 
 def _beginning(task: WindowTask, limit: int) -> WindowTask:
-    """Cut a task down to its first records, about so many raw bytes of them; one at least."""
+    """Cut a task down to its first records, about `limit` raw bytes of them and at least one."""
     spans: list[SpanTask] = []
     left = limit
     for item in task.spans:
@@ -242,7 +242,7 @@ def _beginning(task: WindowTask, limit: int) -> WindowTask:
 
 
 def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
-    """Yield all windows of the first epoch, the first of each deal before any second: from all over the source."""
+    """Yield all windows of the first epoch, every deal's first before any second, to sample the whole source."""
     number, found = 0, True
     while found:
         found = False
@@ -258,7 +258,7 @@ def _sample(source: Source, lanes: int) -> Iterator[WindowId]:
 
 
 def _last_step(rows: Figures, global_batch_size: int) -> int:
-    """Find the step that holds the last row of all, given how many each lane has."""
+    """Find the step that holds the very last row, given the number of rows in each lane."""
     lanes = len(rows)
     last = [lane + (math.ceil(count) - 1) * lanes for lane, count in enumerate(rows.tolist()) if count > 0]
     return max(last, default=-1) // global_batch_size + 1
@@ -267,13 +267,13 @@ def _last_step(rows: Figures, global_batch_size: int) -> int:
 def _drain(
     supply: Sequence[float], stages: Sequence[tuple[int, Sequence[float]]], rows: float
 ) -> tuple[float, list[float], dict[int, float]]:
-    """Draw rows by weight, a source's share going to the others once its supply is used up.
+    """Draw rows by weight, giving a source's share to the others once its supply is used up.
 
     Args:
         supply: rows that each source has.
-        stages: (row from which they count, weights), in their order.
-        rows: that are drawn at most.
-    Returns: the row at which it stops; the rows drawn of each source; the row at which each that ran out did.
+        stages: (row from which they apply, weights), in order.
+        rows: most rows to draw.
+    Returns: the row at which drawing stops; rows drawn from each source; the row at which each exhausted one ran out.
     """
     at, drawn, empty = 0.0, [0.0] * len(supply), dict[int, float]()
     ends = [float(start) for start, _ in stages[1:]] + [math.inf]
@@ -282,7 +282,7 @@ def _drain(
             left = [i for i, weight in enumerate(weights) if weight > 0 and i not in empty]
             total = sum(weights[i] for i in left)
             if not left:
-                break  # nothing of this stage is left; what a later one may have comes without a step between
+                break  # nothing of this stage is left; a later stage begins without a step in between
             lasts = {i: (supply[i] - drawn[i]) * total / weights[i] for i in left}
             step = min(min(end, rows) - at, *lasts.values())
             if math.isinf(step):
@@ -296,7 +296,7 @@ def _drain(
 
 
 def _wished(stages: Sequence[tuple[int, Sequence[float]]], rows: float) -> list[float]:
-    """Return the share of so many rows that the weights ask of each source."""
+    """Return the share of the first `rows` rows that the weights ask of each source."""
     shares = [0.0] * len(stages[0][1])
     ends = [float(start) for start, _ in stages[1:]] + [math.inf]
     for (start, weights), end in zip(stages, ends, strict=True):

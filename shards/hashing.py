@@ -1,4 +1,4 @@
-"""Counter-based randomness: hashes of what a thing is called, never a generator with a state."""
+"""Counter-based randomness: hashes of names, never a generator with state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it spread evenl
 
 
 def key_of(*parts: int | str) -> int:
-    """A 64-bit key for a thing named by `parts`."""
+    """Return a 64-bit key for the thing that `parts` name."""
     return xxhash.xxh3_64_intdigest(msgspec.json.encode(parts))
 
 
 def permutation(key: int, size: int) -> Ints:
-    """The keyed permutation of range(size): numbers in the order of their hashes (splitmix64), ties by number."""
+    """Return the keyed permutation of range(size): numbers ordered by their splitmix64 hashes, ties by number."""
     return permutations([key], size)[0]
 
 
@@ -30,7 +30,7 @@ def permutations(keys: Sequence[int], size: int) -> Ints:
 
 
 def mixed(x: Hashes) -> Hashes:
-    """splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
+    """Apply splitmix64's finalizer; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]  # of a clone; of a wheel the folder that all packages share
-_SCRIPTS = {"train": "pretrain"}  # commands whose script in launch/ has another name
+_ROOT = Path(__file__).resolve().parents[1]  # the clone's root; in a wheel, the folder that all packages share
+_SCRIPTS = {"train": "pretrain"}  # commands whose scripts in launch/ have other names
 
 
 def is_clone() -> bool:
-    """Tell a clone, which has the scripts in launch/, from a wheel that pip has unpacked."""
+    """Return whether this is a clone, which has the scripts in launch/, not a wheel that pip unpacked."""
     return (_ROOT / "launch" / "pretrain.py").is_file()
 
 
@@ -21,7 +21,7 @@ def script(command: str) -> Path | None:
 
 
 def typed(command: str, *words: str) -> str:
-    """Return a command as a user types it in a shell; that of a clone is typed in the clone's root."""
+    """Return a command as a user types it in a shell, for a clone in its root."""
     path = script(command)
     start = ["python", str(path.relative_to(_ROOT))] if path else ["headrace", command]
     return shlex.join([*start, *words])

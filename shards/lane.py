@@ -1,6 +1,6 @@
 """A lane: one of V logical streams of rows, drawn from the sources by weight. source -> lane -> {prefetch, loader}.
 
-A lane takes its windows by their names, and does not know how they come to be made in time.
+A lane asks for its windows by name and does not know how they are made in time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from shards.plan.segments import Deal, WindowId
 from shards.source import Source
 from shards.windows.window import SkippedRecord, Window
 
-# In turn, at most 1 GiB: with half of all deals without a row, chance gives none in 10^19
+# In a row, at most 1 GiB: even if half of all deals had no row, chance would give a run this long once in 10^19
 _MAX_FRUITLESS_DEALS = 64
 
-Take = Callable[[WindowId], Window]  # each stream's windows are taken in their order, once each
-Passed = tuple[int, SkippedRecord]  # number of the source, and a record of it that was passed over
+Take = Callable[[WindowId], Window]  # takes each stream's windows in order, once each
+Passed = tuple[int, SkippedRecord]  # the number of a source, and a record of it that was skipped
 
 
 class Row(NamedTuple):
@@ -32,44 +32,45 @@ class Row(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a lane gives out for a row of the run."""
+    """What a lane yields for a row of the run."""
 
-    row: Row | None  # None: the lane has run dry, and the row is empty
-    skipped: tuple[Passed, ...]  # in the windows that were entered to get to this row
+    row: Row | None  # None = the lane is exhausted, and the row is empty
+    skipped: tuple[Passed, ...]  # records skipped in the windows that were entered to get to this row
 
 
 class Stream:
     """One source as one lane reads it: window after window, row after row."""
 
     def __init__(self, source: Source, lane: int, cursor: Cursor, records_before: int) -> None:
-        """
+        """Resume at a cursor.
+
         Args:
-            records_before: in the segments before that of the cursor.
+            records_before: number of records in the segments before the cursor's.
         """
         self.source, self.number, self.lane, self.cursor = source, source.number, lane, cursor
         self._limit = source.segments_of_lane(lane)
-        self._window: Window | None = None  # that of the cursor, once it was needed
-        self._records = records_before  # of the windows that were left behind
+        self._window: Window | None = None  # the cursor's window, once needed
+        self._records = records_before  # number of records in the windows already passed
         if cursor.window:
             self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
 
     @property
     def exhausted(self) -> bool:
-        """Whether the lane has drawn all that max_epochs grants it. Known only once a draw has found nothing."""
+        """True once the lane has drawn all that max_epochs grants, which only a draw without a row discovers."""
         return self._limit is not None and self.cursor.segment >= self._limit
 
     @property
     def position(self) -> WindowId | None:
-        """The window that the next row is of, unless that has no row left; None when the source is exhausted."""
+        """The window of the next row, unless no row is left in it; None if the source is exhausted."""
         return self._name(self.cursor.segment, self.cursor.window)
 
     @property
     def rows_left(self) -> int:
-        """Rows left to draw of the window that was taken last."""
+        """Number of rows left to draw in the last window taken."""
         return self._window.rows.num_rows - self.cursor.row if self._window else 0
 
     def after(self, name: WindowId) -> WindowId | None:
-        """Return the window that follows one of this stream; None when the source has no more for this lane."""
+        """Return the window that follows one of this stream; None if the source has no more for this lane."""
         return self._name(*self._after(name.segment, name.window))
 
     def _name(self, segment: int, window: int) -> WindowId | None:
@@ -81,12 +82,12 @@ class Stream:
         return (segment, window + 1) if window + 1 < len(deal.windows) else (deal.next, 0)
 
     def draw(self, take: Take, skipped: list[Passed]) -> Row | None:
-        """Draw the next row; None when the source has no more for this lane. Skipped records are added to `skipped`.
+        """Draw the next row; None if the source has no more for this lane. Add skipped records to `skipped`.
 
-        Raises: ShardError if a window cannot be made, or if neither the whole source nor MAX_FRUITLESS_DEALS in turn
-            give a row.
+        Raises: ShardError if a window cannot be made, or if neither a whole pass over the source nor
+            _MAX_FRUITLESS_DEALS in a row give a row.
         """
-        whole = self.cursor.window == self.cursor.row == 0  # this deal is read from its beginning here
+        whole = self.cursor.window == self.cursor.row == 0  # True if this draw begins a deal
         fruitless: list[Deal] = []
         while (name := self.position) is not None:
             cursor = self.cursor
@@ -114,7 +115,7 @@ class Stream:
         return None
 
     def _check_fruitless(self, deals: list[Deal], skipped: list[Passed]) -> None:
-        """Raises: ShardError if deals without a row are all of the source, or too many in turn."""
+        """Check deals that gave no row. Raises: ShardError if they are the whole source, or too many in a row."""
         seen = {segment for deal in deals for segment in deal.segments}
         whole_pass = len(seen) == self.source.plan.num_segments
         if not whole_pass and len(deals) < _MAX_FRUITLESS_DEALS:
@@ -126,7 +127,7 @@ class Stream:
         )
 
     def progress(self) -> float:
-        """Count the records drawn so far, blank and bad ones too, those of the present window in part."""
+        """Count the records drawn so far, including blank and bad ones and a fraction of the current window's."""
         cursor = self.cursor
         if not cursor.window_rows:
             return float(self._records)
@@ -140,25 +141,26 @@ class Lane:
     """One lane with its streams, one per source."""
 
     def __init__(self, number: int, streams: list[Stream], rows: int, mixing_rows: int, version: int) -> None:
-        """
+        """Resume at a number of rows.
+
         Args:
-            number: of the lane, 0 .. V - 1.
+            number: the lane's number, 0 .. V - 1.
             streams: one per source, in the config's order.
-            rows: given out since the run's start, empty ones counted.
-            mixing_rows: drawn since weights last changed or a source was exhausted.
-            version: of the plan.
+            rows: rows yielded since the run's start, including empty ones.
+            mixing_rows: rows drawn since weights last changed or a source was exhausted.
+            version: plan version.
         """
         self.number, self.streams = number, streams
         self.rows, self._mixing_rows = rows, mixing_rows
         self._version = version
 
     def draw(self, weights: Sequence[float], changed: bool, take: Take) -> Draw:
-        """Draw the lane's next row, an empty one when no source has any left.
+        """Draw the lane's next row, which is empty if no source has any left.
 
         Args:
-            weights: of the sources at this row's step, exhausted or not.
-            changed: they differ from those of the lane's row before.
-            take: hands over the windows that are come to.
+            weights: weights of the sources at this row's step, exhausted or not.
+            changed: True if they differ from those of the lane's previous row.
+            take: returns the windows that are reached.
         """
         if changed:
             self._mixing_rows = 0
@@ -167,25 +169,25 @@ class Lane:
         while row is None and (mix := self._mix(weights)) is not None:
             source = mix.source_of(self.number, self._mixing_rows)
             row = self.streams[source].draw(take, skipped)
-            # Where it has none, the source leaves the mix: the others' counts and phases start anew.
+            # A source without a row leaves the mix, and the others' counts and phases start anew.
             self._mixing_rows = self._mixing_rows + 1 if row else 0
         self.rows += 1
         return Draw(row, tuple(skipped))
 
     def _mix(self, weights: Sequence[float]) -> Mix | None:
-        """Return the mix of the sources that are left; None if there are none with a weight."""
+        """Return the mix of the remaining sources; None if none of them has a weight."""
         left = tuple(0.0 if stream.exhausted else weight for stream, weight in zip(self.streams, weights, strict=True))
         return mix_of(left, self._version)
 
     def is_dry(self, stages: Sequence[Sequence[float]]) -> bool:
-        """Tell whether no source is left that has a weight in any of these stages."""
+        """Return whether no source is left with a weight in any of these stages."""
         return all(self._mix(weights) is None for weights in stages)
 
     def row_of_use(self, source: int, uses: int, stages: Sequence[tuple[int, Sequence[float]]]) -> int | None:
-        """Find the row at which the lane has drawn `uses` more from a source and comes to the next; None = never.
+        """Find the row at which the lane has drawn `uses` more rows of a source and reaches the next; None = never.
 
         Args:
-            stages: (row of this lane from which they count, weights), in their order.
+            stages: (row of this lane from which they apply, weights), in order.
         """
         row, mixing_rows = self.rows, self._mixing_rows
         ends = [first for first, _ in stages[1:]]
@@ -203,5 +205,5 @@ class Lane:
         return None
 
     def cursor(self) -> LaneCursor:
-        """Return where the lane stands."""
+        """Return the lane's cursor."""
         return LaneCursor(self.rows, self._mixing_rows, tuple(stream.cursor for stream in self.streams))

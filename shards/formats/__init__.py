@@ -1,7 +1,7 @@
 """Compressed shard -> raw bytes, from any entry.
 
-zstd_blocks, base -> zstd, gzip, plain -> formats -> decoders, shard_index. The compression is told by the file's first
-bytes, not by its name.
+zstd_blocks, base -> zstd, gzip, plain -> formats -> decoders, shard_index. The file's first bytes decide the
+compression, not its name.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from shards.formats.base import DECODE_ERRORS, Chunk, Readable, Start
 
 __all__ = ["DECODE_ERRORS", "Chunk", "Peeked", "Readable", "Start", "chunks", "decode", "detect", "restart"]
 
-MIN_DECODER_BYTES = 1 << 18  # that an open decoder holds: buffers, and the history of gzip
-MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # what `detect` needs of a file, and a little more
+MIN_DECODER_BYTES = 1 << 18  # memory of an open decoder: its buffers and gzip's history
+MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # more than enough of a file for `detect`
 
 _SHARD_START = Start()
 _FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
 
 
 class Peeked:
-    """A file whose first bytes were read to look at them, and are given out once more."""
+    """A file whose first bytes have been read for inspection and are returned again by `read`."""
 
     def __init__(self, file: Readable, size: int) -> None:
         self._file = file
@@ -39,9 +39,9 @@ class Peeked:
 
 
 def detect(head: bytes, path: str) -> str:
-    """Tell a file's compression from its first bytes: "zstd", "gzip" or "plain".
+    """Detect a file's compression from its first bytes: "zstd", "gzip" or "plain".
 
-    Raises: ShardError if the file is empty, of another format, or named as compressed but neither that nor JSON lines.
+    Raises: ShardError if the file is empty, in another format, or named as compressed but neither that nor JSON lines.
     """
     if not head:
         raise ShardError(f"{path}: the file is empty (0 bytes); copy it again, or take it out of the paths")
@@ -51,7 +51,7 @@ def detect(head: bytes, path: str) -> str:
         return "zstd"
     if other := next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None):
         raise ShardError(
-            f"{path}: is {other}; a shard is JSON lines, as they are or compressed by zstd or gzip: convert it"
+            f"{path}: is {other}; a shard is JSON lines, either plain or compressed by zstd or gzip: convert it"
         )
     suffix = PurePath(path).suffix
     if suffix in (".zst", ".gz") and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
@@ -65,14 +65,14 @@ def detect(head: bytes, path: str) -> str:
 def chunks(
     file: Readable, compression: str, path: str, max_window: int, start: Start = _SHARD_START
 ) -> Iterator[Chunk]:
-    """Yield what a shard's compressed bytes decode to, from a place in it to the file's end.
+    """Yield what a shard's compressed bytes decode to, from a given place to the file's end.
 
     Args:
-        file: stands at the start's compressed offset.
-        compression: what `detect` said of the file's first bytes.
+        file: positioned at the start's compressed offset.
+        compression: what `detect` returned for the file's first bytes.
         path: for error messages.
-        max_window: bytes of decoder window that may be needed (zstd only).
-        start: a frame's or member's start, or a place inside it.
+        max_window: bytes of decoder window allowed (zstd only).
+        start: the start of a frame or member, or a place inside one.
     Raises: ShardError where the bytes are damaged or end too soon, naming file and raw offset.
     """
     if compression == "zstd":
@@ -91,11 +91,11 @@ def decode(
 
 
 class Decompressor(Protocol):
-    """Turns compressed bytes into raw ones, as they come."""
+    """A streaming decompressor."""
 
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
 def restart(compression: str, start: Start) -> Decompressor:
-    """Make a decompressor that goes on inside a frame or member, as `chunks` does there."""
+    """Make a decompressor that resumes inside a frame or member, as `chunks` does there."""
     return (zstd if compression == "zstd" else gzip).restart(start.history, start.state)

@@ -1,4 +1,4 @@
-"""What the formats share: the file they read, where they start, the chunks they give. base -> zstd, gzip, plain."""
+"""Types shared by the formats: the file to read, the place to start, the chunks to yield. base -> zstd, gzip, plain."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol, cast
 import zstandard
 from isal import isal_zlib
 
-READ_BYTES = 1 << 17  # read at a time
-# The stub of isal calls the class an instance.
+READ_BYTES = 1 << 17  # bytes per read
+# isal's stub declares this class as an instance.
 DECODE_ERRORS = (zstandard.ZstdError, cast(type[Exception], isal_zlib.error))
 
 
@@ -19,23 +19,23 @@ class Readable(Protocol):
 
 
 class Start(NamedTuple):
-    """A place from which decoding can start: by itself where a frame begins, else with what stands before it."""
+    """A place where decoding can start: on its own at the start of a frame, elsewhere with the history before it."""
 
     offset: int = 0  # in the compressed file
     raw_offset: int = 0
-    history: bytes | memoryview = b""  # raw bytes before it, that what follows may refer to; b"" where a frame begins
-    state: int = 0  # inside a frame or member, what else its format must know: for `restart`
+    history: bytes | memoryview = b""  # raw bytes before it that later data may refer to; b"" at the start of a frame
+    state: int = 0  # what else the format must know inside a frame or member: an argument of `restart`
 
 
 class Chunk(NamedTuple):
-    """Compressed bytes that follow those of the chunk before, and what they decode to."""
+    """Compressed bytes that follow the previous chunk's, and what they decode to."""
 
-    offset: int  # in the compressed file, of `data`
-    raw_offset: int  # of `raw`
+    offset: int  # of `data` in the compressed file
+    raw_offset: int  # of `raw` in the decoded file
     data: bytes
-    raw: bytes  # at most 1 MiB; b"" for a frame's or member's header
-    history_bytes: int  # how far back the frame or member may refer, raw
-    begins: bool  # `data` begins a frame or member, so that decoding can start here
+    raw: bytes  # at most 1 MiB; b"" for the header of a frame or member
+    history_bytes: int  # raw bytes that the frame or member may refer back
+    begins: bool  # True if `data` begins a frame or member, so that decoding can start here
 
 
 class Input:
@@ -43,12 +43,12 @@ class Input:
 
     def __init__(self, file: Readable, offset: int) -> None:
         self._file = file
-        self.offset = offset  # in the file, of the next byte that `take` gives
+        self.offset = offset  # of the next byte to take, in the file
         self._data = b""
-        self._next = 0  # position in _data: small frames must not copy what follows them again and again
+        self._next = 0  # position in _data, so that small frames do not copy the rest again and again
 
     def available(self) -> bytes:
-        """Return the next bytes without taking them, as many as are at hand; none only at the file's end."""
+        """Return the buffered next bytes without taking them; empty only at the file's end."""
         return self._data[self._next :] or (self.peek(1) and self._data[self._next :])
 
     def peek(self, size: int, skip: int = 0) -> bytes:
@@ -59,7 +59,7 @@ class Input:
         return self._data[self._next + skip : self._next + skip + size]
 
     def has(self, size: int) -> bool:
-        """Tell whether at least `size` bytes are left."""
+        """Return whether at least `size` bytes are left."""
         return len(self._data) - self._next >= size or len(self.peek(size)) == size
 
     def take(self, size: int) -> bytes:
@@ -69,6 +69,6 @@ class Input:
         return taken
 
     def pass_over(self, size: int) -> None:
-        """Leave out `size` bytes that `peek` has shown."""
+        """Skip `size` bytes that `peek` has returned."""
         self._next += size
         self.offset += size

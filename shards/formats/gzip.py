@@ -1,7 +1,7 @@
 """gzip members (RFC 1952) -> raw bytes, with their checksums checked. base -> gzip -> formats.
 
-Inside a member decoding can start where a block of deflate (RFC 1951) begins, given the 32 KiB before it. Such a place
-is any bit of a byte; empty blocks made for the purpose lead up to that bit.
+Decoding can start inside a member where a deflate block (RFC 1951) begins, given the 32 KiB before it. A block may
+begin at any bit of a byte, so made-up empty blocks lead up to that bit.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from shards.errors import DamageError
 from shards.formats.base import DECODE_ERRORS, Chunk, Input, Readable, Start
 
 MAGIC = b"\x1f\x8b"
-MAX_OUTPUT_BYTES = 1 << 20  # a chunk of zeros unpacks a thousandfold
+MAX_OUTPUT_BYTES = 1 << 20  # without a limit, zeros would unpack a thousandfold
 HISTORY_BYTES = 1 << 15
 _TRAILER_BYTES = 8  # CRC-32 and size of a member
-_GZIP_WBITS = 16 + 15  # zlib's way to say: gzip header and trailer
+_GZIP_WBITS = 16 + 15  # zlib's code for a gzip header and trailer
 _DEFLATE_WBITS = -15  # neither
 
-# Empty blocks, as bits in the order of the stream. RFC 1951, section 3.2.6: a fixed one is BFINAL=0, BTYPE=01 and the
-# code 0000000 of the end. Section 3.2.7: a dynamic one of an odd number of bits is BFINAL=0, BTYPE=10, HLIT=0, HDIST=0,
-# HCLEN=14; lengths of 1 for the code lengths 18 (3rd of them) and 1 (18th), 0 for the others; 138 and 117 zeros, a 1
-# for literal 255, the end and a distance; the end.
+# Empty blocks, as bits in stream order. RFC 1951, section 3.2.6: a fixed block is BFINAL=0, BTYPE=01 and the
+# end-of-block code 0000000. Section 3.2.7: a dynamic block with an odd number of bits is BFINAL=0, BTYPE=10, HLIT=0,
+# HDIST=0, HCLEN=14; length 1 for the code lengths 18 (3rd of them) and 1 (18th), 0 for the others; 138 and 117 zeros,
+# a 1 each for literal 255, the end code and a distance; the end code.
 _EMPTY_FIXED = "010" + "0000000"
 _EMPTY_DYNAMIC = (
     "001" + "00000" + "00000" + "0111"
@@ -34,17 +34,17 @@ _EMPTY_DYNAMIC = (
 
 
 def restart_state(bits: int, first: int) -> int:
-    """Return `Start.state` of a place inside a byte, from which on the deflate block's other bytes follow.
+    """Return `Start.state` for a block that begins inside a byte and continues in the bytes after it.
 
     Args:
-        bits: of that byte that belong to the block before, 0 to 7.
+        bits: bits of that byte that belong to the block before, 0 to 7.
         first: that byte.
     """
     return first << 3 | bits
 
 
 def restart(history: bytes | memoryview, state: int) -> isal_zlib.Decompress:
-    """Make a decompressor that takes the bytes after the one that a block inside a member begins in.
+    """Make a decompressor that takes the bytes after the byte in which a block inside a member begins.
 
     Args:
         history: 32 KiB of raw bytes before the block, or all that the member has.
@@ -61,7 +61,7 @@ def restart(history: bytes | memoryview, state: int) -> isal_zlib.Decompress:
 
 
 def chunks(file: Readable, path: str, start: Start) -> Iterator[Chunk]:
-    """Yield the chunks of all members from `start` on. See `formats.chunks`."""
+    """Yield the chunks of all members from `start` on; see `formats.chunks`."""
     source = Input(file, start.offset)
     raw_offset = start.raw_offset
     if start.history:
@@ -83,7 +83,7 @@ def chunks(file: Readable, path: str, start: Start) -> Iterator[Chunk]:
 
 
 def _head_of_member(source: Input) -> bytes:
-    """Peek at the next member's first two bytes, past the zeros that tape tools pad with; b"" at the file's end."""
+    """Peek at the next member's first two bytes, past the zeros that tape tools append; b"" at the file's end."""
     while data := source.available():
         member_data = data.lstrip(b"\0")
         source.pass_over(len(data) - len(member_data))
@@ -93,7 +93,7 @@ def _head_of_member(source: Input) -> bytes:
 
 
 def _member(source: Input, path: str, member: isal_zlib.Decompress, raw_offset: int) -> Iterator[Chunk]:
-    """Yield the chunks of the rest of a member, whose next byte `source` stands at."""
+    """Yield the chunks of the rest of a member, from the next byte of `source` on."""
     raw = b""
     while not member.eof:
         data = source.available()

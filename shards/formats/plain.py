@@ -8,7 +8,7 @@ from shards.formats.base import READ_BYTES, Chunk, Readable, Start
 
 
 def chunks(file: Readable, start: Start) -> Iterator[Chunk]:
-    """Yield the file's bytes from `start` on; any byte is an entry of its own."""
+    """Yield the file's bytes from `start` on; every byte is an entry."""
     offset = start.offset
     while data := file.read(READ_BYTES):
         yield Chunk(offset, offset, data, data, 0, False)

@@ -1,8 +1,8 @@
 """zstd frames (RFC 8878, section 3) -> raw bytes, block by block. zstd_blocks -> zstd -> formats.
 
-One decompressor per frame, because the library's streaming readers end silently on a truncated file and stop after the
-first frame; a frame is complete only if its decompressor says so. Feeding whole blocks bounds what comes out of one
-call (repeats unpack ten-thousandfold), and every bound of blocks is a place from which decoding might start.
+Each frame gets a decompressor of its own, because the library's streaming readers end silently on a truncated file and
+stop after the first frame; only the decompressor knows that a frame is complete. Feeding whole blocks bounds the output
+of one call (repeats unpack ten-thousandfold) and makes every block boundary a place where decoding might start.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from shards.errors import DamageError, ShardError
 from shards.formats import zstd_blocks
 from shards.formats.base import READ_BYTES, Chunk, Input, Readable, Start
 
-_CHUNK_BYTES = 1 << 15  # compressed; small blocks are decoded several at a time
-MAX_OUTPUT_BYTES = 1 << 20  # of a chunk
+_CHUNK_BYTES = 1 << 15  # compressed bytes; small blocks are decoded several at a time
+MAX_OUTPUT_BYTES = 1 << 20  # raw bytes per chunk
 _MIN_WINDOW_BYTES = 1 << 10
 _MIN_WINDOW_LOG = 10
 
 
 def starts_frame(head: bytes) -> bool:
-    """Tell whether `head` begins a zstd frame or a skippable frame."""
+    """Return whether `head` begins a zstd frame or a skippable frame."""
     return head.startswith((zstd_blocks.MAGIC, *zstd_blocks.SKIPPABLE_MAGICS))
 
 
 def window_bytes(head: bytes) -> int:
-    """Return how far back, in decoded bytes, the frame beginning with `head` may refer.
+    """Return how far back, in decoded bytes, the frame that begins with `head` may refer.
 
-    Raises: zstandard.ZstdError if the header is cut short, or asks for more than any decoder grants.
+    Raises: zstandard.ZstdError if the header is truncated or asks for more than any decoder allows.
     """
     return max(_MIN_WINDOW_BYTES, zstandard.get_frame_parameters(head).window_size)
 
 
 def restart_state(header: bytes) -> int:
-    """Return `Start.state` of places inside the frame with this header.
+    """Return `Start.state` for places inside the frame with this header.
 
-    That is its window's size, rounded up, and whether a checksum ends it.
+    It encodes the window size, rounded up, and whether a checksum ends the frame.
     """
     window_log = max(_MIN_WINDOW_LOG, (window_bytes(header) - 1).bit_length())
     return window_log << 1 | zstd_blocks.has_checksum(header)
@@ -48,7 +48,7 @@ def restart(history: bytes | memoryview, state: int) -> zstandard.ZstdDecompress
     """Make a decompressor that takes blocks from inside a frame.
 
     Args:
-        history: raw bytes before the first of them, at most the frame's window.
+        history: raw bytes before the first block, at most the frame's window.
         state: from `restart_state`.
     """
     dictionary = zstandard.ZstdCompressionDict(history, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
@@ -58,7 +58,7 @@ def restart(history: bytes | memoryview, state: int) -> zstandard.ZstdDecompress
 
 
 def chunks(file: Readable, path: str, max_window: int, start: Start) -> Iterator[Chunk]:
-    """Yield the chunks of all frames from `start` on. See `formats.chunks`."""
+    """Yield the chunks of all frames from `start` on; see `formats.chunks`."""
     source = Input(file, start.offset)
     raw_offset = start.raw_offset
     if start.history:
@@ -86,7 +86,7 @@ def chunks(file: Readable, path: str, max_window: int, start: Start) -> Iterator
 
 
 def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
-    """Read the size of the next frame's window, in bytes. Raises: ShardError if it is more than allowed."""
+    """Read the window size of the next frame, in bytes. Raises: ShardError if it is more than allowed."""
     head = source.peek(zstd_blocks.MAX_HEADER_BYTES)
     try:
         window = window_bytes(head)
@@ -115,7 +115,7 @@ def _window(source: Input, path: str, max_window: int, raw_offset: int) -> int:
 def _blocks(
     source: Input, path: str, frame: zstandard.ZstdDecompressionObj, window: int, raw_offset: int, checksum: bool
 ) -> Iterator[Chunk]:
-    """Yield the chunks of the rest of a frame, whose next block `source` stands at."""
+    """Yield the chunks of the rest of a frame, from the next block of `source` on."""
     while not frame.eof:
         offset = source.offset
         size = raw_limit = 0
@@ -129,7 +129,7 @@ def _blocks(
                 raise _damaged(path, source.offset + size, raw_offset, "no block has such a header")
             wanted = zstd_blocks.BLOCK_HEADER_BYTES + content + (zstd_blocks.CHECKSUM_BYTES if last and checksum else 0)
             if not source.has(size + wanted):
-                if size:  # what is whole is given out before the error, which comes with the next chunk
+                if size:  # yield the complete blocks first; the next chunk raises the error
                     last = False
                     break
                 source.take(wanted)
@@ -151,7 +151,7 @@ def _decompress(frame: zstandard.ZstdDecompressionObj, data: bytes, path: str, o
 
 
 def _skip(source: Input, path: str, raw_offset: int) -> None:
-    """Passes over a skippable frame: magic, 4 bytes of size (little-endian), that many bytes."""
+    """Skip a skippable frame: magic, 4 bytes of size (little-endian), that many bytes."""
     header = source.take(8)
     left = int.from_bytes(header[4:8], "little")
     if len(header) < 8:
@@ -165,8 +165,8 @@ def _skip(source: Input, path: str, raw_offset: int) -> None:
 
 def _damaged(path: str, offset: int, raw_offset: int, reason: str) -> DamageError:
     remedy = "copy it again"
-    if raw_offset == 0:  # a dictionary without a number is not named by the frame
-        remedy += ", or, if it was compressed with a dictionary, compress it again without"
+    if raw_offset == 0:  # a frame does not name a dictionary that has no id
+        remedy += ", or, if it was compressed with a dictionary, compress it again without one"
     return DamageError(f"{path}: damaged zstd data near byte {offset}, raw byte {raw_offset} ({reason}); {remedy}")
 
 

@@ -6,11 +6,11 @@
                                                   2 Content_Checksum_flag, 1-0 Dictionary_ID_flag
     3.1.1.1.2      Window_Descriptor (0 or 1)     bits 7-3 exponent, 2-0 mantissa;
                                                   (1 + mantissa / 8) * 2^(10 + exponent) bytes;
-                                                  not there with Single_Segment_flag
+                                                  absent with Single_Segment_flag
     3.1.1.1.3, .4  Dictionary_ID (0 to 4), Frame_Content_Size (0 to 8)
     3.1.1.2        Block_Header (3)               bit 0 Last_Block, 2-1 Block_Type, 23-3 Block_Size
                                                   type 0 raw, 1 RLE (one byte follows), 2 compressed, 3 reserved
-    3.1.1.2.4      Block_Maximum_Size             the smaller of window and 128 KiB, of what a block unpacks to
+    3.1.1.2.4      Block_Maximum_Size             the smaller of window and 128 KiB: most bytes a block unpacks to
     3.1.1.3.1.1    Literals_Section_Header        bits 1-0 Literals_Block_Type, 3-2 Size_Format (1 to 5 bytes in all)
                                                   type 0 raw, 1 RLE, 2 compressed, 3 treeless: the last Huffman tree
     3.1.1.3.2.1    Sequences_Section_Header       Number_of_Sequences (1 to 3); unless 0, Symbol_Compression_Modes (1):
@@ -20,10 +20,10 @@
     3.1.2          skippable frame                magic 0x184D2A5? (4), Frame_Size (4), that many bytes
     5              dictionary                     without Magic_Number: raw content, which a frame may refer to
 
-What a decoder carries from block to block is the window, the Huffman tree, three FSE tables and three offsets. So
-decoding can start at a block inside a frame with a header made for the purpose and the window as a raw dictionary,
-if no block from there on refers to a tree, table or offset from before. Of the block itself its headers tell, of trees
-and tables; of offsets, and of later blocks, only decoding tells: see shards/index/splice_points.py.
+A decoder carries the window, the Huffman tree, three FSE tables and three offsets from block to block. So decoding can
+start at a block inside a frame, with a made-up header and the window as a raw dictionary, if no block from there on
+refers to an earlier tree, table or offset. A block's own headers show whether it refers to earlier trees and tables;
+for offsets and for later blocks, only decoding shows it: see shards/index/splice_points.py.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MAX_BLOCK_BYTES = 1 << 17
 CHECKSUM_BYTES = 4
 RAW, _RLE, _COMPRESSED, RESERVED = range(4)  # Block_Type
 _TREELESS = 3  # Literals_Block_Type
-_REPEAT = 3  # of Symbol_Compression_Modes
+_REPEAT = 3  # one of Symbol_Compression_Modes
 
 
 def frame_header_bytes(head: bytes) -> int:
-    """Return the size of the magic and header of a frame from its `head`. Raises: IndexError if that is cut short."""
+    """Return the size of a frame's magic and header, given its `head`. Raises: IndexError if that is truncated."""
     descriptor = head[4]
     single_segment = descriptor >> 5 & 1
     dictionary = (0, 1, 2, 4)[descriptor & 3]
@@ -49,7 +49,7 @@ def frame_header_bytes(head: bytes) -> int:
 
 
 def has_checksum(head: bytes) -> bool:
-    """Tell whether Content_Checksum follows the last block of the frame that begins with `head`."""
+    """Return whether Content_Checksum follows the last block of the frame that begins with `head`."""
     return bool(head[4] & 4)
 
 
@@ -61,7 +61,7 @@ def block_header(head: bytes) -> tuple[bool, int, int, int]:
 
 
 def stands_alone(block: bytes) -> bool:
-    """Tell whether a block's headers, its Block_Header first, refer to no tree or table from before."""
+    """Return whether a block, given from its Block_Header on, refers to no earlier tree or table in its headers."""
     _, kind, size, _ = block_header(block)
     if kind != _COMPRESSED:
         return True
@@ -81,7 +81,7 @@ def stands_alone(block: bytes) -> bool:
         if content[0] == 0:
             return True
         modes = content[1 if content[0] < 128 else 2 if content[0] < 255 else 3]
-    except IndexError:  # damaged
+    except IndexError:  # the block is damaged
         return False
     return _REPEAT not in (modes >> 6, modes >> 4 & 3, modes >> 2 & 3)
 

@@ -1,1 +1,1 @@
-"""One pass over a shard -> its index: where decoding can start, and what has to come out."""
+"""One pass over a shard -> its index: where decoding can start and what it must yield."""

@@ -1,4 +1,4 @@
-"""Open decoders of shards: raw byte ranges, read forward, with the last used kept open.
+"""Open decoders of shards, which read raw byte ranges forward and stay open for the next range.
 
 formats, splice_points -> decoders -> cells.
 """
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CellCheck(NamedTuple):
-    """What a cell's raw bytes must be."""
+    """The hash that a cell's raw bytes must have."""
 
     start: int  # raw offset
     stop: int  # raw offset
@@ -44,12 +44,12 @@ class RawRange(msgspec.Struct, frozen=True):
     stat: files.Stat  # of the file when it was indexed
     compression: str
     decoder_window: int  # bytes that one open decoder of this shard holds
-    frame: tuple[int, int]  # (compressed offset, raw offset) where a frame or member begins, at or before start
+    frame: tuple[int, int]  # (compressed offset, raw offset) of a frame's or member's start, no later than `start`
     start: int  # raw offset
     stop: int  # raw offset
-    splice: Splice | None = None  # a nearer place inside it
-    checks: tuple[CellCheck, ...] = ()  # of the whole cells in the range
-    content_hash: str = ""  # of the file when it was indexed
+    splice: Splice | None = None  # a nearer splice point inside that frame or member
+    checks: tuple[CellCheck, ...] = ()  # checks of the whole cells in the range
+    content_hash: str = ""  # hash of the file when it was indexed
 
 
 class _Decoder:
@@ -58,10 +58,10 @@ class _Decoder:
     def __init__(
         self, wanted: RawRange, splice: Splice | None, start: Start, max_window: int, cache: BlockCache | None
     ) -> None:
-        """Args: `splice`, if that is where `start` is."""
+        """Open the file at `start`, which is `splice`'s place unless that is None."""
         files.check_size(wanted.path, wanted.stat)
         self.path, self.splice = wanted.path, splice
-        self.position = start.raw_offset  # of the next byte
+        self.position = start.raw_offset  # raw offset of the next byte
         self.held_bytes = wanted.decoder_window + len(start.history)
         self._file = files.open_shard(wanted.path, start.offset, cache)
         self._chunks = formats.decode(self._file, wanted.compression, wanted.path, max_window, start)
@@ -86,7 +86,7 @@ class _Decoder:
 
 
 class Decoders:
-    """Decoders kept open for the windows that follow, bounded in number and in bytes that they hold."""
+    """Decoders kept open for later windows, bounded in number and in the bytes they hold."""
 
     def __init__(
         self,
@@ -95,12 +95,13 @@ class Decoders:
         index_dir: Path | None = None,
         cell_bytes: int = MIB,
     ) -> None:
-        """
+        """Create an empty set of decoders.
+
         Args:
             max_window: bytes of decoder window that a shard may need.
-            cache: of remote shards.
-            index_dir: where indexes are kept, if not beside the shards.
-            cell_bytes: of the indexes, for the commands that messages name.
+            cache: cache of remote shards.
+            index_dir: folder of the indexes, if not beside the shards.
+            cell_bytes: cell size of the indexes, for the commands that messages suggest.
         """
         self._max_window, self._cache, self._index_dir, self._cell_bytes = max_window, cache, index_dir, cell_bytes
         self._open: list[_Decoder] = []  # least recently used first
@@ -108,11 +109,11 @@ class Decoders:
 
     @property
     def replays(self) -> int:
-        """Splice points so far that gave other bytes than the index names, so that decoding began before them."""
+        """Number of splice points that gave bytes other than those indexed, so that decoding began before them."""
         return len(self._distrusted)
 
     def read(self, wanted: RawRange) -> bytes:
-        """Read the bytes of `wanted`, each whole cell of them compared with its hash in the index.
+        """Read the bytes of `wanted` and compare each whole cell among them with its hash in the index.
 
         Raises: ShardError if the file changed, is damaged, or ends before the range does.
         """
@@ -139,7 +140,7 @@ class Decoders:
         self._open.clear()
 
     def _take(self, wanted: RawRange) -> _Decoder:
-        """Take the open decoder that is nearest before the range, if no entry is nearer; else open a new one."""
+        """Take the open decoder nearest before the range, unless an entry is nearer; else open a new one."""
         splice = None if (wanted.path, wanted.splice) in self._distrusted else wanted.splice
         nearest = splice.raw_offset if splice else wanted.frame[1]
         usable = [one for one in self._open if one.path == wanted.path and nearest <= one.position <= wanted.start]
@@ -158,7 +159,7 @@ class Decoders:
         return _Decoder(wanted, splice, start, self._max_window, self._cache)
 
     def _history(self, path: str, splice: Splice) -> bytes:
-        """Read a splice point's history from beside one of the places of indexes. Raises: as `read_history`."""
+        """Read a splice point's history from beside any of the index's possible places. Raises: as `read_history`."""
         first, *others = [history_path(place) for place in index_paths(path, self._index_dir)]
         for place in others if not first.exists() else ():
             with contextlib.suppress(OSError, *formats.DECODE_ERRORS):
@@ -168,8 +169,8 @@ class Decoders:
     def _distrust(self, path: str, splice: Splice, error: Exception) -> None:
         self._distrusted.add((path, splice))
         _logger.warning(
-            "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); reading on from the last "
-            "frame's start, which takes longer; to make its entries anew: rm -f %s; %s",
+            "%s: its entry at raw byte %d is not used, since it cannot be decoded from (%s); decoding from the start "
+            "of the frame instead, which takes longer; to rebuild its entries: rm -f %s; %s",
             path,
             splice.raw_offset,
             error,
@@ -178,23 +179,23 @@ class Decoders:
         )
 
     def _explained(self, wanted: RawRange, error: ShardError) -> ShardError:
-        """Explain why a shard is not what was indexed; leave any other error alone."""
+        """Explain why a shard differs from what was indexed; return any other error unchanged."""
         if not isinstance(error, DamageError):
             return error
         now, path = files.stat(wanted.path, fresh=True), wanted.path
         reason = str(error).removeprefix(f"{path}: ")
         if now == wanted.stat:
-            said = f"{reason}; size and modification time are as they were when it was indexed, so it is damaged, or "
+            said = f"{reason}; size and modification time are the same as when it was indexed, so it is damaged, or "
             said += "another file has taken its place"
         else:
             said = f"changed after it was indexed (modification time {wanted.stat.stamp} -> {now.stamp}): {reason}"
         command = index_command([path], self._index_dir, self._cell_bytes, self._max_window, verify=True)
-        return ShardError(f"{path}: {said}; put the old file back, or make its index anew for a new run: {command}")
+        return ShardError(f"{path}: {said}; put the old file back, or rebuild its index for a new run: {command}")
 
     def _keep(self, decoder: _Decoder) -> None:
         self._open.append(decoder)
         held = sum(one.held_bytes for one in self._open)
-        # One stays whatever it holds: else each window of a --long=29 shard would be decoded from the frame's start.
+        # One always stays open, or each window of a --long=29 shard would be decoded from the frame's start.
         while len(self._open) > 1 and (len(self._open) > MAX_OPEN or held > MAX_OPEN_BYTES):
             oldest = self._open.pop(0)
             held -= oldest.held_bytes
@@ -202,9 +203,9 @@ class Decoders:
 
 
 def _check(wanted: RawRange, raw: bytes, reached: int) -> None:
-    """Raises: ShardError if what was read of a range, up to raw offset `reached`, is not what the index says."""
+    """Check what was read of a range, up to raw offset `reached`. Raises: ShardError if it contradicts the index."""
     if len(raw) != wanted.stop - wanted.start:
-        raise DamageError(f"{wanted.path}: ends at raw byte {reached}, its index says that it reaches {wanted.stop}")
+        raise DamageError(f"{wanted.path}: ends at raw byte {reached}, but its index says it reaches {wanted.stop}")
     view = memoryview(raw)
     for cell in wanted.checks:
         if xxhash.xxh3_64_intdigest(view[cell.start - wanted.start : cell.stop - wanted.start]) != cell.hash:

@@ -1,6 +1,6 @@
-"""The indexes of all shards of a source in one file, so that a start reads one file and not one a shard.
+"""The indexes of all shards of a source in one file, so that a start need not read one file per shard.
 
-shard_index -> manifest -> preparation. A manifest is believed only while the indexes it was made of are as they were.
+shard_index -> manifest -> preparation. A manifest is trusted only while the indexes that it copies are unchanged.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from shards.storage import files
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """A shard of a source, and its index."""
+    """A shard of a source and its index."""
 
     path: str
     index: ShardIndex
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The content of a manifest's file."""
+    """The content of a manifest file."""
 
     paths: list[str]
     indexes: list[ShardIndex]
-    # Manifests of before have none of these, and are made again of the indexes
+    # Manifests of earlier versions lack these fields, and are rebuilt from the indexes
     index_version: int = 0
     tables: str = ""  # hash of the indexes' record tables
-    stamps: list[str] = []  # of the files with the indexes
+    stamps: list[str] = []  # stamps of the index files
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What a manifest says of a shard."""
+    """What a manifest says about a shard."""
 
     index: ShardIndex
-    stamp: str  # of the file with its index
+    stamp: str  # stamp of its index file
 
     def holds(self, path: str, stat: files.Stat, index_dir: Path | None) -> bool:
-        """Tell whether the entry need not be compared with the file of the shard's index.
+        """Return whether the entry holds without reading the shard's index file.
 
-        Where that was made anew it need not be what the manifest says; where it is gone, nothing contradicts.
+        It does not if that file was rebuilt since; a missing index file contradicts nothing.
 
         Args:
-            path: of the shard.
-            stat: of the shard now.
+            path: path of the shard.
+            stat: the shard's present stat.
         """
         return self.index.stat == stat and index_stamp(path, index_dir) in ("", self.stamp)
 
 
 def manifest_path(paths: list[str], index_dir: Path | None, cell_bytes: int) -> Path:
-    """Return the place of the manifest of a list of shards."""
+    """Return where the manifest of a list of shards is kept."""
     name = f"headrace-{digest([str(cell_bytes), *(part for path in paths for part in files.place(path))])}.manifest"
     return index_path(paths[0], index_dir).with_name(name)
 
@@ -64,7 +64,7 @@ def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, c
 
 
 def read(path: Path, cell_bytes: int) -> dict[str, Entry]:
-    """Read what a manifest says of each shard; nothing if it is missing, damaged, or not of this program's indexes."""
+    """Read a manifest's entry of each shard; none if it is missing, damaged, or made of another program's indexes."""
     try:
         manifest = msgspec.msgpack.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):

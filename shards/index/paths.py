@@ -1,4 +1,4 @@
-"""Where Headrace keeps what it found out about a shard, and how it writes that.
+"""Where Headrace keeps what it learned about a shard, and how it writes it.
 
 files -> paths -> shard_index, decoders.
 """
@@ -27,8 +27,8 @@ _HISTORY_SUFFIX = ".windows"
 def index_paths(path: str, index_dir: Path | None) -> list[Path]:
     """List the places where a shard's index may be; a new one is written to the first.
 
-    That is `index_dir`, or beside the shard, or (remote, read-only) the user's cache. The others are looked at as well:
-    an index may have been made by somebody who could write to the folder, or by a run that set no `index_dir`.
+    That is `index_dir`, or beside the shard, or (if remote or read-only) the user's cache. All of them are searched,
+    since somebody who could write to the folder, or a run without `index_dir`, may have made an index.
     """
     folder, name = files.place(path)
     # Shards of the same name in several folders must not share an index.
@@ -45,7 +45,7 @@ def index_path(path: str, index_dir: Path | None) -> Path:
 
 
 def index_stamp(path: str, index_dir: Path | None) -> str:
-    """Tell the kept index of a shard from one made later, without reading it; "" if there is none."""
+    """Return a stamp that changes when a shard's index is rebuilt, without reading the index; "" if there is none."""
     for place in index_paths(path, index_dir):
         try:
             found = place.stat()
@@ -58,9 +58,9 @@ def index_stamp(path: str, index_dir: Path | None) -> str:
 def index_command(
     paths: Sequence[str], index_dir: Path | None, cell_bytes: int, max_window: int, verify: bool = False
 ) -> str:
-    """Return the command that makes indexes where and as a run with these settings looks for them.
+    """Return the shell command that makes indexes where, and in the form that, a run with these settings expects.
 
-    It is for the shell, in a clone from its root. Args: `paths` of shards, or patterns of them.
+    In a clone it is typed at the root. Args: `paths`: shards, or patterns of them.
     """
     options = ["--verify"] if verify else []
     if index_dir is not None:
@@ -73,22 +73,22 @@ def index_command(
 
 
 def user_cache() -> Path:
-    """Return the folder of what cannot lie beside its shard, if the config names none."""
+    """Return the folder for files that cannot be stored beside their shard when the config names no folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
 def history_path(index: Path) -> Path:
-    """Return where the histories of a shard's splice points are kept, given where its index is."""
+    """Return where the histories of a shard's splice points are kept, given the place of its index."""
     return index.with_name(index.name.removesuffix(INDEX_SUFFIX) + _HISTORY_SUFFIX)
 
 
 def digest(parts: list[str]) -> str:
-    """Make a short name for a list of names."""
+    """Return a short name for a list of names."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
 
 def store(path: Path, data: bytes) -> None:
-    """Write an index or a manifest. Raises: ShardError if the folder cannot be written."""
+    """Write an index or a manifest. Raises: ShardError if its folder is not writable."""
     with _errors_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_atomically(path, data)
@@ -96,10 +96,10 @@ def store(path: Path, data: bytes) -> None:
 
 @contextmanager
 def written_meanwhile(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write to as long as the block runs, minutes maybe; then store what it holds.
+    """Open a file for a block that may write for minutes, then store its content under `path`.
 
-    Until then it has no name, so that nothing is left of it, whatever ends the process. If nothing was written, there
-    is no file under `path` afterwards. Raises: ShardError for any OSError, which must be one of writing.
+    Until then the file has no name, so nothing is left behind if the process dies. If nothing was written, no file
+    exists under `path` afterwards. Raises: ShardError for any OSError of the block, which must come from writing.
     """
     with _errors_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)

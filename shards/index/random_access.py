@@ -1,4 +1,4 @@
-"""Reading a shard from anywhere in it: raw bytes from an offset, a document by its number.
+"""Random access to a shard: raw bytes from an offset, a document by its number.
 
 shard_index, decoders -> random_access.
 """
@@ -25,16 +25,16 @@ def open_at(
     index_dir: Path | None = None,
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> io.BufferedReader[RawShard]:
-    """Open a shard's raw bytes, whatever its compression, at any of them; the file that it gives can seek, too.
+    """Open a shard's raw bytes at an offset, whatever its compression; the file returned can seek.
 
-    Decoding starts at the nearest entry, some 64 MiB before at most, and what is read is compared with the index. A
-    shard without an index is indexed first, which reads all of it once.
+    Decoding starts at the nearest entry, at most some 64 MiB earlier, and what is read is compared with the index. A
+    shard without an index is indexed first, which reads it once in full.
 
     Args:
-        path: of a shard, local or remote.
-        raw_offset: of the first byte to read, in the unpacked shard.
-        index_dir: where indexes are kept, if not beside the shards.
-        max_decoder_window: bytes.
+        path: a shard, local or remote.
+        raw_offset: offset of the first byte to read, in the unpacked shard.
+        index_dir: folder of the indexes, if not beside the shards.
+        max_decoder_window: in bytes.
     Raises: ShardError if the shard is missing, damaged or changed; reading raises it too.
     """
     file = io.BufferedReader(RawShard(str(path), index_dir, max_decoder_window))
@@ -54,11 +54,11 @@ def document(
     """Read one document of a shard from the nearest entry.
 
     Args:
-        path: of a shard, local or remote.
-        n: number of its line in the unpacked shard, counted from 1.
-        source: which keys to read, and the name the document carries; None = Pile and Dolma keys, the shard's name.
+        path: a shard, local or remote.
+        n: line number in the unpacked shard, counted from 1.
+        source: the keys to read and the document's source; None = keys of the Pile and Dolma, named after the shard.
         index_dir, max_decoder_window: as in `open_at`.
-        cache: of remote shards.
+        cache: cache of remote shards.
         strict: as for a RecordParser.
     Raises: ShardError as `open_at`, and if there is no such line, or no document in it.
     """
@@ -83,16 +83,16 @@ def document(
 
 
 class RawShard(io.RawIOBase):
-    """The raw bytes of a shard as a file, read and checked a cell at a time."""
+    """The raw bytes of a shard as a file, read and checked one cell at a time."""
 
     def __init__(self, path: str, index_dir: Path | None, max_decoder_window: int) -> None:
-        """Args, Raises: as `open_at`."""
+        """Open a shard. Args, Raises: as `open_at`."""
         self._path = path
         self._index = _index(path, index_dir, max_decoder_window, None)
         self._bounds = self._index.table()[:, 1]
         self._decoders = Decoders(max_decoder_window, None, index_dir, self._index.cell_bytes)
         self._position = 0
-        self._cell, self._raw = -1, b""  # the cell read last
+        self._cell, self._raw = -1, b""  # the last cell read
 
     def readable(self) -> bool:
         return True
@@ -108,7 +108,7 @@ class RawShard(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview[int] | bytearray) -> int:  # type: ignore[override]
-        """Read up to the cell's end."""
+        """Read up to the end of the current cell."""
         if self._position >= self._index.raw_bytes:
             return 0
         cell = int(np.searchsorted(self._bounds, self._position, side="right")) - 1
@@ -128,9 +128,9 @@ class RawShard(io.RawIOBase):
 
 
 def _index(path: str, index_dir: Path | None, max_decoder_window: int, cache: BlockCache | None) -> ShardIndex:
-    """Get a shard's index: the one that a run made, whatever its cells, or a new one."""
+    """Return a shard's index: the one that a run made, whatever its cell size, or a new one."""
     if files.is_column(path):
         raise ShardError(f"{path}: is a column of an Arrow file, which has no raw bytes")
-    # One that is only touched will do: each cell that is read is compared with its hash.
+    # An index of a touched shard will do, since each cell that is read is compared with its hash.
     stored = find(path, index_dir, files.stat(path))
     return stored or obtain(path, index_dir, MIB, max_decoder_window, cache=cache)

@@ -1,8 +1,7 @@
-"""Finds records and cells in a shard's raw bytes, and hashes each cell. formats -> record_table -> shard_index.
+"""Find records and cells in a shard's raw bytes and hash each cell. formats -> record_table -> shard_index.
 
-Cells are what the record table marks: a new one begins at a record where the cell before it, not empty, would grow
-beyond `cell_bytes` with that record. So a longer record is a cell of its own, and all bounds that a run uses come
-from the table.
+The record table marks where cells begin: at a record with which the current cell, if not empty, would exceed
+`cell_bytes`. So a longer record is a cell of its own, and all bounds that a run uses come from the table.
 """
 
 from __future__ import annotations
@@ -11,22 +10,22 @@ from collections import deque
 
 import xxhash
 
-TABLE_VERSION = 1  # raise it whenever the same bytes would give other cells: runs do not continue across it
-SPACE = 32  # no byte above it is white space
+TABLE_VERSION = 1  # raise it whenever the same bytes would give other cells; runs do not resume across versions
+SPACE = 32  # no greater byte is white space
 
 
 class RecordTable:
-    """Takes raw bytes in chunks; keeps those of the record that is not whole yet, since its cell is not known."""
+    """A table built from chunks of raw bytes; it holds back those of an incomplete record, whose cell is unknown."""
 
     def __init__(self, cell_bytes: int) -> None:
         self._cell_bytes = cell_bytes
         self.raw_bytes = self.num_records = self.num_documents = 0
         self.cells: list[tuple[int, int]] = []
-        self.checks: list[int] = []  # xxh3-64 of each whole cell
+        self.checks: list[int] = []  # xxh3-64 of each closed cell
         self._cell = (0, 0)  # (record, raw offset) where the open cell begins
-        self._last_end = 0  # raw offset after the last whole record
-        self._filled = False  # the record that the next chunk goes on with has held more than white space
-        self._hash = xxhash.xxh3_64()  # of the open cell, up to the raw offset `_hashed`
+        self._last_end = 0  # raw offset after the last complete record
+        self._filled = False  # the incomplete record has held more than white space
+        self._hash = xxhash.xxh3_64()  # hash of the open cell, up to the raw offset `_hashed`
         self._hashed = 0
         self._unhashed: deque[memoryview] = deque()
 
@@ -34,7 +33,7 @@ class RecordTable:
         """Take in the next raw bytes, at least one."""
         self._unhashed.append(memoryview(chunk))
         start, documents, filled = 0, 0, self._filled
-        cell_stop = self._cell[1] + self._cell_bytes - self.raw_bytes  # in the chunk
+        cell_stop = self._cell[1] + self._cell_bytes - self.raw_bytes  # offset in the chunk
         while stop := chunk.find(b"\n", start) + 1:
             documents += filled or chunk[start] > SPACE or not chunk[start:stop].isspace()
             filled = False
@@ -49,7 +48,7 @@ class RecordTable:
         self._hash_to(self._last_end)
 
     def finish(self) -> None:
-        """Close the table: a last record without line feed ends here."""
+        """Close the table, ending a last record that has no line feed."""
         if self._last_end < self.raw_bytes:
             self.num_documents += self._filled
             if self.raw_bytes > self._cell[1] + self._cell_bytes:
@@ -60,12 +59,12 @@ class RecordTable:
         self.cells.append((self.num_records, self.raw_bytes))
 
     def _end_cells(self, stop: int) -> int:
-        """End the open cell before a record that would make it too long, and that record's if it is too long itself.
+        """End the open cell before a record that would make it too long, and that record's own cell if it is too long.
 
         Args:
             stop: raw offset after the record.
         Returns:
-            The raw offset up to which the cell that is open then may reach.
+            The raw offset up to which the cell that is now open may reach.
         """
         if self._last_end > self._cell[1]:
             self._close_cell((self.num_records, self._last_end))
@@ -74,7 +73,7 @@ class RecordTable:
         return self._cell[1] + self._cell_bytes
 
     def _close_cell(self, following: tuple[int, int]) -> None:
-        """End the open cell where the following one begins."""
+        """End the open cell where the next one begins."""
         self.cells.append(self._cell)
         self._cell = following
         self._hash_to(following[1])

@@ -33,7 +33,7 @@ Progress = Callable[[str, int], None]  # (shard, compressed bytes read since the
 
 
 class ShardIndex(msgspec.Struct, frozen=True):
-    """What one pass over a shard found. `cells` and `frames` are int64 tables, little-endian, of two columns."""
+    """The result of one pass over a shard. `cells` and `frames` are int64 tables, little-endian, of two columns."""
 
     version: int
     cell_bytes: int
@@ -42,13 +42,13 @@ class ShardIndex(msgspec.Struct, frozen=True):
     compression: str
     decoder_window: int  # bytes that one open decoder holds
     raw_bytes: int
-    num_records: int  # lines, a last one without line feed counted
-    num_documents: int  # records that are not blank; bad ones are among them, since nothing is parsed here
+    num_records: int  # number of lines, including a last one without line feed
+    num_documents: int  # number of records that are not blank; bad ones count, since nothing is parsed here
     cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
-    checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; of a column: none
+    checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; empty for a column
     # [frames]: (compressed offset, raw offset) where frames or members begin, the shard's start first
     frames: bytes = msgspec.field(name="entries")
-    splices: tuple[Splice, ...] = ()  # entries inside them, in their order
+    splices: tuple[Splice, ...] = ()  # entries inside them, in order
     splice_counts: SpliceCounts = SpliceCounts()
 
     def table(self) -> Ints:
@@ -57,7 +57,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
     @property
     def num_frames(self) -> int:
-        """Frames or members, at least 1."""
+        """Number of frames or members, at least 1."""
         return len(self.frames) // 16
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:
@@ -83,7 +83,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
         )
 
     def _checks(self, start: int, stop: int) -> tuple[CellCheck, ...]:
-        """List what the whole cells within raw bytes [start, stop) must be."""
+        """List the checks of the whole cells within raw bytes [start, stop)."""
         if not self.checks:
             return ()
         bounds, hashes = self.table()[:, 1], np.frombuffer(self.checks, "<u8")
@@ -94,7 +94,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
 
 class _Watched:
-    """A file that hashes what is read from it and tells how much that was."""
+    """A file that hashes what is read from it and reports its size."""
 
     def __init__(self, path: str, file: formats.Readable, progress: Progress | None) -> None:
         self._path, self._file, self._progress = path, file, progress
@@ -125,11 +125,11 @@ def build(
     Args:
         cell_bytes: raw bytes per cell.
         max_window: bytes of decoder window.
-        progress: is told the compressed bytes as they are read.
-        cache: of remote shards.
+        progress: called with the compressed bytes as they are read.
+        cache: cache of remote shards.
         histories: file for the histories of splice points; None = no splice points.
-        verify_entries: compare what splice points give up to the next, and not only at their beginning.
-    Raises: ShardError if the shard is missing, empty, damaged, cut short, or changes meanwhile.
+        verify_entries: verify each splice point up to the next one, not only at its start.
+    Raises: ShardError if the shard is missing, empty, damaged or truncated, or changes while it is read.
     """
     if files.is_column(path):
         return _build_of_column(path, cell_bytes, progress)
@@ -147,7 +147,7 @@ def build(
         table, frames, decoder_bytes = _scan(formats.chunks(peeked, compression, path, max_window), cell_bytes, splicer)
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
         after = files.stat(path, fresh=True)
-        # Only the content decides: a shard may be touched, or its mirrors may call the same content by other names.
+        # Only content decides: a shard may have been touched, or its mirrors may give the same content other stamps.
         if after != before and (after.size != before.size or content_hash(path, cache) != watched.hash.hexdigest()):
             raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
     return ShardIndex(
@@ -171,7 +171,7 @@ def build(
 def _scan(
     chunks: Iterator[Chunk], cell_bytes: int, splicer: Splicer | None
 ) -> tuple[RecordTable, list[tuple[int, int]], int]:
-    """Take in all chunks of a shard: (its records, where its frames or members begin, what a decoder of it holds)."""
+    """Take in all chunks of a shard: (its records, where its frames or members begin, bytes that a decoder holds)."""
     table = RecordTable(cell_bytes)
     frames: list[tuple[int, int]] = []
     decoder_bytes = formats.MIN_DECODER_BYTES
@@ -188,7 +188,7 @@ def _scan(
 
 
 def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
-    """Do as `build` for a column of an Arrow file; raw bytes are the lengths that stand in for them."""
+    """Index a column of an Arrow file, as `build` does a shard; lengths of values stand in for raw bytes."""
     before = files.stat(path)
     found = arrow.measure(path)
     if progress:
@@ -230,12 +230,12 @@ def obtain(
     cache: BlockCache | None = None,
     verify_entries: bool = True,
 ) -> ShardIndex:
-    """Get the index of a shard: the stored one if it is still true, else a new one, which is stored.
+    """Return the index of a shard: the stored one if it is still valid, else a new one, which is stored.
 
     Args:
-        index_dir: where indexes are kept, if not beside the shards; the histories of splice points lie beside them.
+        index_dir: folder of the indexes, if not beside the shards; histories of splice points are kept beside them.
         verify: hash the file even if its size and modification time agree with the stored index.
-        cache: of remote shards.
+        cache: cache of remote shards.
         verify_entries: see `build`.
     """
     place, now = index_path(path, index_dir), files.stat(path, fresh=True)
@@ -251,12 +251,12 @@ def obtain(
 
 
 def find(path: str, index_dir: Path | None, now: files.Stat, cell_bytes: int | None = None) -> ShardIndex | None:
-    """Look for a stored index of a shard that is as long as the shard is now.
+    """Find a stored index of a shard whose size is the shard's present size.
 
     Args:
-        now: how the shard stands; an index of this stamp too is preferred to a touched one.
+        now: the shard's present stat; an index with the same stamp is preferred to one of a touched shard.
         cell_bytes: None = any.
-    Returns: None if there is none. Where its stamp is not `now`'s, only the content can tell whether it is true.
+    Returns: None if there is none. If its stamp is not `now`'s, only the content can show whether it is valid.
     """
     touched = None
     for place in index_paths(path, index_dir):
@@ -269,7 +269,7 @@ def find(path: str, index_dir: Path | None, now: files.Stat, cell_bytes: int | N
 
 
 def hash_tables(indexes: Iterable[ShardIndex]) -> str:
-    """Hash what batches depend on of indexes, contents and record tables: xxh3-128, in hex."""
+    """Hash the parts of indexes that batches depend on, contents and record tables: xxh3-128, in hex."""
     found = xxhash.xxh3_128()
     for index in indexes:
         found.update(f"{index.content_hash} {len(index.cells)} ".encode())
@@ -278,7 +278,7 @@ def hash_tables(indexes: Iterable[ShardIndex]) -> str:
 
 
 def load(index_path: Path, cell_bytes: int | None = None) -> ShardIndex | None:
-    """Load the stored index of a shard, whether true or not; None if there is none of this version and cell size.
+    """Load a shard's stored index, valid or not; None if there is none of this version and cell size.
 
     Args:
         cell_bytes: None = any.

@@ -1,11 +1,11 @@
-"""Splice points: entries inside a frame or member. Chosen, thinned and verified while a shard is indexed.
+"""Splice points: entries inside a frame or member, chosen, thinned and verified while a shard is indexed.
 
 formats, thinning -> splice_points -> shard_index, decoders.
 
-A splice point is where decoding goes on given the raw bytes before it, its *history*, which is kept beside the index,
-thinned. Whether a place will do is not proven from the data's structure: it is decoded from, beside the decoding of the
-whole shard, up to the next entry, and what comes out is compared. What reads from it later compares once more, with the
-record table's hashes; so no entry can make a wrong byte be read, only cost time.
+Decoding can resume at a splice point, given the raw bytes before it, its *history*, which is kept beside the index,
+thinned. Whether a place will do is not proven from the structure of the data but tried: while the whole shard is being
+decoded, it is also decoded from there up to the next entry, and the results are compared. Later readers compare again,
+with the record table's hashes; so a bad entry can never cause a wrong byte to be read, only cost time.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from shards.config import MIB
 from shards.formats import Chunk, Start, deflate, gzip, zstd, zstd_blocks
 from shards.index.thinning import Follower, thinned
 
-SPACING_BYTES = 64 * MIB  # raw bytes from one entry to the next, where that is affordable
-_MIN_ENTRIES = 8  # of a shard, so that several readers can share a small one
-SHARE = 0.02  # of the shard's compressed size, that all its histories may take
-SMALL_SHARE = 0.1  # that they may take as long as there are fewer than MIN_ENTRIES
-MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save at the least: some milliseconds
-HISTORIES_PER_GAP = 4  # opening handles a history twice, so nearer entries would save nothing
-_MAX_HISTORY_BYTES = 128 * MIB  # beyond, no pass holds several times that many bytes for it
-TRIAL_BYTES = MIB  # raw, of zstd: what a place is tried with at least; a history's length, if that is more
-_TURN_BYTES = 16 * MIB  # raw, compared in one go: two decoders in turns push each other's histories out of the cache
-GATHERED_BYTES = 192 << 10  # of gzip data: to find a block's beginning in the first third, and try it with the rest
-_GATHERED_RAW_BYTES = 16 * MIB  # of gzip data that unpacks to more
+SPACING_BYTES = 64 * MIB  # raw bytes from one entry to the next, where affordable
+_MIN_ENTRIES = 8  # entries per shard to aim for, so that several readers can share a small one
+SHARE = 0.02  # fraction of the shard's compressed size that all its histories may take
+SMALL_SHARE = 0.1  # that fraction while there are fewer than _MIN_ENTRIES
+MIN_GAP_BYTES = 4 * MIB  # raw bytes that an entry must save: some milliseconds of decoding
+HISTORIES_PER_GAP = 4  # opening handles a history twice, so entries closer together would save nothing
+_MAX_HISTORY_BYTES = 128 * MIB  # larger histories are not handled: a pass holds several times their size
+TRIAL_BYTES = MIB  # zstd: raw bytes to try a place with, or its history's length if that is more
+_TURN_BYTES = 16 * MIB  # raw bytes compared per turn: alternating decoders evict each other's histories from the cache
+GATHERED_BYTES = 192 << 10  # gzip data: a block's start is sought in the first third and tried with the rest
+_GATHERED_RAW_BYTES = 16 * MIB  # raw limit for gzip data that unpacks to more
 
 
 class Splice(msgspec.Struct, frozen=True):
-    """One splice point, and where its packed history lies in the file of histories."""
+    """One splice point, and the place of its packed history in the file of histories."""
 
     offset: int  # in the compressed file
     raw_offset: int
@@ -47,16 +47,16 @@ class Splice(msgspec.Struct, frozen=True):
 
 
 class SpliceCounts(msgspec.Struct, frozen=True):
-    """What became of the places that were looked at, where an entry was due."""
+    """How many of the places that were examined, where an entry was due, passed each test."""
 
     looked_at: int = 0
-    qualified: int = 0  # as their block's headers tell (zstd), or as decoding a few blocks from them tells (gzip)
-    failed: int = 0  # in decoding from them
-    too_large: int = 0  # histories, for what all of the shard's may take
+    qualified: int = 0  # passed by their block's headers (zstd), or by decoding a few blocks from them (gzip)
+    failed: int = 0  # could not be decoded from
+    too_large: int = 0  # had histories that exceed the shard's budget
 
 
 class _Trial(NamedTuple):
-    """A splice point that is being decoded from, beside the decoding of the whole shard."""
+    """A splice point from which the shard is decoded on trial, beside the decoding of the whole."""
 
     offset: int
     raw_offset: int
@@ -66,15 +66,16 @@ class _Trial(NamedTuple):
 
 
 class Splicer:
-    """Chooses splice points among the chunks of a shard, which it sees in turn."""
+    """Chooser of splice points among the chunks of a shard, given to it in order."""
 
     def __init__(self, compression: str, size: int, verify: bool, histories: BinaryIO) -> None:
-        """
+        """Begin a shard.
+
         Args:
-            compression: of the shard, zstd or gzip.
+            compression: the shard's: zstd or gzip.
             size: compressed bytes of the shard.
-            verify: compare up to the next entry, and not only what a place is tried with.
-            histories: file for the packed histories, one after the other.
+            verify: compare up to the next entry, not only what a place is tried with.
+            histories: file for the packed histories, written consecutively.
         """
         self._compression, self._size, self._verify, self._file = compression, size, verify, histories
         self._splices: list[Splice] = []
@@ -83,17 +84,17 @@ class Splicer:
         self._failed_in_turn = 0
         self._packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self._last = (0, 0)  # (compressed offset, raw offset) of the last settled entry
-        self._state = 0  # what `Start.state` is for the frame
-        self._held: deque[bytes] = deque()  # the last raw bytes of the frame or member, a history at least
+        self._state = 0  # `Start.state` of the current frame
+        self._held: deque[bytes] = deque()  # the last raw bytes of the frame or member, at least one history
         self._held_bytes = 0
-        self._gathered: list[Chunk] = []  # from where an entry is due on, until it can be tried
+        self._gathered: list[Chunk] = []  # chunks from where an entry is due, until it can be tried
         self._before = b""  # the history before them
-        self._trial: _Trial | None = None  # the newest entry, until it has held to the next
-        self._waiting: list[Chunk] = []  # to be compared with what it gives
+        self._trial: _Trial | None = None  # the newest entry, until it has held up to the next
+        self._waiting: list[Chunk] = []  # chunks to compare with what it gives
         self._waiting_bytes = 0
 
     def see(self, chunk: Chunk) -> None:
-        """Take in a chunk; where an entry is due, gather it and those that follow to try one."""
+        """Take in a chunk; where an entry is due, gather it and its successors to try one."""
         if chunk.begins:
             self._begin(chunk)
             return
@@ -107,7 +108,7 @@ class Splicer:
             self._hold(chunk)
 
     def finish(self) -> tuple[tuple[Splice, ...], SpliceCounts]:
-        """Return what was chosen, once there are no more chunks."""
+        """Return the chosen splice points, once there are no more chunks."""
         self._end_frame()
         return tuple(self._splices), SpliceCounts(self._looked_at, self._qualified, self._failed, self._too_large)
 
@@ -120,34 +121,34 @@ class Splicer:
         self._held_bytes = 0
 
     def _end_frame(self) -> None:
-        """Settle what is being tried, which has held to the frame's or member's end."""
+        """Settle the current trial at the end of the frame or member."""
         if self._gathered:
             self._try_gathered()
         self._compare()
         self._settle()
 
     def _due(self, chunk: Chunk) -> bool:
-        """Tell whether an entry at this chunk is far enough from the last one, and its history affordable by now."""
+        """Return whether an entry at this chunk is far enough from the last one and its history already affordable."""
         offset, raw_offset = (self._trial.offset, self._trial.raw_offset) if self._trial else self._last
         gap, raw_gap = chunk.offset - offset, chunk.raw_offset - raw_offset
-        # Where nothing holds, ever less is tried: an attempt costs what decoding several histories does.
+        # Where places keep failing, they are tried less often: an attempt costs the decoding of several histories.
         nearest = max(MIN_GAP_BYTES, (HISTORIES_PER_GAP + self._failed_in_turn**2) * chunk.history_bytes)
         if raw_gap < nearest or chunk.history_bytes > _MAX_HISTORY_BYTES:
             return False
         if raw_gap < SPACING_BYTES and gap * (_MIN_ENTRIES + 1) < self._size:
             return False
-        # A part of the budget is free from the start, so that the first entries need not wait; all of it at the end.
+        # Part of the budget is free from the start, so that the first entries need not wait; by the end all of it is.
         free = chunk.offset + (self._size - chunk.offset) / (_MIN_ENTRIES + 1)
         return self._affordable(0, free)
 
     def _affordable(self, packed_bytes: int, size: float) -> bool:
-        """Tell whether all histories, with one more, take no more than their share of `size` compressed bytes."""
+        """Return whether all histories and one more take no more than their share of `size` compressed bytes."""
         count = len(self._splices) + (self._trial is not None)
         spent = self._stored_bytes + (len(self._trial.packed) if self._trial else 0)
         return spent + packed_bytes <= (SHARE if count >= _MIN_ENTRIES else SMALL_SHARE) * size
 
     def _gather(self, chunk: Chunk) -> None:
-        """Add a chunk to those that an entry is looked for in; the first only where one is due and may be."""
+        """Gather a chunk in which to look for an entry; the first one only where an entry is due and possible."""
         if not self._gathered:
             if not self._due(chunk):
                 return
@@ -165,14 +166,14 @@ class Splicer:
                 last.history_bytes, TRIAL_BYTES
             )
         if len(last.raw) >= gzip.MAX_OUTPUT_BYTES:
-            return False  # the decoder holds back raw bytes of this chunk's data, which would be missed when counting
+            return False  # the decoder still holds raw bytes of this chunk's data, so the count would miss them
         first = self._gathered[0]
         gathered, raw = last.offset + len(last.data) - first.offset, last.raw_offset + len(last.raw) - first.raw_offset
         return gathered >= GATHERED_BYTES or raw >= _GATHERED_RAW_BYTES
 
     def _try_gathered(self) -> None:
-        """Try the places for an entry in what was gathered, until one holds."""
-        self._compare()  # the trial before has taken in the same chunks
+        """Try the places for an entry among the gathered chunks until one holds."""
+        self._compare()  # the trial before this one has taken in the same chunks
         self._failed_in_turn += 1
         for start, chunks in self._candidates():
             self._qualified += 1
@@ -196,7 +197,7 @@ class Splicer:
             yield start, [Chunk(start.offset, start.raw_offset, data[at:], raw[raw_at:], first.history_bytes, False)]
 
     def _try(self, start: Start, chunks: Sequence[Chunk]) -> bool:
-        """Tell whether decoding from a place gives the chunks' raw bytes, and its history is affordable."""
+        """Return whether decoding from a place gives the chunks' raw bytes and its history is affordable."""
         try:
             history = thinned(self._compression, start, chunks)
         except formats.DECODE_ERRORS:
@@ -210,14 +211,14 @@ class Splicer:
         if not follower.holds(chunks):
             self._failed += 1
             return False
-        self._settle()  # the one before has held up to this one
+        self._settle()  # the previous one has held up to here
         self._trial = _Trial(start.offset, start.raw_offset, start.state, packed, follower)
         if not self._verify:
             self._settle()
         return True
 
     def _compare(self) -> None:
-        """Decode the chunks that wait from the splice point that is being tried."""
+        """Decode the waiting chunks from the splice point on trial, and drop it if they differ."""
         if self._trial and not self._trial.follower.holds(self._waiting):
             self._failed += 1
             self._trial = None
@@ -225,7 +226,7 @@ class Splicer:
         self._waiting_bytes = 0
 
     def _settle(self) -> None:
-        """Keep the splice point that is being tried for good."""
+        """Keep the splice point on trial for good."""
         if self._trial is None:
             return
         trial, self._trial = self._trial, None
@@ -266,7 +267,7 @@ def explain(size: int, raw_bytes: int, decoder_window: int, splices: tuple[Splic
 
 
 def read_history(path: Path, splice: Splice) -> bytes:
-    """Read a splice point's history from its file. Raises: OSError or zstandard.ZstdError if it is not there."""
+    """Read a splice point's history from its file. Raises: OSError or zstandard.ZstdError if it is missing."""
     with path.open("rb") as file:
         file.seek(splice.position)
         return zstandard.ZstdDecompressor().decompress(file.read(splice.packed_bytes))
