@@ -7,7 +7,7 @@
     loader                  row j of the run: lane j mod V, that lane's row j div V
                             global batch k: rows k G .. (k + 1) G; rank r has the rows j with j mod dp_size == r
 
-A rank reads every lane that one of its rows falls on, and passes over the rows in it that other ranks have. A global
+A rank reads every lane that one of its rows falls on and skips the rows in it that belong to other ranks. A global
 batch depends on the shards, the tokenizer, the config, the seed and k; not on ranks, workers, restarts or timing.
 """
 
@@ -43,14 +43,14 @@ from shards.windows.window import WindowMaker
 from shards.windows.worker_pool import InProcess, Pool, WorkerPool
 
 _FEW_LANES = 256
-LARGE_RUN_BYTES = 100 * 10**9  # raw
-_SHARED_LANE_BYTES = 10**9  # raw, from which on it is a warning that several ranks read each lane
+LARGE_RUN_BYTES = 100 * 10**9  # raw bytes
+_SHARED_LANE_BYTES = 10**9  # raw bytes above which lanes read by several ranks are worth a warning
 
 _logger = logging.getLogger(__name__)
 
 
 class Loader:
-    """Iterates over the batches of one data-parallel rank; a context manager that ends its workers."""
+    """The iterator over the batches of one data-parallel rank; a context manager that ends its workers."""
 
     def __init__(
         self,
@@ -61,16 +61,17 @@ class Loader:
         dp_size: int = 1,
         prepared: Prepared | None = None,
     ) -> None:
-        """
+        """Open the sources at the run's start.
+
         Args:
-            config: of the data.
+            config: the data config.
             global_batch_size: rows per optimizer step, over all ranks.
-            seed: of all shuffling.
-            dp_rank, dp_size: which rank of how many; ranks together give the same global batches for every dp_size.
-            prepared: what `prepare` said of this config, on any rank: then no shard is looked at before it is read.
-                None = all shards are looked at now, and indexed where that is missing.
-        Raises: ConfigError if the batch cannot be split over the ranks; ShardError if a shard is missing or
-        damaged.
+            seed: seed of all shuffling.
+            dp_rank, dp_size: this rank and the number of ranks, which together yield the same global batches for any
+            dp_size. prepared: what `prepare` returned for this config, on any rank: then no shard is examined before it
+            is read.
+                None = all shards are examined now and indexed where necessary.
+        Raises: ConfigError if the batch cannot be split over the ranks; ShardError if a shard is missing or damaged.
         """
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         check_split(global_batch_size, dp_size)
@@ -91,7 +92,7 @@ class Loader:
         sizes = [sum(shard.index.raw_bytes for shard in found) for found in shards]
         drawn = [any(weights[i] > 0 for _, weights in self._stages) for i in range(len(shards))]
         self.num_lanes = config.num_lanes(global_batch_size, sum(itertools.compress(sizes, drawn)))
-        # A rank's rows fall on the lanes whose numbers leave one remainder by this, and on no others.
+        # All rows of a rank fall on the lanes whose numbers have the same remainder modulo this.
         self._stride = math.gcd(self.num_lanes, dp_size)
         self._sources = [Source(config, i, found, self.num_lanes, seed) for i, found in enumerate(shards)]
         if dp_rank == 0:
@@ -102,12 +103,12 @@ class Loader:
         recipe = self._tools.recipe()
         self._pool: Pool
         self._pool = WorkerPool(config, recipe) if config.num_workers else InProcess(config, recipe, self._tools)
-        weakref.finalize(self, self._pool.close)  # a loader that is dropped, or left at the interpreter's end
-        self.ended = False  # all lanes of this rank have run dry
-        self._gap_announced: int | None = None  # the step of weight_changes that it lasts until
+        weakref.finalize(self, self._pool.close)  # also when a loader is dropped or the interpreter exits
+        self.ended = False  # all lanes of this rank are exhausted
+        self._gap_announced: int | None = None  # step of weight_changes at which the last announced gap ends
         self._lanes: dict[int, Lane]
         self._state = self._first_state()
-        self._torn = True  # the lanes may stand elsewhere than the state says
+        self._torn = True  # the lanes may be elsewhere than the state says
         self._put_back()
 
     def __enter__(self) -> Self:
@@ -119,45 +120,45 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the workers. What they have made ahead is thrown away: a state needs no more than its cursors."""
+        """End the workers. Windows made ahead are thrown away, since a state consists of cursors alone."""
         self._pool.close()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch; after an error or an interrupt the one that could not be made, from its first row on.
+        """Return the next batch; after an error or an interrupt, the batch that could not be made, from its first row.
 
-        Raises: StopIteration when all lanes of this rank have run dry, all sources having reached their max_epochs;
-            other ranks may have rows left. ShardError if that is so before the first row.
+        Raises: StopIteration when all lanes of this rank are exhausted, all sources having reached their max_epochs;
+            other ranks may have rows left. ShardError if that happens before the first row.
         """
         self._restore()
         state, batch, ended = self._make_batch(self._state.rows)
-        # A batch without a row is no step: its lanes have run dry, others have not. Several ranks tell that together.
+        # A batch without rows is no step: its lanes are exhausted, others are not. Only all ranks together can tell.
         while self._dp_size == 1 and not batch.num_rows and not ended:
             state, batch, ended = self._make_batch(state.rows)
         if ended:
             if self._dp_size == 1:
                 check_not_empty(self.rows_drawn, [source.name for source in self._config.sources])
             raise StopIteration
-        self._state, self._torn = state, False  # last of all: until here the batch is not given out
+        self._state, self._torn = state, False  # last, since an interrupt before this must not lose the batch
         return batch
 
     def next_batch(self) -> Batch:
-        """Return the next batch, even one without a row, and without end, as long as other ranks have rows left."""
+        """Return the next batch, even one without rows, and without end, as other ranks may have rows left."""
         self._restore()
         state, batch, ended = self._make_batch(self._state.rows)
         self._state, self.ended, self._torn = state, ended, False
         return batch
 
     def _restore(self) -> None:
-        """Put the lanes back if a batch could not be made, and take note that one is being made."""
+        """Put the lanes back if the last batch could not be made, and mark them as torn while one is being made."""
         if self._torn:
             self._put_back()
         self._torn = True
 
     def _make_batch(self, first: int) -> tuple[LoaderState, Batch, bool]:
-        """Make the batch from row `first` of the run: (where the lanes are after it, the batch, if all are dry)."""
+        """Make the batch from row `first` of the run: (the lanes' state after it, the batch, True if all are dry)."""
         draws: list[Draw] = []
         is_empty = True
         for j in range(first + self._dp_rank % self._stride, first + self._global_batch_size, self._stride):
@@ -177,25 +178,25 @@ class Loader:
 
     @property
     def rows_drawn(self) -> int:
-        """Rows that are not empty, since the run's start, of the lanes that this rank reports on: sum it over ranks."""
+        """Number of non-empty rows since the run's start in the lanes that this rank reports on: sum it over ranks."""
         return sum(stream.cursor.rows_drawn for lane in self._reported() for stream in lane.streams)
 
     def forecast(self, steps: int | None) -> Forecast:
-        """Foretell how long the data will last, the same at every start of a run; see `forecast.forecast`."""
-        with closing(WindowMaker(self._config, self._tools)) as maker:  # not that of the rows, which counts replays
+        """Forecast how long the data will last, the same at every start of a run; see `forecast.forecast`."""
+        with closing(WindowMaker(self._config, self._tools)) as maker:  # not the rows' maker, which counts replays
             return forecast(self._config, maker, self._sources, self.num_lanes, self._global_batch_size, steps)
 
     def state_dict(self) -> dict[str, object]:
-        """Return where this rank's lanes stand after the last batch; plain, JSON-able.
+        """Return the cursors of this rank's lanes after the last batch, as JSON-able values.
 
-        `merge_states` joins those of all ranks.
+        `merge_states` joins the states of all ranks.
         """
         return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state that holds at least this rank's lanes, whatever number of ranks it was made with.
+        """Resume from a state that holds at least this rank's lanes, whatever number of ranks made it.
 
-        Raises: CheckpointError if it is of another run, another version, or lacks a lane.
+        Raises: CheckpointError if it belongs to another run or version, or lacks a lane.
         """
         loaded = LoaderState.from_dict(state)
         names = tuple(source.name for source in self._config.sources)
@@ -220,16 +221,16 @@ class Loader:
         return LoaderState(LOADER_STATE_VERSION, 0, self.num_lanes, names, lanes)
 
     def _lane_names(self) -> list[str]:
-        """List the lanes that this rank reads, as a state names them."""
+        """List the lanes that this rank reads, by their names in a state."""
         return [str(lane) for lane in range(self._dp_rank % self._stride, self.num_lanes, self._stride)]
 
     def _reported(self) -> Iterator[Lane]:
-        """Return the lanes that this rank reports on, so that what several ranks read is counted once."""
+        """Yield the lanes that this rank reports on, so that lanes shared by several ranks are counted once."""
         return (lane for number, lane in self._lanes.items() if number % self._dp_size == self._dp_rank)
 
     def _put_back(self) -> None:
         """Put the lanes where the state says, whatever was drawn, requested or interrupted since."""
-        self._torn = True  # until the end: this may be interrupted, too
+        self._torn = True  # until the end, since this may be interrupted too
         self._pool.clear()
         self._lanes = {}
         read = [self._records_before(i, source) for i, source in enumerate(self._sources)]
@@ -245,7 +246,7 @@ class Loader:
         self._torn = False
 
     def _records_before(self, number: int, source: Source) -> Ints:
-        """Count int64 [V] records of a source in the segments that this rank's lanes are through with."""
+        """Count the records of a source in the segments that this rank's lanes have finished: int64 [V]."""
         counts = np.zeros(self.num_lanes, np.int64)
         for lane, cursor in self._state.lanes.items():
             counts[int(lane)] = cursor.sources[number].segment
@@ -260,12 +261,12 @@ class Loader:
         return draw
 
     def _is_dry(self, j: int) -> bool:
-        """Tell whether from row j of the run on no lane of this rank has a source left that is drawn from."""
+        """Return whether, from row j of the run on, every lane of this rank is out of sources with a weight."""
         left = [self._weights(j)[0], *(weights for step, weights in self._stages if step * self._global_batch_size > j)]
         return all(lane.is_dry(left) for lane in self._lanes.values())
 
     def _weights(self, j: int) -> tuple[tuple[float, ...], int]:
-        """Return the sources' weights at row j, and the step from which they count."""
+        """Return the sources' weights at row j and the step from which they apply."""
         step = j // self._global_batch_size
         return next((weights, start) for start, weights in reversed(self._stages) if start <= step)
 
@@ -280,7 +281,7 @@ class Loader:
         }
 
     def _announce_gap(self, j: int) -> None:
-        """Say, once, that no lane of this rank has a row before the weights change, if that is so at row j."""
+        """Warn once per gap if, at row j, no lane of this rank has a row left before the weights change."""
         change = next((step for step, _ in self._stages if step * self._global_batch_size > j), None)
         weights, _ = self._weights(j)
         if change in (None, self._gap_announced) or not all(lane.is_dry([weights]) for lane in self._lanes.values()):
@@ -294,7 +295,7 @@ class Loader:
         )
 
     def _check_skipped(self, batch: Batch) -> None:
-        """Raises: ShardError if bad records are too many, in all lanes that this rank reads."""
+        """Check the bad records of all lanes that this rank reads. Raises: ShardError if there are too many."""
         limit, skipped = self._config.max_bad_records, batch.skipped
         if skipped and limit is not None and (so_far := _skipped_in(self._lanes.values())) > limit:
             raise ShardError(
@@ -303,7 +304,7 @@ class Loader:
             )
 
     def _announce_lanes(self, sources: list[Source]) -> None:
-        """Log what follows from the number of lanes, given the sources that are drawn from."""
+        """Log the consequences of the number of lanes, given the sources that are drawn from."""
         raw_bytes = sum(source.plan.raw_bytes for source in sources)
         if self.num_lanes < _FEW_LANES and raw_bytes > LARGE_RUN_BYTES:
             _logger.warning(
@@ -337,7 +338,7 @@ class Loader:
 
 
 def check_not_empty(rows_drawn: int, sources: Sequence[str]) -> None:
-    """Raises: ShardError if data that has come to its end gave no row at all, over all ranks."""
+    """Check that the data, now at its end, gave any row. Raises: ShardError if it gave none, over all ranks."""
     if not rows_drawn:
         names = ", ".join(sources)
         raise ShardError(

@@ -1,7 +1,7 @@
-"""The windows that the lanes of one rank will take: what is requested, when it is due, what is ready.
+"""The windows that the lanes of one rank will take: which are requested, when they are due, which are ready.
 
-lane, worker_pool -> prefetch -> loader. Windows are requested before lanes need them, the most urgent first, bounded in
-bytes. That decides only when a window is made, never which rows a lane gives out.
+lane, worker_pool -> prefetch -> loader. Windows are requested before lanes need them, the most urgent first, up to a
+bound in bytes. That decides only when a window is made, never which rows a lane yields.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from shards.windows.window import Window
 from shards.windows.worker_pool import NOW, Pool, WindowRequest
 
 _WINDOWS_PER_STREAM = 2
-_BYTES_PER_TOKEN = 4  # of raw text, about: only to guess when a window will be needed
+_BYTES_PER_TOKEN = 4  # approximate raw text per token, used only to guess when a window will be needed
 
 
 class _Queue:
-    """The windows of one stream that are requested and not taken, in the order in which its lane takes them."""
+    """The windows of one stream that are requested but not yet taken, in the order in which its lane takes them."""
 
     def __init__(self, lane: Lane, stream: Stream) -> None:
         self.lane, self.stream = lane, stream
         self.requests: deque[WindowRequest] = deque()
-        self.next = stream.position  # the first window that is not requested; None = the source has no more
+        self.next = stream.position  # the first window not yet requested; None = the source has no more
 
 
 class Prefetcher:
-    """Hands windows to the lanes of one rank, and keeps the pool busy with what they will need next."""
+    """The supply of windows for the lanes of one rank, which keeps the pool busy with what they will need next."""
 
     def __init__(
         self,
@@ -40,18 +40,20 @@ class Prefetcher:
         stages: Sequence[tuple[int, Sequence[float]]],
         config: DataConfig,
     ) -> None:
-        """
+        """Request the first windows.
+
         Args:
-            num_lanes: V, those of other ranks counted.
-            stages: (row of the run from which they count, weights of the sources), in their order.
-            config: whose `prefetch_bytes` bound the raw bytes of windows that are requested and not taken. `pool.ahead`
-                windows are always allowed, and never more than a few per stream: small ones would not fill the bytes.
+            num_lanes: V, including the lanes of other ranks.
+            stages: (row of the run from which they apply, weights of the sources), in order.
+            config: its `prefetch_bytes` bound the raw bytes of windows requested but not taken. `pool.ahead` windows
+            are
+                always allowed, and never more than a few per stream, since small ones would not fill the bytes.
         """
         self._pool, self._num_lanes, self._stages = pool, num_lanes, stages
         self._max_bytes, self._bytes_per_row = config.prefetch_bytes, _BYTES_PER_TOKEN * (config.seq_len + 1)
         self._queues = {(stream.number, lane.number): _Queue(lane, stream) for lane in lanes for stream in lane.streams}
         self._max_windows = _WINDOWS_PER_STREAM * len(self._queues)
-        self._windows = self._bytes = 0  # of the windows in all queues
+        self._windows = self._bytes = 0  # totals over all queues
         self._due: list[tuple[int, int, int]] = []  # heap: (row of its lane that needs a queue's next, source, lane)
         if pool.ahead:
             for queue in self._queues.values():
@@ -59,7 +61,7 @@ class Prefetcher:
             self.fill()
 
     def take(self, name: WindowId) -> Window:
-        """Wait for a stream's next window, requested or not, and hand it over. Raises: what making it raised."""
+        """Wait for a stream's next window, requested or not, and return it. Raises: what making it raised."""
         queue = self._queues[name.source, name.lane]
         if not queue.requests:
             self._request(queue, NOW)
@@ -70,7 +72,7 @@ class Prefetcher:
         return self._pool.wait_for(request)
 
     def fill(self) -> None:
-        """Request what is due next, as much as may be requested. Lanes must stand between two draws."""
+        """Request what is due next, as much as is allowed. Lanes must be between two draws."""
         while self._due and (self._has_room() or self._windows < self._pool.ahead):
             due, *key = heapq.heappop(self._due)
             queue = self._queues[key[0], key[1]]
@@ -92,7 +94,7 @@ class Prefetcher:
         self._bytes += request.task.raw_bytes
 
     def _schedule(self, queue: _Queue) -> None:
-        """Put down when a queue's next window will be needed, about; not at all if it never will be."""
+        """Record about when a queue's next window will be needed, if ever."""
         lane, stream = queue.lane, queue.stream
         stages = [(-(-(row - lane.number) // self._num_lanes), weights) for row, weights in self._stages]
         guessed = sum(request.task.raw_bytes for request in queue.requests) // self._bytes_per_row

@@ -30,7 +30,7 @@ from shards.suites.decontaminate import Decontaminator
 
 _NOT_HERE = "%s is not here as the first rank left it"
 _SHARE_FOLDER = "set data.index_dir to a folder that all nodes share"
-_RAW_PER_COMPRESSED = 4  # to guess, before reading it, what a compressed shard unpacks to
+_RAW_PER_COMPRESSED = 4  # guess of a compressed shard's raw size before it is read
 
 _logger = logging.getLogger(__name__)
 
@@ -43,19 +43,19 @@ class PreparedFile(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """All that `prepare` left, so that the other ranks need not look for it again."""
+    """All that `prepare` left, so that the other ranks need not search again."""
 
-    manifests: tuple[PreparedFile, ...]  # of each source
-    filter: PreparedFile | None  # of the decontamination, where there is one
+    manifests: tuple[PreparedFile, ...]  # one per source
+    filter: PreparedFile | None  # the decontamination's, if there is one
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> Prepared:
-    """Look at every shard, and make what is missing of the indexes and the filter. Call it on one rank, first.
+    """Examine every shard and make missing indexes and a missing filter. Call it first, on one rank.
 
     Args:
-        progress: is told (shard, compressed bytes read) as the work goes on, from several threads.
-    Returns: what the Loaders of all ranks are to be handed, so that they need not look again.
-    Raises: ShardError if a shard is missing or damaged, or more is to be indexed than data.max_index_at_start.
+        progress: called with (shard, compressed bytes read) as the work proceeds, from several threads.
+    Returns: what to pass to the Loaders of all ranks, so that they need not examine the shards again.
+    Raises: ShardError if a shard is missing or damaged, or more must be indexed than data.max_index_at_start.
     """
     filtered = None
     if config.decontaminate:
@@ -70,7 +70,7 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Prepared:
 
 
 def prepared_filter(config: DataConfig, prepared: PreparedFile | None) -> Decontaminator | None:
-    """Open the filter that the config asks for, as `prepare` left it; make it where that is not known, or not here.
+    """Open the filter that the config asks for, as `prepare` left it; make it if that is unknown or not found here.
 
     Raises: as `decontaminate.obtain`.
     """
@@ -86,27 +86,27 @@ def prepared_filter(config: DataConfig, prepared: PreparedFile | None) -> Decont
 
 
 def prepared_shards(config: DataConfig, source: SourceConfig, prepared: PreparedFile) -> list[Shard]:
-    """Read the shards of a source as `prepare` found them, here or on another node, without a look at them.
+    """Read the shards of a source as `prepare` found them, here or on another node, without examining them.
 
-    Raises: as `source_shards`, where the manifest is not the one that `prepare` left.
+    Raises: as `source_shards`, if the manifest is not the one that `prepare` left.
     """
     path = Path(prepared.path)
     if is_there(path) and hash_file(path) == prepared.content_hash:
         return [Shard(shard, entry.index) for shard, entry in manifest.read(path, config.cell_bytes).items()]
-    _logger.warning("source %r: %s, so each shard is looked at again; %s", source.name, _NOT_HERE % path, _SHARE_FOLDER)
+    _logger.warning("source %r: %s, so each shard is examined again; %s", source.name, _NOT_HERE % path, _SHARE_FOLDER)
     return source_shards(config, source)
 
 
 class IndexStatus(msgspec.Struct, frozen=True):
-    """Which shards of a source are indexed, as far as their names, sizes and indexes tell.
+    """Which shards of a source are indexed, judging by their names, sizes and indexes.
 
     Attributes:
-        stats: of every shard, in the order of the source's patterns.
-        indexed: the indexes of shards that stand as they were indexed.
-        touched: the indexes of shards of the same size and another stamp, which only their content can confirm.
-        unindexed: shards that have to be read first.
-        unindexed_bytes: a guess of what those unpack to.
-        in_manifest: every index is the manifest's.
+        stats: the stat of every shard, in the order of the source's patterns.
+        indexed: the indexes of shards that are as they were when indexed.
+        touched: the indexes of shards of the same size but another stamp, which only their content can confirm.
+        unindexed: shards that must be read first.
+        unindexed_bytes: estimated raw bytes of those.
+        in_manifest: True if every index is the manifest's.
     """
 
     stats: dict[str, files.Stat]
@@ -118,7 +118,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes, compressed, to be read to confirm the touched ones."""
+        """Compressed bytes to read in order to confirm the touched shards."""
         return sum(self.stats[path].size for path in self.touched)
 
 
@@ -128,7 +128,7 @@ def shard_paths(source: SourceConfig) -> list[str]:
 
 
 def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
-    """Look at a source without reading any shard.
+    """Examine a source without reading any shard.
 
     Raises: ShardError if a pattern matches nothing, or a shard is missing.
     """
@@ -157,7 +157,7 @@ def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
 
 
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
-    """List the shards of a source in the order of its patterns, each with an index that is true now.
+    """List the shards of a source in the order of its patterns, each with a valid index.
 
     Raises: as `prepare`; also ShardError if no shard of the source holds a document.
     """
@@ -167,8 +167,8 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     believed = found.touched_bytes > config.max_index_at_start
     if believed:
         _logger.warning(
-            "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so it is not read for it: each read is "
-            "compared with the indexes; to compare them all before: %s",
+            "source %r: %s; that is more than data.max_index_at_start=%.1f GB, so they are not read in advance: each "
+            "read is compared with the indexes; to compare them all beforehand: %s",
             source.name,
             describe_touched(found),
             config.max_index_at_start / 1e9,
@@ -186,7 +186,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
 
 
 def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
-    """Warn of contents that stand more than once in a source, whatever they are called: a run may have begun so."""
+    """Warn of contents that occur more than once in a source; no error, since a run may have begun with them."""
     first: dict[str, str] = {}
     doubles = []
     for shard in shards:
@@ -196,7 +196,7 @@ def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
             doubles.append(f"{path} ({'the file' if same else 'a copy of'} {before})")
     if doubles:
         _logger.warning(
-            "source %r: %d of its %d shards hold what another holds, so that their documents are read twice in an "
+            "source %r: %d of its %d shards have the same content as another, so their documents are read twice in an "
             "epoch: %s; for a new run, take them out of its paths",
             source.name,
             len(doubles),
@@ -206,17 +206,17 @@ def _say_doubles(source: SourceConfig, shards: list[Shard]) -> None:
 
 
 def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[str] = (), verify: bool = False) -> str:
-    """Return the command that makes (or verifies) the indexes of a source as a run looks for them.
+    """Return the command that makes or verifies the indexes of a source where a run looks for them.
 
     Args:
-        paths: the shards that are meant, where the source is a data set, which has no patterns.
+        paths: the shards to name if the source is a data set, which has no patterns.
     """
     patterns = source.paths or paths
     return index_command(patterns, config.index_dir, config.cell_bytes, config.max_decoder_window, verify)
 
 
 def describe_touched(found: IndexStatus) -> str:
-    """Say what became of the touched shards of a source."""
+    """Describe the touched shards of a source."""
     return (
         f"{len(found.touched)} shards ({found.touched_bytes / 1e9:.1f} GB) were touched after they were indexed: the "
         f"same size, another modification time; e.g. {next(iter(found.touched))}"
@@ -224,7 +224,7 @@ def describe_touched(found: IndexStatus) -> str:
 
 
 def check_amount(config: DataConfig, source: SourceConfig, found: IndexStatus) -> None:
-    """Stop a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
+    """Refuse a start that would spend hours on indexing. Raises: ShardError with the command to run first."""
     if found.unindexed_bytes > config.max_index_at_start:
         raise ShardError(
             f"source {source.name!r}: {len(found.unindexed)} shards have no index, about "
@@ -236,8 +236,8 @@ def check_amount(config: DataConfig, source: SourceConfig, found: IndexStatus) -
 
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
     cache = open_cache(config.remote_cache)
-    # Threads will do for what a start may index: decoding and hashing release the interpreter's lock. For more there is
-    # launch/index.py, which takes processes.
+    # Threads suffice for what a start may index, since decoding and hashing release the interpreter's lock. For more,
+    # launch/index.py uses processes.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
         found = executor.map(
             lambda path: obtain(

@@ -19,19 +19,19 @@ def batch_after(
     batches: int,
     fingerprint: Mapping[str, object] | None = None,
 ) -> Batch:
-    """Make a whole global batch again, as the ranks of a run had it between them.
+    """Make a whole global batch again, as the ranks of a run shared it.
 
     Its `origins()` say where its pieces come from.
 
     Args:
-        config, global_batch_size, seed: of the run.
+        config, global_batch_size, seed: the run's.
         state: all lanes' cursors, saved at or before that batch; None = the run's start.
-        batches: global batches between the state and the one asked for.
-        fingerprint: of the run's loader, where it is known: what differs now is named.
-    Raises: ConfigError or ShardError if the data is not what it was; CheckpointError if the state is of another run, or
+        batches: global batches between the state and the requested one.
+        fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
+    Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.
     """
-    config = config.model_copy(update={"max_bad_records": None})  # looking back must not fail on their number
+    config = config.model_copy(update={"max_bad_records": None})  # their number must not stop a look back
     with Loader(config, global_batch_size, seed) as loader:
         if fingerprint is not None:
             check_fingerprint(fingerprint, loader.fingerprint)

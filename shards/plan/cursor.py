@@ -1,6 +1,6 @@
-"""Where a run's lanes stand: typed, versioned, JSON-able. lane -> cursor -> checkpoint, and back.
+"""The lanes' positions: typed, versioned, JSON-able. lane -> cursor -> checkpoint, and back.
 
-A state is a cursor, never a buffer: it names the next row of each lane, and the rows are made again from there.
+A state is a cursor, never a buffer: it names the next row of each lane, from which the rows are made again.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ LOADER_STATE_VERSION = 1
 
 
 class Cursor(NamedTuple):
-    """Where a lane stands in one source."""
+    """The position of a lane in one source."""
 
-    rows_drawn: int = 0  # since the run's start
-    segment: int = 0  # how many segments the lane is through with: the present deal begins with its q-th
-    window: int = 0  # in the deal
-    row: int = 0  # the next one in the window; may be one past its last
+    rows_drawn: int = 0  # rows since the run's start
+    segment: int = 0  # number of segments finished by the lane: the current deal begins with its q-th
+    window: int = 0  # number in the deal
+    row: int = 0  # the next row in the window; may be one past its last
     skipped: int = 0  # bad records in the windows entered so far
-    window_rows: int = 0  # of the window, once a row of it was drawn; 0 in the states of older programs
+    window_rows: int = 0  # rows of the window, once one was drawn; 0 in the states of older programs
 
 
 class LaneCursor(msgspec.Struct, frozen=True):
-    """Where a lane stands."""
+    """The position of a lane."""
 
-    rows: int  # given out since the run's start, empty ones counted
-    mixing_rows: int  # drawn since the weights last changed or a source was exhausted
-    sources: tuple[Cursor, ...]  # in the order of the config
+    rows: int  # rows yielded since the run's start, including empty ones
+    mixing_rows: int  # rows drawn since the weights last changed or a source was exhausted
+    sources: tuple[Cursor, ...]  # in the config's order
 
 
 class LoaderState(msgspec.Struct, frozen=True):
-    """Where some or all lanes of a run stand, between two global batches."""
+    """The positions of some or all lanes of a run, between two global batches."""
 
     version: int
-    rows: int  # of all lanes, given out since the run's start
+    rows: int  # rows of all lanes since the run's start
     num_lanes: int  # V
     source_names: tuple[str, ...]
     lanes: dict[str, LaneCursor]  # by lane number
 
     def to_dict(self) -> dict[str, object]:
-        """Plain dicts, lists, numbers and strings."""
+        """Return plain dicts, lists, numbers and strings."""
         plain: dict[str, object] = msgspec.to_builtins(self)
         return plain
 
     @staticmethod
     def from_dict(state: Mapping[str, object]) -> LoaderState:
-        """Raises: CheckpointError if `state` is not what `to_dict` of this version gives."""
+        """Read what `to_dict` returned. Raises: CheckpointError if `state` does not come from this version of it."""
         if state.get("version") != LOADER_STATE_VERSION:
             raise CheckpointError(
                 f"loader state has version {state.get('version')!r}; this program reads {LOADER_STATE_VERSION}"
@@ -62,9 +62,9 @@ class LoaderState(msgspec.Struct, frozen=True):
 
 
 def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Joins the states that all ranks took after the same step: one state with all lanes, valid for every dp_size.
+    """Join the states that all ranks took after the same step into one with all lanes, valid for every dp_size.
 
-    Raises: CheckpointError if they are of different steps or runs, or a lane is missing or stands in two places.
+    Raises: CheckpointError if they are of different steps or runs, a lane is missing, or two states differ in a lane.
     """
     if not states:
         raise CheckpointError("no loader state to merge")
@@ -79,7 +79,7 @@ def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
                     "merge states that all ranks took after the same step"
                 )
         for lane, cursor in part.lanes.items():
-            if lanes.setdefault(lane, cursor) != cursor:  # several ranks may read one lane, all of its rows each
+            if lanes.setdefault(lane, cursor) != cursor:  # ranks that share a lane each read all of its rows
                 raise CheckpointError(f"loader states differ in lane {lane}: {lanes[lane]} and {cursor}")
     missing = [lane for lane in range(first.num_lanes) if str(lane) not in lanes]
     if missing:

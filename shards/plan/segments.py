@@ -1,7 +1,7 @@
 """Which record of which source is read where and when: pure functions of (record tables, seed, plan version).
 
 shard_index -> segments -> lane. A source is cut into *segments*, which each epoch permutes and deals to the lanes in
-turn. A *deal* is consecutive segments of one lane's sequence within one epoch, and a *window* a part of a deal.
+turn. A *deal* is consecutive segments of one lane's sequence within one epoch, and a *window* is part of a deal.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 from shards.arrays import Ints, greedy_groups
 from shards.hashing import key_of, permutation, permutations
 
-_MAX_SEGMENT_BYTES = 16 << 20  # raw; what is read in a row of a large source, once its place is found
-_DEAL_BYTES = 16 << 20  # raw: about what a deal holds where segments are smaller
+_MAX_SEGMENT_BYTES = 16 << 20  # raw bytes read contiguously from a large source
+_DEAL_BYTES = 16 << 20  # approximate raw bytes of a deal whose segments are smaller
 _MAX_DEAL_SEGMENTS = 4096
-_SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: at least so many per epoch, where the source is large enough
-# Under version 2 a segment is no smaller than this, or than a 4,096th of the source where that is less: a window is
-# gathered from as many places as it has segments, and each place costs decoding from the entry before it.
-# With 64 KiB, windows of 1 GB in one frame came at a seventh of the rate of whole MiBs; with these, at two fifths.
+_SEGMENTS_PER_LANE = {1: 8, 2: 64}  # by plan version: minimum per epoch if the source is large enough
+# Under version 2 a segment is at least this large, or a 4,096th of the source if that is less: a window is gathered
+# from as many places as it has segments, and each place costs decoding from the entry before it. With segments of 64
+# KiB, windows of 1 GB in one frame came at a seventh of the rate of whole MiBs; with these, at two fifths.
 _SMALL_SEGMENT_BYTES = 256 << 10
 _SMALL_SEGMENTS = 4096
-_SUMMED_AT_ONCE = 1 << 20  # segments, of all epochs that are added up together
+_SUMMED_AT_ONCE = 1 << 20  # segments summed together, over all epochs
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -34,61 +34,62 @@ class Span(msgspec.Struct, frozen=True):
 
     shard: int  # number in the source
     first_record: int  # number in the shard, counted from 0
-    num_records: int  # blank and bad ones counted
+    num_records: int  # including blank and bad ones
     cells_record: int  # number of the cells' first record
-    cells_records: int  # records in the cells
+    cells_records: int  # number of records in the cells
     start: int  # raw offset in the shard where the cells begin
-    stop: int  # and where they end
+    stop: int  # raw offset where they end
 
     @property
     def raw_bytes(self) -> int:
-        """Of the records, taken to be of equal length where a cell holds others too."""
+        """Raw bytes of the records, as if all records of a cell had equal length."""
         return (self.stop - self.start) * self.num_records // self.cells_records
 
 
 class WindowPlan(NamedTuple):
-    """What a window is made of, in the order of the source's records."""
+    """The records of a window, in the order of the source."""
 
     spans: tuple[Span, ...]
     num_records: int
-    raw_bytes: int  # about, where cells are divided
+    raw_bytes: int  # estimated where cells are divided
 
 
 class WindowId(NamedTuple):
-    """The name of a window as a lane meets it."""
+    """The name of a window as its lane reaches it."""
 
     source: int
     lane: int
     segment: int  # q: the deal begins with the lane's q-th segment
-    window: int  # in the deal
+    window: int  # number in the deal
 
 
 class Deal(NamedTuple):
     """Consecutive segments of a lane's sequence, all of one epoch."""
 
     epoch: int
-    segments: tuple[int, ...]  # numbered in the source, in the order of the epoch
+    segments: tuple[int, ...]  # numbers in the source, in the epoch's order
     windows: tuple[WindowPlan, ...]
-    next: int  # q of the segment after it, in the lane's sequence
+    next: int  # q of the following segment in the lane's sequence
 
 
 class SourcePlan:
     """One source's records, cut into segments and windows, dealt to lanes for any number of epochs."""
 
     def __init__(self, name: str, tables: list[Ints], window_limit: int, lanes: int, seed: int, version: int) -> None:
-        """
+        """Cut a source into segments.
+
         Args:
-            name: of the source; its order depends on it.
-            tables: per shard int64 [cells + 1, 2]: each cell's first record and raw offset; last, the shard's end.
-            window_limit: raw bytes per window.
+            name: the source's name; its order depends on it.
+            tables: for each shard, int64 [cells + 1, 2]: each cell's first record and raw offset; last, the shard's
+            end. window_limit: raw bytes per window.
             lanes: V.
-            seed: of the run.
-            version: of the plan. Under version 1 a segment is at least a window, and each is a deal of its own.
+            seed: the run's seed.
+            version: plan version. Under version 1 a segment is at least a window, and each is a deal of its own.
         """
         self.name, self.num_lanes, self._seed = name, lanes, seed
         self._window_limit = window_limit
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
-        # Offsets and records in the concatenation of all shards, so that one search serves them all.
+        # Offsets and records in the concatenation of all shards, so that one search covers them all.
         ends = np.cumsum([[0, 0], *(table[-1] for table in tables)], axis=0)
         cells = [end + table[:-1] for end, table in zip(ends[:-1], tables, strict=True)]
         records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
@@ -101,10 +102,10 @@ class SourcePlan:
         mean_bytes = max(1, self.raw_bytes // max(1, self.num_segments))
         self._deal_segments = min(max(1, _DEAL_BYTES // mean_bytes), _MAX_DEAL_SEGMENTS) if version > 1 else 1
         self._permutation = lru_cache(maxsize=8)(self._permute)
-        self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # for each lane the present and the next
+        self.deal = lru_cache(maxsize=2 * lanes + 2)(self._deal)  # the current and the next deal of each lane
 
     def _cut(self, divide: bool) -> None:
-        """Cut the source into segments, by cells; with `divide`, a cell longer than a segment by its records."""
+        """Cut the source into segments along cells; with `divide`, cut cells longer than a segment by records."""
         first = greedy_groups(self._offsets, self._shard_cells, self.segment_bytes)
         stop = np.append(first[1:], len(self._offsets) - 1)
         records, sizes = self._records[stop] - self._records[first], self._offsets[stop] - self._offsets[first]
@@ -132,17 +133,17 @@ class SourcePlan:
         return key_of("segments", self._seed, self.name, epoch)
 
     def segments_of_lane(self, lane: int, max_epochs: int) -> int:
-        """Count the segments that a lane is dealt in that many epochs."""
+        """Count the segments that a lane is dealt in `max_epochs` epochs."""
         return len(range(lane, max_epochs * self.num_segments, self.num_lanes))
 
     def read_before(self, counts: Ints) -> Ints:
-        """Sum up what each lane's first segments hold.
+        """Sum what each lane's first segments hold.
 
-        The time grows with the number of these segments alone, however many epochs and lanes they are spread over.
+        The time depends only on the number of these segments, however many epochs and lanes they are spread over.
 
         Args:
-            counts: int64 [V]: how many segments of each lane.
-        Returns: int64 [2, V]: their records, and about their raw bytes.
+            counts: int64 [V], number of segments of each lane.
+        Returns: int64 [2, V], their records and approximate raw bytes.
         """
         sums = np.zeros((2, self.num_lanes), np.int64)
         stops = np.where(counts > 0, (counts - 1) * self.num_lanes + np.arange(self.num_lanes) + 1, 0)
@@ -165,7 +166,7 @@ class SourcePlan:
         return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
 
     def _windows(self, segments: Ints) -> Iterator[WindowPlan]:
-        """Cut segments that are longer than a window, by cells, and join shorter ones, in their order."""
+        """Cut segments longer than a window along cells and join shorter ones, in order."""
         spans: list[Span] = []
         size = 0
         for span in self._spans(segments):
@@ -203,5 +204,5 @@ class SourcePlan:
 
 
 def _window(spans: list[Span]) -> WindowPlan:
-    ordered = tuple(sorted(spans, key=lambda span: (span.shard, span.first_record)))  # each shard is read forward
+    ordered = tuple(sorted(spans, key=lambda span: (span.shard, span.first_record)))  # so each shard is read forward
     return WindowPlan(ordered, sum(span.num_records for span in ordered), sum(span.raw_bytes for span in ordered))

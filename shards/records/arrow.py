@@ -1,8 +1,8 @@
 """Columns of Arrow files as shards: a row is a record, with a text or with token ids.
 
-hf_datasets -> arrow -> shard_index, arrow_rows. Such a shard's path is FILE.arrow#COLUMN. Rows are found by their
-number in the mapped file: nothing is decoded on the way. Lengths stand in for raw bytes: those of a text in UTF-8, 4
-per token id, and 1 a row, as a line feed would be.
+hf_datasets -> arrow -> shard_index, arrow_rows. The path of such a shard is FILE.arrow#COLUMN. Rows are found by their
+number in the mapped file, so nothing is decoded on the way. Lengths stand in for raw bytes: a text counts its bytes in
+UTF-8, a token id 4, and each row 1 more, as a line feed would.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _BYTES_PER_TOKEN_ID = 4
 
 
 class Measure(NamedTuple):
-    """What one pass over a column found."""
+    """The result of one pass over a column."""
 
     row_bytes: Ints  # [rows]
     num_documents: int  # rows that are not null
-    content_hash: str  # of the values, however the file splits or stores them
+    content_hash: str  # hash of the values, however the file splits or stores them
 
 
 def num_rows(file: str) -> int:
-    """Rows of an Arrow file. Raises: ShardError if it is none."""
+    """Count the rows of an Arrow file. Raises: ShardError if it is not one."""
     return int(table(file).num_rows)
 
 
 def holds_texts(path: str) -> bool:
-    """True for a column of texts, false for one of token ids. Raises: ShardError as `measure`."""
+    """Return True for a column of texts, False for one of token ids. Raises: ShardError as `measure`."""
     rows, column = _column(path)
     return _is_text(rows.schema.field(column).type)
 
 
 def measure(path: str) -> Measure:
-    """Reads a column once. Raises: ShardError if it is missing, or holds neither texts nor token ids."""
+    """Read a column once. Raises: ShardError if it is missing, or holds neither texts nor token ids."""
     rows, column = _column(path)
     of_lengths, of_values = xxhash.xxh3_128(), xxhash.xxh3_128()
     parts = [np.zeros(0, np.int64)]
@@ -62,7 +62,7 @@ def measure(path: str) -> Measure:
 
 
 def token_ids(column: pa.ChunkedArray) -> list[Ints | None]:
-    """int64 [tokens] for each row; None for null, and for a list with a null in it."""
+    """Return int64 [tokens] for each row; None for null and for a list that contains a null."""
     found: list[Ints | None] = []
     for chunk in column.chunks:
         values = _signed(chunk.flatten())
@@ -76,15 +76,15 @@ def token_ids(column: pa.ChunkedArray) -> list[Ints | None]:
 
 
 def table(file: str) -> pa.Table:
-    """An Arrow file's rows, mapped into memory. Raises: ShardError if it is none."""
+    """Map an Arrow file's rows into memory. Raises: ShardError if it is not one."""
     try:
-        return pa.ipc.open_stream(pa.memory_map(file)).read_all()  # maps the columns, reads only where they stand
+        return pa.ipc.open_stream(pa.memory_map(file)).read_all()  # maps the columns and reads none of them
     except (OSError, pa.ArrowInvalid) as error:
         raise ShardError(f"{file}: cannot be read as an Arrow stream ({error}); make the data set again") from None
 
 
 def _column(path: str) -> tuple[pa.Table, str]:
-    """A column's table, and its name. Raises: ShardError as `measure`."""
+    """Return a column's table and its name. Raises: ShardError as `measure`."""
     rows, column = table(files.file_of(path)), files.column_of(path)
     if column not in rows.column_names:
         raise ShardError(
@@ -106,12 +106,12 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _signed(ids: pa.Array) -> pa.Array:
-    """Token ids of any integer type as int64, in which there is room for a -1."""
+    """Convert token ids of any integer type to int64, which has room for a -1."""
     return ids.cast(pa.int64())
 
 
 def _lengths_and_bytes(chunk: pa.Array) -> tuple[Ints, bytes]:
-    """int64 [rows]: bytes or token ids of each, -1 for null; and the values, one after the other."""
+    """Return int64 [rows], the bytes or token ids of each with -1 for null, and the concatenated values."""
     if not _is_text(chunk.type):
         lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
         return lengths, _signed(chunk.flatten()).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()

@@ -13,11 +13,11 @@ from shards.records import arrow
 from shards.records.json_lines import BadRecord, Records, parser_for
 from shards.storage import files
 
-MAX_OPEN = 32  # files that are kept mapped
+MAX_OPEN = 32  # files kept mapped
 
 
 class Columns:
-    """Rows of columns, with the files that were mapped last kept open."""
+    """Rows of columns, read from files of which the last used stay mapped."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, pa.Table] = OrderedDict()  # by file, least recently used first
@@ -25,14 +25,14 @@ class Columns:
     def records(
         self, path: str, indexed: files.Stat, first: int, count: int, source: SourceConfig, content_hash: str = ""
     ) -> Records:
-        """Consecutive rows of a column, as the records of its source.
+        """Return consecutive rows of a column as records of its source.
 
         Args:
-            path: of the column.
-            indexed: of its file when it was indexed.
-            first: row, counted from 0.
-            count: rows; a null, or a list with a null in it, is a bad record.
-            content_hash: of the column when it was indexed, which decides where its file was only touched.
+            path: path of the column.
+            indexed: stat of its file when it was indexed.
+            first: first row, counted from 0.
+            count: number of rows; a null, or a list that contains one, is a bad record.
+            content_hash: hash of the column when it was indexed, which decides if its file was only touched.
         Raises: ShardError if the file changed after it was indexed.
         """
         rows = self._table(path, indexed, content_hash).slice(first, count)
@@ -62,7 +62,7 @@ class Columns:
         return found
 
     def close(self) -> None:
-        """Lets go of all files."""
+        """Release all files."""
         self._open.clear()
 
     def _table(self, path: str, indexed: files.Stat, content_hash: str) -> pa.Table:
@@ -78,7 +78,7 @@ class Columns:
 
 
 def _values(rows: pa.Table, name: str | None) -> list[object]:
-    """What stands in a column that need not be there."""
+    """Return the values of an optional column, all None if it is missing."""
     if name is None or name not in rows.column_names:
         return [None] * int(rows.num_rows)
     found: list[object] = rows.column(name).to_pylist()

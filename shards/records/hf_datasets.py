@@ -1,6 +1,7 @@
-"""HF data sets as sources: finds the Arrow files of a local or hub data set. The only importer of `datasets`.
+"""HF data sets as sources: the Arrow files of a local or hub data set. The only importer of `datasets`.
 
-config -> hf_datasets -> preparation. What is read then is the files' columns (arrow.py), by row number, in any process.
+config -> hf_datasets -> preparation. From then on the files' columns are read (arrow.py), by row number, in any
+process.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a 
 
 
 def shards_of(source: SourceConfig) -> list[str]:
-    """The columns that hold a data set's documents, in order: one a file. A data set is made into Arrow files once.
+    """List the columns that hold a data set's documents, one per file, in order; make its Arrow files if need be.
 
-    Raises: ShardError if it cannot be loaded, has no such split or column, or is a part of its files.
+    Raises: ShardError if it cannot be loaded, has no such split or column, or is only part of its files.
     """
     assert source.dataset is not None
-    import datasets  # takes seconds: not for runs without data sets, nor for workers
+    import datasets  # takes seconds, which runs without data sets and workers should not pay
 
     where = f"source {source.name!r}: data set {source.dataset!r}"
     try:
@@ -51,14 +52,14 @@ def shards_of(source: SourceConfig) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error was first of all: `datasets` wraps it in one that says only that something went wrong."""
+    """Describe the root cause of an error, which `datasets` wraps in one that says only that something failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _load(datasets, name: str, source: SourceConfig):  # type: ignore[no-untyped-def]  # the library has no types
-    """A `datasets.Dataset` over Arrow files."""
+    """Load a `datasets.Dataset` over Arrow files."""
     path = Path(name).expanduser()
     if any((path / mark).exists() for mark in _SAVED):
         data = datasets.load_from_disk(str(path))
