@@ -1,4 +1,4 @@
-"""A source as lanes read it: its shards with their indexes, its plan, and the task for any window.
+"""A source as lanes read it: its shards with their indexes, its plan, and the task of any window.
 
 manifest, segments -> source -> lane.
 """
@@ -16,12 +16,13 @@ class Source:
     """One source of a run."""
 
     def __init__(self, config: DataConfig, number: int, shards: list[Shard], lanes: int, seed: int) -> None:
-        """
+        """Plan a source.
+
         Args:
-            number: of the source in the config.
-            shards: of the source, in order.
+            number: the source's number in the config.
+            shards: the source's shards, in order.
             lanes: V.
-            seed: of the run.
+            seed: the run's seed.
         """
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
@@ -39,7 +40,7 @@ class Source:
         return self.plan.deal(lane, segment)
 
     def window(self, name: WindowId) -> WindowPlan:
-        """Look up what a window is made of."""
+        """Return the plan of a window."""
         return self.plan.deal(name.lane, name.segment).windows[name.window]
 
     def task(self, name: WindowId) -> WindowTask:
@@ -52,6 +53,6 @@ class Source:
         return WindowTask(self.number, spans, planned.raw_bytes, self.key(name))
 
     def key(self, name: WindowId) -> int:
-        """Compute the key of a window's order."""
+        """Compute the key of a window's shuffle."""
         deal = self.deal(name.lane, name.segment)
         return key_of("window", self._seed, self.config.name, deal.epoch, name.lane, deal.segments[0], name.window)

@@ -1,9 +1,9 @@
 """Raw bytes -> documents: a shard's records, parsed and judged. formats -> json_lines -> window, evaluation.
 
-A record is what stands between two line feeds (and nothing else: JSON text may hold U+2028 and the like). Whether a
-record is blank, bad or a document is decided by its bytes and the text's key alone: not by what else is read of it,
-nor by who reads it. A document is valid UTF-8 from end to end, and a JSON object that nests at most MAX_DEPTH deep and
-has a string under the text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
+A record is the text between two line feeds, and no other separators (JSON text may contain U+2028 and the like). Only
+its bytes and the text's key decide whether a record is blank, bad or a document: not what else is read of it, nor by
+whom. A document is valid UTF-8 throughout, and a JSON object nested at most MAX_DEPTH deep with a string under the
+text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from shards.storage.block_cache import BlockCache
 
 _BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = MIB
-MAX_DEPTH = 256  # arrays and objects within each other; far below what the parsers' own stacks hold
-ADVICE = "mend the line, or set data.on_bad_record: skip"
-_MAX_INT_DIGITS = 640  # that Python turns into an int whatever its settings; a longer number becomes a float
+MAX_DEPTH = 256  # nesting of arrays and objects; far below what the parsers' own stacks can take
+ADVICE = "fix the line, or set data.on_bad_record: skip"
+_MAX_INT_DIGITS = 640  # Python converts this many under any settings; a longer number becomes a float
 
 _RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -40,12 +40,12 @@ class Document(NamedTuple):
     text: str
     source: str  # the source's name, or the sub-source that the record names
     shard: str  # path
-    line: int  # of the record in the unpacked shard, counted from 1
-    id: str | None  # what the record calls itself, where it does
+    line: int  # line of the record in the unpacked shard, counted from 1
+    id: str | None  # the record's own id, if it has one
 
 
 class BadRecord(NamedTuple):
-    """A record that is not blank and holds no text, or one whose text is kept out of the training."""
+    """A record that is not blank and holds no text, or one whose text is kept out of training."""
 
     line: int  # counted from 1
     reason: str
@@ -53,36 +53,37 @@ class BadRecord(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What consecutive lines hold, blank ones left out. texts, lines, sub_sources and ids have equal lengths."""
+    """The contents of consecutive lines, without blank ones. texts, lines, sub_sources and ids have equal lengths."""
 
     texts: list[str]
     lines: list[int]  # counted from 1
     sub_sources: list[str | None]
     ids: list[str | None]
     bad: list[BadRecord]
-    token_ids: list[Ints] | None = None  # of each, where the source has them instead of texts, which are empty then
+    token_ids: list[Ints] | None = None  # one array each, if the source has ids instead of texts, which are then empty
 
 
 class RecordParser:
-    """Parses records by the keys that a source names."""
+    """A parser of records by the keys that a source names."""
 
     def __init__(
         self, text_key: str = "text", id_key: str = "id", source_from: str | None = None, strict: bool = True
     ) -> None:
-        """
+        """Prepare a parser for these keys.
+
         Args:
             text_key, id_key, source_from: as in a SourceConfig; `source_from` may be dotted.
-            strict: judge a record as this module says. False is the rule of runs that were begun before there was that
-                one: fields that are not read are not checked for UTF-8; the parsers limit depth and digits.
+            strict: judge records by this module's rule. False is the rule of runs begun before it: fields that are not
+                read are not checked for UTF-8, and the parsers limit depth and digits.
         """
         self._text_key, self._id_key, self._strict = text_key, id_key, strict
         self._sub_source = source_from.split(".") if source_from else []
-        # Only these keys are built, each once; everything else in a record is passed over by the parser.
+        # Only these keys are built, once each; the parser skips everything else in a record.
         fields = {text_key: "text"}
         self._id_field = fields.setdefault(id_key, "id")
         self._outer_field = fields.setdefault(self._sub_source[0], "outer") if self._sub_source else None
         self._decoder: msgspec.json.Decoder[typing.Any] | None = None
-        # The fast parser compares a key with its bytes in the line, so it cannot be told of one that JSON escapes.
+        # The fast parser compares keys with the line's bytes, so it cannot look for one that JSON must escape.
         if all(json.dumps(key, ensure_ascii=False) == f'"{key}"' for key in fields):
             optional: list[tuple[str, typing.Any, typing.Any]] = [
                 (field, object, None) for field in fields.values() if field != "text"
@@ -92,11 +93,11 @@ class RecordParser:
             self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:
-        """Parses whole lines; the last may lack its line feed.
+        """Parse whole lines; the last may lack its line feed.
 
         Args:
             raw: bytes of the lines.
-            first_line: number of the first of them, counted from 1.
+            first_line: number of the first line, counted from 1.
         """
         records = Records([], [], [], [], [])
         for line, record in enumerate(raw.split(b"\n"), first_line):
@@ -117,9 +118,9 @@ class RecordParser:
         return records
 
     def _parse_fast(self, record: bytes) -> tuple[str, object, object] | None:
-        """(text, id, what the sub-source is found in); None for what only the exact parser can judge.
+        """Return (text, id, value that holds the sub-source); None if only the exact parser can judge the record.
 
-        What this parser takes, the exact one takes too, once `_check` has passed it: it only is some times slower.
+        Once `_check` has passed a record, the exact parser accepts whatever this one does; it is only slower.
         """
         if self._decoder is None or not record:
             return None
@@ -131,9 +132,9 @@ class RecordParser:
         return found.text, getattr(found, self._id_field), outer
 
     def _parse_exactly(self, record: bytes) -> tuple[str, object, object]:
-        """The same of any record: also with NaN in a metadata field, or escaped lone surrogates, which JSON allows.
+        """Parse any record, including NaN in a metadata field and escaped lone surrogates, both of which JSON allows.
 
-        A lone surrogate becomes U+FFFD, since no tokenizer can take it. Raises: ValueError with the reason.
+        A lone surrogate becomes U+FFFD, since no tokenizer accepts it. Raises: ValueError with the reason.
         """
         try:
             found = json.loads(record.decode(), parse_int=_integer if self._strict else None)
@@ -154,7 +155,7 @@ class RecordParser:
         return _without_surrogates(text), found.get(self._id_key), outer
 
     def sub_source(self, value: object) -> str | None:
-        """The sub-source's name under the dotted key, given the value of its first part; an empty one is none."""
+        """Return the sub-source under the dotted key, given the value of its first part; None if missing or empty."""
         if not self._sub_source:
             return None
         for part in self._sub_source[1:]:
@@ -163,14 +164,14 @@ class RecordParser:
 
 
 def parser_for(source: SourceConfig | None, strict: bool = True) -> RecordParser:
-    """Make the parser that a source asks for; None = Pile and Dolma keys. `strict` as for the class."""
+    """Make the parser that a source asks for; None = keys of the Pile and Dolma. `strict` is as for the class."""
     if source is None:
         return RecordParser(strict=strict)
     return RecordParser(source.text_key, source.id_key, source.source_from, strict)
 
 
 def _check(record: bytes) -> None:
-    """Judges what the fast parser passes over in fields that are not read. Raises: ValueError with the reason."""
+    """Check what the fast parser ignores in fields that are not read. Raises: ValueError with the reason."""
     if not record.isascii():
         try:
             record.decode()
@@ -185,16 +186,16 @@ def _num_openings(data: bytes) -> int:
 
 
 def _is_too_deep(record: bytes) -> bool:
-    """Whether more than MAX_DEPTH arrays and objects stand within each other; of no JSON, as far as a parser enters."""
+    """Return whether arrays and objects nest more than MAX_DEPTH deep; without valid JSON, as far as a parser gets."""
     try:
         values = [bytes(value) for value in _RAW_VALUES.decode(record).values()]
     except (msgspec.MsgspecError, RecursionError):
         values = []
-    # Most brackets stand in a text: what is counted there needs no closer look, which is ten times slower
+    # Most brackets are inside texts: if the rest are few, the closer look, ten times slower, is unnecessary
     if _num_openings(record) - sum(_num_openings(value) for value in values if value[:1] == b'"') <= MAX_DEPTH:
         return False
-    outside = b"".join(record.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])  # of all strings
-    data = np.frombuffer(outside, np.uint8) | 0x20  # makes [ and ] of { and }, and of no other byte
+    outside = b"".join(record.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])  # outside all strings
+    data = np.frombuffer(outside, np.uint8) | 0x20  # turns [ and ] into { and }, and no other byte into them
     brackets = data[(data == ord("{")) | (data == ord("}"))]
     return int(np.cumsum(np.where(brackets == ord("{"), 1, -1)).max(initial=0)) > MAX_DEPTH
 
@@ -204,12 +205,12 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _integer(digits: str) -> int | float:
-    """The number, for one too long to be an int as near as a float comes: no record is bad for a number's length."""
+    """Convert a number, to the nearest float if it is too long for an int: no record is bad because of its digits."""
     return int(digits) if len(digits) <= _MAX_INT_DIGITS else float(digits)
 
 
 def _without_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate, which neither UTF-8 nor a tokenizer has."""
+    """Replace each lone surrogate, which neither UTF-8 nor a tokenizer can represent, by U+FFFD."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -218,18 +219,18 @@ def read_documents(
     source: SourceConfig | None = None,
     on_bad_record: typing.Literal["fail", "skip"] = "fail",
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
-    advice: str = "mend the line, or pass on_bad_record='skip'",
+    advice: str = "fix the line, or pass on_bad_record='skip'",
 ) -> Iterator[Document]:
-    """Yields a shard's documents in order, from its beginning.
+    """Yield a shard's documents in order, from its beginning.
 
     Args:
-        path: of one shard, in any of the compressions.
-        source: which keys to read, and the name the documents carry; None = Pile and Dolma keys, and the
-            shard's name without its suffixes.
-        on_bad_record: a bad record ends the reading with an error, or is left out.
-        max_decoder_window: bytes.
-        advice: what to do about a bad record, where the caller offers something else.
-    Raises: ShardError if the shard is missing, damaged, cut short, or (with "fail") holds a bad record.
+        path: a shard, in any of the compressions.
+        source: the keys to read and the documents' source; None = keys of the Pile and Dolma, and the shard's name
+            without its suffixes.
+        on_bad_record: end with an error at a bad record, or skip it.
+        max_decoder_window: in bytes.
+        advice: what the error suggests about a bad record, if the caller has other options.
+    Raises: ShardError if the shard is missing, damaged or truncated, or (with "fail") holds a bad record.
     """
     path = str(path)
     name = source.name if source else Path(path).name.split(".")[0]
@@ -253,9 +254,9 @@ def read_documents(
 def first_bad_record(
     path: str, source: SourceConfig, max_decoder_window: int, strict: bool, cache: BlockCache | None
 ) -> BadRecord | None:
-    """The first record of a shard, if none of those in its first block holds a text; None if one does.
+    """Return a shard's first record if none in its first block holds a text; None if one does.
 
-    What is wrong with the shard itself is left for its indexing to say.
+    Damage to the shard itself is left for its indexing to report.
     """
     with contextlib.suppress(ShardError), contextlib.closing(_blocks(path, max_decoder_window, cache)) as blocks:
         for block in blocks:
@@ -265,12 +266,12 @@ def first_bad_record(
 
 
 def bad_record_error(path: str, bad: BadRecord, advice: str = ADVICE) -> ShardError:
-    """The error for a bad record that may not be skipped."""
+    """Make the error for a bad record that may not be skipped."""
     return ShardError(f"{path}, line {bad.line}: {bad.reason}; {advice}")
 
 
 def _blocks(path: str, max_decoder_window: int, cache: BlockCache | None = None) -> Generator[bytes]:
-    """The raw bytes of a shard in blocks of whole lines. Raises: ShardError if it is missing, damaged or cut short."""
+    """Yield a shard's raw bytes in blocks of whole lines. Raises: ShardError if it is missing, damaged or truncated."""
     with files.open_shard(path, cache=cache) as file:
         peeked = formats.Peeked(file, formats.MAX_HEADER_BYTES)
         chunks = formats.decode(peeked, formats.detect(peeked.head, path), path, max_decoder_window)
@@ -278,7 +279,7 @@ def _blocks(path: str, max_decoder_window: int, cache: BlockCache | None = None)
 
 
 def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Joins chunks into blocks that end with a line feed; the last block may lack it."""
+    """Join chunks into blocks that end with a line feed, which the last block may lack."""
     parts: list[bytes] = []
     size = 0
     for chunk in chunks:

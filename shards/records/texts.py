@@ -1,4 +1,4 @@
-"""The texts of a shard or of a data set's column, from its beginning, whatever it is made of.
+"""The texts of a shard or of a data set's column, from its beginning, whatever its format.
 
 {json_lines, arrow_rows} -> texts -> {suite, tokenizer_check}.
 """
@@ -16,10 +16,10 @@ from shards.records.json_lines import bad_record_error, first_bad_record, read_d
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
-# Of a suite: its figures would be of another text
-ADVICE = "mend it, since no record of a suite is skipped"
-_ROWS_AT_ONCE = 256  # of a data set's column
-_SAMPLED_SHARDS = 4  # of a source, spread over all of them
+# A suite's figures must not depend on records left out
+ADVICE = "fix it, since no record of a suite is skipped"
+_ROWS_AT_ONCE = 256  # rows read at a time from a data set's column
+_SAMPLED_SHARDS = 4  # shards per source, spread over all of them
 
 
 def texts_of(
@@ -28,9 +28,9 @@ def texts_of(
     on_bad_record: Literal["fail", "skip"] = "fail",
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> Iterator[tuple[str | None, str]]:
-    """Yields (sub-source, text) of each document of a shard, a column of an Arrow file among them.
+    """Yield (sub-source, text) for each document of a shard, which may be a column of an Arrow file.
 
-    Raises: ShardError if the shard is missing or damaged, or holds a bad record, with "fail".
+    Raises: ShardError if the shard is missing or damaged or, with "fail", holds a bad record.
     """
     if not files.is_column(shard):
         for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
@@ -47,20 +47,20 @@ def texts_of(
 
 
 def spread(paths: Sequence[str]) -> list[str]:
-    """Take a few shards from all over a list of at least one."""
+    """Pick a few shards spread over a list of at least one."""
     return list(paths[:: -(-len(paths) // _SAMPLED_SHARDS)])
 
 
 def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) -> list[str]:
-    """A few shards of a source, those that begin with texts; of the others nobody knows how far one has to read.
+    """Pick a few shards of a source that begin with texts; others might have to be read far to find one.
 
     Args:
-        paths: of all shards of the source.
+        paths: paths of all shards of the source.
     Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong.
     """
     sample = spread(paths)
     if source.input_ids_key is not None or files.is_column(paths[0]):
-        return sample  # a column was looked for by its name
+        return sample  # a column was found by its name
     options = source, config.max_decoder_window, config.strict_records, open_cache(config.remote_cache)
     bad = {path: first_bad_record(path, *options) for path in sample}
     good = [path for path in sample if bad[path] is None]

@@ -1,1 +1,1 @@
-"""Where bytes lie: patterns of a config, local and remote files, atomic writes."""
+"""Where bytes are: patterns of a config, local and remote files, atomic writes."""

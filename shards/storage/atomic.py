@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that after a crash is there whole, or as it was before; other processes see no part of it either.
+    """Write a file that after a crash is either complete or as it was before; no process sees part of it.
 
-    Raises: OSError if the folder is missing or cannot be written to, or the disk is full.
+    Raises: OSError if the folder is missing or not writable, or the disk is full.
     """
     with written_atomically(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """`write_atomically` for what is written piece by piece; after an error the file is as it was before."""
+    """Open a file to write piece by piece as `write_atomically` does; after an error it is as it was before."""
     partial = partial_name(path)
     try:
         with partial.open("wb") as file:
@@ -38,12 +38,12 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a name stands for anything, following symbolic links.
+    """Return whether a path exists, following symbolic links.
 
-    What a disk refuses to say is no "no": `Path.exists` takes every error for one from Python 3.14 on, and whoever
-    deletes or writes over what is not there would then delete what is.
+    An I/O error is no "no". `Path.exists` returns False for every error from Python 3.14 on, and a caller that deletes
+    or overwrites what does not exist would then delete what does.
 
-    Raises: OSError if it cannot be told, such as after an I/O error.
+    Raises: OSError if that cannot be determined, such as after an I/O error.
     """
     try:
         path.stat()
@@ -53,11 +53,11 @@ def is_there(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """List the names in a folder, sorted; none if it is not there.
+    """List the names in a folder, sorted; none if it does not exist.
 
-    `Path.glob` passes over a folder that cannot be read, which is not the same.
+    `Path.glob` ignores a folder that cannot be read, which is not the same.
 
-    Raises: OSError if it is there and cannot be read.
+    Raises: OSError if it exists and cannot be read.
     """
     try:
         return sorted(os.listdir(folder))
@@ -66,13 +66,13 @@ def names_in(folder: Path) -> list[str]:
 
 
 def partial_name(path: Path) -> Path:
-    """What a file or folder is called until it is complete."""
-    # Node and process keep apart ranks that write the same name; what a killed one leaves, it overwrites in time.
+    """Return the name of a file or folder until it is complete."""
+    # Host and process separate ranks that write the same name; leftovers of a killed one are overwritten in time.
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable: an fsync of a file does not cover the name it goes by."""
+    """Make the names in a folder durable, since an fsync of a file does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

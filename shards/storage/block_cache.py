@@ -1,7 +1,7 @@
-"""Blocks of remote shards on local disk, bounded in bytes, the least recently used given up first.
+"""Blocks of remote shards on local disk, bounded in bytes, evicted by least recent use.
 
-remote -> block_cache. Shared by all processes of a node: a block appears whole or not at all, and one process at a time
-adds or removes. A block that is damaged, or of another content of its URL, is a block that is not there.
+remote -> block_cache. All processes of a node share it: a block appears whole or not at all, and one process at a time
+adds or removes. A block that is damaged, or belongs to other content of its URL, counts as missing.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ from shards.config import RemoteCache
 from shards.errors import ConfigError
 
 BLOCK_SUFFIX = ".block"
-_LOCK_NAME = "lock"  # held while the folder changes; says how many bytes are taken, at most
-CHECK_BYTES = 16  # xxh3-128 of a block and its name, after the block
-_EVICT_TO = 0.9  # of max_bytes: so that the folder is listed once in many blocks
+_LOCK_NAME = "lock"  # held while the folder changes; contains an upper bound of the bytes in use
+CHECK_BYTES = 16  # xxh3-128 of a block and its name, stored after the block
+_EVICT_TO = 0.9  # fraction of max_bytes, so that the folder is listed only once in many blocks
 
 _logger = logging.getLogger(__name__)
 
 
 class BlockCache:
-    """A folder of blocks. Where it cannot be written to, nothing is kept, and the log says so once."""
+    """A folder of blocks. If it is not writable, nothing is kept, and a warning is logged once."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """
+        """Make the folder.
+
         Args:
-            folder: on a local disk; made if it is missing.
-            max_bytes: that all blocks may take together.
-        Raises: ConfigError if the folder cannot be made.
+            folder: on a local disk; created if missing.
+            max_bytes: limit for all blocks together.
+        Raises: ConfigError if the folder cannot be created.
         """
         self._folder, self._max_bytes = folder, max_bytes
-        self._counted = False  # what the lock says is believed only after a listing: a crash of the machine may lose it
+        self._counted = False  # trust the lock's count only after a listing, since a machine's crash may lose it
         self._warned = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"data.remote_cache.dir={folder}: cannot be made: {error.strerror}; name a folder on a local disk"
+                f"data.remote_cache.dir={folder}: cannot be created: {error.strerror}; name a folder on a local disk"
             ) from None
 
     def get(self, url: str, size: int, stamp: str, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop) of what a URL held when it had this size and stamp; None if they are not here."""
+        """Return bytes [start, stop) of what a URL held when it had this size and stamp; None if not cached."""
         path = self._path(url, size, stamp, start, stop)
         try:
             stored = path.read_bytes()
@@ -57,21 +58,21 @@ class BlockCache:
                 return None
         except OSError:
             return None
-        with suppress(OSError):  # a folder that is only read from gives its blocks all the same
-            os.utime(path)  # the time of its last use decides what goes first
+        with suppress(OSError):  # a read-only folder still provides its blocks
+            os.utime(path)  # the time of last use decides what is evicted first
         return data
 
     def put(self, url: str, size: int, stamp: str, start: int, data: bytes) -> None:
-        """Keeps bytes that a URL of this size and stamp holds from `start` on, if there is room for them at all."""
+        """Keep the bytes that a URL of this size and stamp holds from `start` on, if there is room for them at all."""
         path = self._path(url, size, stamp, start, start + len(data))
         needed = len(data) + CHECK_BYTES
         if needed > self._max_bytes:
             return
         try:
             with self._lock() as lock:
-                # Taken before it is used: who is killed in between leaves a number that is too large, never too small.
+                # Counted before it is written: a process killed in between leaves too large a number, never too small.
                 self._write_taken(lock, self._make_room(lock, needed) + needed)
-                part = self._folder / "part"  # one for all, since the lock is held
+                part = self._folder / "part"  # one name for all, since the lock is held
                 part.write_bytes(data + _check(path, data))
                 os.replace(part, path)
         except OSError as error:
@@ -80,11 +81,11 @@ class BlockCache:
             self._warned = True
 
     def _make_room(self, lock: int, needed: int) -> int:
-        """Removes the oldest blocks if `needed` bytes are too many; the bytes that are taken, at most."""
+        """Evict the oldest blocks if `needed` more bytes are too many; return an upper bound of the bytes in use."""
         said = os.pread(lock, 32, 0)
         if self._counted and said.isdigit() and int(said) + needed <= self._max_bytes:
             return int(said)
-        (self._folder / "part").unlink(missing_ok=True)  # of a process that was killed
+        (self._folder / "part").unlink(missing_ok=True)  # left by a process that was killed
         blocks: list[tuple[int, int, str]] = []  # (last use, bytes, path)
         for entry in os.scandir(self._folder):
             if entry.name.endswith(BLOCK_SUFFIX):
@@ -107,13 +108,13 @@ class BlockCache:
 
     @contextmanager
     def _lock(self) -> Iterator[int]:
-        """Waits until no other process or thread changes the folder; the lock's file descriptor."""
+        """Wait until no other process or thread changes the folder; yield the lock's file descriptor."""
         lock = os.open(self._folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock
         finally:
-            os.close(lock)  # which also ends the lock, as the end of the process would
+            os.close(lock)  # also releases the lock, as the end of the process would
 
     def _path(self, url: str, size: int, stamp: str, start: int, stop: int) -> Path:
         parts = "\0".join([url, str(size), stamp, str(start), str(stop)])
@@ -127,7 +128,7 @@ def open_cache(config: RemoteCache | None) -> BlockCache | None:
 
 
 def _check(path: Path, data: bytes) -> bytes:
-    """What stands after a block: of its name too, so that a block under another's name is none."""
+    """Compute the checksum stored after a block; it covers the name, so that no block passes under another's name."""
     found = xxhash.xxh3_128(path.name.encode())
     found.update(data)
     return found.digest()

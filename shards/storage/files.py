@@ -1,4 +1,4 @@
-"""Where a shard's bytes come from: expanding the patterns of a config, opening files, and telling whether one changed.
+"""Access to shards' bytes: expanding the patterns of a config, opening files, and detecting changes.
 
 shard_index and json_lines -> files.
 """
@@ -19,32 +19,32 @@ from shards.storage import remote
 from shards.storage.block_cache import BlockCache
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
-# What somebody may take for a shard, though a glob passes it over
+# Files that somebody may take for a shard, though a glob ignores them
 _LIKE_A_SHARD = re.compile(
     r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE
 )
-_COLUMN_MARK = ".arrow#"  # in the path of a column of an Arrow file: FILE.arrow#COLUMN
-_OURS = (".index.json", ".windows", ".manifest")  # that Headrace leaves beside shards
-_MAX_NAMED = 5  # names in a message, of what may be thousands
+_COLUMN_MARK = ".arrow#"  # marks the path of a column of an Arrow file: FILE.arrow#COLUMN
+_OURS = (".index.json", ".windows", ".manifest")  # files that Headrace leaves beside shards
+_MAX_NAMED = 5  # names in a message, out of what may be thousands
 
 _logger = logging.getLogger(__name__)
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """What is known of a file without reading it.
+    """What is known about a file without reading it.
 
-    Another size means another content. An equal stamp spares reading the file to compare it; another one says nothing.
+    Another size means other content. An equal stamp saves reading the file to compare it; a different one says nothing.
     """
 
     size: int  # bytes, compressed
-    stamp: str  # modification time, or what a server calls this content
+    stamp: str  # modification time, or a server's identifier of this content
 
 
 def expand(patterns: tuple[str, ...], source: str) -> list[str]:
-    """The shards that a source's patterns name: sorted within a pattern, patterns in their order, each shard once.
+    """List the shards that a source's patterns name: sorted within a pattern, patterns in order, each shard once.
 
-    A glob takes only names that end as a shard's does; a name without wildcards is taken as it is. Files in a glob's
-    folders that look like shards and are not read are said.
+    A glob takes only names that end like a shard's; a name without wildcards is taken literally. Files in a glob's
+    folders that look like shards and are not read are logged.
     Raises: ShardError for a pattern that matches nothing, and for a name that is not UTF-8.
     """
     shards: dict[str, None] = {}
@@ -64,7 +64,7 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
     for path in shards:
         if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
             raise ShardError(
-                f"source {source!r}: {os.fsencode(path)!r} is not UTF-8, as a shard's name has to be to stand in "
+                f"source {source!r}: {os.fsencode(path)!r} is not UTF-8, which a shard's name must be to appear in "
                 "indexes, checkpoints and logs; rename it"
             )
     if unread := [path for path in passed_over if path not in shards]:
@@ -79,18 +79,18 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
-    """The first of some names, and how many there are beyond."""
+    """List the first few names and the number of the others."""
     beyond = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + beyond
 
 
 def _matches(pattern: str) -> list[str]:
-    """What a glob matches, sorted."""
+    """List what a glob matches, sorted."""
     return remote.expand(pattern) if remote.is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))
 
 
 def _unread(pattern: str) -> list[str]:
-    """Files in the folders of a glob that look like shards and are none by their names."""
+    """List the files in a glob's folders that look like shards but are not, by their names."""
     folder, mark, name = pattern.rpartition("/")
     beside = _matches(folder + mark + ("**" if name == "**" else "*"))
     return [
@@ -101,9 +101,9 @@ def _unread(pattern: str) -> list[str]:
 
 
 def stat(path: str, fresh: bool = False) -> Stat:
-    """Size and stamp of a shard, of a remote one maybe as it was last listed unless `fresh`.
+    """Return the size and stamp of a shard; a remote one's may be as last listed, unless `fresh`.
 
-    Raises: ShardError if it is missing, a folder or a pipe, or may not be read.
+    Raises: ShardError if it is missing, is a folder or a pipe, or may not be read.
     """
     if remote.is_remote(path):
         return Stat(*remote.stat(path, fresh))
@@ -120,9 +120,9 @@ def stat(path: str, fresh: bool = False) -> Stat:
 
 
 def check_size(path: str, indexed: Stat) -> Stat:
-    """How a shard stands now. Raises: ShardError if it is not as long as when it was indexed.
+    """Return a shard's present stat. Raises: ShardError if its size is not that of when it was indexed.
 
-    Another stamp is no error: what is read is compared with the index.
+    A different stamp is no error, since what is read is compared with the index.
     """
     found = stat(path, fresh=True)
     if found.size != indexed.size:
@@ -131,7 +131,7 @@ def check_size(path: str, indexed: Stat) -> Stat:
 
 
 def changed(path: str, indexed: Stat, found: Stat) -> ShardError:
-    """The error for a shard whose content is not what was indexed."""
+    """Make the error for a shard whose content is not what was indexed."""
     return ShardError(
         f"{path}: changed after it was indexed (size {indexed.size} -> {found.size} bytes, "
         f"modification time {indexed.stamp} -> {found.stamp}); put the old file back, or start a new run"
@@ -139,7 +139,7 @@ def changed(path: str, indexed: Stat, found: Stat) -> ShardError:
 
 
 def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> BinaryIO | remote.RemoteFile:
-    """Opens a shard for reading at a compressed offset, a remote one through `cache`.
+    """Open a shard for reading at a compressed offset, a remote one through `cache`.
 
     Raises: ShardError if it cannot be opened.
     """
@@ -155,7 +155,7 @@ def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> B
 
 
 def is_column(path: str) -> bool:
-    """True for the path of a column, false for that of a file."""
+    """Return True for the path of a column, False for that of a file."""
     return _COLUMN_MARK in path
 
 
@@ -170,14 +170,14 @@ def column_path(file: str, column: str) -> str:
 
 
 def file_of(path: str) -> str:
-    """The file of a column's path; any other path as it is."""
+    """Return the file of a column's path; any other path unchanged."""
     return path.rpartition("#")[0] if is_column(path) else path
 
 
 def place(path: str) -> tuple[str, str]:
-    """(folder, name) of a shard, the folder spelt so that it is the same from everywhere on this machine.
+    """Split a shard's path into (folder, name), with the folder spelt the same from everywhere on this machine.
 
-    A web address's query belongs to the folder: the name becomes a file's, which a signature would be too long for.
+    A web address's query belongs to the folder, since the name becomes a file's, which a signature would make too long.
     """
     if path.startswith(remote.WEB):
         address, mark, query = path.partition("?")
@@ -188,12 +188,12 @@ def place(path: str) -> tuple[str, str]:
 
 
 def _local(path: str) -> str:
-    """A path of this machine without the scheme that fsspec gives it; any other as it is."""
+    """Remove fsspec's scheme from a local path; return any other unchanged."""
     return path.removeprefix(remote.FILE)
 
 
 def _has_wildcards(pattern: str) -> bool:
-    """True for a glob. In a web address a question mark begins the query, where no character is a wildcard."""
+    """Return True for a glob. In a web address, wildcards end at the question mark, where the query begins."""
     if pattern.startswith(remote.WEB):
         pattern = pattern.partition("?")[0]
     return remote.GLOB.search(pattern) is not None

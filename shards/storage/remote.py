@@ -1,8 +1,8 @@
-"""Shards over https://, s3://, gs://, hf:// and whatever else fsspec speaks. files -> remote.
+"""Shards over https://, s3://, gs://, hf:// and whatever else fsspec supports. files -> remote.
 
-A file is fetched in blocks by range, one ahead of the reader. Whatever is asked of a server (blocks, sizes, listings)
-is asked again with growing pauses where the answer fails, stalls or comes short, so that a stream goes on at the block
-where it broke. Only an answer that says so means that a file is missing.
+A file is fetched in blocks by range, one ahead of the reader. Every request to a server (for blocks, sizes, listings)
+is repeated with growing pauses if the answer fails, stalls or is too short, so that a stream resumes at the block where
+it broke. A file counts as missing only if the answer says so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from shards.storage.block_cache import BlockCache
 BLOCK_BYTES = 4 << 20
 _ATTEMPTS = 8
 FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
-_STALL_SECONDS = 60.0  # of a block, and of one folder's listing, which for a store may be many requests
+_STALL_SECONDS = 60.0  # for a block, or for one folder's listing, which may take a store many requests
 ANSWER_SECONDS = 15.0  # for a size
-_REFUSED = (401, 403, 404, 410)  # HTTP statuses that asking again does not change
+_REFUSED = (401, 403, 404, 410)  # HTTP statuses that a repeated request does not change
 WEB = ("http://", "https://")
 FILE = "file://"
 GLOB = re.compile(r"[*?\[]")
@@ -35,25 +35,25 @@ Result = TypeVar("Result")
 
 
 def is_remote(path: str) -> bool:
-    """True for what is not a path of this machine's file systems."""
+    """Return whether a path lies outside this machine's file systems."""
     return "://" in path and not path.startswith(FILE)
 
 
 def expand(pattern: str) -> list[str]:
-    """The URLs that a glob matches, sorted. Raises: ShardError if a listing fails for good."""
+    """List the URLs that a glob matches, sorted. Raises: ShardError if a listing fails for good."""
     system, path = _system(pattern)
     if pattern.startswith(WEB):
-        path = path.replace("?", "[?]")  # there it begins a query
-    system.invalidate_cache()  # of listings, which fsspec remembers for the life of the process
+        path = path.replace("?", "[?]")  # in a web address it begins a query
+    system.invalidate_cache()  # fsspec remembers listings for the life of the process
     fits = re.compile(glob_translate(path))
     found = [name for name in _files_below(system, path) if fits.match(name)]
     return sorted(str(system.unstrip_protocol(name)) for name in found)
 
 
 def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
-    """The files in the folders that a glob may mean. Raises: ShardError if a listing fails for good.
+    """Yield the files in the folders that a glob may cover. Raises: ShardError if a listing fails for good.
 
-    fsspec's own glob takes a folder whose listing failed for an empty one.
+    fsspec's own glob treats a folder whose listing failed as empty.
     """
     wildcard = GLOB.search(path)
     root = path[: wildcard.start()].rpartition("/")[0] if wildcard else path.rpartition("/")[0]
@@ -64,7 +64,7 @@ def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
         try:
             entries = _persist(folder, partial(system.ls, folder, detail=True), _STALL_SECONDS)
         except FileNotFoundError:
-            continue  # of a folder that is not there nothing matches
+            continue  # nothing in a missing folder matches
         for entry in entries:
             name = entry["name"].rstrip("/")
             if entry["type"] != "directory":
@@ -74,10 +74,10 @@ def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
 
 
 def stat(url: str, fresh: bool = False) -> tuple[int, str]:
-    """(size in bytes, stamp that changes with the content).
+    """Return (size in bytes, stamp that changes with the content).
 
     Args:
-        fresh: asks the server, also where the listing that a glob was expanded from has told both.
+        fresh: ask the server even if the listing that expanded a glob gave both.
     Raises: ShardError if it is missing or has no size.
     """
     system, path = _system(url)
@@ -90,13 +90,13 @@ def stat(url: str, fresh: bool = False) -> tuple[int, str]:
     if info.get("type") == "directory":
         raise ShardError(f"{url}: is a folder, not a shard; name the files in it, e.g. {url.rstrip('/')}/*.jsonl.zst")
     if info.get("size") is None:
-        raise ShardError(f"{url}: the server does not tell its size; download the shard and name the local file")
+        raise ShardError(f"{url}: the server does not report its size; download the shard and name the local file")
     keys = ("ETag", "etag", "xet_hash", "blob_id", "md5Hash", "LastModified", "Last-Modified", "updated", "mtime")
     return int(info["size"]), next((str(info[key]) for key in keys if info.get(key)), "")
 
 
 class RemoteFile:
-    """Reads a remote file forward from an offset, one block ahead."""
+    """A remote file read forward from an offset, one block ahead."""
 
     def __init__(
         self,
@@ -105,22 +105,23 @@ class RemoteFile:
         stall_seconds: float = _STALL_SECONDS,
         cache: BlockCache | None = None,
     ) -> None:
-        """
+        """Open the file and request its first block.
+
         Args:
-            offset: of the first byte to read.
-            stall_seconds: a block that takes longer is asked for again.
-            cache: where blocks are looked for first, and kept.
+            offset: offset of the first byte to read.
+            stall_seconds: a block that takes longer is requested again.
+            cache: where blocks are looked up first and kept.
         """
         self._url, self._next, self._stall_seconds = url, offset, stall_seconds
         self._system, self._path = _system(url)
         self._size, self._stamp = stat(url)
-        # Where nothing tells whether a file changed, a kept block could be of an older one.
+        # Without a stamp, a cached block might come from an older version of the file.
         self._cache = cache if self._stamp else None
         self._block, self._taken = b"", 0
         self._ahead = self._fetch()
 
     def read(self, size: int, /) -> bytes:
-        """Up to `size` bytes; none only at the file's end. Raises: ShardError when all attempts have failed."""
+        """Read up to `size` bytes; none only at the file's end. Raises: ShardError when all attempts have failed."""
         if self._taken == len(self._block):
             if self._next >= self._size:
                 return b""
@@ -132,7 +133,7 @@ class RemoteFile:
         return data
 
     def close(self) -> None:
-        """Lets go of what was fetched ahead."""
+        """Discard what was fetched ahead."""
         self._next, self._block, self._taken = self._size, b"", 0
 
     def __enter__(self) -> RemoteFile:
@@ -146,26 +147,26 @@ class RemoteFile:
         return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
 
     def _range(self) -> tuple[int, int]:
-        """The bytes to fetch for the next block; the same for every offset in it if blocks are kept."""
+        """Return the byte range to fetch for the next block, aligned if blocks are cached, so that offsets share it."""
         start = self._next - (self._next % BLOCK_BYTES if self._cache else 0)
         return start, min(start + BLOCK_BYTES, self._size)
 
     def _block_of(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), or what the server gives instead."""
+        """Fetch bytes [start, stop), or whatever the server sends instead."""
         if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
             return kept
-        # The hub's client opens a file for it, which else would read on beyond the range.
+        # The hub's client opens a file for this, which by default reads ahead beyond the range.
         options = {"cache_type": "none"} if self._system.protocol == "hf" else {}
-        # By name, since S3's second argument is another.
+        # Passed by name, since S3's second argument is a different one.
         data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
         if self._cache and len(data) == stop - start:
             unchanged = stat(self._url, fresh=True) == (self._size, self._stamp)
-            if unchanged:  # else they may be of another file than the stamp
+            if unchanged:  # otherwise they may come from a newer file than the stamp's
                 self._cache.put(self._url, self._size, self._stamp, start, data)
         return data
 
     def _await_block(self) -> bytes:
-        """The bytes from `_next` to the end of its block."""
+        """Return the bytes from `_next` to the end of its block."""
         start, stop = self._range()
         wanted = stop - start
         calls = [self._ahead]
@@ -190,7 +191,7 @@ class RemoteFile:
 
 
 class _Call(Generic[Result]):
-    """A function's result, worked out in a thread that may hang without holding up anything else."""
+    """A function's result, computed in a thread that may hang without blocking anything else."""
 
     def __init__(self, function: Callable[[], Result]) -> None:
         self._result: Result | Exception | None = None
@@ -214,11 +215,11 @@ class _Call(Generic[Result]):
 
 
 def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) -> Result:
-    """Tries until it works.
+    """Repeat an attempt until it succeeds.
 
     Args:
-        seconds: that one attempt may take; None = it sees to that itself.
-    Raises: FileNotFoundError or PermissionError at once where the server says so; ShardError if every attempt failed.
+        seconds: limit for one attempt; None = the attempt limits itself.
+    Raises: FileNotFoundError or PermissionError at once if the server says so; ShardError if every attempt failed.
     """
     pause = FIRST_PAUSE_SECONDS
     for number in range(1, _ATTEMPTS + 1):
@@ -232,7 +233,7 @@ def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) ->
             if number == _ATTEMPTS:
                 reason = repr(error.__cause__ or error)
                 raise ShardError(
-                    f"{what}: failed {_ATTEMPTS} times, the last with {reason}; the server or the way to it is at "
+                    f"{what}: failed {_ATTEMPTS} times, the last with {reason}; the server or the network is at "
                     "fault, not the file: try again later"
                 ) from None
         time.sleep(pause)
@@ -241,11 +242,11 @@ def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) ->
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether a server said that there is no such file, or no right to it, so that asking again is of no use.
+    """Return whether a server said that the file does not exist or may not be read, so that repeating is useless.
 
-    fsspec's HTTP raises FileNotFoundError for every failed request for a size, whatever made it fail is its cause.
+    fsspec's HTTP raises FileNotFoundError for every failed request for a size; what made it fail is the cause.
     """
-    import aiohttp  # only where something failed: it takes a while
+    import aiohttp  # only after a failure, since it takes a while
 
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
     if isinstance(cause, aiohttp.ClientResponseError):

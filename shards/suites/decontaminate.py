@@ -1,11 +1,10 @@
-"""Which training documents share text with an evaluation suite. suite -> decontaminate -> window.
+"""Documents that share text with an evaluation suite. suite -> decontaminate -> window.
 
-Texts are compared as `comparable` leaves them. The suite's paragraphs, or its n-grams of words, are hashed to 8 bytes
-each, once, into a file that all processes of a node map: sorted hashes, and a bitmap that tells of nearly every other
-paragraph or n-gram that it is none of them. A document is dropped if any of its own is among them. That is decided by
-its text alone.
+Texts are compared in the form that `comparable` returns. The suite's paragraphs, or its n-grams of words, are hashed
+once, to 8 bytes each, into a file that all processes of a node map: sorted hashes, and a bitmap that rules out nearly
+every other paragraph or n-gram. A document is dropped if any of its own is among them. Its text alone decides.
 
-By chance a hash is one of N with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
+A hash matches one of N by chance with probability N / 2^64: of 10^12 paragraphs looked up among 10^7, 0.5 are wrong.
 """
 
 from __future__ import annotations
@@ -38,24 +37,24 @@ from shards.suites.normalization import (
     comparable,
 )
 
-VERSION = 2  # raise it whenever the same text would give other hashes: runs do not continue across it
-_BITS_PER_HASH = 16  # of the bitmap, at least: of other signatures one in sixteen passes at most
+VERSION = 2  # raise it whenever the same text would give other hashes; runs do not resume across versions
+_BITS_PER_HASH = 16  # minimum bits of bitmap per hash: at most one in sixteen other signatures passes
 LINE_FEED, SPACE = 10, 32
 _ASCII = 128  # characters
 _WHITE_SPACE = bytes(range(SPACE + 1))
 _EIGHT_SPACES = np.uint64(0x2020202020202020)
-_SIGNED_BYTES = 8  # of a line that a signature reads at a time; a shorter line is filled up
-_FILLER = 0xFF  # no byte of UTF-8
+_SIGNED_BYTES = 8  # bytes of a line that a signature reads at a time; shorter lines are padded
+_FILLER = 0xFF  # never a byte of UTF-8
 _PRIME = 0x9E3779B185EBCA87
-_BATCH_HASHES = 1 << 22  # that are held as Python or numpy numbers while a filter is made
+_BATCH_HASHES = 1 << 22  # hashes held in memory while a filter is made
 
 _logger = logging.getLogger(__name__)
 
 
 class HashSet:
-    """A set of 64-bit hashes in a file, mapped into memory, and a bitmap that rules nearly all others out.
+    """A set of 64-bit hashes in a file, mapped into memory, with a bitmap that rules out nearly all others.
 
-    The bitmap is of signatures: of the hashes themselves, or of something that is cheaper to have than a hash.
+    The bitmap holds signatures: the hashes themselves, or something cheaper to compute than a hash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +71,7 @@ class HashSet:
         bitmap = np.zeros(num_words, np.uint64)
         np.bitwise_or.at(bitmap, _word(signatures, num_words), _bit(signatures))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as file:  # not a whole second time in memory, as bytes
+        with written_atomically(path) as file:  # avoids a second copy in memory as bytes
             np.save(file, np.concatenate([np.array([len(unique)], np.uint64), unique, bitmap]))
 
     def __len__(self) -> int:
@@ -80,16 +79,16 @@ class HashSet:
 
     @property
     def digest(self) -> str:
-        """Hash of the hashes; equal for equal sets."""
+        """A hash of the hashes, equal for equal sets."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._hashes).data)
 
     def candidates(self, signatures: Hashes) -> Ints:
-        """Find the places of those signatures of which the hash may be in the set."""
+        """Return the positions of those signatures whose hash may be in the set."""
         found = self._bitmap[_word(signatures, len(self._bitmap))] & _bit(signatures)
         return np.flatnonzero(found)
 
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Tell for each hash whether it is in the set."""
+        """Return for each hash whether it is in the set."""
         if not len(self._hashes):
             return np.zeros(len(hashes), np.bool_)
         places = np.searchsorted(self._hashes, hashes)
@@ -107,47 +106,48 @@ def _bit(hashes: Hashes) -> Hashes:
 
 
 class Decontaminator:
-    """Finds the documents that share text with a suite."""
+    """A filter that finds documents that share text with a suite."""
 
     def __init__(self, config: Decontamination, path: Path) -> None:
-        """
+        """Map the filter.
+
         Args:
-            path: of the suite's hashes, as `obtain` has made them.
-        Raises: ConfigError if the file is not there, or is damaged.
+            path: the file of the suite's hashes, as made by `obtain`.
+        Raises: ConfigError if the file is missing or damaged.
         """
         self._config, self.path = config, path
         try:
             self._hashes = HashSet(path)
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(
-                f"data.decontaminate: {path}, the hashes of the suite, cannot be read: {error}; delete it if it is "
-                "there, and start again: it is made anew"
+                f"data.decontaminate: {path}, the hashes of the suite, cannot be read: {error}; delete it if it "
+                "exists, and start again to have it rebuilt"
             ) from None
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the whole file, with the bitmap. Raises: OSError if it cannot be read."""
+        """Hash of the whole file, including the bitmap. Raises: OSError if it cannot be read."""
         return hash_file(self.path)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to look for."""
+        """True if there is nothing to look for."""
         return not len(self._hashes)
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """Equal for two filters only if they drop the same documents."""
+        """Values that are equal for two filters only if they drop the same documents."""
         rule = {"match": self._config.match, "min_tokens": self._config.min_tokens}
         return {"version": VERSION, **rule, "hashes": self._hashes.digest}
 
     @property
     def reason(self) -> str:
-        """Why a document is dropped."""
+        """The reason for which documents are dropped."""
         what = f"{self._config.match} of {self._config.min_tokens} words"
         return f"shares a {what}{' or more' * (self._config.match == 'paragraph')} with the suite {self._config.suite}"
 
     def shares_text(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Tell, as bool [documents], whether a text has a paragraph (an n-gram) of the suite."""
+        """Return bool [documents]: True where a text has a paragraph (an n-gram) of the suite."""
         flagged = np.zeros(len(texts), np.bool_)
         texts = comparable(texts)
         if self._config.match == "paragraph":
@@ -163,11 +163,11 @@ class Decontaminator:
 
 
 def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
-    """Open the filter of a suite; make it first if it is not there yet. Both read the suite.
+    """Open the filter of a suite, making it first if it does not exist. Either way the suite is read.
 
     Args:
-        index_dir: where filters are kept, None = the user's cache.
-    Raises: ConfigError if the suite is not there, or holds nothing to look for.
+        index_dir: where filters are kept; None = the user's cache.
+    Raises: ConfigError if the suite does not exist or holds nothing to look for.
     """
     suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
     contents = [[part.source.text_key, *part.shards] for found in suites for part in found.parts]
@@ -189,13 +189,13 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
 
 
 def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:
-    """Return (hashes, signatures) of all that a suite's texts hold; equal ones once."""
+    """Return the (hashes, signatures) of everything in a suite's texts, duplicates mostly removed."""
     found = np.zeros((0, 2), np.uint64)
     pending: list[Hashes] = []
     for text in texts:
         (text,) = comparable([text])
         if config.match == "paragraph":
-            # Only here are words counted: what equals a paragraph of the suite has as many
+            # Words are counted only here, since an equal paragraph has equally many
             long = [line for line, count in _words_per_line(text) if count >= config.min_tokens]
             lines = split_lines(["\n".join(long)], config.min_tokens)
             pending.append(np.stack([lines.hashes(np.arange(len(lines.owners))), lines.signatures()], axis=1))
@@ -218,13 +218,13 @@ def _words_per_line(text: str) -> list[tuple[str, int]]:
 class Lines(NamedTuple):
     """The lines of texts, without white space and control characters (up to U+0020) at their ends."""
 
-    data: bytes  # of all texts, in UTF-8
+    data: bytes  # all texts in UTF-8
     starts: Ints  # [lines]: offset of the first byte
     ends: Ints  # [lines]: offset after the last byte
-    owners: Ints  # [lines]: which text each is of
+    owners: Ints  # [lines]: number of the text that each belongs to
 
     def signatures(self) -> Hashes:
-        """Make of each line a number of its length and of 8 bytes at its beginning, middle and end."""
+        """Combine each line's length and the 8 bytes at its beginning, middle and end into a number."""
         if not len(self.starts):
             return np.zeros(0, np.uint64)
         words, sizes = _words_at(self.data), self.ends - self.starts
@@ -239,8 +239,8 @@ class Lines(NamedTuple):
 
 
 def split_lines(texts: Sequence[str], min_words: int) -> Lines:
-    """Find all lines of comparable texts that can hold so many words."""
-    min_bytes = 2 * min_words - 1  # a letter or more for each word, or three bytes for a character that is one
+    """Find all lines of comparable texts that are long enough to hold `min_words` words."""
+    min_bytes = 2 * min_words - 1  # per word at least a letter and a space, or three bytes for a one-character word
     parts = [text.encode() for text in texts]
     data = b"\n".join(parts)
     breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == LINE_FEED)
@@ -250,16 +250,16 @@ def split_lines(texts: Sequence[str], min_words: int) -> Lines:
     _trim(data, starts, ends)
     long = ends - starts >= min_bytes
     starts, ends = starts[long], ends[long]
-    before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines up to each text's end
+    before = np.searchsorted(starts, np.cumsum([len(part) + 1 for part in parts]))  # lines before each text's end
     owners = np.repeat(np.arange(len(parts)), np.diff(before, prepend=0))
     data += _filled_up(data, starts, ends)
     return Lines(data, starts, ends, owners)
 
 
 def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
-    """Copy the lines that are too short to be signed, each as long as it has to be, to stand after `data`.
+    """Return padded copies of the lines that are too short for a signature, to be appended to `data`.
 
-    Moves the bounds of these lines there.
+    Move the bounds of these lines to the copies.
     """
     short = np.flatnonzero(ends - starts < _SIGNED_BYTES)
     buffer = np.frombuffer(data + bytes(_SIGNED_BYTES), np.uint8) if len(short) else np.zeros(0, np.uint8)
@@ -271,11 +271,11 @@ def _filled_up(data: bytes, starts: Ints, ends: Ints) -> bytes:
 
 
 def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
-    """Move the ends of stretches that are not empty inward past white space, in place."""
+    """Move the bounds of non-empty stretches inward past white space, in place."""
     buffer, words = np.frombuffer(data, np.uint8), _words_at(data)
     for bounds, step in ((starts, 1), (ends, -1)):
         rest = np.flatnonzero(buffer[bounds if step > 0 else bounds - 1] <= SPACE)
-        for width in (8, 1):  # an indentation is passed over in eights
+        for width in (8, 1):  # indentation is skipped eight at a time
             moving = rest
             for _ in range(8):
                 moving = moving[ends[moving] - starts[moving] >= width]
@@ -284,19 +284,19 @@ def _trim(data: bytes, starts: Ints, ends: Ints) -> None:
                 if not len(moving):
                     break
                 bounds[moving] += step * width
-        for i in moving.tolist():  # whatever is longer
+        for i in moving.tolist():  # even more white space
             line = data[int(starts[i]) : int(ends[i])]
             left = line.lstrip(_WHITE_SPACE) if step > 0 else line.rstrip(_WHITE_SPACE)
             bounds[i] += step * (len(line) - len(left))
 
 
 def _words_at(data: bytes) -> Hashes:
-    """View every 8 bytes as a number, those that overlap too."""
+    """View every 8 bytes as a number, overlapping ones included."""
     return np.ndarray(max(0, len(data) - 7), "<u8", data, strides=(1,))
 
 
 def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
-    """Hash all runs of n words of comparable texts; return also which text each is of."""
+    """Hash all runs of n words of comparable texts; also return the text that each belongs to."""
     found, starts = words("\n".join(texts))
     ends = np.cumsum([len(text) + 1 for text in texts])
     owners = np.searchsorted(ends, starts, side="right")
@@ -309,10 +309,10 @@ def ngrams(texts: Sequence[str], n: int) -> tuple[Hashes, Ints]:
 
 
 def words(text: str) -> tuple[Hashes, Ints]:
-    """Hash each word of a comparable text; return also the character at which it starts.
+    """Hash each word of a comparable text; also return the character at which it starts.
 
-    A word is a run of letters, digits and marks upon them, or a single Han or Kana character. One that is longer than a
-    block is as many words as it fills.
+    A word is a run of letters, digits and their combining marks, or a single Han or Kana character. A word longer than
+    a block counts as one word per block.
     """
     hashes, starts, begin = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
     while begin < len(text):
@@ -324,7 +324,7 @@ def words(text: str) -> tuple[Hashes, Ints]:
             codes, known = code_points(block), characters(NUM_CHARACTERS)
         kinds = known.kinds.take(codes)
         if begin + len(block) < len(text) and len(ends := np.flatnonzero(kinds != LETTER)):
-            kinds = kinds[: int(ends[-1]) + 1]  # a block ends where a word does
+            kinds = kinds[: int(ends[-1]) + 1]  # end the block between words
         goes_on = (kinds[:-1] == LETTER) & (kinds[1:] == LETTER)
         inside = kinds != BETWEEN
         first = np.flatnonzero(inside & ~np.concatenate([[False], goes_on]))
@@ -332,7 +332,7 @@ def words(text: str) -> tuple[Hashes, Ints]:
         powers, inverse = _powers()
         sums = np.zeros(len(kinds) + 1, np.uint64)
         np.cumsum(known.values.take(codes[: len(kinds)]) * powers[: len(kinds)], out=sums[1:])
-        # sum of character_i * P^i over a word, wherever it stands; all of it modulo 2^64
+        # sum of character_i * P^i over a word, independent of its position; all of it modulo 2^64
         hashes.append(mixed((sums[end] - sums[first]) * inverse[first]))
         starts.append(first + begin)
         begin += len(kinds)

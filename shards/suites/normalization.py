@@ -1,8 +1,8 @@
-"""Texts as they are compared: what does not tell two copies of a text apart is made equal.
+"""Texts in a comparable form, in which differences that do not distinguish two copies are removed.
 
-normalization -> decontaminate. Two copies of a text differ in how their characters are encoded (NFC or NFD, wide or
-narrow forms, ligatures), in case, in typographic or plain quotes and dashes, in kinds of white space, and in characters
-that nobody sees.
+normalization -> decontaminate. Copies of a text differ in how their characters are encoded (NFC or NFD, wide or narrow
+forms, ligatures), in case, in typographic or plain quotes and dashes, in kinds of white space, and in invisible
+characters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy.typing as npt
 from shards.arrays import Hashes
 from shards.hashing import GOLDEN, mixed
 
-# Soft hyphens, joiners, marks of direction, variation selectors, byte order marks
+# Soft hyphens, joiners, direction marks, variation selectors, byte order marks
 _UNSEEN = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
-_ACUTE = re.compile("[\u00b4\u1ffd]")  # an apostrophe to those who type it; to NFKC a space with an accent
+_ACUTE = re.compile("[\u00b4\u1ffd]")  # used as an apostrophe, though NFKC makes it a space with an accent
 _FOLDS = {
     old: new
     for new, others in {
@@ -29,12 +29,12 @@ _FOLDS = {
         '"': "\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u301d\u301e\u301f",
         "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\u2e3a\u2e3b\u301c",
         " ": "\u1680",
-        "\n": "\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029",  # what ends a line to `str.splitlines`
+        "\n": "\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029",  # line ends for `str.splitlines`
     }.items()
     for old in others
 }
 _TO_FOLD = re.compile(f"[{re.escape(''.join(_FOLDS))}]")
-_NO_CHARACTER = "\uffff"  # is no character, and never will be: stands between texts
+_NO_CHARACTER = "\uffff"  # never a character, so it can separate texts
 _ASCII_FOLDS = [(old, new) for old, new in _FOLDS.items() if old.isascii()]
 
 # Han and Kana, which are written without spaces between words
@@ -46,18 +46,18 @@ _SINGLES = (
     (0xF900, 0xFAFF),
     (0x20000, 0x323AF),
 )
-NUM_CHARACTERS = 0x323B1  # all that are written; beyond them are marks that nobody sees, and private ones
+NUM_CHARACTERS = 0x323B1  # covers all scripts; beyond are invisible and private-use characters
 
-BLOCK_CHARACTERS = 1 << 18  # of a text at a time: what numpy makes on the way takes many times that
+BLOCK_CHARACTERS = 1 << 18  # characters handled at a time, since numpy's temporaries take many times that
 
 BETWEEN, LETTER, SINGLE = 0, 1, 2
 
 
 def comparable(texts: Sequence[str]) -> list[str]:
-    """Each text in NFKC with its case folded, plain quotes and dashes, and a line feed for each kind of line end."""
+    """Convert each text to NFKC with case folded, quotes and dashes plain, and every line end a line feed."""
     found = [_comparable_ascii(text) if text.isascii() else "" for text in texts]
     wide = [i for i, text in enumerate(texts) if not text.isascii()]
-    # All at once, since most are too short for numpy to be quick about them
+    # All at once, since numpy is slow on many short texts
     joined = _NO_CHARACTER.join(texts[i].replace(_NO_CHARACTER, "") for i in wide)
     if wide:
         for i, text in zip(wide, _comparable_wide(joined).split(_NO_CHARACTER), strict=True):
@@ -73,12 +73,12 @@ def _comparable_ascii(text: str) -> str:
 
 
 def _comparable_wide(text: str) -> str:
-    """The same of any text, by a table for all characters but the few that change with those beside them."""
+    """Fold any text, by a table for all characters but the few that their neighbours affect."""
     table, parts, begin = _folded_alone(), [], 0
     while begin < len(text):
         end = begin + BLOCK_CHARACTERS
         while end < len(text) and not table[min(ord(text[end]), NUM_CHARACTERS - 1)]:
-            end += 1  # nothing after the next one's beginning changes what is before it
+            end += 1  # so that nothing in the next block changes what is before it
         block = text[begin:end]
         folded = table.take(code_points(block))
         alone, done = folded.tobytes().decode("utf-32-le"), 0
@@ -93,14 +93,14 @@ def _comparable_wide(text: str) -> str:
 
 
 def code_points(text: str) -> npt.NDArray[np.uint32]:
-    """[characters]: their numbers, of those from NUM_CHARACTERS on the last below."""
+    """Return [characters]: the code points, with those from NUM_CHARACTERS on replaced by the last below it."""
     return np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), np.uint32(NUM_CHARACTERS - 1))
 
 
 @lru_cache(maxsize=1 << 14)
 def _fold(text: str) -> str:
     text = unicodedata.normalize("NFD", _ACUTE.sub("'", _UNSEEN.sub("", text)))
-    # Folding may undo what was composed, and composing may give what is to be folded
+    # Folding may decompose, and composing may give characters that need folding
     for _ in range(2):
         text = unicodedata.normalize("NFKC", text.casefold())
     return _TO_FOLD.sub(lambda found: _FOLDS[found[0]], text)
@@ -108,7 +108,7 @@ def _fold(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _folded_alone() -> npt.NDArray[np.uint32]:
-    """[NUM_CHARACTERS]: the one character that each becomes whatever stands beside it; 0 where that is not so."""
+    """Return [NUM_CHARACTERS]: the one character that each becomes in any context; 0 if there is none."""
     chars = [chr(code) for code in range(1, NUM_CHARACTERS - 1) if not 0xD800 <= code < 0xE000]
     seconds = {second for char in chars for second in unicodedata.normalize("NFD", char)[1:]}
     table = np.zeros(NUM_CHARACTERS, np.uint32)
@@ -119,15 +119,15 @@ def _folded_alone() -> npt.NDArray[np.uint32]:
 
 
 class Characters(NamedTuple):
-    """What there is to know of each character, by its code point."""
+    """Properties of each character, by code point."""
 
-    kinds: npt.NDArray[np.uint8]  # BETWEEN words, LETTER of one, SINGLE = a word by itself
-    values: Hashes  # a number for each, to make hashes of
+    kinds: npt.NDArray[np.uint8]  # BETWEEN words, LETTER of a word, SINGLE = a word on its own
+    values: Hashes  # a number for each, from which words are hashed
 
 
 @lru_cache(maxsize=2)
 def characters(count: int) -> Characters:
-    """Of the first `count` code points. A letter is one, a digit, or a mark upon them, as in Hindi."""
+    """Tabulate the first `count` code points. A LETTER is a letter, a digit, or a combining mark, as in Hindi."""
     kinds = np.zeros(count, np.uint8)
     for code in range(count):
         char = chr(code)
