@@ -184,7 +184,7 @@ class DataConfig(Config):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"sources: the name {name!r} stands twice; names must differ")
+                raise ValueError(f"sources: the name {name!r} is used twice; names must differ")
         of_ids = [source.name for source in self.sources if source.input_ids_key is not None]
         if self.decontaminate and of_ids:
             raise ValueError(f"decontaminate: source {of_ids[0]!r} holds token ids; it works on texts only")

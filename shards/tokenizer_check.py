@@ -1,8 +1,8 @@
-"""Whether a tokenizer can say the texts that it is given. {start, evaluation} -> tokenizer_check -> {tokenizer, texts}.
+"""Check that a tokenizer can spell the texts it is given. {start, evaluation} -> tokenizer_check -> {tokenizer, texts}.
 
-A vocabulary of other spellings than the text's (such as the pieces of a byte-level tokenizer, put into a SentencePiece
-file) encodes without an error: every space becomes UNK, and the figures of a training or an evaluation on that look
-like any others. So texts are decoded again, and ids counted that stand for nothing.
+A vocabulary that spells differently from the text (such as the pieces of a byte-level tokenizer in a SentencePiece
+file) encodes without an error: every space becomes UNK, and the figures of training or evaluation look like any others.
+So texts are decoded again, and ids without meaning are counted.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from shards.suites.suite import Suite
 from shards.tokenize.tokenizer import Tokenizer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
-_SAMPLED_CHARACTERS = 1 << 15  # of a shard, in whole documents where they are not longer
-_DECODED_CHARACTERS = 1 << 15  # of a part, in whole documents; UNK is counted in all that are added
+_SAMPLED_CHARACTERS = 1 << 15  # per shard, in whole documents unless they are longer
+_DECODED_CHARACTERS = 1 << 15  # per part, in whole documents; UNK is counted in every document added
 _SHOWN_CHARACTERS = 30
 
 _logger = logging.getLogger(__name__)
 
 
 class Soundness:
-    """What became of the texts of one source or suite.
+    """The findings about the texts of one source or suite.
 
     Args:
-        name: of the source or suite, for messages.
+        name: name of the source or suite, for messages.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self._tokenizer, self._name = tokenizer, name
-        self._counts: dict[str, tuple[int, int]] = {}  # of a part: ids, and those of them that are UNK
-        self._decoded: dict[str, int] = {}  # of a part: characters
-        self._changed: tuple[str, str] | None = None  # a text, and what it is decoded to
-        self._unknown: str | None = None  # a text that has UNK in it
+        self._counts: dict[str, tuple[int, int]] = {}  # by part: number of ids, and of UNK among them
+        self._decoded: dict[str, int] = {}  # by part: number of characters
+        self._changed: tuple[str, str] | None = None  # a text, and what it decodes to
+        self._unknown: str | None = None  # a text that contains UNK
 
     def add(self, part: str, text: str, ids: npt.NDArray[np.integer]) -> None:
         """Add a document.
 
         Args:
-            part: what it belongs to, such as a domain of the suite or a shard of the source.
-            ids: of the text, with BOS and EOS as configured.
+            part: the part it belongs to, such as a domain of the suite or a shard of the source.
+            ids: ids of the text, with BOS and EOS as configured.
         """
         found = int(np.count_nonzero(ids == self._tokenizer.unk_id))
         total, unknown = self._counts.get(part, (0, 0))
@@ -59,13 +59,13 @@ class Soundness:
             self._changed = self._tokenizer.difference(text, ids)
 
     def check(self) -> None:
-        """Raises: ConfigError if the tokenizer cannot say the texts; parts of them it only warns of."""
+        """Check the findings. Raises: ConfigError if it cannot spell the texts; parts of them get a warning."""
         named = f"the tokenizer {self._tokenizer.path}"
         if self._changed is not None:
             text, again = (found[:_SHOWN_CHARACTERS] for found in self._changed)
             raise ConfigError(
                 f"{named} does not give back the text of {self._name}: {text!r} becomes {again!r}"
-                " when it is encoded and decoded; name the tokenizer that the text is to be read with"
+                " when it is encoded and decoded; name the tokenizer meant for this text"
             )
         if self._unknown is None:
             return
@@ -74,7 +74,7 @@ class Soundness:
         if unknown >= MAX_UNKNOWN_SHARE * total:
             raise ConfigError(
                 f"{named} cannot spell the text of {self._name}: {unknown / total:.1%} of its ids are UNK (as in"
-                f" {example!r}); name the tokenizer that the text is to be read with. A file that only names the pieces"
+                f" {example!r}); name the tokenizer meant for this text. A file that only names the pieces"
                 " of another program's tokenizer is for sources of token ids (input_ids_key), not for text"
             )
         for part, (total, unknown) in self._counts.items():
@@ -86,9 +86,9 @@ class Soundness:
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Try a tokenizer on the beginning of a few shards of each source of text. Call it on one rank.
 
-    What is wrong with a shard is left for its indexing to say.
-    Raises: ConfigError if the tokenizer cannot say the text; ShardError if a source has no shards, or its text_key is
-    none of theirs.
+    Damage to a shard is left for its indexing to report.
+    Raises: ConfigError if the tokenizer cannot spell the text; ShardError if a source has no shards, or none of them
+    has its text_key.
     """
     for source in config.sources:
         if source.input_ids_key is not None:

@@ -185,7 +185,7 @@ class Decoders:
         now, path = files.stat(wanted.path, fresh=True), wanted.path
         reason = str(error).removeprefix(f"{path}: ")
         if now == wanted.stat:
-            said = f"{reason}; size and modification time are the same as when it was indexed, so it is damaged, or "
+            said = f"{reason}; size and modification time are as they were when it was indexed, so it is damaged, or "
             said += "another file has taken its place"
         else:
             said = f"changed after it was indexed (modification time {wanted.stat.stamp} -> {now.stamp}): {reason}"

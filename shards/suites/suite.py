@@ -1,14 +1,14 @@
-"""An evaluation suite: sources, each of one or more domains, each of documents. folder, YAML -> suite -> evaluation.
+"""An evaluation suite: sources, divided into domains, divided into documents. folder, YAML -> suite -> evaluation.
 
-A suite is recognised by looking at it. A folder holds, for a split such as `val`,
+A suite is recognised by its layout. A folder holds, for a split such as `val`,
 
-    <source>/<split>/*.jsonl.gz    as Paloma is published; a record's `subdomain` tells its domain
-    <domain>/<split>.jsonl.zst     one or several files a domain
-    <split>/*.jsonl, <split>.jsonl a single source, named like the folder
-    *.jsonl                        a domain a file, named like the file
+    <source>/<split>/*.jsonl.gz    as Paloma is published; a record's `subdomain` names its domain
+    <domain>/<split>.jsonl.zst     one or several files per domain
+    <split>/*.jsonl, <split>.jsonl a single source, named after the folder
+    *.jsonl                        one domain per file, named after the file
 
-in any of a shard's compressions. A YAML file names its sources one by one, data sets among them. A document's domain is
-`source/subdomain`, or the source where the record names none.
+in any of a shard's compressions. A YAML file lists its sources, which may be data sets. A document's domain is
+`source/subdomain`, or the source if the record names no subdomain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shards.records import hf_datasets
 from shards.records.texts import texts_of
 from shards.storage import files
 
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file of that name is no domain's
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file with such a name is no domain
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -37,12 +37,12 @@ class SuiteSource(Config):
 
     name: Name  # the first part of its domains' names
     path: str | None = None  # a file, or a folder in one of the layouts of docs/evaluation.md; relative to this file
-    dataset: str | None = None  # instead of a path: an HF data set, as in data.sources
-    dataset_config: str | None = None  # which configuration of the data set, where it has several
-    revision: str | None = None  # of a data set on the hub; None: the newest
-    split: str | None = None  # None: the split that the suite is read with
+    dataset: str | None = None  # in place of a path: an HF data set, as in data.sources
+    dataset_config: str | None = None  # the data set's configuration, if it has several
+    revision: str | None = None  # revision of a data set on the hub; None = the newest
+    split: str | None = None  # None = the split that the suite is read with
     text_key: Name = "text"  # key of the text in a record, or the column of a data set
-    domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None: one domain
+    domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None = one domain
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -54,7 +54,7 @@ class SuiteSource(Config):
 class SuiteFile(Config):
     """The content of a suite's YAML file."""
 
-    name: Name | None = None  # as it stands in evals.jsonl; None: the file's name without its suffix
+    name: Name | None = None  # as shown in evals.jsonl; None = the file's name without its suffix
     sources: tuple[SuiteSource, ...] = Field(min_length=1)
 
 
@@ -67,7 +67,7 @@ class SuiteDocument(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash of the text that tells it from others, and orders them as if by chance: the same on every machine."""
+        """A hash that identifies the text and puts texts in a random order that is the same on every machine."""
         return xxhash.xxh3_64_intdigest(self.text.encode())
 
 
@@ -78,18 +78,18 @@ class Part(NamedTuple):
     shards: tuple[str, ...]  # files, or columns of Arrow files
 
     def as_training_source(self) -> SourceConfig:
-        """Express the source in the words of `data.sources`, in which readers are told what to read."""
+        """Return the source in the form of `data.sources`, which readers expect."""
         return _as_training_source(self.source, self.source.split or "train")
 
 
 class Suite(NamedTuple):
-    """What `find` found."""
+    """A suite as `find` returns it."""
 
     name: str
     parts: tuple[Part, ...]
 
     def documents(self) -> Iterator[SuiteDocument]:
-        """Yield all documents, in the order of sources, shards, lines. Raises: ShardError for a damaged shard."""
+        """Yield all documents, ordered by source, shard and line. Raises: ShardError for a damaged shard."""
         for part in self.parts:
             source, reading = part.source, part.as_training_source()
             for shard in part.shards:
@@ -98,7 +98,7 @@ class Suite(NamedTuple):
                     yield SuiteDocument(source.name, domain, text)
 
     def content_hashes(self) -> dict[str, str]:
-        """Map shard -> content hash, as an index has it: two suites with equal hashes hold the same documents."""
+        """Map shard -> content hash, as in an index: two suites with equal hashes hold the same documents."""
         return {shard: content_hash(shard) for part in self.parts for shard in part.shards}
 
 
@@ -107,19 +107,19 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
 
     Args:
         path: a folder or a YAML file.
-        split: which documents to read where there are several splits.
-        key: of the config, for messages.
-    Raises: ConfigError that says what was looked for, and which splits or domains are there instead.
+        split: the documents to read if there are several splits.
+        key: config key, for messages.
+    Raises: ConfigError saying what was looked for and which splits or domains exist instead.
     """
     if path.suffix in _YAML_SUFFIXES:
         return _from_yaml(path, split, key)
     if not path.is_dir():
         raise ConfigError(
-            f"{key}={path} is no folder; name one that holds <domain>/{split}.jsonl.zst or <source>/{split}/*.jsonl.gz,"
-            " or a .yaml file that lists sources"
+            f"{key}={path} is not a folder; name one that holds <domain>/{split}.jsonl.zst or "
+            f"<source>/{split}/*.jsonl.gz, or a .yaml file that lists sources"
         )
     parts = []
-    without: list[Path] = []  # folders with shards, of other splits alone
+    without: list[Path] = []  # folders that have shards, but of other splits only
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name != split):
         if shards := _of_split(folder, split):
             parts.append(Part(SuiteSource.parse({"name": folder.name, "path": str(folder)}, key), shards))
@@ -135,10 +135,10 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
 
 
 def training_shards(suite: Suite, shards: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-    """List those of a suite's shards that are trained on, each with the source and shard that it is.
+    """List the shards of a suite that are trained on, each with the source and shard that it equals.
 
     Args:
-        shards: source -> (path, content hash) of each of its shards, as a loader's fingerprint has them.
+        shards: source -> (path, content hash) of each of its shards, as in a loader's fingerprint.
     """
     trained = {digest: f"{path} of source {source!r}" for source, pairs in shards.items() for path, digest in pairs}
     return [f"{shard} is {trained[digest]}" for shard, digest in suite.content_hashes().items() if digest in trained]
@@ -157,13 +157,13 @@ def _from_yaml(path: Path, split: str, key: str) -> Suite:
     names = [source.name for source in listed.sources]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{key}={path}: the source {twice!r} stands twice; names must differ")
+        raise ConfigError(f"{key}={path}: the source {twice!r} is listed twice; names must differ")
     parts = tuple(Part(source, _shards_of(source, split, path.parent, key)) for source in listed.sources)
     return Suite(listed.name or path.stem, parts)
 
 
 def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[str, ...]:
-    """List the shards of one source of a YAML file; relative paths count from the file's folder."""
+    """List the shards of one source of a YAML file; paths are relative to the file's folder."""
     split = source.split or split
     if source.dataset is not None:
         return tuple(hf_datasets.shards_of(_as_training_source(source, split)))
@@ -178,7 +178,7 @@ def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[s
 
 
 def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
-    """Express a source in the words of `data.sources`, in which readers are told what to read."""
+    """Return a source in the form of `data.sources`, which readers expect."""
     return SourceConfig(
         name=source.name,
         paths=() if source.path is None else (source.path,),
@@ -210,13 +210,13 @@ def _whole_stem(path: Path) -> str:
 
 
 def _splits_in(folder: Path) -> list[str]:
-    """List what could be named as a split for a folder."""
+    """List the names that could be given as a split of a folder."""
     below = [child.name for child in folder.iterdir() if child.is_dir() and _shards_in(child)]
     return sorted({*below, *(_stem(path) for path in _shards_in(folder))})
 
 
 def _file_each(folder: Path, key: str) -> list[Part]:
-    """Make a domain of each shard of a folder, unless they are named like splits."""
+    """Make a domain of each shard of a folder, unless any is named after a split."""
     shards = _shards_in(folder)
     if any(_stem(path) in _SPLITS for path in shards):
         return []

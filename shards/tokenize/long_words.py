@@ -1,19 +1,18 @@
 """A word of any length -> token ids, part by part, in bounded memory and linear time.
 
-word_encoder -> long_words -> split_points. SentencePiece takes some fifty bytes for each character of a word, so one of
-200 MB would need 10 GB. Where a word may be divided cannot be read from its characters, but it can be proved from token
-ids:
+word_encoder -> long_words -> split_points. SentencePiece takes some fifty bytes per character of a word, so a word of
+200 MB would need 10 GB. The characters do not show where a word may be divided, but token ids can prove it:
 
-A BPE model merges, of all neighbours whose joined text is a piece, those with the best score, the leftmost among
+A BPE model merges, among all neighbours whose joined text is a piece, those with the best score, the leftmost among
 equals, until there are none. Let A's ids end with a, let B's ids begin with b, and let the ids of the text of a and b
-together be a, b. Then the ids of A + B are those of A and those of B, joined. For suppose that a merge crosses the
-place between some two of these tokens, and take the first that does. Up to then, what happened in the text of these two
-tokens is what happens if they stand alone, since no merge has crossed its bounds and the order of its own merges is the
-same. So this merge would be made there, too; but there the ids are these two tokens. (Two neighbours within A or B have
-this property since they are neighbours in its ids.)
+together be a, b. Then the ids of A + B are those of A and those of B, joined. For suppose that some merge crosses the
+boundary between two of these tokens, and take the first that does. Up to then, the text of these two tokens was merged
+as if it stood alone, since no merge has crossed its bounds and the order of its own merges is the same. So this merge
+would also be made there; but there the ids are these two tokens. (Two neighbours within A or B have this property since
+they are neighbours in its ids.)
 
-User-defined symbols are looked for from left to right, the longest first, before all merges. A place between tokens
-that is farther from the end of A than the longest symbol is between symbols in A + B, too.
+User-defined symbols are matched from left to right, the longest first, before all merges. A token boundary that is
+farther from the end of A than the longest symbol is between symbols in A + B, too.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from sentencepiece import sentencepiece_model_pb2
 from shards.tokenize.split_points import Cuts
 
 PART_BYTES = 1 << 17
-_TRIALS = 64  # places to divide at that are tried before a part is made twice as long
+_TRIALS = 64  # places to divide at that are tried before a part is doubled in length
 
 
 class LongWords:
-    """Encodes long words of one BPE model without unused pieces, spelled as in `split_points`."""
+    """An encoder of long words for a BPE model without unused pieces, spelled as in `split_points`."""
 
     def __init__(
         self,
@@ -41,16 +40,17 @@ class LongWords:
         model: sentencepiece_model_pb2.ModelProto,
         dtype: npt.DTypeLike,
     ) -> None:
-        """
+        """Measure the model's pieces.
+
         Args:
-            processor: of the model, one that does not normalize.
-            dtype: of ids.
+            processor: the model's, one that does not normalize.
+            dtype: dtype of ids.
         """
         self._processor, self._dtype = processor, dtype
         kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
         spelled = [len(cuts.spell(piece.piece).encode()) for piece in model.pieces]
         kept = (kinds.NORMAL, kinds.USER_DEFINED)
-        # Bytes of text that an id stands for; 0 = that depends
+        # Bytes of text that an id stands for; 0 = not fixed
         self._sizes = [
             size if piece.type in kept else int(piece.type == kinds.BYTE)
             for piece, size in zip(model.pieces, spelled, strict=True)
@@ -59,7 +59,7 @@ class LongWords:
         self._margin = max(symbols, default=0)
 
     def encode(self, data: bytes, begin: int, end: int) -> list[npt.NDArray[np.integer]]:
-        """The ids of data[begin:end], in consecutive arrays."""
+        """Return the ids of data[begin:end], in consecutive arrays."""
         done: list[tuple[int, npt.NDArray[np.integer]]] = []  # (offset, ids) of each part
         stop = _character(data, begin + PART_BYTES, end)
         ids = self._ids(data, begin, stop)
@@ -74,7 +74,7 @@ class LongWords:
             else:
                 stop = _character(data, stop + (stop - begin), end)
                 ids = self._ids(data, begin, stop)
-                # Of a longer text the first token may be another, which the part before it was not compared with
+                # The longer text may begin with another token, with which the part before it was not compared
                 while done and not self._hold(data, begin, done[-1][1], ids):
                     begin, _ = done.pop()
                     ids = self._ids(data, begin, stop)
@@ -84,7 +84,7 @@ class LongWords:
         return self._processor.EncodeAsNumpy(data[begin:end]).astype(self._dtype)
 
     def _places(self, data: bytes, ids: npt.NDArray[np.integer], stop: int) -> Iterator[tuple[int, int]]:
-        """(ids before it, offset) of places between tokens of the text that ends at `stop`, the last first."""
+        """Yield (ids before it, offset) for places between tokens of the text that ends at `stop`, the last first."""
         place, count, trials = stop, len(ids), 0
         while count and trials < _TRIALS and (size := self._sizes[ids[count - 1]]):
             count, place = count - 1, place - size
@@ -93,9 +93,9 @@ class LongWords:
                 yield count, place
 
     def _hold(self, data: bytes, place: int, before: npt.NDArray[np.integer], after: npt.NDArray[np.integer]) -> bool:
-        """Whether the tokens on both sides of a place are those of their text alone."""
+        """Return whether the tokens on both sides of a place are also those of their text on its own."""
         first, last, num_before, num_after = place, place, 0, 0
-        # A character that is no piece is several tokens, a byte each
+        # A character that is no piece takes several tokens, one per byte
         while first == place or not _begins_character(data, first):
             num_before += 1
             if num_before > len(before) or not (size := self._sizes[before[-num_before]]):
@@ -115,7 +115,7 @@ def _begins_character(data: bytes, place: int) -> bool:
 
 
 def _character(data: bytes, place: int, end: int) -> int:
-    """The first place from `place` on, up to `end`, where a character begins."""
+    """Find the first place from `place` on, up to `end`, where a character begins."""
     while place < end and not _begins_character(data, place):
         place += 1
     return min(place, end)

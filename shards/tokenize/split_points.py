@@ -1,18 +1,17 @@
 """Where texts can be cut without changing a single token id, decided from the model alone.
 
 word_encoder -> split_points. A BPE model begins with characters (a user-defined symbol counts as one) and merges
-neighbours, best score first, leftmost among equals, and only into pieces of its vocabulary. Where no piece holds
-character a followed by b, no merge and no symbol ever reaches from a to b. Then what happens on one side does not
-depend on the other, and the ids of a text are those of its parts, joined. Three things could still carry from one part
-into the next:
+neighbours, best score first, leftmost among equals, and only into pieces of its vocabulary. If no piece contains
+character a followed by b, no merge and no symbol ever reaches from a to b. Then each side is independent of the other,
+and the ids of a text are those of its parts, joined. Three things could still carry over from one part to the next:
 
-- Unused pieces. A merge into one is taken back at the end, the way that it was last made anywhere in the text.
-- Unknown characters in a row, which become a single token, unless the model spells them in bytes. Such a model is cut
-  only beside a character that is a piece.
-- The normalizer. So cuts are for normalized text, and nothing is normalized again.
+- Unused pieces. A merge into one is undone at the end, in the way it was last made anywhere in the text.
+- Consecutive unknown characters, which become a single token unless the model spells them in bytes. A model that does
+  not is cut only beside a character that is a piece.
+- The normalizer. So cuts apply to normalized text, and nothing is normalized again.
 
-A unigram model has no such cuts: SentencePiece adds up scores in 32 bits from the text's beginning, so which of two
-nearly equal ways to split a word wins depends on how much text stands before it.
+A unigram model has no such cuts: SentencePiece sums scores in 32 bits from the beginning of the text, so which of two
+nearly equal ways to split a word wins depends on how much text precedes it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from shards.arrays import Ints
 from shards.hashing import GOLDEN
 
 SPACE = "\u2581"  # how a model writes " "
-END = 0xFF  # stands between texts: no byte of UTF-8
-LEAD = 4  # bytes that must stand before the first place to cut
+END = 0xFF  # separates texts; never a byte of UTF-8
+LEAD = 4  # bytes that must precede the first place to cut
 _SEEN_BITS = 20
 MULTIPLIER = np.uint64(GOLDEN)
 _BYTE_BITS = 8
@@ -37,35 +36,35 @@ _NEVER, _ALWAYS, _ASK = 0, 1, 2
 class Cuts:
     """The places where normalized texts of one model may be cut.
 
-    Such a text is spelled in UTF-8 with " " for the model's U+2581, where the model writes spaces so.
+    Such a text is spelled in UTF-8, with " " for U+2581 if the model writes spaces that way.
     """
 
     def __init__(self, model: sentencepiece_model_pb2.ModelProto) -> None:
         trainer = model.trainer_spec
         kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
         self._escaped: bool = model.normalizer_spec.escape_whitespaces
-        self.obstacle: str | None = None  # why no text may be cut
+        self.obstacle: str | None = None  # the reason why no text may be cut
         if trainer.model_type != trainer.BPE:
             self.obstacle = f"it is a {trainer.ModelType.Name(trainer.model_type).lower()} model, not BPE"
         elif any(piece.type == kinds.UNUSED for piece in model.pieces):
             self.obstacle = "it has unused pieces"
         if self.obstacle is not None:
             return
-        # Pieces of other kinds are never made of text.
+        # Pieces of other kinds never arise from text.
         pieces = [self.spell(piece.piece) for piece in model.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)]
         self._codes = _byte_codes(pieces, bool(trainer.byte_fallback))
         self._seen = _seen_characters(pieces)
 
     def spell(self, normalized: str) -> str:
-        """A normalized text, or a piece, as it is searched for cuts."""
+        """Spell a normalized text, or a piece, as it is searched for cuts."""
         return normalized.replace(SPACE, " ") if self._escaped else normalized
 
     def places(self, data: bytes, begin: int, end: int) -> Ints:
-        """int64, rising: where texts can be cut, strictly between `begin` and `end`.
+        """Return the places strictly between `begin` and `end` where texts can be cut: int64, rising.
 
         Args:
-            data: spelled texts with END before, between and after them. LEAD - 1 bytes stand before the first END, and
-                LEAD after the last.
+            data: spelled texts with END before, between and after them. LEAD - 1 bytes precede the first END, and LEAD
+                follow the last.
         """
         pairs = np.ndarray((end - begin - 1,), "<u2", data, offset=begin, strides=(1,))
         codes = self._codes.take(pairs)
@@ -79,10 +78,10 @@ class Cuts:
         return places
 
     def _together(self, data: bytes, places: Ints) -> npt.NDArray[np.bool_]:
-        """Whether some piece may hold the characters before and after each place side by side."""
+        """Return for each place whether some piece may contain the characters before and after it side by side."""
         fours = np.ndarray((len(data) - 3,), "<u4", data, strides=(1,))
         before, after = fours[places - LEAD], fours[places]
-        # Of the four bytes before a place, those of the last character: after the last byte that begins one.
+        # Of the four bytes before a place, keep those of the last character: from the last byte that begins one.
         begins = [(before >> np.uint32(_BYTE_BITS * i)) & np.uint32(0xC0) != 0x80 for i in (3, 2, 1)]
         before >>= np.select(begins, [np.uint32(_BYTE_BITS * i) for i in (3, 2, 1)], np.uint32(0)).astype(np.uint32)
         first = after & np.uint32(0xFF)
@@ -92,15 +91,15 @@ class Cuts:
 
 
 def _byte_codes(pieces: list[str], spells_unknown: bool) -> npt.NDArray[np.uint8]:
-    """uint8 [65536]: whether to cut between two bytes of a text, by the uint16 that they are, the first one lowest."""
+    """Return uint8 [65536]: whether to cut between two bytes, indexed by their uint16, the first byte lowest."""
     cut = np.ones((256, 256), bool)
     for piece in pieces:
         data = np.frombuffer(piece.encode(), np.uint8)
         cut[data[:-1], data[1:]] = False
     codes = np.where(cut, np.uint8(_ALWAYS), np.uint8(_NEVER))
     if spells_unknown:
-        # Some two characters meet in these bytes, maybe not those at hand. That is looked into for characters of three
-        # bytes and more: their scripts are those that write without spaces.
+        # A piece contains these two bytes, but perhaps not these two characters. That is checked for characters of
+        # three bytes and more, since their scripts are the ones written without spaces.
         wide = codes[0x80:, 0xE0:]
         wide[wide == _NEVER] = _ASK
     else:
@@ -113,11 +112,11 @@ def _byte_codes(pieces: list[str], spells_unknown: bool) -> npt.NDArray[np.uint8
 
 
 def _seen_characters(pieces: list[str]) -> npt.NDArray[np.bool_]:
-    """bool [2^SEEN_BITS]: true in the slot of every two neighbours in a piece.
+    """Return bool [2^_SEEN_BITS]: true in the slot of every two neighbours in a piece.
 
-    Others may fall into the same slot: that only forbids a cut.
+    Other pairs may share a slot, which only forbids a cut.
     """
-    # Of others than `_ASK` is for nobody asks.
+    # Pairs outside _ASK's range are never looked up.
     pairs = {piece[i : i + 2] for piece in pieces if not piece.isascii() for i in range(len(piece) - 1)}
     codes = [[int.from_bytes(char.encode(), "little") for char in pair] for pair in pairs]
     before, after = np.array(codes, np.uint32).reshape(-1, 2).T
@@ -127,7 +126,7 @@ def _seen_characters(pieces: list[str]) -> npt.NDArray[np.bool_]:
 
 
 def _slots(before: npt.NDArray[np.uint32], after: npt.NDArray[np.uint32]) -> Ints:
-    """Slots of pairs of characters, each given by its bytes in UTF-8, the first one lowest."""
+    """Return the slots of pairs of characters, each given by its bytes in UTF-8, the first one lowest."""
     keys = before.astype(np.uint64) << np.uint64(32)
     keys |= after
     keys *= MULTIPLIER

@@ -24,14 +24,15 @@ _MAX_UINT16_VOCABULARY = 1 << 16
 
 
 class Tokenizer:
-    """A SentencePiece model, and how it marks a document's ends."""
+    """A SentencePiece model, and the tokens it adds at a document's ends."""
 
     def __init__(self, path: Path | str, bos: bool = True, eos: bool = True) -> None:
-        """
+        """Load a model.
+
         Args:
-            path: of the .model file.
+            path: path of the .model file.
             bos, eos: begin and end each document with the model's BOS and EOS.
-        Raises: ConfigError if the file is missing or no SentencePiece model, or lacks a BOS or EOS that is asked for.
+        Raises: ConfigError if the file is missing or no SentencePiece model, or lacks a requested BOS or EOS.
         """
         try:
             model = Path(path).read_bytes()
@@ -62,12 +63,12 @@ class Tokenizer:
         self._prepare_words(sentencepiece_model_pb2.ModelProto.FromString(model))
 
     def _prepare_words(self, model: sentencepiece_model_pb2.ModelProto) -> None:
-        """Decides how documents are encoded: word by word where that is exact, else whole."""
+        """Decide how documents are encoded: word by word if that is exact, else whole."""
         self._cuts = Cuts(model)
-        # Why documents are encoded whole, several times slower; None = they are not
+        # The reason why documents are encoded whole, several times slower; None = they are not
         self.obstacle = self._cuts.obstacle
         normalizer = model.normalizer_spec
-        # What an identity normalizer does is done here; any other is asked.
+        # An identity normalizer is replaced by code here; any other is called.
         self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
         self._normalizes |= model.trainer_spec.treat_whitespace_as_suffix
         self._space = " " if normalizer.add_dummy_prefix else ""
@@ -81,16 +82,16 @@ class Tokenizer:
             self._words = WordEncoder(verbatim, self._cuts, long_words, self._prefix, self._suffix, self.dtype)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without BOS and EOS."""
+        """Return the token ids of a text, without BOS and EOS."""
         ids, _ = self.encode_documents([text])
         return ids[len(self._prefix) : len(ids) - len(self._suffix)].tolist()
 
     def encode_document(self, text: str) -> npt.NDArray[np.int32]:
-        """int32 [tokens]: a document's ids, with BOS and EOS as configured."""
+        """Return a document's ids, with BOS and EOS as configured: int32 [tokens]."""
         return np.array([*self._prefix, *self.encode(text), *self._suffix], np.int32)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """(ids, lengths): ids of all documents in one array, uint16 where the vocabulary fits; tokens of each."""
+        """Return the ids of all documents in one array, uint16 if the vocabulary fits, and the length of each."""
         if self._words is not None:
             return self._words.encode([self._spell(text).encode() for text in texts])
         prefix, suffix = np.array(self._prefix, self.dtype), np.array(self._suffix, self.dtype)
@@ -101,29 +102,29 @@ class Tokenizer:
         return np.concatenate(parts), np.diff(ends)
 
     def _spell(self, text: str) -> str:
-        """The normalized text, as `Cuts.spell` has it."""
+        """Normalize a text and spell it as `Cuts.spell` does."""
         if self._normalizes:
             return self._cuts.spell(self._processor.Normalize(text))
         return self._cuts.spell(self._space + text) if text else ""
 
     def piece(self, index: int) -> str:
-        """What a token id stands for, as the model's vocabulary spells it."""
+        """Return the piece of a token id, as the model's vocabulary spells it."""
         piece: str = self._processor.IdToPiece(index)
         return piece
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text of token ids; control tokens such as BOS have none."""
+        """Return the text of token ids; control tokens such as BOS have none."""
         text: str = self._processor.DecodeIds([int(i) for i in ids])
         return text
 
     def difference(self, text: str, ids: npt.NDArray[np.integer]) -> tuple[str, str] | None:
-        """Where a document's ids do not give its text back, from there on: the text, and what the ids decode to.
+        """Compare a document with what its ids decode to; return both from the first difference on, or None if equal.
 
-        The text is compared as the model's own normalizer leaves it; spaces at its ends, which a model may add or
-        leave out, do not count. None where both are equal.
+        The text is compared as the model's own normalizer leaves it, without spaces at its ends, which a model may add
+        or leave out.
 
         Args:
-            ids: without UNK, with BOS and EOS as configured.
+            ids: ids without UNK, with BOS and EOS as configured.
         """
         body = ids[len(self._prefix) : len(ids) - len(self._suffix)]
         expected, found = (_plain(spelled) for spelled in (self._processor.Normalize(text), self.decode(body)))

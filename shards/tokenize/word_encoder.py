@@ -1,8 +1,8 @@
 """Texts -> token ids, word by word: each word is encoded once, then looked up.
 
-tokenizer -> word_encoder -> split_points. A word is what stands between two neighbouring split points. Words of a block
-of text are found, looked up and replaced by their ids in numpy, without an object per word or token. What is not in the
-table yet is encoded by SentencePiece and put there.
+tokenizer -> word_encoder -> split_points. A word is the text between two neighbouring split points. The words of a
+block of text are found, looked up and replaced by their ids in numpy, without an object per word or token. A word that
+is not yet in the table is encoded by SentencePiece and added.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from shards.tokenize.split_points import END, LEAD, MULTIPLIER, Cuts
 
 Keys = npt.NDArray[np.uint64]
 
-BLOCK_BYTES = 1 << 17  # of text at a time: what numpy makes on the way stays in the CPU's cache
+BLOCK_BYTES = 1 << 17  # text handled at a time, so that numpy's temporaries stay in the CPU's cache
 SHORT = 15  # bytes of a word that fit a key
-MAX_WORDS = 1 << 20  # in the table; with what is below, at most about 100 MB
+MAX_WORDS = 1 << 20  # in the table; with the limits below, at most about 100 MB
 MAX_LONG_BYTES = 1 << 22  # in the table's longer words, which are Python objects
 MAX_IDS = 1 << 23  # in the table
 _SLOT_BITS = 21  # twice as many slots as words
 
 _HALF_BYTES = 8
-_LENGTH_BITS = np.uint64(56)  # a key's highest byte is its length: "a" is not "a\0"
+_LENGTH_BITS = np.uint64(56)  # a key's highest byte is the length, so that "a" differs from "a\0"
 MIX = np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 def _masks(first: int) -> Keys:
-    """uint64 [SHORT + 2]: by a word's length, the bits of its bytes in the half of a key that begins with `first`."""
+    """Return uint64 [SHORT + 2]: by a word's length, the mask of its bytes in the half key that begins at `first`."""
     sizes = [min(max(length - first, 0), _HALF_BYTES) for length in range(SHORT + 2)]
     return np.array([(1 << (8 * size)) - 1 for size in sizes], np.uint64)
 
 
 _LOW_MASKS, _HIGH_MASKS = _masks(0), _masks(_HALF_BYTES)
-_NO_HIGH = np.uint64(0xFFFFFFFFFFFFFFFF)  # the high half of no word: its length would be 255
+_NO_HIGH = np.uint64(0xFFFFFFFFFFFFFFFF)  # never the high half of a word, whose length would be 255
 
 
 class WordEncoder:
-    """Encodes normalized texts of one model. Exact: words are compared by their bytes, not by a hash."""
+    """An encoder of normalized texts for one model. Exact: words are compared by their bytes, not by a hash."""
 
     def __init__(
         self,
@@ -54,25 +54,26 @@ class WordEncoder:
         suffix: Sequence[int],
         dtype: npt.DTypeLike,
     ) -> None:
-        """
+        """Start with an empty table.
+
         Args:
-            processor: of the model, one that does not normalize.
+            processor: the model's, one that does not normalize.
             long_words: for words longer than a block, which are not kept.
             prefix, suffix: ids before and after each text.
-            dtype: of ids.
+            dtype: dtype of ids.
         """
         self._processor, self._cuts, self._long_words = processor, cuts, long_words
         self._prefix, self._suffix = list(prefix), list(suffix)
         capacity = MAX_WORDS + BLOCK_BYTES + 1
-        # Open addressing. A slot holds a word's number, 0 = none. Memory is touched only as words come.
+        # Open addressing: a slot holds a word's number, 0 = none. Memory is touched only as words are added.
         self._slots = np.zeros(1 << _SLOT_BITS, np.int32)
         self._low, self._high = np.empty(capacity, np.uint64), np.empty(capacity, np.uint64)
-        self._ends = np.empty(capacity, np.int64)  # of a word's ids in _ids; those of the next word begin there
+        self._ends = np.empty(capacity, np.int64)  # end of a word's ids in _ids, where the next word's begin
         self._ids: npt.NDArray[np.integer] = np.empty(MAX_IDS, dtype)
         self._clear()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """(ids, lengths) of texts spelled as in `split_points`: all ids in one array, int64 [texts] ids of each."""
+        """Encode texts spelled as in `split_points`: all ids in one array, and int64 [texts], the number of each."""
         end = bytes([END])
         data = b"".join([bytes(LEAD - 1), end.join([b"", *texts, b""]), bytes(2 * _HALF_BYTES)])
         parts: list[npt.NDArray[np.integer]] = []
@@ -87,19 +88,19 @@ class WordEncoder:
             numbers = self._look_up(data, starts, ends)
             stored = self._ends.take(numbers - 1)  # where a word's ids begin in the table
             counts = self._ends.take(numbers) - stored
-            begins = np.cumsum(counts) - counts  # and among those of the block
+            begins = np.cumsum(counts) - counts  # where they begin in the block's ids
             marks.append(begins[numbers == 1] + total)
             places = np.repeat(stored - begins, counts)
             places += np.arange(len(places))
             parts.append(self._ids.take(places))
             total += len(places)
-        # An END stands for the suffix of the text before it and the prefix of the one after it.
+        # An END's ids are the suffix of the text before it and the prefix of the one after it.
         joined = np.concatenate(parts)[len(self._suffix) : total - len(self._prefix)]
         bounds = np.concatenate(marks)
         return joined, bounds[1:] - bounds[:-1]
 
     def _words(self, data: bytes, begin: int, end: int) -> Iterator[tuple[Ints, Ints]]:
-        """(starts, ends) of the words, block by block; a word that is longer than a block comes alone."""
+        """Yield (starts, ends) of the words, block by block; a word longer than a block comes alone."""
         while begin < end:
             stop = min(begin + BLOCK_BYTES, end)
             places = self._cuts.places(data, begin, stop)
@@ -113,12 +114,12 @@ class WordEncoder:
             begin = int(places[-1])
 
     def _look_up(self, data: bytes, starts: Ints, ends: Ints) -> Ints:
-        """int64 [words]: the number of each word, which is in the table then."""
+        """Return the number of each word, after adding the missing ones to the table: int64 [words]."""
         if self._count > MAX_WORDS or self._ends[self._count - 1] > MAX_IDS or self._long_bytes > MAX_LONG_BYTES:
             self._clear()
         lengths = np.minimum(ends - starts, SHORT + 1)
-        # The eight bytes from each byte of the block on. `take` copies them to where they are aligned, and is still the
-        # fastest way as long as they are no more than the block.
+        # The eight bytes from each byte of the block on. `take` copies them into alignment, and is the fastest way to
+        # do so as long as they are no more than the block.
         begin, size = int(starts[0]), int(starts[-1] - starts[0]) + _HALF_BYTES + 1
         halves = np.ndarray((size,), "<u8", data, offset=begin, strides=(1,))
         places = starts - begin
@@ -132,7 +133,7 @@ class WordEncoder:
         short = lengths <= SHORT
         missing = np.flatnonzero(short & (numbers == 0))
         while len(missing):
-            # Of the words that found the same free slot, one; the others, the same or not, look once more.
+            # Add one of the words that found the same free slot; the others, equal or not, are looked up once more.
             chosen = missing[np.unique(slots[missing], return_index=True)[1]]
             words = [data[a:b] for a, b in zip(starts[chosen].tolist(), ends[chosen].tolist(), strict=True)]
             self._slots[slots[chosen]] = self._add(words, low[chosen], high[chosen])
@@ -146,7 +147,7 @@ class WordEncoder:
         return numbers
 
     def _find(self, low: Keys, high: Keys) -> tuple[Ints, Ints]:
-        """(numbers, slots): of each key its word's number and slot; 0 and the slot to put it in where there is none."""
+        """Return the number and slot of each key's word; 0 and the slot to put it in if it is missing."""
         slots_of = high * MULTIPLIER
         slots_of ^= low
         slots_of *= MIX
@@ -164,7 +165,7 @@ class WordEncoder:
         return numbers, slots
 
     def _look_up_long(self, words: list[bytes]) -> list[int]:
-        """The numbers of words longer than a key."""
+        """Return the numbers of words longer than a key."""
         fresh = [word for word in dict.fromkeys(words) if word not in self._long]
         if fresh:
             self._long.update(zip(fresh, self._add(fresh, np.uint64(0), _NO_HIGH).tolist(), strict=True))
@@ -172,7 +173,7 @@ class WordEncoder:
         return [self._long[word] for word in words]
 
     def _add(self, words: list[bytes], low: Keys | np.uint64, high: Keys | np.uint64) -> Ints:
-        """Encodes words and gives them numbers."""
+        """Encode words and give them numbers."""
         return self._put(self._processor.encode(words, num_threads=1), low, high)
 
     def _put(self, ids: Sequence[Sequence[int]], low: Keys | np.uint64, high: Keys | np.uint64) -> Ints:
@@ -189,7 +190,7 @@ class WordEncoder:
         return numbers
 
     def _clear(self) -> None:
-        """Empties the table, but for word 1, END."""
+        """Empty the table, except for word 1, END."""
         self._slots.fill(0)
         self._long: dict[bytes, int] = {}
         self._long_bytes = 0

@@ -1,7 +1,7 @@
-"""The lines of spans, cut from their cells, with the cells of divided ones cached. decoders -> cells -> window.
+"""The lines of spans, cut from their cells, with a cache of divided cells. decoders -> cells -> window.
 
-Where segments are smaller than a cell, the windows of all lanes want parts of the same cells, which are decoded and
-verified as a whole. Keeping some makes that a small corpus is decoded about once, however finely it is dealt.
+If segments are smaller than a cell, the windows of all lanes want parts of the same cells, which are decoded and
+verified as a whole. A cache makes sure that a small corpus is decoded about once, however finely it is dealt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
 from shards.plan.segments import Span
 
-_CACHED_BYTES = 32 << 20  # raw, of one process
+_CACHED_BYTES = 32 << 20  # raw bytes per process
 LINE_FEED = 10
 
 
 class Cells:
-    """Cells decoded on demand, those that were used last kept."""
+    """Cells decoded on demand, of which the last used are kept."""
 
     def __init__(self, decoders: Decoders) -> None:
         self._decoders = decoders
@@ -40,7 +40,7 @@ class Cells:
         if name not in self._cached:
             raw = self._read(span, wanted)
             feeds = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_FEED) + 1
-            self._cached[name] = raw, np.concatenate([[0], feeds, [len(raw)]])  # where each line begins
+            self._cached[name] = raw, np.concatenate([[0], feeds, [len(raw)]])  # offsets where lines begin
             self._cached_bytes += len(raw)
             while self._cached_bytes > _CACHED_BYTES and len(self._cached) > 1:
                 self._cached_bytes -= len(self._cached.popitem(last=False)[1][0])
@@ -54,7 +54,7 @@ class Cells:
         num_records = raw.count(b"\n") + (not raw.endswith(b"\n"))
         if num_records != span.cells_records:
             raise ShardError(
-                f"{wanted.path}: raw bytes {wanted.start} to {wanted.stop} hold {num_records} lines, its index says "
-                f"{span.cells_records}; it changed after it was indexed: put the old file back, or start a new run"
+                f"{wanted.path}: raw bytes {wanted.start} to {wanted.stop} hold {num_records} lines, but its index "
+                f"says {span.cells_records}; it changed after it was indexed: put the old file back, or start a new run"
             )
         return raw

@@ -19,7 +19,7 @@ from shards.config import OverflowTolerance, Packing
 from shards.hashing import key_of, permutation
 
 _GATHER_TOKENS = 1 << 20
-PACKER_VERSION = 1  # raise it whenever the same documents would give other rows: runs do not continue across it
+PACKER_VERSION = 1  # raise it whenever the same documents would give other rows; runs do not resume across versions
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 
@@ -31,9 +31,9 @@ class Rows(NamedTuple):
     tokens: Tokens  # [tokens of all pieces], the pieces of row 0 first
     row_pieces: Ints  # [rows + 1]: row r has the pieces row_pieces[r] .. row_pieces[r + 1]
     row_tokens: Ints  # [rows + 1]: row r has the tokens row_tokens[r] .. row_tokens[r + 1]
-    documents: npt.NDArray[np.int32]  # [pieces]: which of the packed documents a piece is of
+    documents: npt.NDArray[np.int32]  # [pieces]: the packed document that a piece belongs to
     starts: npt.NDArray[np.int32]  # [pieces]: its first token in the document, BOS counted
-    lengths: npt.NDArray[np.int32]  # [pieces], tokens
+    lengths: npt.NDArray[np.int32]  # [pieces]: its number of tokens
 
     @property
     def num_rows(self) -> int:
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
         lengths = self.lengths[self.row_pieces[row] : self.row_pieces[row + 1]]
         sizes: list[int] = lengths.tolist()
         end = 0
-        for number, size in enumerate(sizes, 1):  # few: slices are written faster than numpy repeats numbers
+        for number, size in enumerate(sizes, 1):  # few pieces: slices are written faster than numpy repeats numbers
             segment_ids[end : end + size] = number
             end += size
         begin = int(self.row_tokens[row])
@@ -58,16 +58,16 @@ def pack(
     """Pack documents into rows of seq_len + 1 tokens.
 
     Args:
-        tokens: of all documents, one after the other, BOS and EOS included.
+        tokens: tokens of all documents, concatenated, BOS and EOS included.
         lengths: int64 [documents], tokens of each.
-        key: of the order of documents and rows; None keeps both as they come.
+        key: key of the shuffle of documents and rows; None keeps both in order.
     """
     order = np.arange(len(lengths)) if key is None else permutation(key_of("documents", key), len(lengths))
     if packing == "concat":
         pieces, rows = _cut_stream(lengths, order, seq_len)
     else:
         pieces = _cut_documents(lengths, order, seq_len, packing)
-        rows = [[i] for i in range(len(pieces[0]))]  # each piece a row of its own, except for best_fit
+        rows = [[i] for i in range(len(pieces[0]))]  # each piece gets its own row, except with best_fit
     if packing == "best_fit":
         rows = best_fit(pieces[2], seq_len + 1)
         pieces = _close_rows(rows, pieces, lengths[pieces[0]] > seq_len + 1, seq_len + 1)
@@ -76,8 +76,8 @@ def pack(
     chosen = np.array([i for row in rows for i in row], np.int64)
     documents, starts, sizes = (column[chosen] for column in pieces)
     begin = _offsets(lengths)[:-1][documents] + starts
-    # Token t of the output is token t of its piece: a gather of many pieces at a time, for its numbers take more memory
-    # than the tokens do.
+    # Token t of the output is token t of its piece. A bounded number is gathered at a time, since their indices take
+    # more memory than the tokens do.
     offsets = _offsets(sizes)
     gathered = np.empty(int(offsets[-1]), tokens.dtype)
     marks = np.searchsorted(offsets, np.arange(0, len(gathered), _GATHER_TOKENS)).tolist()
@@ -100,14 +100,14 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
     """Assign pieces to rows, longest first, each to the fullest row that still has room.
 
     Args:
-        lengths: int64 [pieces], tokens, each in [1, capacity]. Equal lengths are placed in their order.
+        lengths: int64 [pieces], tokens, each in [1, capacity]. Equal lengths are placed in order.
         capacity: tokens per row.
     Returns: for each row, the indices of its pieces in the order placed.
     Source: Best-Fit-Decreasing; Ding et al. 2024, arXiv 2404.10830, section 3.
     """
     rows: list[list[int]] = []
-    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by tokens of room left
-    has_room = 0  # bit r is set where rows_with[r] holds any: the lowest set bit at or above a length is the best fit
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by tokens of room left
+    has_room = 0  # bit r is set if rows_with[r] is not empty: the lowest set bit at or above a length is the best fit
     order = np.argsort(-lengths, kind="stable")
     for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fits = has_room >> length
@@ -130,28 +130,28 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
 def _close_rows(
     rows: list[list[int]], pieces: tuple[Ints, Ints, Ints], cut: npt.NDArray[np.bool_], capacity: int
 ) -> tuple[Ints, Ints, Ints]:
-    """Spread rows that hold only pieces of cut documents over the room in other rows, while that saves rows.
+    """Spread rows that hold only pieces of cut documents over the room in other rows, as long as that saves rows.
 
-    Where most documents are long there are no short ones to fill the rows with. Cutting a long document once more loses
-    less than padding does; a document that fits a row is never cut.
+    If most documents are long, there are no short ones to fill the rows. Cutting a long document once more loses less
+    than padding does; a document that fits a row is never cut.
 
     Args:
-        rows: as `best_fit` gives them; changed in place.
+        rows: as returned by `best_fit`; changed in place.
         pieces: (documents, starts, lengths), int64 [pieces] each.
-        cut: bool [pieces]: a piece of a document that does not fit a row.
-    Returns: the pieces; those cut again are shorter, and what was cut off stands at the end.
+        cut: bool [pieces]: True for a piece of a document that does not fit a row.
+    Returns: the pieces; those cut again are shorter, and their remainders are at the end.
     """
     documents, starts, lengths = (column.tolist() for column in pieces)
     room = [capacity - sum(lengths[i] for i in row) for row in rows]
     usable = sum(left - 1 for left in room if left > 1)
-    # A heap: the emptiest row comes first, of rows as empty the last.
+    # A heap: the emptiest row comes first, and the last of equally empty ones.
     holes = [(-left, -row) for row, left in enumerate(room) if left > 1]
     heapq.heapify(holes)
     emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
     closed: set[int] = set()
     for row in emptiest:
-        # Each hole but the last costs a token that stands twice. A row that is spread is no hole itself,
-        # but has that much less to spread: this much is needed for any, so no later row can be saved either.
+        # Each hole but the last costs one repeated token. A row to be spread is no hole itself, but has that much less
+        # to spread: every row needs this much, so no later one can be saved either.
         if usable < capacity - 1:
             break
         elsewhere = usable - max(0, room[row] - 1)
@@ -159,7 +159,7 @@ def _close_rows(
             continue
         usable = elsewhere
         closed.add(row)
-        hole = row  # where the last piece went; what room it left is filled next
+        hole = row  # where the last piece went; its remaining room is filled next
         for piece in rows[row]:
             while True:
                 while hole in closed or room[hole] < 2:
@@ -187,7 +187,7 @@ def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -
     if packing == "truncate":
         counts = np.minimum(counts, 1)
     elif isinstance(packing, OverflowTolerance):
-        # Tokens of the last piece that no piece before it holds; a piece that fills its row overflows nothing.
+        # Tokens of the last piece that are in no earlier piece; a piece that fills its row overflows nothing.
         overflow = ordered - 1 - (counts - 1) * seq_len
         counts -= (counts > 1) & (overflow < min(packing.overflow_tolerance, seq_len))
     documents = np.repeat(order, counts)
@@ -218,7 +218,7 @@ def _cut_stream(lengths: Ints, order: Ints, seq_len: int) -> tuple[tuple[Ints, I
 
 
 def _offsets(sizes: npt.NDArray[np.integer]) -> Ints:
-    """Return int64 [n + 1]: where each of n stretches of these sizes begins, and where the last ends."""
+    """Return int64 [n + 1]: where each of n stretches of these sizes begins and where the last ends."""
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets

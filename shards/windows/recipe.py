@@ -1,7 +1,7 @@
-"""What windows are made with beside their shards, the same in all processes of a run. tokenizer -> recipe -> window.
+"""The tools that make windows from shards, the same in all processes of a run. tokenizer -> recipe -> window.
 
-A worker that is started late, for one that was lost, finds files that may have been replaced since the run began. What
-it would make from them is another run's, so it compares before it makes anything.
+A worker that starts late, in place of a lost one, may find that files have been replaced since the run began. Its
+windows would belong to another run, so it compares before it makes any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parents[1]  # shards/
 
 
 class Tools(NamedTuple):
-    """What one process makes windows with."""
+    """The tools with which one process makes windows."""
 
     tokenizer: Tokenizer
     decontaminator: Decontaminator | None
@@ -40,22 +40,22 @@ class Tools(NamedTuple):
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """The tools of the loading process, as others compare them with what they find."""
+    """A description of the loading process's tools, with which others compare theirs."""
 
     tokenizer: str  # content hash
-    program: dict[str, str]  # as `program` gives it
-    filter_file: str | None = None  # of the decontamination, where there is one
-    filter_hash: str | None = None  # of its content
+    program: dict[str, str]  # as returned by `program`
+    filter_file: str | None = None  # the decontamination's filter, if there is one
+    filter_hash: str | None = None  # hash of its content
 
     def open(self, config: DataConfig) -> Tools:
         """Open the same tools in this process.
 
-        Raises: ConfigError if the files of tokenizer or filter are not there, or not those of the loading process.
+        Raises: ConfigError if the files of tokenizer or filter are missing, or differ from the loading process's.
         """
         tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
         if tokenizer.content_hash != self.tokenizer:
             raise ConfigError(
-                f"data.tokenizer={config.tokenizer}: the file was replaced while the run goes on; put the old one "
+                f"data.tokenizer={config.tokenizer}: the file was replaced while the run was going on; put the old one "
                 "back, or start again"
             )
         if not (config.decontaminate and self.filter_file):
@@ -63,13 +63,13 @@ class Recipe(msgspec.Struct, frozen=True):
         decontaminator = Decontaminator(config.decontaminate, Path(self.filter_file))
         if decontaminator.content_hash != self.filter_hash:
             raise ConfigError(
-                f"data.decontaminate: {self.filter_file} was replaced while the run goes on; put the old file back, or "
-                "start again"
+                f"data.decontaminate: {self.filter_file} was replaced while the run was going on; put the old file "
+                "back, or start again"
             )
         return Tools(tokenizer, decontaminator)
 
     def check_program(self) -> None:
-        """Raises: ShardError if this process runs another program than the loading process."""
+        """Check that this process runs the same program as the loading process. Raises: ShardError if it does not."""
         found = program()
         for what, value in self.program.items():
             if found.get(what) != value:
@@ -80,9 +80,9 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 def program() -> dict[str, str]:
-    """Identify all that decides, beside data and config, which windows a process makes, as it stands on the disk.
+    """Identify what, besides data and config, decides the windows that a process makes, as found on disk.
 
-    That is this package's code, and the libraries that parse, tokenize and pack.
+    That is this package's code and the libraries that parse, tokenize and pack.
     """
     code = xxhash.xxh3_128()
     for path in sorted(_PACKAGE.rglob("*.py")):

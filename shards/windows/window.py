@@ -33,12 +33,12 @@ class SpanTask(msgspec.Struct, frozen=True):
 
 
 class WindowTask(msgspec.Struct, frozen=True):
-    """All that a process needs to know of a window to make it."""
+    """All that a process needs to know to make a window."""
 
     source: int  # number in the config
     spans: tuple[SpanTask, ...]  # at least one
-    raw_bytes: int  # about
-    key: int  # of the order of its documents and rows
+    raw_bytes: int  # approximate
+    key: int  # key of the shuffle of its documents and rows
 
     def __str__(self) -> str:
         raw, others = self.spans[0].raw, len(self.spans) - 1
@@ -46,7 +46,7 @@ class WindowTask(msgspec.Struct, frozen=True):
 
 
 class SkippedRecord(NamedTuple):
-    """A record of a window that gives it no document."""
+    """A record of a window that yields no document."""
 
     shard: int  # number in the source
     line: int  # counted from 1
@@ -57,11 +57,11 @@ class SkippedRecord(NamedTuple):
 class Documents(NamedTuple):
     """Tokenized documents of a window, in the order of its spans."""
 
-    tokens: npt.NDArray[np.integer]  # of all
-    lengths: Ints  # tokens of each
-    lines: Ints  # of each in its shard, counted from 1
-    shards: npt.NDArray[np.int32]  # of each: number in the source
-    sub_sources: list[str | None]  # the name that each gives itself
+    tokens: npt.NDArray[np.integer]  # tokens of all documents
+    lengths: Ints  # [documents]: tokens of each
+    lines: Ints  # [documents]: line of each in its shard, counted from 1
+    shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
+    sub_sources: list[str | None]  # the sub-source that each names
     skipped: tuple[SkippedRecord, ...]
 
 
@@ -71,14 +71,14 @@ class Window(NamedTuple):
     rows: Rows
     lines: Ints  # [documents]: line of each in its shard, counted from 1
     shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
-    sub_sources: tuple[str, ...]  # names that the documents give themselves
+    sub_sources: tuple[str, ...]  # the sub-sources that the documents name
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
     skipped: tuple[SkippedRecord, ...]
-    replays: int = 0  # entries that did not hold when it was read, so that decoding began before them
+    replays: int = 0  # entries that proved invalid while it was read, so that decoding began before them
 
 
 class WindowMaker:
-    """Makes windows of the sources of one config, with open decoders of its own."""
+    """A maker of windows of the sources of one config, with open decoders of its own."""
 
     def __init__(self, config: DataConfig, tools: Tools) -> None:
         self._config = config
@@ -134,7 +134,7 @@ class WindowMaker:
         )
 
     def raw_bytes(self, task: WindowTask) -> int:
-        """Count the raw bytes of a window, where the plan knows only those of the cells that hold it."""
+        """Count the raw bytes of a window exactly, though the plan knows only those of the cells that hold it."""
         return sum(
             item.span.raw_bytes
             if files.is_column(item.raw.path) or item.span.num_records == item.span.cells_records
@@ -176,7 +176,7 @@ class WindowMaker:
         return records
 
     def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
-        """Return (ids, lengths) as `Tokenizer.encode_documents` does. Raises: ShardError for an unknown id."""
+        """Join rows of token ids as `Tokenizer.encode_documents` returns them. Raises: ShardError for an unknown id."""
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
         tokens = np.concatenate([np.zeros(0, np.int64), *token_ids])
         wrong = np.flatnonzero((tokens < 0) | (tokens >= self._tokenizer.vocab_size))

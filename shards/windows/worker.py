@@ -1,6 +1,6 @@
-"""A process that makes windows, fed on stdin, answering on stdout: `python -m shards.windows.worker`.
+"""A process that makes windows, reading stdin, answering on stdout: `python -m shards.windows.worker`.
 
-worker_process -> worker. It imports no torch, and it ends when its parent does, whatever ended the parent.
+worker_process -> worker. It imports no torch, and it ends when its parent does, however the parent ended.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PIPE_BYTES = 1 << 16
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    # Signals to the process group are for the parent: it stops at a step's end, and until then needs its windows.
+    # Signals to the process group are for the parent, which stops at a step's end and needs its windows until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     answers = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break into an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not corrupt an answer
     requests: queue.SimpleQueue[worker_protocol.Request] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.fileno(), requests), daemon=True).start()
     try:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | None:
-    """Answer the first request; None if this process cannot do what it asks, or would not do it as its parent does."""
+    """Answer the first request; return None if this process cannot do its work, or would do it unlike its parent."""
     assert request.config is not None
     assert request.recipe is not None
     try:
@@ -57,7 +57,7 @@ def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | Non
 
 
 def serve(maker: WindowMaker, requests: queue.SimpleQueue[worker_protocol.Request], answers: int) -> None:
-    """Make the windows that are asked for, in turn, and write them to the file descriptor `answers`."""
+    """Make the requested windows in order, and write them to the file descriptor `answers`."""
     while True:
         request = requests.get()
         assert request.task is not None
@@ -65,7 +65,7 @@ def serve(maker: WindowMaker, requests: queue.SimpleQueue[worker_protocol.Reques
             parts = worker_protocol.encode_window(maker.make(request.task))
         except HeadraceError as error:
             parts = worker_protocol.encode_error(error)
-        except Exception as error:  # a bug here, or an input nobody thought of: the parent stops and says so
+        except Exception as error:  # a bug or an unforeseen input: the parent stops and reports it
             parts = worker_protocol.encode_error(RuntimeError(f"{error!r} in {request.task}"))
         _write(answers, parts)
 
@@ -78,10 +78,10 @@ def _write(answers: int, parts: list[bytes | memoryview]) -> None:
 
 
 def _listen(stdin: int, requests: queue.SimpleQueue[worker_protocol.Request]) -> None:
-    """Read requests until the parent closes the pipe or is gone, then end the process, also amid a window."""
+    """Read requests until the parent closes the pipe or is gone, then end the process, even amid a window."""
     try:
         _receive(stdin, requests)
-    except Exception:  # such as a request that another version of this program has written
+    except Exception:  # such as a request written by another version of this program
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
@@ -95,7 +95,7 @@ def _receive(stdin: int, requests: queue.SimpleQueue[worker_protocol.Request]) -
         if not ready and os.getppid() == parent:
             continue
         data = os.read(stdin, PIPE_BYTES) if ready else b""
-        if not data:  # closed, or held open by somebody else while the parent is gone
+        if not data:  # closed, or held open by another process after the parent is gone
             return
         pending += data
         while len(pending) >= worker_protocol.LENGTH_BYTES:

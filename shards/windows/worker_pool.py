@@ -1,4 +1,4 @@
-"""Makes windows ahead of their use, in worker processes; or on demand, in this one.
+"""Pools that make windows: ahead of their use in worker processes, or on demand in this one.
 
 worker_process -> worker_pool -> prefetch. Each result goes to its own request, so neither timing nor the number of
 workers can change what is delivered.
@@ -21,29 +21,29 @@ from shards.windows.recipe import Recipe, Tools
 from shards.windows.window import Window, WindowMaker, WindowTask
 from shards.windows.worker_process import WorkerLost, WorkerProcess
 
-_TASKS_IN_WORKER = 2  # one being made, one waiting, so that no worker idles while its answer travels
+_TASKS_IN_WORKER = 2  # one in progress and one waiting, so that no worker idles while its answer travels
 STOP_SECONDS = 2.0
 NOW = -1.0  # due before anything that is only expected to be needed
 
 
 @dataclass(eq=False)
 class WindowRequest:
-    """A window that will be taken: how to make it, how soon it is needed, and what came of it."""
+    """A window that will be taken: how to make it, how soon it is needed, and its result."""
 
     name: WindowId
     task: WindowTask
-    due: float  # the smaller, the sooner it is made
-    # Of the pool, under its lock:
+    due: float  # smaller values are made sooner
+    # The pool's fields, under its lock:
     is_waiting: bool = False  # in line, and not yet given to a worker
     is_dropped: bool = False  # nobody will take it
-    losses: int = 0  # workers that were lost while they were at it
+    losses: int = 0  # workers lost while they were making it
     result: Window | HeadraceError | None = None  # until it is taken
 
 
 class Pool(Protocol):
-    """Where windows are made."""
+    """A place where windows are made."""
 
-    ahead: int  # how many windows it is of use to request before they are needed, whatever their size
+    ahead: int  # number of windows worth requesting before they are needed, whatever their size
 
     def submit(self, request: WindowRequest) -> None: ...
 
@@ -55,35 +55,36 @@ class Pool(Protocol):
 
 
 class InProcess:
-    """Makes each window when it is waited for."""
+    """A pool that makes each window when it is waited for."""
 
     ahead = 0
 
     def __init__(self, config: DataConfig, recipe: Recipe, tools: Tools) -> None:
-        """
+        """Use this process's tools.
+
         Args:
-            tools: of this process; the recipe is theirs.
+            tools: tools of this process, which the recipe describes.
         """
         self._config, self._recipe = config, recipe
         self._maker: WindowMaker | None = WindowMaker(config, tools)
 
     def submit(self, request: WindowRequest) -> None:
-        """Do nothing: there is nobody to work ahead."""
+        """Do nothing, since there is nobody to work ahead."""
 
     def wait_for(self, request: WindowRequest) -> Window:
         """Make a window.
 
-        Raises: ShardError if it cannot be made; ConfigError if the tools have to be opened again after an interrupt,
-            and their files are others now.
+        Raises: ShardError if it cannot be made; ConfigError if the tools must be opened again after an interrupt and
+            their files have changed.
         """
-        # An interrupted maker may hold half of a change, and is not used again
+        # An interrupted maker may be in an inconsistent state, so it is not used again
         maker, self._maker = self._maker or WindowMaker(self._config, self._recipe.open(self._config)), None
         window = maker.make(request.task)
         self._maker = maker
         return window
 
     def clear(self) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing, since nothing is held."""
 
     def close(self) -> None:
         """Close open shards."""
@@ -92,21 +93,21 @@ class InProcess:
 
 
 class WorkerPool:
-    """`num_workers` processes that make the most urgent windows first. A worker that dies or hangs is replaced."""
+    """A pool of `num_workers` processes that make the most urgent windows first; one that dies or hangs is replaced."""
 
     def __init__(self, config: DataConfig, recipe: Recipe) -> None:
         self._config, self._recipe = config, recipe
         self._pid = os.getpid()
         self.ahead = _TASKS_IN_WORKER * config.num_workers
-        # `with` takes the lock itself, not the condition, whose __enter__ an interrupt could leave with the lock held.
+        # `with` takes the lock itself, since an interrupt in the condition's __enter__ could leave the lock held.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
         self._numbers = itertools.count()
-        # Heap of (due, number, request). One that became urgent is here twice; `is_waiting` tells whether it still is.
+        # Heap of (due, number, request). One that became urgent is in it twice; `is_waiting` is True until it is taken.
         self._waiting: list[tuple[float, int, WindowRequest]] = []
-        self._asked: list[deque[WindowRequest]] = [deque() for _ in range(config.num_workers)]  # of each worker
-        self._failure: Exception | None = None  # of a thread below, which then is gone
+        self._asked: list[deque[WindowRequest]] = [deque() for _ in range(config.num_workers)]  # one for each worker
+        self._failure: Exception | None = None  # what ended one of the threads below
         self._workers: dict[int, WorkerProcess] = {}
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"shards-pool-{slot}", daemon=True)
@@ -121,7 +122,7 @@ class WorkerPool:
             self._queue(request)
 
     def wait_for(self, request: WindowRequest) -> Window:
-        """Wait for a window that was submitted, and hand it over. Raises: what making it raised."""
+        """Wait for a window that was submitted, and return it. Raises: what making it raised."""
         with self._lock:
             if request.is_waiting and request.due > NOW:
                 request.due = NOW
@@ -132,7 +133,7 @@ class WorkerPool:
                 if isinstance(self._failure, HeadraceError):
                     raise self._failure
                 if self._failure is not None:
-                    raise ShardError(f"no workers can be had: {self._failure!r}") from self._failure
+                    raise ShardError(f"cannot start workers: {self._failure!r}") from self._failure
                 self._changed.wait()
             result, request.result = request.result, None
         if isinstance(result, HeadraceError):
@@ -140,21 +141,21 @@ class WorkerPool:
         return result
 
     def clear(self) -> None:
-        """Drop all requests; what is being made for them is thrown away when it comes."""
+        """Drop all requests; windows in progress are thrown away when they arrive."""
         with self._lock:
             self._waiting.clear()
             for request in itertools.chain(*self._asked):
                 request.is_dropped = True
 
     def close(self) -> None:
-        """End the workers. May be called again, and by the collection of garbage in any thread."""
+        """End the workers. This may be called again, and by garbage collection in any thread."""
         if os.getpid() != self._pid:
-            return  # a fork: the workers are not its own, and the lock may be held by a thread that it does not have
+            return  # in a fork: the workers are not its own, and a thread that it does not have may hold the lock
         with self._lock:
             self._closed = True
             self._changed.notify_all()
             for worker in self._workers.values():
-                worker.interrupt()  # its thread sees the pipe end, and reaps it
+                worker.interrupt()  # its thread sees the pipe end and reaps it
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(STOP_SECONDS)
@@ -165,10 +166,10 @@ class WorkerPool:
         self._changed.notify_all()
 
     def _serve(self, slot: int) -> None:
-        """Run one worker's thread; what ends it before the pool is closed, `wait_for` raises."""
+        """Run one worker's thread; `wait_for` raises what ends it before the pool is closed."""
         try:
             self._keep_busy(slot)
-        except Exception as error:  # such as no memory for another process, or one that cannot do its work
+        except Exception as error:  # such as no memory for another process, or a worker that cannot do its work
             with self._lock:
                 self._failure = error
                 self._changed.notify_all()
@@ -176,7 +177,7 @@ class WorkerPool:
             self._drop_worker(slot)
 
     def _keep_busy(self, slot: int) -> None:
-        """Hand out tasks, take in answers, replace the worker when it is lost."""
+        """Hand out tasks, take in answers, and replace the worker when it is lost."""
         asked = self._asked[slot]  # in the order of the answers
         while True:
             with self._lock:
@@ -198,7 +199,7 @@ class WorkerPool:
                 self._retry(slot, lost)
 
     def _next_requests(self, count: int) -> list[WindowRequest]:
-        """Take up to `count` of the most urgent requests out of the line. The lock is held."""
+        """Take up to `count` of the most urgent requests out of the line. The lock must be held."""
         found: list[WindowRequest] = []
         while self._waiting and len(found) < count:
             _, _, request = heapq.heappop(self._waiting)
@@ -214,7 +215,7 @@ class WorkerPool:
             with self._lock:
                 self._workers[slot] = worker
                 if self._closed:
-                    worker.interrupt()  # `close` has not seen it
+                    worker.interrupt()  # `close` did not see it
             worker.prepare(self._config.model_dump_json(), self._recipe)
         return worker
 
@@ -233,14 +234,14 @@ class WorkerPool:
                 self._changed.notify_all()
 
     def _retry(self, slot: int, lost: WorkerLost) -> None:
-        """Give a lost worker's requests to the next one; the first, which it was at, only so many times."""
+        """Queue a lost worker's requests again; the first, which it was making, only a limited number of times."""
         with self._lock:
             asked = self._asked[slot]
             first = asked[0]
             first.losses += 1
             if first.losses >= lost.limit:
                 self._deliver(
-                    slot, ShardError(f"{first.task}: {first.losses} workers in turn were lost on them; the last {lost}")
+                    slot, ShardError(f"{first.task}: {first.losses} workers in a row were lost on it; the last {lost}")
                 )
             for request in asked:
                 if not request.is_dropped:

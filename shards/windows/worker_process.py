@@ -1,4 +1,4 @@
-"""One worker process as its parent sees it: started, asked, listened to, given up.
+"""One worker process as its parent sees it: started, given requests, listened to, ended.
 
 worker_pool -> worker_process -> worker_protocol, worker.
 """
@@ -20,16 +20,16 @@ from shards.windows import worker_protocol
 from shards.windows.recipe import Recipe
 from shards.windows.window import Window, WindowTask
 
-MAX_DEATHS = 10  # of workers in turn at one window: chance may kill a few, and each costs little
-_MAX_STALLS = 3  # each costs a whole time-out
-PIPE_BYTES = 1 << 20  # sixteen times the default: a worker and its thread wait for each other less often
-_MAX_POLL_SECONDS = 3600.0  # at a time: poll counts milliseconds in 32 bits
+MAX_DEATHS = 10  # workers lost in a row on one window: a few may die by chance, and each costs little
+_MAX_STALLS = 3  # each costs a whole timeout
+PIPE_BYTES = 1 << 20  # sixteen times the default, so that a worker and its thread wait for each other less often
+_MAX_POLL_SECONDS = 3600.0  # at a time, since poll counts milliseconds in 32 bits
 _STDERR = 2
-_MAX_WORDS_BYTES = 4000  # of what a lost worker wrote, for the error
+_MAX_WORDS_BYTES = 4000  # end of a lost worker's output, for the error
 
 
 class WorkerLost(Exception):
-    """A worker died, or took too long; `limit` is how many may be lost at one window before that is an error."""
+    """A worker died or took too long; `limit` is how many may be lost on one window before that is an error."""
 
     def __init__(self, message: str, limit: int) -> None:
         super().__init__(message)
@@ -42,16 +42,16 @@ class WorkerProcess:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._ready = False
-        self._words = b""  # the end of what it wrote to stderr since its last answer
+        self._words = b""  # end of what it wrote to stderr since its last answer
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            # -P: what lies in the current folder is no module of the worker's, whatever it is called
+            # -P: files in the current folder must not shadow the worker's modules
             [sys.executable, "-P", "-m", "shards.windows.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # One thread each: as many workers as the user asked for, and no more.
+            # One thread each, so that there are as many as the user asked for and no more.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )
         pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
@@ -61,12 +61,12 @@ class WorkerProcess:
         self._poll = select.poll()  # not select, which refuses descriptors beyond 1,023
         for descriptor in (self._stdout, self._stderr):
             self._poll.register(descriptor, select.POLLIN)
-        # Beyond what the user may have in pipes, or not on Linux, it works as well, only with more waiting.
+        # If the user's limit on pipes is reached, or not on Linux, it works as well, only with more waiting.
         with contextlib.suppress(OSError, AttributeError):
             fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def prepare(self, config: str, recipe: Recipe) -> None:
-        """Wait until it can make windows. Raises: HeadraceError if it cannot, in its own words; WorkerLost."""
+        """Wait until it can make windows. Raises: HeadraceError if it cannot, with its own message; WorkerLost."""
         self._send(worker_protocol.Request(config=config, recipe=recipe))
         deadline = time.monotonic() + self._timeout
         error = worker_protocol.receive_ready(lambda size: self._read(size, deadline))
@@ -79,7 +79,7 @@ class WorkerProcess:
         self._send(worker_protocol.Request(task=task))
 
     def answer(self) -> Window | HeadraceError:
-        """Wait for the answer to the first task that has none yet. Raises: WorkerLost."""
+        """Wait for the answer to the oldest unanswered task. Raises: WorkerLost."""
         deadline = time.monotonic() + self._timeout
         received = worker_protocol.receive_window(lambda size: self._read(size, deadline))
         self._words = b""
@@ -107,7 +107,7 @@ class WorkerProcess:
         return data
 
     def _wait(self, deadline: float) -> bool:
-        """Wait for more of an answer, passing on what comes on stderr; False if nothing comes in time."""
+        """Wait for more of an answer, forwarding stderr meanwhile; return False if nothing comes in time."""
         while True:
             left = deadline - time.monotonic()
             ready = dict(self._poll.poll(1000 * min(max(0.0, left), _MAX_POLL_SECONDS)))
@@ -119,13 +119,13 @@ class WorkerProcess:
                 return False
 
     def _pass_on(self) -> bool:
-        """Copy what the worker wrote to stderr to this process's, and keep the end of it; False if there is none."""
+        """Copy what the worker wrote to stderr to this process's, and keep the end; False if there is nothing."""
         try:
             data = os.read(self._stderr, PIPE_BYTES)
         except BlockingIOError:
             return False
         self._words = (self._words + data)[-_MAX_WORDS_BYTES:]
-        with contextlib.suppress(OSError):  # this process's may be closed
+        with contextlib.suppress(OSError):  # stderr of this process may be closed
             os.write(_STDERR, data)
         return bool(data)
 
@@ -136,9 +136,9 @@ class WorkerProcess:
         return f"; it wrote:\n{words}\n" if words else ""
 
     def _death(self) -> Exception:
-        """Tell what the end of the worker means, which has ended: chance, or that no worker can do better."""
+        """Return the error for a worker that has ended: bad luck, or a failure that any worker would have."""
         status = self._process.wait()
-        if not self._ready and status >= 0:  # by itself, not by a signal
+        if not self._ready and status >= 0:  # it exited on its own, not by a signal
             return ShardError(f"a worker could not start (exit status {status}){self._last_words()}")
         memory = "; if memory ran out, lower data.num_workers" if status == -signal.SIGKILL else ""
         return WorkerLost(f"died (exit status {status}){memory}{self._last_words()}", MAX_DEATHS)
@@ -148,7 +148,7 @@ class WorkerProcess:
         self._process.kill()
 
     def kill(self) -> None:
-        """End it and free what it held."""
+        """End it and release its resources."""
         self._process.kill()
         self._process.wait()
         for pipe in self._pipes:

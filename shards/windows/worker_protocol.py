@@ -1,7 +1,7 @@
-"""What the loading process and its workers say to each other over pipes. worker_process <-> worker_protocol <-> worker.
+"""The messages between the loading process and its workers, over pipes. worker_process <-> worker_protocol <-> worker.
 
 A message is its header's length (8 bytes, little-endian), the header (msgpack), and the bytes of the arrays that the
-header announces, as they lie in memory: nothing is pickled, no object per token. Replies come in the order of requests.
+header announces, as in memory: nothing is pickled, no object per token. Replies come in the order of requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LENGTH_BYTES = 8
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Loading process to worker: first the config (as JSON) and what windows are made with, then a task each."""
+    """A message to a worker: first the config (as JSON) and the recipe of its tools, then one task each."""
 
     config: str | None = None
     recipe: Recipe | None = None
@@ -28,7 +28,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Worker to loading process: first that it is ready, then the header of a window each; or an error instead."""
+    """A message from a worker: first that it is ready, then the header of one window each; or an error instead."""
 
     error: tuple[str, str] | None = None  # class of the error, message
     seq_len: int = 0
@@ -72,12 +72,12 @@ def encode_window(window: Window) -> list[bytes | memoryview]:
 
 
 def encode_error(error: BaseException) -> list[bytes | memoryview]:
-    """Encode an error that is handed on, in parts."""
+    """Encode an error to be passed on, in parts."""
     return _framed(Reply((type(error).__name__, str(error))))
 
 
 def receive_ready(read: Callable[[int], bytearray]) -> HeadraceError | None:
-    """Read the reply to the first request: why the worker cannot work. `read(n)` gives exactly n bytes."""
+    """Read the reply to the first request; return why the worker cannot work. `read(n)` gives exactly n bytes."""
     reply = _received(read)
     return None if reply.error is None else _error(*reply.error)
 

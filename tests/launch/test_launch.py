@@ -58,7 +58,7 @@ def truncated_shard(tmp_path: Path) -> Path:
         (["model.vocab_size=32000"], "set model.vocab_size=4096"),
         (["data.tokenizer=nowhere.model"], "nowhere.model"),
         (["data.sources.0.paths=[nowhere/*.zst]"], "nowhere/*.zst"),
-        (["evaluation.suite=nowhere"], "evaluation.suite=nowhere is no folder"),
+        (["evaluation.suite=nowhere"], "evaluation.suite=nowhere is not a folder"),
         (["run.dir=README.md"], "set run.dir to a folder that you may write to"),
     ],
 )

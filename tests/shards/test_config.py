@@ -26,7 +26,7 @@ RIGHT = {"seq_len": 32, "tokenizer": "some.model", "sources": [{"name": "a", "pa
         ({"seq_len": "32"}, 'AT.seq_len: "32" is wrong; it should be a whole number'),
         ({"seq_len": Path("x")}, 'AT.seq_len: "x" is wrong'),
         ({"packing": {"overflow_tolerance": 0}}, "AT.packing.overflow_tolerance: 0 is wrong"),
-        ({"sources": [{"name": "a", "paths": ["x"]}] * 2}, "sources: the name 'a' stands twice"),
+        ({"sources": [{"name": "a", "paths": ["x"]}] * 2}, "sources: the name 'a' is used twice"),
     ],
 )
 def test_a_wrong_value_is_named(changes: dict[str, object], message: str, at: str) -> None:

@@ -316,7 +316,7 @@ def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path:
 
 def test_bad_rules_are_named(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
     for rule, message in (
-        ({"suite": tmp_path / "nowhere"}, r"data\.decontaminate\.suite=.*nowhere is no folder"),
+        ({"suite": tmp_path / "nowhere"}, r"data\.decontaminate\.suite=.*nowhere is not a folder"),
         ({"suite": EVAL, "splits": ["dev"]}, "no split 'dev'"),
         ({"suite": EVAL, "min_tokens": 10**6}, "no paragraph of 1000000 words in it"),
     ):

@@ -113,7 +113,7 @@ def test_a_wrong_split_and_a_missing_domain_are_named(tmp_path: Path, files: lis
         ("sources: [{name: a}]", "either path or dataset"),
         ("sources: [{name: a, path: nowhere}]", "source 'a': .*nowhere is neither a folder nor a file"),
         ("sources: [{name: a, path: c4, split: dev}]", "no split 'dev'.*c4 has val"),
-        ("sources: [{name: a, path: c4}, {name: a, path: wiki}]", "'a' stands twice"),
+        ("sources: [{name: a, path: c4}, {name: a, path: wiki}]", "'a' is listed twice"),
     ],
 )
 def test_what_is_wrong_in_a_list_is_named(tmp_path: Path, content: str, message: str) -> None:
