@@ -357,7 +357,7 @@ def test_lost_and_hung_workers_are_replaced(corpus: Path, monkeypatch: pytest.Mo
 
 def test_a_window_that_kills_every_worker_is_an_error(corpus: Path) -> None:
     data = config(sources(corpus), lanes=4, num_workers=1, worker_timeout=0.001)
-    with Loader(data, 8, 5) as loader, pytest.raises(ShardError, match="3 workers in turn were lost"):
+    with Loader(data, 8, 5) as loader, pytest.raises(ShardError, match="3 workers in a row were lost"):
         next(loader)
 
 
