@@ -1,4 +1,4 @@
-"""What several tests of shards set up alike."""
+"""Fixtures that several tests of shards share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shards.index import splice_points
 
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries every 256 KiB, whatever they cost."""
+    """Allow entries every 256 KiB, whatever they cost."""
     for name, value in {
         "MIN_GAP_BYTES": 1 << 18,
         "SPACING_BYTES": 1 << 18,

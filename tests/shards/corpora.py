@@ -20,12 +20,12 @@ SAMPLE = ROOT / "shards/sample/train"
 
 
 def record(text: str, **others: object) -> bytes:
-    """One record with its line feed."""
+    """Return one record with its line feed."""
     return json.dumps({"text": text, **others}).encode() + b"\n"
 
 
 def compress(raw: bytes, suffix: str, frames: int = 1) -> bytes:
-    """`raw` as a shard of this suffix, in so many frames or members of about equal raw size, cut anywhere."""
+    """Compress `raw` as a shard of this suffix, in frames or members of about equal raw size, cut anywhere."""
     cuts = [len(raw) * i // frames for i in range(frames + 1)]
     parts = [raw[a:b] for a, b in itertools.pairwise(cuts)]
     if suffix.endswith(".zst"):
@@ -36,24 +36,24 @@ def compress(raw: bytes, suffix: str, frames: int = 1) -> bytes:
 
 
 def write_shard(path: Path, raw: bytes, frames: int = 1) -> Path:
-    """Writes `raw` compressed as the name says."""
+    """Write `raw`, compressed as the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress(raw, path.name, frames))
     return path
 
 
 def words(seed: int, count: int) -> str:
-    """Text of `count` words that differs for every seed."""
+    """Return a text of `count` words that differs for every seed."""
     return " ".join(f"w{(seed * 7919 + i * i) % 9973}" for i in range(count))
 
 
 def tools_of(data: DataConfig) -> Tools:
-    """Open what a loader of this config makes windows with."""
+    """Open the tools with which a loader of this config makes windows."""
     return Tools(Tokenizer(data.tokenizer, data.bos, data.eos), prepared_filter(data, None))
 
 
 def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfig:
-    """A config for tests: short rows, small windows, windows made in this process."""
+    """Make a config for tests: short rows, small windows, windows made in this process."""
     values: dict[str, object] = {
         "seq_len": 32,
         "tokenizer": TOKENIZER,

@@ -1,4 +1,4 @@
-"""Every kind of bad input: what is read all the same, what is skipped on request, what is an error."""
+"""Every kind of bad input: what is read anyway, what is skipped on request, what is an error."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_empty_sub_source_is_none(tmp_path: Path) -> None:
 
 
 def broken_corpus(folder: Path) -> Path:
-    """Bad lines of every kind among good ones, spread over the shard."""
+    """Write bad lines of every kind among good ones, spread over the shard."""
     lines = list(GOOD)
     for i, line in enumerate(BAD):
         lines.insert(4 * i + 2, line + b"\n")
@@ -125,7 +125,7 @@ def test_skipped_records_are_counted_when_consumed(tmp_path: Path) -> None:
     assert len(skipped) == len({record.line for record in skipped}) > 3
     counts = itertools.accumulate(len(batch.skipped) for batch in batches)
     assert [batch.skipped_so_far for batch in batches] == list(counts)
-    # Two ranks, resumed half way: the same records are skipped, and counted alike.
+    # Two ranks that resume halfway skip the same records and count them alike.
     half = len(batches) // 2
     parts = [Loader(data, 2, 0, rank, 2) for rank in range(2)]
     for part in parts:
@@ -153,7 +153,7 @@ def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # which would tell at once
+    monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # it would notice at once
     path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 500)
     with (
         Loader(config([{"name": "a", "paths": [str(path)]}], lanes=2, on_bad_record="skip"), 2) as loader,
@@ -165,7 +165,7 @@ def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path, mon
 @pytest.mark.parametrize("on_bad_record", ["fail", "skip"])
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.gz", ".jsonl"])
 def test_a_wrong_text_key_stops_the_start(tmp_path: Path, suffix: str, on_bad_record: str) -> None:
-    """Before any evaluation, and before what is read of a shard to index it: its first records tell."""
+    """Stop before any evaluation and before shards are read for indexing, at their first records."""
     lines = [{"body": words(i, 5)} for i in range(50)]
     raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     write_shard(tmp_path / f"a{suffix}", b"\n" + raw)
@@ -205,7 +205,7 @@ def test_a_source_that_turns_bad_is_told_after_so_many_segments(
         pytest.raises(ShardError, match=r"64 parts of it in turn give no row.*has no key 'text'.*'body'.*text_key"),
     ):
         next(loader)
-    assert len(taken) < 64 * 20  # windows; a part is what a lane has of an epoch here, a sixteenth of 250 windows
+    assert len(taken) < 64 * 20  # windows; a part is a lane's share of an epoch here, a sixteenth of 250 windows
 
 
 def test_segments_without_a_row_are_passed_over_if_others_have_some(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command that a message prints is run as it stands there, and does what the message says."""
+"""Every command that a message prints is run as printed, and does what the message says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WILLING = {"max_index_at_start": 10**9}
 
 
 def run(message: str) -> None:
-    """Runs the command that ends a message, with this interpreter."""
+    """Run the command that ends a message, with this interpreter."""
     found = re.search(r"(rm -f .*; )?python launch/.*", message)
     assert found, message
     command = found[0].replace("python launch/", f"{shlex.quote(sys.executable)} launch/")
@@ -42,7 +42,7 @@ def corpus(folder: Path) -> Path:
 
 
 def replaced(path: Path) -> None:
-    """Another content of equal size and time."""
+    """Replace the content by another of equal size and time."""
     times = path.stat()
     path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -54,7 +54,7 @@ def batches(data: DataConfig, **changes: object) -> int:
 
 
 def odd_settings(tmp_path: Path) -> DataConfig:
-    """A run whose settings all stand in the command, with a pattern that a shell would take apart."""
+    """Return a config whose every setting appears in the command, with a pattern that a shell would split."""
     folder = corpus(tmp_path / "it's a folder")
     source = {"name": "s", "paths": [f"{folder}/*.jsonl"]}
     return config([source], lanes=2, index_dir=tmp_path / "i x", max_decoder_window=1 << 26, **REFUSING)

@@ -1,4 +1,4 @@
-"""What is wrong in a data config is named as the user wrote it, without the rest of a run's config."""
+"""Mistakes in a data config are named as the user wrote them, even without the rest of a run's config."""
 
 from __future__ import annotations
 

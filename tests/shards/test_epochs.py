@@ -1,4 +1,4 @@
-"""An epoch is an epoch: each document as often as asked for, whatever the lanes, ranks, batches and sizes."""
+"""An epoch is exact: each document as often as asked for, whatever the lanes, ranks, batches and sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED = 7
 
 
 def small_corpus(folder: Path, documents: int, shards: int = 1) -> str:
-    """Documents of 3 to 40 words, none with the text of another; the pattern of their shards."""
+    """Write documents of 3 to 40 words, all different; return the pattern of their shards."""
     lines = [record(words(i, 3 + i * i % 38)) for i in range(documents)]
     for shard in range(shards):
         write_shard(folder / f"s-{shard:05}.jsonl", b"".join(lines[shard::shards]))
@@ -40,7 +40,7 @@ def of(paths: str, epochs: int | None = 1, **changes: object) -> DataConfig:
 
 
 def steps_of(loaders: list[Loader]) -> Iterator[list[Batch]]:
-    """What the ranks of a run are given together, as a training asks for it."""
+    """Yield the batches that the ranks of a run get together, as training asks for them."""
     while True:
         parts = [loader.next_batch() for loader in loaders]
         if any(part.num_rows for part in parts):
@@ -65,7 +65,7 @@ def hashes(steps: list[list[Batch]]) -> list[int]:
 
 
 def documents_read(steps: list[list[Batch]]) -> Counter[tuple[str, int]]:
-    """How often each document begins in a row."""
+    """Count how often each document begins in a row."""
     origins = (origin for parts in steps for part in parts for origin in part.origins())
     return Counter((origin.shard, origin.line) for origin in origins if origin.start == 0)
 
@@ -105,7 +105,7 @@ def test_a_run_ends_with_the_step_that_was_foretold(
 
 
 def test_an_epoch_is_complete_before_the_next_begins(corpora: dict[int, str]) -> None:
-    """Small data has one lane where the number is not given, and `epoch_per_source` is what it says."""
+    """Use one lane for small data by default, so that `epoch_per_source` can be taken literally."""
     with Loader(of(corpora[250], None), 10, SEED) as loader:
         assert loader.num_lanes == 1
         seen: Counter[tuple[str, int]] = Counter()
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_any_step_on_any_ranks(corpora: dict[int, str], draw:
 
 
 def test_epochs_are_told_the_same_after_a_resume(corpora: dict[int, str]) -> None:
-    """Also of a source that the first batches after it do not draw from, whose window nobody has opened yet."""
+    """Include a source that the first batches after it do not draw from, whose window nobody has opened yet."""
     sources = [
         {"name": "a", "paths": [corpora[2500]], "weight": 0.97},
         {"name": "b", "paths": [corpora[25]], "weight": 0.03},
@@ -153,7 +153,7 @@ def test_epochs_are_told_the_same_after_a_resume(corpora: dict[int, str]) -> Non
 def test_a_start_looks_at_an_epoch_once_for_all_lanes(
     corpora: dict[int, str], epochs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many lanes, and long runs on little data, are in many epochs at once."""
+    """Share the work between many lanes, and long runs on little data, which are in many epochs at once."""
     lanes, hashed = 256, 0
 
     def counted(x: Hashes) -> Hashes:
@@ -192,7 +192,7 @@ def test_ranks_that_share_lanes_count_everything_once(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_bad_records_holds_where_ranks_share_lanes(tmp_path: Path) -> None:
-    """The rank whose row they were passed over for fails, whichever rank answers for the lane."""
+    """Fail on the rank whose row they were skipped for, whichever rank reports on the lane."""
     lines = [b"{}\n" if i % 7 == 3 else record(words(i, 30)) for i in range(200)]
     path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
 
@@ -252,7 +252,7 @@ def test_a_forecast_of_many_sources_tokenizes_no_more_than_of_one(
 
 
 def test_a_forecast_passes_over_bad_records(tmp_path: Path) -> None:
-    """A run of fewer steps may never come to them; one that does says so itself."""
+    """Ignore bad records, which a shorter run may never reach; one that does reports them itself."""
     lines = [b"{}\n" if i == 150 else record(words(i, 30)) for i in range(200)]
     path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
     with Loader(of(str(path), on_bad_record="fail"), 4, SEED) as loader:
@@ -276,12 +276,12 @@ def test_lanes_that_get_nothing_are_told_and_give_empty_rows(
     steps = run(of(corpora[25], lanes=100), 100)
     assert "data.lanes=100: 75 of them get no segment within max_epochs (a has 25)" in caplog.text
     assert sum(documents_read(steps).values()) == 25
-    # More lanes than rows: batches whose lanes are all dry are no steps
+    # With more lanes than rows, batches whose lanes are all exhausted are no steps
     assert documents_read(run(of(corpora[25], lanes=100), 4)) == documents_read(steps)
 
 
 def test_only_sources_that_are_drawn_from_count(corpora: dict[int, str], caplog: pytest.LogCaptureFixture) -> None:
-    """A source of weight 0 without a limit must not hide that lanes get nothing."""
+    """Report empty lanes even if a source of weight 0 has no limit."""
     sources = [
         {"name": "a", "paths": [corpora[25]], "max_epochs": 1},
         {"name": "b", "paths": [corpora[2500]], "weight": 0},
@@ -321,7 +321,7 @@ def test_a_forecast_says_what_cannot_be_met(corpora: dict[int, str]) -> None:
     assert (foretold.last_step, foretold.share_read) == (None, None)
     assert (short.source, short.wished) == ("a", pytest.approx(0.3))
     assert short.met == pytest.approx(drawn["a"] / drawn.total(), abs=0.002)
-    assert short.step == pytest.approx(last, rel=0.2)  # the last of the lanes to have any is later than their mean
+    assert short.step == pytest.approx(last, rel=0.2)  # the last lane to have any is later than their mean
 
 
 def test_a_forecast_from_a_sample_is_near(corpora: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:

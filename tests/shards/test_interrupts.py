@@ -1,4 +1,4 @@
-"""After an error or an interrupt at any place, `next` gives the batch that the loader's state names, and no other."""
+"""After an error or an interrupt anywhere, `next` yields the batch that the loader's state names, and no other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards import Loader, ShardError
 from shards.windows.window import WindowMaker
 from tests.shards.corpora import config, record, words, write_shard
 
-# What holds a loader's state. What makes windows holds none that counts: it is dropped when it is interrupted.
+# Modules that hold a loader's state. What makes windows holds none that matters, since it is dropped when interrupted.
 MODULES = (
     *("loader", "lane", "prefetch", "batch", "source", "windows/worker_pool"),
     *("plan/segments", "plan/mixing", "plan/cursor"),
@@ -25,12 +25,12 @@ PLACES = {str(Path(shards.__file__).parent / f"{name}.py") for name in MODULES}
 assert all(Path(place).exists() for place in PLACES)
 BATCH = 6
 BATCHES = 40
-FURTHER = 80  # batches that interrupted loads of a state may go on to
+FURTHER = 80  # more batches that interrupted loads of a state may reach
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """Two sources with bad records, one of which runs out on the way."""
+    """Write two sources with bad records, one of which runs out on the way."""
     folder = tmp_path_factory.mktemp("corpus")
     for name in "ab":
         lines = [record(f"{name}{i} " + words(i, 5 + (i * 37) % 50)) for i in range(24)]
@@ -53,13 +53,13 @@ def undisturbed(sources: list[dict[str, object]]) -> list[tuple[int, int]]:
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at lines of these modules where it has not yet raised one, at most one a call."""
+    """A tracer that raises KeyboardInterrupt at lines of these modules, once per line and at most once per call."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, int]] = set()
 
     def call(self, action: Callable[[], object]) -> bool:
-        """True if `action` ran to its end, with no line left to interrupt it at."""
+        """Run `action`; return whether it ended with no line left to interrupt."""
         before = sys.gettrace()
         sys.settrace(self._trace)
         try:

@@ -42,7 +42,7 @@ SUFFIXES = [".jsonl.zst", ".json.gz", ".jsonl"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources of unlike shards: many short, few long, one with blank lines."""
+    """Write three sources of unlike shards: many short, few long, one with blank lines."""
     folder = tmp_path_factory.mktemp("corpus")
     for shard in range(6):
         lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
@@ -68,7 +68,7 @@ def rows_of(batch: Batch, rank: int, size: int) -> list[Row]:
 def global_batches(
     data: DataConfig, batch: int, count: int, size: int = 1, state: dict[str, object] | None = None, seed: int = 5
 ) -> tuple[list[list[Row]], list[dict[str, object]]]:
-    """The global batches as `size` ranks make them together, and the merged state after each."""
+    """Return the global batches that `size` ranks make together, and the merged state after each."""
     loaders = [Loader(data, batch, seed, rank, size) for rank in range(size)]
     batches, states = [], []
     for loader in loaders:
@@ -108,10 +108,10 @@ def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataO
     first, second = (draw.draw(st.sampled_from(sizes), "ranks") for _ in range(2))
     assert global_batches(data, batch, 12, first) == (expected, states)
     stop = draw.draw(st.integers(0, len(states)), "stop")
-    count = 2 if len(expected) < 12 else min(2, 12 - stop)  # a run that ended before ends there again
+    count = 2 if len(expected) < 12 else min(2, 12 - stop)  # a run that ended earlier ends there again
     again, after = global_batches(data, batch, count, first, states[stop - 1] if stop else None)
     assert again == expected[stop : stop + 2]
-    # R -> R' -> R, resumed from what a resumed run saved.
+    # R -> R' -> R, resumed from the state of a resumed run.
     if tail := expected[stop + len(after) :][:3]:
         saved = (after or states[:stop] or [None])[-1]
         assert global_batches(data, batch, len(tail), second, saved)[0] == tail
@@ -127,7 +127,7 @@ def test_workers_make_the_same_batches(corpus: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a few hundred rows, each document with an id of its own."""
+    """Write shards of a few hundred rows in all, with an id for each document."""
     folder = tmp_path_factory.mktemp("small")
     for shard in range(3):
         lines = [record(words(i, 3 + i * i % 50), id=f"{shard}-{i}") for i in range(40)]
@@ -171,7 +171,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
     source: dict[str, object] = {"name": "a", "paths": [str(small / "*")]}
     data = config([source], lanes=lanes, packing=packing, window_bytes=window_bytes, num_workers=workers)
     begun: dict[int, list[str | None]] = {0: [], 1: [], 2: [], 3: []}
-    with Loader(data, lanes) as loader:  # a row of each lane a batch: the state says of which segment it is
+    with Loader(data, lanes) as loader:  # a row of each lane per batch, so the state says which segment it is from
         segments = loader._sources[0].plan.num_segments
         for batch in loader:
             cursors = batch.state["lanes"]
@@ -180,7 +180,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
             if min(epochs) == 2:
                 break
             for origin in batch.origins():
-                if origin.start == 0 and origin.stop > 1:  # a row's last token is the first of the next row too
+                if origin.start == 0 and origin.stop > 1:  # a row's last token is also the first of the next row
                     begun[min(epochs[origin.slot], 3)].append(ids[origin.shard, origin.line])
     for epoch in (0, 1):
         assert sorted(begun[epoch], key=str) == sorted(ids.values(), key=str)
@@ -189,7 +189,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "pad"])
 def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str) -> None:
-    """With one lane the run ends at the epoch's end: every token after a document's first was a target once."""
+    """End at the epoch's end with a single lane: every token after a document's first was a target once."""
     data = config([{"name": "all", "paths": [str(corpus / "*")], "max_epochs": 1}], lanes=1, packing=packing)
     tokenizer, wanted = Tokenizer(TOKENIZER), Counter()
     for path in sorted(corpus.glob("*")):
@@ -337,7 +337,7 @@ def test_lost_and_hung_workers_are_replaced(corpus: Path, monkeypatch: pytest.Mo
     wait = WorkerProcess._wait
 
     def wait_unless_stopped(worker: WorkerProcess, deadline: float) -> bool:
-        """Takes a worker to be out of time when it is stopped, however long this machine needs for anything."""
+        """Treat a worker as out of time once it is stopped, however slow this machine is."""
         while not wait(worker, time.monotonic() + 0.02):
             if psutil.Process(worker._process.pid).status() == psutil.STATUS_STOPPED:
                 return False

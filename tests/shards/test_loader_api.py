@@ -1,4 +1,4 @@
-"""Every example of docs/loader-api.md runs, one after the other, and prints what the page shows."""
+"""Every example of docs/loader-api.md runs, in order, and prints what the page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer that cannot say a text is refused; one that can never is, whatever its normalizer and the text."""
+"""A tokenizer that cannot spell a text is refused; one that can never is, whatever its normalizer and the text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
     "suffix": {"normalization_rule_name": "identity", "treat_whitespace_as_suffix": True},
 }
 
-PLAIN = [*"plainwords", "\u2581"]  # the pieces of "plain words"
+PLAIN = [*"plainwords", "\u2581"]  # pieces of "plain words"
 
 
 def config(tokenizer: Path, *sources: dict[str, object]) -> DataConfig:

@@ -1,4 +1,4 @@
-"""Every compression gives its raw bytes back, whole or not at all."""
+"""Every compression yields its raw bytes, completely or not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_truncated_file_is_an_error_that_names_it(cut: int, frames: int, suffi
     ends = {len(compress(raw[: len(raw) * i // frames], suffix, max(i, 1))) for i in range(frames)}
     data = whole[: max(1, len(whole) - cut)]
     if len(data) in ends or data in (b"\x1f", b"\x28"):
-        return  # cut between two frames: a valid file; or too short to be told from a plain one
+        return  # cut between two frames, hence a valid file; or too short to be told from a plain one
     with pytest.raises(ShardError, match=f"shard{suffix}"):
         decode(data, f"shard{suffix}")
 
@@ -93,7 +93,7 @@ def test_a_window_beyond_the_limit_names_the_setting() -> None:
 
 
 def header(window_log: int) -> bytes:
-    """Magic and header of a frame without content size or checksum (RFC 8878, section 3.1.1)."""
+    """Return the magic and header of a frame without content size or checksum (RFC 8878, section 3.1.1)."""
     return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
 
 

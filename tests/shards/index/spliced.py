@@ -1,4 +1,4 @@
-"""Text compressed in many ways, and indexed; with the fixture `near`, with entries close to one another."""
+"""Text compressed in many ways and indexed; with the fixture `near`, entries are close together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_WINDOW = 1 << 27
 
 
 def zstandard_all(data: bytes) -> bytes:
-    """What zstd data of any number of frames decodes to, by the library's own reader."""
+    """Decode zstd data of any number of frames with the library's own reader."""
     return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(data, read_across_frames=True).read()
 
 
@@ -25,7 +25,7 @@ TEXT = b"".join(zstandard_all(path.read_bytes())[: 1 << 20] for path in sorted(S
 
 
 def compressed(raw: bytes, level: int = 3, block_bytes: int = 0, **parameters: int | bool) -> bytes:
-    """One zstd frame, cut into blocks by flushes where `block_bytes` is given."""
+    """Compress into one zstd frame, cut into blocks by flushes if `block_bytes` is given."""
     chosen = zstandard.ZstdCompressionParameters.from_level(level, write_content_size=False, **parameters)
     stream = zstandard.ZstdCompressor(compression_params=chosen).compressobj()
     step = block_bytes or len(raw)

@@ -1,4 +1,4 @@
-"""Open decoders: ranges come out right in any order, and no more bytes are read than the way to them is long."""
+"""Open decoders: ranges are right in any order, and no more bytes are read than lie on the way to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CELL = 4096
 
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the size of every read of a shard."""
+    """Return a list that grows by the size of every read of a shard."""
     sizes: list[int] = []
     opened = files.open_shard
 
@@ -52,7 +52,7 @@ def test_a_jump_ahead_in_a_plain_shard_reads_nothing_on_the_way(tmp_path: Path, 
     for start in (0, len(raw) // 2, len(raw) - 700, 100):
         assert opened.read(index.raw_range(path, start, start + 600)) == raw[start : start + 600]
     opened.close()
-    assert sum(read_bytes) <= 4 << 18 < len(raw)  # a chunk each
+    assert sum(read_bytes) <= 4 << 18 < len(raw)  # one chunk each
 
 
 def test_a_window_too_large_for_the_budget_is_still_decoded_once(

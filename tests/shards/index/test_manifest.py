@@ -1,4 +1,4 @@
-"""Manifests and indexes: what is kept is believed only where it is right, wherever it is found."""
+"""Manifests and indexes: what is stored is trusted only while it is right, wherever it is found."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def hashes(data: DataConfig) -> list[int]:
 
 
 def reads(data: DataConfig) -> list[str]:
-    """The shards that a start reads."""
+    """List the shards that a start reads."""
     read: list[str] = []
     preparation.prepare(data, lambda path, size: read.append(path))
     return read
 
 
 def coarser(found: manifest.ShardIndex, version: int) -> manifest.ShardIndex:
-    """An index as another version might make it: every second cell, nothing to check them by."""
+    """Make an index as another version might: every second cell, without hashes to check."""
     table = found.table()
     cells = np.concatenate([table[:-1][::2], table[-1:]]).astype("<i8").tobytes()
     return msgspec.structs.replace(found, version=version, cells=cells, checks=b"")
@@ -80,7 +80,7 @@ def test_record_tables_are_compared_when_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -> None:
-    """A shard replaced by one of equal size and time is found by --verify, of that shard alone too."""
+    """Find a shard replaced by one of equal size and time with --verify, even of that shard alone."""
     data = corpus(tmp_path)
     assert hashes(data)
     path = tmp_path / "0.jsonl"
@@ -96,7 +96,7 @@ def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -
 
 
 def test_a_manifest_does_without_the_files_of_its_indexes(tmp_path: Path) -> None:
-    """Nobody reads them at a start, so that what removes old files takes them first."""
+    """Start without the index files: nobody reads them, so a cleanup of old files removes them first."""
     data = corpus(tmp_path)
     expected = hashes(data)
     for path in tmp_path.glob(f"*{INDEX_SUFFIX}"):
@@ -120,7 +120,7 @@ def test_indexes_beside_the_shards_are_used_where_their_folder_is_read_only(
     assert hashes(in_folder) == expected
     for path in (tmp_path / "data").glob("*.manifest"):
         path.unlink()
-    corpus(tmp_path / "data", seed=7)  # what is beside the shards is true no more, and cannot be written anew there
+    corpus(tmp_path / "data", seed=7)  # indexes beside the shards are now stale, and cannot be rewritten there
     beside = (tmp_path / "data/0.jsonl.index.json").read_bytes()
     assert len(set(reads(data))) == 2
     assert (tmp_path / "data/0.jsonl.index.json").read_bytes() == beside

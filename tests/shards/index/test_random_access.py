@@ -1,4 +1,4 @@
-"""Reading from anywhere in a shard, local or remote, from the nearest entry and no further."""
+"""Reading from anywhere in a shard, local or remote: from the nearest entry and no further."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_command_prints_a_document(tmp_path: Path) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the file in `server.data` by ranges and counts their bytes."""
+    """Serve the file in `server.data` by ranges and count their bytes."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -112,7 +112,7 @@ def test_a_remote_shard_is_fetched_only_where_it_is_read(
     assert json.dumps(last.text)
     gap = max(b.offset - a.offset for a, b in zip(index.splices, index.splices[1:], strict=False))
     assert server.sent <= gap + 3 * (1 << 16) < size / 4  # type: ignore[attr-defined]
-    # A lane somewhere in the middle of the shard, with windows that are shorter than its segments.
+    # A lane somewhere in the middle of the shard, with windows shorter than its segments.
     data = config([{"name": "a", "paths": [url]}], index_dir=tmp_path, window_bytes=1 << 16, lanes=1, seq_len=128)
     with Loader(data, 1) as loader:
         server.sent = 0  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The index pass: what it counts and where it cuts, against a plain rendering of the definitions."""
+"""The index pass: what it counts and where it cuts, compared with a literal implementation of the definitions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIECES = st.lists(
 
 
 def reference_cells(raw: bytes, cell_bytes: int) -> list[tuple[int, int]]:
-    """The rule of the record table, record by record."""
+    """Apply the rule of the record table record by record."""
     cells, size, offset = [], 0, 0
     records = raw.split(b"\n")
     lines = [part + b"\n" for part in records[:-1]] + ([records[-1]] if records[-1] else [])
@@ -106,7 +106,7 @@ def test_an_index_is_reused_until_the_content_changes(tmp_path: Path) -> None:
     assert read
     assert hash_now() == (first, [])
     os.utime(path, (1, 1))
-    assert hash_now() == (first, [])  # hashed, found the same, not decoded
+    assert hash_now() == (first, [])  # hashed and found unchanged, not decoded
     path.write_bytes(write_shard(tmp_path / "b.jsonl.zst", record("two") * 50).read_bytes())
     second, read = hash_now()
     assert second != first
@@ -163,7 +163,7 @@ def test_other_ranks_read_the_manifest_and_look_at_no_shard(
         assert not seen
         assert next(loader).row_hash == expected[1]
         assert seen  # a shard is checked when it is opened
-    # A manifest of this name that is another, as a node of its own may have from an earlier run.
+    # Another manifest of the same name, as a node's own folder may have from an earlier run.
     write_shard(tmp_path / "s/2.jsonl", record(words(9, 30)) * 9)
     preparation.prepare(data)
     with Loader(data, 2, prepared=prepared) as loader:

@@ -1,4 +1,4 @@
-"""Splice points: what is read from them is what is read from the start; and where it is not, it is not delivered."""
+"""Splice points: reading from them gives what reading from the start gives, and anything else is never delivered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: st
         wanted = index.raw_range(path, found.raw_offset, end if verify else min(end, found.raw_offset + 100_000))
         assert wanted.splice == found
         assert decoders.read(wanted) == raw[wanted.start : wanted.stop]
-        assert decoders.read(index.raw_range(path, len(raw) - 5, len(raw))) == raw[-5:]  # over frames' ends
+        assert decoders.read(index.raw_range(path, len(raw) - 5, len(raw))) == raw[-5:]  # across frames' ends
         assert decoders.replays == 0
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
     histories = paths.history_path(paths.index_path(path, None))
     packed = bytearray(histories.read_bytes())
     window = splice_points.read_history(histories, found)
-    # A window that is whole, and another: as many bytes, packed into as many.
+    # An intact but different window: as many bytes, packed into as many.
     other = zstandard.ZstdCompressor(level=0, write_checksum=True).compress(window[::-1])[: found.packed_bytes]
     for wrong in (other.ljust(found.packed_bytes, b"\0"), None, b"\0" * found.packed_bytes):
         caplog.clear()
@@ -112,7 +112,7 @@ def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
 
 
 def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if an entry decodes without error to something else, as stale repeat offsets can."""
+    """Distrust an entry even if it decodes without error to other bytes, as stale repeat offsets can."""
     path, index = indexed(tmp_path, SHARDS["level 3, window of 128 KiB"])
     raw = raw_of(SHARDS["level 3, window of 128 KiB"])
     chunks = formats.chunks
@@ -149,7 +149,7 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     index_path = paths.index_path(str(path), None)
 
     def stream(num_workers: int) -> tuple[object, list[tuple[int, object]], int]:
-        """Fingerprint, batches with their states, and how many entries did not hold."""
+        """Return the fingerprint, the batches with their states, and how many entries proved invalid."""
         with Loader(data.model_copy(update={"num_workers": num_workers}), 8) as loader:
             batches = list(itertools.islice(loader, 40))
             return loader.fingerprint, [(b.row_hash, b.state) for b in batches], sum(b.replays for b in batches)
@@ -185,7 +185,7 @@ def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a manifest still names those of an index that was deleted and made anew."""
+    """Use the newest entries even if a manifest still names those of an index that was deleted and rebuilt."""
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(SHARDS["level 1, checksum"])
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
@@ -215,7 +215,7 @@ def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_gzip_data_that_unpacks_to_much_has_entries_too(tmp_path: Path, verify: bool) -> None:
-    """Its decoder gives out at most a MiB at a time, and holds back the rest."""
+    """Find entries although the decoder yields at most a MiB at a time and holds back the rest."""
     lines = b"".join(b'{"text": "%d %s"}\n' % (i * i, b"the same words, again and again, " * 3) for i in range(90_000))
     data = gzip.compress(lines)
     assert 8 < len(lines) / len(data) < 100
@@ -233,13 +233,13 @@ def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, mon
     followers: list[Follower] = []
 
     def once(follower: Follower, chunks: Sequence[Chunk]) -> bool:
-        """Holds where a place is tried, and not in what comes after."""
+        """Hold where a place is tried, and not in what comes after."""
         followers.append(follower)
         return holds(follower, chunks) and (followers.count(follower) == 1 or not chunks)
 
     monkeypatch.setattr(Follower, "holds", once)
     _, index = indexed(tmp_path, SHARDS["level 1, checksum"])
-    assert len(index.splices) <= 1  # one that is tried at the frame's end has nothing after it
+    assert len(index.splices) <= 1  # one tried at the frame's end has nothing after it
     assert index.splice_counts.failed > 3
     _, index = indexed(tmp_path, SHARDS["level 1, checksum"], verify=False)
     assert len(index.splices) > 3

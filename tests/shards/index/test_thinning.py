@@ -1,4 +1,4 @@
-"""Thinned windows: what follows is decoded the same whatever stood where they have zeros, and all else is needed."""
+"""Thinned windows: zeros may be replaced by anything without changing what follows, and all the rest is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = tuple[str, Start, Sequence[Chunk]]
 
 
 def decodes(compression: str, start: Start, window: bytes, chunks: Sequence[Chunk]) -> bool:
-    """True if the chunks' raw bytes come out with this window before them."""
+    """Return whether the chunks' raw bytes come out with this window before them."""
     return Follower(compression, start._replace(history=window)).holds(chunks)
 
 

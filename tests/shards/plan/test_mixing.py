@@ -1,4 +1,4 @@
-"""The mixing's pure functions, against their definitions: the mix that is asked for is the one that is drawn."""
+"""The mixing's pure functions, compared with their definitions: the mix that is drawn is the one asked for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tup
             error = drawn - steps * share / sum(shares)
             assert drawn[-1] == share
             assert np.abs(error).max() < 1
-            # A stretch is the difference of two prefixes, also across the end of the period.
+            # A stretch is the difference of two prefixes, even across the end of the period.
             assert error.max() - error.min() < 2
 
 
@@ -74,7 +74,7 @@ def test_every_prefix_of_a_lane_is_within_two_rows_a_level_of_its_weights(case: 
 
 @pytest.mark.parametrize("case", UNLIKE)
 def test_lanes_draw_a_small_source_at_different_times(case: str) -> None:
-    """Over many lanes, too, what is drawn is what was asked for: from the first rows on, and not all at once."""
+    """Check many lanes together: the mix is right from the first rows on, and lanes do not draw all at once."""
     weights, lanes, rows = UNLIKE[case], 960, 2000
     mix = mix_of(weights, 2)
     assert mix is not None
@@ -128,6 +128,6 @@ def test_lane_phase_is_the_golden_fraction() -> None:
 
 
 def test_more_sources_than_slots_are_all_drawn() -> None:
-    """A weight without a slot on any level would never be drawn, and be looked for without end."""
+    """Give every weight a slot on some level, or it would never be drawn and be sought without end."""
     *_, last = level_shares([Fraction(1)] * 1100, *RULES[2])
     assert last == (1,) * 1100

@@ -1,4 +1,4 @@
-"""Runs that were begun under an older plan version go on under it: their batches never change."""
+"""Runs begun under an older plan version continue under it: their batches never change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources of unlike shards: many short, few long, one with blank lines."""
+    """Write three sources of unlike shards: many short, few long, one with blank lines."""
     folder = tmp_path_factory.mktemp("corpus")
     for shard in range(6):
         lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
@@ -34,7 +34,7 @@ def of(corpus: Path, weights: tuple[float, ...], epochs: tuple[int | None, ...],
 
 
 def chained(loader: Loader, batches: int) -> tuple[int, str]:
-    """How many of so many batches there are, and the hash of all their rows."""
+    """Count the batches, up to `batches`, and return the hash of all their rows."""
     chain, count = "", 0
     for batch in loader:
         chain = xxhash.xxh3_64_hexdigest(f"{chain}/{batch.row_hash:016x}".encode())
@@ -45,7 +45,7 @@ def chained(loader: Loader, batches: int) -> tuple[int, str]:
 
 
 UNLIMITED = (None, None, None)
-# Weights, passes, other keys, rows of a batch, batches, and the hash that the program of before version 2 gave them
+# Weights, passes, other keys, rows per batch, batches, and the hash under the program that preceded version 2
 CASES = {
     "best_fit": ((0.5, 0.3, 0.2), UNLIMITED, {"lanes": 4}, 8, 40, "59cdf0611a7a7b96"),
     "weights change": (
@@ -73,11 +73,11 @@ CASES = {
         "a6ef2c60858d9ad0",
     ),
     "a weight too small": ((1e-6, 0.7, 0.3), UNLIMITED, {"lanes": 12}, 12, 40, "c792cc02021d1fb6"),
-    # At 1,311 batches the first lane was empty, and the run ended there
+    # At batch 1,311 the first lane was empty, and the run ended there
     "several epochs": ((1.0, 1.0, 1.0), (2, 2, 2), {"lanes": 3, "window_bytes": 1024}, 6, 1311, "8a8c2e50789966a8"),
 }
 
-# What the program of before version 2 saved after 60 batches
+# The state that the program before version 2 saved after 60 batches
 STATE = """{"version": 1, "rows": 240, "num_lanes": 2, "source_names": ["a", "b", "c"], "lanes": {
     "0": {"rows": 120, "mixing_rows": 120, "sources": [[60, 1, 0, 46, 0], [36, 0, 0, 36, 0], [24, 0, 0, 24, 0]]},
     "1": {"rows": 120, "mixing_rows": 120, "sources": [[60, 1, 0, 9, 0], [36, 0, 0, 36, 0], [24, 0, 0, 24, 0]]}}}"""

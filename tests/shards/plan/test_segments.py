@@ -1,4 +1,4 @@
-"""The plan's pure functions, against their definitions."""
+"""The plan's pure functions, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_groups_are_greedy_and_stay_within_shards(shards: list[list[int]], limit
 
 
 def tables_of(shards: list[list[int]], record_bytes: int = 10) -> list[np.ndarray]:
-    """Record tables of shards, given the records of each of their cells."""
+    """Make record tables of shards, given the number of records in each of their cells."""
     ends = [np.concatenate([[0], np.cumsum(cells)]).astype(np.int64) for cells in shards]
     return [np.stack([end, end * record_bytes], axis=1) for end in ends]
 
@@ -61,7 +61,7 @@ def records_of(plan: SourcePlan, lane: int, segments: int) -> int:
 
 
 def read_by(plan: SourcePlan, lane: int, epochs: int) -> Iterator[tuple[int, WindowPlan]]:
-    """(epoch, window) of all that a lane reads in so many epochs."""
+    """Yield (epoch, window) for everything that a lane reads in `epochs` epochs."""
     q, limit = 0, plan.segments_of_lane(lane, epochs)
     while q < limit:
         deal = plan.deal(lane, q)

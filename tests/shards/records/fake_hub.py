@@ -1,4 +1,4 @@
-"""A Hugging Face hub for one data set repository, as far as `HfFileSystem` reads files through it."""
+"""A Hugging Face hub for one data set repository, with as much of its API as `HfFileSystem` needs to read files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ REPOSITORY = "org/name"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `files`, by their paths in the repository; the hub itself is at `url`."""
+    """A server of `files`, by their paths in the repository; the hub itself is at `url`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
-        self.sent = 0  # bytes of them
+        self.sent = 0  # bytes of files sent
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def entry(self, path: str) -> dict[str, object]:
-        """What the API says of a file."""
+        """Describe a file as the API does."""
         content = self.files[path]
         return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def listing(self, folder: str) -> list[dict[str, object]]:
-        """What the API says of what stands in a folder."""
+        """List a folder as the API does."""
         within = f"{folder}/" if folder else ""
         names = {name.removeprefix(within).split("/")[0] for name in self.files if name.startswith(within)}
         return [

@@ -1,4 +1,4 @@
-"""HF data sets as sources: the same batches however they are read, ids as they are, errors that say what is wrong."""
+"""HF data sets as sources: the same batches however they are read, ids unchanged, errors that name the cause."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = [[3 + (i * 31 + j * j) % 4000 for j in range(i * 13 % 90)] for i in range(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is taken from, or left in, the user's folders; nothing is asked of the network."""
+    """Keep tests out of the user's folders and off the network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
@@ -40,7 +40,7 @@ def rows() -> datasets.Dataset:
 
 
 def saved(tmp_path: Path, kind: str) -> str:
-    """The rows as a data set of a kind; its name."""
+    """Save the rows as a data set of one kind and return its name."""
     path = tmp_path / f"set.{kind}"
     if kind == "parquet":
         rows().to_parquet(path)
@@ -114,7 +114,7 @@ def test_texts_are_the_same_documents_as_those_of_a_shard(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"])
 def test_token_ids_of_any_integer_type_are_the_same_tokens(tmp_path: Path, kind: str) -> None:
-    """Nulls among them, too, which once were filled with a -1 that unsigned numbers have no room for."""
+    """Include nulls, which once were filled with a -1 that unsigned numbers have no room for."""
     ids: list[list[int | None] | None] = [[3 + (i * 7 + j) % 100 for j in range(i % 30)] for i in range(200)]
     ids[5], ids[6] = None, [7, None]
     hashes_of = {}
@@ -142,7 +142,7 @@ def test_files_that_make_no_data_set_are_told_with_the_cause(tmp_path: Path) -> 
             (folder / f"train-{number}.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(ShardError, match=rf"source 'a'.*cannot be loaded: {cause}.*with paths: instead"):
             Loader(of(str(folder)), 8)
-        # And the way around is one
+        # The way around that the message suggests works
         with Loader(config([{"name": "a", "paths": [f"{folder}/*.jsonl"], "max_epochs": 1}], lanes=1), 1) as loader:
             assert sum(len(list(batch.origins())) for batch in loader) == 2
 

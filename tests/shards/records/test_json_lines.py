@@ -1,4 +1,4 @@
-"""What a record is: decided by its bytes alone, whatever else is read of it, by whichever parser, on whatever stack."""
+"""What a record is: its bytes alone decide, whatever else is read of it, by whichever parser, on whatever stack."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ KEYS: list[dict[str, str]] = [
     {"id_key": "meta"},
     {"source_from": "meta"},
     {"source_from": "meta.set.name", "id_key": "other"},
-    {"id_key": 'a "quoted" key'},  # which the fast parser cannot be told of
+    {"id_key": 'a "quoted" key'},  # the fast parser cannot look for such a key
 ]
 
 
 def reference(line: bytes) -> str | None:
-    """Find the text of a record by the rule in shards/records/json_lines.py, without a parser that recurses."""
+    """Find the text of a record by the rule in shards/records/json_lines.py, without a recursive parser."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -107,7 +107,7 @@ def test_broken_lines_are_judged_alike_by_both_parsers(line: bytes, edits: list[
 
 
 def test_runs_of_the_old_rule_keep_it() -> None:
-    """Fields that are not read are not looked into; a deep record is bad where the parser's stack ends."""
+    """Leave fields that are not read unchecked; a deep record is bad where the parser's stack ends."""
     values = (b'"caf\xe9"', b"9" * 5000, b"[" * 300 + b"]" * 300, b"1,")
     lines = [b'{"text": "x", "meta": %s}' % value for value in values]
     for keys, expected in ((KEYS[0], [1, 2, 3]), (KEYS[2], [3])):
@@ -124,7 +124,7 @@ def test_keys_that_json_escapes_are_found(tmp_path: Path) -> None:
 
 
 def test_names_in_a_record_can_be_written_down(tmp_path: Path) -> None:
-    """A lone surrogate in an id or a sub-source would end what writes it: metrics, provenance, a worker's answer."""
+    """Replace a lone surrogate in an id or a sub-source, at which writers would fail: metrics, provenance, workers."""
     path = write_shard(tmp_path / "a.jsonl", b'{"text": "x", "id": "\\ud800", "set": "a\\udc00"}\n')
     source = SourceConfig(name="s", paths=(str(path),), source_from="set")
     (document,) = read_documents(path, source)

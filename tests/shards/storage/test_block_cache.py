@@ -1,4 +1,4 @@
-"""Kept blocks of remote shards: never wrong, never too many, whoever is killed."""
+"""Cached blocks of remote shards: never wrong and never too many, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) 
     put(smaller, 50)
     assert taken(tmp_path) <= limit // 2
     put(BlockCache(tmp_path, BLOCK), 60)
-    assert get(cache, 60) is None  # one that is larger than all the room
+    assert get(cache, 60) is None  # larger than the whole cache
 
 
 def write_until_killed(folder: Path, limit: int, first: int) -> None:
@@ -94,7 +94,7 @@ def test_several_processes_and_kills_leave_only_whole_blocks_within_the_bound(tm
             writer.start()
         for _ in range(20):
             time.sleep(0.02)
-            # One moment: nothing is added or removed while the folder is listed and measured.
+            # Under the lock nothing is added or removed while the folder is listed and measured.
             with BlockCache(tmp_path, limit)._lock():
                 assert taken(tmp_path) <= limit
         for writer in writers:
@@ -127,7 +127,7 @@ def test_a_cache_that_is_only_read_from_gives_its_blocks(
     def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for name in ("utime", "open", "replace"):  # root may write anywhere, so that the folder cannot refuse
+    for name in ("utime", "open", "replace"):  # root may write anywhere, so the folder cannot refuse
         monkeypatch.setattr(os, name, refuse)
     cache = BlockCache(tmp_path, 10**6)
     for number in (3, 4, 5):

@@ -1,4 +1,4 @@
-"""What a source's paths come to: only contents decide; nothing is doubled, left out or waited for without a word."""
+"""A source's paths: only contents decide; nothing is doubled, left out or waited for silently."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_touch_changes_nothing_before_during_or_after_a_run(tmp_path: Path, nu
 
 
 def test_two_nodes_with_copies_of_their_own_share_an_index_dir(tmp_path: Path) -> None:
-    """The first node's manifest is read on the second, where the same files have other times."""
+    """Read the first node's manifest on a second one, where the same files have other times."""
     paths = corpus(tmp_path / "data")
     data = of(tmp_path / "data/*.zst", index_dir=tmp_path / "shared")
     prepared, expected = prepare(data), hashes(data)
@@ -104,7 +104,7 @@ def test_touched_shards_beyond_the_limit_are_called_touched_and_read(
     assert "3 shards" in caplog.text
     assert "touched after they were indexed: the same size, another modification time" in caplog.text
     caplog.clear()
-    assert hashes(data) == expected  # within the limit they are compared, and their indexes are of the new time
+    assert hashes(data) == expected  # within the limit they are compared, and their indexes get the new time
     assert hashes(data.model_copy(update={"max_index_at_start": 10})) == expected
     assert not caplog.text
 

@@ -1,4 +1,4 @@
-"""Remote shards through a real HTTP server that drops, stalls, fails, serves ranges, or ignores them."""
+"""Remote shards over a real HTTP server that drops, stalls, fails, serves ranges, or ignores them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA = compress(RAW, ".zst", frames=3)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data` at /shard.jsonl.zst, and misbehaves in turn as `faults` says."""
+    """A server of `data` at /shard.jsonl.zst that misbehaves as `faults` says, one request after another."""
 
     daemon_threads = True
 
@@ -38,9 +38,9 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.data, self.etag = DATA, '"one"'
         self.bodies = 0
-        self.query = ""  # without which nothing is served
-        self.head_faults: Iterator[str] = iter(())  # of requests for the size, whatever their method
-        self.etags: Iterator[str] = iter(())  # instead of `etag`, as mirrors tell them
+        self.query = ""  # nothing is served without it
+        self.head_faults: Iterator[str] = iter(())  # for requests for the size, whatever their method
+        self.etags: Iterator[str] = iter(())  # used before `etag`, as mirrors differ in theirs
 
     @property
     def url(self) -> str:
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _list(self) -> None:
-        """The folder as a page of links; or a dropped connection."""
+        """Send the folder as a page of links, or drop the connection."""
         if next(self.server.head_faults, ""):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -147,7 +147,7 @@ def test_a_size_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPat
     if fault == "stall":
         monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.5)
     expected = remote.stat(server.url)
-    for times in (1, 2, 4):  # two requests an attempt, of other methods
+    for times in (1, 2, 4):  # an attempt makes two requests with different methods
         server.head_faults = iter([fault] * times)
         assert remote.stat(server.url) == expected
         assert next(server.head_faults, "none left") == "none left"
@@ -180,7 +180,7 @@ def test_what_is_refused_is_asked_for_once(server: Server, status: str) -> None:
 def test_a_listing_is_asked_for_again_and_tells_what_is_not_read(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """fsspec takes a folder whose listing failed for an empty one."""
+    """Repeat a failed listing, which fsspec would take for an empty folder."""
     pattern = f"http://127.0.0.1:{server.server_port}/*.jsonl.*"
     server.head_faults = iter(["drop"] * 3)
     assert files.expand((pattern,), "s") == [server.url]
@@ -224,7 +224,7 @@ def test_a_remote_shard_gives_the_same_batches_as_a_local_one(server: Server, tm
 
 
 def test_an_address_may_have_a_query(server: Server, tmp_path: Path) -> None:
-    """Signed addresses do: of any characters, and longer than a file's name may be."""
+    """Accept the queries of signed addresses: of any characters, and longer than a file's name may be."""
     server.query = "?token=a*b[c]/d&signature=" + 300 * "x"
     data = config([{"name": "a", "paths": [server.url]}], index_dir=tmp_path / "i", window_bytes=1 << 17, lanes=4)
     with Loader(data, 4) as loader:

@@ -1,6 +1,7 @@
-"""Shards on S3, on Google's storage and on the hub: the same batches as from local files, through each store's real
-client and a server on this machine. The first two need s3fs, gcsfs, moto[server] and gcp-storage-emulator, and are
-passed over without, unless HEADRACE_REQUIRE_STORES is set.
+"""Shards on S3, Google Cloud Storage and the hub: the same batches as from local files.
+
+Each store is read by its real client from a server on this machine. The first two need s3fs, gcsfs, moto[server] and
+gcp-storage-emulator, and are skipped without them unless HEADRACE_REQUIRE_STORES is set.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Store(NamedTuple):
     """A folder in a store."""
 
     url: str
-    put: Callable[[str, bytes], object]  # as another machine does: our client's listings are not told
+    put: Callable[[str, bytes], object]  # as from another machine, without updating our client's cached listings
 
 
 def needed(module: str) -> Any:
-    """A module that need not be installed."""
+    """Import a module that need not be installed."""
     return (importlib.import_module if "HEADRACE_REQUIRE_STORES" in os.environ else pytest.importorskip)(module)
 
 
@@ -59,7 +60,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @pytest.fixture
 def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    # Heeded at import: else gcsfs asks for a bucket's kind by gRPC, which the emulator does not speak.
+    # Read at import. By default gcsfs asks for a bucket's kind by gRPC, which the emulator does not support.
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     emulator, gcsfs = needed("gcp_storage_emulator.server"), needed("gcsfs")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="data")
@@ -81,7 +82,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def hf(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)  # heeded at import: by workers
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)  # read at import: by workers
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     )
@@ -94,7 +95,7 @@ def hf(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @pytest.fixture(params=["s3", "gs", "hf"])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A store with the shards in it."""
+    """Return a store that holds the shards."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", min(map(len, SHARDS.values())) // 4)
     found: Store = request.getfixturevalue(request.param)
     for name, content in SHARDS.items():

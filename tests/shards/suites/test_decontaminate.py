@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 - scripts that look alike are the matter here
+# ruff: noqa: RUF001 - look-alike scripts are the point here
 """Documents that share text with a suite are dropped, all of them and no others, whoever reads them."""
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ HAN_AND_KANA = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaf
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text as the docs have them, by a regular expression."""
+    """Split a text into words as the docs define them, by a regular expression."""
     marked = "".join("_" if unicodedata.category(c)[0] == "M" else " " if c == "_" else c for c in text)
     places = [m.span() for m in re.finditer(rf"(?=[{HAN_AND_KANA}])\w|[^\W{HAN_AND_KANA}]+", marked)]
     return [text[a:b] for a, b in places]
 
 
 def plain_lines(text: str) -> list[str]:
-    """The lines of a text as the docs have them: all that Python takes for line ends, folded, stripped."""
+    """Split a text into lines as the docs define them: at all of Python's line ends, folded, stripped."""
     plain = str.maketrans("‘’“”–—−‐", "''\"\"----")
     return [unicodedata.normalize("NFKC", line.casefold()).translate(plain).strip() for line in text.splitlines()]
 
 
 def paragraphs_of_suite(split: str) -> set[str]:
-    """Paragraphs of at least 13 words, as strings."""
+    """Return the suite's paragraphs of at least 13 words, as strings."""
     lines = {line for document in find(EVAL, split).documents() for line in plain_lines(document.text)}
     return {line for line in lines if len(plain_words(line)) >= 13}
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
-    """A shard of the bundled sample with a held-out paragraph in every tenth document, and the lines of these."""
+    """Write a shard of the bundled sample with a held-out paragraph in every tenth document; return those lines too."""
     chance = random.Random(5)
     held_out = sorted(paragraphs_of_suite("test"))
     lines, raw = set(), []
@@ -97,7 +97,7 @@ def test_all_planted_overlaps_are_found_and_no_other_document_is_dropped(
             assert not batch.skipped, "what is dropped is no bad record"
             assert batch.skipped_so_far == 0
             kept_lines |= {origin.line for origin in batch.origins()}
-    # The last batch that cannot be filled is not given out, so a few documents are never reached
+    # An incomplete last batch is not yielded, so a few documents are never reached
     assert len(set(found)) == len(found), "each once"
     assert set(found) <= expected
     assert len(expected - set(found)) <= 8
@@ -166,7 +166,7 @@ QUOTE = (
 CHINESE = (
     "人工智能是计算机科学的一个分支，它企图了解智能的实质，并生产出一种新的能以人类智能相似的方式做出反应的智能机器"
 )
-SAME = [  # two spellings of what is one text to a reader, and whether a line is the same, or only its words
+SAME = [  # two spellings of the same text to a reader, and whether the whole line counts as equal, or only its words
     (QUOTE, QUOTE.replace("\u201c", '"').replace("\u201d", '"').replace("\u2019", "'"), True),
     (QUOTE, QUOTE.replace("\u2014", "-").replace("\u2026", "..."), True),
     (QUOTE, QUOTE.upper(), True),
@@ -220,7 +220,7 @@ def test_lines_are_found_whatever_white_space_ends_them_and_however_short(tmp_pa
     )
 )
 def test_comparable_texts_stay_as_they_are(texts: list[str]) -> None:
-    """Whatever the texts beside them, and in whatever form they come; the reference goes character by character."""
+    """Fold texts independently of their neighbours and form; the reference goes character by character."""
     once = comparable(texts)
     assert comparable(once) == once
     for form in ("NFC", "NFD"):
@@ -248,7 +248,7 @@ def test_ranks_are_handed_the_filter_and_never_read_the_suite(
     monkeypatch.setattr(suite.Suite, "documents", lambda found: reads.append(found) or documents(found))
     (tmp_path / "suite").rename(tmp_path / "elsewhere")
     assert dropped_by(data) == [4]
-    # Where the file is not, as on a node that does not share the folder, the filter is made again
+    # If the file is missing, as on a node that does not share the folder, the filter is made again
     assert prepared.filter is not None
     Path(prepared.filter.path).unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "suite")
@@ -311,7 +311,7 @@ def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path:
     with pytest.raises(ConfigError, match=r"version 1 of the rule .* says VERSION = 1, or start a new run"):
         check_fingerprint(older, prints[1])
     before = {key: value for key, value in prints[0].items() if key != "decontaminate"}
-    check_fingerprint(before, prints[0])  # a run that was begun before there was such a key
+    check_fingerprint(before, prints[0])  # a run begun before the key existed
 
 
 def test_bad_rules_are_named(planted: tuple[Path, set[int]], tmp_path: Path) -> None:

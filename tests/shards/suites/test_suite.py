@@ -1,4 +1,4 @@
-"""Suites in every layout that they come in hold the same documents under the same domains; what is missing is named."""
+"""Suites in every supported layout hold the same documents under the same domains; what is missing is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = {
 
 
 def paloma(folder: Path, split: str = "val") -> Path:
-    """A suite as Paloma is published, the subdomains of a source mixed in its shards."""
+    """Write a suite as Paloma is published, with the subdomains of a source mixed in its shards."""
     for source, subs in PALOMA.items():
         lines = []
         for i in range(3):

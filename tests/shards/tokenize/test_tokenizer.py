@@ -1,4 +1,4 @@
-"""Whatever the text and the model, ids are those of SentencePieceProcessor.encode: word by word where that is exact."""
+"""For every text and model, ids equal those of SentencePieceProcessor.encode, word by word if that is exact."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ UNBROKEN = ["a", "ab", "aab", "the", "there", "ing", "0", "=", "é", "日本", "
     part=st.sampled_from([16, 50, 300]),
 )
 def test_ids_of_words_of_any_length(model: Model, parts: list[tuple[str, int]], mixed: list[str], part: int) -> None:
-    """Runs of one character or syllable, where leftmost merges decide, and letters in any order, where scores do."""
+    """Encode runs of one character or syllable, where leftmost merges decide, and mixed letters, where scores do."""
     text = "".join(unit * count for unit, count in parts) + "".join(mixed)
     with mock.patch.object(word_encoder, "BLOCK_BYTES", 10), mock.patch.object(long_words, "PART_BYTES", part):
         model.check([text, "a word", text[::-1]])
@@ -163,7 +163,7 @@ def test_a_full_table_begins_anew(limit: str, value: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("factor", ["MIX", "MULTIPLIER"])
 def test_words_that_meet_in_a_slot_are_told_apart(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All words hash to one slot, or all that begin alike: what decides is their bytes and lengths."""
+    """Make all words, or all with the same beginning, hash to one slot, so that only bytes and lengths decide."""
     monkeypatch.setattr(word_encoder, factor, word_encoder.np.uint64(0))
     Model(TOKENIZER).check(["interested interest interesting a a\0 ab abcdefg abcdefgh \0 \0\0", "interesting the a b"])
 

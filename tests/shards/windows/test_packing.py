@@ -1,4 +1,4 @@
-"""Packing: what every policy promises, checked token by token."""
+"""Packing: the promises of every policy, checked token by token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_
 
 
 def documents_of(lengths: list[int]) -> list[np.ndarray]:
-    """Documents whose every token is different: token t of document d is 100 * d + t."""
+    """Make documents whose every token is different: token t of document d is 100 * d + t."""
     return [np.arange(100 * d, 100 * d + n, dtype=np.uint16) for d, n in enumerate(lengths)]
 
 
@@ -46,7 +46,7 @@ def dense(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 def targets_of(rows: Rows) -> Counter[int]:
     tokens, segment_ids = dense(rows)
     valid = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
-    # Within a row's segment tokens follow each other as they do in their document.
+    # Within a row's segment, tokens follow each other as in their document.
     assert (tokens[:, 1:][valid] == tokens[:, :-1][valid] + 1).all()
     return Counter(tokens[:, 1:][valid].tolist())
 
@@ -85,7 +85,7 @@ def test_pieces_say_where_their_tokens_come_from(packing: Packing, lengths: list
             expected = documents[rows.documents[piece]][start : start + length]
             assert tokens[row][segment_ids[row] == number].tolist() == expected.tolist()
         filled = segment_ids[row] > 0
-        assert filled.tolist() == sorted(filled.tolist(), reverse=True)  # padding stands at the end
+        assert filled.tolist() == sorted(filled.tolist(), reverse=True)  # padding is at the end
         assert not tokens[row][~filled].any()
 
 
@@ -101,7 +101,7 @@ def test_best_fit_wastes_less_than_a_row_where_all_documents_are_long(lengths: l
     long = [seq_len + 2 + n for n in lengths]
     rows = pack_documents(documents_of(long), seq_len, "best_fit", 1)
     room = rows.num_rows * (seq_len + 1) - int(rows.lengths.sum())
-    # Holes of one token cannot be filled: a piece there would only repeat one.
+    # Holes of one token cannot be filled, since a piece there would only repeat one.
     assert room <= seq_len + 1 + rows.num_rows
 
 
@@ -140,15 +140,15 @@ def test_a_key_changes_the_order_and_nothing_else() -> None:
 def closed_rows(
     rows: list[list[int]], pieces: tuple[Ints, Ints, Ints], cut: np.ndarray, capacity: int
 ) -> tuple[Ints, Ints, Ints]:
-    """`_close_rows` in its first form, which sorts all rows for each one that it spreads: runs rely on its order."""
+    """Run the first version of `_close_rows`, which sorts all rows for each one it spreads; runs rely on its order."""
     documents, starts, lengths = (column.tolist() for column in pieces)
     room = [capacity - sum(lengths[i] for i in row) for row in rows]
     usable = sum(left - 1 for left in room if left > 1)
     emptiest = sorted((row for row in range(len(rows)) if cut[rows[row]].all()), key=lambda row: -room[row])
     closed: set[int] = set()
     for row in emptiest:
-        # Each hole but the last costs a token that stands twice. A row that is spread is no hole itself,
-        # but has that much less to spread: this much is needed for any, so no later row can be saved either.
+        # Each hole but the last costs one repeated token. A row to be spread is no hole itself, but has that much less
+        # to spread: every row needs this much, so no later one can be saved either.
         if usable < capacity - 1:
             break
         holes = sorted(
@@ -164,7 +164,7 @@ def closed_rows(
                 room[hole] -= size
                 rows[hole].append(piece)
                 if room[hole] > 1:
-                    holes.append(hole)  # only the last of a piece leaves room, so the rest stay in order
+                    holes.append(hole)  # only the last hole of a piece has room left, so the rest stay in order
                 if size == lengths[piece]:
                     break
                 documents.append(documents[piece])
@@ -186,7 +186,7 @@ def closed_rows(
 def test_rows_are_spread_exactly_as_they_always_were(
     seq_len: int, parts: list[tuple[float, int, int]], key: int | None
 ) -> None:
-    # Groups of documents of about so many rows each: equal lengths and equal room are where the order could differ.
+    # Groups of documents that each fill about `count` rows; the order could differ for equal lengths and equal room.
     lengths = [int(share * seq_len) + i % (spread + 1) for share, count, spread in parts for i in range(count)]
     documents = [np.arange(n, dtype=np.uint16) for n in lengths]
     found = pack_documents(documents, seq_len, "best_fit", key)
@@ -214,6 +214,6 @@ def test_many_long_documents_in_short_rows_pack_in_no_time(shortest: int, longes
         rows = pack_documents([np.zeros(n, np.uint16) for n in lengths], 32)
     finally:
         sys.settrace(before)
-    # Looking for room row by row took a minute, the square of this.
+    # A search for room row by row took a minute, the square of this.
     assert steps < 100 * rows.num_rows
     assert rows.num_rows * 33 - int(rows.lengths.sum()) < 0.03 * rows.num_rows * 33

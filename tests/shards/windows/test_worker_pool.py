@@ -1,4 +1,4 @@
-"""What is made ahead: nothing is kept that nobody will take, and what lanes will need is asked for in time."""
+"""Windows made ahead: nothing is kept that nobody will take, and what lanes will need is requested in time."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
     try:
         for request in requests:
             pool.submit(request)
-        pool.wait_for(requests[0])  # the worker is at the next by now
+        pool.wait_for(requests[0])  # the worker is now at the next one
         pool.clear()
         new = WindowRequest(requests[1].name, task, 0.0)
         pool.submit(new)
-        again = pool.wait_for(new)  # answers come in turn: those to what was dropped have come by now
+        again = pool.wait_for(new)  # answers come in order, so those to dropped requests have arrived
         assert all(request.result is None for request in [*requests, new])
         assert not pool._waiting
         assert not pool._asked[0]
@@ -46,7 +46,7 @@ def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> 
 
 
 class Recording:
-    """A pool that makes windows when they are taken, and remembers which of them were asked for before."""
+    """A pool that makes windows when they are taken, and records which were requested ahead."""
 
     ahead = 2
 
@@ -105,7 +105,7 @@ def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
         assert isinstance(pool, Recording)
         batches = [next(loader) for _ in range(2000)]
         assert sum(len(batch.skipped) for batch in batches) > 200
-        # Several of them in a row are more than is asked for ahead.
+        # A run of such windows is longer than what is requested ahead.
         assert len(pool.on_demand) < len(pool.asked) / 10
 
 

@@ -31,7 +31,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another tokenizer than the bundled one."""
+    """Train a tokenizer other than the bundled one."""
     prefix = tmp_path_factory.mktemp("tokenizer") / "other"
     texts = iter([words(i, 40) for i in range(300)])
     sentencepiece.SentencePieceTrainer.train(
@@ -41,7 +41,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(shard: Path, **changes: object) -> DataConfig:
-    """Little is made ahead, so that a worker started late makes most of it."""
+    """Make a config with little prefetching, so that a worker started late makes most windows."""
     values: dict[str, object] = {"num_workers": 1, "prefetch_bytes": 0, "window_bytes": 600, "lanes": 2}
     return config([{"name": "a", "paths": [str(shard)]}], **(values | changes))
 
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_changes_is_no_successors_tokenizer(
         kill_workers()
         with pytest.raises(ConfigError, match=rf"data\.tokenizer=.*t\.model.*({disturbance}|No such file)"):
             list(itertools.islice(loader, BATCHES))
-        with pytest.raises(ConfigError, match="tokenizer"):  # and it stays so
+        with pytest.raises(ConfigError, match="tokenizer"):  # and so it remains
             next(loader)
 
 
@@ -92,7 +92,7 @@ def test_a_tokenizer_that_is_replaced_before_the_first_window_makes_none_in_any_
     expected, recipe = hashes(data_of(shard)), Tools.recipe
     monkeypatch.setattr(Tools, "recipe", replace)
     shutil.copy(TOKENIZER, model)
-    assert hashes(data_of(shard, tokenizer=model, num_workers=0)) == expected  # it has been read by then
+    assert hashes(data_of(shard, tokenizer=model, num_workers=0)) == expected  # it has already been read
     shutil.copy(TOKENIZER, model)
     with pytest.raises(ConfigError, match=r"t\.model.*replaced"):
         hashes(data_of(shard, tokenizer=model, num_workers=1))
@@ -107,12 +107,12 @@ def test_a_filter_is_handed_on_and_compared(shard: Path, tmp_path: Path) -> None
     assert expected != hashes(data_of(shard))
     with Loader(data, 8) as loader:
         found = [next(loader).row_hash]
-        shutil.rmtree(tmp_path / "suite")  # whose hashes are made: no worker reads it again
+        shutil.rmtree(tmp_path / "suite")  # its hashes exist, so no worker reads it again
         kill_workers()
         found += [batch.row_hash for batch in itertools.islice(loader, BATCHES - 1)]
         assert found == expected
         (file,) = (tmp_path / "index").glob("headrace-decontaminate-*")
-        file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)  # the bitmap: rules out what is in the set
+        file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)  # the bitmap now rules out members of the set
         kill_workers()
         with pytest.raises(ConfigError, match=r"headrace-decontaminate-.*replaced"):
             list(itertools.islice(loader, BATCHES))
@@ -181,7 +181,7 @@ def test_what_workers_wrote_before_they_were_killed_is_in_the_error(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Loader(data_of(shard), 8) as loader, pytest.raises(ShardError, match=r"(?s)10 workers in a row.*out of luck"):
         next(loader)
-    assert capfd.readouterr().err.count("out of luck") >= 10  # and where it always went
+    assert capfd.readouterr().err.count("out of luck") >= 10  # still written to stderr as well
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ threading.Thread(target=hold).start()
 held.wait()
 if not (child := os.fork()):
     done.set()
-    sys.exit()  # the workers are not those of its copy of the loader, nor is there a thread that would free the lock
+    sys.exit()  # its copy of the loader does not own the workers, and no thread of it would free the lock
 done.set()
 assert os.waitpid(child, 0) == (child, 0)
 print(sum(1 for _ in zip(range(40), loader)))
