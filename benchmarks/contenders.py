@@ -1,7 +1,7 @@
-"""What `benchmarks/loader.py` compares, one process each: raw shards -> int32 rows of seq_len + 1 tokens, in batches.
+"""The contenders of `benchmarks/loader.py`, one process each: raw shards -> int32 rows of seq_len + 1 tokens.
 
-Started by it, pinned to some cores, fed on stdin: a line is for how many seconds to go on; the answer, a line of JSON,
-says how many tokens came, and the CPU seconds of this process, which consumes the rows.
+It starts them pinned to some cores and writes to stdin, one line per turn with the tokens and seconds to reach. The
+answer, a line of JSON, gives the number of tokens and the CPU seconds of this process, which consumes the rows.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ import zstandard
 Numbers = Iterator[int]  # tokens of each batch
 
 BATCH_ROWS = 64
-MDS_TOKENS = 4_000_000  # converted once, read again and again
+MDS_TOKENS = 4_000_000  # converted once, then read repeatedly
 VISION = {"datasets": "VisionDataset", "transforms": None, "transforms.functional": "to_tensor"}
 
 
 class Settings(msgspec.Struct):
-    """What all contenders are given."""
+    """The settings given to every contender."""
 
     contender: str
-    shards: list[str]  # .jsonl.zst; of this process, where the contender is several
+    shards: list[str]  # .jsonl.zst; those of this process if the contender has several
     tokenizer: str
     seq_len: int
-    workers: int  # processes beside this one; 0 = none
+    workers: int  # processes besides this one; 0 = none
     index_dir: str
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     batches: Numbers | None = None
     for line in sys.stdin:
         begin, cpu = time.monotonic(), time.process_time()
-        if batches is None:  # all that a start costs belongs to the first answer
+        if batches is None:  # the whole cost of starting belongs to the first answer
             batches = CONTENDERS[settings.contender](settings)
         tokens = 0
         wanted, seconds = json.loads(line)
@@ -165,7 +165,7 @@ def mds_writer(streaming: Any, folder: str, seq_len: int) -> Any:
 
 
 def import_streaming() -> Any:
-    """mosaicml-streaming; it imports torchvision for its image data sets, which need not be there."""
+    """Import mosaicml-streaming, which imports torchvision for image data sets; that need not be installed."""
     for name, attribute in [("", None), *VISION.items()]:
         name = f"torchvision.{name}".rstrip(".")
         module = sys.modules[name] = types.ModuleType(name)
@@ -178,7 +178,7 @@ def import_streaming() -> Any:
 
 
 def packed(settings: Settings) -> Iterator[np.ndarray]:
-    """int32 [BATCH_ROWS, seq_len + 1]: documents in one stream, cut; the corpus over and over."""
+    """Yield int32 [BATCH_ROWS, seq_len + 1]: documents in one stream, cut into rows, repeating the corpus."""
     encode = numpy_encoder(settings)
     rest: list[np.ndarray] = []
     size, wanted = 0, BATCH_ROWS * (settings.seq_len + 1)
@@ -194,7 +194,7 @@ def packed(settings: Settings) -> Iterator[np.ndarray]:
 
 
 def texts(settings: Settings) -> Iterator[str]:
-    """All texts, over and over."""
+    """Yield all texts, repeatedly."""
     decoder = msgspec.json.Decoder(Record)
     for shard in itertools.cycle(settings.shards):
         with open(shard, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as raw:
@@ -203,7 +203,7 @@ def texts(settings: Settings) -> Iterator[str]:
 
 
 def numpy_encoder(settings: Settings) -> Callable[[str], np.ndarray]:
-    """Text -> int32 ids with BOS and EOS, by SentencePiece as fast as it gives them."""
+    """Return a function from text to int32 ids with BOS and EOS, by SentencePiece's fastest call."""
     processor = sentencepiece.SentencePieceProcessor(model_file=settings.tokenizer)
     return lambda text: processor.EncodeAsNumpy(text, add_bos=True, add_eos=True)
 

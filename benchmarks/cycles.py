@@ -1,8 +1,8 @@
-"""Trains a small model in many lives, each ended by a signal: `python benchmarks/cycles.py --cycles 50`.
+"""Train a small model through many kills and restarts: `python benchmarks/cycles.py --cycles 50`.
 
-Each cycle starts the same command and ends it by SIGKILL, SIGTERM or SIGUSR1, to all ranks or to one of them: while it
+Each cycle starts the same command and ends it by SIGKILL, SIGTERM or SIGUSR1, sent to all ranks or to one: while it
 starts, at a random step, inside a save, or inside an evaluation. In the end the run is finished undisturbed. Then
-metrics.jsonl must hold each step once, with the losses and batch hashes of a run that nobody touched, bit for bit.
+metrics.jsonl must hold each step once, with the losses and batch hashes of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STOPPED = 75
 SAVE_EVERY, EVALUATE_EVERY = 5, 7  # optimizer steps
 STEPS_PER_CYCLE = 12
-GRACE_SECONDS = 120  # for the ranks to stop by themselves, where they were asked to
+GRACE_SECONDS = 120  # for ranks that were asked to stop
 CONFIG = """
 run: {{name: unnamed, dir: {folder}, seed: 7}}
 model: {{dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 4096, dropout: 0.1}}
@@ -56,7 +56,7 @@ COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens", "batch_hash"
 
 
 class Training:
-    """One command, started again and again on one run folder."""
+    """One command, started repeatedly on one run folder."""
 
     def __init__(self, config: Path, folder: RunFolder, ranks: int, overrides: list[str]) -> None:
         self.folder, self.ranks = folder, ranks
@@ -83,11 +83,11 @@ class Training:
         assert codes == [0] * self.ranks, f"exit codes {codes}; see {self._log}"
 
     def said(self) -> int:
-        """Bytes of the log so far."""
+        """Return the size of the log so far, in bytes."""
         return self._log.stat().st_size if self._log.exists() else 0
 
     def has_begun(self, since: int) -> bool:
-        """Whether the loop has begun since a place in the log: a checkpoint was taken up, or a first step was made."""
+        """Return whether the loop has begun since a place in the log, by a resume or a first step."""
         with self._log.open("rb") as log:
             log.seek(since)
             said = log.read()
@@ -97,13 +97,13 @@ class Training:
         return self.folder.metrics.path.read_bytes().count(b"\n") if self.folder.metrics.path.exists() else 0
 
     def saving(self) -> bool:
-        """Whether there is a checkpoint without COMPLETE."""
+        """Return whether there is a checkpoint without COMPLETE."""
         folders = [path for path in self.folder.checkpoints.glob("step_*") if path.is_dir()]
         return any(not (folder / "COMPLETE").exists() for folder in folders)
 
 
 def wait_for(moment: str, training: Training, processes: list[subprocess.Popen[bytes]], choose: random.Random) -> None:
-    """Returns at the moment, or when a process has ended."""
+    """Wait for the moment, or until a process has ended."""
     running = lambda: all(process.poll() is None for process in processes)  # noqa: E731
     if moment == "start":
         time.sleep(choose.uniform(0.0, 8.0))
@@ -123,7 +123,7 @@ def wait_for(moment: str, training: Training, processes: list[subprocess.Popen[b
 
 
 def disturb(training: Training, choose: random.Random) -> str:
-    """One cycle; returns what was done to it."""
+    """Run one cycle; return what was done to it."""
     moment = choose.choice(["start", "step", "save", "save", "evaluation"])
     number = choose.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
     one_rank = choose.random() < 0.5
@@ -133,7 +133,7 @@ def disturb(training: Training, choose: random.Random) -> str:
     in_save = training.saving()
     for process in victims:
         process.send_signal(number)
-    # A launcher takes its time to notice that a rank is gone
+    # A launcher takes a while to notice that a rank is gone
     end_of(processes, GRACE_SECONDS if number != signal.SIGKILL else choose.uniform(0.0, 3.0))
     codes = [process.returncode for process in processes]
     if number != signal.SIGKILL and moment != "start":
@@ -143,7 +143,7 @@ def disturb(training: Training, choose: random.Random) -> str:
 
 
 def end_of(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
-    """Waits for all, and as a launcher does kills those that outlive the others, or so many seconds."""
+    """Wait for all processes, killing as a launcher does those that outlive the others or the grace period."""
     limit = time.monotonic() + grace
     while time.monotonic() < limit and any(process.poll() is None for process in processes):
         if any(process.poll() not in (None, 0, STOPPED) for process in processes):
@@ -155,7 +155,7 @@ def end_of(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
 
 
 def prepare(folder: Path, steps: int) -> Path:
-    """A suite of a few documents, and the config."""
+    """Write a suite of a few documents, and the config."""
     for domain in ("wiki", "code"):
         target = folder / "suite" / domain
         target.mkdir(parents=True)
@@ -174,8 +174,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of what is done when")
-    parser.add_argument("--folder", type=Path, help="where to work, and leave everything; default: a temporary one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the disturbances")
+    parser.add_argument("--folder", type=Path, help="folder to work in, which is kept; default: a temporary one")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
     choose = random.Random(arguments.seed)
@@ -191,7 +191,7 @@ def main() -> int:
         for cycle in range(arguments.cycles):
             what = disturb(training, choose)
             done[what] += 1
-            print(f"{cycle + 1}: {what}; {training.steps()} steps stand there", flush=True)
+            print(f"{cycle + 1}: {what}; {training.steps()} steps recorded", flush=True)
         training.finish()
         expected, found = figures(untouched.folder.metrics), figures(training.folder.metrics)
         evals = [list(run.folder.evals.read()) for run in (untouched, training)]

@@ -1,9 +1,9 @@
-"""What decontamination costs the loader: tokens/s with and without it, in turn, over the same shards.
+"""Measure the cost of decontamination to the loader: tokens/s with and without it, alternating, on the same shards.
 
     python benchmarks/decontamination.py 'shards/sample/train/*' --suite shards/sample/eval \
         --tokenizer shards/sample/tokenizer-4k.model
 
-Windows are made in this process, so the rate is what one worker gives.
+Windows are made in this process, so the rate is that of one worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shards import DataConfig, Loader
 
 
 def rate(config: DataConfig, batches: int) -> tuple[float, int]:
-    """(tokens a second, documents dropped) of the first batches."""
+    """Measure the first batches: (tokens per second, documents dropped)."""
     tokens = dropped = 0
     with Loader(config, 64) as loader:
         begin = time.perf_counter()
@@ -41,8 +41,8 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--match", choices=("paragraph", "ngram"), default="paragraph")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batches", type=int, default=40, help="of 64 rows")
-    parser.add_argument("--repeats", type=int, default=5, help="medians count")
+    parser.add_argument("--batches", type=int, default=40, help="batches of 64 rows")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions, of which medians are shown")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         plain = DataConfig.parse(

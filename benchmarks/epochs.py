@@ -1,13 +1,13 @@
-"""What an epoch reads, and whether the mix that was asked for is met: `python benchmarks/epochs.py --work work`.
+"""Measure what an epoch reads and whether the mix asked for is met: `python benchmarks/epochs.py --work work`.
 
-Makes corpora of these sizes from the bundled sample, and measures from the lanes' rows, without a training:
+Corpora of these sizes are made from the bundled sample, and measured from the lanes' rows, without training:
 
     share of the tokens that one pass reads, and its steps against the ideal number, at several numbers of lanes
     shares of the rows that sources of unlike weights and sizes get, against those that were asked for
-    seconds a batch while many sources run out
+    seconds per batch while many sources run out
 
-Tables as Markdown on stdout. With --plan-version 1 the rules of before are measured; a pass still ends only when all of
-their lanes are empty, so what it would have read until the first was is told, too.
+Tables are printed as Markdown. --plan-version 1 measures the older rules; a pass still ends only when all of their
+lanes are empty, so the share that it would have read up to the first empty one is also shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIMITED = {"6 documents, read 1,000 times": 1000, "6 documents, read once": 1}  
 
 
 def varied(size: int) -> Iterator[str]:
-    """The sample's texts again and again, each time cut and marked otherwise, up to so many bytes."""
+    """Yield the sample's texts repeatedly, cut and marked differently each time, up to `size` bytes."""
     shards = [path for path in sorted((SAMPLE / "train").glob("*")) if path.suffix in (".zst", ".gz")]
     texts = [document.text for path in shards for document in read_documents(path)]
     turn = 0
@@ -52,7 +52,7 @@ def varied(size: int) -> Iterator[str]:
 
 
 def corpus(path: Path, size: int) -> Path:
-    """A plain shard of about so many raw bytes."""
+    """Write a plain shard of about `size` raw bytes, if it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in varied(size)))
@@ -65,7 +65,7 @@ def config(work: Path, sources: list[dict[str, object]], version: int, lanes: in
 
 
 def one_pass(data: DataConfig, rows: int) -> dict[str, float]:
-    """Reads the data to its end."""
+    """Read the data to its end and measure it."""
     tokens, padding = [], 0
     begun = time.perf_counter()
     with Loader(data, rows) as loader:
@@ -108,7 +108,7 @@ def passes(work: Path, sizes: list[int], lanes: list[int], version: int) -> None
 
 
 def planned_mixes(rows: int, version: int) -> None:
-    """Mixes without a limit follow from the plan's rule alone: no shard is read."""
+    """Compare mixes without a limit, which follow from the plan's rule alone: no shard is read."""
     print("| weights | lanes | others than the first: wished, % | met, % |")
     print("| --- | ---: | ---: | ---: |")
     for name, weights in PLANNED.items():
@@ -120,7 +120,7 @@ def planned_mixes(rows: int, version: int) -> None:
 
 
 def limited_mixes(work: Path, steps: int, version: int) -> None:
-    """A source of six documents on 64 lanes, beside a large one."""
+    """Compare the mix of a large source and one of six documents, on 64 lanes."""
     print(f"| second source | lanes | wished, % | met in {steps} steps, % | foretold, % |")
     print("| --- | ---: | ---: | ---: | ---: |")
     large, small = corpus(work / "mix-large.jsonl", 4_000_000), work / "mix-small.jsonl"
@@ -141,7 +141,7 @@ def limited_mixes(work: Path, steps: int, version: int) -> None:
 
 
 def running_out(work: Path, version: int) -> None:
-    """Thirteen sources on 256 lanes, each of which runs out at another time on another lane."""
+    """Time the batches of thirteen sources on 256 lanes, each of which runs out at another time on another lane."""
     sources: list[dict[str, object]] = []
     for number in range(13):
         path = corpus(work / f"out-{number}.jsonl", (number + 2) * 300_000)
@@ -160,9 +160,9 @@ def running_out(work: Path, version: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("work"), help="a folder for the corpora")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder for the corpora")
     parser.add_argument("--sizes", type=int, nargs="*", default=[10, 100, 1000], metavar="MB")
-    parser.add_argument("--lanes", type=int, nargs="*", default=[0, 1, 8, 32, 96, 960], help="0 = as many as follow")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[0, 1, 8, 32, 96, 960], help="0 = the default number")
     parser.add_argument("--mix-steps", type=int, default=100, help="batches of a mix; 0 = no mixes")
     parser.add_argument("--plan-version", type=int, default=2)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How fast a suite is scored: tokens/s of the whole evaluation beside those of bare forward passes over full rows.
+"""Measure how fast a suite is scored: tokens/s of the whole evaluation, and of bare forward passes over full rows.
 
     python benchmarks/evaluation.py --config configs/x.yaml --suite shards/sample/eval [key.path=value ...]
 
-The forward passes have as many rows, each a single document of seq_len tokens without padding, and nothing is done with
-their logits. The evaluation includes padding, the losses, and the sums of each document; not the suite's loading.
+The forward passes have as many rows, each a single document of seq_len tokens without padding, and their logits are not
+used. The evaluation includes padding, the losses and the sums of each document, but not loading the suite.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shards import Tokenizer
 
 
 class Drawn:
-    """Weights like those of a model before its first step."""
+    """Weights drawn like those of a model before its first step."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._specs = weight_specs(config)
@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--suite", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3, help="of each, taken in turn; medians count")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions, alternating, of which medians are shown")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, [*arguments.overrides, f"evaluation.suite={arguments.suite}"])

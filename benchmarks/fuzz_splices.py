@@ -1,10 +1,10 @@
-"""Reads from thousands of splice points of random zstd and gzip files and compares with what was compressed.
+"""Read from thousands of splice points of random zstd and gzip files and compare with what was compressed.
 
     python benchmarks/fuzz_splices.py 'corpus/*.jsonl.zst' --entries 20000 --encoder OLD/zstandard-0.19 --encoder zstd
 
 Each file has another encoder, level, window, number of threads, long mode, checksum, blocks and text. Entries are
-placed as near to one another as can be, whatever that costs, half of them verified to the next entry when they are made
-and half only at their beginning. Each is read from to the next, and a little beyond, by a decoder of its own.
+placed as close together as possible, whatever the cost, half of them verified to the next entry when they are made and
+half only at their beginning. A decoder of its own reads from each to the next, and a little beyond.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shards.index.shard_index import build
 MAX_WINDOW = 1 << 27
 CELL_BYTES = 1 << 15
 BEYOND_BYTES = 200_000  # read past the next entry
-LEVELS = (1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 19)  # a level 19 takes as long as all others
+LEVELS = (1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 19)  # level 19 takes as long as all others together
 WINDOW_LOGS = (17, 17, 17, 18, 18, 19, 20, 21, 22, 24, 27)  # a window must end before the next entry is tried
 COLUMNS = ("files", "entries", "looked at", "qualified", "failed", "fell back", "wrong")
 ENCODE = """
@@ -55,7 +55,7 @@ sys.stdout.buffer.write(stream.flush())
 
 
 def compress(raw: bytes, encoder: str, level: int, draw: random.Random) -> bytes:
-    """`raw` as one frame, by a zstandard package in a folder, or a program; the rest is drawn."""
+    """Compress `raw` into one frame, by a zstandard package in a folder or a program; other options are drawn."""
     if encoder == "gzip":
         packer = zlib.compressobj(min(level, 9), zlib.DEFLATED, 31, draw.randint(1, 9))
         return packer.compress(raw) + packer.flush()
@@ -76,7 +76,7 @@ def compress(raw: bytes, encoder: str, level: int, draw: random.Random) -> bytes
 
 
 def text(corpus: list[bytes], size: int, draw: random.Random) -> bytes:
-    """Raw bytes of one of several kinds."""
+    """Draw raw bytes of one of several kinds."""
     whole = draw.choice(corpus)
     start = draw.randrange(max(1, len(whole) - size))
     real = (whole[start:] + whole)[:size]
@@ -97,7 +97,7 @@ def text(corpus: list[bytes], size: int, draw: random.Random) -> bytes:
 
 
 def check(folder: Path, data: bytes, raw: bytes, verify: bool) -> Counter[str]:
-    """Indexes a file, reads from each of its entries, and counts."""
+    """Index a file, read from each of its entries, and count the results."""
     path = folder / "a.jsonl.zst"
     path.write_bytes(data)
     histories = paths.history_path(paths.index_path(str(path), None))
@@ -120,7 +120,7 @@ def check(folder: Path, data: bytes, raw: bytes, verify: bool) -> Counter[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="+", metavar="SHARD", help="real text; shards or globs")
-    parser.add_argument("--entries", type=int, default=20_000, help="how many to read from")
+    parser.add_argument("--entries", type=int, default=20_000, help="number of entries to read from")
     parser.add_argument("--encoder", action="append", default=[], help="folder of another zstandard package, or `zstd`")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

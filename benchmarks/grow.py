@@ -1,6 +1,6 @@
-"""Makes a large shard out of small ones: `python benchmarks/grow.py 'corpus/*' OUT.jsonl.zst --raw-bytes 4e9`.
+"""Make a large shard out of small ones: `python benchmarks/grow.py 'corpus/*' OUT.jsonl.zst --raw-bytes 4e9`.
 
-The records of a corpus in turn, again and again, each marked with the number of its pass, as one frame (or one gzip
+The records of a corpus are repeated in order, each marked with the number of its pass, as one frame (or one gzip
 member, by the name's suffix), which is how the Pile's and Dolma's shards were written.
 """
 
@@ -26,7 +26,7 @@ PART_BYTES = 8 << 20
 
 
 def records(paths: list[str], raw_bytes: int) -> Iterator[bytes]:
-    """JSON lines in parts of some MiB, `raw_bytes` of them and a little more."""
+    """Yield JSON lines in parts of some MiB, `raw_bytes` in all or slightly more."""
     total, part = 0, bytearray()
     for number in itertools.count():
         for path in paths:
@@ -44,7 +44,7 @@ def records(paths: list[str], raw_bytes: int) -> Iterator[bytes]:
 
 
 def write(paths: list[str], out: Path, raw_bytes: int, level: int, frames: int) -> None:
-    """Writes a shard; its suffix names the compression."""
+    """Write a shard; its suffix names the compression."""
     if out.suffix == ".gz":
         with gzip.open(out, "wb", compresslevel=level) as packed:
             for part in records(paths, raw_bytes):
@@ -63,7 +63,7 @@ def write(paths: list[str], out: Path, raw_bytes: int, level: int, frames: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="+", metavar="SHARD", help="of the corpus; shards or globs")
+    parser.add_argument("patterns", nargs="+", metavar="SHARD", help="shards or globs of the corpus")
     parser.add_argument("out", type=Path, help="the shard to write: .jsonl.zst or .json.gz")
     parser.add_argument("--raw-bytes", type=float, default=1e9)
     parser.add_argument("--level", type=int, default=3)

@@ -1,7 +1,7 @@
-"""Entries inside a gzip member: Headrace's beside those of two libraries, `python benchmarks/gzip_entries.py SHARD.gz`.
+"""Compare Headrace's entries inside a gzip member with two libraries': `python benchmarks/gzip_entries.py SHARD.gz`.
 
 On one core, from the page cache: seconds to make the index (Headrace's pass also hashes, and finds lines), its size,
-and seconds from opening the file with it to the first MiB at 95 % of the raw bytes. Medians of the rounds.
+and seconds from opening the file with it to the first MiB at 95 % of the raw bytes. Medians of the rounds are shown.
 """
 
 from __future__ import annotations

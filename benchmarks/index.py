@@ -1,7 +1,7 @@
-"""How fast shards are indexed, beside bare decoding of the same files: `python benchmarks/index.py SHARD...`.
+"""Measure how fast shards are indexed, and bare decoding of the same files: `python benchmarks/index.py SHARD...`.
 
-On one core, in turns, each shard from the page cache: bare decoding by the library's own reader, and the indexing pass
-with splice points verified to the next, verified at their beginning, and without. Medians of the rounds.
+On one core, alternating, each shard from the page cache: bare decoding by the library's own reader, and the indexing
+pass with splice points verified to the next, verified at their beginning, and without. Medians of the rounds are shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUFFER = bytearray(1 << 18)
 
 
 def decode(path: str) -> None:
-    """Bare decoding, as fast as the library of the format does it."""
+    """Decode a file as fast as its format's library can."""
     with open(path, "rb") as file:
         compression = formats.detect(file.read(formats.MAX_HEADER_BYTES), path)
         file.seek(0)
@@ -55,7 +55,7 @@ def main() -> None:
     for path in arguments.shards:
         with tempfile.TemporaryDirectory() as folder:
             histories = Path(folder) / "histories"
-            index = build(path, MIB, MAX_WINDOW, histories=histories)  # and the file is in the page cache
+            index = build(path, MIB, MAX_WINDOW, histories=histories)  # also brings the file into the page cache
             contenders: list[Callable[[], object]] = [
                 partial(decode, path),
                 partial(build, path, MIB, MAX_WINDOW, histories=histories),

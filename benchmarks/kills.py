@@ -1,8 +1,7 @@
-"""Kills a loading process or one of its workers, again and again: `python benchmarks/kills.py --kills 1000`.
+"""Kill a loading process or one of its workers repeatedly: `python benchmarks/kills.py --kills 1000`.
 
-The loading process writes each batch's hash and the state after it to a file, as a training would. After every SIGKILL
-of the process it is started again from the last state written. In the end the stream must be what an undisturbed loader
-gives.
+The loading process writes each batch's hash and the state after it to a file, as training would. After every SIGKILL it
+is started again from the last state written. In the end the stream must be that of an undisturbed loader.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from shards import DataConfig, Loader
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 16
-STEP_SECONDS = 0.003  # of the training that uses a batch
-PATIENCE_SECONDS = 300.0  # the machine may have other work
+STEP_SECONDS = 0.003  # duration of the training step that uses a batch
+PATIENCE_SECONDS = 300.0  # the machine may be busy
 
 
 def config(num_workers: int) -> DataConfig:
-    """The bundled sample in small windows, so that workers are always at one."""
+    """Configure the bundled sample in small windows, so that workers are always at work."""
     train = ROOT / "shards/sample/train"
     sources = [
         {"name": "pile", "paths": [f"{train}/pile-*"], "weight": 0.7},
@@ -51,7 +50,7 @@ def config(num_workers: int) -> DataConfig:
 
 
 def load(folder: Path) -> None:
-    """The loading process: goes on from the newest state, for ever."""
+    """Run the loading process: continue from the newest state, for ever."""
     state, log = folder / "state.json", folder / "hashes.txt"
     with Loader(config(2), BATCH, seed=1) as loader:
         step = 0
@@ -69,12 +68,12 @@ def load(folder: Path) -> None:
 
 
 def disturb(folder: Path, kills: int, seed: int) -> None:
-    """Runs the loading process and kills it, or a worker of it, `kills` times."""
+    """Run the loading process and kill it, or one of its workers, `kills` times."""
     choose = random.Random(seed)
     command = [sys.executable, __file__, "--load", str(folder)]
     process = subprocess.Popen(command)
     for number in range(kills):
-        if choose.random() < 0.8:  # else it may be killed while it starts
+        if choose.random() < 0.8:  # otherwise it may be killed while it starts
             wait_for_more(folder / "hashes.txt")
         time.sleep(choose.uniform(0.0, 0.3))
         workers = [
@@ -98,7 +97,7 @@ def disturb(folder: Path, kills: int, seed: int) -> None:
 
 
 def wait_for_more(log: Path) -> None:
-    """Waits until a batch more is delivered."""
+    """Wait until another batch is delivered."""
     size = log.stat().st_size if log.exists() else 0
     limit = time.monotonic() + PATIENCE_SECONDS
     while not (log.exists() and log.stat().st_size > size):
@@ -107,7 +106,7 @@ def wait_for_more(log: Path) -> None:
 
 
 def cmd(process: psutil.Process) -> list[str]:
-    """A process's command line; none if it has ended meanwhile."""
+    """Return a process's command line; empty if it has ended."""
     try:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):

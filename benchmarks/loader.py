@@ -1,16 +1,16 @@
-"""Headrace beside other ways from raw shards to packed rows, in one run:
+"""Compare Headrace with other ways from raw shards to packed rows, in one run.
 
     python benchmarks/loader.py 'corpus/*.zst' 'corpus/*.gz' --tokenizer T.model --plot loader.png
 
 Contenders: Headrace; HF `datasets` streaming, SentencePiece in a batched map, packing; a bare loop of zstandard,
 msgspec and SentencePiece; mosaicml-streaming, converting tokens to MDS and reading them; SentencePieceProcessor.encode
-alone on texts in memory. Each is a process pinned to 1 or 2 cores. They take turns of some seconds; whoever's turn it
-is not is stopped, its workers too. Medians over all turns but the first. The corpus is written anew first, documents
-shuffled and in the Pile's shape, so that every turn has the same mix. MB are of raw JSON lines, from tokens by the
-corpus' ratio.
+alone on texts in memory. Each is a process pinned to 1 or 2 cores. They take turns of some seconds, and all others are
+stopped meanwhile, with their workers. Medians are over all turns but the first. The corpus is first rewritten, with
+documents shuffled and in the Pile's shape, so that every turn has the same mix. MB are of raw JSON lines, derived from
+tokens by the corpus's ratio.
 
 mosaicml-streaming pins other versions of torch and transformers than ours: `pip install --no-deps mosaicml-streaming
-catalogue brotli zstd python-snappy cramjam`. Without it the rest runs.
+catalogue brotli zstd python-snappy cramjam`. Without it the others run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shards import DataConfig, Tokenizer, preparation, read_documents
 
 NUM_SHARDS = 24
 COLD_BYTES = 20_000_000  # raw
-# name -> (contender, workers of its own, processes); by cores
+# name -> number of cores -> (contender, its workers, processes)
 RUNS = {
     "Headrace": {1: ("headrace", 1, 1), 2: ("headrace", 2, 1)},
     "Headrace, 1 worker on 2 cores": {2: ("headrace", 1, 1)},
@@ -52,13 +52,13 @@ RUNS = {
 
 
 class Turn(msgspec.Struct):
-    """What one turn of a contender gave."""
+    """The result of one turn of a contender."""
 
     tokens: float = 0
     seconds: float = 0
-    cpu: float = 0  # seconds, of all its processes
-    consumer_cpu: float = 0  # of the one that gets the rows
-    memory: float = 0  # bytes, proportional set size of all its processes at the turn's end
+    cpu: float = 0  # seconds of all its processes
+    consumer_cpu: float = 0  # seconds of the process that gets the rows
+    memory: float = 0  # bytes; proportional set size of all its processes at the turn's end
 
 
 class Entrant:
@@ -84,7 +84,7 @@ class Entrant:
             self.processes.append(process)
 
     def turn(self, tokens: float, seconds: float) -> Turn:
-        """Goes on until both are reached."""
+        """Continue until both are reached."""
         self._signal(signal.SIGCONT)
         before, _ = self._usage()
         for process in self.processes:
@@ -107,7 +107,7 @@ class Entrant:
             os.killpg(process.pid, number)
 
     def _usage(self) -> tuple[float, float]:
-        """(CPU seconds, bytes) of all processes."""
+        """Return (CPU seconds, bytes) of all processes."""
         cpu = memory = 0.0
         for root in self.processes:
             process = psutil.Process(root.pid)
@@ -119,7 +119,7 @@ class Entrant:
 
 
 class Corpus(msgspec.Struct):
-    """What everybody reads."""
+    """The corpus that all contenders read."""
 
     shards: list[str]
     tokenizer: str
@@ -129,7 +129,7 @@ class Corpus(msgspec.Struct):
 
 
 def write_corpus(patterns: list[str], tokenizer: str, seq_len: int, folder: Path) -> Corpus:
-    """Writes the documents anew, in an order of chance, and their indexes."""
+    """Write the documents again in random order, and their indexes."""
     paths = sorted(str(path) for pattern in patterns for path in Path("/").glob(str(Path(pattern).absolute())[1:]))
     texts = [document.text for path in paths for document in read_documents(path)]
     random.Random(0).shuffle(texts)
@@ -150,7 +150,7 @@ def write_corpus(patterns: list[str], tokenizer: str, seq_len: int, folder: Path
 
 
 def steady(corpus: Corpus, runs: dict[tuple[str, int], tuple[str, int, int]], turns: int, seconds: float) -> Measured:
-    """Turns of all entrants, one after the other, over and over."""
+    """Give all entrants turns, one after another, repeatedly."""
     entrants = {key: Entrant(*run, key[1], corpus) for key, run in runs.items()}
     try:
         found: Measured = {key: [] for key in runs}
@@ -166,7 +166,7 @@ def steady(corpus: Corpus, runs: dict[tuple[str, int], tuple[str, int, int]], tu
 
 
 def cold(corpus: Corpus, runs: dict[tuple[str, int], tuple[str, int, int]], repeats: int) -> Measured:
-    """The first COLD_BYTES of fresh processes, start included."""
+    """Measure the first COLD_BYTES of fresh processes, including their start."""
     found: Measured = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
@@ -184,7 +184,7 @@ HEADER = ["", "cores", "M tokens/s", "MB raw/s", "CPU s per M tokens", "consumer
 
 
 def table(found: Measured, corpus: Corpus) -> tuple[list[list[str]], dict[tuple[str, int], list[float]]]:
-    """(rows of text, rates in M tokens/s by turn)."""
+    """Return (rows of text, rates in M tokens/s by turn)."""
     rows, rates = [], {}
     for key, turns in found.items():
         rates[key] = [turn.tokens / turn.seconds / 1e6 for turn in turns]
@@ -206,7 +206,7 @@ def show(title: str, rows: list[list[str]]) -> None:
 
 
 def plot(rates: dict[tuple[str, int], list[float]], path: Path) -> None:
-    """Bars of the medians, all turns as dots."""
+    """Draw bars of the medians, with all turns as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -222,7 +222,7 @@ def plot(rates: dict[tuple[str, int], list[float]], path: Path) -> None:
             axes.plot(turns, [at] * len(turns), ".", color="black", markersize=3)
             axes.annotate(f" {median:.2f}", (max(turns), at), va="center", fontsize=8)
     axes.set_yticks([-i for i in range(len(names))], names)
-    axes.set_xlabel("million tokens a second, rows ready; dots: single turns")
+    axes.set_xlabel("million tokens per second, rows ready; dots: single turns")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right")
     figure.tight_layout()
@@ -235,9 +235,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5, help="measured turns of each contender, after a first one")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of a turn")
     parser.add_argument("--cold", type=int, default=3, help="fresh starts of Headrace and datasets")
-    parser.add_argument("--only", help="contenders whose name has this in it")
+    parser.add_argument("--only", help="only contenders whose name contains this")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
     runs = {(name, cores): run for name, by_cores in RUNS.items() for cores, run in by_cores.items()}

@@ -1,12 +1,12 @@
-"""How much memory the loader of one rank takes, its workers counted: `python benchmarks/memory.py`.
+"""Measure the memory of one rank's loader, including its workers: `python benchmarks/memory.py`.
 
     document    a shard with one document of 100 MB among short ones, as .zst and as .gz: indexed and read to its end
-    many        64 lanes x 8 sources at seq_len 4096: until 512 windows were opened, and 1,000 more
+    many        64 lanes x 8 sources at seq_len 4096: until 512 windows are open, and 1,000 more
 
-The loading process and its workers are watched from outside. `PSS` counts a page that n processes share as 1/n;
-`peaks` adds up the most that each process ever held (VmHWM), whenever that was, with pages they share counted in each:
-no moment can have taken more. Exits with 1 if a bound is not kept: 1.5 GB for the document, 2 GB for the rest, and
-less than 5 % growth over the last 800 windows.
+The loading process and its workers are observed from outside. `PSS` counts a page that n processes share as 1/n;
+`peaks` sums the most that each process ever held (VmHWM), at whatever time, counting shared pages in each: memory can
+never have exceeded it. The exit code is 1 if a bound is exceeded: 1.5 GB for the document, 2 GB for the rest, and less
+than 5 % growth over the last 800 windows.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ POLL_SECONDS = 0.05
 class Sight(NamedTuple):
     """The memory of the loading process and its workers at one moment, in bytes."""
 
-    windows: int  # that were opened until then
+    windows: int  # opened so far
     pss: int
     peaks: int
 
 
 def texts() -> Iterator[str]:
-    """The documents of the bundled sample, again and again."""
+    """Yield the documents of the bundled sample repeatedly."""
     shards = sorted([*SAMPLE.glob("train/*.zst"), *SAMPLE.glob("train/*.gz")])
     documents = [document.text for shard in shards for document in read_documents(shard)]
     return itertools.cycle(documents)
 
 
 def joined(size: int) -> str:
-    """Real text of about `size` bytes."""
+    """Return real text of about `size` bytes."""
     parts, length = [], 0
     for text in texts():
         parts.append(text)
@@ -76,7 +76,7 @@ def config(sources: list[dict[str, object]], tokenizer: Path, **others: object) 
 
 
 def document_config(folder: Path, suffix: str, tokenizer: Path) -> DataConfig:
-    """Writes the shard with the long document where it is missing."""
+    """Write the shard with the long document if it is missing; return its config."""
     path = folder / f"long{suffix}"
     if not path.exists():
         short = b"".join(record(text) for text in itertools.islice(texts(), 1000))
@@ -86,7 +86,7 @@ def document_config(folder: Path, suffix: str, tokenizer: Path) -> DataConfig:
 
 
 def many_config(folder: Path, tokenizer: Path, num_workers: int) -> DataConfig:
-    """Writes the shards of the eight sources where they are missing."""
+    """Write the shards of the eight sources if they are missing; return their config."""
     documents = texts()
     for number in range(SOURCES):
         path = folder / f"s{number}.jsonl.zst"
@@ -100,7 +100,7 @@ def many_config(folder: Path, tokenizer: Path, num_workers: int) -> DataConfig:
 
 
 def load(data: DataConfig, batch_size: int, max_windows: int) -> None:
-    """The loading process: draws batches, and says after each how many windows it has opened."""
+    """Run the loading process: draw batches and print after each how many windows have been opened."""
     opened: set[tuple[str, int, int, int]] = set()
     with Loader(data, batch_size, seed=1) as loader:
         for batch in loader:
@@ -116,7 +116,7 @@ def load(data: DataConfig, batch_size: int, max_windows: int) -> None:
 
 
 def watch(command: list[str]) -> list[Sight]:
-    """Runs the loading process and looks at its memory until it ends."""
+    """Run the loading process and observe its memory until it ends."""
     sights: list[Sight] = []
     peaks: dict[int, int] = {}
     with tempfile.TemporaryFile() as said:
@@ -128,7 +128,7 @@ def watch(command: list[str]) -> list[Sight]:
                     peaks[part.pid] = peak(part.pid)
                     pss += part.memory_full_info().pss
                 except (psutil.Error, OSError, StopIteration):
-                    continue  # it has just ended
+                    continue  # the process has just ended
             said.seek(0)
             lines = said.read().split()
             sights.append(Sight(int(lines[-1]) if lines else 0, pss, sum(peaks.values())))
@@ -147,13 +147,13 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def peak(pid: int) -> int:
-    """The most that a process has ever held, in bytes."""
+    """Return the most that a process has ever held, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure_document(command: list[str], suffix: str) -> bool:
-    """One long document in a shard of this suffix; whether the bound is kept."""
+    """Measure one long document in a shard of this suffix; return whether the bound holds."""
     sights = watch([*command, "--load", suffix])
     most = max(sight.peaks for sight in sights)
     pss = max(sight.pss for sight in sights)
@@ -164,7 +164,7 @@ def measure_document(command: list[str], suffix: str) -> bool:
 
 
 def measure_many(command: list[str]) -> bool:
-    """Many lanes and sources; whether the bounds are kept."""
+    """Measure many lanes and sources; return whether the bounds hold."""
     sights = watch([*command, "--load", "many"])
     name = f"{LANES} lanes x {SOURCES} sources, seq_len {SEQ_LEN}"
     most = max(sight.peaks for sight in sights)
@@ -175,7 +175,7 @@ def measure_many(command: list[str]) -> bool:
         found = [sight.pss for sight in sights if start <= sight.windows < start + WINDOWS // 5]
         medians.append(statistics.median(found))
         print(f"|   windows {start} to {start + WINDOWS // 5}, median | {medians[-1] / 1e9:.2f} | |", flush=True)
-    # From the second fifth on: in the first, memory still grew (see docs/data-measurements.md).
+    # Growth counts from the second fifth on, since memory still rises in the first (see docs/data-measurements.md).
     growth = medians[-1] / medians[1] - 1
     print(f"|   growth over the last {WINDOWS * 4 // 5} windows, % | {100 * growth:.1f} | |", flush=True)
     return most < MANY_BOUND and growth < GROWTH_BOUND
@@ -185,8 +185,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["document", "many"])
     parser.add_argument("--tokenizer", type=Path, default=SAMPLE / "tokenizer-4k.model")
-    parser.add_argument("--num-workers", type=int, default=2, help="of the rank with many lanes")
-    parser.add_argument("--folder", type=Path, help="where the shards are made, and left; default: nowhere")
+    parser.add_argument("--num-workers", type=int, default=2, help="workers of the rank with many lanes")
+    parser.add_argument("--folder", type=Path, help="folder in which to make and keep the shards; default: none")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load == "many":

@@ -1,7 +1,7 @@
-"""How well rows are mixed: `python benchmarks/mixing.py --plot mixing.png`.
+"""Measure how well rows are mixed: `python benchmarks/mixing.py --plot mixing.png`.
 
-For several numbers of lanes, the share of each source in every global batch and in every lane's prefix, from the plan's
-own rule: no shard is read. Prints the worst deviations.
+For several numbers of lanes, compute the share of each source in every global batch and in every lane's prefix from the
+plan's own rule, without reading a shard, and print the worst deviations.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from shards.plan.mixing import mix_of
 WEIGHTS = (0.5, 0.3, 0.15, 0.05)
 LANES = (8, 64, 256, 1024)
 ROWS = 2000  # per lane
-SHOWN = 60  # of them, in the picture
+SHOWN = 60  # rows shown in the picture
 
 Figures = npt.NDArray[np.float64]
 
 
 def draws(lanes: int) -> npt.NDArray[np.int32]:
-    """int32 [ROWS, lanes]: the source of each lane's rows; a line is a global batch of `lanes` rows."""
+    """Return int32 [ROWS, lanes]: the source of each lane's rows; a line is a global batch of `lanes` rows."""
     mix = mix_of(WEIGHTS, PLAN_VERSIONS[-1])
     assert mix is not None
     return np.array([[mix.source_of(lane, row) for lane in range(lanes)] for row in range(ROWS)], np.int32)
@@ -36,7 +36,7 @@ def draws(lanes: int) -> npt.NDArray[np.int32]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, help="a PNG to write")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
     shares_of: dict[int, Figures] = {}
     errors_of: dict[int, Figures] = {}
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def plot(shares_of: dict[int, Figures], errors_of: dict[int, Figures], path: Path) -> None:
-    """For each number of lanes: sources' shares in each global batch, and how far lanes' prefixes are off theirs."""
+    """Plot, per number of lanes, sources' shares in each global batch and the deviations of lanes' prefixes."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(shares_of), figsize=(14, 6.5), sharex=True, sharey="row", layout="constrained")

@@ -1,7 +1,9 @@
-"""What each packing policy does to a corpus: `python benchmarks/packing.py 'data/*.jsonl.zst' --tokenizer t.model`.
+"""Measure what each packing policy does to a corpus.
+
+    python benchmarks/packing.py 'data/*.jsonl.zst' --tokenizer t.model
 
 Prints a table in Markdown: rows, padding share, documents cut although they would have fitted a row, tokens dropped;
-and draws it with --plot. Documents are tokenized once and packed window by window, as the loader does.
+and draws it with --plot. Documents are tokenized once and packed window by window, as in the loader.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 
 
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
-    """All windows of one epoch of the first source."""
+    """Yield all windows of one epoch of the first source."""
     source = Source(config, 0, preparation.source_shards(config, config.sources[0]), lanes=1, seed=0)
     maker = WindowMaker(config, Tools(Tokenizer(config.tokenizer, config.bos, config.eos), None))
     segment = 0
@@ -43,7 +45,7 @@ def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
 
 
 def measure(windows: list[Tokenized], seq_len: int, packing: Packing) -> dict[str, float]:
-    """The figures of one policy."""
+    """Measure one policy."""
     rows = padding = cut = dropped = documents = 0
     for tokens, lengths, key in windows:
         packed = pack(tokens, lengths, seq_len, packing, key)
@@ -54,7 +56,7 @@ def measure(windows: list[Tokenized], seq_len: int, packing: Packing) -> dict[st
         # A piece after a document's first repeats one token.
         dropped += int(lengths.sum() - packed.lengths.sum() + (packed.starts > 0).sum())
         if packing == "concat":
-            dropped = 0  # rows, not pieces, repeat a token there; none is ever dropped
+            dropped = 0  # here rows, not pieces, repeat a token; none is ever dropped
         documents += len(lengths)
     total = sum(int(lengths.sum()) for _, lengths, _ in windows)
     return {
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--index-dir", type=Path)
-    parser.add_argument("--plot", type=Path, help="a PNG to write")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
     config = DataConfig.model_validate(
         {
@@ -96,7 +98,7 @@ def main() -> None:
 
 
 def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars: what share of a row is padding, and what share of the corpus is dropped."""
+    """Draw bars of the padding share of rows and the dropped share of the corpus."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")

@@ -1,7 +1,7 @@
-"""Counts the files that a reader opens to follow something from one end of the program to the other.
+"""Count the files that a reader opens to follow something from one end of the program to the other.
 
     python benchmarks/reading.py                  # this tree
-    python benchmarks/reading.py --root FOLDER    # another checkout, such as one of before a change
+    python benchmarks/reading.py --root FOLDER    # another checkout, such as one from before a change
 
 Three things are followed in a small run of one CPU rank, whose loader works in the training process:
 
@@ -9,9 +9,9 @@ Three things are followed in a small run of one CPU rank, whose loader works in 
     checkpoint  from a save to a resume under another ZeRO stage: every function of the checkpoint room, in both starts
     value       a value of the config, from the YAML file to its use: `load_config`
 
-A file counts if one of its functions runs while a function that is followed is at work, or calls such a function. For
-the value, the files that name its key count as well. Files that are only imported, and packages' docstrings, do not.
-The tree is run as it is, with a profiler in each of its threads, so the definition is the same for every checkout.
+A file counts if one of its functions runs while a followed function is at work, or calls such a function. For the
+value, the files that name its key count as well. Files that are only imported, and packages' docstrings, do not.
+The tree is run unchanged, with a profiler in each of its threads, so the definition is the same for every checkout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 PACKAGES = ("shards", "pretrain", "launch")
-KEY = "max_failed_saves"  # of the value that is followed, in the section `checkpoint`
+KEY = "max_failed_saves"  # key of the followed value, in the section `checkpoint`
 RUN = [
     "run.name=reading", "model.dim=64", "model.ffn_dim=128", "train.global_batch_size=8", "data.num_workers=0",
     "data.prefetch_bytes=0", "evaluation.suite=null", "wandb.mode=disabled", "checkpoint.every=2",
@@ -47,7 +47,7 @@ FOLLOWED: dict[str, Callable[[str, str], bool]] = {
 
 
 class Profiler:
-    """Records, for everything that is followed, the files whose functions run under it and those that call it."""
+    """A profiler that records, for everything followed, the files that run under it and those that call it."""
 
     def __init__(self, root: Path) -> None:
         self.files: dict[str, set[str]] = {name: set() for name in FOLLOWED}
@@ -79,12 +79,12 @@ class Profiler:
 
     def _project_file(self, code: CodeType) -> str | None:
         name = code.co_filename.removeprefix(self._root)
-        is_function = code.co_flags & inspect.CO_OPTIMIZED  # and not the body of a module or class, run by an import
+        is_function = code.co_flags & inspect.CO_OPTIMIZED  # not the body of a module or class, run by an import
         return name if is_function and name.startswith(PACKAGES) else None
 
 
 def profile(output: Path, words: list[str]) -> None:
-    """Run launch/pretrain.py of the current folder, and write down the files of everything that is followed."""
+    """Run launch/pretrain.py of the current folder, and record the files of everything that is followed."""
     profiler = Profiler(Path.cwd())
     script = Path("launch/pretrain.py").resolve()
     sys.argv = [str(script), *words]

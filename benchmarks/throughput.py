@@ -1,9 +1,9 @@
-"""How fast a config's model trains on this machine: tokens/s, MFU, peak memory, without the loader in the way.
+"""Measure how fast a config's model trains on this machine: tokens/s, MFU, peak memory, without the loader.
 
     python benchmarks/throughput.py --config configs/llama-125m-pile.yaml [key.path=value ...]
     deepspeed benchmarks/throughput.py --config configs/llama-7b-pile-dolma-tp2.yaml --micro-batch-sizes 1 2 4
 
-Each micro-batch size runs in turn, one micro-step a step, on rows of three documents each; medians after a warm-up.
+Each micro-batch size runs in turn, one micro-step per step, on rows of three documents each; medians after a warm-up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pretrain.topology import Topology, started
 
 
 def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int, warmup: int) -> dict[str, object]:
-    """Trains `warmup + steps` steps of one micro-batch each; medians over the last `steps`."""
+    """Train `warmup + steps` steps of one micro-batch each; return medians over the last `steps`."""
     parts = config.model, config.optim, config.parallel, config.deepspeed_config()
     engine = Engine(*parts, micro_batch_size, 1, here, config.run.seed)
     seq_len = config.data.seq_len
