@@ -1,8 +1,8 @@
-"""How long a save holds training up, and how fast it is against the bare disk: `python benchmarks/checkpoint.py`.
+"""Measure how long a save delays training, and its speed against the bare disk: `python benchmarks/checkpoint.py`.
 
-One rank trains a model and saves it in turn: by waiting for the disk, in the background, with DeepSpeed's decoupled
-writer, and with torch's `async_save`. For each: the seconds until training goes on, and the seconds lost all in all,
-slower steps during the write included. In the same run as many bytes are written and read plainly.
+One rank trains a model and saves it in several ways: waiting for the disk, in the background, with DeepSpeed's
+decoupled writer, and with torch's `async_save`. For each: the seconds until training continues, and the seconds lost in
+total, including slower steps during the write. The same run writes and reads as many bytes plainly.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODEL = ModelConfig(dim=768, n_layers=8, n_heads=12, ffn_dim=2048, vocab_size=81
 
 
 class Training:
-    """A model that makes steps, one at a time."""
+    """A model that trains one step at a time."""
 
     def __init__(self, here: Topology) -> None:
         parallel, optim = ParallelConfig(), OptimConfig(learning_rate=1e-4)
@@ -68,7 +68,7 @@ class Training:
         return time.perf_counter() - start
 
     def held_up(self, begin: Callable[[], None], done: Callable[[], bool]) -> dict[str, float]:
-        """Begins a save and trains on until it is done, at least one step."""
+        """Begin a save and continue training until it is done, for at least one step."""
         step_seconds = statistics.median(self.step() for _ in range(3))
         start = time.perf_counter()
         begin()
@@ -86,7 +86,7 @@ class Training:
 
 
 class Ours:
-    """Saves by the project's own way."""
+    """Saving in the project's own way."""
 
     def __init__(self, training: Training, here: Topology, root: Path, asynchronous: bool) -> None:
         self._training = training
@@ -110,7 +110,7 @@ class Ours:
 
 
 def with_deepspeed(training: Training, writer: DecoupledCheckpointEngine, root: Path) -> dict[str, float]:
-    """DeepSpeed's decoupled writer: another process, for which the next optimizer step waits; no fsync, no hash."""
+    """Save with DeepSpeed's decoupled writer: a process for which the next step waits; no fsync, no hash."""
     engine = training.engine.deepspeed
     before, engine.checkpoint_engine = engine.checkpoint_engine, writer
     root.joinpath("engine").mkdir(parents=True)
@@ -120,7 +120,7 @@ def with_deepspeed(training: Training, writer: DecoupledCheckpointEngine, root: 
 
 
 def decoupled_writer(training: Training) -> DecoupledCheckpointEngine:
-    """Its process, with the writer that needs nothing compiled."""
+    """Start DeepSpeed's writer process, with the writer that needs nothing compiled."""
     config = training.engine.deepspeed._config
     config.checkpoint_config["writer"] = {
         "type": "PYTHON", "decoupled": True, "io_buffer_size": 1 << 26, "io_buffer_double": True, "io_multiplier": 1,
@@ -130,7 +130,7 @@ def decoupled_writer(training: Training) -> DecoupledCheckpointEngine:
 
 
 def with_torch(training: Training, root: Path, stager: DefaultStager) -> dict[str, float]:
-    """torch's `async_save` in its own file format, staged in memory that it keeps."""
+    """Save with torch's `async_save` in its own file format, staged in memory that it keeps."""
     engine = training.engine.deepspeed
     saved: list[Future[object]] = []
 
@@ -143,7 +143,7 @@ def with_torch(training: Training, root: Path, stager: DefaultStager) -> dict[st
 
 
 def written_plainly(root: Path, size: int) -> float:
-    """Bytes a second of one file, written in large pieces and synced, as `dd conv=fsync` does."""
+    """Measure writing one file in large pieces with a sync, as `dd conv=fsync` does: bytes per second."""
     piece = os.urandom(PIECE)
     start = time.perf_counter()
     with (root / "plain").open("wb", buffering=0) as file:
@@ -154,14 +154,14 @@ def written_plainly(root: Path, size: int) -> float:
 
 
 def forget(paths: list[Path]) -> None:
-    """Takes files out of the page cache, so that they are read from the disk."""
+    """Drop files from the page cache, so that they are read from the disk."""
     for path in paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_plainly(path: Path) -> float:
-    """Bytes a second of reading a file from the disk."""
+    """Measure reading a file from the disk: bytes per second."""
     forget([path])
     start = time.perf_counter()
     with path.open("rb", buffering=0) as file:
@@ -171,7 +171,7 @@ def read_plainly(path: Path) -> float:
 
 
 def loaded(training: Training, store: CheckpointStore) -> dict[str, float]:
-    """Bytes a second of verifying a checkpoint from the disk, and of loading it after that."""
+    """Measure verifying a checkpoint from the disk, then loading it: bytes per second."""
     checkpoint = store.open(store.steps()[-1])
     size = sum(entry.size for entry in checkpoint.files)
     forget([checkpoint.folder / entry.name for entry in checkpoint.files])
@@ -193,8 +193,8 @@ def gigabytes(rates: dict[str, float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the system's temporary one")
-    parser.add_argument("--saves", type=int, default=3, help="of each kind, after a first one that is not counted")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
+    parser.add_argument("--saves", type=int, default=3, help="saves of each kind, after a first, uncounted one")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder))
@@ -212,7 +212,7 @@ def main() -> int:
             )
         )
         writer = decoupled_writer(training)
-        stack.callback(writer.cleanup)  # its process would be waited for at the end, whatever happened
+        stack.callback(writer.cleanup)  # otherwise the exit would wait for its process, whatever happened
         ways: dict[str, Callable[[], dict[str, float]]] = {
             "waiting": waiting.save,
             "background": background.save,
@@ -220,7 +220,7 @@ def main() -> int:
             "DeepSpeed decoupled": lambda: with_deepspeed(training, writer, root / "deepspeed"),
         }
         found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for number in range(arguments.saves + 1):  # in turn, since the disk's speed changes
+        for number in range(arguments.saves + 1):  # alternating, since the disk's speed changes
             say("plain write", gigabytes({"write": written_plainly(root, size)}))
             for way, save in ways.items():
                 found[way].append(save())
