@@ -96,8 +96,8 @@ def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) 
     path_of = {content: path for path, content in after}
     if order != [content for _, content in after] and sorted(order) == sorted(content for _, content in after):
         raise ShardError(
-            f"source {source!r}: the same shards in another order, and the order decides the batches; shards stand in "
-            "the order of paths, and sorted by name within a pattern: give them their old names, or name them in paths "
+            f"source {source!r}: the same shards in another order, which decides the batches; shards are read in the "
+            "order of paths, and by name within a pattern: give them their old names, or name them in paths "
             f"one by one in the order that the run was begun with: {', '.join(path_of[content] for content in order)}"
         )
     for (old_path, old_hash), (new_path, new_hash) in zip(before, after, strict=False):

@@ -120,7 +120,7 @@ class Stream:
         whole_pass = len(seen) == self.source.plan.num_segments
         if not whole_pass and len(deals) < _MAX_FRUITLESS_DEALS:
             return
-        what = "a whole pass over it gives" if whole_pass else f"{len(deals)} parts of it in turn give"
+        what = "a whole pass over it gives" if whole_pass else f"{len(deals)} consecutive parts of it give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
         raise ShardError(
             f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is text_key right?"

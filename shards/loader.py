@@ -288,8 +288,8 @@ class Loader:
             return
         self._gap_announced = change
         _logger.warning(
-            "the sources that are drawn from have run out at step %d; batches are empty up to step %d, where "
-            "data.weight_changes names others: let it come earlier, or raise max_epochs",
+            "the sources in use have run out at step %d; batches are empty up to step %d, where data.weight_changes "
+            "brings in others: move that step earlier, or raise max_epochs",
             j // self._global_batch_size,
             change,
         )

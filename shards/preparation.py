@@ -28,7 +28,7 @@ from shards.storage.content_hash import hash_file
 from shards.suites import decontaminate
 from shards.suites.decontaminate import Decontaminator
 
-_NOT_HERE = "%s is not here as the first rank left it"
+_NOT_HERE = "%s is missing here or not as the first rank left it"
 _SHARE_FOLDER = "set data.index_dir to a folder that all nodes share"
 _RAW_PER_COMPRESSED = 4  # guess of a compressed shard's raw size before it is read
 

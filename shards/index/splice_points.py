@@ -258,7 +258,7 @@ def explain(size: int, raw_bytes: int, decoder_window: int, splices: tuple[Splic
         size_text = f"{decoder_window // MIB} MiB"
         return f"none: a decoder window of {size_text} is too large to handle, so it is decoded from frames' starts"
     if raw_bytes < nearest:
-        return f"none: too short to gain by them, being below {nearest / MIB:,.4g} MiB raw"
+        return f"none: too short to gain from them, at less than {nearest / MIB:,.4g} MiB raw"
     if counts.too_large:
         return f"none: one splice point would take more than {SMALL_SHARE:.0%} of the shard"
     if counts.looked_at:

@@ -42,7 +42,9 @@ def shards_of(source: SourceConfig) -> list[str]:
         key = "input_ids_key" if source.input_ids_key else "text_key"
         raise ShardError(f"{where}: has no column {column!r} ({key}); its columns are {', '.join(data.column_names)}")
     if sum(arrow.num_rows(file) for file in arrow_files) != len(data):
-        raise ShardError(f"{where}: split {source.split!r} is a part of its files; name whole splits, e.g. train+test")
+        raise ShardError(
+            f"{where}: split {source.split!r} covers only part of its files; name whole splits, e.g. train+test"
+        )
     shards = [files.column_path(file, column) for file in arrow_files]
     for shard in shards:
         if arrow.holds_texts(shard) != (source.input_ids_key is None):

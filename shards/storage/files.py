@@ -56,7 +56,7 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
             found = [path for path in _matches(pattern) if path.endswith(SHARD_SUFFIXES)]
             if not found:
                 raise ShardError(
-                    f"source {source!r}: no shard matches {pattern!r} (looked from {os.getcwd()}; "
+                    f"source {source!r}: no shard matches {pattern!r} (current folder: {os.getcwd()}; "
                     f"names must end in one of {', '.join(SHARD_SUFFIXES)})"
                 )
             passed_over.update(dict.fromkeys(_unread(pattern)))
@@ -201,5 +201,5 @@ def _has_wildcards(pattern: str) -> bool:
 
 def _unreadable(path: str, error: OSError) -> ShardError:
     if isinstance(error, FileNotFoundError):
-        return ShardError(f"{path}: no such shard (looked from {os.getcwd()})")
+        return ShardError(f"{path}: no such shard (current folder: {os.getcwd()})")
     return ShardError(f"{path}: cannot be read: {error.strerror}")

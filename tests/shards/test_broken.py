@@ -202,7 +202,7 @@ def test_a_source_that_turns_bad_is_told_after_so_many_segments(
     data = config([{"name": "a", "paths": [str(path)]}], lanes=16, on_bad_record="skip")
     with (
         Loader(data, 16) as loader,
-        pytest.raises(ShardError, match=r"64 parts of it in turn give no row.*has no key 'text'.*'body'.*text_key"),
+        pytest.raises(ShardError, match=r"64 consecutive parts of it give no row.*has no key 'text'.*'body'.*text_key"),
     ):
         next(loader)
     assert len(taken) < 64 * 20  # windows; a part is a lane's share of an epoch here, a sixteenth of 250 windows

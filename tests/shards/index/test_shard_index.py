@@ -181,7 +181,7 @@ def test_the_command_makes_the_indexes_that_a_start_would(tmp_path: Path) -> Non
     options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert "10 shards indexed" in done.stdout
-    assert done.stdout.count("splice points: none: too short to gain by them, being below 4 MiB raw") == 10
+    assert done.stdout.count("splice points: none: too short to gain from them, at less than 4 MiB raw") == 10
     assert {path.name: path.read_bytes() for path in (tmp_path / "j").glob("0000*")} == made_by_start
     for name in ("00003", "00005"):
         damaged = tmp_path / f"s/{name}.jsonl.zst"
