@@ -6,7 +6,7 @@ from __future__ import annotations
 class HeadraceError(Exception):
     """An error that the user can fix; its message says what is wrong, where, and how to fix it."""
 
-    exit_code = 1  # of the command that the error ends
+    exit_code = 1  # exit code of the command that the error ends
 
 
 class ConfigError(HeadraceError):

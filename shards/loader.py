@@ -103,7 +103,7 @@ class Loader:
         recipe = self._tools.recipe()
         self._pool: Pool
         self._pool = WorkerPool(config, recipe) if config.num_workers else InProcess(config, recipe, self._tools)
-        weakref.finalize(self, self._pool.close)  # also when a loader is dropped or the interpreter exits
+        weakref.finalize(self, self._pool.close)  # runs even if the loader is dropped or the interpreter exits
         self.ended = False  # all lanes of this rank are exhausted
         self._gap_announced: int | None = None  # step of weight_changes at which the last announced gap ends
         self._lanes: dict[int, Lane]

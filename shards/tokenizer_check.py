@@ -20,7 +20,7 @@ from shards.records.texts import sample_of, spread, texts_of
 from shards.suites.suite import Suite
 from shards.tokenize.tokenizer import Tokenizer
 
-MAX_UNKNOWN_SHARE = 0.01  # of the ids of a source or suite
+MAX_UNKNOWN_SHARE = 0.01  # maximum share of UNK among the ids of a source or suite
 _SAMPLED_CHARACTERS = 1 << 15  # per shard, in whole documents unless they are longer
 _DECODED_CHARACTERS = 1 << 15  # per part, in whole documents; UNK is counted in every document added
 _SHOWN_CHARACTERS = 30

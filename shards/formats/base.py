@@ -30,8 +30,8 @@ class Start(NamedTuple):
 class Chunk(NamedTuple):
     """Compressed bytes that follow the previous chunk's, and what they decode to."""
 
-    offset: int  # of `data` in the compressed file
-    raw_offset: int  # of `raw` in the decoded file
+    offset: int  # offset of `data` in the compressed file
+    raw_offset: int  # offset of `raw` in the decoded file
     data: bytes
     raw: bytes  # at most 1 MiB; b"" for the header of a frame or member
     history_bytes: int  # raw bytes that the frame or member may refer back
@@ -43,7 +43,7 @@ class Input:
 
     def __init__(self, file: Readable, offset: int) -> None:
         self._file = file
-        self.offset = offset  # of the next byte to take, in the file
+        self.offset = offset  # position in the file of the next byte to take
         self._data = b""
         self._next = 0  # position in _data, so that small frames do not copy the rest again and again
 

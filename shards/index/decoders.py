@@ -41,7 +41,7 @@ class RawRange(msgspec.Struct, frozen=True):
     """Consecutive raw bytes of an indexed shard, and where to start decoding to reach them."""
 
     path: str
-    stat: files.Stat  # of the file when it was indexed
+    stat: files.Stat  # stat of the file when it was indexed
     compression: str
     decoder_window: int  # bytes that one open decoder of this shard holds
     frame: tuple[int, int]  # (compressed offset, raw offset) of a frame's or member's start, no later than `start`

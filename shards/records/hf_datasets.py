@@ -14,7 +14,7 @@ from shards.records import arrow
 from shards.storage import files
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+_SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` leaves in a folder
 
 
 def shards_of(source: SourceConfig) -> list[str]:

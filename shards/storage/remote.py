@@ -24,8 +24,8 @@ from shards.storage.block_cache import BlockCache
 BLOCK_BYTES = 4 << 20
 _ATTEMPTS = 8
 FIRST_PAUSE_SECONDS = 0.25  # doubled after each failure: 32 s in all
-_STALL_SECONDS = 60.0  # for a block, or for one folder's listing, which may take a store many requests
-ANSWER_SECONDS = 15.0  # for a size
+_STALL_SECONDS = 60.0  # limit for a block, or for one folder's listing, which may take a store many requests
+ANSWER_SECONDS = 15.0  # limit for a size
 _REFUSED = (401, 403, 404, 410)  # HTTP statuses that a repeated request does not change
 WEB = ("http://", "https://")
 FILE = "file://"

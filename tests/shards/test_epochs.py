@@ -153,7 +153,7 @@ def test_epochs_are_told_the_same_after_a_resume(corpora: dict[int, str]) -> Non
 def test_a_start_looks_at_an_epoch_once_for_all_lanes(
     corpora: dict[int, str], epochs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Share the work between many lanes, and long runs on little data, which are in many epochs at once."""
+    """Permute each epoch once, although many lanes, and long runs on little data, are in many epochs at once."""
     lanes, hashed = 256, 0
 
     def counted(x: Hashes) -> Hashes:
