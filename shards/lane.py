@@ -16,7 +16,7 @@ from shards.plan.segments import Deal, WindowId
 from shards.source import Source
 from shards.windows.window import SkippedRecord, Window
 
-# In a row, at most 1 GiB: even if half of all deals had no row, chance would give a run this long once in 10^19
+# In a row, at most 1 GiB: even if half of all deals had no row, a streak this long has a chance of 1 in 10^19
 _MAX_FRUITLESS_DEALS = 64
 
 Take = Callable[[WindowId], Window]  # takes each stream's windows in order, once each

@@ -120,7 +120,7 @@ class Mix:
         exact = [Fraction(str(weight)) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         self._levels = [_Level(shares) for shares in level_shares(exact, *RULES[version])]
-        self._next_level = len(weights)  # the number of slots that defer to the next level
+        self._next_level = len(weights)  # in a sequence, this number defers to the next level
 
     def source_of(self, lane: int, row: int) -> int:
         """Return the source of a lane's row, counted from where these weights began to apply."""
