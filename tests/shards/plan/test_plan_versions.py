@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import xxhash
+import yaml
 
 from shards import ConfigError, DataConfig, Loader, check_fingerprint
-from tests.shards.corpora import config, record, words, write_shard
+from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 SEED = 5
 
@@ -113,3 +114,13 @@ def test_a_fingerprint_without_a_version_is_of_version_1(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"begun with data\.plan_version=1, now it is 2; set data\.plan_version=1"):
         check_fingerprint(old, fingerprint(None))
     check_fingerprint(fingerprint(2), fingerprint(None))
+
+
+def test_the_quickstart_reads_what_it_always_read(tmp_path: Path) -> None:
+    """The hash is that of step 50 in metrics.jsonl of a run by the program that brought in plan version 2."""
+    settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    data = settings["data"] | {"index_dir": str(tmp_path), "num_workers": 0}
+    data["tokenizer"] = str(ROOT / data["tokenizer"])
+    data["sources"] = [source | {"paths": [str(ROOT / path) for path in source["paths"]]} for source in data["sources"]]
+    with Loader(DataConfig.model_validate(data), settings["train"]["global_batch_size"]) as loader:
+        assert chained(loader, 50) == (50, "3e2433003e282e9f")
