@@ -44,6 +44,8 @@ FOLLOWED: dict[str, Callable[[str, str], bool]] = {
     "checkpoint": lambda file, function: file.startswith("pretrain/checkpoint/"),
     "value": lambda file, function: function == "load_config",
 }
+# Where a followed function is not followed further: a resumed loader opens windows, which is the batch's way
+LEFT: dict[str, Callable[[str], bool]] = {"checkpoint": lambda function: function.startswith("Loader.")}
 
 
 class Profiler:
@@ -70,6 +72,7 @@ class Profiler:
                 stack.pop()
             return
         caller, above = stack[-1] if stack else ("", set())
+        above = {name for name in above if not LEFT.get(name, lambda function: False)(code.co_qualname)}
         begun = {name for name, is_followed in FOLLOWED.items() if is_followed(file, code.co_qualname)}
         for name in above | begun:
             self.files[name].add(file)
