@@ -48,6 +48,7 @@ data:
     - {{name: dolma, paths: ["shards/sample/train/dolma-*"], weight: 0.4}}
 train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 2}}
 optim: {{learning_rate: 1.0e-3, warmup_steps: 5}}
+precision: fp32  # some CPUs emulate bf16
 checkpoint: {{every: {save_every}, keep: 2}}
 evaluation: {{every: {evaluate_every}, suite: {folder}/suite, batch_size: 4}}
 wandb: {{mode: disabled}}
