@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the config classes themselves: `python docs/make_configuration.py`.
+"""Write docs/configuration.md from the config classes themselves: `python docs/make_configuration.py`.
 
 A key's type, default and bounds come from the class, its meaning from the comment above or behind the field in the
 source, and whether it may change from the rules that a resumed run is held to. `--check` writes nothing and exits with
@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for a device, and warns that there is none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes for a device and warns of finding none
 
 import annotated_types
 from pydantic import JsonValue
@@ -46,7 +46,7 @@ _PLAIN = {
     type(None): "`null`",
     JsonValue: "any value",
 }
-_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that annotated_types uses
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # keyed by annotated_types' names
 
 HEAD = """\
 <!-- Written by `python docs/make_configuration.py` from the config classes. Edit the comments there, not this page. -->
@@ -62,7 +62,7 @@ This page lists every key of a run's YAML file, in the order of the classes that
 - `--print-config` shows the whole config with its defaults, and the DeepSpeed config that follows from it.
 - An unknown key, a wrong type or an impossible combination ends the run before it starts, with a message that names the
   key, the value and what would be right. Types are strict: `8` is a whole number, `"8"` and `8.0` are not.
-- **Resume** says what happens when a run goes on with another value of the key. *Free*: the new value holds from there
+- **Resume** says what happens when a run resumes with another value of the key. *Free*: the new value applies from then
   on, and the log names the change. *Fixed*: the start is refused, because the change would corrupt the run; give the
   new run another `run.name`, or start over with `--fresh`. Some free keys of `data` are compared by what they lead to:
   files may move, for example, as long as their contents stay the same.
@@ -79,17 +79,17 @@ SUITE_HEAD = """\
 class Key(NamedTuple):
     """One row of the page."""
 
-    path: str  # such as data.sources[].weight
+    path: str  # for example data.sources[].weight
     kind: str
-    bounds: str  # empty where any value of the kind will do
+    bounds: str  # empty if the type's values are not restricted
     default: str
-    meaning: str  # empty where the source has no comment
+    meaning: str  # empty if the source has no comment
 
 
 class Section(NamedTuple):
-    """A config class at its place in the tree."""
+    """A config class and its place in the tree."""
 
-    path: str  # empty for the whole
+    path: str  # empty for the root
     config: type[Config]
 
 
@@ -102,7 +102,7 @@ def sections(config: type[Config], path: str = "") -> Iterator[Section]:
 
 
 def keys(section: Section) -> list[Key]:
-    """Read what there is to say about each key of a section."""
+    """Collect the row of each key of a section."""
     meanings = comments(section.config)
     return [
         Key(
@@ -117,10 +117,10 @@ def keys(section: Section) -> list[Key]:
 
 
 def comments(config: type[Config]) -> dict[str, str]:
-    """Read the comments of a class's fields: the lines directly above a field, then those behind it.
+    """Read the comments on a class's fields: the lines directly above a field, then those behind it.
 
     Returns:
-        The text of each field that has any, as one line.
+        Returns the text of each field that has a comment, as one line.
     """
     source = textwrap.dedent(inspect.getsource(config))
     (class_node,) = ast.parse(source).body
@@ -199,7 +199,7 @@ def _below(section: Section, key: Key) -> str:
 
 def _on_resume(section: Section, key: Key) -> str:
     if _below(section, key) and key.kind == "mapping":
-        return ""  # each of its keys says so itself
+        return ""  # each key of the section has its own entry
     return "free" if may_change(key.path.replace("[]", ".0")) else "fixed"
 
 
@@ -270,14 +270,14 @@ def _default(field: FieldInfo) -> str:
         return "**required**"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Config):
-        return ""  # its keys have their own
+        return ""  # each key of the section has its own
     if isinstance(value, int) and not isinstance(value, bool):
         return _number(value)
     return f"`{_yaml(value)}`"
 
 
 def _number(value: float) -> str:
-    """Format a number, with a second reading where it has too many digits to count."""
+    """Format a number, adding a readable form where it has many digits."""
     if isinstance(value, int) and value >= MIB:
         reading = f"{value // MIB} MiB" if value % MIB == 0 else f"{value:,}"
         return f"`{value}` ({reading})"

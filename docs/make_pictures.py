@@ -1,4 +1,4 @@
-"""Draws docs/batch.svg and docs/checkpoint.svg: `python docs/make_pictures.py`.
+"""Draw docs/batch.svg and docs/checkpoint.svg: `python docs/make_pictures.py`.
 
 One follows a batch from a shard's bytes to the loss, the other a checkpoint from the save to a resume on other ranks.
 The colours follow the reader's light or dark theme. `--check` writes nothing and exits with 1 if a picture is stale.
@@ -49,12 +49,12 @@ MODULES = {
 }
 
 COLUMNS = 3
-BOX, GAP, MARGIN = 276, 48, 32  # widths of a box, of the space between two, and of the picture's edge, in pixels
-HEADING, DROP = 30, 44  # heights of a band's heading, and of the space between bands where arrows turn
+BOX, GAP, MARGIN = 276, 48, 32  # widths in pixels: a box, the space between two, the margin
+HEADING, DROP = 30, 44  # heights: a band's heading, the space between bands where arrows turn
 TITLE_LINE, LINE, MODULE_LINE, PADDING = 22, 18, 16, 12
-MAX_LETTERS = 38  # of a line in a box; more would stick out in a wide font
+MAX_LETTERS = 38  # per line in a box; more would overflow it in a wide font
 WIDTH = 2 * MARGIN + COLUMNS * BOX + (COLUMNS - 1) * GAP
-TOP = 64  # above the first band
+TOP = 64  # height above the first band
 
 STYLE = """
     .page { fill: #ffffff; stroke: #d0d7de }
@@ -90,11 +90,11 @@ class Box(NamedTuple):
     name: str
     title: str
     lines: tuple[str, ...]
-    marked: bool = False  # what the picture is about comes into being here
+    marked: bool = False  # the picture's subject is created here
 
 
 class Band(NamedTuple):
-    """Stages that happen at the same time and place, from left to right."""
+    """Stages that run at the same time and place, from left to right."""
 
     heading: str
     boxes: tuple[Box, ...]
@@ -105,12 +105,12 @@ class Link(NamedTuple):
 
     start: str
     end: str
-    label: str = ""  # of an arrow to another band
-    later: bool = False  # dashed: to another process
+    label: str = ""  # shown on arrows to another band
+    later: bool = False  # dashed: crosses into another process
 
 
 class Picture(NamedTuple):
-    """A whole picture."""
+    """A picture: its caption, bands and links."""
 
     file: str
     caption: str
@@ -262,7 +262,7 @@ PICTURES = (BATCH, CHECKPOINT)
 
 
 class Place(NamedTuple):
-    """Where a box stands."""
+    """A box's position and height, in pixels."""
 
     band: int
     column: int
@@ -272,7 +272,7 @@ class Place(NamedTuple):
 
 
 def draw(picture: Picture) -> str:
-    """Draws a picture as SVG."""
+    """Draw a picture as SVG."""
     places, headings, height = _layout(picture)
     summary = "; ".join(f"{band.heading}: {', '.join(box.title for box in band.boxes)}" for band in picture.bands)
     parts = [
@@ -296,7 +296,7 @@ def draw(picture: Picture) -> str:
 
 
 def _layout(picture: Picture) -> tuple[dict[str, Place], list[int], int]:
-    """Finds the place of every box, the baseline of every band's heading, and the picture's height."""
+    """Find the place of every box, the baseline of every band's heading, and the picture's height."""
     places, headings, y = {}, [], TOP
     for number, band in enumerate(picture.bands):
         headings.append(y + HEADING - 12)
@@ -326,9 +326,9 @@ def _box(box: Box, place: Place) -> Iterator[str]:
 
 
 def _link(link: Link, start: Place, end: Place) -> Iterator[str]:
-    """Draws an arrow: straight between neighbours, else through the space between two bands.
+    """Draw an arrow: straight between neighbours, otherwise through the space between two bands.
 
-    It enters a band's first box from the left, where it crosses no heading, and the others from above.
+    The arrow enters a band's first box from the left, where it crosses no heading, and other boxes from above.
     """
     if start.band == end.band:
         assert end.column == start.column + 1, link

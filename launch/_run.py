@@ -1,6 +1,7 @@
-"""Starts the command of a script in this folder, which Python has put first on sys.path.
+"""Start the command that a script in this folder names.
 
-There, `pretrain` would be the script of that name and not the package, so the clone's root takes the folder's place.
+Python puts a script's folder first on sys.path, where `import pretrain` would find pretrain.py instead of the package;
+the clone's root takes that place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tries the nodes of a Slurm job before a training starts on them: `srun python launch/check_nodes.py NODES`."""
+"""Test the nodes of a Slurm job before training starts on them: `srun python launch/check_nodes.py NODES`."""
 
 from __future__ import annotations
 

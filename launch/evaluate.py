@@ -1,4 +1,4 @@
-"""Scores models on held-out text: `python launch/evaluate.py --run runs/x --suite DIR`."""
+"""Score models on held-out text: `python launch/evaluate.py --run runs/x --suite DIR`."""
 
 from __future__ import annotations
 

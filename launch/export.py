@@ -1,4 +1,4 @@
-"""Writes a run's model for other programs: `python launch/export.py --run runs/x --to models/x`."""
+"""Export a run's model for other programs: `python launch/export.py --run runs/x --to models/x`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continues prompts with a model: `python launch/generate.py --run runs/x --prompt "The "`."""
+"""Continue prompts with a model: `python launch/generate.py --run runs/x --prompt "The "`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Indexes the shards of a run before it reads them: `python launch/index.py --config configs/my-run.yaml`."""
+"""Index a run's shards ahead of the run: `python launch/index.py --config configs/my-run.yaml`."""
 
 from __future__ import annotations
 

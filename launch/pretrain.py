@@ -1,4 +1,4 @@
-"""Trains a model, or continues training it: `deepspeed launch/pretrain.py --config configs/quickstart.yaml`."""
+"""Train a model, or continue training it: `deepspeed launch/pretrain.py --config configs/quickstart.yaml`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names every document of a step: `python launch/provenance.py --run runs/quickstart --step 300`."""
+"""List every document of a step: `python launch/provenance.py --run runs/quickstart --step 300`."""
 
 from __future__ import annotations
 

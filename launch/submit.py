@@ -1,4 +1,4 @@
-"""Submits a run to Slurm: `python launch/submit.py --config FILE --nodes 4 --gpus-per-node 8 --time 24:00:00`."""
+"""Submit a run to Slurm: `python launch/submit.py --config FILE --nodes 4 --gpus-per-node 8 --time 24:00:00`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer: `python launch/train_tokenizer.py PATTERN --vocab-size 4096 --out FILE`."""
+"""Train a SentencePiece tokenizer: `python launch/train_tokenizer.py PATTERN --vocab-size 4096 --out FILE`."""
 
 from __future__ import annotations
 

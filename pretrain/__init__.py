@@ -1,4 +1,4 @@
-"""Headrace's training library: the model, the engine, the loop and what surrounds them. `shards` feeds it."""
+"""Headrace's training library: the model, the engine, the loop and their surroundings. `shards` feeds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a command: `python -m pretrain train ...` does what `headrace train ...` does."""
+"""Run a command: `python -m pretrain train ...` does what `headrace train ...` does."""
 
 from __future__ import annotations
 

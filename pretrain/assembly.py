@@ -1,6 +1,6 @@
-"""Puts the parts of a training together at the step where the run stands. start -> assembly -> trainer.
+"""Assemble the parts of a run at the step that it resumes from. start -> assembly -> trainer.
 
-In this order: what may still refuse the start, then what changes the run's folder, then what writes to it.
+The order matters: first everything that may refuse the start, then changes to the run's folder, then what writes to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointStore:
-    """Return the checkpoints of a config's run."""
+    """Return the checkpoint store of a config's run."""
     folder = RunFolder(config.run.dir / config.run.name)
     return CheckpointStore(
         folder.checkpoints, config.checkpoint, checkpoint_bytes(config.model, config.bytes_per_weight)
@@ -56,11 +56,11 @@ def checkpoints_of(config: RunConfig) -> CheckpointStore:
 
 @dataclass(frozen=True)
 class Start:
-    """Everything that one rank has once all ranks have met.
+    """The state of one rank once all ranks have met.
 
     Attributes:
-        lease: on the run's folder, which rank 0 holds; None on the others.
-        prepared: what `shards.prepare` left on rank 0.
+        lease: rank 0's lease on the run's folder; None on other ranks.
+        prepared: what `shards.prepare` returned on rank 0.
     """
 
     config: RunConfig
@@ -72,12 +72,12 @@ class Start:
 
 
 def assemble(start: Start, stack: ExitStack) -> Trainer:
-    """Put the parts together; every rank calls it.
+    """Assemble the parts; every rank calls it.
 
     Args:
-        stack: closes the loader's workers and the journal when the caller leaves it.
+        stack: closes the loader's workers and the journal when the caller exits it.
     Raises:
-        ConfigError, ShardError, CheckpointError: if the run cannot go on like this; then its folder is unchanged.
+        ConfigError, ShardError, CheckpointError: if the run cannot continue; its folder is then unchanged.
     """
     config, topology = start.config, start.topology
     folder, store = RunFolder(config.run.dir / config.run.name), checkpoints_of(config)
@@ -92,7 +92,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     data, dp = config.data, (topology.dp_rank, topology.dp_size)
     eval_set = load_suite(config.evaluation, start.tokenizer, data.seq_len, config.precision, *dp)
     steps = data_end.foresee(loader, config.train.steps, topology)
-    # Nothing refuses the start any more
+    # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
         choice.set_damaged_aside(store)
@@ -118,7 +118,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
 
 
 def _loader(start: Start, stack: ExitStack) -> Loader | None:
-    """Open the loader, on the first rank of each tensor-parallel group; every rank calls it."""
+    """Open the loader on the first rank of each tensor-parallel group; every rank calls it."""
     config, topology = start.config, start.topology
     loader = None
     if topology.tp_rank == 0:
@@ -126,7 +126,7 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
         loader = stack.enter_context(Loader(config.data, *sizes, prepared=start.prepared))
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
     if loader and fingerprint is not None:
-        check_fingerprint(fingerprint, loader.fingerprint)  # two nodes may see other files under the same names
+        check_fingerprint(fingerprint, loader.fingerprint)  # nodes may see different files under the same names
     return loader
 
 
@@ -146,20 +146,20 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
 
 
 def _take_weights(config: RunConfig, source: Path, engine: Engine, topology: Topology) -> str:
-    """Give the engine the weights of another model; return the hash of its files."""
+    """Load the weights of another model into the engine; return the hash of its files."""
     engine.set_weights(open_model(source, config.model))
     hashes = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
     found = content_hash([line for part in hashes for line in part])
-    _logger.info("begun with the weights in %s (files' hash %s)", source, found)
+    _logger.info("starting from the weights in %s (hash of the files: %s)", source, found)
     return found
 
 
 def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: int) -> None:
-    """Warn if the next step's learning rate is not the one that the run's config had for it until now.
+    """Warn if the learning rate of the next step differs from what the run's previous config gave it.
 
     Args:
-        steps: of the whole run.
-        step: where the run stands.
+        steps: length of the whole run.
+        step: steps already done.
     """
     if step == 0 or step >= steps:
         return
@@ -168,14 +168,14 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     after = learning_rate_at(step, config.optim, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
         _logger.warning(
-            "the learning rate of step %d is %.4g, where the run's schedule had %.4g for it: optim or train.steps"
+            "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim or train.steps"
             " has changed",
             step + 1, after, before,
         )  # fmt: skip
 
 
 def _tracker(config: RunConfig, folder: RunFolder, suite: str, loader: Loader | None, init_hash: str) -> Tracker:
-    """Make the tracker, on rank 0, which has a loader."""
+    """Make the tracker on rank 0, which always has a loader."""
     assert loader is not None
     warn_of_training_shards(config.evaluation, loader.fingerprint)
     described = describe(config.model_dump(mode="json"), config.hash(), loader.fingerprint, init_hash)

@@ -1,6 +1,6 @@
-"""The whole configuration of a run: it composes the parts that other modules own, and checks them together.
+"""The whole configuration of a run: it composes the parts that other modules own and checks them together.
 
-file, overrides -> config_file -> RunConfig -> {start, loop, commands}. All findings are reported at once.
+file, overrides -> config_file -> RunConfig -> {start, loop, commands}. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from shards.config_errors import explain, listed, multiples_near
 
 
 class RunPart(Config):
-    """The name and place of a run, and its seed."""
+    """The name, place and seed of a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # name of the run's folder, and of the run in wandb
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # name of the run's folder and of its wandb run
     dir: Path = Path("runs")  # folder of all run folders; relative to the current folder
     seed: int = Field(0, ge=0)  # decides the order of the data, the initial weights and dropout
 
@@ -41,51 +41,49 @@ class RunPart(Config):
 class TrainConfig(Config):
     """The length of a training and the size of its batches. A row is data.seq_len + 1 tokens."""
 
-    # Exactly one of the two is set, and ends the run
+    # Exactly one of the two is set; it ends the run
     steps: int | None = Field(None, ge=1)  # optimizer steps
     epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule spans the steps that they take
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
     # Rows of one forward pass on one dp rank: it changes memory, not results. None: all rows of a rank
     micro_batch_size: int | None = Field(None, ge=1)
-    # A step whose loss or gradient norm is not finite changes nothing. The run then goes on (skip), or ends without
+    # A step whose loss or gradient norm is not finite changes nothing. The run then continues (skip), or ends without
     # saving (stop); the step's documents are listed in the run's folder, under nonfinite/
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    # A step or an evaluation's batch that takes longer ends the process with exit code 75 and its stacks in the log
+    # A step or evaluation batch that takes longer ends the process with exit code 75 and its stacks in the log
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    # This many such steps in a row end the run even if they are skipped; so do batches without anything to predict
+    # This many such steps in a row end the run even if they are skipped; so do batches without any target
     max_nonfinite: int = Field(10, ge=1)
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                "train: needs either steps (optimizer steps) or epochs (passes over the data), and not both"
-            )
+            raise ValueError("train: needs either steps (optimizer steps) or epochs (passes over the data), not both")
         return self
 
     @property
     def nonfinite_limit(self) -> int:
-        """Steps in a row without a finite loss and gradient that end the run."""
+        """Number of steps in a row without a finite loss and gradient that ends the run."""
         return 1 if self.on_nonfinite == "stop" else self.max_nonfinite
 
 
 class RunConfig(Config):
-    """One run. It is consistent in all that does not depend on the number of ranks; `check` covers the rest."""
+    """A run's config. It is consistent in all that does not depend on the number of ranks; `check` covers the rest."""
 
     run: RunPart
     model: ModelConfig
-    # Folder of a model in Hugging Face's or Meta's layout, whose weights the run begins with; None: they are drawn
+    # Folder of a model in Hugging Face's or Meta's layout to take initial weights from; None: random initialization
     init_from: Path | None = None
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
-    precision: Precision = "bf16"  # type of the weights in forward and backward pass; the optimizer's are fp32
+    precision: Precision = "bf16"  # type of the weights in the forward and backward pass; the optimizer's are fp32
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     wandb: WandbConfig = WandbConfig()
-    # DeepSpeed's own keys, beyond those derived from the above
+    # DeepSpeed's own keys, beyond those derived from the sections above
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -95,11 +93,11 @@ class RunConfig(Config):
         return self
 
     def micro_steps(self, dp_size: int) -> int:
-        """Return the number of forward passes of one dp rank in one optimizer step."""
+        """Return the number of forward passes per optimizer step on one dp rank."""
         return self.train.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
 
     def micro_batch_size(self, dp_size: int) -> int:
-        """Return the rows of one forward pass of one dp rank."""
+        """Return the rows per forward pass on one dp rank."""
         return self.train.micro_batch_size or self.train.global_batch_size // dp_size
 
     def check(self, dp_size: int) -> None:
@@ -116,16 +114,16 @@ class RunConfig(Config):
         return 2 if self.precision == "bf16" else 4
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
-        """Return this config with its plan version: the one it names, else that of the run it goes on with."""
+        """Return this config with its plan version: its own if set, else that of the run it continues."""
         version = self.data.plan_version or (begun or self).data.plan
         return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
     def to_yaml(self) -> str:
-        """Return all values, defaults too, as YAML that `load_config` reads back to an equal config."""
+        """Return all values, including defaults, as YAML that `load_config` reads back to an equal config."""
         return dump(self.model_dump(mode="json"))
 
     def describe(self, dp_size: int = 1) -> str:
-        """Return what `--print-config` shows: the config, and the DeepSpeed config that follows from it.
+        """Return the output of `--print-config`: the config, and the DeepSpeed config derived from it.
 
         Raises:
             ConfigError: if the config does not fit this number of data-parallel ranks.
@@ -137,11 +135,11 @@ class RunConfig(Config):
         return f"{self.to_yaml()}\n# On {dp_size} data-parallel ranks:\n{commented}"
 
     def deepspeed_config(self) -> DeepSpeedConfig:
-        """Return the configuration that DeepSpeed is given, except for the batch sizes."""
+        """Return DeepSpeed's configuration, except for the batch sizes."""
         return deepspeed_config(self.parallel, self.optim, self.precision, self.deepspeed)
 
     def workload(self, dp_size: int) -> Workload:
-        """Return what one rank trains, from which its memory can be estimated."""
+        """Return one rank's workload, from which its memory can be estimated."""
         return Workload(
             model=self.model,
             parallel=self.parallel,
@@ -162,9 +160,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
     """Read a config from YAML and `key.path=value` overrides.
 
     Args:
-        begun: it is the one in a run's folder: where it names no plan version, the run is older than these.
+        begun: it is the config in a run's folder, where a missing plan version means an older run.
     Raises:
-        ConfigError: with one line for each thing that is wrong: where it stands, key, value, what would be right.
+        ConfigError: with a line for each problem: its place, the key, the value, and what would be right.
     """
     tree, origins = read_tree(path, overrides)
     _fill_in(tree, begun)
@@ -173,7 +171,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
     except ValidationError as error:
         lines = explain(error, RunConfig, origins=origins, file=str(path))
         if {finding["type"] for finding in error.errors()} != {"value_error"}:
-            # pydantic does not compare sections while one is wrong, so the user would learn of the rest at the next try
+            # pydantic does not compare sections while one is invalid, which would hide the other problems.
             lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]
     raise ConfigError("\n".join(lines))
 
@@ -193,9 +191,9 @@ def _fill_in(tree: dict[str, Any], begun: bool) -> None:
                 source["max_epochs"] = train["epochs"]
 
 
-# Keys that may change when a run goes on: the first pattern that matches decides, and no match means no.
+# Keys that may change when a run resumes: the first matching pattern decides, and no match means no.
 _MAY_CHANGE = (
-    ("run.seed", False),  # orders the data, seeds dropout
+    ("run.seed", False),  # orders the data and seeds dropout
     ("run.*", True),  # the folder may have been moved
     ("model.*", False),  # the weights would not fit, or mean something else
     # The loader compares contents, so files may move; nothing else that decides the tokens of a batch may change
@@ -207,11 +205,11 @@ _MAY_CHANGE = (
     ),
     ("data.*", False),
     ("train.global_batch_size", False),  # decides which rows a step has
-    ("train.epochs", False),  # decides which rows there are
+    ("train.epochs", False),  # decides which rows the run has
     ("train.*", True),
     ("optim.*", True),  # a schedule may be changed on purpose
     ("precision", False),  # the optimizer's state differs in shape
-    ("parallel.*", True),  # a checkpoint is converted for another layout
+    ("parallel.*", True),  # a checkpoint is converted to another layout
     ("checkpoint.*", True),
     ("evaluation.*", True),
     ("metrics.*", True),
@@ -221,7 +219,7 @@ _MAY_CHANGE = (
 
 
 class Change(NamedTuple):
-    """A key whose value differs; a value is None also where a config lacks the key."""
+    """A key whose value differs; a value is also None if a config lacks the key."""
 
     key: str
     old: JsonValue
@@ -229,26 +227,26 @@ class Change(NamedTuple):
 
 
 def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]:
-    """Compare the config that a run was begun with to the one that it is to go on with.
+    """Compare the config that a run was started with to the one that it resumes with.
 
     Returns:
-        The changes that would corrupt the run, and those that may be.
+        The changes that would corrupt the run, and those that are allowed.
     """
     before, after = dict(_leaves("", _effective(old))), dict(_leaves("", _effective(new)))
     keys = [*before, *(key for key in after if key not in before)]
     changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-    # Without a number of lanes it follows from the data, and the comparison of fingerprints covers it
+    # If unset, the number of lanes follows from the data, and the comparison of fingerprints covers it.
     changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
     return [c for c in changes if not may_change(c.key)], [c for c in changes if may_change(c.key)]
 
 
 def may_change(key: str) -> bool:
-    """Return whether a run may go on with another value of a key."""
+    """Return whether a key's value may change when a run resumes."""
     return next((allowed for pattern, allowed in _MAY_CHANGE if fnmatch.fnmatchcase(key, pattern)), False)
 
 
 def _effective(config: RunConfig) -> dict[str, JsonValue]:
-    """Return the config's values with derived defaults filled in, so that spelling one out counts as no change."""
+    """Return the config's values with derived defaults filled in, so that spelling one out is not a change."""
     values: dict[str, Any] = config.model_dump(mode="json")
     values["data"] |= {"window_bytes": config.data.window_limit, "plan_version": config.data.plan}
     if config.data.plan == 1:
@@ -266,7 +264,7 @@ def _leaves(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
 
 
 def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
-    """Return the sections that are valid by themselves; a section that is missing has its default."""
+    """Return the sections that are valid by themselves; a missing section gets its default."""
     parts = {}
     for name, field in RunConfig.model_fields.items():
         if name not in tree and not field.is_required():
@@ -278,7 +276,7 @@ def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what cannot work for any number of data-parallel ranks, as far as the given sections tell."""
+    """Yield what cannot work for any number of data-parallel ranks, as far as the given sections show."""
     model: ModelConfig | None = parts.get("model")
     parallel: ParallelConfig | None = parts.get("parallel")
     train: TrainConfig | None = parts.get("train")
@@ -289,7 +287,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             if source.max_epochs != train.epochs:
                 yield (
                     f"data.sources: {source.name} has max_epochs={source.max_epochs}, but train.epochs={train.epochs} "
-                    "holds for all sources; leave max_epochs out, or set train.steps instead of train.epochs"
+                    "applies to all sources; leave max_epochs out, or set train.steps instead of train.epochs"
                 )
     if model:
         yield from _head_problems(model)
@@ -302,8 +300,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             yield from _not_divisible(key, value, "parallel.tp_size", parallel.tp_size)
         if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
             yield (
-                f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and is to"
-                f" be the number of the tokenizer's pieces; {advice}"
+                f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
+                f" equal the number of the tokenizer's pieces; {advice}"
             )
     if train and train.micro_batch_size:
         rows = ("train.global_batch_size", train.global_batch_size)
@@ -321,13 +319,13 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
-    """Say how to split a tokenizer of so many pieces by tensor parallelism; empty if it can be split already."""
+    """Describe how to split a tokenizer with this many pieces by tensor parallelism; empty if it is splittable."""
     if pieces % tp_size == 0:
         return ""
     divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])
     command = installation.typed("train-tokenizer", "--vocab-size")
     return (
-        f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or take a tokenizer whose number of pieces is a"
+        f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or use a tokenizer whose number of pieces is a"
         f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} ({command})"
     )
 
@@ -337,7 +335,7 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
     if model.dim % model.n_heads == 0 and model.head_dim % 2:
         yield (
             f"model.dim={model.dim} / model.n_heads={model.n_heads} gives heads of size {model.head_dim}; "
-            "rotary positions need an even size"
+            "rotary positions need an even head size"
         )
     yield from _not_divisible("model.n_heads", model.n_heads, "model.n_kv_heads", model.kv_heads)
 

@@ -1,6 +1,6 @@
-"""A YAML file and `key.path=value` overrides -> one plain tree, and the place where each key was written.
+"""Read a YAML file and `key.path=value` overrides into one plain tree, and note where each key was written.
 
-file -> config_file -> config. YAML as version 1.2 reads it, since PyYAML's 1.1 has traps: there
+file -> config_file -> config. YAML is read as version 1.2, since PyYAML's 1.1 has traps: there
 `3e-4` is a string, `off` is false, `12:30` is 750.
 """
 
@@ -26,12 +26,12 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"true$|True$|TRUE$|false$|False$|FALSE$")
 _NULL = re.compile(r"~$|null$|Null$|NULL$|$")
-# The order matters: the first match wins, and every int looks like a float
+# The order matters: the first match wins, and every int looks like a float.
 _SCALARS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT), ("merge", re.compile(r"<<$")))
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, and without silent overwriting by a second key of the same name."""
+    """SafeLoader with the scalars of YAML 1.2, and without silently accepting a key twice."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - typed so by PyYAML
 
@@ -41,14 +41,14 @@ class _Loader(yaml.SafeLoader):
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in first and key != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice, first in line {first[key]}", key_node.start_mark
+                    None, None, f"the key {key!r} appears twice, first in line {first[key]}", key_node.start_mark
                 )
             first[key] = line
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly those strings that _Loader would take for something else."""
+    """SafeDumper that quotes exactly those strings that _Loader would take for something else."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - typed so by PyYAML
 
@@ -56,7 +56,7 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, None)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, None)
-# int("010") is ten, where the constructor of YAML 1.1 reads octal
+# int("010") is ten, whereas YAML 1.1's constructor reads octal.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 16 if "x" in node.value else 10))
 
 
@@ -69,7 +69,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Origins]
     """Read a file and apply `key.path=value` overrides; a number in a path is a position in a list.
 
     Raises:
-        ConfigError: if the file cannot be read or parsed, or an override fits nowhere. Keys and values are not checked.
+        ConfigError: if the file cannot be read or parsed, or an override does not fit. Keys and values are not checked.
     """
     tree, origins = _parse(_text_of(path), str(path)) or ({}, {})
     if not isinstance(tree, dict):
@@ -104,7 +104,7 @@ def _parse(text: str, where: str) -> tuple[Any, Origins] | None:
             return None
         origins: Origins = {}
         _note_lines(node, "", where, origins)
-        # A copy through JSON, since an alias shares its value with the anchor and an override would change both
+        # Copied through JSON, since an alias shares its value with the anchor and an override would change both.
         return json.loads(json.dumps(loader.construct_document(node))), origins
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -126,7 +126,7 @@ def _note_lines(node: yaml.Node, path: str, where: str, origins: Origins) -> Non
         below = [(str(i), item, item) for i, item in enumerate(node.value)]
     for name, named, value in below:
         key = f"{path}.{name}" if path else name
-        origins[key] = f"{where}:{named.start_mark.line + 1}"  # the line of the key; its value may begin further down
+        origins[key] = f"{where}:{named.start_mark.line + 1}"  # the key's line; its value may begin further down
         _note_lines(value, key, where, origins)
 
 
@@ -139,7 +139,7 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 def _set(tree: Any, path: Sequence[str], value: object, override: str) -> None:
-    """Set one value in nested dicts and lists, making sections that are missing."""
+    """Set one value in nested dicts and lists, creating missing sections."""
     node = tree
     for i, part in enumerate(path):
         last = i == len(path) - 1
@@ -148,7 +148,7 @@ def _set(tree: Any, path: Sequence[str], value: object, override: str) -> None:
             if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(
                     f"override {override!r}: {parent} is a list of {len(node)}; "
-                    f"name one by its number, 0 to {len(node) - 1}, or set all of {parent}"
+                    f"name an item by its number, 0 to {len(node) - 1}, or set all of {parent}"
                 )
             if last:
                 node[int(part)] = value
@@ -160,4 +160,4 @@ def _set(tree: Any, path: Sequence[str], value: object, override: str) -> None:
                 node[part] = {}
             node = node[part]
         else:
-            raise ConfigError(f"override {override!r}: {parent} is {node!r}, which has no {part!r} in it")
+            raise ConfigError(f"override {override!r}: {parent} is {node!r}, which has no {part!r}")

@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration: what follows from ours, and which of its own keys a config may set besides.
+"""DeepSpeed's configuration: what follows from ours, and which of its own keys a config may also set.
 
-config -> deepspeed_keys -> engine. Many of DeepSpeed's keys change what a run computes, or how its state is laid out in
-files without the files saying so. The keys allowed here change neither: a test trains, saves and resumes with each of
-them, and compares every bit.
+config -> deepspeed_keys -> engine. Many of DeepSpeed's keys change what a run computes, or how its files lay out state
+without saying so. The keys allowed here change neither: a test trains, saves and resumes with each of them and compares
+every bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shards import ConfigError
 
 DeepSpeedConfig = dict[str, Any]  # in DeepSpeed's own JSON schema
 
-# Key -> the type of its values. Before adding one, try it in tests/distributed/deepspeed_keys.py
+# Key -> the type of its values. Before adding one, try it in tests/distributed/deepspeed_keys.py.
 ALLOWED: dict[str, type[int] | type[bool]] = {
     "dump_state": bool,
     "memory_breakdown": bool,
@@ -38,9 +38,9 @@ ALLOWED: dict[str, type[int] | type[bool]] = {
 
 _OTHER_SECTIONS = "it follows from the sections optim, precision and parallel"
 _BATCH = "it follows from the section train and the number of ranks"
-_LAYOUT = "it lays the optimizer's state out in a way that a checkpoint's readers do not know"
+_LAYOUT = "it lays out the optimizer's state in a way that readers of a checkpoint do not know"
 
-# Why some keys are refused; a section's reason holds for every key in it
+# Why some keys are refused; a section's reason applies to every key in it.
 _REFUSED = {
     "optimizer": _OTHER_SECTIONS,
     "scheduler": _OTHER_SECTIONS,
@@ -56,7 +56,7 @@ _REFUSED = {
     "managed_gradient_accumulation": "the gradients of all micro-steps but the last would be weighted wrongly",
     "zero_optimization.elastic_checkpoint": _LAYOUT,
     "zero_optimization.load_from_fp32_weights": "a resume would take rounded weights for the optimizer's own",
-    "zero_optimization.round_robin_gradients": f"{_LAYOUT}: they would give weights and moments to wrong names",
+    "zero_optimization.round_robin_gradients": f"{_LAYOUT}: they would assign weights and moments to the wrong names",
     "zero_optimization.sub_group_size": _LAYOUT,
 }
 
@@ -69,7 +69,7 @@ def deepspeed_config(
     Args:
         extra: the config's `deepspeed` section.
     Raises:
-        ConfigError: if `extra` contradicts what is derived or has a key that is not known to be harmless.
+        ConfigError: if `extra` contradicts what is derived, or has a key not known to be harmless.
     """
     stage = parallel.applied_zero_stage
     zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
@@ -78,20 +78,20 @@ def deepspeed_config(
         zero[key] = {"device": "cpu" if on_cpu else "none", "pin_memory": on_cpu and torch.cuda.is_available()}
     derived: DeepSpeedConfig = {
         "gradient_clipping": optim.grad_clip,
-        # The fp32 gradients are summed as they come: else ZeRO-1 keeps the bf16 ones beside them until the step's end
+        # fp32 gradients are summed as they come; otherwise ZeRO-1 keeps the bf16 ones beside them until the step's end.
         "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW; DeepSpeed's own compiles at first use
-        "steps_per_print": 2**31,  # it reports nothing that we do not
+        "steps_per_print": 2**31,  # it reports nothing that we do not report
         "wall_clock_breakdown": False,
     }
     return _merged(derived, extra)
 
 
 def batch_sizes(micro_batch_size: int, micro_steps: int, dp_size: int) -> DeepSpeedConfig:
-    """Return the part of DeepSpeed's configuration that says how a global batch is split."""
+    """Return the part of DeepSpeed's configuration that splits a global batch."""
     return {
         "train_batch_size": micro_batch_size * micro_steps * dp_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -100,7 +100,7 @@ def batch_sizes(micro_batch_size: int, micro_steps: int, dp_size: int) -> DeepSp
 
 
 def without_batch_sizes(section: DeepSpeedConfig) -> DeepSpeedConfig:
-    """Leave out of a begun run's section the batch sizes, which older versions accepted where they said the same."""
+    """Drop batch sizes from an existing run's section; older versions accepted them if they agreed with the config."""
     return {key: value for key, value in section.items() if key not in batch_sizes(1, 1, 1)}
 
 
@@ -125,13 +125,13 @@ def _check_added_key(key: str, value: JsonValue) -> None:
     """Raise ConfigError unless a key of the config's `deepspeed` section is known to be harmless.
 
     Args:
-        key: its path below `deepspeed`, with dots; it is none of those that are derived.
+        key: its dotted path below `deepspeed`; not one of the derived keys.
     """
     wanted = ALLOWED.get(key)
     if wanted is None:
         sections = [key[:end] for end in range(1, len(key) + 1) if key[end : end + 1] in ("", ".")]
         reason = next(
-            (_REFUSED[section] for section in sections if section in _REFUSED), "nobody has shown it harmless"
+            (_REFUSED[section] for section in sections if section in _REFUSED), "it is not known to be harmless"
         )
         raise ConfigError(
             f"deepspeed.{key} is refused: {reason}; leave it out. A run that was trained with it can only be read and"

@@ -1,7 +1,7 @@
-"""DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its own checkpoint files.
+"""DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its checkpoint files.
 
-The only importer of deepspeed, apart from the conversion of checkpoints. It works around what DeepSpeed does otherwise
-than the design needs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
+The only importer of deepspeed, apart from the conversion of checkpoints. It works around DeepSpeed where the design
+differs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class StepStats:
     """The results of one optimizer step, the same on every rank.
 
     Attributes:
-        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. Like the
-            other two it is NaN where there was no target.
-        z_loss: mean squared logsumexp of the logits times its weight; 0 where it is off.
-        grad_norm: L2 norm of the gradient of the whole model before clipping; infinite where it is no number.
-        applied: False where loss or gradient was not finite, or there was no target: weights and optimizer are what
-            they were.
+        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. NaN,
+            like the other two, if there was no target.
+        z_loss: mean squared logsumexp of the logits times its weight; 0 if it is off.
+        grad_norm: L2 norm of the gradient of the whole model before clipping; infinite if it is NaN.
+        applied: False if loss or gradient was not finite, or there was no target; weights and optimizer are then
+            unchanged.
     """
 
     loss: float
@@ -55,7 +55,7 @@ class StepStats:
 
 
 class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
-    """Hands what DeepSpeed would write to a function instead; reading is left to DeepSpeed."""
+    """Passes what DeepSpeed would write to a function instead; DeepSpeed still does the reading."""
 
     def __init__(self, take: Callable[[Path, object], None]) -> None:
         super().__init__()
@@ -65,21 +65,21 @@ class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  #
         self._take(Path(path), state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Do nothing: the folder exists, and a rank that failed here would leave the others waiting for it."""
+        """Do nothing: the folder exists, and a rank that failed here would keep the others waiting."""
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # else DeepSpeed makes a copy of the weights, in fresh memory each time
+        return False  # otherwise DeepSpeed copies the weights, into fresh memory each time
 
 
 class Engine:
     """The model under DeepSpeed ZeRO.
 
     Args:
-        model_config, optim_config, parallel: the parts of the run's config that it carries out.
+        model_config, optim_config, parallel: the parts of the run's config that it implements.
         ds_config: what `deepspeed_keys.deepspeed_config` derived from them.
         micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
-        topology: this process's place.
-        seed: of the run; weights and dropout are drawn from it.
+        topology: this process's place among the ranks.
+        seed: the run's seed; weights and dropout are drawn from it.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size = micro_batch_size
-        # fairscale's layers allocate on the CPU; the weights are drawn where they are trained
+        # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         model = Transformer(
             model_config,
             attention_backend(parallel, topology, model_config.head_dim),
@@ -117,7 +117,7 @@ class Engine:
             eps=optim_config.eps,
             fused=True,  # one pass over ZeRO's flat partition, on CPU and GPU
         )
-        # On CPUs the first start would compile this op, which takes a minute and only inference uses it
+        # On CPUs the first start would compile this op, which takes a minute and is only used for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use six times
             self.deepspeed, *_ = deepspeed.initialize(
@@ -128,7 +128,7 @@ class Engine:
                 dist_init_required=False,
             )
 
-        # DeepSpeed would copy two of its scripts into every checkpoint, which the package has anyway
+        # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
     def train_step(
@@ -139,20 +139,20 @@ class Engine:
         Args:
             tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
             segment_ids: [rows, seq_len + 1].
-            n_targets: valid targets of the *global* batch: the loss is their sum divided by this, however they are
-                spread over ranks and micro-steps. Without any, nothing is changed: momentum and weight decay would
-                move the weights all the same.
+            n_targets: valid targets of the *global* batch, by which the sum of their losses is divided, however
+                they are spread over ranks and micro-steps. Without any, nothing is changed, since momentum and
+                weight decay would still move the weights.
             step: from 0; seeds the dropout.
-            learning_rate: for this step.
-            meter: is charged with "forward_backward" and "optimizer".
+            learning_rate: learning rate of this step.
+            meter: times "forward_backward" and "optimizer".
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # of nll and of z-loss
-        # DeepSpeed averages gradients over dp ranks; the loss is a sum over them
+        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
+        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
         scale = torch.tensor(self.topology.dp_size / n_targets, device=tokens.device)
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
@@ -177,12 +177,12 @@ class Engine:
         return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied)
 
     def _forget_gradients(self) -> None:
-        """Drop the gradients that DeepSpeed keeps of a step that it left out.
+        """Drop the gradients that DeepSpeed keeps of a skipped step.
 
-        ZeRO-1 and 2 with offload clear them only after a step that was applied. The next step would add to them, and
-        so no step would ever be finite again.
+        ZeRO-1 and 2 with offload clear them only after an applied step. Otherwise the next step would add to them, and
+        no step would ever be finite again.
         """
-        # BF16_Optimizer (ZeRO-1 in bf16 without offload) has no such dictionary
+        # BF16_Optimizer (ZeRO-1 in bf16 without offload) has no such dictionary.
         getattr(self.deepspeed.optimizer, "averaged_gradients", {}).clear()
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,15 +209,15 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:
-        """Replace the drawn weights by others, before the first step. Every rank must call it.
+        """Replace the initial weights before the first step. Every rank must call it.
 
-        Each rank reads its own slices, one at a time. The fp32 master weights get them unrounded, whatever the
+        Each rank reads its own slices, one at a time. The fp32 master weights receive them unrounded, whatever the
         precision of the forward pass.
         """
         topology = self.topology
         for name, parameter in self.model.named_parameters():
             value = weights.read(name, topology.tp_rank, topology.tp_size).to(topology.device, torch.float32)
-            # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value
+            # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
             if hasattr(parameter, "ds_id"):
@@ -228,10 +228,10 @@ class Engine:
                 safe_set_full_fp32_param(parameter, value)
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
-        """Hand over the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
+        """Pass on the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
 
         Args:
-            take: is called with each file's path and content, whose tensors are the very ones that training goes on to
+            take: is called with each file's path and content, whose tensors are the live ones that training will
                 change; must not raise, since the other ranks wait for this one.
         """
         self.deepspeed.checkpoint_engine = _CallbackCheckpointEngine(take)
@@ -239,11 +239,11 @@ class Engine:
             str(folder),
             tag="engine",
             client_state={"universal_checkpoint_info": self._universal_info},
-            save_latest=False,  # the store decides which is newest, and DeepSpeed writes that file non-atomically
+            save_latest=False,  # the store decides which is newest, and DeepSpeed does not write that file atomically
         )
 
     def load(self, folder: Path) -> None:
-        """Load weights and optimizer state from `folder`/engine, saved in this same layout. Every rank must call it.
+        """Load weights and optimizer state from `folder`/engine, saved in the same layout. Every rank must call it.
 
         Raises:
             CheckpointError: if it is not a checkpoint of this model in this layout.
@@ -257,13 +257,13 @@ class Engine:
             CheckpointError: if it is not a checkpoint of this model.
         """
         topology = self.topology
-        # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank
+        # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank.
         self.deepspeed.optimizer.load_hp_checkpoint_state = lambda weight, key, param: read_piece(
             Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size
         )
         self._load(folder / f"tp_{topology.tp_rank}", universal=True)
         for state in self.deepspeed.optimizer.optimizer.state.values():
-            # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU
+            # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU.
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
 
     def _load(self, folder: Path, universal: bool) -> None:
@@ -274,7 +274,7 @@ class Engine:
             raise CheckpointError(f"{folder / 'engine'} does not fit this model: {error}") from error
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
-        # Loading restores the hyperparameters of the old config, but this config's apply
+        # Loading restores the old config's hyperparameters, but this config's apply.
         for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
             group["weight_decay"] = weight_decay
             group["betas"] = self.optim_config.betas
@@ -283,7 +283,7 @@ class Engine:
 
 
 def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:
-    """Describe the weights, by their own tags, as DeepSpeed's conversion to another topology asks for."""
+    """Describe the weights, by their tags, as DeepSpeed's conversion to another topology requires."""
     names: dict[int | None, list[str]] = {None: [], 0: [], 1: []}
     for name, parameter in model.named_parameters():
         names[shard_dim(parameter)].append(f"^{re.escape(name)}$")

@@ -1,8 +1,8 @@
 """The global batch of a step, on the device, with its totals over all ranks. loader -> feed -> trainer.
 
-In each tensor-parallel group only rank 0 has a loader; it hands its rows on to the others. What the ranks must know of
-one another before the first backward pass (the number of valid targets, which the loss is divided by) travels in one
-collective, and so does everything else that they tell each other once a step, such as that one was asked to stop.
+In each tensor-parallel group only rank 0 has a loader; it passes its rows on to the others. What the ranks must know of
+each other before the first backward pass (the number of valid targets, by which the loss is divided) travels in one
+collective, with everything else that they exchange once a step, such as a request to stop.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from pretrain.checkpoint.state import DataState
 from pretrain.topology import Topology
 from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, check_not_empty, merge_states
 
-_EPOCH_UNIT = 10**12  # epochs travel as integers, like everything else
-_EPOCH_DIGITS = 9  # after the point, fewer than are sent: thirds of an epoch on three ranks add up to 1
+_EPOCH_UNIT = 10**12  # epochs are sent as integers, like everything else
+_EPOCH_DIGITS = 9  # fewer decimals than are sent, so that thirds of an epoch on three ranks add up to 1
 
-# The sums that all ranks make of a step, besides the tokens and epochs of each source
+# Sums over all ranks in each step, besides the tokens and epochs of each source.
 _TOTALS = (
     "stop_requests", "saving", "failures",  # ranks
-    "rows", "rows_drawn",  # of the batch; since the run's start
-    "ranks_with_data",  # ranks whose lanes have not all run dry
+    "rows", "rows_drawn",  # in the batch; since the run's start
+    "ranks_with_data",  # ranks with a lane that has not run dry
     "targets", "padding", "row_hash", "skipped", "skipped_so_far", "contaminated", "replays",  # as in StepBatch
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's rows of one global batch, and the global batch's totals, which are the same on every rank.
+    """The rows of one global batch on this rank, and the global batch's totals, which are the same on every rank.
 
     Attributes:
         tokens, segment_ids: [rows, seq_len + 1] int64 on the device.
-        n_targets: tokens that are predicted in this step.
-        n_tokens, n_padding: tokens that are not padding, and those that are.
+        n_targets: number of tokens predicted in this step.
+        n_tokens, n_padding: number of tokens without padding, and of padding.
         row_hash: sum mod 2^64 of the rows' hashes.
-        tokens_per_source: the tokens that are not padding; under `source/sub-source` too, where a source has them.
-        epoch_per_source: how often each source was read through since the run's start, by its records.
-        skipped: the bad records that all ranks passed over to get to these rows.
-        skipped_so_far: how many there were since the run's start.
-        replays: entries of shards that did not hold, so that decoding took longer to reach these rows, on all ranks.
-        contaminated: the documents that all ranks dropped on the way because they share text with a suite.
+        tokens_per_source: tokens without padding; also under `source/sub-source`, if a source has sub-sources.
+        epoch_per_source: passes over each source since the run's start, counted in records.
+        skipped: bad records that all ranks skipped on the way to these rows.
+        skipped_so_far: number of bad records since the run's start.
+        replays: invalid entries of shards on all ranks, which made decoding these rows take longer.
+        contaminated: documents that all ranks dropped on the way because they share text with a suite.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
     """
@@ -67,11 +67,11 @@ class StepBatch:
 
 @dataclass
 class _PassedOver:
-    """The records passed over on the way to the next row, however many batches that took.
+    """The records skipped on the way to the next row, however many batches that took.
 
     Attributes:
-        skipped, contaminated: this rank's.
-        n_skipped, n_contaminated, replays: of all ranks.
+        skipped, contaminated: those of this rank.
+        n_skipped, n_contaminated, replays: counts over all ranks.
     """
 
     skipped: list[Skipped] = field(default_factory=list)
@@ -93,28 +93,28 @@ class Feed:
     """Draws one global batch per step.
 
     Args:
-        loader: of this dp rank; None on the other ranks of its tensor-parallel group.
-        data: the config's part; names the sources.
-        rows: of this rank's share of a global batch.
+        loader: this dp rank's loader; None on the other ranks of its tensor-parallel group.
+        data: the data config, which names the sources.
+        rows: rows in this rank's share of a global batch.
     """
 
     def __init__(self, loader: Loader | None, data: DataConfig, rows: int, topology: Topology) -> None:
         self._loader = loader
-        self._cursors = loader.state_dict() if loader else None  # after the last batch that was given out
+        self._cursors = loader.state_dict() if loader else None  # after the last batch returned
         self._sources = [source.name for source in data.sources]
         self._has_sub_sources = any(source.source_from for source in data.sources)
         self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
-        self._batch: Batch | None = None  # the last that was given out
-        # Bad records and contaminated documents of all ranks after the last row of the data, once it was reached
+        self._batch: Batch | None = None  # the last batch returned
+        # Bad records and contaminated documents of all ranks after the last row of the data, once that was reached.
         self.passed_over: tuple[list[Skipped], list[Skipped]] = ([], [])
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
-        """Return the next global batch that holds a row; None, on all ranks, once all lanes have run dry.
+        """Return the next global batch that has any rows, or None on all ranks once all lanes have run dry.
 
         Args:
-            stop_requested: whether this process was asked to stop.
-            saving: whether it is still writing its part of a checkpoint.
+            stop_requested: whether this rank wants to stop.
+            saving: whether this rank is still writing its part of a checkpoint.
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
@@ -129,7 +129,7 @@ class Feed:
             passed_over.add(batch, totals)
             if totals["rows"] or not totals["ranks_with_data"]:
                 break
-            # A batch without a row anywhere is no step: these lanes have run dry, and others have not
+            # A batch without a row on any rank is not a step: these lanes have run dry, but others have not.
         skipped = self._of_all_ranks(passed_over.skipped) if passed_over.n_skipped else []
         contaminated = self._of_all_ranks(passed_over.contaminated) if passed_over.n_contaminated else []
         if not totals["rows"]:
@@ -160,16 +160,16 @@ class Feed:
         )
 
     def _draw(self) -> tuple[Batch | None, HeadraceError | None]:
-        """Draw this rank's part of a batch, or keep the error that all ranks must hear of before this one leaves."""
+        """Draw this rank's part of a batch, or return the error that all ranks must learn of before this one exits."""
         try:
             return self._loader.next_batch() if self._loader else None, None
         except HeadraceError as error:
             return None, error
 
     def _totals_of(self, batch: Batch | None) -> dict[str, int]:
-        """Return what this rank adds to each sum over all ranks, the names in the same order on every rank.
+        """Return what this rank adds to each sum over all ranks, with the names in the same order on every rank.
 
-        Ranks without a batch add nothing: where they have no loader, the rank that has their loader speaks for them.
+        Ranks without a batch add nothing; for ranks without a loader, the rank with their loader counts.
         """
         by_source = [f"{figure}/{source}" for figure in ("tokens", "epochs") for source in self._sources]
         totals = dict.fromkeys([*_TOTALS, *by_source], 0)
@@ -194,7 +194,7 @@ class Feed:
         return totals
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
-        """Count each sub-source's tokens over all ranks; their names are known only once they are met."""
+        """Count each sub-source's tokens over all ranks; the names are known only once they occur."""
         if not self._has_sub_sources:
             return {}
         own = {name: n for name, n in batch.source_tokens.items() if "/" in name} if batch else {}
@@ -205,11 +205,11 @@ class Feed:
         return dict(sorted(sums.items()))
 
     def _of_all_ranks(self, own: list[Skipped]) -> list[Skipped]:
-        """Gather the records of all ranks, in an order that does not depend on how the lanes are dealt to them."""
+        """Gather the records of all ranks, in an order independent of how lanes are dealt to ranks."""
         return sorted(found for part in self._topology.gather_objects(own) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
-        """Return this dp rank's (tokens, segment_ids), on each of its tp ranks: [2, rows, seq_len + 1] int64."""
+        """Return this dp rank's (tokens, segment_ids) on each of its tp ranks: [2, rows, seq_len + 1] int64."""
         device = self._topology.device
         if batch is None:
             rows = torch.empty(self._shape, dtype=torch.int32, device=device)
@@ -218,21 +218,21 @@ class Feed:
         return self._topology.broadcast_in_tp(rows).long()
 
     def origins(self) -> list[Origin]:
-        """Return where every piece of the last global batch comes from, by slot; every rank calls it."""
+        """Return the origin of every piece of the last global batch, by slot; every rank calls it."""
         own = list(self._batch.origins()) if self._batch else []
         return sorted(origin for origins in self._topology.gather_objects(own) for origin in origins)
 
     def cursors(self) -> dict[str, object] | None:
-        """Return where all lanes stand after the last batch given out, on rank 0; every rank calls it."""
+        """Return, on rank 0, the cursors of all lanes after the last batch returned; every rank calls it."""
         states = [state for state in self._topology.gather_objects(self._cursors) if state is not None]
         return merge_states(states) if self._topology.is_main else None
 
     def state(self) -> DataState | None:
-        """Return what a checkpoint says of the data after that batch, on rank 0; every rank calls it."""
+        """Return, on rank 0, a checkpoint's data state after that batch; every rank calls it."""
         cursors = self.cursors()
         return DataState(cursors, self._loader.fingerprint) if cursors is not None and self._loader else None
 
 
 def chain_hash(before: str, row_hash: int) -> str:
-    """Hash a step's rows and every batch before it; 16 hex digits."""
+    """Hash a step's rows together with every batch before it; 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(f"{before}/{row_hash:016x}".encode())

@@ -14,11 +14,11 @@ from pretrain.topology import Topology
 
 
 class HeldOut:
-    """Scores a suite with the model that is being trained, and remembers for which step it did so last.
+    """Scores a suite with the model in training, and remembers the last step for which it did.
 
     Args:
         batch_size: rows that a rank scores at once.
-        evaluated: the last step whose evaluation was written down; -1 if there is none.
+        evaluated: the last step whose evaluation was recorded; -1 if there is none.
     """
 
     def __init__(self, eval_set: EvalSet, engine: Engine, topology: Topology, batch_size: int, evaluated: int) -> None:
@@ -32,7 +32,7 @@ class HeldOut:
         """Score every document; every rank calls it.
 
         Args:
-            before_batch: is called before each batch, on all ranks, which may leave together by an exception.
+            before_batch: is called before each batch on all ranks; it may raise, if it does so on all of them.
         """
 
         def logits(tokens: Tensor, segment_ids: Tensor) -> Tensor:

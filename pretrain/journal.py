@@ -1,4 +1,4 @@
-"""Writes down what a run does: in the JSONL files of its folder, in wandb and on the console.
+"""Record what a run does: in the JSONL files of its folder, in wandb and on the console.
 
 Only rank 0 writes. trainer -> journal -> {run folder, wandb_tracker, console}.
 """
@@ -20,13 +20,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Writes each record everywhere it belongs. On the ranks that have no tracker it does nothing.
+    """Writes each record everywhere it belongs. On ranks without a tracker it does nothing.
 
     Args:
-        folder: the run's, cut back to the step that the run goes on from.
-        tracker: not yet entered; None on all ranks but the main one.
-        config: of the console's progress.
-        steps: of the whole run.
+        folder: the run's folder, cut back to the step that the run resumes from.
+        tracker: not yet entered; None on all ranks but rank 0.
+        config: settings of the console's progress.
+        steps: length of the whole run.
     """
 
     def __init__(self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int) -> None:
@@ -58,7 +58,7 @@ class Journal:
             self._progress.show(record)
 
     def log_evals(self, step: int, scores: DocumentScores) -> None:
-        """Log one evaluation: a line for each domain and average, and the sums of each document."""
+        """Log one evaluation: a line for each domain and average, and the sums per document."""
         if self._tracker:
             records = record_scores(self._folder, step, scores)
             self._tracker.log_evals(records)
@@ -69,31 +69,31 @@ class Journal:
             )  # fmt: skip
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
-        """Log the bad records and contaminated documents that were passed over to get to a step's rows."""
+        """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""
         if self._tracker:
             for log, records in ((self._folder.bad_records, skipped), (self._folder.contaminated, contaminated)):
                 for record in records:
                     log.append({"step": step, **record._asdict()})
 
     def log_data_end(self, step: int) -> None:
-        """Note that the data ends with a step."""
+        """Record the step at which the data ends."""
         if self._tracker:
             self._folder.note_data_end(step)
 
     def log_cursors(self, step: int, cursors: Mapping[str, object] | None) -> None:
-        """Log where the lanes stood after a step, for provenance."""
+        """Log the lanes' cursors after a step, for provenance."""
         if self._tracker and cursors is not None:
             self._folder.cursors.append({"step": step, **cursors})
 
     def last_evaluated(self, suite: str) -> int:
-        """Return the last step whose evaluation on a suite is whole in evals.jsonl; -1 if there is none.
+        """Return the last step whose evaluation on a suite is complete in evals.jsonl; -1 if there is none.
 
-        Warn where there are evaluations under other labels only: the training then begins a series of its own.
+        Warn if there are evaluations under other labels only, since training then begins a new series.
         """
         steps = evaluated_steps(self._folder, suite)
         if self._tracker and suite and not steps and (others := labels(self._folder)):
             _logger.warning(
-                "%s has evaluations called %s; those of this start are called %s, since text, tokenizer, seq_len or"
+                "%s has evaluations labelled %s; those of this start are labelled %s, since text, tokenizer, seq_len or"
                 " precision differ, or an older version wrote them: one series never mixes two",
                 self._folder.evals.path, ", ".join(others), suite,
             )  # fmt: skip

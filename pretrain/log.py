@@ -1,4 +1,4 @@
-"""Logging of a process, set up once by the command that runs in it: readable on a terminal, plain elsewhere."""
+"""A process's logging, set up once by the command that it runs: readable on a terminal, plain elsewhere."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import warnings
 from rich.console import Console
 from rich.logging import RichHandler
 
-# These loggers are quiet below warnings
+# These loggers only report warnings and errors.
 _NOISY = ("torch.distributed", "urllib3", "fsspec", "filelock", "datasets", "wandb", "matplotlib")
 
 
 def set_up(rank: int) -> None:
-    """Send this process's log to stderr; calling it again replaces what the last call set up.
+    """Send this process's log to stderr, replacing any earlier setup.
 
-    Rank 0 says everything from INFO up; the others, whose lines would repeat it, only warnings.
+    Rank 0 logs everything from INFO up; the other ranks, whose lines would repeat it, only warnings.
 
     Args:
-        rank: world rank; stands in each plain line.
+        rank: world rank, shown in each plain line.
     """
     console = Console(stderr=True)
     handler: logging.Handler
@@ -32,16 +32,16 @@ def set_up(rank: int) -> None:
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # DeepSpeed calls collectives by names that torch is about to drop, which a user cannot change
+    # DeepSpeed calls collectives by names that torch has deprecated, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # DeepSpeed sets its logger's level on import, which may be later; a filter stays, and is not added twice
+    # DeepSpeed sets its logger's level on import, which may come later; a filter stays, and is not added twice.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
 
 
 def console() -> Console:
-    """Return the log's console. Live displays must share it, or log lines would break into them."""
+    """Return the log's console. Live displays must share it, or log lines would garble them."""
     handlers = logging.getLogger().handlers
     return next((h.console for h in handlers if isinstance(h, RichHandler)), Console(stderr=True))
 

@@ -1,4 +1,4 @@
-"""The training loop: from where the run stands to its last step. start -> loop -> trainer."""
+"""The training loop: from the run's current step to its last. start -> loop -> trainer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ def train(trainer: Trainer) -> bool:
 
     Returns:
         Whether the run is finished: all steps are done, or the data is used up, and the end is saved and evaluated.
-        Otherwise the run goes on when it is started again.
+        Otherwise the run continues when it is started again.
     """
-    trainer.evaluate_if_due()  # of a resumed step only what a kill or a signal prevented
+    trainer.evaluate_if_due()  # for a resumed step, only if a kill or a signal prevented it
     while not trainer.at_end and not trainer.stopping:
         batch = trainer.next_batch()
         if batch is None:
             trainer.end_data()
         else:
             trainer.train_on(batch)
-        # First what cannot be computed again
+        # First what cannot be recomputed.
         trainer.save_if_due()
         trainer.evaluate_if_due()
     trainer.save_before_stopping()

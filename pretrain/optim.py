@@ -17,20 +17,20 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Config):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(3e-4, gt=0)  # the peak, reached at the end of the warm-up
+    learning_rate: float = Field(3e-4, gt=0)  # peak, reached at the end of the warm-up
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
-    floor: float = Field(0.1, ge=0, le=1)  # the lowest learning rate after the warm-up, as a share of the peak
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of gradient and its square
+    floor: float = Field(0.1, ge=0, le=1)  # lowest learning rate after the warm-up, as a share of the peak
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of the gradient and its square
     eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
-    grad_clip: float = Field(1.0, ge=0)  # the largest global gradient norm; 0 does not clip
+    grad_clip: float = Field(1.0, ge=0)  # largest global gradient norm; 0 disables clipping
     z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4
 
 
 class ParameterGroup(TypedDict):
-    """What torch's optimizers take as a group."""
+    """A parameter group as torch's optimizers take it."""
 
     params: list[torch.nn.Parameter]
     weight_decay: float
@@ -40,9 +40,9 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
     """Return the learning rate of one optimizer step.
 
     Args:
-        step: which step, from 0.
+        step: the step, counted from 0.
         config: peak, schedule, warm-up and floor.
-        steps: optimizer steps of the whole run; the schedule reaches its floor at the last of them.
+        steps: optimizer steps of the whole run; the schedule reaches its floor at the last one.
     Returns:
         The learning rate. During the warm-up it grows linearly and step 0 already has 1/warmup_steps of the peak.
     Source: cosine, Loshchilov and Hutter 2017, arXiv 1608.03983; WSD with a linear decay, Hu et al. 2024,
@@ -54,7 +54,7 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def _height_at(step: int, config: OptimConfig, steps: int) -> float:
-    """Return a schedule's height between its peak, 1, and its floor, 0, after the warm-up."""
+    """Return the height of a schedule after the warm-up, between its peak, 1, and its floor, 0."""
     last = steps - 1
     decay_start = config.warmup_steps
     if config.schedule == "constant":
@@ -68,7 +68,7 @@ def _height_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[ParameterGroup]:
-    """Group matrices with weight decay and vectors, which are the norms' weights, without."""
+    """Group matrices with weight decay, and vectors, which are the norms' weights, without."""
     trained = [p for p in parameters if p.requires_grad]
     groups: list[ParameterGroup] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

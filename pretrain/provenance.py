@@ -1,4 +1,4 @@
-"""Names the documents of a step: makes its batch again from the nearest cursors before it, and proves it the same.
+"""Identify the documents of a step: rebuild its batch from the nearest cursors before it and prove that it is the same.
 
 run folder, shards -> provenance -> launch/provenance.py.
 """
@@ -15,15 +15,15 @@ from shards import Batch, CheckpointError, ConfigError, DataConfig, Tokenizer, b
 
 
 def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_size: int, seed: int) -> Batch:
-    """Make the global batch of a run's `step`-th optimizer step again, with all rows of all ranks.
+    """Rebuild the global batch of a run's `step`-th optimizer step, with all rows of all ranks.
 
     Args:
         step: counted from 1, as in metrics.jsonl.
-        data, global_batch_size, seed: of the run.
+        data, global_batch_size, seed: those of the run.
     Raises:
-        ConfigError: if the run has not come to that step, or its data is not what it was.
-        ShardError: if a shard is not what it was.
-        CheckpointError: if the new batch does not have the hash that the run wrote down.
+        ConfigError: if the run has not reached that step, or its data has changed.
+        ShardError: if a shard has changed.
+        CheckpointError: if the rebuilt batch does not have the hash that the run recorded.
     """
     trained = folder.metrics.last(step)
     if step < 1 or trained is None or trained["step"] != step:
@@ -48,20 +48,20 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
 
 
 def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
-    """Read from the newest checkpoint what the run's data was; None if there is no checkpoint."""
+    """Read the fingerprint of the run's data from the newest checkpoint; None if there is no checkpoint."""
     store = CheckpointStore(folder.checkpoints, CheckpointConfig())
     steps = store.steps()
     return read_data(store.open(steps[-1])).fingerprint if steps else None
 
 
 def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:
-    """Compare a batch with the chain of hashes in metrics.jsonl. Raises CheckpointError where they differ."""
+    """Compare a batch with the chain of hashes in metrics.jsonl. Raises CheckpointError if they differ."""
     before = folder.metrics.last(step - 1) if step > 1 else {"step": 0, "batch_hash": ""}
     if before is None or before["step"] != step - 1:
         raise CheckpointError(f"{folder.metrics.path}: step {step - 1} is missing, so step {step} cannot be checked")
     again = chain_hash(str(before["batch_hash"]), batch.row_hash)
     if again != batch_hash:
         raise CheckpointError(
-            f"step {step}: made again, its batch hash is {again}, but the run was trained on {batch_hash}; the shards, "
-            "the tokenizer or the program are not what they were"
+            f"step {step}: rebuilt, its batch hash is {again}, but the run was trained on {batch_hash}; the shards, "
+            "the tokenizer or the program have changed"
         )

@@ -1,4 +1,4 @@
-"""Measures each step and makes its record. engine, feed -> recorder -> journal."""
+"""Measure each step and make its record. engine, feed -> recorder -> journal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class StepRecorder:
     """Makes the records of metrics.jsonl.
 
     Args:
-        model, data: the config's parts, from which a token's arithmetic follows.
-        with_z_loss: whether the loss that is trained on has a z-loss.
-        peak_flops: FLOP/s of all devices together; None where it is not known.
+        model, data: the config's parts, which determine the arithmetic per token.
+        with_z_loss: whether the training loss includes a z-loss.
+        peak_flops: FLOP/s of all devices together; None if unknown.
     Attributes:
-        meter: is charged with the parts of the step under way.
+        meter: times the parts of the current step.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class StepRecorder:
         self._saving_seconds: float | None = None  # since the last step
 
     def note_save(self, seconds: float) -> None:
-        """Take note of how long training stood still for a save; the next step's record has it."""
+        """Record how long training was paused for a save, for the next step's record."""
         self._saving_seconds = seconds
 
     def record(
         self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float, failed_saves: int
     ) -> StepRecord:
-        """Make the record of a step, which is over now.
+        """Make the record of a step that has just ended.
 
         Args:
-            state: where the run stands after the step.
-            failed_saves: in a row, up to now.
+            state: the run's state after the step.
+            failed_saves: number of failed saves in a row, up to now.
         """
         seconds = self.meter.end_step()
         saving_seconds, self._saving_seconds = self._saving_seconds, None

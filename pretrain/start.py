@@ -1,8 +1,8 @@
 """From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
 
-The order of the checks lets mistakes show in the first second: the config against the number of ranks, the tokenizer,
-the run folder and its lease, the indexes of the shards (on rank 0, while the others wait). Nothing in the run folder
-changes before every rank has found everything right.
+The checks are ordered so that mistakes show within the first second: the config against the number of ranks, the
+tokenizer, the run folder and its lease, the shards' indexes (on rank 0, while the others wait). Nothing in the run
+folder changes before every rank has passed all checks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from shards.suites import suite
 _logger = logging.getLogger(__name__)
 
 _INDEXING_LINE_SECONDS = 10.0
-_SAMPLE_TOKENS = 80  # in the continuation that a finished run shows
+_SAMPLE_TOKENS = 80  # length of the continuation that a finished run prints
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Report:
     """The outcome of a start.
 
     Attributes:
-        finished: False if it stopped early and goes on when started again.
+        finished: False if it stopped early and will continue when restarted.
         step: optimizer steps done.
-        folder: where everything lies.
-        sample: a continuation of evaluation.prompt, where the run is finished.
+        folder: the run's folder.
+        sample: a continuation of evaluation.prompt, if the run is finished.
     """
 
     finished: bool
@@ -59,13 +59,13 @@ class Report:
 
 
 def start(config: RunConfig, fresh: bool) -> Report:
-    """Train a config's run from where it stands; every process that the launcher started calls it.
+    """Train a config's run from its current state; every process that the launcher started calls it.
 
     Args:
-        fresh: begin again from nothing; the folder of a run of this name is moved aside first.
+        fresh: start from scratch; an existing folder of this name is moved aside first.
     Raises:
-        ConfigError, ShardError: if the config or its data cannot be trained on as they are.
-        Stopped: if a signal came before there was anything to save.
+        ConfigError, ShardError: if the config or its data cannot be trained on.
+        Stopped: if a signal arrived before there was anything to save.
     """
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
@@ -100,7 +100,7 @@ def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology:
 
 
 def check_inputs(config: RunConfig) -> Tokenizer:
-    """Check that the tokenizer fits the model and that the evaluation's texts are there; return the tokenizer.
+    """Check that the tokenizer fits the model and that the evaluation's texts exist; return the tokenizer.
 
     Raises:
         ConfigError, ShardError: if something is missing or does not fit.
@@ -122,7 +122,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 
 def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Try the tokenizer on a sample of what is trained on and evaluated; only rank 0. Raises: ConfigError."""
+    """Check the tokenizer on a sample of training and evaluation text; on rank 0 only. Raises ConfigError."""
     tokenizer_check.check_sources(config.data, tokenizer)
     if config.evaluation.suite:
         tokenizer_check.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
@@ -130,30 +130,30 @@ def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 @dataclass(frozen=True)
 class Claim:
-    """The results of rank 0's preparations, which the other ranks wait for."""
+    """The results of rank 0's preparations, for which the other ranks wait."""
 
     lease: Lease  # on the run's folder
-    config: RunConfig  # with what follows from the run that it goes on with
-    prepared: Prepared  # the shards, and the filter of data.decontaminate
+    config: RunConfig  # including what follows from the run that it resumes
+    prepared: Prepared  # the shards, and data.decontaminate's filter
 
 
 def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Claim:
-    """Take the lease on the run's folder and prepare its data; only rank 0.
+    """Take the lease on the run's folder and prepare its data; on rank 0 only.
 
-    A start that is refused leaves the folder as it was. What shows only once all ranks have met is checked by
-    `assembly`, which then makes the folder this start's.
+    A refused start leaves the folder unchanged. What can be checked only once all ranks have met is left to `assembly`,
+    which then makes the folder belong to this start.
 
     Args:
-        progress: hears of what is indexed.
-        stack: gives the lease back.
+        progress: is told what is indexed.
+        stack: releases the lease.
     Raises:
         ConfigError: if the folder cannot be written to, or holds a run that this config would corrupt.
         ShardError: if a shard is missing or damaged.
-        HeadraceError: if another process is at work in it.
+        HeadraceError: if another process is using the folder.
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
-    # A requeued job repeats its command, and so does torchrun, but --fresh was meant for the first start
+    # A requeued job repeats its command, and so does torchrun, but --fresh was meant for the first start only.
     restarted = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     replaced = fresh and not restarted and is_there(folder.config)
     holding = stack.enter_context(ExitStack())
@@ -167,7 +167,7 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
     prepared = shards.prepare(config.data, progress)
     if replaced:
         _logger.info("the run in %s was moved to %s", folder.root, folder.move_aside())
-        holding.close()  # the lease has moved away with the folder
+        holding.close()  # the lease has moved with the folder
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
     store.check_room()
@@ -175,7 +175,7 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
 
 
 def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
-    """Log what has changed since a run was begun. Raises ConfigError if that would corrupt it."""
+    """Log what has changed since a run was started. Raises ConfigError if that would corrupt it."""
     refused, allowed = compare_for_resume(old, new)
     if refused:
         changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
@@ -188,11 +188,11 @@ def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
 
 
 def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunFolder) -> None:
-    """Raise ConfigError if a run has come too far to have no checkpoint: then it was lost, or cannot be seen.
+    """Raise ConfigError if a run is too far along to have no checkpoint, so it was lost or is not visible.
 
-    A run that was killed before its first save has no checkpoint either, though the record of that step may be there. A
-    run that was killed in that save has the save's folder, and its records end before the second save would have begun,
-    since a save never overtakes the previous one.
+    A run killed before its first save has no checkpoint either, though that step's record may exist. A run killed
+    during that save has the save's folder, and its records end before the second save would have begun, since saves
+    never overlap.
     """
     newest = folder.metrics.last()
     step = int(str(newest["step"])) if newest else 0
@@ -201,15 +201,15 @@ def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunF
         return
     if not store.all_steps() or step >= 2 * first_save:
         raise ConfigError(
-            f"{folder.root} has records of {step} steps, but {store.root} has no complete checkpoint, though one is"
-            f" due every checkpoint.every={old.checkpoint.every} steps: is its disk not mounted, was it purged, or did"
+            f"{folder.root} has records of {step} steps, but {store.root} has no complete checkpoint, although one is"
+            f" due every checkpoint.every={old.checkpoint.every} steps. Is its disk not mounted, was it purged, or did"
             " every save fail (then the log says so)? Put the checkpoints back, or start over with --fresh, which"
             " moves the whole folder aside"
         )
 
 
 class IndexingLog:
-    """Logs now and then which shards a start is indexing and how far it is; called from several threads.
+    """Logs at intervals which shards a start is indexing and how far it is; called from several threads.
 
     Args:
         advance: is called at every sign of progress.
@@ -230,7 +230,7 @@ class IndexingLog:
 
 
 def announce(config: RunConfig, topology: Topology) -> None:
-    """Log what is about to be trained, and on what."""
+    """Log what is about to be trained, and on which devices."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
     work = config.workload(topology.dp_size)
     memory = memory_per_rank(work)
@@ -241,7 +241,7 @@ def announce(config: RunConfig, topology: Topology) -> None:
         and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
         _logger.warning(
-            "this CPU has no instructions for bf16, and emulating them is many times slower than precision=fp32"
+            "this CPU has no bf16 instructions, and emulating them is many times slower than precision=fp32"
         )
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")

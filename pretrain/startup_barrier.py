@@ -1,7 +1,7 @@
-"""Lets the ranks wait for rank 0 to prepare the data, for as long as it makes progress. start -> startup_barrier.
+"""Let the ranks wait while rank 0 prepares the data, for as long as it makes progress. start -> startup_barrier.
 
 A plain rendezvous gives up after a fixed time. It cannot tell a rank 0 that indexes a large corpus from one that hangs,
-nor does it tell the other ranks that rank 0 was refused.
+and does not tell the other ranks that rank 0 was refused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.topology import launcher_environment
 from shards import ConfigError, HeadraceError
 
-_LOOK_SECONDS = 0.5  # between two looks for progress of rank 0, and between two signs of it
-_FIRST_LOOK_SECONDS = 0.02  # until the first look: most starts are ready at once
-_FAREWELL_SECONDS = 10.0  # for which a refused rank 0 stays, so that the others hear of it
+_LOOK_SECONDS = 0.5  # between checks of rank 0's progress, and between its signs of progress
+_FIRST_LOOK_SECONDS = 0.02  # until the first check, since most starts are ready at once
+_FAREWELL_SECONDS = 10.0  # that a refused rank 0 stays, so that the others learn of it
 _READY = "0"
 
 
 class StartupBarrier:
-    """The store from which the process groups are formed later. Every rank of a start enters it; rank 0 is its host.
+    """The store from which the process groups are later formed. Every rank of a start enters it; rank 0 hosts it.
 
     Args:
-        timeout_minutes: how long the others wait without a sign of progress, and for rank 0 to open the store.
+        timeout_minutes: how long the others wait without progress, and for rank 0 to open the store.
     Attributes:
         is_host: whether this process is rank 0.
         store: for `topology.started`.
@@ -44,8 +44,8 @@ class StartupBarrier:
         self.store: Store
 
     def __enter__(self) -> StartupBarrier:
-        """Open the store, without waiting for ranks that have not come yet."""
-        # Under torchrun its agent has opened the port already
+        """Open the store without waiting for ranks that have not arrived yet."""
+        # Under torchrun, its agent has already opened the port.
         opens_port = self.is_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self._world_size, opens_port,
@@ -69,16 +69,16 @@ class StartupBarrier:
                 time.sleep(0.05)
 
     def advance(self) -> None:
-        """Give a sign of progress, on rank 0; any thread may call it as often as it likes."""
+        """Give a sign of progress, on rank 0; any thread may call it, as often as it likes."""
         if time.monotonic() - self._last_sign >= _LOOK_SECONDS:
             self._last_sign = time.monotonic()
             self.store.add("signs", 1)
 
     def wait(self) -> None:
-        """Wait, on any other rank, until rank 0 is ready, for as long as it gives signs of progress.
+        """Wait, on any other rank, until rank 0 is ready, as long as it makes progress.
 
         Raises:
-            HeadraceError: if it gives none for `timeout_minutes`, or could not start; then with the same exit code.
+            HeadraceError: if it makes none for `timeout_minutes`, or could not start; then with the same exit code.
             Stopped: if a signal ended rank 0's start.
         """
         signs, since, pause = 0, time.monotonic(), _FIRST_LOOK_SECONDS
@@ -90,8 +90,8 @@ class StartupBarrier:
             elif time.monotonic() - since > self._patience.total_seconds():
                 minutes = self._patience.total_seconds() / 60
                 raise HeadraceError(
-                    f"rank 0 has shown no progress for parallel.timeout_minutes={minutes:g} while it readied the data;"
-                    " its log says where it stands"
+                    f"rank 0 has shown no progress for parallel.timeout_minutes={minutes:g} while preparing the data;"
+                    " see its log"
                 )
         outcome = self.store.get("outcome").decode()
         self.store.add("heard", 1)

@@ -1,4 +1,4 @@
-"""Ranks, groups, the device, and the few collectives that the loop needs. The only user of fairscale's `initialize`.
+"""Ranks, groups, the device, and the few collectives that training needs. The only user of fairscale's `initialize`.
 
 World ranks are laid out with tensor-parallel ranks adjacent: rank = dp_rank * tp_size + tp_rank.
 """
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class ParallelConfig(Config):
-    """The layout of the model and its training state over ranks, and what is traded for memory."""
+    """How the model and its training state are laid out over ranks, and what is traded for memory."""
 
     tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
     zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
@@ -34,15 +34,15 @@ class ParallelConfig(Config):
     activation_checkpointing: bool = False  # keep only each block's input; costs one more forward pass of compute
     compile: bool = False  # torch.compile each block of the training step; not with zero_stage 3
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
-    deterministic: bool = False  # on CUDA, only kernels that give the same bits each time; slower
+    deterministic: bool = False  # on CUDA, use only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
     def problems(self) -> Iterator[str]:
-        """Yield what cannot go together in this layout, whatever the number of ranks."""
+        """Yield what is incompatible in this layout, for any number of ranks."""
         if self.compile and self.zero_stage == 3:
             yield (
                 "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
-                " without end; use zero_stage 1 or 2, or compile=false"
+                " endlessly; use zero_stage 1 or 2, or compile=false"
             )
         if self.offload == "parameters" and self.zero_stage != 3:
             yield (
@@ -52,8 +52,11 @@ class ParallelConfig(Config):
 
     @property
     def applied_zero_stage(self) -> Literal[1, 2, 3]:
-        """The stage that DeepSpeed is given: 0 runs as 1, since DeepSpeed's own has no fp32 accumulation, a wrong norm
-        at tp > 1, and checkpoints that cannot change topology."""
+        """The ZeRO stage that DeepSpeed is given.
+
+        Stage 0 runs as 1, since DeepSpeed's own has no fp32 accumulation, a wrong norm at tp > 1, and checkpoints that
+        cannot change topology.
+        """
         return self.zero_stage or 1
 
 
@@ -64,8 +67,8 @@ class Topology:
     Attributes:
         rank, world_size: among all processes of the run.
         tp_rank, tp_size: within the group that shares one copy of the model.
-        dp_rank, dp_size: which share of each global batch this process trains on.
-        device: where this process computes.
+        dp_rank, dp_size: place among the ranks that divide each global batch.
+        device: the device that this process computes on.
     """
 
     rank: int
@@ -78,7 +81,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes logs, metrics and the run folder."""
+        """Whether this process writes logs, metrics and the run folder."""
         return self.rank == 0
 
     @property
@@ -108,13 +111,13 @@ class Topology:
         return self.sum_int64([int(value)])[0] > 0
 
     def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give every tp rank the tensor of tp rank 0, in place."""
+        """Copy tp rank 0's tensor to every tp rank, in place."""
         if self.tp_size > 1:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return every rank's value, on every rank, by rank. For small values only, since it pickles them."""
+        """Return every rank's value, on every rank, by rank. For small values only, since they are pickled."""
         values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -129,7 +132,7 @@ class Topology:
         """Run an action and return its result once it has succeeded on every rank. Every rank must call it.
 
         Raises:
-            HeadraceError: that of the first rank where it failed, on all of them, so that none waits for those.
+            HeadraceError: on all ranks, the error of the first rank where it failed, so that none is left waiting.
         """
         given: list[T] = []
         failure: HeadraceError | None = None
@@ -137,7 +140,7 @@ class Topology:
             given.append(action())
         except HeadraceError as error:
             failure = error
-        except OSError as error:  # such as a file that a training removed meanwhile
+        except OSError as error:  # for example, a running training removed a file
             failure = HeadraceError(str(error))
         if failures := [found for found in self.gather_objects(failure) if found]:
             raise failures[0]
@@ -148,7 +151,7 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """The functions that DeepSpeed asks of an `mpu`, under Megatron's names; fairscale's own module lacks half."""
+    """The functions that DeepSpeed calls on an `mpu`, under Megatron's names; fairscale's own module lacks half."""
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()
@@ -179,7 +182,7 @@ def _signed(value: int) -> int:
 
 
 def free_port() -> int:
-    """Find a TCP port that nobody listens on at this moment."""
+    """Find a TCP port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -188,7 +191,7 @@ def free_port() -> int:
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what `deepspeed` or `torchrun` would set for one of several Slurm tasks; empty elsewhere.
 
-    A command that runs on several ranks adds it to its environment first. Where to meet is the job script's to say.
+    A command that runs on several ranks adds it to its environment first. The job script sets the meeting point.
     """
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
@@ -200,7 +203,7 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of `torch.distributed`'s env:// rendezvous: the launcher's, else for one process.
+    """Return the variables of `torch.distributed`'s env:// rendezvous: the launcher's, or those for one process.
 
     Raises:
         ConfigError: if a launcher set only some of them.
@@ -219,12 +222,12 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another rank has ended; gloo has no error class for it."""
+    """Return whether a collective failed because another rank has exited; gloo has no error class for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
-    """Return how many processes the launcher started, known before any of them has met another."""
+    """Return how many processes the launcher started, which is known before they have met."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 
@@ -244,17 +247,17 @@ def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
 
 @contextlib.contextmanager
 def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = None) -> Iterator[Topology]:
-    """Join the process group, form the tensor- and data-parallel groups, and leave them again at the end.
+    """Join the process group, form the tensor- and data-parallel groups, and leave them at the end.
 
     Args:
-        store: where the ranks have met already; None: they meet now.
+        store: where the ranks have met; None: they meet now.
     """
     environment = launcher_environment(os.environ)
-    os.environ.update(environment)  # DeepSpeed and the libraries below it read them too
+    os.environ.update(environment)  # DeepSpeed and its dependencies read them too
     world_size = int(environment["WORLD_SIZE"])
     dp_size = dp_size_of(world_size, parallel)
     device = _device(int(environment["LOCAL_RANK"]))
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device's number from it
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device number from it
     timeout = timedelta(minutes=parallel.timeout_minutes)
     if parallel.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
@@ -278,16 +281,16 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         dp_size=dp_size,
         device=device,
     )
-    # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone
+    # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone.
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: timedelta) -> None:
-    """Form this rank's tensor- and data-parallel group, and register them with fairscale's layers.
+    """Form this rank's tensor- and data-parallel groups, and register them with fairscale's layers.
 
     fairscale's own function also forms a group of one rank for every pipeline slot, and all ranks wait for each: 98
-    groups at 64 ranks, most of them unused. Under NCCL a mesh splits the world once for each dimension.
+    groups at 64 ranks, most of them unused. Under NCCL, a mesh splits the world only once per dimension.
     """
     mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
     fairscale_groups._DATA_PARALLEL_GROUP = mesh.get_group("dp")
@@ -299,7 +302,7 @@ def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: time
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Under Slurm each task may see only its own GPU, which is then number 0 whatever the local rank
+    # Under Slurm each task may see only its own GPU, which is then number 0 regardless of the local rank.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -1,4 +1,4 @@
-"""Trains, saves and evaluates, one call of the loop at a time. loop -> trainer -> {engine, feed, journal, ...}."""
+"""Train, save and evaluate, one call of the loop at a time. loop -> trainer -> {engine, feed, journal, ...}."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from shards import CheckpointError
 
 _logger = logging.getLogger(__name__)
 
-_CURSORS_EVERY = 50  # optimizer steps between two records of cursors.jsonl.zst; provenance computes on from the nearest
+_CURSORS_EVERY = 50  # optimizer steps between records of cursors.jsonl.zst; provenance computes from the nearest
 
 
 class _EvaluationLeft(Exception):
-    """All ranks leave an evaluation, because they have agreed to stop."""
+    """All ranks abandon an evaluation because they have agreed to stop."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a training on one rank; `assembly` puts them together."""
+    """The parts of a training on one rank, as `assembly` puts them together."""
 
     engine: Engine
     feed: Feed
     journal: Journal
     recorder: StepRecorder
     saver: Saver
-    held_out: HeldOut | None  # None where no suite is named
+    held_out: HeldOut | None  # None if no suite is set
     stop: StopPolicy
     watchdog: Watchdog
     unapplied: UnappliedSteps
 
 
 class Trainer:
-    """Trains, saves and evaluates step by step. Every rank has one, and calls the same methods in the same order.
+    """Trains, saves and evaluates step by step. Every rank has one and calls the same methods in the same order.
 
     Args:
-        steps: of the whole run, as far as its data lets that be foreseen; the schedule has as many.
-        state: where the run stands.
+        steps: length of the whole run, forecast if its data ends it; the schedule has this length.
+        state: the run's state.
     """
 
     def __init__(self, config: RunConfig, parts: Parts, topology: Topology, steps: int, state: RunState) -> None:
@@ -84,13 +84,13 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Return whether the run is at its end and evaluated there."""
+        """Return whether the run has ended and its end has been evaluated."""
         return self.at_end and not self._is_evaluation_due()
 
     def next_batch(self) -> StepBatch | None:
         """Return the next global batch, or None on all ranks when the data is used up.
 
-        With it the ranks agree on whether to stop, and hear whether all of them have written their checkpoint.
+        With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
         parts = self._parts
         parts.watchdog.begin("step", f"step {self.state.step + 1}")
@@ -106,7 +106,7 @@ class Trainer:
         return batch
 
     def train_on(self, batch: StepBatch) -> None:
-        """Make one optimizer step and write it down."""
+        """Make one optimizer step and record it."""
         parts, step = self._parts, self.state.step
         learning_rate = learning_rate_at(step, self._config.optim, self._steps)
         stats = parts.engine.train_step(
@@ -118,25 +118,25 @@ class Trainer:
         record = parts.recorder.record(self.state, batch, stats, learning_rate, parts.saver.failed)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
-        parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # if need be, at the next start
+        parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
 
     def end_data(self) -> None:
-        """Note that the data has come to its end, and with it the run."""
+        """Record that the data, and with it the run, has ended."""
         self._data_is_used_up = True
-        # What was passed over on the way to a step that never came
+        # These were skipped on the way to a step that never came.
         self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.passed_over)
         self._parts.journal.log_data_end(self.state.step)
         if self._topology.is_main:
             data_end.log_end(self.state.step, self._config.train.steps, self._steps, self._config.optim)
 
     def save_if_due(self) -> None:
-        """Begin to save where the run stands, if it is time for it; at the run's end, see it through.
+        """Start saving the current state if a save is due; at the run's end, wait for it.
 
         Raises:
-            CheckpointError: on all ranks, if the run's end could not be saved: without its last weights it is not done.
+            CheckpointError: on all ranks, if the run's end could not be saved, which leaves it unfinished.
         """
         if self.at_end or self._config.checkpoint.due(self.state.step):
             self._save()
@@ -144,9 +144,9 @@ class Trainer:
             self._parts.saver.finish()
 
     def save_before_stopping(self) -> None:
-        """Save where a run stands that stops early, unless it is saved already or nothing has been trained.
+        """Save a run that stops early, unless it is saved already or nothing has been trained.
 
-        Where that fails, the error is in the log, and the run goes on from its previous checkpoint.
+        If that fails, the error is in the log, and the run resumes from its previous checkpoint.
         """
         if self.at_end or self.state.step == 0:
             return
@@ -157,9 +157,9 @@ class Trainer:
             return
 
     def evaluate_if_due(self) -> None:
-        """Score the suite and write the figures down, if it is time for it.
+        """Score the suite and record the results, if an evaluation is due.
 
-        Where all ranks agree to stop before it is done, nothing of it is written: the next start makes it.
+        If all ranks agree to stop before it is done, nothing of it is recorded, and the next start makes it.
         """
         held_out, step = self._parts.held_out, self.state.step
         if held_out is None or not self._is_evaluation_due():
@@ -167,7 +167,7 @@ class Trainer:
         try:
             scores = held_out.score(self._before_evaluation_batch)
         except _EvaluationLeft:
-            _logger.info("the evaluation of step %d is left undone; the next start makes it", step)
+            _logger.info("the evaluation of step %d was not finished; the next start makes it", step)
             return
         finally:
             self._parts.watchdog.end()
@@ -178,7 +178,7 @@ class Trainer:
             warn_of_doubts(eval_records(step, scores), self._config.model, drawn)
 
     def _before_evaluation_batch(self) -> None:
-        """Let all ranks leave the evaluation together, and complete a save that was begun just before it."""
+        """Let all ranks abandon the evaluation together, and complete a save that was started just before it."""
         parts = self._parts
         parts.watchdog.begin("evaluation", f"a batch of the evaluation of step {self.state.step}")
         parts.stop.note_save(parts.saver.seconds)
@@ -188,18 +188,18 @@ class Trainer:
         parts.saver.pulse()
 
     def _is_last(self, step: int) -> bool:
-        last = self._config.train.steps  # None: all steps that the data has
+        last = self._config.train.steps  # None: as many as the data has
         return last is not None and step >= last
 
     def _is_evaluation_due(self) -> bool:
-        """Return whether the step where the run stands is to be evaluated and is not yet."""
+        """Return whether the current step is due for evaluation and has not been evaluated."""
         held_out, step = self._parts.held_out, self.state.step
         if held_out is None or held_out.evaluated == step:
             return False
         return step == 0 or self.at_end or self._config.evaluation.due(step)
 
     def _save(self) -> None:
-        """Begin to save where the run stands."""
+        """Start saving the current state."""
         seconds = self._parts.saver.save(self.state, self._parts.feed.state())
         self._parts.recorder.note_save(seconds)
 
@@ -208,13 +208,13 @@ class Trainer:
 
 
 def after(state: RunState, batch: StepBatch) -> RunState:
-    """Return where the run stands once it has trained on a batch."""
+    """Return the run's state after training on a batch."""
     seen = state.tokens_per_source
     return msgspec.structs.replace(
         state,
         step=state.step + 1,
         tokens=state.tokens + batch.n_tokens,
-        # A batch names only the sub-sources that it holds; the others keep their count
+        # A batch names only the sub-sources that it holds; the others keep their counts.
         tokens_per_source=seen | {name: seen.get(name, 0) + n for name, n in batch.tokens_per_source.items()},
         batch_hash=chain_hash(state.batch_hash, batch.row_hash),
     )

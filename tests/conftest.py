@@ -1,4 +1,4 @@
-"""What holds for all tests, and what many share: a process group of one, for models of model-parallel layers."""
+"""Settings for all tests, and a shared fixture: a process group of one, for models of model-parallel layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from pretrain.topology import Topology
 
-# Two tests run at once, and torch's threads collapse when they have to share a core
+# Two tests run at once, and torch's threads collapse when they have to share a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# How long an example takes says nothing on a machine that does other work besides
+# How long an example takes means nothing on a machine that does other work.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
 def topology() -> Iterator[Topology]:
-    from pretrain.topology import ParallelConfig, started  # the loader's tests need no torch
+    from pretrain.topology import ParallelConfig, started  # imported here, since the loader's tests need no torch
 
     before = dict(os.environ)
     with started(ParallelConfig()) as here:

@@ -1,4 +1,4 @@
-"""What tests need of the pages in docs/: their code blocks, and whether a page shows what was printed."""
+"""Tools for testing the pages in docs/: find their code blocks, compare an excerpt with what was printed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 DOCS = Path(__file__).parents[1] / "docs"
-ELLIPSIS = "…"  # stands for whatever a page leaves out of a line
+ELLIPSIS = "…"  # stands for whatever a page omits from a line
 
 
 class Block(NamedTuple):
     """A fenced code block of a page."""
 
     language: str
-    line: int  # of its first line in the page, counted from 1
+    line: int  # number of its first line in the page, counted from 1
     text: str
 
 
 def blocks(page: str) -> list[Block]:
-    """Reads the code blocks of a page in docs/, in their order."""
+    """Return the code blocks of a page in docs/, in order."""
     text = (DOCS / page).read_text()
     return [
         Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2])
@@ -28,7 +28,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def unprinted(shown: str, printed: str) -> list[str]:
-    """Finds the lines of an excerpt that were not printed, whatever the numbers and the width of the white space.
+    """Find the lines of an excerpt that were not printed, ignoring numbers and the width of white space.
 
     A line may be a part of a printed one, and the ellipsis stands for any text.
     """

@@ -1,6 +1,6 @@
 """A LLaMA and its training step in plain PyTorch, for comparison: no fairscale, no DeepSpeed, no packing tricks.
 
-Written from the papers' formulas on a dict of whole weights, one piece of a row at a time.
+It follows the papers' formulas, on a dict of whole weights, one piece of a row at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """RoPE on [heads, T, head_dim] as a complex multiplication of (x_i, x_{i + head_dim / 2})."""
+    """Apply RoPE to [heads, T, head_dim] as a complex multiplication of (x_i, x_{i + head_dim / 2})."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies)
@@ -43,7 +43,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 
 def piece_logits(w: Weights, shape: Shape, tokens: Tensor) -> Tensor:
-    """Logits [T, vocab_size] of one piece [T] that stands alone."""
+    """Return the logits [T, vocab_size] of one piece [T] by itself."""
     x = w["embedding.weight"][tokens]
     length = len(tokens)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -71,7 +71,7 @@ def piece_logits(w: Weights, shape: Shape, tokens: Tensor) -> Tensor:
 
 
 def pieces(tokens: Tensor, segment_ids: Tensor) -> list[Tensor]:
-    """The pieces of packed rows [rows, seq_len + 1], in order, without padding."""
+    """Return the pieces of packed rows [rows, seq_len + 1], in order, without padding."""
     return [
         row[segments == segment]
         for row, segments in zip(tokens, segment_ids, strict=True)
@@ -81,7 +81,7 @@ def pieces(tokens: Tensor, segment_ids: Tensor) -> list[Tensor]:
 
 
 def batch_loss(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Mean negative log-likelihood over all targets of the batch, and the weighted mean squared logsumexp."""
+    """Return the mean negative log-likelihood over the batch's targets, and the weighted mean squared logsumexp."""
     nll, squares, n_targets = torch.zeros(()), torch.zeros(()), 0
     for piece in pieces(tokens, segment_ids):
         if len(piece) < 2:
@@ -106,7 +106,7 @@ def train(
     grad_clip: float,
     z_loss: float,
 ) -> tuple[list[tuple[float, float]], Weights]:
-    """AdamW as in its paper (Loshchilov and Hutter 2019). Returns (loss, gradient norm) per step, and the weights."""
+    """Train with AdamW (Loshchilov and Hutter 2019); return (loss, gradient norm) per step, and the weights."""
     w = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     first = {name: torch.zeros_like(weight) for name, weight in w.items()}
     second = {name: torch.zeros_like(weight) for name, weight in w.items()}

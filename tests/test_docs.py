@@ -1,4 +1,4 @@
-"""The pages and pictures that are made by a script say what the code says, and all links between pages hold."""
+"""Generated pages and pictures agree with the code, and all links between pages work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Commented(Config):
-    """A class whose fields have comments at every place where one may stand."""
+    """A class whose fields have comments at every possible place."""
 
     behind: int  # rows
     # above, over
@@ -41,7 +41,7 @@ class Commented(Config):
 
 
 def keys_in_schema(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Yields the paths of all keys by pydantic's JSON schema, a list's items as []."""
+    """Yield the paths of all keys by pydantic's JSON schema, with a list's items as []."""
     if "$ref" in schema:
         yield from keys_in_schema(definitions[schema["$ref"].rpartition("/")[2]], definitions, path)
     for part in schema.get("anyOf", ()):
@@ -67,7 +67,7 @@ def test_the_configuration_page_has_every_key() -> None:
 
 
 def test_every_key_has_a_comment() -> None:
-    assert make_configuration.undocumented() == [], "say the new field's meaning and unit in a comment"
+    assert make_configuration.undocumented() == [], "describe the new field's meaning and unit in a comment"
 
 
 def test_a_field_has_the_comments_above_and_behind_it() -> None:
@@ -99,7 +99,7 @@ def test_an_excerpt_is_compared_with_what_was_printed() -> None:
     printed = "12:00 INFO step 20/40  loss 6.91  (1,024 tokens)\ndone: all of it\n"
     assert unprinted("step 1/2 loss 7.3 … tokens)\ndone: …\n", printed) == []
     assert unprinted("step 1/2 loss …\nstep 1 of 2\ndone: nothing\n", printed) == ["step 1 of 2", "done: nothing"]
-    assert unprinted("done: … step", printed) == ["done: … step"], "an excerpt's line is of one printed line"
+    assert unprinted("done: … step", printed) == ["done: … step"], "an excerpt's line comes from one printed line"
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
@@ -112,6 +112,6 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """Gives the anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""The direction of imports in the house, held by reading every import statement."""
+"""Imports between the rooms point one way only, checked by reading every import statement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for package in ("shards", "pretrain") for path in (ROOT / package).rglob("*.py"))
 
-# From the bottom up. A module may import those of its own layer and below; one that is missing here fails the test.
+# From the bottom up. A module may import those of its own layer and below; a module missing here fails the test.
 LAYERS = (
     (
         "shards.installation",
@@ -57,11 +57,11 @@ LAYERS = (
     ("pretrain.__main__",),
 )
 
-# Third-party engines, and the only modules that import them
+# Third-party engines, and the only modules that may import them.
 OWNERS = {
     "wandb": {"pretrain.run.wandb_tracker"},
     "deepspeed": {"pretrain.engine"},
-    # Forming the groups, and asking for them where the sharded layers are
+    # Forming the groups, and asking for them in the sharded layers.
     "fairscale.nn.model_parallel.initialize": {"pretrain.topology", "pretrain.model.parallel"},
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
     "datasets": {"shards.records.hf_datasets"},
@@ -79,7 +79,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Everything that a file imports, at its head or inside a function, as dotted names."""
+    """Return everything that a file imports, at its top or inside a function, as dotted names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
@@ -126,9 +126,9 @@ def test_imports_point_down(path: Path) -> None:
         if name.partition(".")[0] in ("shards", "pretrain", "launch", "tests"):
             below = layer_of(name)
             if name.startswith("pretrain.") and below is None:
-                continue  # `from pretrain import x` of a name that is no module is caught by the type check
+                continue  # the type check catches `from pretrain import x` if x is not a module
             assert below is not None, f"{module} imports {name}"
-            assert below <= layer, f"{module} imports {name}, which stands above it"
+            assert below <= layer, f"{module} imports {name}, which is above it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

@@ -1,4 +1,4 @@
-"""SentencePiece models made by hand, for tests of what a vocabulary can and cannot say."""
+"""SentencePiece models made by hand, for tests of what a vocabulary can and cannot spell."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 
-# In GPT-2's alphabet, where "\u0120" stands for the byte of a space
+# In GPT-2's alphabet, where "\u0120" stands for the byte of a space.
 GPT2_PIECES = [chr(code) for code in range(33, 127)] + ["\u0120", "th", "the", "\u0120the", "\u0120cat"]
 
 
 def write_model(path: Path, pieces: Sequence[str], dummy_prefix: bool = False, byte_fallback: bool = False) -> Path:
-    """A BPE model with these pieces after UNK, BOS and EOS; the earlier a piece, the sooner it is merged."""
+    """Write a BPE model with these pieces after UNK, BOS and EOS; the earlier a piece, the sooner it is merged."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
@@ -29,5 +29,5 @@ def write_model(path: Path, pieces: Sequence[str], dummy_prefix: bool = False, b
 
 
 def foreign_pieces(path: Path) -> Path:
-    """A stand-in for another program's tokenizer: it names that one's ids, and cannot say a space."""
+    """Write a stand-in for another program's tokenizer: it has the same ids but cannot spell a space."""
     return write_model(path, GPT2_PIECES)

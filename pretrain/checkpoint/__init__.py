@@ -1,1 +1,1 @@
-"""Checkpoints: what counts as one, how it is written and read back."""
+"""Checkpoints: their format on disk, how they are written and how they are read back."""

@@ -1,4 +1,4 @@
-"""Tells how long a save takes, and how much time the last one needs before a process ends."""
+"""Estimate how long a save takes, and how much time the last save needs before a process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pretrain.checkpoint.store import CheckpointStore
 from shards import CheckpointError
 
-# What a node writes to the shared disk, assumed while a run has saved nothing; real disks reach between 0.2e9 and 10e9
+# Assumed write speed of a node to the shared disk until the run has saved; real disks reach 0.2e9 to 10e9
 _BYTES_PER_SECOND = 0.5e9
 _SAVES = 2.5  # a periodic save may begin just before the last one, which waits for it, and the disk may be busier
 
@@ -22,13 +22,13 @@ class SaveTime:
 
 
 def save_time(store: CheckpointStore, nodes: int) -> SaveTime:
-    """Return how long the run's newest checkpoint took to save; without one, guess from its expected size."""
+    """Return how long the run's newest checkpoint took to save, or a guess from its expected size if there is none."""
     for step in reversed(store.steps()):
-        with suppress(CheckpointError):  # COMPLETE may be damaged, which a start copes with
+        with suppress(CheckpointError):  # a damaged COMPLETE is handled elsewhere, at the start
             return SaveTime(store.open(step).seconds, measured=True)
     return SaveTime(store.expected_bytes / (nodes * _BYTES_PER_SECOND), measured=False)
 
 
 def time_for_last_save(save_seconds: float) -> float:
-    """Return the seconds to set aside for the last save of a process."""
+    """Return the seconds to reserve for a process's last save."""
     return _SAVES * save_seconds

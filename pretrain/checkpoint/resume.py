@@ -1,7 +1,7 @@
-"""Takes a run up again from its newest whole checkpoint, on all ranks. store -> resume -> {assembly, evaluation}.
+"""Resume a run from its newest intact checkpoint, on all ranks together. store -> resume -> {assembly, evaluation}.
 
-Rank 0 says which checkpoints there are; every rank compares a share of the files with their hashes. All ranks therefore
-choose the same one, and each file is read for that once. A checkpoint of another layout is converted on the way.
+Rank 0 lists the checkpoints, and each rank verifies the hashes of a share of the files. All ranks thus choose the same
+checkpoint, and each file is read once for it. A checkpoint with another layout is converted on the way.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint that a start goes on from.
+    """The checkpoint that a start resumes from.
 
     Attributes:
-        checkpoint: None if there is none at all.
-        damaged: each newer checkpoint that is not whole, and what is wrong with it. They are to be set aside only once
-            nothing can refuse the start any more: a disk that cannot be read today may be whole tomorrow.
+        checkpoint: None if the run has none.
+        damaged: what is wrong with each newer checkpoint that is damaged. They are set aside only once nothing can
+            refuse the start any more, since a disk that cannot be read today may be readable tomorrow.
     """
 
     checkpoint: Checkpoint | None
     damaged: dict[int, str] = field(default_factory=dict)
 
     def set_damaged_aside(self, store: CheckpointStore) -> None:
-        """Set the damaged checkpoints aside and remove what killed saves left; on rank 0."""
+        """Set the damaged checkpoints aside and remove what killed saves left behind; call it on rank 0."""
         for step, sentences in self.damaged.items():
             aside = store.set_aside(step)
             _logger.warning("checkpoint of step %d is damaged, now in %s: %s", step, aside, sentences)
@@ -43,10 +43,10 @@ class Choice:
 
 
 def choose(store: CheckpointStore, topology: Topology) -> Choice:
-    """Choose the newest checkpoint whose files are all as they were saved; every rank calls it.
+    """Choose the newest intact checkpoint; every rank calls it.
 
     Raises:
-        CheckpointError: if there are checkpoints and none of them is whole.
+        CheckpointError: if there are checkpoints but all are damaged.
     """
     steps = topology.broadcast_object(topology.together(lambda: store.steps() if topology.is_main else []))
     damaged: dict[int, str] = {}
@@ -57,17 +57,17 @@ def choose(store: CheckpointStore, topology: Topology) -> Choice:
             damaged[step] = str(error)
     if damaged or store.has_damaged():
         raise CheckpointError(
-            f"none of the checkpoints in {store.root} is whole ({'; '.join(damaged.values())});"
+            f"every checkpoint in {store.root} is damaged ({'; '.join(damaged.values())});"
             " restore one from a copy, or start over with --fresh"
         )
     return Choice(None)
 
 
 def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Checkpoint:
-    """Open a checkpoint whose files are all as they were saved. Every rank calls it, and checks a share of them.
+    """Open a checkpoint after verifying all its files. Every rank calls it and checks a share of them.
 
     Raises:
-        CheckpointError: on all ranks, if one of them finds anything wrong; with a sentence for each file.
+        CheckpointError: on all ranks, if any of them finds damage, with one sentence per file.
     """
     checkpoint, found = None, []
     try:
@@ -82,23 +82,23 @@ def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Chec
 
 
 class LoadableEngine(Protocol):
-    """An engine that takes its weights and optimizer state from a checkpoint; every rank calls both methods."""
+    """An engine that loads its weights and optimizer state from a checkpoint; every rank calls both methods."""
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint of this layout."""
+        """Load a checkpoint saved with this layout."""
 
     def load_universal(self, folder: Path) -> None:
-        """Load what `universal` made of a checkpoint of another layout."""
+        """Load a folder that `universal` converted from another layout."""
 
 
 @dataclass(frozen=True)
 class Restorer:
-    """Restores a run's parts from a checkpoint that was chosen.
+    """Restores a run's parts from the chosen checkpoint.
 
     Args:
-        store: where the checkpoint lies, and its conversion if it needs one.
-        layout: what the engine's files are to fit.
-        conversion: what to do a conversion in; it may take minutes.
+        store: holds the checkpoint, and its conversion if it needs one.
+        layout: the layout of the engine that loads the files.
+        conversion: a context that surrounds a conversion, which may take minutes.
     """
 
     store: CheckpointStore
@@ -110,12 +110,12 @@ class Restorer:
         """Restore the loader, then the engine; every rank calls it.
 
         Args:
-            loader: None on the ranks that have none.
+            loader: None on ranks without one.
         Returns:
-            Where the run stands, in the layout that goes on with it.
+            The run's state, with the layout that continues it.
         Raises:
-            ConfigError: if the data is not what it was, or the disk has no room for a conversion.
-            CheckpointError: if the checkpoint does not fit the model; like the other, on all ranks.
+            ConfigError: on all ranks, if the data has changed, or the disk has no room for a conversion.
+            CheckpointError: on all ranks, if the checkpoint does not fit the model.
         """
         state = read_state(checkpoint)
         self.topology.together(lambda: _restore_loader(checkpoint, loader))

@@ -1,15 +1,15 @@
-"""Saves a run's checkpoints, on all ranks together, while training goes on. trainer -> save -> {staging, write, store}.
+"""Save a run's checkpoints, on all ranks together, during training. trainer -> save -> {staging, write, store}.
 
     training   ... step 100 | copy | step 101  step 102  step 103 ...
-    background                      write, fsync, hash | COMPLETE, older ones go
+    background                      write, fsync, hash | COMPLETE, old ones removed
 
-Training waits only for the copy, and for the previous save if that is still under way. Each rank writes its own files.
-Whether all have done so is carried by the collective that every step makes anyway; then the ranks exchange the hashes,
-and rank 0 writes COMPLETE. The order of the operations decides whether a kill can do harm: the files, their fsync, the
-records' fsync, COMPLETE, and only then the removal of older checkpoints. Nothing is changed in place.
+Training waits only for the copy, and for the previous save if it is still running. Each rank writes its own files.
+The collective that every step makes anyway tells whether all ranks are done; then the ranks exchange the hashes, and
+rank 0 writes COMPLETE. The order of operations makes a kill harmless at any point: the files, their fsync, the records'
+fsync, COMPLETE, and only then the removal of older checkpoints. Nothing is changed in place.
 
-A save that fails is logged as an error and leaves nothing behind; training goes on, and the next save tries again. Too
-many failures in a row end the run, since it could not keep what it trains from there on.
+A failed save is logged as an error and leaves nothing behind; training continues, and the next save tries again. Too
+many failures in a row end the run, since its progress could no longer be kept.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from shards import CheckpointError, ConfigError, HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-_NOTEWORTHY_SECONDS = 1.0  # of waiting for the previous save
-_FAILURES_SHOWN = 4  # of the files of all ranks; a full disk fails thousands
+_NOTEWORTHY_SECONDS = 1.0  # a longer wait for the previous save is logged
+_FAILURES_SHOWN = 4  # over all ranks; a full disk can fail thousands of files
 
 
 class SavableEngine(Protocol):
     """An engine that can be saved."""
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
-        """Hand over the path and the content of each file that this rank saves."""
+        """Pass the path and content of each file that this rank saves to `take`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Writing:
 
     step: int
     begun: float  # time.monotonic()
-    files: list[Future[FileEntry]] = field(default_factory=list)  # this rank's
+    files: list[Future[FileEntry]] = field(default_factory=list)  # those of this rank
 
     @property
     def is_busy(self) -> bool:
@@ -62,34 +62,34 @@ class _Writing:
 
 @dataclass(frozen=True)
 class _Closing:
-    """A save whose files all ranks have written, or failed to: rank 0 completes it, or removes what there is of it.
+    """A save whose files have all been written or have failed; rank 0 completes it or removes its remains.
 
     Attributes:
-        seconds: what rank 0 does in the background, which gives how long the whole save took, or None if it failed.
-            None on the other ranks.
+        seconds: rank 0's background task, whose result is the duration of the whole save, or None if it failed.
+            None on other ranks.
     """
 
     step: int
     seconds: Future[float | None] | None
 
     def completed_in(self) -> float | None:
-        """Return the seconds that the save took if this rank knows that it is complete, else None."""
+        """Return how many seconds the save took if this rank knows that it is complete, else None."""
         if self.seconds is None or not self.seconds.done() or self.seconds.exception() is not None:
             return None
         return self.seconds.result()
 
 
 class Saver:
-    """Saves one checkpoint at a time. Every rank has one, and calls the same methods in the same order.
+    """Saves one checkpoint at a time. Every rank has one and calls the same methods in the same order.
 
-    A save is first `_Writing`, then `_Closing`, then over; where it fails is noted, counted, and known to all ranks.
-    Only the training's thread changes these states. What runs in the background hands its result over in a future.
+    A save is first `_Writing`, then `_Closing`, then over; a failure at any point is counted and made known to all
+    ranks. Only the training thread changes these states. Background tasks return their results in futures.
 
     Args:
-        store: where the checkpoints lie.
-        engine: what is saved.
-        folder: the run's; its records are made durable before a checkpoint is complete.
-        lease: on that folder; rank 0 checks that it still holds it before it changes anything. None on other ranks.
+        store: the run's checkpoints.
+        engine: the engine to save.
+        folder: the run's folder; its records are made durable before a checkpoint is complete.
+        lease: rank 0's lease on that folder, checked before every change. None on other ranks.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Saver:
         self._writer = Writer()
         self._staging = Staging(topology.device.type == "cuda") if store.config.asynchronous else None
         self._under_way: _Writing | _Closing | None = None
-        self._failure: str | None = None  # why the newest save failed; the same on all ranks
-        self._failed = 0  # saves in a row; the same on all ranks
-        self._failed_step: int | None = None  # of the newest save that failed
-        self._seconds: float | None = None  # on rank 0
+        self._failure: str | None = None  # reason why the newest save failed; the same on all ranks
+        self._failed = 0  # failed saves in a row; the same on all ranks
+        self._failed_step: int | None = None  # step of the newest failed save
+        self._seconds: float | None = None  # set on rank 0 only
 
     def __enter__(self) -> Saver:
         return self
@@ -114,7 +114,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Abandon a save that is under way: the other ranks may be gone."""
+        """Abandon a save in progress: the other ranks may be gone."""
         self._writer.__exit__(kind, error, trace)
 
     @property
@@ -124,33 +124,33 @@ class Saver:
 
     @property
     def seconds(self) -> float | None:
-        """Return the seconds that the newest complete save took; None before the first one, and on ranks > 0."""
+        """Return how many seconds the newest complete save took; None before the first, and on ranks > 0."""
         completed_in = self._under_way.completed_in() if isinstance(self._under_way, _Closing) else None
         return self._seconds if completed_in is None else completed_in
 
     @property
     def failed(self) -> int:
-        """Return how many saves in a row have failed or were refused.
+        """Return how many saves in a row failed or were refused.
 
-        Rank 0 hears of a success first; the other ranks hear of it when the next save begins.
+        Rank 0 learns of a success first; the other ranks learn of it when the next save begins.
         """
         if isinstance(self._under_way, _Closing) and self._under_way.completed_in() is not None:
             return 0
         return self._failed
 
     def save(self, state: RunState, data: DataState | None) -> float:
-        """Begin to save the checkpoint of `state.step`; what training does next does not change it.
+        """Start saving the checkpoint of `state.step`; later training does not change what is saved.
 
-        Where that step is saved already nothing happens, and where its save has failed it is tried again.
+        A step that is saved already is skipped; one whose save failed is tried again.
 
         Args:
             data: only rank 0 needs it.
         Returns:
-            Seconds for which training stood still.
+            Seconds for which training was paused.
         Raises:
-            CheckpointError: on all ranks, if `checkpoint.max_failed_saves` in a row have failed; the other methods in
-                which a save may end raise it too.
-            HeadraceError: on rank 0, if another process has taken the run over.
+            CheckpointError: on all ranks, if `checkpoint.max_failed_saves` saves in a row have failed; every method
+                that may end a save raises it too.
+            HeadraceError: on rank 0, if another process has taken over the run.
         """
         begun = time.monotonic()
         self.check_lease()
@@ -170,7 +170,7 @@ class Saver:
         return time.monotonic() - begun
 
     def settle(self, busy: bool) -> None:
-        """Close the save under way once no rank is writing; every rank calls it with the same answer.
+        """Close the save in progress once no rank is writing; every rank calls it with the same answer.
 
         Args:
             busy: whether any rank is still writing, as found by the step's collective.
@@ -179,7 +179,7 @@ class Saver:
             self._close(self._under_way)
 
     def pulse(self) -> None:
-        """Do as `settle` does, with a collective of its own; all ranks call it where training makes none for long."""
+        """Do what `settle` does, with its own collective; for long phases in which training makes none."""
         if isinstance(self._under_way, _Writing):
             self.settle(self._topology.any(self.busy))
 
@@ -187,34 +187,34 @@ class Saver:
         """Wait until the newest save is complete.
 
         Raises:
-            CheckpointError: on all ranks, if it failed or was refused.
+            CheckpointError: on all ranks, if the save failed or was refused.
         """
         self._end_current()
         if self._failure:
-            raise CheckpointError(f"the newest state of the run is not saved: {self._failure}")
+            raise CheckpointError(f"the run's latest state is not saved: {self._failure}")
 
     def check_lease(self) -> None:
-        """Raise HeadraceError, on rank 0, if another process has taken the run over."""
+        """Raise HeadraceError, on rank 0, if another process has taken over the run."""
         if self._lease:
             self._lease.check()
 
     def _end_current(self) -> None:
-        """Wait until nothing is under way: a save never overtakes the previous one."""
+        """Wait until no save is in progress, since saves must not overlap."""
         if isinstance(self._under_way, _Writing):
-            self._close(self._under_way)  # looking at the files' outcomes waits for them
+            self._close(self._under_way)  # this waits for the files
         if isinstance(self._under_way, _Closing):
             self._end(self._under_way)
 
     def _prepare(self, step: int) -> tuple[bool, str | None]:
-        """Make room and a folder, on rank 0.
+        """Make room and create the folder, on rank 0.
 
         Returns:
-            Whether there is anything to be written, and what went wrong, if anything.
+            Whether there is anything to write, and an error message or None.
         """
         if not self._topology.is_main:
             return False, None
         try:
-            if self._store.is_complete(step):  # a run that stops right after it was resumed has this one already
+            if self._store.is_complete(step):  # true if a run stops right after resuming
                 return False, None
             self._store.make_room()
             self._store.prepare(step)
@@ -224,7 +224,7 @@ class Saver:
         return True, None
 
     def _write(self, state: RunState, data: DataState | None, begun: float) -> None:
-        """Copy what this rank saves and have it written."""
+        """Copy this rank's state and queue it for writing."""
         folder = self._store.folder_of(state.step)
         self._under_way = writing = _Writing(state.step, begun)
         if self._topology.is_main:
@@ -243,14 +243,14 @@ class Saver:
                 return
             writing.files.append(self._writer.write(folder, name, copied))
             if not self._staging:
-                wait(writing.files)  # the content is the model's own
+                wait(writing.files)  # the content is the live model's
 
         self._engine.save(folder, take)
         if not self._staging:
             self._end_current()
 
     def _close(self, writing: _Writing) -> None:
-        """Exchange what became of all files; then rank 0 completes the checkpoint, or removes what there is of it."""
+        """Exchange the outcomes of all files; rank 0 then completes the checkpoint or removes its remains."""
         outcomes = self._topology.gather_objects([_outcome(file) for file in writing.files])
         entries = [found for part in outcomes for found in part if isinstance(found, FileEntry)]
         failures = [
@@ -269,11 +269,11 @@ class Saver:
             self._count_failure(writing.step)
 
     def _end(self, closing: _Closing) -> None:
-        """Wait for rank 0, and tell all ranks what became of the save."""
+        """Wait for rank 0, then tell all ranks how the save ended."""
         self._under_way = None
         error = closing.seconds.exception() if closing.seconds else None
         incomplete = self._topology.broadcast_object(str(error) if error else None)
-        if incomplete:  # all files were written, but COMPLETE was not
+        if incomplete:  # all files were written, but not COMPLETE
             self._failure = incomplete
             self._count_failure(closing.step)
         elif not self._failure:
@@ -281,20 +281,20 @@ class Saver:
             self._seconds = closing.completed_in()
 
     def _count_failure(self, step: int) -> None:
-        """Take note, on all ranks, that the save of a step has failed; one that is tried again counts once."""
+        """Record, on all ranks, that the save of a step has failed; a retried one counts once."""
         if step == self._failed_step:
             return
         self._failed_step = step
         self._failed += 1
         if self._failed >= self._store.config.max_failed_saves:
             raise CheckpointError(
-                f"{self._failed} saves in a row have failed (checkpoint.max_failed_saves), the last one with:"
-                f" {self._failure}. The run ends, since it could not keep what it trains from here on; make room or"
-                " repair the disk, then start it again: it goes on from its last checkpoint"
+                f"{self._failed} saves in a row have failed (checkpoint.max_failed_saves); the last error was:"
+                f" {self._failure}. The run ends, since further progress could not be kept; make room on the disk or"
+                " repair it, then start the run again: it continues from its last checkpoint"
             )
 
     def _complete(self, writing: _Writing, entries: list[FileEntry]) -> float:
-        """Complete a checkpoint and remove older ones, in the background; return the seconds that the save took."""
+        """Complete a checkpoint and remove older ones, in the background; return how many seconds the save took."""
         try:
             self._folder.sync()
             self.check_lease()
@@ -302,7 +302,7 @@ class Saver:
             self._store.complete(writing.step, entries, seconds)
         except (OSError, HeadraceError) as error:
             _report(writing.step, str(error))
-            if isinstance(error, OSError):  # otherwise the folder may be another process's by now
+            if isinstance(error, OSError):  # otherwise the folder may belong to another process by now
                 self._store.try_to_discard(writing.step)
             raise
         size = sum(entry.size for entry in entries)
@@ -319,10 +319,10 @@ def _report(step: int, failure: str) -> None:
 
 
 def _outcome(file: Future[FileEntry]) -> FileEntry | str:
-    """Wait for a file; return its entry, or why it could not be written."""
+    """Wait for a file; return its entry, or the reason why it could not be written."""
     error = file.exception()
     if error is None:
         return file.result()
     if not isinstance(error, CheckpointError):
-        _logger.error("a checkpoint's file could not be written", exc_info=error)
+        _logger.error("a checkpoint file could not be written", exc_info=error)
     return str(error) or repr(error)

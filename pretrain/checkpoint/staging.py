@@ -1,4 +1,4 @@
-"""Copies a rank's state, so that it can be written while training changes the original. engine -> staging -> save."""
+"""Copy a rank's state so that it can be written while training changes the original. engine -> staging -> save."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Staging:
-    """Host memory as large as what this rank saves, which every save uses again.
+    """Host memory for a copy of what this rank saves, reused by every save.
 
-    It is kept between saves, since fresh memory costs a page fault every 4 KiB, which is an order of magnitude slower
-    than the copy itself, and pinned memory costs a call to the driver.
+    It is kept between saves because fresh memory costs a page fault every 4 KiB, an order of magnitude slower than the
+    copy itself, and pinned memory costs a driver call.
 
     Args:
-        pinned: whether it is memory that a GPU copies into at full speed; torch rounds each such block up to a power of
-            two.
+        pinned: whether to use pinned memory, into which a GPU copies at full speed; torch rounds the size of each
+            pinned block up to a power of two.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -24,13 +24,13 @@ class Staging:
         self._blocks: dict[tuple[str, int], Tensor] = {}  # (file, number of the tensor in it)
 
     def copy(self, file: str, content: object) -> object:
-        """Copy a file's content as it is now, its tensors into this memory.
+        """Copy a file's current content, with its tensors in this memory.
 
         Args:
-            file: its name, the same at every save, by which its memory is found again.
-            content: nested dicts, lists and tuples; anything else in it must not hold large tensors.
+            file: its name, the same at every save, which identifies its memory.
+            content: nested dicts, lists and tuples; other objects in it must not hold large tensors.
         Returns:
-            The copy, valid until the next one for the same file.
+            The copy, valid until the same file is copied again.
         """
         staged = _Copy(file, self._blocks, self._pinned).copied(content)
         if self._pinned:
@@ -43,16 +43,16 @@ class _Copy:
 
     def __init__(self, file: str, blocks: dict[tuple[str, int], Tensor], pinned: bool) -> None:
         self._file, self._blocks, self._pinned = file, blocks, pinned
-        self._copies: dict[tuple[object, ...], Tensor] = {}  # one for what is one tensor, such as tied weights
+        self._copies: dict[tuple[object, ...], Tensor] = {}  # one per distinct tensor, so tied weights share it
 
     def copied(self, item: object) -> object:
         if isinstance(item, Tensor):
             return self._tensor(item.detach())
         if isinstance(item, dict):
-            copied = copy.copy(item)  # keeps the kind of dict, and what hangs on it
+            copied = copy.copy(item)  # keeps the dict's class and attributes
             copied.update((key, self.copied(value)) for key, value in item.items())
             return copied
-        if type(item) in (list, tuple):  # not torch.Size and its like
+        if type(item) in (list, tuple):  # excludes torch.Size and other subclasses
             return type(item)(self.copied(value) for value in item)  # type: ignore[call-arg, attr-defined]
         return copy.deepcopy(item)
 

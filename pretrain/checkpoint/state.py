@@ -1,4 +1,4 @@
-"""Describes the run and its data in a checkpoint: state.json and data.json. trainer <-> state <-> files."""
+"""Describe the run and its data in a checkpoint: state.json and data.json. trainer <-> state <-> files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import msgspec
 from pretrain.checkpoint.store import Checkpoint
 from shards import CheckpointError, ConfigError, Tokenizer
 
-_CHECKPOINT_VERSION = 1  # of state.json and data.json
+_CHECKPOINT_VERSION = 1  # version of state.json and data.json
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The division of a checkpoint's engine files over ranks; only the same layout can load them unconverted."""
+    """How a checkpoint's engine files are divided over ranks; only the same layout can load them unconverted."""
 
     tp_size: int
     dp_size: int
@@ -31,13 +31,13 @@ class RunState(msgspec.Struct, frozen=True):
 
     Attributes:
         step: optimizer steps done.
-        tokens: trained on since the run's start, over all ranks; padding is not counted.
+        tokens: trained on since the run's start, over all ranks, without padding.
         tokens_per_source: the same, for each source.
         batch_hash: of all batches so far, chained; 16 hex digits.
         restarts: how often the run was resumed.
-        config_hash: of the config with which it ran last.
+        config_hash: hash of the config that it last ran with.
         tp_size, dp_size, zero_stage: the layout of the engine's files.
-        init_hash: of the files in init_from, with which the run began; empty if its weights were drawn.
+        init_hash: hash of the files in init_from; empty if the weights were initialized randomly.
     """
 
     step: int
@@ -57,20 +57,20 @@ class RunState(msgspec.Struct, frozen=True):
         return Layout(self.tp_size, self.dp_size, self.zero_stage)
 
     def resumed(self, layout: Layout) -> RunState:
-        """Return the state from which a layout goes on."""
+        """Return this state as a run with the given layout resumes from it."""
         return msgspec.structs.replace(self, restarts=self.restarts + 1, **asdict(layout))
 
 
 class DataState(msgspec.Struct, frozen=True):
-    """The content of data.json: V cursors, and what the batches are a pure function of."""
+    """The content of data.json: V cursors, and the fingerprint of what the batches depend on."""
 
-    cursors: dict[str, object]  # as `shards.merge_states` gives it
-    fingerprint: dict[str, object]  # as `Loader.fingerprint` gives it
+    cursors: dict[str, object]  # as returned by `shards.merge_states`
+    fingerprint: dict[str, object]  # as returned by `Loader.fingerprint`
     version: int = _CHECKPOINT_VERSION
 
 
 class _Versioned(msgspec.Struct):
-    """The one field that every version has."""
+    """The field that every version has."""
 
     version: int | None = None
 
@@ -79,27 +79,27 @@ State = TypeVar("State", RunState, DataState)
 
 
 def read_state(checkpoint: Checkpoint) -> RunState:
-    """Read where the run stood at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
+    """Read the run's state at a checkpoint. Raises CheckpointError if another version of this program wrote it."""
     return _read_json(checkpoint.folder / "state.json", RunState)
 
 
 def read_data(checkpoint: Checkpoint) -> DataState:
-    """Read where the loader stood at a checkpoint. Raises CheckpointError if another version wrote it."""
+    """Read the loader's state at a checkpoint. Raises CheckpointError if another version wrote it."""
     return _read_json(checkpoint.folder / "data.json", DataState)
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, path: Path) -> None:
-    """Raise ConfigError if a checkpoint's weights were trained with another tokenizer; config.yaml is only a claim.
+    """Raise ConfigError if a checkpoint's weights were trained with another tokenizer than the config names.
 
     Args:
-        tokenizer: the one that is to be used.
+        tokenizer: the one to be used.
         path: where it was read from.
     """
     trained_with = read_data(checkpoint).fingerprint["tokenizer"]
     if trained_with != tokenizer.content_hash:
         raise ConfigError(
             f"data.tokenizer={path} is not the model that {checkpoint.folder} was trained with: its hash is"
-            f" {tokenizer.content_hash}, not {trained_with}; put the right file there, or name it as data.tokenizer"
+            f" {tokenizer.content_hash}, not {trained_with}; put the right file there, or set data.tokenizer to it"
         )
 
 
@@ -111,7 +111,7 @@ def _read_json(path: Path, kind: type[State]) -> State:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if version != _CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{path} has version {version}, this program reads {_CHECKPOINT_VERSION};"
-            " go on with the program that wrote it"
+            f"{path} has version {version}, but this program reads {_CHECKPOINT_VERSION};"
+            " continue with the program that wrote it"
         )
     return msgspec.json.decode(content, type=kind)

@@ -1,18 +1,18 @@
-"""Converts a checkpoint for other numbers of ranks or another ZeRO stage. resume -> universal -> engine.
+"""Convert a checkpoint to another number of ranks or another ZeRO stage. resume -> universal -> engine.
 
-DeepSpeed's files hold flat pieces of each rank's share. Here weights and moments are put together again and written in
-DeepSpeed's universal layout, a file for each of them, of which a rank takes its part, whatever the dp_size and stage:
+DeepSpeed's files hold flat pieces of each rank's share. Here weights and moments are joined and written in DeepSpeed's
+universal layout, one file each; a rank reads its part of each file, whatever the dp_size and stage:
 
     step_00001000.universal-tp2/
         tp_0/engine/zero/<weight>/{fp32,exp_avg,exp_avg_sq,step}.pt    as tensor-parallel rank 0 of 2 holds them
         tp_1/...
         COMPLETE                                                       written last, as in a checkpoint
 
-DeepSpeed's own converter writes everything twice, and what it makes of ZeRO-3 fits no other tp_size and no other stage.
-Since this one cuts the weights for the new tp_size already, DeepSpeed has only to divide them over dp ranks.
+DeepSpeed's own converter writes everything twice, and its output for ZeRO-3 fits no other tp_size or stage. Since this
+one already cuts the weights for the new tp_size, DeepSpeed only has to divide them over dp ranks.
 
-All ranks convert together, each the weights that are dealt to it. They end at about the same time, so that no
-collective waits for long.
+All ranks convert together, each the weights dealt to it, and finish at about the same time, so that no collective waits
+for long.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from shards.storage.atomic import fsync_folder
 
 _logger = logging.getLogger(__name__)
 
-_LINE_SECONDS = 10.0  # between two lines about the progress
-_STATES = ("fp32", "exp_avg", "exp_avg_sq")  # of AdamW: the master weight and its two moments
+_LINE_SECONDS = 10.0  # between two lines of progress
+_STATES = ("fp32", "exp_avg", "exp_avg_sq")  # AdamW's state: the master weight and its two moments
 
 
 def find_or_convert(
     store: CheckpointStore, checkpoint: Checkpoint, saved: Layout, wanted: Layout, topology: Topology
 ) -> Path:
-    """Return the folder with a checkpoint's conversion, which all ranks make together unless it is there already.
+    """Return the folder with a checkpoint's conversion, which all ranks create together unless it already exists.
 
     Args:
-        saved, wanted: the layout that saved the checkpoint, and the one that is to go on from it.
+        saved, wanted: the checkpoint's layout, and the layout to resume with.
     Raises:
-        ConfigError: if the disk has not the room, with sizes.
-        CheckpointError: if it cannot be converted; like the other, on all ranks.
+        ConfigError: on all ranks, if the disk lacks the room, with the sizes.
+        CheckpointError: on all ranks, if the checkpoint cannot be converted.
     """
     step, tp_size = checkpoint.step, wanted.tp_size
     target = store.universal_folder(step, tp_size)
@@ -84,7 +84,7 @@ def find_or_convert(
 
 
 def is_whole(folder: Path, step: int, share: int = 0, shares: int = 1) -> bool:
-    """Return whether a conversion is there, and every file in one share of it as it was written."""
+    """Return whether a conversion is complete, and every file in one share of it undamaged."""
     try:
         return not read_complete(folder, step).broken_files(share, shares)
     except CheckpointError:
@@ -92,19 +92,19 @@ def is_whole(folder: Path, step: int, share: int = 0, shares: int = 1) -> bool:
 
 
 def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size: int = 1) -> list[FileEntry]:
-    """Write one rank's share of what `source`/engine holds, for `tp_size` tensor-parallel ranks, into `target`.
+    """Write one rank's share of a conversion of `source`/engine to `tp_size` tensor-parallel ranks into `target`.
 
     Args:
-        target: a folder in which nothing lies but what the other ranks write.
-        rank, world_size: which share; together they are the whole.
+        target: a folder that holds nothing but the other ranks' output.
+        rank, world_size: select the share of the weights to convert.
     Returns:
-        What was written; all of it is durable.
+        Entries of the files written, which are durable.
     Raises:
-        CheckpointError: if the source's files are not all there, or a file cannot be written.
+        CheckpointError: if files of the source are missing, or a file cannot be written.
     """
     shares, metadata = read_shares(source / "engine")
     dims = _shard_dims(metadata)
-    # A small weight may lie on one dp rank alone
+    # A small weight may lie on a single dp rank.
     sizes = {name: fragment.shape.numel() for share in shares[0] for name, fragment in share.items()}
     names = _dealt(sizes, rank, world_size)
     written: list[FileEntry] = []
@@ -129,7 +129,7 @@ def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size:
                 size = sum(entry.size for entry in written)
                 _logger.info("converting: %d of %d weights, %.3g GB", done + 1, len(names), size / 1e9)
         written += [file.result() for file in pending]
-    # The names of files are durable already; those of their folders are not
+    # The names of files are durable by now, but those of their folders are not.
     for above in (*target.glob("tp_*/engine/zero"), *target.glob("tp_*/engine"), *target.glob("tp_*"), target):
         fsync_folder(above)
     fsync_folder(target.parent)
@@ -137,7 +137,7 @@ def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size:
 
 
 def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """Deal weights by descending size, each to the rank that has least so far; return one rank's."""
+    """Deal the weights by descending size, each to the rank with the least so far; return one rank's weights."""
     loads, own = [0] * world_size, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owner = loads.index(min(loads))
@@ -148,17 +148,17 @@ def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
 
 
 def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) -> Sequence[Tensor]:
-    """Recut what the former tensor-parallel ranks held for the new ones."""
+    """Recut the former tensor-parallel ranks' slices of a weight for the new ranks."""
     if dim is None or key == "step":
         return [parts[0]] * tp_size
-    # Copies: torch.save writes all of the memory that a view is a part of
+    # Clone, since torch.save writes the whole storage behind a view.
     return [
         part.clone(memory_format=torch.contiguous_format) for part in torch.cat(list(parts), dim).chunk(tp_size, dim)
     ]
 
 
 def _shard_dims(metadata: Saved) -> dict[str, int]:
-    """Return the dimension along which each sharded weight is split; replicated weights are left out."""
+    """Return the dimension along which each sharded weight is split; replicated weights are omitted."""
     info = metadata["universal_checkpoint_info"]
     names = [name for group in metadata["param_shapes"] for name in group]
 
@@ -170,16 +170,16 @@ def _shard_dims(metadata: Saved) -> dict[str, int]:
 
 
 def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, object]:
-    """Return the files besides the weights, under the names that each ZeRO stage looks for."""
+    """Return the files other than weights, under the names that each ZeRO stage looks for."""
     weights = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
     model_states = {key: value for key, value in metadata.items() if key not in weights}
-    model_states["mp_world_size"] = 1  # each tensor-parallel rank has a folder, and in it nobody else's slices
+    model_states["mp_world_size"] = 1  # each tensor-parallel rank's folder holds only its own slices
     step = next(iter(shares[0][0].values())).states["step"]
-    no_hyperparameters: list[dict[str, object]] = [{}, {}]  # those of the config apply
+    no_hyperparameters: list[dict[str, object]] = [{}, {}]  # the config's are used instead
     optimizer_state = {
         "ds_version": metadata["ds_version"],
-        "param_groups": no_hyperparameters,  # where ZeRO-1 and 2 look
-        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": no_hyperparameters},  # where ZeRO-3 does
+        "param_groups": no_hyperparameters,  # read by ZeRO-1 and 2
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": no_hyperparameters},  # read by ZeRO-3
     }
     return {
         "mp_rank_00_model_states.pt": model_states,
@@ -189,9 +189,9 @@ def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, obj
 
 
 def read_piece(file: Path, rank: int, world_size: int) -> Tensor:
-    """Read a state's piece for one of `world_size` ranks, and no more of the file than that; flat, padded with zeros.
+    """Read one rank's piece of a state without reading the rest of the file; flat, padded with zeros.
 
-    The pieces are those of ZeRO-3, which cuts every weight by itself into equal lengths.
+    The pieces are cut as in ZeRO-3, which divides every weight separately into equal lengths.
     """
     flat = torch.load(file, map_location="cpu", mmap=True)["param"].view(-1)
     size = ceil(flat.numel() / world_size)

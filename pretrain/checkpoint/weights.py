@@ -1,6 +1,6 @@
-"""Reads whole weights from a checkpoint, whatever topology saved them. zero_files -> weights -> {export, evaluation}.
+"""Read whole weights from a checkpoint of any topology. zero_files -> weights -> {export, evaluation}.
 
-It needs no process group and no GPU: the files are mapped, and a weight is put together when it is asked for.
+No process group or GPU is needed: the files are mapped, and each weight is assembled on request.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class CheckpointWeights:
     """A checkpoint's weights by name.
 
     Args:
-        checkpoint: its files are mapped unchecked; the caller has compared them with their hashes.
-        specs: of all its weights.
+        checkpoint: its files are mapped unchecked; the caller has verified their hashes.
+        specs: specs of all its weights.
     Raises:
-        CheckpointError: if the checkpoint is not one of a model with these weights.
+        CheckpointError: if the checkpoint's model lacks any of these weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec]) -> None:
@@ -32,13 +32,13 @@ class CheckpointWeights:
         self._tp_ranks, _ = read_shares(self._folder)
         for name in specs:
             if not all(any(name in share for share in ranks) for ranks in self._tp_ranks):
-                raise CheckpointError(f"{self._folder} has no weight {name}; its run's config.yaml has another model")
+                raise CheckpointError(f"{self._folder} has no weight {name}; its run's config.yaml names another model")
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in fp32.
 
         Raises:
-            CheckpointError: if it has another shape than its spec.
+            CheckpointError: if its shape differs from its spec.
         """
         spec = self._specs[name]
         if spec.shard_dim is None:
@@ -48,6 +48,6 @@ class CheckpointWeights:
         if tuple(found.shape) != spec.shape:
             raise CheckpointError(
                 f"{self._folder}: {name} is {list(found.shape)}, not {list(spec.shape)};"
-                " its run's config.yaml has another model"
+                " its run's config.yaml names another model"
             )
         return spec.slice_of(found, index, count)

@@ -1,6 +1,6 @@
-"""Writes a checkpoint's files in the background, hashes them on the way and makes them durable. save -> write -> files.
+"""Write a checkpoint's files in the background, hash them on the way and make them durable. save -> write -> files.
 
-The hash is taken of what is written, not of what can be read back, so a disk that garbles a file is found out when the
+The hash covers what is written, not what can be read back, so a file that the disk corrupts is found when the
 checkpoint is verified.
 """
 
@@ -23,12 +23,12 @@ from shards.storage.atomic import fsync_folder
 
 T = TypeVar("T")
 
-_CHUNK_BYTES = 1 << 26  # between two checks of whether the process is ending
+_CHUNK_BYTES = 1 << 26  # written between checks of whether the process is ending
 _BUFFER_BYTES = 1 << 20
 
 
 class Writer:
-    """One thread that does one task after the other; tasks that are not done at the end of `with` are abandoned."""
+    """A thread that runs tasks in order; tasks that are not done at the end of `with` are abandoned."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -44,11 +44,11 @@ class Writer:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, task: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have a task done after those submitted before."""
+        """Run a task after those submitted before it."""
         return self._thread.submit(task, *arguments)
 
     def write(self, folder: Path, name: str, content: object) -> Future[FileEntry]:
-        """Write `folder`/`name`: bytes unchanged, anything else as `torch.save` does.
+        """Write `folder`/`name`: bytes unchanged, anything else with `torch.save`.
 
         The future raises CheckpointError, naming the file, if it could not be written and made durable.
         """
@@ -58,7 +58,7 @@ class Writer:
         path = folder / name
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.open("xb", buffering=_BUFFER_BYTES) as file:  # never over what another process writes
+            with path.open("xb", buffering=_BUFFER_BYTES) as file:  # never overwrites another process's file
                 hashed = _HashedFile(file, self._left)
                 _dump(content, hashed)
                 file.flush()
@@ -73,13 +73,13 @@ def _dump(content: object, file: _HashedFile) -> None:
     if isinstance(content, bytes):
         file.write(content)
         return
-    # torch.save computes a checksum of its own, at a tenth of the speed, which torch.load never checks
+    # torch.save computes its own checksum at a tenth of the speed, and torch.load never checks it.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(content, cast(IO[bytes], file))
     except Exception as error:
-        raise file.failure or error from error  # torch.save hides the file's error behind one of its own
+        raise file.failure or error from error  # torch.save hides the file's error behind its own
     finally:
         torch.serialization.set_crc32_options(before)
 
@@ -109,7 +109,7 @@ class _HashedFile:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: torch.save calls it, but only the flush before the fsync counts."""
+        """Do nothing: torch.save calls it, but only the flush before the fsync matters."""
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

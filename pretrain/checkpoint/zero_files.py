@@ -1,8 +1,8 @@
-"""Reads from DeepSpeed's files which part of each weight each rank holds. files -> zero_files -> {weights, universal}.
+"""Read each rank's part of each weight from DeepSpeed's files. files -> zero_files -> {weights, universal}.
 
-DeepSpeed flattens the weights of each optimizer group on each tensor-parallel rank, one after the other, and divides
-them over the data-parallel ranks: with ZeRO-1 and 2 the whole flat group is cut at equal lengths, with ZeRO-3 every
-weight by itself. The fp32 master weights, on which every optimizer step works, and their moments are read.
+DeepSpeed concatenates the flattened weights of each optimizer group on each tensor-parallel rank and divides them over
+the data-parallel ranks: ZeRO-1 and 2 cut the whole flat group at equal lengths, ZeRO-3 cuts every weight separately.
+What is read are the fp32 master weights, on which every optimizer step works, and their moments.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from shards import CheckpointError
 
 _SHARE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
-# DeepSpeed does not describe the types of what it saves
+# DeepSpeed does not describe the types of what it saves.
 Saved = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """One rank's piece of one weight: the flat states of its group, and where in them the piece lies."""
+    """One rank's piece of one weight: the flat states of its group, and the piece's place in them."""
 
-    shape: torch.Size  # of the weight on its tensor-parallel rank
+    shape: torch.Size  # the weight's shape on its tensor-parallel rank
     states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq": flat; "step": the optimizer's count
     start: int
     numel: int
 
 
-Share = Mapping[str, Fragment]  # what one rank holds, by weight
+Share = Mapping[str, Fragment]  # one rank's fragments, by weight
 
 
 def read_shares(engine: Path) -> tuple[list[list[Share]], Saved]:
-    """Map what each rank holds, [tp_rank][dp_rank], without reading it; return that and one model file's content."""
+    """Map what each rank holds, [tp_rank][dp_rank], without reading it; return it with one model file's content."""
     files = {(int(m[2]), int(m[1])): path for path in engine.iterdir() if (m := _SHARE.search(path.name))}
     tp_size, dp_size = (max((place[i] for place in files), default=-1) + 1 for i in (0, 1))
     if not files or len(files) != tp_size * dp_size:
-        raise CheckpointError(f"{engine} does not hold the optimizer's files of all ranks")
+        raise CheckpointError(f"{engine} lacks optimizer files of some ranks")
     shares: list[list[Share]] = []
     for tp_rank in range(tp_size):
         metadata = _load(next(engine.glob(f"*mp_rank_{tp_rank:02d}_model_states.pt")))
@@ -55,15 +55,15 @@ def read_shares(engine: Path) -> tuple[list[list[Share]], Saved]:
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed saves classes of its own
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed saves its own classes
 
 
 def _sliced_share(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """Read a share of ZeRO-1 or 2: each group is one flat tensor cut at equal lengths; the file says who holds what."""
+    """Read a share of ZeRO-1 or 2: each group is one flat tensor cut at equal lengths; the file lists the owners."""
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    optimizer = saved["base_optimizer_state"]["state"]  # nothing before the first step
+    optimizer = saved["base_optimizer_state"]["state"]  # empty before the first step
     for i, addresses in enumerate(saved["param_slice_mappings"]):
         states = {**optimizer.get(i, {}), "fp32": saved["single_partition_of_fp32_groups"][i]}
         for name, address in addresses.items():
@@ -73,8 +73,8 @@ def _sliced_share(
 def _partitioned_share(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """Read a share of ZeRO-3: each weight is cut into dp_size equal pieces, the last padded; a group's lie in a row."""
-    optimizer = saved["optimizer_state_dict"]["state"]  # nothing before the first step
+    """Read a share of ZeRO-3: each weight is cut into dp_size equal pieces, the last padded, stored group by group."""
+    optimizer = saved["optimizer_state_dict"]["state"]  # empty before the first step
     for i, shapes in enumerate(groups):
         states = {**optimizer.get(i, {}), "fp32": saved["fp32_flat_groups"][i]}
         start = 0
@@ -85,7 +85,7 @@ def _partitioned_share(
 
 
 def whole(ranks: Sequence[Share], name: str, key: str) -> Tensor:
-    """Join the pieces that the dp ranks hold of a weight's state into what their tensor-parallel rank holds."""
+    """Join the dp ranks' pieces of a weight's state into their tensor-parallel rank's part."""
     pieces = [rank[name] for rank in ranks if name in rank]
     if key == "step":
         return torch.as_tensor(pieces[0].states[key])

@@ -1,9 +1,9 @@
-"""Find out before a training starts which nodes of a job cannot take part in it. srun -> node_check -> job script.
+"""Find the nodes of a job that cannot take part in training, before it starts. srun -> node_check -> job script.
 
 Every rank of the job tests its own part: whether the GPU is free and computes correctly, and whether the run folder is
-there. Then the ranks of each node reduce among themselves, and finally all ranks together. After each stage rank 0
-gathers the findings through a key-value store, which needs no working fabric. A rank that does not report in time is a
-finding too, so a GPU that hangs is named like one that is missing.
+visible. Then the ranks of each node reduce among themselves, and finally all ranks together. After each stage rank 0
+gathers the findings through a key-value store, which needs no working fabric. A rank that does not report in time is
+a finding too, so a GPU that hangs is reported like one that is missing.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from shards import ConfigError
 _STAGE_SECONDS = 120.0
 _COLLECTIVE_SECONDS = 60.0
 _LEAVE_SECONDS = 10.0
-_MATRIX = 1024  # of whole numbers so small that bf16 holds the sums of their products exactly
-_FREE_SHARE = 0.9  # of a GPU's memory; with less, somebody else is using it
+_MATRIX = 1024  # its elements are integers so small that bf16 holds the sums of their products exactly
+_FREE_SHARE = 0.9  # of a GPU's memory; if less is free, another process is using it
 _REDUCED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Task:
-    """A rank's place in a Slurm step, with as many ranks on each node.
+    """A rank's place in a Slurm step; every node has the same number of ranks.
 
     Attributes:
         rank, world_size: in the step.
         local_rank, local_size: on the node.
-        nodes: names of the step's nodes; ranks are dealt to them in blocks.
-        gpus: of the node, for this job; 0 on a job without.
+        nodes: names of the step's nodes; ranks are assigned to them in blocks.
+        gpus: GPUs of the node that belong to the job; 0 for a job without any.
         meeting: address and port of rank 0.
     """
 
@@ -52,7 +52,7 @@ class Task:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], nodes: Sequence[str]) -> Task:
-        """Read the place that `srun` and the job script set. Raises ConfigError outside of a Slurm step."""
+        """Read the variables that `srun` and the job script set. Raises ConfigError outside a Slurm step."""
         try:
             world_size = int(environment["SLURM_STEP_NUM_TASKS"])
             return cls(
@@ -71,20 +71,20 @@ class Task:
     def device(self) -> torch.device:
         if not self.gpus:
             return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())  # 1 where each task sees only its own
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())  # 1 if each task sees only its own
 
     def node_of(self, rank: int) -> str:
         return self.nodes[rank // self.local_size]
 
 
 def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dict[str, str]:
-    """Try all nodes; every rank of the step calls it.
+    """Test all nodes; every rank of the step calls it.
 
     Args:
-        patience: seconds for all ranks to report.
+        patience: seconds to wait for all ranks to report.
     Returns:
-        What is wrong with which node, the same on every rank; empty if all is well. Where every node is fine by itself,
-        all of them are named.
+        The problem of each bad node, the same on every rank; empty if all is well. If every node is fine by itself
+        but they fail together, all are named.
     Raises:
         RuntimeError: if rank 0 cannot be reached.
     """
@@ -107,7 +107,7 @@ def check(task: Task, run_folder: Path, patience: float = _STAGE_SECONDS) -> dic
         if problems:
             break
     store.set(f"left-{task.rank}", "")
-    if task.rank == 0:  # whose store the others are still reading
+    if task.rank == 0:  # it hosts the store that the others are still reading
         everybody = [f"left-{rank}" for rank in range(task.world_size)]
         with contextlib.suppress(DistStoreError):
             store.wait(everybody, timedelta(seconds=min(patience, _LEAVE_SECONDS)))
@@ -140,12 +140,12 @@ def _report_of(store: Store, rank: int, seconds: float) -> str:
 def _problem_alone(task: Task, run_folder: Path) -> str:
     """Describe what is wrong with this rank's part of its node; empty if nothing is."""
     if not run_folder.is_dir():
-        return f"does not see the run folder {run_folder}, which has to lie on a disk that all nodes share"
+        return f"does not see the run folder {run_folder}, which must be on a disk that all nodes share"
     if not task.gpus:
         return ""
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"torch sees none of the {task.gpus} GPUs that the job was given (CUDA_VISIBLE_DEVICES={visible})"
+        return f"torch sees none of the job's {task.gpus} GPUs (CUDA_VISIBLE_DEVICES={visible})"
     try:
         return gpu_problem(task.device)
     except RuntimeError as error:  # CUDA raises nothing more specific
@@ -153,7 +153,7 @@ def _problem_alone(task: Task, run_folder: Path) -> str:
 
 
 def gpu_problem(device: torch.device) -> str:
-    """Say why a GPU should not be trained on; empty if it is free and computes correctly."""
+    """Describe why a GPU should not be used for training; empty if it is free and computes correctly."""
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     if free < _FREE_SHARE * total:
@@ -161,12 +161,12 @@ def gpu_problem(device: torch.device) -> str:
     numbers = torch.randint(-1, 2, (2, _MATRIX, _MATRIX), generator=torch.Generator().manual_seed(0)).float()
     on_gpu = numbers.to(device, torch.bfloat16)
     if not torch.equal((on_gpu[0] @ on_gpu[1]).float().cpu(), numbers[0] @ numbers[1]):
-        return f"{device}: computes a wrong product"
+        return f"{device}: computes a wrong matrix product"
     return ""
 
 
 def _reduce(store: Store, rank: int, world_size: int, device: torch.device) -> str:
-    """Sum a tensor over the ranks that call this, and say what went wrong; empty if nothing did."""
+    """Sum a tensor over the calling ranks and describe what went wrong; empty if nothing did."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -1,4 +1,4 @@
-"""Check a run before it waits in a queue: whether it fits GPUs, disk and time limit, and whether its data is there.
+"""Check a run before it is queued: whether it fits GPUs, disk and time limit, and whether its data exists.
 
 config, job -> preflight -> findings -> launch/submit.py. Each check looks at one thing and reports all its findings.
 """
@@ -23,15 +23,15 @@ from pretrain.run.lease import Holder
 from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
-# Decimal GB of one device by its usual name in gres.conf; of a name sold in two sizes, the smaller
+# Decimal GB of one device by its usual name in gres.conf; the smaller size where a name is sold in two.
 _GPU_GB = {
     "v100": 16, "p100": 16, "t4": 16, "a10": 24, "l4": 24, "rtx4090": 24, "rtx3090": 24, "a30": 24, "v100_32gb": 32,
     "a100": 40, "a100_40gb": 40, "a40": 48, "a6000": 48, "l40": 48, "l40s": 48, "mi250x": 64, "mi250": 64, "gh200": 96,
     "a100_80gb": 80, "a100-80": 80, "a100l": 80, "h100": 80, "a800": 80, "h800": 80, "h200": 141, "b200": 180,
     "mi300x": 192,
 }  # fmt: skip
-_FULL_SHARE = 0.9  # of a GPU's memory; the rest is NCCL's, the CUDA context's and fragmentation's
-_STEP_SECONDS = 60  # time for the ranks to end a step before they save
+_FULL_SHARE = 0.9  # of a GPU's memory; the rest is for NCCL, the CUDA context and fragmentation
+_STEP_SECONDS = 60  # time to finish the current step before saving
 _LEAST_GRACE_SECONDS = 120
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -52,10 +52,10 @@ class Finding:
 
 
 def data_findings(config: DataConfig) -> Iterator[Finding]:
-    """Check that every source's shards are there, and say how many of them have no index yet."""
+    """Check that every source's shards exist, and count those without an index."""
     for source in config.sources:
         if source.dataset is not None:
-            yield Finding("note", "data", f"{source.name}: the data set {source.dataset} is looked at by the job")
+            yield Finding("note", "data", f"{source.name}: the data set {source.dataset} is checked by the job")
             continue
         try:
             found = index_status(config, source)
@@ -69,7 +69,7 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
             yield Finding(
                 "note", "data",
                 f"{shards}; {len(found.unindexed)} without an index, about {_size(found.unindexed_bytes)} raw,"
-                " which the first start reads while all ranks wait; to index them before:"
+                " which the first start reads while all ranks wait; to index them beforehand:"
                 f" {indexing_command(config, source, found.unindexed)}",
             )  # fmt: skip
         elif found.touched:
@@ -79,21 +79,21 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
 
 
 def gpu_bytes_of(gpu_types: Iterable[str]) -> int | None:
-    """Return the memory of the smallest of some GPUs; None unless all are known."""
+    """Return the memory of the smallest of the given GPU types; None unless all are known."""
     sizes = [_GPU_GB.get(name) for name in gpu_types]
     known = [size for size in sizes if size is not None]
     return min(known) * 10**9 if known and len(known) == len(sizes) else None
 
 
 def memory_findings(work: Workload, gpu_bytes: int | None) -> Iterator[Finding]:
-    """Compare what a rank needs with the memory of one GPU; None if that is not known."""
+    """Compare what a rank needs with the memory of one GPU; None if that is unknown."""
     need = memory_per_rank(work)
     text = (
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
         f" optimizer {_size(need.optimizer)}, activations {_size(need.activations)}"
     )
     if gpu_bytes is None:
-        yield Finding("note", "memory", f"{text}; the memory of a GPU is not known, set it with --gpu-memory GB")
+        yield Finding("note", "memory", f"{text}; the GPUs' memory is unknown; set it with --gpu-memory GB")
         return
     text += f"; a GPU has {_size(gpu_bytes)}"
     if need.total <= _FULL_SHARE * gpu_bytes:
@@ -109,7 +109,7 @@ def memory_findings(work: Workload, gpu_bytes: int | None) -> Iterator[Finding]:
 
 
 def _smaller(work: Workload) -> list[tuple[str, Workload]]:
-    """List what to set to need less memory, and the workload that comes of it; the fewest changes first."""
+    """List settings that need less memory, each with the resulting workload; the fewest changes first."""
     parallel, rows = work.parallel, work.micro_batch_size
     stages = [stage for stage in (1, 2, 3) if stage >= parallel.applied_zero_stage]
     halves = [rows >> n for n in range(rows.bit_length()) if rows % (1 << n) == 0]
@@ -132,12 +132,12 @@ def _smaller(work: Workload) -> list[tuple[str, Workload]]:
 def disk_findings(
     checkpoint: CheckpointConfig, steps: int | None, bytes_each: int, folders: Sequence[Path]
 ) -> Iterator[Finding]:
-    """Check that the checkpoints that the runs keep, and the one being written, fit on their disk.
+    """Check that all checkpoints that the runs keep, and the one being written, fit on their disk.
 
     Args:
-        steps: of the longest run; None where it ends with its data, which nobody has counted yet.
-        bytes_each: of one checkpoint.
-        folders: run folders, all on one disk; what their checkpoints hold already is not needed again.
+        steps: of the longest run; None if it ends with its data, whose size is not known yet.
+        bytes_each: size of one checkpoint.
+        folders: run folders, all on one disk; space that their checkpoints already take is not counted again.
     """
     first, each = folders[0], f"{_size(bytes_each)} each"
     at_once = checkpoint.keep + 1 if steps is None else min(checkpoint.keep + 1, math.ceil(steps / checkpoint.every))
@@ -149,21 +149,21 @@ def disk_findings(
     total = need + len(folders) * forever * bytes_each
     text = f"checkpoints of {each}, {at_once} of them at a time" + (f" and {forever} for good" if forever else "")
     text += f": {_size(total)}" + (f" for {len(folders)} runs" if len(folders) > 1 else "")
-    text += f"; {first.parent} has {_size(free)} free (quotas are not seen from here)"
+    text += f"; {first.parent} has {_size(free)} free (quotas are not visible here)"
     if need + checkpoint.reserve_bytes > free:
         yield Finding(
-            "error", "disk", f"{text}; set run.dir to a larger disk, or checkpoint.keep={checkpoint.keep} lower"
+            "error", "disk", f"{text}; set run.dir to a larger disk, or lower checkpoint.keep={checkpoint.keep}"
         )
     elif total + checkpoint.reserve_bytes > free:
         yield Finding(
-            "warning", "disk", f"{text}; raise checkpoint.keep_every={checkpoint.keep_every}, or make room in time"
+            "warning", "disk", f"{text}; raise checkpoint.keep_every={checkpoint.keep_every}, or free space in time"
         )
     else:
         yield Finding("ok", "disk", text)
 
 
 def grace_for(save: SaveTime) -> int:
-    """Return the seconds before the time limit at which to stop: a step and the last save, in whole minutes."""
+    """Return how many seconds before the time limit to stop: a step and the last save, in whole minutes."""
     return max(_LEAST_GRACE_SECONDS, 60 * math.ceil(_time_needed(save) / 60))
 
 
@@ -171,25 +171,25 @@ def grace_findings(save: SaveTime, grace: int, limit: int, preemption: str, pree
     """Check that the time between Slurm's warning and the end is enough to save.
 
     Args:
-        grace, limit: seconds from the warning to the time limit, and from the start to there.
-        preemption, preemption_grace: what a partition does to a job that it preempts, after how many seconds.
+        grace, limit: seconds from the warning to the time limit, and from the start to the limit.
+        preemption, preemption_grace: what a partition does to a preempted job, and after how many seconds.
     """
     how = "took" if save.measured else "is guessed to take"
-    text = f"told to save {grace} s before the limit of {limit} s; a save {how} {save.seconds:.0f} s"
+    text = f"asked to save {grace} s before the limit of {limit} s; a save {how} {save.seconds:.0f} s"
     if grace >= limit:
-        yield Finding("error", "time", f"{text}: --time has to be longer than that, by a good deal")
+        yield Finding("error", "time", f"{text}; --time must be much longer than that")
     elif grace < _time_needed(save):
         level: Level = "error" if save.measured and grace < save.seconds else "warning"
         yield Finding(level, "time", f"{text}; set --grace={grace_for(save)}, or leave it out")
     elif grace > limit / 2:
-        yield Finding("warning", "time", f"{text}: less than half of each start is spent on training; raise --time")
+        yield Finding("warning", "time", f"{text}; less than half of each start is spent on training; raise --time")
     else:
         yield Finding("ok", "time", text)
     if preemption != "OFF" and preemption_grace < _time_needed(save):
         yield Finding(
             "warning", "time",
-            f"the partition preempts ({preemption}) within {preemption_grace} s, too soon to save: what is done since"
-            " the last checkpoint is lost then; lower checkpoint.every to lose less",
+            f"the partition preempts ({preemption}) within {preemption_grace} s, too soon to save: progress since"
+            " the last checkpoint is lost; lower checkpoint.every to lose less",
         )  # fmt: skip
 
 
@@ -199,13 +199,13 @@ def _time_needed(save: SaveTime) -> float:
 
 
 def lease_findings(folder: Path) -> Iterator[Finding]:
-    """Warn where another process is at work in a run folder."""
+    """Warn if another process is using a run folder."""
     try:
         holder = msgspec.json.decode((folder / "lease").read_bytes(), type=Holder)
     except (OSError, msgspec.MsgspecError):
         return
-    after = f"; to go on when that has succeeded, --after {holder.job_id}" if holder.job_id else ""
-    yield Finding("warning", "folder", f"{folder} is in use by {holder}, or was when that died{after}")
+    after = f"; to start once that job has succeeded, add --after {holder.job_id}" if holder.job_id else ""
+    yield Finding("warning", "folder", f"{folder} is in use by {holder}, or was when that process died{after}")
 
 
 def _size(count: float) -> str:

@@ -1,7 +1,7 @@
-"""Slurm, as far as submitting a run needs it: a job script from a template, a sweep's tasks, facts of a partition.
+"""Slurm's side of submitting a run: a job script from a template, a sweep's tasks, facts about a partition.
 
-{request, template} -> job script -> sbatch. The templates in slurm/ are whole scripts that work by hand too; here only
-their `#SBATCH` lines and the settings at their head are filled in.
+{request, template} -> job script -> sbatch. The templates in slurm/ are complete scripts that also work by hand; only
+their `#SBATCH` lines and the settings at their top are filled in here.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from shards import ConfigError, HeadraceError
 _DIRECTIVE = re.compile(r"#SBATCH --(?P<key>[a-z-]+)(=(?P<value>\S+))?(?P<comment>\s+#.*)?")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _NO_NAME = re.compile(r"[^A-Za-z0-9._]+")
-_MAX_NAME = 120  # characters of a sweep's run.name; file systems take 255
+_MAX_NAME = 120  # characters of a sweep's run.name; file systems allow 255
 
 
 class SlurmError(HeadraceError):
-    """Slurm's commands exist, but no cluster answers them."""
+    """Slurm's commands exist, but no cluster responds to them."""
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job to be requested of Slurm.
+    """A job to request from Slurm.
 
     Attributes:
-        name: of the job, as squeue shows it.
-        nodes: how many.
-        gpus_per_node: also the ranks of each node; 0 for one CPU rank a node.
-        cpus_per_task: cores of one rank, with its loader's workers.
-        time: limit of one start, as sbatch takes it.
-        grace_seconds: how long before the limit the ranks are told to save.
-        output: where the script's own output goes; sbatch's %-patterns.
-        chdir: where the script runs, and what relative paths are relative to.
-        after: id of a job that has to succeed first.
-        tasks: of a job array; None for a single job.
-        options: any others of sbatch, as `--key=value` or `--key`.
+        name: the job's name in squeue.
+        nodes: number of nodes.
+        gpus_per_node: also the number of ranks per node; 0 for one CPU rank per node.
+        cpus_per_task: cores of one rank, including its loader's workers.
+        time: limit of one start, in sbatch's format.
+        grace_seconds: how long before the limit the ranks are asked to save.
+        output: file for the script's own output; may use sbatch's %-patterns.
+        chdir: the script's working directory, to which relative paths refer.
+        after: id of a job that must succeed first.
+        tasks: number of tasks of a job array; None for a single job.
+        options: further sbatch options, as `--key=value` or `--key`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class JobRequest:
         return self.nodes * self.ranks_per_node
 
     def directives(self) -> dict[str, str | None]:
-        """Return the `#SBATCH` lines by key; None removes a key that the template has."""
+        """Return the `#SBATCH` lines by key; None removes a key from the template."""
         options = dict(_option(option) for option in self.options)
         return {
             "job-name": self.name,
@@ -90,8 +90,8 @@ class JobRequest:
             "account": self.account,
             "qos": self.qos,
             "array": f"0-{self.tasks - 1}" if self.tasks else None,
-            # afterok, since a job needs its predecessor's results; without the second line a job would wait for ever
-            # if its predecessor failed
+            # afterok, since a job needs its predecessor's results; without the next line a job would wait forever if
+            # its predecessor failed.
             "dependency": f"afterok:{self.after}" if self.after else None,
             "kill-on-invalid-dep": "yes" if self.after else None,
             **options,
@@ -101,7 +101,7 @@ class JobRequest:
 def _option(option: str) -> tuple[str, str]:
     key, _, value = option.removeprefix("--").partition("=")
     if not option.startswith("--") or not re.fullmatch(r"[a-z][a-z-]*", key) or re.search(r"\s", value):
-        raise ConfigError(f"--sbatch={option} is no option of sbatch; write for example --sbatch=--mem=0")
+        raise ConfigError(f"--sbatch={option} is not an sbatch option; write for example --sbatch=--mem=0")
     return key, value
 
 
@@ -109,8 +109,8 @@ def job_script(template: str, directives: Mapping[str, str | None], settings: Ma
     """Fill in the `#SBATCH` lines and settings of a template, keeping the comments beside them.
 
     Args:
-        directives: value by key; "" for a key without a value, None for a line that is to go.
-        settings: shell text by the name of a variable that the template assigns at the beginning of a line.
+        directives: value by key; "" for a key without a value, None for a line to remove.
+        settings: shell text, by the name of a variable that the template assigns at the start of a line.
     """
     left, unset = dict(directives), dict(settings)
     lines: list[str] = []
@@ -143,32 +143,32 @@ def _comment(line: str) -> str:
 
 
 def shell_words(words: Sequence[str]) -> str:
-    """Quote words as they would be typed in a shell."""
+    """Quote words for a shell."""
     return " ".join(shlex.quote(word) for word in words)
 
 
 @dataclass(frozen=True)
 class SweepTask:
-    """One run of a sweep: the suffix of its name, and what it overrides."""
+    """One run of a sweep: the suffix of its name, and its overrides."""
 
     suffix: str
     overrides: tuple[str, ...]
 
 
 def read_sweep(path: Path) -> list[SweepTask]:
-    """Read the grid of a YAML file that lists values for each key; the last key varies fastest.
+    """Read a YAML file that lists values for each key into a grid; the last key varies fastest.
 
     Raises:
-        ConfigError: if a key has no list, sets the run's name, or two runs would have the same name.
+        ConfigError: if a key has no list or sets the run's name, or two runs would have the same name.
     """
     tree, origins = read_tree(path)
     if not tree:
-        raise ConfigError(f"{path}: empty; write for example optim.learning_rate: [1e-3, 3e-3]")
+        raise ConfigError(f"{path}: empty; write, for example, optim.learning_rate: [1e-3, 3e-3]")
     for key, values in tree.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{origins[key]}: {key} is {values!r}; a sweep has a list of values for each key")
+            raise ConfigError(f"{origins[key]}: {key} is {values!r}; a sweep needs a list of values for each key")
         if key in ("run.name", "run.dir"):
-            raise ConfigError(f"{origins[key]}: {key} is set by the sweep itself; give the config another one")
+            raise ConfigError(f"{origins[key]}: {key} is set by the sweep itself; change it in the config instead")
     tasks = []
     for values in itertools.product(*tree.values()):
         chosen = dict(zip(tree, values, strict=True))
@@ -180,12 +180,12 @@ def read_sweep(path: Path) -> list[SweepTask]:
     suffixes = [task.suffix for task in tasks]
     for suffix in suffixes:
         if suffixes.count(suffix) > 1 or len(suffix) > _MAX_NAME:
-            raise ConfigError(f"{path}: a name for each run is made of keys and values, and {suffix!r} is not one")
+            raise ConfigError(f"{path}: each run is named after its keys and values, but {suffix!r} is not a name")
     return tasks
 
 
 def seconds_of(time: str) -> int | None:
-    """Read a time limit as sbatch does: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None for anything else."""
+    """Read a time limit in sbatch's formats: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s; None for anything else."""
     match = _TIME.fullmatch(time)
     if match is None:
         return None
@@ -200,12 +200,12 @@ def seconds_of(time: str) -> int | None:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition's GPUs, and its rules of preemption.
+    """A partition's GPUs and its preemption rules.
 
     Attributes:
-        gpu_types: as the cluster's gres.conf calls them, in lower case.
+        gpu_types: as named in the cluster's gres.conf, in lower case.
         preemption: REQUEUE, CANCEL, SUSPEND, ... or OFF.
-        preemption_grace_seconds: between the word and the end.
+        preemption_grace_seconds: between the warning and the end.
     """
 
     name: str
@@ -219,17 +219,17 @@ def has_slurm() -> bool:
 
 
 def partition(name: str | None) -> Partition:
-    """Ask Slurm about a partition, or about its default one.
+    """Ask Slurm about a partition, by default its default one.
 
     Raises:
-        ConfigError: if there is none of that name.
-        SlurmError: if no cluster answers.
+        ConfigError: if there is no such partition.
+        SlurmError: if no cluster responds.
     """
     found = [dict(_fields(line)) for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines()]
     chosen = [p for p in found if p["PartitionName"] == name or (name is None and p.get("Default") == "YES")]
     if not chosen:
         names = ", ".join(p["PartitionName"] for p in found)
-        raise ConfigError(f"--partition={name}: there is none of that name; there are {names}")
+        raise ConfigError(f"--partition={name}: there is no such partition; choose from {names}")
     fields = chosen[0]
     gres = _slurm("sinfo", "--noheader", "--partition", fields["PartitionName"], "--format=%G")
     return Partition(
@@ -256,7 +256,7 @@ def submit(script: str) -> str:
 
 
 def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
-    # sbatch hands its environment on to the job, whose ranks would train on the CPUs that this command keeps to
+    # sbatch passes its environment on to the job, whose ranks would then train on CPUs as this command does.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     ran = subprocess.run(["sbatch", option], input=script, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:

@@ -1,7 +1,7 @@
-"""The parts of a submission to Slurm: its runs, the findings about each, and the job's script.
+"""The parts of a submission to Slurm: its runs, the findings about each, and the job script.
 
-headrace submit -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is one run, a
-sweep's, or an evaluation beside a run.
+headrace submit -> submission -> {preflight: findings; slurm: script, sbatch}. A submission is a single run, a sweep's
+runs, or an evaluation beside a run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pretrain.start import check_inputs, check_same_run
 from pretrain.topology import dp_size_of
 from shards import ConfigError, HeadraceError, installation
 
-_TEMPLATES = Path(__file__).parent / "templates"  # in a clone the folder slurm/
+_TEMPLATES = Path(__file__).parent / "templates"  # in a clone, the folder slurm/
 _MOST_NODES = 256  # the most nodes that a message suggests
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a submission: the words that `headrace train` is given, and what they come to."""
+    """One run of a submission: the arguments for `headrace train`, and the resulting config."""
 
     overrides: tuple[str, ...]
     config: RunConfig
@@ -38,13 +38,13 @@ class Run:
 
 
 def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:
-    """Return the runs of a config: one, or those of a sweep.
+    """Return a config's single run, or those of a sweep.
 
     Args:
-        typed: overrides of them all.
-        sweep: a YAML file with a list of values for each key, see `slurm.read_sweep`.
+        typed: overrides for all runs.
+        sweep: a YAML file with a list of values for each key; see `slurm.read_sweep`.
     Raises:
-        ConfigError: names every run of the sweep whose config is wrong.
+        ConfigError: naming every run of the sweep whose config is wrong.
     """
     base = load_config(path, typed)
     if sweep is None:
@@ -66,11 +66,11 @@ def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:
 def training_script(
     path: Path, typed: Sequence[str], runs: Sequence[Run], request: slurm.JobRequest, node_check: bool
 ) -> str:
-    """Write the job that trains. It lists a sweep's tasks one by one, so that a reader can see what task 7 is.
+    """Write the training job. It lists a sweep's tasks one by one, so that a reader can see what task 7 is.
 
     Args:
         path, typed: the config and the overrides of all runs.
-        node_check: whether the nodes are tried first.
+        node_check: whether to test the nodes first.
     """
     lines = [f"({slurm.shell_words(['--config', str(path), *typed])})"]
     if request.tasks:
@@ -85,13 +85,13 @@ def training_script(
 
 
 def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
-    """Write the job that scores checkpoints as they appear. Raises: HeadraceError if it has nothing to score."""
+    """Write the job that scores checkpoints as they appear. Raises HeadraceError if it would have nothing to score."""
     if run.config.evaluation.suite is None:
         raise ConfigError("--evaluate: the config has no evaluation.suite; set evaluation.suite=DIR")
     check_inputs(run.config)
-    # All other settings come from the run's own config
+    # All other settings come from the run's own config.
     words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])
-    # Nothing has to be saved before the end, and the signal would end a script without a trap
+    # Nothing has to be saved before the end, and the signal would end a script without a trap.
     directives = request.directives() | {"signal": None}
     return slurm.job_script(_template("evaluate"), directives, _settings(run.folder, f"({words})", "evaluate"))
 
@@ -101,17 +101,17 @@ def _template(name: str) -> str:
 
 
 def _settings(folder: Path, arguments: str, *commands: str) -> dict[str, str]:
-    """Return what a template assigns at its head, as shell text: for each command the words that start it."""
+    """Return what a template assigns at its top, as shell text: for each command the words that start it."""
     settings = {"run": slurm.shell_words([str(folder)]), "arguments": arguments}
     for command in commands:
         script = installation.script(command)
-        start = [str(script)] if script else ["-P", "-m", "pretrain", command]  # -P: the current folder has no modules
+        start = [str(script)] if script else ["-P", "-m", "pretrain", command]  # -P: no imports from the current folder
         settings[command.replace("-", "_")] = f"({slurm.shell_words([sys.executable, *start])})"
     return settings
 
 
 def layout_problem(config: RunConfig, ranks: int) -> str:
-    """Say why a config cannot be trained on so many ranks; empty if it can."""
+    """Describe why a config cannot be trained on this many ranks; empty if it can."""
     try:
         config.check(dp_size_of(ranks, config.parallel))
     except ConfigError as error:
@@ -120,11 +120,11 @@ def layout_problem(config: RunConfig, ranks: int) -> str:
 
 
 def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Finding]:
-    """Check that the batch can be split over the ranks, now and on another number of nodes."""
+    """Check that the batch can be split over the ranks, now and on other numbers of nodes."""
     nodes, each, parallel = request.nodes, request.ranks_per_node, config.parallel
     devices = f"{nodes} nodes, each of {each} {'GPUs' if request.gpus_per_node else 'CPU ranks'}"
     working = [str(n) for n in range(1, _MOST_NODES + 1) if not layout_problem(config, n * each)]
-    others = f"; numbers of such nodes that work: {', '.join(working)}" if working else ""
+    others = f"; other node counts that work: {', '.join(working)}" if working else ""
     if problem := layout_problem(config, request.ranks):
         yield Finding("error", "layout", f"{devices}: {problem}{others}")
         return
@@ -136,7 +136,7 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
         f" {config.micro_steps(dp_size)} micro-steps of {rows} rows{others}",
     )  # fmt: skip
     if each % parallel.tp_size:
-        text = f"parallel.tp_size={parallel.tp_size} reaches across nodes of {each}: every layer waits for the network"
+        text = f"parallel.tp_size={parallel.tp_size} spans nodes of {each} ranks: every layer waits for the network"
         yield Finding("warning", "layout", text)
 
 
@@ -167,7 +167,7 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
 
 
 def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:
-    """Return the partition asked for, or why no cluster was asked. Raises ConfigError if there is none of that name."""
+    """Return the requested partition, or why no cluster was asked. Raises ConfigError if there is no such partition."""
     if not slurm.has_slurm():
         return None, "there is no sbatch on this machine"
     try:
@@ -183,25 +183,25 @@ def job_findings(
     silent: str,
     dry_run: bool,
 ) -> Iterator[Finding]:
-    """Yield the findings of the checks of the job, whatever its runs are.
+    """Yield the findings about the job itself, independent of its runs.
 
     Args:
-        silent: why no cluster was asked, where there is no partition.
+        silent: why no cluster was asked, if there is no partition.
     """
     limit = slurm.seconds_of(request.time)
     preemption = (partition.preemption, partition.preemption_grace_seconds) if partition else ("OFF", 0)
     if limit is None:
-        text = f"--time={request.time} is no time; write minutes, hours:minutes:seconds or days-hours"
+        text = f"--time={request.time} is not a time; write minutes, hours:minutes:seconds or days-hours"
         yield Finding("error", "time", text)
     else:
         yield from preflight.grace_findings(save, request.grace_seconds, limit, *preemption)
     if partition is None:
-        text = f"{silent}: no cluster was asked, and none can be given a job from here"
+        text = f"{silent}: no cluster was asked, and no job can be submitted from here"
         yield Finding("note" if dry_run else "error", "slurm", text)
 
 
 def sbatch_finding(script: str) -> Finding:
-    """Ask sbatch itself about the job."""
+    """Ask sbatch whether it would accept the job."""
     try:
         return Finding("ok", "slurm", slurm.try_out(script))
     except ConfigError as error:

@@ -1,6 +1,6 @@
-"""Starts a command, as `headrace NAME`, `python -m pretrain NAME` or a script in launch/.
+"""Start a command, as `headrace NAME`, `python -m pretrain NAME` or a script in launch/.
 
-What all commands share is done here: the device that DeepSpeed may look for, the place among several ranks, the parser,
+This module holds what all commands share: the device that DeepSpeed uses, the rank's place among others, the parser,
 and the exit code of an error.
 """
 
@@ -23,29 +23,29 @@ class Command(NamedTuple):
     """A command: the module pretrain/commands/NAME.py has `add_arguments(parser)` and `run(arguments) -> exit code`."""
 
     summary: str
-    on_ranks: bool = False  # runs a model, on as many ranks as a launcher starts
+    on_ranks: bool = False  # runs a model, on however many ranks a launcher starts
 
 
 COMMANDS = {
-    "sample": Command("write the sample configs and their text into a folder, to be trained on from there"),
+    "sample": Command("write the sample configs and their text into a folder, ready for training"),
     "train": Command("train a model, or continue training it", on_ranks=True),
     "index": Command("index shards before a run reads them"),
     "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
-    "provenance": Command("name every document of a step"),
-    "submit": Command("submit a run to Slurm, once it is known that it can work"),
-    "check-nodes": Command("try the nodes of a Slurm job before a training starts on them"),
+    "provenance": Command("list every document of a step"),
+    "submit": Command("check a run and submit it to Slurm"),
+    "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),
 }
 
 
 def main() -> int:
-    """Run the command that the first word names; return its exit code."""
+    """Run the command that the first argument names; return its exit code."""
     parser = argparse.ArgumentParser(prog="headrace", description="Pretrain language models on raw shards of text.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     _ignore_local_rank(parser)
-    # Each command parses the words behind its name by itself, so that only its module is imported.
+    # Each command parses the arguments after its name itself, so that only its module is imported.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.summary, add_help=False)
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Run a command with the words that were typed behind its name; return its exit code."""
+    """Run a command with the arguments after its name; return its exit code."""
     on_ranks = COMMANDS[name].on_ranks
     if on_ranks:
         _become_rank()
@@ -80,19 +80,19 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def as_typed_here(text: str) -> str:
-    """Return a text that names commands as `headrace NAME`, with each as it is typed in this installation."""
+    """Replace each `headrace NAME` in a text with how the command is typed in this installation."""
     names = "|".join(sorted(COMMANDS, key=len, reverse=True))
     return re.sub(rf"\bheadrace ({names})\b", lambda match: installation.typed(match[1]), text)
 
 
 def _ignore_local_rank(parser: argparse.ArgumentParser) -> None:
-    # The deepspeed launcher adds it in front of all other words; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher adds it before all other arguments; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def _become_rank() -> None:
     """Prepare this process to be one of the ranks that a launcher has started, or the only one."""
-    # Here, since commands without a model are typed often, and importing torch takes them seconds.
+    # Imported here, since commands without a model are typed often, and importing torch takes seconds.
     import torch
 
     from pretrain.topology import slurm_environment
@@ -104,5 +104,5 @@ def _become_rank() -> None:
 
 
 def _use_device(name: str) -> None:
-    # Where DeepSpeed has to look for a device by itself, it reports on stdout what it found.
+    # If DeepSpeed has to find a device itself, it prints what it found to stdout.
     os.environ.setdefault("DS_ACCELERATOR", name)

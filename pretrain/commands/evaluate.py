@@ -1,14 +1,14 @@
-"""Scores models on text that they were not trained on: `headrace evaluate --run runs/x --suite DIR`.
+"""Score models on text that they were not trained on: `headrace evaluate --run runs/x --suite DIR`.
 
-    --run DIR [--steps all|1000,2000]   checkpoints of a run, by default the newest; none is scored twice
+    --run DIR [--steps all|1000,2000]   a run's checkpoints, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
     --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer.model
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead of a suite (pip install -e '.[eval]')
-    --compare DIR DIR                   evaluations side by side, with bootstrap intervals; draws a PNG
+    --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
-Figures go to evals.jsonl in the folder, to the run's wandb run unless it is being trained, and to the terminal.
-A launcher may start it on any number of ranks, of which --tp share one copy of the model. Values of the run's
-config are set as key.path=value, such as evaluation.max_documents=100. See docs/evaluation.md.
+Results go to evals.jsonl in the folder, to the run's wandb run unless it is in training, and to the terminal. A
+launcher may start it on any number of ranks, of which --tp share one copy of the model. Values of the run's
+config are set with key.path=value, such as evaluation.max_documents=100. See docs/evaluation.md.
 
 Exit codes: 0 done, 2 no such run, suite or checkpoint, or bad input, 1 anything else.
 """
@@ -47,7 +47,7 @@ from shards import CheckpointError, ConfigError, Tokenizer
 _logger = logging.getLogger("headrace")
 
 _DEFAULT_PLOT = Path("comparison.png")
-_BATCH_SIZE = 8  # rows at once, where neither the config nor the command says
+_BATCH_SIZE = 8  # rows at once if neither the config nor the command says
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
     parser.add_argument("--steps", default="newest", help="newest, all, or a list such as 1000,2000")
     parser.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is finished")
-    parser.add_argument("--poll-seconds", type=float, default=30.0, help="between two looks for new checkpoints")
-    parser.add_argument("--tasks", help="names of harness tasks, with commas between")
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with task files of your own")
-    parser.add_argument("--limit", type=int, help="documents of each task")
+    parser.add_argument("--poll-seconds", type=float, default=30.0, help="time between checks for new checkpoints")
+    parser.add_argument("--tasks", help="comma-separated names of harness tasks")
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own task files")
+    parser.add_argument("--limit", type=int, help="number of documents per task")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model")
-    parser.add_argument("--seq-len", type=int, help="tokens a window; default: the run's, or 2048")
+    parser.add_argument("--seq-len", type=int, help="tokens per window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {_DEFAULT_PLOT}, with matplotlib")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
-    """Score checkpoints of a run. Raises: HeadraceError if there is nothing of what is asked for."""
+    """Score checkpoints of a run. Raises HeadraceError if the run, suite or checkpoint does not exist."""
     folder = RunFolder(arguments.run)
     folder.check_there()
     overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
@@ -84,7 +84,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     config = load_config(folder.config, overrides, begun=True)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
-    if store.steps():  # all have the same, and one that is followed may have none yet
+    if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with topology.started(config.parallel) as here:
         model = ForwardModel(config.model, config.parallel, config.precision, here)
@@ -95,7 +95,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             return
         evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, here)
         if here.is_main:
-            with contextlib.suppress(CheckpointError, OSError):  # a training may remove it at this moment
+            with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         suite = evaluator.eval_set.suite
@@ -111,7 +111,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
 def _steps(
     arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str, lease: Lease
 ) -> Iterator[int | None]:
-    """Yield the steps to score; None where there is none yet. Raises: CheckpointError if there is no such step."""
+    """Yield the steps to score; None while there is none. Raises CheckpointError if there is no such step."""
     done = evaluated_steps(folder, suite)
     if arguments.follow:
 
@@ -130,7 +130,7 @@ def _steps(
         wanted = [store.find(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
         if step in done:
-            _logger.info("step %d: %s is in %s already", step, suite, folder.evals.path)
+            _logger.info("step %d: %s is already in %s", step, suite, folder.evals.path)
         else:
             yield step
 
@@ -143,7 +143,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _one_step(text: str) -> int | None:
-    """Return the step that is asked for; None for the newest."""
+    """Return the requested step; None for the newest."""
     numbers = [] if text == "newest" else _numbers(text)
     if len(numbers) > 1:
         raise ConfigError(f"--steps {text}: name one step with --tasks or --compare")
@@ -151,7 +151,7 @@ def _one_step(text: str) -> int | None:
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    """Score a model in another layout. Raises: HeadraceError if it is no model, or there is no suite."""
+    """Score a model in another program's layout. Raises HeadraceError if there is no such model or suite."""
     weights = open_model(arguments.model)
     config = weights.description.config
     path = arguments.tokenizer or arguments.model / "tokenizer.model"
@@ -165,7 +165,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     for override in arguments.overrides:
         key, _, value = override.partition("=")
         if not key.startswith("evaluation."):
-            raise ConfigError(f"{override}: with --model only evaluation.* can be set")
+            raise ConfigError(f"{override}: with --model, only evaluation.* can be set")
         values[key.removeprefix("evaluation.")] = int(value)
     evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
     seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
@@ -192,7 +192,7 @@ def _evaluator(
 ) -> Evaluator:
     eval_set = load_suite(config, tokenizer, seq_len, precision, here.dp_rank, here.dp_size)
     if eval_set is None:
-        raise ConfigError("there is no suite: give --suite, a folder or YAML file, or --tasks")
+        raise ConfigError("there is no suite: give --suite with a folder or YAML file, or --tasks")
     return Evaluator(model, eval_set, here, config.batch_size or _BATCH_SIZE)
 
 
@@ -204,9 +204,9 @@ def _run_tasks(
     batch_size: int,
     here: Topology,
 ) -> None:
-    """Run and print tasks of lm-evaluation-harness. Raises: ConfigError if it is not installed or has no such task."""
+    """Run and print tasks of lm-evaluation-harness. Raises ConfigError if it is not installed or has no such task."""
     try:
-        from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an extra, and slow to import
+        from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an optional dependency, and slow to import
     except ImportError as error:
         raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
     lm = HeadraceLM(model, tokenizer, seq_len, here, batch_size)
@@ -216,10 +216,10 @@ def _run_tasks(
 
 
 def compare_runs(arguments: argparse.Namespace) -> None:
-    """Print and draw two evaluations. Raises: HeadraceError if they cannot be compared."""
+    """Print and draw two evaluations. Raises HeadraceError if they cannot be compared."""
     folders = [RunFolder(root) for root in arguments.compare]
     if arguments.plot:
-        compare.check_can_draw()  # before anything is computed: a picture was asked for
+        compare.check_can_draw()  # before anything is computed, since a picture was requested
     suites = compare.chosen_suites(folders, str(arguments.suite) if arguments.suite else None)
     places = list(zip(folders, suites, strict=True))
     steps = [compare.scored_step(folder, suite, _one_step(arguments.steps)) for folder, suite in places]
@@ -229,7 +229,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     )
     if a.suite != b.suite:
         _logger.warning(
-            "%s is scored as %s, %s as %s: where seq_len, precision or text differ, so do the figures because of it",
+            "%s was scored as %s, %s as %s: differences in seq_len, precision or text affect the comparison",
             arguments.compare[0], a.suite, arguments.compare[1], b.suite,
         )  # fmt: skip
     for root, domains in zip(reversed(arguments.compare), compare.only_in_one(a, b), strict=True):
@@ -239,13 +239,13 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     for root, scores in zip(arguments.compare, (a, b), strict=True):
         if left_out := len(scores.key) - differences[-1].documents:
             total = len(scores.key)
-            _logger.warning("%d of the %d documents of %s are not in both and do not count", left_out, total, root)
+            _logger.warning("%d of the %d documents of %s are not in both and are not counted", left_out, total, root)
     first, second = (f"{root.name or root} step {step}" for root, step in zip(arguments.compare, steps, strict=True))
     Console().print(difference_table(" and ".join(dict.fromkeys(suites)), (first, second), differences))
     try:
         compare.check_can_draw()
     except ConfigError as error:
-        _logger.warning("there is no picture, only the table: %s", error)
+        _logger.warning("no picture was drawn, only the table: %s", error)
         return
     path = arguments.plot or _DEFAULT_PLOT
     compare.draw(differences, (first, second), path)
@@ -253,7 +253,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Score or compare, as the arguments ask. Raises: HeadraceError if there is nothing of what is asked for."""
+    """Score or compare, as the arguments say. Raises HeadraceError if the run, model or suite does not exist."""
     if arguments.compare:
         compare_runs(arguments)
     elif arguments.run:

@@ -1,14 +1,14 @@
-"""Writes a run's model for other programs: `headrace export --run runs/x --to models/x`.
+"""Export a run's model for other programs: `headrace export --run runs/x --to models/x`.
 
     hf      what `transformers.AutoModelForCausalLM` and `AutoTokenizer` load: safetensors, config.json, tokenizer
     meta    Meta's layout: consolidated.XX.pth for each of --tp ranks, params.json, tokenizer.model
 
-The checkpoint may be of any topology; it is read weight by weight, on the CPU, after its files are compared with their
-hashes. The run may be training meanwhile. The folder appears when it is complete.
+The checkpoint may have any topology; it is read weight by weight, on the CPU, after its files have been verified. The
+run may be training meanwhile. The folder appears once it is complete.
 
-`--describe DIR` prints the `model:` section of a config for a model in either layout, to be used with `init_from: DIR`.
+`--describe DIR` prints the `model:` section of a config for a model in either layout, for use with `init_from: DIR`.
 
-Exit codes: 0 done, 2 no such run, step or model, or one that the layout cannot hold, 1 anything else.
+Exit codes: 0 done, 2 no such run, step or model, or the layout cannot represent it, 1 anything else.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ from shards import CheckpointError, ConfigError, Tokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--describe", type=Path, metavar="DIR", help="print the `model:` section for a model; no export"
+        "--describe", type=Path, metavar="DIR", help="print the `model:` section for a model and export nothing"
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("--step", type=int, help="of its checkpoint; default: the newest")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf")
-    parser.add_argument("--tp", type=int, default=1, metavar="K", help="files of the meta layout")
+    parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="fp32: the optimizer's exact weights; default: the run's precision"
     )
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of a safetensors file, in 10^9 bytes")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="maximum size of a safetensors file, in 10^9 bytes"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
 
 
 def export_run(arguments: argparse.Namespace) -> None:
-    """Export a checkpoint of a run. Raises: HeadraceError if there is none, or it cannot be exported."""
+    """Export a checkpoint of a run. Raises HeadraceError if there is none, or it cannot be exported."""
     folder = RunFolder(arguments.run)
     folder.check_there()
     config = load_config(folder.config, arguments.overrides, begun=True)
@@ -70,7 +72,7 @@ def export_run(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export a run's model, or describe another model. Raises: HeadraceError if it cannot be done."""
+    """Export a run's model, or describe another model. Raises HeadraceError if it cannot be done."""
     log.set_up(0)
     if arguments.describe:
         print(describe(arguments.describe), end="")

@@ -1,9 +1,9 @@
-"""Continues prompts with a model: `headrace generate --run runs/x --prompt "The "`; without --prompt, it reads lines.
+"""Continue prompts with a model: `headrace generate --run runs/x --prompt "The "`; without --prompt, read lines.
 
-The model is a run's checkpoint, of whatever topology, or with --model a folder in the layout of Hugging Face or Meta.
-Started by `deepspeed`, `torchrun` or `srun`, all ranks share one model tensor-parallel, each with its slices.
+The model is a run's checkpoint of any topology, or with --model a folder in the layout of Hugging Face or Meta. If
+`deepspeed`, `torchrun` or `srun` starts several ranks, they share one model by tensor parallelism.
 
-The text goes to stdout as it comes, without the prompt. Exit codes: 0 done, 2 bad input, 1 anything else.
+The text goes to stdout as it is generated, without the prompt. Exit codes: 0 done, 2 bad input, 1 anything else.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="a run's folder, e.g. runs/quickstart")
     model.add_argument("--model", type=Path, help="a folder with an exported or downloaded model")
-    parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
     parser.add_argument("--prompt", action="append", help="may be repeated; without it, lines are read")
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: the most likely token")
-    parser.add_argument("--top-k", type=int, help="sample among so many tokens")
-    parser.add_argument("--top-p", type=float, default=defaults.top_p, help="and the fewest that reach this sum")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--top-k", type=int, help="sample from this many of the most likely tokens")
     parser.add_argument(
-        "--stop", action="append", default=[], help="end before this string; may be given several times"
+        "--top-p", type=float, default=defaults.top_p, help="and from the fewest with this total probability"
     )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--stop", action="append", default=[], help="end before this string; may be repeated")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's; for --model fp32")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that has not been loaded yet, and what has to be known to generate with it."""
+    """A model that has not been loaded yet, and what generating with it requires."""
 
     config: ModelConfig
-    load: Callable[[ForwardModel, Topology], object]  # fills a model with the weights; every rank calls it
+    load: Callable[[ForwardModel, Topology], object]  # fills a model with its weights; every rank calls it
     codec: Codec
-    context: int  # tokens of the windows that it was trained on
+    context: int  # length of the windows that it was trained on, in tokens
     precision: Precision
 
 
 def find_model(arguments: argparse.Namespace) -> Source:
-    """Find the model that the arguments name. Raises: HeadraceError if there is none."""
+    """Find the model that the arguments name. Raises HeadraceError if there is none."""
     if arguments.model:
         model = open_model(arguments.model)
         description = model.description
@@ -106,7 +106,7 @@ def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
 
 
 def print_continuations(arguments: argparse.Namespace) -> None:
-    """Print the continuations of all prompts. Raises: HeadraceError if the model or the arguments are wrong."""
+    """Print the continuations of all prompts. Raises HeadraceError if the model or the arguments are wrong."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     sampling = Sampling.parse({name: getattr(arguments, name) for name in names}, at="--")
     tp_size = world_size_of(os.environ)
@@ -125,7 +125,7 @@ def print_continuations(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print continuations until there are no more prompts, or Ctrl-C."""
+    """Print continuations until there are no more prompts or Ctrl-C is pressed."""
     with contextlib.suppress(KeyboardInterrupt):
         print_continuations(arguments)
     return 0

@@ -1,9 +1,12 @@
-"""Indexes the shards of a run, `headrace index --config configs/my-run.yaml`, or those of one source by its
-patterns, `headrace index 'data/pile/*.jsonl.zst'`.
+"""Index the shards of a run, or of one source by its patterns.
 
-A training start makes missing indexes by itself, up to data.max_index_at_start; beyond that, run this first. It may be
-a Slurm array: with `--part i/n` a task takes every n-th shard; run it once more without --part to write the manifests.
-With a config all sources are indexed where its run will look for them, data sets too, and its remote_cache is filled.
+    headrace index --config configs/my-run.yaml
+    headrace index 'data/pile/*.jsonl.zst'
+
+A training start indexes missing shards itself, up to data.max_index_at_start; beyond that, run this first. It may run
+as a Slurm array: with `--part i/n` a task takes every n-th shard; run it once more without --part to write the
+manifests. With a config, all sources are indexed where its run will look for them, data sets too, and its remote_cache
+is filled.
 
 Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 130 interrupted, 1 anything else.
 """
@@ -31,7 +34,7 @@ from shards.index.splice_points import explain
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
-_INTERRUPTED = 128 + signal.SIGINT  # as shells call it
+_INTERRUPTED = 128 + signal.SIGINT  # as in shells
 _REPORT_BYTES = 4 << 20
 _REFRESH_SECONDS = 0.2
 
@@ -39,10 +42,10 @@ Report = tuple[str, int | ShardIndex | HeadraceError]
 
 
 def part(text: str) -> tuple[int, int]:
-    """Parse I/N into (I, N). Raises: argparse.ArgumentTypeError."""
+    """Parse I/N into (I, N). Raises argparse.ArgumentTypeError if it is malformed."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1, such as 0/100 to 99/100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/100 to 99/100")
     return int(number), int(count)
 
 
@@ -51,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "patterns", nargs="*", metavar="PATTERN", help="shards or globs, as in paths; with --config: key.path=value"
     )
     parser.add_argument("--config", type=Path, help="of a run: index all its sources")
-    parser.add_argument("--index-dir", type=Path, help="where indexes go; default: beside the shards (data.index_dir)")
+    parser.add_argument(
+        "--index-dir", type=Path, help="where to put indexes; default: beside the shards (data.index_dir)"
+    )
     parser.add_argument("--verify", action="store_true", help="hash shards even if size and modification time agree")
     parser.add_argument(
         "--verify-entries",
@@ -59,29 +64,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="decode from each splice point to the next and compare; off: only for a history's length, 1 MiB at least",
     )
-    parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and leave; with --document")
+    parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and exit; needs --document")
     parser.add_argument("--document", type=int, metavar="N", help="its line in the unpacked shard, counted from 1")
-    parser.add_argument("--show", action="store_true", help="print what each index says")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards at a time")
+    parser.add_argument("--show", action="store_true", help="print each index")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of shards to index at a time")
     parser.add_argument(
         "--part", type=part, metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0"
     )
-    parser.add_argument("--cell-bytes", type=int, help="only for a run that sets data.window_bytes below 1 MiB")
+    parser.add_argument("--cell-bytes", type=int, help="only needed for a run that sets data.window_bytes below 1 MiB")
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other. Raises: ConfigError."""
+    """Reject arguments that contradict each other. Raises ConfigError."""
     if (arguments.cat is None) != (arguments.document is None):
         raise ConfigError("--cat and --document belong together")
     if not arguments.config and not arguments.patterns and not arguments.cat:
         raise ConfigError("name shards, or a run's config with --config")
     if arguments.config and (arguments.index_dir or arguments.cell_bytes or arguments.max_decoder_window):
-        raise ConfigError("with --config say data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
+        raise ConfigError("with --config set data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
 
 
 def data_config(arguments: argparse.Namespace) -> DataConfig:
-    """Return the sources to index and the settings to do it with. Raises: ConfigError."""
+    """Return the sources to index, and the settings for it. Raises ConfigError if there are none."""
     if arguments.config:
         tree, _ = read_tree(arguments.config, arguments.patterns)
         return DataConfig.parse(tree.get("data") or {}, "data")
@@ -92,7 +97,7 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     }
     return DataConfig(
         sources=(SourceConfig(name="PATTERN", paths=tuple(arguments.patterns)),),
-        tokenizer=Path(),  # neither it nor seq_len matters to an index
+        tokenizer=Path(),  # an index depends neither on it nor on seq_len
         seq_len=1,
         **{key: value for key, value in given.items() if value is not None},
     )
@@ -101,11 +106,11 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
 def work(
     tasks: Queue[str | None], reports: Queue[Report], data: DataConfig, verify: bool, verify_entries: bool
 ) -> None:
-    """Index the shards that `tasks` gives, until it gives None; a worker process runs it.
+    """Index the shards from `tasks` until it yields None; a worker process runs it.
 
-    It reports (shard, compressed bytes read of it since the last report) and (shard, its index or the error).
+    It reports (shard, compressed bytes read since the last report) and finally (shard, its index or the error).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's process handles it, and ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's process handles it and ends this one
     Thread(target=end_with_parent, daemon=True).start()
     cache = open_cache(data.remote_cache)
     unreported = 0
@@ -126,7 +131,7 @@ def work(
 
 
 def end_with_parent() -> None:
-    """Wait until the command's process is gone, whatever ended it, and end this one."""
+    """Wait until the command's process is gone, for whatever reason, then end this one."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -139,8 +144,8 @@ def index_shards(
     """Index shards, several at a time, under a progress bar; return the indexes in the order of `paths`.
 
     Raises:
-        ShardError: names every shard that is missing or damaged, once all others have their indexes.
-        HeadraceError: if a worker is lost.
+        ShardError: naming every missing or damaged shard, once all others are indexed.
+        HeadraceError: if a worker dies.
     """
     found: dict[str, ShardIndex | HeadraceError] = {}
     sizes: dict[str, int] = {}  # bytes of each shard that exists
@@ -151,11 +156,11 @@ def index_shards(
             found[path] = error
     read = dict.fromkeys(sizes, 0)
     lost: list[int] = []  # exit statuses of workers
-    # Processes, not threads: finding lines holds the interpreter's lock for a third of the time.
+    # Processes, not threads: finding lines holds the interpreter lock for a third of the time.
     spawn = get_context("spawn")
     tasks: Queue[str | None] = spawn.Queue()
     reports: Queue[Report] = spawn.Queue()
-    tasks.cancel_join_thread()  # tasks that no worker will take must not keep this process
+    tasks.cancel_join_thread()  # tasks that no worker takes must not keep this process alive
     for task in (*sizes, *[None] * workers):
         tasks.put(task)
     arguments = (tasks, reports, data, verify, verify_entries)
@@ -191,7 +196,7 @@ def index_shards(
 
 
 def show(path: str, index: ShardIndex) -> None:
-    """Print what the index of a shard says."""
+    """Print the index of a shard."""
     print(path)
     print(
         f"  {index.compression}, {index.stat.size:,} bytes, {index.raw_bytes:,} raw, content hash {index.content_hash}"
@@ -207,7 +212,7 @@ def show(path: str, index: ShardIndex) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Index the shards, or print a document; return the exit code. Raises: HeadraceError if it cannot be done."""
+    """Index the shards, or print a document; return the exit code. Raises HeadraceError if that fails."""
     check_arguments(arguments)
     try:
         if arguments.cat:
@@ -215,13 +220,13 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             index_sources(arguments)
     except KeyboardInterrupt:
-        print("interrupted; the indexes made so far stay, the same command makes the others", file=sys.stderr)
+        print("interrupted; indexes made so far are kept, and the same command makes the rest", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
 
 def index_sources(arguments: argparse.Namespace) -> None:
-    """Index the shards that are named, and write the manifest of each source unless only a part is done."""
+    """Index the given shards, and write the manifest of each source unless only a part is indexed."""
     data = data_config(arguments)
     paths_of = [preparation.shard_paths(source) for source in data.sources]
     paths = list(dict.fromkeys(path for paths in paths_of for path in paths))

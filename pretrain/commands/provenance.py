@@ -1,20 +1,20 @@
-"""Names every document of a step: `headrace provenance --run runs/quickstart --step 300`.
+"""List every document of a step: `headrace provenance --run runs/quickstart --step 300`.
 
-The step's batch is made again from the nearest cursors that the run wrote down, and checked against the batch hash in
-its metrics.jsonl. Goes to stdout as tab-separated lines under one line of names, a line for each piece of a document:
+The step's batch is reconstructed from the nearest cursors that the run recorded, and checked against the batch hash in
+its metrics.jsonl. Output goes to stdout: tab-separated lines under a header line, one for each piece of a document:
 
     row     in the global batch, counted from 0
     source  as the config names it
     shard   its path
-    line    of the record in the unpacked shard, counted from 1
-    start   first token of the document that stands in the row, BOS counted; 0 = the document's beginning
-    stop    one past the last
+    line    of the record in the decompressed shard, counted from 1
+    start   first token of the piece in its document, BOS counted; 0 = the document's beginning
+    stop    one past the last token
     text    with --text: the text of these tokens, as a JSON string
 
-A run is read only, so it may be training meanwhile. Start the command in the folder that the run was started in, since
-relative paths of its config count from there; where shards were moved since, say so: data.sources.0.paths=[...].
+A run is only read, so it may be training meanwhile. Start the command in the folder that the run was started in, since
+its config's relative paths start there; if shards were moved since, say so: data.sources.0.paths=[...].
 
-Exit codes: 0 named and checked, 2 no such run or step, or data that is not what it was, 1 anything else.
+Exit codes: 0 listed and checked, 2 no such run or step, or the data has changed, 1 anything else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, required=True, help="counted from 1, as in metrics.jsonl")
     parser.add_argument("--text", action="store_true", help="add the text, as a JSON string")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="over the run's own config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
 
 
 def print_documents(arguments: argparse.Namespace) -> None:
@@ -51,16 +51,16 @@ def print_documents(arguments: argparse.Namespace) -> None:
         print(*origin, *([next(spoken)] if spoken else []), sep="\t")
     sys.stdout.flush()
     print(
-        f"step {arguments.step}: {len(documents):,} documents in {rows:,} rows; the batch made again has the hash that "
+        f"step {arguments.step}: {len(documents):,} documents in {rows:,} rows; the rebuilt batch has the hash that "
         "the run was trained on",
         file=sys.stderr,
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table. Raises: HeadraceError if the run or the step is not there, or not what it was."""
+    """Print the table. Raises HeadraceError if the run or step is missing, or its data has changed."""
     try:
         print_documents(arguments)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes stdout
+    except BrokenPipeError:  # for example, `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains when closing stdout
     return 0

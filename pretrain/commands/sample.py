@@ -1,9 +1,9 @@
-"""Writes the sample into a folder: `headrace sample .`, then `headrace train --config configs/quickstart.yaml` there.
+"""Write the sample into a folder: `headrace sample .`, then `headrace train --config configs/quickstart.yaml` there.
 
 DIR/configs gets the configs that come with Headrace, DIR/shards/sample the text, the tokenizer and the suite of the
 quickstart. A clone has both in its root.
 
-Exit codes: 0 written, 2 the folder has files of these names, 1 anything else.
+Exit codes: 0 written, 2 the folder already has files of these names, 1 anything else.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _MADE_BY_RUNS = ("*.index.json", "*.windows", "*.manifest")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="made if it does not exist")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="created if it does not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Copy the sample. Raises: ConfigError if it, or something of its name, is there already."""
+    """Copy the sample. Raises ConfigError if anything of the same name exists already."""
     parts = {
         arguments.folder / "configs": _PRETRAIN / "configs",
         arguments.folder / "shards" / "sample": _SHARDS / "sample",
@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
     for target, original in parts.items():
         shutil.copytree(original, target, ignore=shutil.ignore_patterns(*_MADE_BY_RUNS))
     command = installation.typed("train", "--config", "configs/quickstart.yaml")
-    print(f"{' and '.join(map(str, parts))} are written; in {arguments.folder}, `{command}` trains on them")
+    print(f"{' and '.join(map(str, parts))} written; in {arguments.folder}, `{command}` trains on them")
     return 0

@@ -1,4 +1,4 @@
-"""Submits a run to Slurm, once it is known that it can work:
+"""Submit a run to Slurm, after checking that it can work.
 
     headrace submit --config configs/llama-1b-dolma.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
 
@@ -8,7 +8,7 @@ script to stdout. With --array a sweep: one run for each combination of a YAML f
     optim.learning_rate: [1e-3, 3e-3]
     run.seed: [0, 1]
 
-Exit codes: 0 submitted (or, with --dry-run, all is well), 2 something would not work, 1 anything else.
+Exit codes: 0 submitted (or, with --dry-run, all is well), 2 a check failed, 1 anything else.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COLORS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold re
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a type of arguments: whole numbers from `least` on."""
+    """Return an argument type for whole numbers from `least` on."""
 
     def whole_number(text: str) -> int:
         if int(text) < least:
@@ -59,33 +59,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.learning_rate=1e-3")
     parser.add_argument("--nodes", type=at_least(1), required=True)
     parser.add_argument(
-        "--gpus-per-node", type=at_least(0), required=True, help="also the ranks; 0: one CPU rank a node"
+        "--gpus-per-node", type=at_least(0), required=True, help="also the ranks per node; 0: one CPU rank per node"
     )
-    parser.add_argument("--time", required=True, help="limit of one start, as sbatch takes it, e.g. 24:00:00")
+    parser.add_argument("--time", required=True, help="limit of one start, in sbatch's format, e.g. 24:00:00")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument(
-        "--array", type=Path, metavar="SWEEP.YAML", help="lists of values by key: a run for each of all"
+        "--array", type=Path, metavar="SWEEP.YAML", help="lists of values by key: a run for each combination"
     )
-    parser.add_argument("--after", metavar="JOB", help="start when this job has succeeded; if it fails, do not")
+    parser.add_argument("--after", metavar="JOB", help="start only once this job has succeeded")
     parser.add_argument("--cpus-per-task", type=at_least(1), help="cores of one rank; default: data.num_workers + 2")
     parser.add_argument(
-        "--grace", type=at_least(1), metavar="SECONDS", help="before the time limit; default: from the save's time"
-    )
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, where the partition does not tell")
-    parser.add_argument("--no-node-check", action="store_true", help="begin without trying the nodes first")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch's, e.g. --sbatch=--mem=0"
+        "--grace",
+        type=at_least(1),
+        metavar="SECONDS",
+        help="save this long before the limit; default: from a save's duration",
     )
     parser.add_argument(
-        "--evaluate", action="store_true", help="a job beside the training that scores its checkpoints as they appear"
+        "--gpu-memory", type=float, metavar="GB", help="memory of one GPU, if the partition does not say"
+    )
+    parser.add_argument("--no-node-check", action="store_true", help="start without testing the nodes first")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other sbatch option, e.g. --sbatch=--mem=0"
+    )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="submit a job beside the training that scores its checkpoints as they appear",
     )
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, and stop")
 
 
 def show(console: Console, findings: list[Finding]) -> None:
-    """Print the findings, each once, one below the other."""
+    """Print the findings, each once, one below another."""
     table = Table.grid(padding=(0, 2))
     for finding in dict.fromkeys(findings):
         level = f"[{_COLORS[finding.level]}]{finding.level}[/]"
@@ -94,19 +101,19 @@ def show(console: Console, findings: list[Finding]) -> None:
 
 
 def explain(console: Console, job: str, request: slurm.JobRequest, runs: list[Run], base: RunConfig) -> None:
-    """Print how to watch a job that was submitted."""
+    """Print how to watch a submitted job."""
     logs = runs[0].folder / "logs"
     own_log = base.run.dir / base.run.name / "logs" / (f"{job}_0.log" if request.tasks else f"{job}.log")
     ways = [
-        (f"squeue --jobs={job}", "where it stands in the queue"),
+        (f"squeue --jobs={job}", "its place in the queue"),
         (f"tail -F {own_log}", "starts, restarts, and why"),
-        (f"tail -F {logs}/latest.log", "what the ranks say, from their first line on"),
-        (f"scancel {job}", "stops it for good; the same submission goes on"),
+        (f"tail -F {logs}/latest.log", "the ranks' log, from its first line on"),
+        (f"scancel {job}", "stops it for good; submitting it again continues the run"),
     ]
     if base.wandb.mode == "offline":
         ways.append((f"wandb sync {runs[0].folder}/wandb/offline-run-*", "uploads the figures so far"))
     elif base.wandb.mode == "online":
-        ways.append((f"wandb: project {base.wandb.project}", "the figures, as they come"))
+        ways.append((f"wandb: project {base.wandb.project}", "the figures, live"))
     table = Table.grid(padding=(0, 3))
     for way in ways:
         table.add_row(*way)
@@ -118,7 +125,7 @@ def explain(console: Console, job: str, request: slurm.JobRequest, runs: list[Ru
 def request_of(
     arguments: argparse.Namespace, name: str, output: Path, cpus_per_task: int, grace_seconds: int, tasks: int | None
 ) -> slurm.JobRequest:
-    """Make the request to Slurm; what the command leaves open follows from the runs."""
+    """Make the request to Slurm; what the arguments leave open follows from the runs."""
     return slurm.JobRequest(
         name=name,
         nodes=arguments.nodes,
@@ -138,7 +145,7 @@ def request_of(
 
 
 def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
-    """Submit `headrace evaluate --follow` for the run of a config; return the exit code."""
+    """Submit `headrace evaluate --follow` for a config's run; return the exit code."""
     (run,) = runs_of(arguments.config, arguments.overrides, None)
     logs = run.folder / "logs"
     request = request_of(arguments, f"{run.config.run.name}-eval", logs / "eval-%j.log", 2, 0, None)
@@ -146,7 +153,7 @@ def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
     print(script, end="", flush=True)
     if not arguments.dry_run:
         if not slurm.has_slurm():
-            raise ConfigError("there is no sbatch on this machine, so no job can be submitted from here; try --dry-run")
+            raise ConfigError("there is no sbatch on this machine, so no job can be submitted; try --dry-run")
         logs.mkdir(parents=True, exist_ok=True)
         job = slurm.submit(script)
         console.print(f"\nSubmitted as job {job}; its log is {logs}/eval-{job}.log.", style="bold")
@@ -154,9 +161,9 @@ def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def submit_training(arguments: argparse.Namespace, console: Console) -> int:
-    """Check and submit the run of a config, or those of a sweep; return the exit code."""
+    """Check and submit a config's run, or those of a sweep; return the exit code."""
     runs = runs_of(arguments.config, arguments.overrides, arguments.array)
-    (named,) = runs_of(arguments.config, arguments.overrides, None)  # a sweep's runs are named after it
+    (named,) = runs_of(arguments.config, arguments.overrides, None)  # a sweep's runs get their names from it
     base, logs = named.config, named.folder / "logs"
     partition, silent = partition_of(arguments.partition)
     bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
@@ -181,10 +188,10 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.dry_run or not wrong:
         print(script, end="", flush=True)
     if wrong:
-        console.print("Not submitted: see the errors above.", style="bold red")
+        console.print("Not submitted; see the errors above.", style="bold red")
         return ConfigError.exit_code
     if not arguments.dry_run:
-        logs.mkdir(parents=True, exist_ok=True)  # or Slurm could not open the job's own log there
+        logs.mkdir(parents=True, exist_ok=True)  # otherwise Slurm could not open the job's own log there
         job = slurm.submit(script)
         write_atomically(logs / f"{job}.sbatch", script)
         explain(console, job, request, runs, base)
@@ -192,7 +199,7 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Submit a training or an evaluation; return the exit code. Raises: HeadraceError if it cannot be submitted."""
+    """Submit a training or an evaluation; return the exit code. Raises HeadraceError if that fails."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         console.width = 120  # columns of a log file

@@ -1,8 +1,8 @@
-"""Trains a model, or continues training it: `headrace train --config configs/quickstart.yaml`.
+"""Train a model, or continue training it: `headrace train --config configs/quickstart.yaml`.
 
-The `deepspeed` launcher, torchrun or srun start it on several ranks.
+To run on several ranks, start it with the `deepspeed` launcher, torchrun or srun.
 
-Exit codes: 0 finished, 75 stopped early and wants to go on, 2 bad config or input, 1 anything else.
+Exit codes: 0 finished, 75 stopped early and wants to continue, 2 bad config or input, 1 anything else.
 """
 
 from __future__ import annotations
@@ -27,32 +27,34 @@ _logger = logging.getLogger("headrace")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.learning_rate=1e-3")
-    parser.add_argument("--fresh", action="store_true", help="start over; an existing run of this name is moved aside")
-    parser.add_argument("--print-config", action="store_true", help="show what would run, and stop")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; an existing run with this name is moved aside"
+    )
+    parser.add_argument("--print-config", action="store_true", help="show what would run, and exit")
 
 
 def how_to_train_longer(config: RunConfig) -> str:
-    """Say what to add to the command of a finished run so that its learning rate does not jump."""
+    """Describe how to train a finished run longer without a jump of the learning rate."""
     steps, optim = config.train.steps, config.optim
     if steps is None:
         return ""
     last_rate = learning_rate_at(steps, optim, steps)
     further = f"train.steps={2 * steps}"
     if optim.schedule == "constant":
-        return f"the same command with {further} trains on from here; "
+        return f"the same command with {further} continues from here; "
     advice = f"the same command with run.name={config.run.name}-{2 * steps} {further} is a run with a longer schedule; "
     if last_rate > 0:
         constant = f"optim.schedule=constant optim.learning_rate={last_rate:.6g}"
-        advice += f"with {further} {constant} this one goes on at the rate that it ended with; "
+        advice += f"with {further} {constant} this one continues at its final rate; "
     return advice
 
 
 def print_report(config: RunConfig, report: Report) -> None:
-    """Print what a finished run closes with: figures before and after, a sample, and what to do next."""
+    """Print a finished run's summary: figures before and after, a sample, and what to do next."""
     console = Console(soft_wrap=True)
     evals = list(report.folder.evals.read())
     if evals:
-        evals = [e for e in evals if e["suite"] == evals[0]["suite"]]  # `headrace evaluate` may have added others
+        evals = [e for e in evals if e["suite"] == evals[0]["suite"]]  # `headrace evaluate` may have added more
         steps = [int(str(e["step"])) for e in evals]
         first, last = min(steps), max(steps)
         console.print(
@@ -88,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        # Many ranks print this line; the traceback that says why is that of the rank that failed.
+        # Many ranks print this line; the failed rank's traceback says why.
         reason = str(error).strip().partition("\n")[0]
-        _logger.error("another rank is gone, and rank %d ends with it: %s", rank, reason)
+        _logger.error("another rank is gone, so rank %d exits too: %s", rank, reason)
         return 1
     if rank == 0:
         if report.finished:

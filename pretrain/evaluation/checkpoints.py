@@ -1,7 +1,7 @@
-"""Score the checkpoints of a run after the fact, or as they appear.
+"""Score the checkpoints of a run afterwards, or as they appear.
 
-store, forward_model -> checkpoints -> evals.jsonl. The run may be training meanwhile: nothing of it is changed but that
-lines are added to evals.jsonl, and a checkpoint that is removed while it is read is passed over.
+store, forward_model -> checkpoints -> evals.jsonl. The run may be training meanwhile: nothing in its folder changes
+except that lines are added to evals.jsonl, and a checkpoint that is removed while it is read is skipped.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 3600.0  # an idle run is waited for no longer than this
+_PATIENCE_SECONDS = 3600.0  # how long to wait for an idle run
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One model and one suite, for any number of weights."""
+    """One model and one suite, for evaluating any number of weights."""
 
     model: ForwardModel
     eval_set: EvalSet
@@ -39,7 +39,7 @@ class Evaluator:
     batch_size: int
 
     def score(self, weights: Weights) -> DocumentScores:
-        """Score one model's weights. Every rank must call it."""
+        """Score one set of weights. Every rank must call it."""
         self.model.set_weights(weights)
         return self._score()
 
@@ -60,12 +60,12 @@ class Evaluator:
 
 
 def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
-    """Fill a model with one checkpoint's weights, the same one on every rank. Every rank must call it.
+    """Load one checkpoint's weights into a model, the same one on every rank. Every rank must call it.
 
-    The files are compared with their hashes first, each by one rank: a node's ranks would else read all of it each.
+    The files are compared with their hashes first, each by one rank, so that not every rank reads all of them.
 
     Args:
-        step: None: the newest, as rank 0 finds it; the others may find another, where a training saves meanwhile.
+        step: None: the newest that rank 0 sees; others may see a newer one if a training saves meanwhile.
     Returns:
         The step.
     Raises:
@@ -80,11 +80,11 @@ def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | Non
 def score_steps(
     evaluator: Evaluator, store: CheckpointStore, folder: RunFolder, steps: Iterator[int | None], must_be_there: bool
 ) -> list[dict[str, object]]:
-    """Score checkpoints one after the other and record the results. Every rank must call it.
+    """Score checkpoints in turn and record the results. Every rank must call it.
 
     Args:
-        steps: on rank 0 (that of other ranks is not looked at); None where there is nothing new yet.
-        must_be_there: whether one that cannot be read is an error, rather than left out with a warning.
+        steps: read on rank 0 only; yields None while there is nothing new.
+        must_be_there: whether an unreadable checkpoint is an error rather than skipped with a warning.
     Returns:
         The lines of evals.jsonl, on rank 0.
     """
@@ -96,16 +96,16 @@ def score_steps(
 
     while (step := here.broadcast_object(here.together(named))) != -1:
         if step is None:
-            continue  # nothing new yet; the others heard of it before they lost patience
+            continue  # nothing new yet; this keeps the other ranks' collective from timing out
         begin = time.perf_counter()
         try:
             scores = evaluator.score_checkpoint(store, step)
         except HeadraceError as error:
             if must_be_there:
                 raise
-            _logger.warning("%s; it is left out", error)
+            _logger.warning("%s; it is skipped", error)
             continue
-        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have been faster
+        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have scored it meanwhile
             fresh = record_scores(folder, step, scores)
             warn_of_doubts(fresh, evaluator.model.config)
             records += fresh
@@ -123,12 +123,12 @@ def new_checkpoints(
     poll_seconds: float,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[int | None]:
-    """Yield steps of checkpoints, oldest first, until the run's last; None whenever there is no new one yet.
+    """Yield the steps of new checkpoints, oldest first, until the run's last; None whenever there is no new one yet.
 
     Args:
-        done: steps not to be named again.
-        last_step: of the run, as its config says now.
-        is_idle: whether nobody is at work on the run; if so for an hour, it is waited for no longer.
+        done: steps not to yield again.
+        last_step: returns the run's last step according to its current config.
+        is_idle: whether no process is working on the run; after an hour of that, waiting ends.
     """
     seen = set(done)
     idle = 0.0
@@ -142,7 +142,7 @@ def new_checkpoints(
         if not fresh:
             idle = idle + poll_seconds if is_idle() else 0.0
             if idle >= _PATIENCE_SECONDS:
-                _logger.warning("nobody has worked on %s for an hour, and it is not finished", store.root.parent)
+                _logger.warning("no process has worked on %s for an hour, and it is not finished", store.root.parent)
                 return
             yield None
             sleep(poll_seconds)

@@ -1,7 +1,7 @@
 """Compare models on the same documents: how their losses differ, and how much of that may be chance.
 
-DocumentScores -> compare -> table, picture. The interval is a paired bootstrap: documents are drawn anew, with
-replacement, within each domain, the same for both models, and the differences of these samples are sorted.
+DocumentScores -> compare -> table, picture. The interval is a paired bootstrap: documents are resampled with
+replacement within each domain, the same for both models, and the differences of these samples are sorted.
 
 Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval).
 """
@@ -20,20 +20,20 @@ from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 
 _CHUNK = 1 << 22  # random numbers drawn at once
-_MAX_BARS = 60  # bars of a picture; with more domains, only the largest differences are shown
+_MAX_BARS = 60  # bars in a picture; with more domains, only the largest differences are shown
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One domain or average of two models, on the documents that both were scored on.
+    """The difference of two models in one domain or average, on the documents that both were scored on.
 
     Attributes:
         name: of the domain; `macro` and `micro` as in evals.jsonl.
         a, b: bits per byte of each model.
-        low, high: 95 % of the bootstrap's differences b - a lie between; None for a domain of a single document.
-        documents: how many both have.
+        low, high: bounds of 95 % of the bootstrap's differences b - a; None for a domain of a single document.
+        documents: number of documents that both have.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Difference:
 
     @property
     def difference(self) -> float:
-        """b - a: below zero where b is better."""
+        """The difference b - a, which is below zero if b is better."""
         return self.b - self.a
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int = 0) -> list[Difference]:
-    """Compare every domain that both have, in the order of a's, then `macro` and `micro` over these.
+    """Compare every domain that both have, in a's order, then `macro` and `micro` over these.
 
     Raises:
         ConfigError: if they have no document in common.
@@ -63,7 +63,7 @@ def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int
     common = [domain for domain in a.domains if domain in b.domains]
     generator = np.random.default_rng(seed)
     found, means = [], []
-    sums = np.zeros((3, samples))  # over all domains: nll of a, nll of b, bytes
+    sums = np.zeros((3, samples))  # over all domains: a's nll, b's nll, bytes
     wholes: list[tuple[Score, Score]] = []
     for domain in common:
         ours, theirs = _paired(a, b, domain)
@@ -97,12 +97,12 @@ def only_in_one(a: DocumentScores, b: DocumentScores) -> tuple[list[str], list[s
 
 
 def chosen_suites(folders: Sequence[RunFolder], wanted: str | None) -> list[str]:
-    """Choose the label to compare in each folder: one that all were scored under, else each folder's only one.
+    """Choose the label to compare in each folder: a label common to all, otherwise each folder's only one.
 
     Args:
-        wanted: a label, or what one begins with, up to a dot or `@`; None: any.
+        wanted: a label, or its beginning up to a dot or `@`; None: any.
     Raises:
-        ConfigError: if there is none or several, with those of each folder.
+        ConfigError: if there is none or several, listing those of each folder.
     """
     suites = [{path.parent.name for path in (folder.root / "evals").glob("*/*.npz")} for folder in folders]
     fitting = [{suite for suite in names if _is_called(suite, wanted)} for names in suites]
@@ -122,7 +122,7 @@ def _is_called(suite: str, wanted: str | None) -> bool:
 
 
 def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
-    """Return the wanted step, or the last one scored. Raises: ConfigError if the wanted step was not scored."""
+    """Return the wanted step, or the last one scored. Raises ConfigError if the wanted step was not scored."""
     scored = sorted(int(path.stem.partition("_")[2]) for path in folder.document_scores(0, suite).parent.glob("*.npz"))
     if wanted is not None and wanted not in scored:
         raise ConfigError(f"--steps {wanted}: {folder.root} was scored on {suite} at {scored}")
@@ -130,13 +130,13 @@ def scored_step(folder: RunFolder, suite: str, wanted: int | None) -> int:
 
 
 def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the numbers, in a and in b, of a domain's documents with the same text at the same place."""
+    """Return the numbers, in a and in b, of a domain's documents, paired by equal text."""
     places = []
     for scores in (a, b):
         numbers = np.flatnonzero(scores.domain == scores.domains.index(domain))
         numbers = numbers[np.argsort(scores.key[numbers], kind="stable")]
         keys = scores.key[numbers]
-        # The i-th of several documents with the same text is paired with the i-th
+        # Of several documents with the same text, the i-th in a is paired with the i-th in b.
         repeated = np.arange(len(keys)) - np.searchsorted(keys, keys)
         places.append({(int(k), int(i)): int(n) for k, i, n in zip(keys, repeated, numbers, strict=True)})
     both = [place for place in places[0] if place in places[1]]
@@ -176,7 +176,7 @@ def _interval(differences: Floats) -> tuple[float, float]:
 
 
 def check_can_draw() -> None:
-    """Check that matplotlib is installed. Raises: ConfigError if it is not."""
+    """Check that matplotlib is installed. Raises ConfigError if it is not."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -184,9 +184,9 @@ def check_can_draw() -> None:
 
 
 def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) -> None:
-    """Draw the differences with their intervals as a PNG: one line per domain, averages at the bottom.
+    """Draw the differences with their intervals as a PNG: one row per domain, averages at the bottom.
 
-    It needs matplotlib, see `check_can_draw`.
+    It needs matplotlib; see `check_can_draw`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -211,7 +211,7 @@ def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) 
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.set_xlabel(f"bits per byte, {names[1]} minus {names[0]} (95 % bootstrap interval over documents)")
-    title = f"{names[1]} against {names[0]}: green is better, red worse, grey not clear"
+    title = f"{names[1]} against {names[0]}: green is better, red worse, grey unclear"
     if left_out > 0:
         title += f"\nthe {_MAX_BARS} largest differences of {left_out + _MAX_BARS} domains"
     axes.set_title(title, fontsize=10)

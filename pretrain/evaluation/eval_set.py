@@ -1,8 +1,8 @@
-"""A suite, chosen, tokenized and packed: what every evaluation of a run scores. suite -> EvalSet -> scoring.
+"""A suite, selected, tokenized and packed: what every evaluation of a run scores. suite -> EvalSet -> scoring.
 
-Every document stands by itself; a long one is cut into windows of seq_len targets, which overlap by the one token that
-is a window's last target and the next one's only context. So every token after a document's first is a target exactly
-once, and how a document is cut depends on nothing else: not on the documents beside it, nor on ranks.
+Every document is scored independently; a long one is cut into windows of seq_len targets that overlap by one token,
+which is a window's last target and the next one's only context. So every token after a document's first is a target
+exactly once, and how a document is cut depends neither on the documents beside it nor on ranks.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from shards.windows.packing import best_fit
 
 _logger = logging.getLogger(__name__)
 
-_LABEL_DIGITS = 8  # of the hash of what is scored
-_PORTION_TOKENS = 1 << 20  # tokens that are packed together; more give fuller rows and take more memory for a moment
+_LABEL_DIGITS = 8  # digits of the hash of what is scored
+_PORTION_TOKENS = 1 << 20  # tokens packed together; more give fuller rows but take more memory briefly
 
 Tokens = npt.NDArray[np.integer]
 
 
 class EvaluationConfig(Config):
-    """What is evaluated during a run, and when: before the first step, every so many steps, and after the last."""
+    """What is evaluated during a run, and when: before the first step, at regular steps, and after the last."""
 
     every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
     suite: Path | None = None  # a folder or a YAML file, see shards/suites/suite.py; None: no evaluation
-    split: str = "val"  # which documents of the suite's sources
-    max_documents: int | None = Field(None, ge=1)  # of a domain; None: all
-    max_tokens: int | None = Field(None, ge=1)  # of a domain, in whole documents; None: all
-    subset_seed: int = Field(0, ge=0)  # which documents, where not all
+    split: str = "val"  # which documents of the suite's sources to score
+    max_documents: int | None = Field(None, ge=1)  # per domain; None: all
+    max_tokens: int | None = Field(None, ge=1)  # per domain, in whole documents; None: all
+    subset_seed: int = Field(0, ge=0)  # selects the documents, if not all are scored
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
-    prompt: str = "The "  # a finished run shows a continuation of it
+    prompt: str = "The "  # a finished run prints a continuation of it
 
     def label(self, suite: str, seq_len: int, precision: str, content: str) -> str:
-        """Return a suite's name in evals.jsonl when scored like this: figures under one label are comparable.
+        """Return a suite's name in evals.jsonl when scored like this; results under one label are comparable.
 
         Args:
-            seq_len: tokens of a window.
-            precision: of the forward pass.
+            seq_len: tokens per window.
+            precision: precision of the forward pass.
             content: a hash of what is scored.
         """
         bounds = {"docs": self.max_documents, "tokens": self.max_tokens, "seed": self.subset_seed or None}
@@ -65,25 +65,25 @@ class EvaluationConfig(Config):
 class Row(NamedTuple):
     """A row of at most seq_len + 1 tokens, without padding."""
 
-    tokens: Tokens  # of all its pieces, one after the other
-    lengths: npt.NDArray[np.int32]  # [pieces], tokens, at least 2
+    tokens: Tokens  # of all its pieces, concatenated
+    lengths: npt.NDArray[np.int32]  # [pieces]: tokens in each, at least 2
     documents: npt.NDArray[np.int32]  # [pieces]: number of the document in the suite
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A suite as one dp rank holds it: the rank's rows, and the figures of all documents.
+    """A suite as one dp rank holds it: the rank's rows, and the totals of all documents.
 
     Attributes:
         suite: its label.
-        seq_len: predicted tokens a row.
-        domains: sorted by name; `sources` has the source of each.
-        document_domain: [documents], number of its domain.
+        seq_len: predicted tokens per row.
+        domains: sorted by name; `sources` has each one's source.
+        document_domain: [documents], index of its domain.
         document_key: uint64 [documents], a hash of its text.
         document_bytes: [documents], UTF-8 bytes of its text.
-        document_targets: [documents], tokens that are predicted.
-        rows: every dp_size-th row, from this rank's on.
-        num_rows: of all ranks.
+        document_targets: [documents], predicted tokens.
+        rows: every dp_size-th row, starting from this rank's first.
+        num_rows: number of rows of all ranks.
     """
 
     suite: str
@@ -101,16 +101,16 @@ class EvalSet:
 def load_suite(
     config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int = 0, dp_size: int = 1
 ) -> EvalSet | None:
-    """Read, tokenize and pack the config's suite; return None where it names none.
+    """Read, tokenize and pack the config's suite; return None if it names none.
 
-    A rank keeps 2 bytes a token of its own rows (4 beyond 65,536 pieces) and some 30 bytes a document.
+    A rank keeps 2 bytes per token of its own rows (4 beyond 65,536 pieces) and some 30 bytes per document.
 
     Args:
-        precision: of the forward pass, for the label.
+        precision: precision of the forward pass, for the label.
     Raises:
-        ConfigError: if the suite is not there, a source or domain of it has nothing to score, or the tokenizer cannot
-            say its texts.
-        ShardError: if a file of it is damaged.
+        ConfigError: if the suite does not exist, one of its sources or domains has nothing to score, or the tokenizer
+            cannot spell its texts.
+        ShardError: if one of its files is damaged.
     """
     if config.suite is None:
         return None
@@ -152,10 +152,10 @@ def load_suite(
 
 
 def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return 16 hex digits that differ where other documents are scored, or the same ones as other tokens.
+    """Return 16 hex digits that differ if other documents are scored, or the same ones with other tokens.
 
     Args:
-        domains, keys: of each document; their order does not matter.
+        domains, keys: of each document, in any order.
     """
     documents = sorted(f"{domain}\t{key:016x}" for domain, key in zip(domains, keys, strict=True))
     lines = [tokenizer.content_hash, str(tokenizer.marks), *documents]
@@ -163,17 +163,17 @@ def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokeni
 
 
 def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], domains: tuple[str, ...]) -> None:
-    """Refuse domains without a target, whose perplexity would be 1. Raises: ConfigError."""
+    """Reject domains without a target, whose perplexity would be 1. Raises ConfigError."""
     silent = sorted({part.source.name for part in suite.parts} - set(known.values()))
     silent += [domain for number, domain in enumerate(domains) if number not in scored]
     if silent:
         raise ConfigError(
-            f"the suite {suite.name}: there is nothing to predict in {', '.join(silent[:5])}; leave out what is empty"
+            f"the suite {suite.name}: there is nothing to predict in {', '.join(silent[:5])}; leave out the empty ones"
         )
 
 
 def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, Tokens]]:
-    """Yield the documents that are evaluated, with their tokens, in the suite's order."""
+    """Yield the documents to evaluate, with their tokens, in the suite's order."""
     if config.max_documents is None and config.max_tokens is None:
         for document in suite.documents():
             yield document, tokenizer.encode_documents([document.text])[0]
@@ -189,32 +189,32 @@ def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Ite
 
 
 def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, object]) -> None:
-    """Warn of files of the suite that are trained on, judged by their contents: their loss says nothing.
+    """Warn of suite files that are trained on, judged by their contents: their loss is meaningless.
 
     Args:
-        fingerprint: of the run's data, as a loader has it.
+        fingerprint: the fingerprint of the run's data, from a loader.
     """
     if config.suite is None:
         return
     trained = fingerprint["shards"]
     assert isinstance(trained, dict)
     for found in training_shards(find(config.suite, config.split), trained):
-        _logger.warning("the evaluation suite holds what is trained on: %s; its loss will look too good", found)
+        _logger.warning("the evaluation suite contains training data: %s; its loss will look too good", found)
 
 
 class _Sample:
-    """One domain's part of a bounded suite: the longest run of its documents, by the hash of each, within the bounds.
+    """One domain's documents in a bounded suite: the longest run of documents, ordered by hash, within the bounds.
 
-    The same whatever order they come in, and a part of every larger sample. The first document is in it however long.
+    It is independent of the documents' order, and part of every larger sample. The first is kept however long it is.
     """
 
     def __init__(self, config: EvaluationConfig) -> None:
         self._max_documents = config.max_documents
         self._max_tokens = config.max_tokens
-        # The document with the last hash is on top, and is dropped first
+        # The document with the last hash is on top of the heap and is dropped first.
         self._heap: list[tuple[int, int, SuiteDocument, Tokens]] = []
         self._tokens = 0
-        self._end: tuple[int, int] | None = None  # (hash, number) from which no document fits
+        self._end: tuple[int, int] | None = None  # (hash, number) from which on no document fits
 
     def wants(self, place: tuple[int, int]) -> bool:
         return self._end is None or place < self._end
@@ -238,11 +238,11 @@ class _Sample:
 
 
 class _Packer:
-    """Cuts documents into windows and packs these into rows, a portion at a time; keeps the rows of one dp rank."""
+    """Cuts documents into windows and packs them into rows, a portion at a time; keeps the rows of one dp rank."""
 
     def __init__(self, seq_len: int, dp_rank: int, dp_size: int) -> None:
         self.rows: list[Row] = []
-        self.num_rows = 0  # of all ranks
+        self.num_rows = 0  # over all ranks
         self._seq_len, self._dp_rank, self._dp_size = seq_len, dp_rank, dp_size
         self._windows: list[tuple[int, Tokens]] = []  # (document, tokens)
         self._size = 0
@@ -255,7 +255,7 @@ class _Packer:
             self.pack()
 
     def pack(self) -> None:
-        """Pack into rows what was added since the last call."""
+        """Pack what was added since the last call into rows."""
         for row in packed(self._windows, self._seq_len):
             if self.num_rows % self._dp_size == self._dp_rank:
                 self.rows.append(row)

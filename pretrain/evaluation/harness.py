@@ -1,7 +1,7 @@
 """Downstream tasks of EleutherAI's lm-evaluation-harness on our models. forward_model -> harness -> launch/evaluate.py.
 
-The only importer of lm_eval, which is an extra: `pip install -e '.[eval]'`. All ranks run the harness alike, on the
-same requests, which are dealt to the dp ranks; each then hears the others' answers.
+The only importer of lm_eval, an optional dependency: `pip install -e '.[eval]'`. All ranks run the harness alike, on
+the same requests, which are dealt to the dp ranks; each rank then receives the others' answers.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from shards.tokenizer_check import MAX_UNKNOWN_SHARE
 
-_MAX_NEW_TOKENS = 256  # if a task does not set it
+_MAX_NEW_TOKENS = 256  # if the task does not set it
 
-Request = tuple[Any, list[int], list[int]]  # the request's source; tokens of the context; tokens of the continuation
+Request = tuple[Any, list[int], list[int]]  # the request's source, the context's tokens, the continuation's tokens
 
 
 class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
-    """Answers the harness's three kinds of questions.
+    """Answers the harness's three kinds of requests.
 
     Args:
-        seq_len: the most tokens of context that a prediction may have; longer contexts lose their beginning.
-        batch_size: rows a rank scores at once.
+        seq_len: the maximum context of a prediction, in tokens; longer contexts lose their beginning.
+        batch_size: rows that a rank scores at once.
     """
 
     def __init__(self, model: ForwardModel, tokenizer: Tokenizer, seq_len: int, topology: Topology, batch_size: int):
         super().__init__()
         self._model, self._tokenizer, self._topology = model, tokenizer, topology
         self._seq_len, self._batch_size = seq_len, batch_size
-        self._encoded, self._unknown = 0, 0  # ids of all texts so far, and those that are UNK
+        self._encoded, self._unknown = 0, 0  # number of ids so far, and of those that are UNK
 
     @property
     def eot_token_id(self) -> int:
@@ -51,11 +51,11 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before an answer without a context: that before the first word of a training document."""
+        """The id before an answer without a context: the one before the first word of a training document."""
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Return token ids, after BOS as in a training document unless told otherwise."""
+        """Return token ids, with BOS as in a training document unless told otherwise."""
         start = [] if add_special_tokens is False or self._tokenizer.bos_id < 0 else [self._tokenizer.bos_id]
         ids = self._tokenizer.encode(string)
         self._encoded += len(ids)
@@ -66,7 +66,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         if self._unknown and self._unknown >= MAX_UNKNOWN_SHARE * self._encoded:
             raise ConfigError(
                 f"--tasks: the tokenizer {self._tokenizer.path} cannot spell their texts:"
-                f" {self._unknown / self._encoded:.1%} of the ids are UNK; name the tokenizer of the model's texts"
+                f" {self._unknown / self._encoded:.1%} of the ids are UNK; name the model's own tokenizer"
             )
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: object) -> list[tuple[float, bool]]:
@@ -86,7 +86,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
             self._model.logits, rank_rows, len(rows), self._seq_len, topology, self._batch_size
         ):
             for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
-                # The last prediction of a piece is for its last token, one position before it
+                # The last prediction of a piece is for its last token, one position before that token.
                 sums[number] += figures[:, end - 1 - targets[number] : end - 1].sum(axis=1, dtype=np.float64)
         totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
         assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
@@ -127,7 +127,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         for _ in range(most):
             tokens = torch.tensor([fresh], device=self._topology.device)
             logits = gather_vocab(self._model.next_logits(tokens, cache))[0]
-            choice = int(logits[: self._tokenizer.vocab_size].argmax())  # rows beyond the vocabulary have no meaning
+            choice = int(logits[: self._tokenizer.vocab_size].argmax())  # logits beyond the vocabulary are meaningless
             if choice == self.eot_token_id:
                 break
             answer.append(choice)
@@ -144,19 +144,19 @@ def run_tasks(
     """Run tasks by name. Every rank must call it.
 
     Args:
-        task_path: a folder with task files of one's own.
-        limit: documents of each task; None: all.
+        task_path: a folder with the user's own task files.
+        limit: documents per task; None: all.
     Returns:
-        For each task its figures, as the harness names them.
+        The figures of each task, as the harness names them.
     Raises:
-        ConfigError: if there is no task of a name.
+        ConfigError: if a task does not exist.
     """
     folder = None if task_path is None else str(task_path)
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if set(tasks) - set(manager.all_tasks):  # searching the harness's own thousands of tasks takes seconds
+    if set(tasks) - set(manager.all_tasks):  # listing the harness's thousands of tasks takes seconds
         manager = TaskManager(include_path=folder)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise ConfigError(f"--tasks: the harness knows no task {', '.join(unknown)}; give --task-path for your own")
+        raise ConfigError(f"--tasks: the harness has no task {', '.join(unknown)}; give --task-path for your own")
     results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
     assert results is not None
     return dict(results["results"])

@@ -1,8 +1,8 @@
-"""The results of an evaluation: sums of each document, figures of each domain, averages.
+"""The results of an evaluation: sums per document, figures per domain, averages.
 
 scoring -> scores -> {evals.jsonl, compare}.
 
-The documents' sums are kept beside evals.jsonl, since a comparison of two models needs them to say what is chance.
+The sums per document are kept beside evals.jsonl, since comparing two models needs them to tell what is chance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError
 from shards.storage.atomic import write_atomically
 
-_SOURCE = "source:"  # prefix of a source's name where a domain's is expected
+_SOURCE = "source:"  # prefix of a source's name in place of a domain's
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Score:
 
     Attributes:
         nll: negative log-likelihood, in nats.
-        tokens: targets, the end-of-document tokens among them.
-        correct: targets that were the most likely token.
+        tokens: number of targets, including end-of-document tokens.
+        correct: number of targets that were the most likely token.
         text_bytes: UTF-8 bytes of the texts.
     """
 
@@ -69,10 +69,10 @@ class DocumentScores:
     """The sums of every document of a suite.
 
     Attributes:
-        suite: its name.
-        domains, sources: of each domain its name, and the name of its source.
-        domain: int32 [documents], number in `domains`.
-        key: uint64 [documents], a hash of the text: the same document has the same in every run.
+        suite: its label.
+        domains, sources: each domain's name, and its source's name.
+        domain: int32 [documents], index into `domains`.
+        key: uint64 [documents], a hash of the text: equal for the same document in every run.
         nll, tokens, correct, text_bytes: [documents], as in `Score`.
     """
 
@@ -87,7 +87,7 @@ class DocumentScores:
     text_bytes: npt.NDArray[np.int64]
 
     def by_domain(self) -> dict[str, Score]:
-        """Return the sums of each domain's documents, in the order of `domains`."""
+        """Return the sums over each domain's documents, in the order of `domains`."""
         sums = [
             np.bincount(self.domain, weights=values, minlength=len(self.domains)).tolist()
             for values in (self.nll, self.tokens, self.correct, self.text_bytes)
@@ -98,7 +98,7 @@ class DocumentScores:
         }
 
     def save(self, path: Path) -> None:
-        """Write all scores atomically: some 20 bytes a document."""
+        """Write all scores atomically: some 20 bytes per document."""
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         arrays = {field.name: np.array(getattr(self, field.name)) for field in fields(self)}
@@ -116,7 +116,7 @@ class DocumentScores:
             with np.load(path) as arrays:
                 values = {field.name: arrays[field.name] for field in fields(DocumentScores)}
         except (OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: no sums of documents can be read there: {error}") from None
+            raise CheckpointError(f"{path}: cannot be read as sums of documents: {error}") from None
         names = {key: tuple(values[key].tolist()) for key in ("domains", "sources")}
         return DocumentScores(**(values | names | {"suite": str(values["suite"])}))
 
@@ -125,8 +125,8 @@ def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
     """Return the lines of evals.jsonl for one evaluation: each domain, then the averages.
 
     `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
-    `macro` over domains: the mean of each figure, and the perplexity that belongs to the mean loss, so that one large
-    domain weighs no more than a small one.
+    `macro` averages over domains: the mean of each figure, and the perplexity of the mean loss, so that a large domain
+    weighs no more than a small one.
     """
     of_domains = scores.by_domain()
     records = [_record(step, scores.suite, domain, score) for domain, score in of_domains.items()]
@@ -147,7 +147,7 @@ def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
 
 
 def record_scores(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
-    """Record one evaluation in a run's or a model's folder, on rank 0 alone. Return the lines of evals.jsonl."""
+    """Record one evaluation in a run's or a model's folder, on rank 0 only; return the lines of evals.jsonl."""
     scores.save(folder.document_scores(step, scores.suite))
     records = eval_records(step, scores)
     folder.evals.append(*records)
@@ -180,5 +180,5 @@ def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, objec
 
 
 def perplexity(nll_per_token: float) -> float:
-    """Return exp of a loss in nats; infinite beyond a float's range, since a diverged model must not crash the run."""
+    """Return exp of a loss in nats; infinite beyond a float's range, so a diverged model cannot crash the run."""
     return math.exp(nll_per_token) if nll_per_token < 700 else math.inf

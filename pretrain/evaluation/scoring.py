@@ -1,7 +1,7 @@
 """Score an EvalSet with a model, on all ranks together. engine, EvalSet -> scoring -> DocumentScores.
 
-Rows are dealt to the dp ranks in turn, so each window is scored by one of them; the sums of each document are added
-over them at the end, in float64. Neither the training's data nor any random state is touched.
+Rows are dealt to the dp ranks in turn, so each window is scored by exactly one; the sums of each document are added up
+over the ranks at the end, in float64. Neither training data nor any random state is touched.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
-    """Score every document. Every rank must call it, and each returns the whole result.
+    """Score every document. Every rank must call it, and each returns the complete result.
 
     Args:
-        batch_size: rows a rank scores at once.
+        batch_size: rows that a rank scores at once.
     """
-    sums = np.zeros((len(eval_set.document_domain), 3))  # nll, targets, correct targets of each document
+    sums = np.zeros((len(eval_set.document_domain), 3))  # each document's nll, targets and correct targets
     for row, figures in scored_rows(logits, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
         starts = np.cumsum(row.lengths) - row.lengths
-        # A piece's targets end one before the next piece starts; the position between is masked and counts nothing.
-        # The sum is float64, since a float32 sum would drift in a long document.
+        # A piece's targets end one before the next piece starts; the masked position between adds nothing. The sum is
+        # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.documents, of_pieces.T)
     totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
@@ -58,12 +58,13 @@ def scored_rows(
     """Score a rank's rows, batch by batch. All ranks must iterate to the end, together.
 
     Args:
-        rows: of this dp rank: every dp_size-th of all.
-        num_rows: of all ranks.
-    Yields: each row, with float32 [3, seq_len]: for each next token its negative log-likelihood, 1, and whether it was
-        the most likely one; 0 where there is no target.
+        rows: rows of this dp rank: every dp_size-th of all.
+        num_rows: number of rows of all ranks.
+    Yields:
+        Each row, with float32 [3, seq_len]: for each next token its negative log-likelihood, 1, and whether it was the
+        most likely one; 0 where there is no target.
     """
-    # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty
+    # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty.
     passes = -(-num_rows // (topology.dp_size * batch_size))
     for start in range(0, passes * batch_size, batch_size):
         batch = rows[start : start + batch_size]

@@ -13,10 +13,10 @@ _AVERAGES = ("macro", "micro")
 
 
 def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
-    """Show the perplexity and bits per byte of each domain at two times.
+    """Show the perplexity and bits per byte of each domain at two steps.
 
     Args:
-        before, after: lines of evals.jsonl; rows come in the order of `after`.
+        before, after: lines of evals.jsonl; rows are in the order of `after`.
     """
     table = Table("domain", title="Held-out text, before and after")
     for head in ("perplexity before", "after", "bits per byte before", "after"):
@@ -32,7 +32,7 @@ def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping
 
 
 def step_table(records: Sequence[Mapping[str, object]]) -> Table:
-    """Show all figures of each domain. `records`: the lines of evals.jsonl of one step and suite, at least one."""
+    """Show all figures of each domain. `records` are the lines of evals.jsonl of one step and suite, at least one."""
     table = Table(Column("domain", overflow="fold"), title=f"{records[0]['suite']}, step {records[0]['step']}")
     for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
         table.add_column(head, justify="right")
@@ -44,7 +44,7 @@ def step_table(records: Sequence[Mapping[str, object]]) -> Table:
 
 
 def difference_table(suite: str, names: tuple[str, str], differences: Sequence[Difference]) -> Table:
-    """Show two models side by side, with clear differences in colour: green where the second is better."""
+    """Show two models side by side, with clear differences in colour: green if the second is better."""
     table = Table(
         Column("domain", overflow="fold"),
         title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",

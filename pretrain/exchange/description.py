@@ -1,7 +1,7 @@
 """The description of a model in another program's layout, compared with ours. {hf, meta} -> description.
 
-Nothing is guessed: a key that our model has no counterpart for is refused by name, and so is a model whose keys differ
-from those of the config that it is to be trained or run with.
+Nothing is guessed: a key without a counterpart in our model is refused by name, and so is a model whose keys differ
+from those of the config that it is to be used with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.model.transformer import ModelConfig
 from shards import ConfigError, installation
 
-# The keys that decide what a model computes from its weights; the others say how it was drawn or is trained
+# The keys that decide what a model computes from its weights; the others concern initialization and training.
 _ARCHITECTURE = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta", "rope_scaling",
     "qk_norm", "tie_embeddings",
@@ -25,10 +25,10 @@ class ModelDescription:
     """A model's architecture as a file describes it.
 
     Attributes:
-        file: the file that describes it.
-        config: its content, in our terms.
+        file: the file that describes the model.
+        config: its content, under our keys.
         keys: our key -> the file's key.
-        context: tokens of context that the model was made for.
+        context: context length that the model was made for, in tokens.
     """
 
     file: Path
@@ -37,7 +37,7 @@ class ModelDescription:
     context: int
 
     def check(self, model: ModelConfig) -> None:
-        """Compare with our model's config. Raises: ConfigError naming each key that differs, in both vocabularies."""
+        """Compare with our model's config. Raises ConfigError naming each key that differs, under both names."""
         theirs, ours = architecture(self.config), architecture(model)
         differing = [
             f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
@@ -46,7 +46,7 @@ class ModelDescription:
         ]
         if differing:
             raise ConfigError(
-                f"{self.file} describes another model: {'; '.join(differing)}. Its own `model:` section is printed by"
+                f"{self.file} describes another model: {'; '.join(differing)}. To print its `model:` section, run"
                 f" `{installation.typed('export', '--describe', str(self.file.parent))}`"
             )
 
@@ -58,12 +58,12 @@ def architecture(config: ModelConfig) -> dict[str, object]:
 
 
 def refuse(file: Path, key: str, value: object, wanted: str) -> ConfigError:
-    """Make the error for a key whose value our model has no counterpart for."""
-    return ConfigError(f"{file}: {key}={value!r} is another architecture than Headrace trains, which has {wanted}")
+    """Make the error for a value that our model has no counterpart for."""
+    return ConfigError(f"{file}: {key}={value!r} is not the architecture that Headrace trains, which has {wanted}")
 
 
 def required(file: Path, values: Mapping[str, object], key: str) -> object:
-    """Return a key's value. Raises: ConfigError if the file lacks it."""
+    """Return a key's value. Raises ConfigError if the file lacks it."""
     if values.get(key) is None:
         raise ConfigError(f"{file}: the key {key} is missing; is this the description of a LLaMA model?")
     return values[key]

@@ -1,6 +1,6 @@
-"""A run's model as a folder that other programs read. launch/export.py -> export -> {hf, meta, tokenizer_files}.
+"""Export a run's model as a folder for other programs. launch/export.py -> export -> {hf, meta, tokenizer_files}.
 
-The folder appears at the end, whole, or not at all.
+The folder appears at the end, complete, or not at all.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def export(
     """Write a model and its tokenizer into a new folder.
 
     Args:
-        weights: where they are read from, one at a time.
-        data: whose tokenizer and seq_len the model was trained with.
-        dtype: what the weights are rounded to.
-        tp_size: of Meta's layout: how many files.
-        max_shard_bytes: of Hugging Face's: how large a file may be.
+        weights: source of the weights, read one at a time.
+        data: the data config, with the tokenizer and seq_len of the training.
+        dtype: type to round the weights to.
+        tp_size: number of files in Meta's layout.
+        max_shard_bytes: maximum file size in Hugging Face's layout.
     Raises:
-        ConfigError: if the folder is there already, or the layout cannot hold this model.
+        ConfigError: if the folder exists already, or the layout cannot represent this model.
     """
     specs = weight_specs(model)
     tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
@@ -57,7 +57,7 @@ def export(
             meta.write_weights(folder, weights, specs, model.head_dim, dtype, tp_size)
         else:
             ids = {
-                "bos_token_id": tokenizer.bos_id if data.bos else None,  # a prompt begins as documents did
+                "bos_token_id": tokenizer.bos_id if data.bos else None,  # a prompt begins as training documents did
                 "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
             }
             hf.write_config(folder, model, data.seq_len, dtype, ids)
@@ -69,7 +69,7 @@ def export(
 def _atomic_folder(to: Path) -> Iterator[Path]:
     """Yield a folder beside `to` that is renamed to it once it is complete and on disk."""
     if is_there(to):
-        raise ConfigError(f"--to {to} is there already; name another folder, or remove it")
+        raise ConfigError(f"--to {to} exists already; name another folder, or remove it")
     partial = partial_name(to)
     try:
         partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A folder with a model in another program's layout, whichever it is. {trainer, commands} -> folder -> {hf, meta}."""
+"""Open a model's folder in whichever other program's layout it is. {trainer, commands} -> folder -> {hf, meta}."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Model = hf.HFModel | meta.MetaModel
 
 
 def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
-    """Open the model in a folder, in whichever layout it is.
+    """Open the model in a folder of either layout.
 
     Args:
-        expected: the config that it is to be used with.
+        expected: the config that it will be used with.
     Raises:
-        ConfigError: if there is no model that ours can be, or it differs from `expected`.
+        ConfigError: if there is no model that Headrace can run, or it differs from `expected`.
     """
     model: Model
     if (folder / hf.CONFIG).exists():
@@ -43,13 +43,13 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
 
 
 def describe(folder: Path) -> str:
-    """Return a model's `model:` section as YAML. Raises: ConfigError if Headrace's model cannot be this one."""
+    """Return a model's `model:` section as YAML. Raises ConfigError if Headrace cannot run the model."""
     values = architecture(open_model(folder).description.config)
     return dump({"init_from": str(folder), "model": values})
 
 
 def open_codec(folder: Path) -> Codec:
-    """Open the tokenizer in a model's folder: a SentencePiece model, else a tokenizer.json (`tokenizers` library).
+    """Open the tokenizer in a model's folder: a SentencePiece model, otherwise a tokenizer.json (`tokenizers` library).
 
     Raises:
         ConfigError: if there is neither.
@@ -57,7 +57,7 @@ def open_codec(folder: Path) -> Codec:
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     config = json.loads((folder / hf.CONFIG).read_text()) if (folder / hf.CONFIG).exists() else {}
     if model.exists():
-        with contextlib.suppress(ConfigError):  # Llama 3 has a list of byte sequences under this name
+        with contextlib.suppress(ConfigError):  # Llama 3 uses this name for a list of byte sequences
             tokenizer = Tokenizer(model, bos=False, eos=False)
             return codec_of(tokenizer, bos=tokenizer.bos_id >= 0 and config.get("bos_token_id", 1) is not None)
     if not library.exists():
@@ -65,7 +65,7 @@ def open_codec(folder: Path) -> Codec:
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError(f"{library} is read with the tokenizers library; pip install tokenizers") from None
+        raise ConfigError(f"reading {library} needs the tokenizers library: pip install tokenizers") from None
     loaded = tokenizers.Tokenizer.from_file(str(library))
     ends = config.get("eos_token_id")
     return Codec(
@@ -77,11 +77,11 @@ def open_codec(folder: Path) -> Codec:
 
 
 def file_hashes(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """Return "name hash" of each file in one share of a folder's files."""
+    """Return "name hash" for each file in one share of a folder's files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return [f"{path.name} {hash_file(path)}" for path in files[share::shares]]
 
 
 def content_hash(hashes: Sequence[str]) -> str:
-    """Return 32 hex digits for all files of a folder, from what `file_hashes` returned for each share."""
+    """Return 32 hex digits for all files of a folder, given the results of `file_hashes` for each share."""
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(hashes)).encode())

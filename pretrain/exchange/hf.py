@@ -1,6 +1,6 @@
-"""Hugging Face folders of LLaMA models: config.json and safetensors, read lazily and written in a stream.
+"""Hugging Face folders of LLaMA models: config.json and safetensors, read lazily and written as a stream.
 
-Queries and keys need no permutation: our RoPE turns the two halves of a head, as transformers' does.
+Queries and keys need no permutation: our RoPE rotates the two halves of a head, as transformers' does.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _NAMES = {
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
 }  # fmt: skip
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-# Old files hold these tables beside the weights
+# Old files hold these tables beside the weights.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def hf_name(name: str) -> str:
-    """Return transformers' name of one of our weights."""
+    """Return transformers' name for one of our weights."""
     name = name.removesuffix(".weight")
     if name in _OUTSIDE:
         return f"{_OUTSIDE[name]}.weight"
@@ -50,10 +50,10 @@ def hf_name(name: str) -> str:
 
 
 class HFModel:
-    """A model in a Hugging Face folder; weights are read when asked for, and only the slice that is.
+    """A model in a Hugging Face folder; only the requested slices of weights are read, on request.
 
     Raises:
-        ConfigError: if it is another architecture, or not all of its weights are there.
+        ConfigError: if it has another architecture, or weights are missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,10 +75,10 @@ class HFModel:
             with _open_safetensors(single) as file:
                 files = dict.fromkeys(file.keys(), single)
         else:
-            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {_INDEX}; other formats of weights are not read")
+            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {_INDEX}; no other weight formats are supported")
         wanted = {hf_name(name) for name in self.specs}
         if self.description.config.tie_embeddings:
-            files.pop("lm_head.weight", None)  # some programs write the tied weight twice
+            files.pop("lm_head.weight", None)  # some programs write a tied weight twice
         unknown = sorted(name for name in files.keys() - wanted if not _IGNORED.fullmatch(name))
         if unknown:
             raise ConfigError(f"{self.folder} has weights of another architecture: {_listed(unknown)}")
@@ -93,7 +93,7 @@ class HFModel:
             stored = file.get_slice(theirs)
             if tuple(stored.get_shape()) != spec.shape:
                 raise ConfigError(
-                    f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, where {CONFIG} wants"
+                    f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, but {CONFIG} implies"
                     f" {list(spec.shape)}"
                 )
             tensor: Tensor = stored[spec.bounds(index, count)]
@@ -115,7 +115,7 @@ def read_config(path: Path) -> ModelDescription:
     """Read a LLaMA model's config.json.
 
     Raises:
-        ConfigError: naming the first key that our model has no counterpart for.
+        ConfigError: naming the first key without a counterpart in our model.
     """
     try:
         values = json.loads(path.read_text())
@@ -130,7 +130,7 @@ def read_config(path: Path) -> ModelDescription:
     found = {key: values.get(theirs) for key, theirs in _KEYS.items()}
     for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size"):
         required(path, values, _KEYS[key])
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     found["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     found["rope_scaling"] = _rope_scaling(path, rope)
@@ -160,10 +160,10 @@ def write_config(
     """Write config.json and generation_config.json.
 
     Args:
-        seq_len: tokens of context that it was trained with.
-        ids: bos_token_id and eos_token_id; None where there is none.
+        seq_len: context length of the training, in tokens.
+        ids: bos_token_id and eos_token_id; None if there is none.
     Raises:
-        ConfigError: if transformers' LlamaForCausalLM cannot be this model.
+        ConfigError: if transformers' LlamaForCausalLM cannot represent this model.
     """
     if config.qk_norm:
         raise ConfigError("model.qk_norm=true cannot be exported: LlamaForCausalLM has no norm on queries and keys")
@@ -197,7 +197,7 @@ def write_config(
 def write_weights(
     folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    """Write the weights, in several files with an index if they take more than `max_shard_bytes`."""
+    """Write the weights, as several files with an index if they exceed `max_shard_bytes`."""
     ours = {hf_name(name): name for name in specs}
     shapes = {theirs: specs[name].shape for theirs, name in ours.items()}
     parts = list(_parts(shapes, dtype.itemsize, max_shard_bytes))

@@ -1,7 +1,7 @@
 """Meta's layout of LLaMA models: params.json and consolidated.XX.pth, one file for each tensor-parallel rank.
 
-Meta's RoPE turns neighbouring pairs of a head (2i, 2i + 1), ours the pairs (i, i + head_dim / 2): the rows of the
-queries' and keys' matrices stand in another order, head by head.
+Meta's RoPE rotates neighbouring pairs of a head (2i, 2i + 1), ours the pairs (i, i + head_dim / 2), so the rows of the
+query and key matrices are ordered differently within each head.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ _KEYS = {
     "rope_theta": "rope_theta", "rope_scaling": "use_scaled_rope", "ffn_dim": "(rows of feed_forward.w1)",
     "vocab_size": "(rows of tok_embeddings)", "tie_embeddings": "(output equal to tok_embeddings)",
 }  # fmt: skip
-# Constants of Meta's code; params.json says only whether they are used
+# Constants of Meta's code; params.json only says whether they are used.
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_LENGTH = 1.0, 4.0, 8192
 
 
 def meta_name(name: str) -> str:
-    """Return the name in Meta's code of one of our weights."""
+    """Return Meta's name for one of our weights."""
     return name.replace("blocks.", "layers.").replace("embedding.", "tok_embeddings.")
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of queries or keys [heads * head_dim, dim] from our order into Meta's."""
+    """Reorder query or key rows [heads * head_dim, dim] from our order to Meta's."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def halved(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of queries or keys [heads * head_dim, dim] from Meta's order into ours."""
+    """Reorder query or key rows [heads * head_dim, dim] from Meta's order to ours."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 class MetaModel:
-    """A model in a folder with Meta's layout; its files are mapped, and weights put together when asked for.
+    """A model in a folder with Meta's layout; its files are mapped, and weights are assembled on request.
 
     Args:
-        rope_scaling: for a model that uses it, since params.json does not say by how much.
+        rope_scaling: the scaling of a model that uses it, since params.json does not say how much.
     Raises:
-        ConfigError: if it is another architecture, or not all of its weights are there.
+        ConfigError: if it has another architecture, or weights are missing.
     """
 
     def __init__(self, folder: Path, rope_scaling: RopeScaling | None = None) -> None:
@@ -74,7 +74,7 @@ class MetaModel:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
         dim = required(path, values, "dim")
-        # params.json does not tell: it has -1 for the vocabulary of Llama 2, and the width only through a formula
+        # params.json does not say: it has -1 for Llama 2's vocabulary, and the width only through a formula.
         vocab_size = self._rows("tok_embeddings.weight", len(self._parts) if self._embedding_dim(dim) == 0 else 1)
         hidden_dim = self._rows("layers.0.feed_forward.w1.weight", len(self._parts))
         found = {
@@ -91,7 +91,7 @@ class MetaModel:
         return ModelDescription(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
 
     def _embedding_dim(self, dim: object) -> int:
-        """Find how the embedding is split: Llama 1 and 2 split its width (1), Llama 3 the vocabulary (0)."""
+        """Find the embedding's split dimension: Llama 1 and 2 split its width (1), Llama 3 the vocabulary (0)."""
         return 0 if self._part(0, "tok_embeddings.weight").shape[1] == dim else 1
 
     def _is_tied(self, dim: object) -> bool:
@@ -123,8 +123,8 @@ class MetaModel:
         whole = self._whole(meta_name(name), dim)
         if tuple(whole.shape) != spec.shape:
             raise ConfigError(
-                f"{self.folder}: {meta_name(name)} has the shape {list(whole.shape)} over all files, where {PARAMS}"
-                f" wants {list(spec.shape)}"
+                f"{self.folder}: {meta_name(name)} has the shape {list(whole.shape)} over all files, but {PARAMS}"
+                f" implies {list(spec.shape)}"
             )
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             whole = halved(whole, config.head_dim)
@@ -136,7 +136,7 @@ def _load_part(path: Path) -> dict[str, Tensor]:
         part: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{path}: cannot be read as weights: {reason}; was it copied to its end?") from None
+        raise ConfigError(f"{path}: cannot be read as weights: {reason}; was the copy complete?") from None
     return part
 
 
@@ -153,14 +153,14 @@ def _scaling(path: Path, values: Mapping[str, Any], from_run: RopeScaling | None
         }
     if from_run is None:
         raise ConfigError(
-            f"{path}: use_scaled_rope=true does not say by how much; set model.rope_scaling: {{factor: 8.0}} for"
+            f"{path}: use_scaled_rope=true does not say how much; set model.rope_scaling: {{factor: 8.0}} for"
             " Llama 3.1, {factor: 32.0} for Llama 3.2"
         )
     return from_run.model_dump()
 
 
 def write_params(folder: Path, config: ModelConfig) -> None:
-    """Write params.json. Raises: ConfigError if Meta's code cannot be this model."""
+    """Write params.json. Raises ConfigError if Meta's code cannot represent this model."""
     values: dict[str, object] = {
         "dim": config.dim,
         "n_layers": config.n_layers,
@@ -191,14 +191,14 @@ def _width(dim: int, hidden_dim: int) -> dict[str, object]:
     third = int(2 * (4 * dim) / 3)
     if -(-third // multiple_of) * multiple_of == hidden_dim:
         return {"multiple_of": multiple_of}
-    # The middle of the last multiple, so that rounding cannot reach its ends
+    # The middle of the last multiple, so that rounding cannot cross its ends.
     return {"multiple_of": multiple_of, "ffn_dim_multiplier": (hidden_dim - multiple_of / 2) / third}
 
 
 def write_weights(
     folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], head_dim: int, dtype: torch.dtype, tp_size: int
 ) -> None:
-    """Write consolidated.XX.pth for each of `tp_size` ranks in turn; only one is in memory at a time.
+    """Write consolidated.XX.pth for each of `tp_size` ranks in turn, with only one in memory at a time.
 
     The embedding is split along the vocabulary, as in Llama 3; a tied output projection is written out.
     """

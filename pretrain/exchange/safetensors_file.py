@@ -1,6 +1,6 @@
-"""Write safetensors files tensor by tensor, so that a model need not fit into memory; the library reads them.
+"""Write safetensors files tensor by tensor, so that a model need not fit into memory; the library does the reading.
 
-Format: an 8-byte little-endian length, so many bytes of JSON that give each tensor's type, shape and place, the data.
+Format: an 8-byte little-endian length, that many bytes of JSON with each tensor's type, shape and place, the data.
 Source: github.com/huggingface/safetensors, section "Format".
 """
 
@@ -24,9 +24,9 @@ def write_safetensors(
     """Write one file and flush it to disk.
 
     Args:
-        shapes: of each tensor, in the file's order.
-        dtype: of all tensors, one of TYPES; what `read` gives is rounded to it.
-        read: a tensor by name, on the CPU; asked for once, in order.
+        shapes: shape of each tensor, in the file's order.
+        dtype: type of all tensors, one of TYPES, to which they are rounded.
+        read: returns a tensor by name, on the CPU; called once for each, in order.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,8 +1,8 @@
 """A SentencePiece model as the files that `transformers.AutoTokenizer` reads, giving the same ids for every text.
 
-tokenizer.json says in the terms of the `tokenizers` library what the SentencePiece model does: normalization, merges in
-order of their scores, bytes for unknown characters, BOS. Written out by hand, since loading a `tokenizer.model` through
-transformers guesses: it drops the space that SentencePiece puts before a text that begins with one.
+tokenizer.json expresses in terms of the `tokenizers` library what the SentencePiece model does: normalization, merges
+in order of their scores, bytes for unknown characters, BOS. It is written by hand, since transformers guesses when it
+loads a `tokenizer.model`: it drops the space that SentencePiece puts before a text that begins with one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> N
 
     Args:
         source: the SentencePiece model.
-        bos: a text encoded as a prompt begins with BOS, as a training document does.
-        max_length: tokens of context that the model was trained with.
+        bos: whether a prompt begins with BOS, as a training document does.
+        max_length: context length of the training, in tokens.
     """
     model = source.read_bytes()
     (folder / "tokenizer.model").write_bytes(model)
@@ -42,7 +42,7 @@ def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> N
     special = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
     special["unk_token"] = proto.trainer_spec.unk_id
     config: Json = {
-        # This class uses tokenizer.json unchanged; LlamaTokenizer would build its own normalization
+        # This class uses tokenizer.json unchanged; LlamaTokenizer would build its own normalization.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key: pieces[index] for key, index in special.items() if index >= 0},
         "clean_up_tokenization_spaces": False,
@@ -58,15 +58,15 @@ def _write_json(path: Path, content: Json) -> None:
 
 
 def _inexpressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
-    """Say where the `tokenizers` library differs from this model, as found by comparing them; None if nowhere."""
+    """Describe where the `tokenizers` library would differ from this model, as found by comparison; None if nowhere."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     if trainer.model_type != trainer.BPE:
-        return "it is no BPE model, and other kinds break ties in another way there"
+        return "it is not a BPE model, and other kinds break ties differently there"
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        return f"it changes texts before it encodes them (normalization {normalizer.name!r}), differently there"
+        return f"it normalizes texts ({normalizer.name!r}), which works differently there"
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        return "it treats spaces in its own way"
+        return "it treats spaces differently"
     if not trainer.byte_fallback:
         return "it has no bytes for unknown characters"
     if kinds & {proto.SentencePiece.UNUSED, proto.SentencePiece.USER_DEFINED}:
@@ -146,38 +146,36 @@ def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Json:
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
-    """Compare the pieces of the tokenizer in a model's folder with those of ours, by id.
+    """Compare the pieces of the tokenizer in a model's folder with ours, id by id.
 
     Args:
-        key: of the config, with its value, that names our tokenizer.
+        key: the config key, with its value, that names our tokenizer.
     Raises:
         ConfigError: naming the first id that means something else.
     """
     theirs = _pieces(folder)
     if theirs is None:
-        _logger.warning(
-            "%s has no tokenizer that could be compared with %s: nothing tells whether ids agree", folder, key
-        )
+        _logger.warning("%s has no tokenizer to compare with %s, so it is unknown whether their ids agree", folder, key)
         return
     file, pieces = theirs
     for index in range(tokenizer.vocab_size):
         ours = tokenizer.piece(index)
         if pieces.get(index) != ours:
             raise ConfigError(
-                f"{key} is another tokenizer than the model's: id {index} is {ours!r} there and"
+                f"{key} differs from the model's tokenizer: id {index} is {ours!r} there and"
                 f" {pieces.get(index)!r} in {file}; use the model's own SentencePiece model"
             )
 
 
 def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
-    """Return the file and its pieces by id; None if the folder has no tokenizer in a format that is read."""
+    """Return the file and its pieces by id; None if the folder has no tokenizer in a readable format."""
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         try:
             tokenizer = Tokenizer(model, bos=False, eos=False)
             return model, {index: tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
         except HeadraceError:
-            _logger.info("%s is no SentencePiece model", model)  # under this name Llama 3 has a list of byte sequences
+            _logger.info("%s is not a SentencePiece model", model)  # Llama 3's is a list of byte sequences
     if library.exists():
         content = json.loads(library.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

@@ -1,1 +1,1 @@
-"""Faults: everything that ends a run early or leaves a step out."""
+"""Faults: everything that ends a run early or skips a step."""

@@ -1,6 +1,6 @@
-"""Tells when the last save has to begin, so that it is done before the job's time is up. Slurm -> deadline -> stop.
+"""Decide when the last save must begin to finish before the job's time is up. Slurm -> deadline -> stop.
 
-Only rank 0 looks at the clock; what it finds travels with the request to stop.
+Only rank 0 looks at the clock; its decision travels with the request to stop.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from pretrain.checkpoint.duration import time_for_last_save
 
 _logger = logging.getLogger(__name__)
 
-_SPARE_SECONDS = 15.0  # for ending the workers, wandb and the process
+_SPARE_SECONDS = 15.0  # for shutting down the workers, wandb and the process
 _NEWS = 1.25  # the margin is logged again when it has grown by this factor
 
 
 class Deadline:
-    """Compares the time that is left with the time that saving takes.
+    """Compares the remaining time with the time that saving takes.
 
     Args:
-        end: of the job, in seconds since the epoch; None if there is none.
-        clock: gives the present time in the same unit.
+        end: end of the job, in seconds since the epoch; None if there is none.
+        clock: returns the current time in the same unit.
     """
 
     def __init__(self, end: float | None, clock: Callable[[], float] = time.time) -> None:
         self._end = end
         self._clock = clock
-        self._logged = 0.0  # the margin that was logged last
+        self._logged = 0.0  # the last margin that was logged
         self._reached = False
 
     def reached(self, step_seconds: float, save_seconds: float) -> bool:
-        """Return whether to stop now; once it is time, it stays so.
+        """Return whether to stop now; once true, it stays true.
 
         Args:
-            step_seconds: duration of the slowest recent step; one more is trained before the run stops.
-            save_seconds: duration of the last save; before the first one, a guess.
+            step_seconds: duration of the slowest recent step; one more is trained before stopping.
+            save_seconds: duration of the last save; a guess before the first one.
         """
         if self._end is None:
             return False
@@ -53,7 +53,7 @@ class Deadline:
             )  # fmt: skip
         if left < margin and not self._reached:
             self._reached = True
-            _logger.warning("the job ends in %.0f s: saving now, %.0f s were set aside for it", left, margin)
+            _logger.warning("the job ends in %.0f s: saving now, for which %.0f s were reserved", left, margin)
         return self._reached
 
 
@@ -70,5 +70,5 @@ def job_end(environment: Mapping[str, str]) -> float | None:
             return None
         return datetime.fromisoformat(found).timestamp()  # squeue prints this node's local time
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        _logger.warning("the job's end is not known, so no save is begun ahead of it: %s", error)
+        _logger.warning("the job's end is unknown, so no save will be made ahead of it: %s", error)
         return None

@@ -1,13 +1,13 @@
-"""Notes the signals that ask a run to stop. signals -> interrupt -> stop.
+"""Record the signals that ask a run to stop. signals -> interrupt -> stop.
 
-A thread notes them, since Python calls a handler only once the main thread returns from what it waits for. That all
-ranks stop at the same place is for `stop` to see to. During a start there is nothing to save yet, and a signal ends the
-start. What may arrive:
+A thread records them, since Python calls a handler only once the main thread returns from whatever it waits for. `stop`
+makes all ranks stop at the same step. During a start there is nothing to save yet, and a signal ends the start. What
+may arrive:
 - Ctrl-C reaches every process of the terminal; DeepSpeed's launcher sends SIGTERM on top, up to half a minute later;
 - Slurm may send SIGUSR1 ahead of the time limit and SIGTERM at it.
-So a signal of another kind does not mean impatience. The same one again, after a second, does.
+So a signal of another kind does not mean impatience; the same one again, after a second, does.
 
-The `deepspeed` command itself dies of a SIGTERM without telling the processes it started, which would train on
+The `deepspeed` command itself dies of a SIGTERM without telling the processes it started, which would go on training
 unattended. So a process whose launcher has lost its parent takes that as a request to stop.
 """
 
@@ -24,25 +24,25 @@ from types import FrameType, TracebackType
 
 import psutil
 
-STOPPED = 75  # EX_TEMPFAIL: stopped early and wants to go on; Slurm can requeue on it
+STOPPED = 75  # EX_TEMPFAIL: stopped early and wants to continue; Slurm can requeue on it
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHER = "deepspeed.launcher.launch"  # the module between the `deepspeed` command and its ranks
 _WATCH_SECONDS = 0.5
-_REPEAT_SECONDS = 1.0  # within this time the same signal came by two ways, and was sent once
-_LEAVE_SECONDS = 10.0  # in which a start has to leave in order; it may hang at the rendezvous
+_REPEAT_SECONDS = 1.0  # a repeat within this time is the same signal arriving by two routes
+_LEAVE_SECONDS = 10.0  # for a start to exit cleanly; it may hang at the rendezvous
 LAUNCHER_GRACE_SECONDS = 30.0  # between the launcher's SIGTERM and its SIGKILL
 
 
 class Stopped(BaseException):
-    """A signal ended a start before there was anything to save. It is no error, so that nothing handles it as one."""
+    """A signal ended a start before there was anything to save; not an error, so that nothing handles it as one."""
 
 
 class Interrupt:
-    """Listens for signals while it is entered, on the main thread, and restores the old handlers at the end.
+    """Listens for signals while it is entered, on the main thread, and finally restores the old handlers.
 
     Attributes:
-        requested: number of the signal that this process received first; 0 if there was none.
+        requested: number of the first signal that this process received; 0 if none.
         has_launcher: whether the `deepspeed` command started this process, which kills it half a minute after SIGTERM.
     """
 
@@ -51,7 +51,7 @@ class Interrupt:
         self._first_at: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._left = threading.Event()
-        self._starting = False  # whether a signal ends the start
+        self._starting = False  # whether a signal would end the start
         self._leaving = False  # whether a signal is ending the start
         self.has_launcher = False
 
@@ -78,7 +78,7 @@ class Interrupt:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Let a signal raise Stopped inside; if that gets nowhere, end the process."""
+        """Let a signal raise Stopped inside the block; if the start does not leave in time, end the process."""
         self._starting = True
         try:
             if self.requested:
@@ -102,7 +102,7 @@ class Interrupt:
             except psutil.NoSuchProcess:
                 orphaned = True
             if orphaned:
-                # Not by a signal: on Ctrl-C the launcher has sent one already, and a second would mean impatience
+                # Not by a signal: on Ctrl-C the launcher has sent one already, and a second would mean impatience.
                 self._request(signal.SIGTERM, "the launcher is gone")
                 return
 
@@ -122,7 +122,7 @@ class Interrupt:
         first_at = self._first_at.setdefault(number, now)
         name = signal.Signals(number).name
         if now - first_at > _REPEAT_SECONDS:
-            _say(f"{name} again: exiting at once; the run goes on from its last checkpoint\n")
+            _say(f"{name} again: exiting at once; the run will resume from its last checkpoint\n")
             os._exit(128 + number if number == signal.SIGINT else STOPPED)
         self._request(number, name)
 
@@ -132,7 +132,7 @@ class Interrupt:
         starting = self._starting or self._leaving
         self.requested = number
         if starting:
-            _say(f"{reason}: nothing is trained yet, leaving\n")
+            _say(f"{reason}: nothing has been trained yet, exiting\n")
             threading.Thread(target=self._leave, name="leave", daemon=True).start()
         else:
             _say(f"{reason}: saving after this step, then exiting; the same signal again exits at once\n")
@@ -143,5 +143,5 @@ class Interrupt:
 
 
 def _say(message: str) -> None:
-    # Not by logging or print: the signal may have come while one of those holds its lock
+    # Not by logging or print: the signal may have come while one of those holds its lock.
     os.write(2, message.encode())

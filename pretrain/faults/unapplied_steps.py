@@ -1,8 +1,8 @@
-"""Handles optimizer steps that changed nothing: why, what was in them, and when a run has had too many.
+"""Handle optimizer steps that changed nothing: report why and with which documents, and end a run with too many.
 
-trainer -> unapplied_steps. The engine leaves out two kinds of steps on every rank: those whose loss or gradient is not
-finite, and those whose global batch has no target, in which weight decay and momentum would move the weights although
-they learn nothing. Whether the run goes on follows from figures that all ranks share, so all of them decide alike.
+trainer -> unapplied_steps. The engine skips two kinds of steps on every rank: those whose loss or gradient is not
+finite, and those whose global batch has no target, where weight decay and momentum would move the weights although
+nothing is learned. All ranks decide from the same figures whether to continue, so they decide alike.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from shards.storage.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
 
-_NAMED = 3  # documents in the message; the file lists all of them
+_NAMED = 3  # documents listed in the message; the file lists all
 
 
 class UnappliedSteps:
-    """Counts the steps in a row that changed nothing, and ends the run when there are too many.
+    """Counts consecutive steps that changed nothing, and ends the run if there are too many.
 
     Args:
         limit: steps in a row that end the run.
-        nonfinite_limit: the same, where the last of them was not finite.
+        nonfinite_limit: the same, if the last of them was not finite.
     """
 
     def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology) -> None:
@@ -36,14 +36,14 @@ class UnappliedSteps:
         self._in_a_row = 0
 
     def note(self, step: int, stats: StepStats, n_targets: int, origins: Callable[[], Sequence[Origin]]) -> None:
-        """Take note of a step's outcome; every rank calls it.
+        """Record a step's outcome; every rank calls it.
 
         Args:
             step: counted from 1, as in metrics.jsonl.
-            n_targets: of the global batch.
-            origins: gives those of all pieces of the global batch; all ranks call it together.
+            n_targets: targets in the global batch.
+            origins: returns the origins of all pieces of the global batch; a collective call.
         Raises:
-            HeadraceError: on all ranks, if the run has to end; nothing of the step has been kept.
+            HeadraceError: on all ranks, if the run has to end; nothing of the step is kept.
         """
         if stats.applied:
             self._in_a_row = 0
@@ -52,20 +52,20 @@ class UnappliedSteps:
         pieces = origins()
         if n_targets:
             found, limit = self._nonfinite(step, stats, pieces), self._nonfinite_limit
-            advice = "lower optim.learning_rate, or leave documents out, or see train.on_nonfinite"
+            advice = "lower optim.learning_rate, leave documents out, or see train.on_nonfinite"
         else:
             found, limit = _without_targets(step, pieces), self._limit
-            advice = "look at the sources' texts, data.text_key, data.bos and data.eos"
+            advice = "check the sources' texts, data.text_key, data.bos and data.eos"
         if self._in_a_row >= limit:
             raise HeadraceError(
                 f"{found}. That is {self._in_a_row} in a row that changed nothing: the run ends without saving, and the"
-                f" last checkpoint stands; {advice}"
+                f" last checkpoint is kept; {advice}"
             )
         if self._topology.is_main and (n_targets or self._in_a_row == 1):
             _logger.warning("%s; it changed nothing", found)
 
     def _nonfinite(self, step: int, stats: StepStats, pieces: Sequence[Origin]) -> str:
-        """List the documents of a step that was not finite in the run's folder; return what was found."""
+        """List the documents of a non-finite step in the run's folder; return a description."""
         found = f"step {step}: loss {stats.loss:g}, gradient norm {stats.grad_norm:g}"
         if not self._topology.is_main:
             return found
@@ -77,7 +77,7 @@ class UnappliedSteps:
 
 
 def _without_targets(step: int, pieces: Sequence[Origin]) -> str:
-    found = f"step {step}: there is nothing to predict in its batch, and so no loss, since"
+    found = f"step {step}: there is nothing to predict in its batch, hence no loss, since"
     if not pieces:
         return f"{found} its rows are empty"
     return f"{found} none of its pieces has a second token ({_documents(pieces)})"

@@ -1,7 +1,7 @@
-"""Ends a process that hangs: all its stacks go to the log, and it asks to be started again. trainer -> watchdog.
+"""End a process that hangs: log all its stacks, and exit with the code that asks for a restart. trainer -> watchdog.
 
-A rank that hangs silently holds up all others in their next collective. So the first one to notice need not be the one
-to blame, and every rank that notices shows where it is.
+A rank that hangs silently holds up all others in their next collective. The first rank to notice may not be the
+culprit, so every rank that notices shows where it is.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from pretrain.faults.interrupt import STOPPED
 
 
 class Watchdog:
-    """Watches, in a thread, whether the part of the work that is under way takes too long.
+    """Watches, in a thread, whether the current part of the work takes too long.
 
     Args:
-        timeout: seconds that one part may take; None: watch nothing.
-        rank: named in the message.
+        timeout: seconds that a part may take; None: no limit.
+        rank: rank for the message.
     """
 
     def __init__(self, timeout: float | None, rank: int) -> None:
         self._timeout = timeout
         self._rank = rank
-        self._kinds: set[str] = set()  # kinds of parts that have begun before
-        self._watched: tuple[str, float] | None = (
-            None  # name of the part under way, and the time.monotonic() of its start
-        )
+        self._kinds: set[str] = set()  # kinds of parts that have run before
+        self._watched: tuple[str, float] | None = None  # the current part's name, and the time.monotonic() of its start
         self._left = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -44,17 +42,17 @@ class Watchdog:
         self._left.set()
 
     def begin(self, kind: str, name: str) -> None:
-        """Begin a part of the work, and end the previous one.
+        """Begin a part of the work, ending the previous one.
 
         Args:
             kind: the first part of each kind is not watched, since it may compile.
-            name: what the message calls it.
+            name: its name in the message.
         """
         self._watched = (name, time.monotonic()) if kind in self._kinds else None
         self._kinds.add(kind)
 
     def end(self) -> None:
-        """End the part that is under way."""
+        """End the current part."""
         self._watched = None
 
     def _watch(self, timeout: float) -> None:
@@ -65,14 +63,14 @@ class Watchdog:
 
     def _give_up(self, name: str, timeout: float) -> None:
         message = (
-            f"{name} has taken more than train.stall_timeout={timeout:g} s; here is where every thread stands."
-            " Exiting for another start, which goes on from the last checkpoint\n"
+            f"{name} has taken more than train.stall_timeout={timeout:g} s; the stacks of all threads follow."
+            " Exiting for a restart, which resumes from the last checkpoint\n"
         )
         with tempfile.TemporaryFile("w+") as stacks:
             faulthandler.dump_traceback(stacks, all_threads=True)
             stacks.seek(0)
             lines = [message, *stacks]
-        # In a single write, with the rank on each line, since all ranks may write at once. Not by logging: the thread
-        # that hangs may hold its lock
+        # In a single write, with the rank on each line, since all ranks may write at once. Not by logging, since the
+        # thread that hangs may hold its lock.
         os.write(2, "".join(f"rank {self._rank}: {line}" for line in lines).encode())
         os._exit(STOPPED)

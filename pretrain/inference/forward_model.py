@@ -1,7 +1,7 @@
-"""A model without optimizer or engine, for weights of any source.
+"""A model without optimizer or engine, for weights from any source.
 
-weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices; so
-the number of ranks is free.
+weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices, so
+any number of ranks works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ForwardModel:
     """The forward pass of a model.
 
     Args:
-        precision: of the weights; those of a bf16 run round to what its training steps used.
+        precision: type of the weights; a bf16 run's weights are rounded to those of its training steps.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, precision: Precision, topology: Topology) -> None:
@@ -31,7 +31,7 @@ class ForwardModel:
         self._topology = topology
 
     def set_weights(self, weights: Weights) -> None:
-        """Fill the model with other weights of the same architecture."""
+        """Load other weights of the same architecture into the model."""
         fill(self._model, weights, self._topology.tp_rank, self._topology.tp_size)
 
     @torch.no_grad()

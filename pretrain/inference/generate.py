@@ -1,7 +1,7 @@
-"""Continue a prompt with a model, token by token: logits -> sampling -> text, as it comes.
+"""Continue a prompt with a model, token by token: logits -> sampling -> text, as it is generated.
 
-The one way to generate: for the sample at a run's end, and for launch/generate.py. Every rank runs the same loop; the
-model's slices of the logits are gathered, and rank 0's choice counts on all.
+This is the only code that generates: for the sample at a run's end, and for launch/generate.py. Every rank runs the
+same loop; the slices of the logits are gathered, and rank 0's choice applies to all.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from shards import Config, Tokenizer
 
 _logger = logging.getLogger(__name__)
 
-# Tokens [B, T] after those in the cache -> this rank's slice of the last one's logits [B, vocab_size / tp_size]
+# Tokens [B, T] after those in the cache -> this rank's slice of the last token's logits [B, vocab_size / tp_size]
 NextLogits = Callable[[Tensor, KVCache], Tensor]
 
 _UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are missing
 
 
 class Sampling(Config):
-    """The choice of the next token, and when to stop. Every continuation also ends with its document."""
+    """How to choose the next token, and when to stop. Every continuation also ends with its document."""
 
-    max_tokens: int = Field(256, ge=1)  # of the continuation
+    max_tokens: int = Field(256, ge=1)  # length of the continuation
     temperature: float = Field(0.8, ge=0)  # divides the logits; 0 takes the most likely token
-    top_k: int | None = Field(None, ge=1)  # sample among so many of the most likely tokens; None: all
-    top_p: float = Field(1.0, gt=0, le=1)  # and among the fewest whose probabilities reach this sum
+    top_k: int | None = Field(None, ge=1)  # sample from this many of the most likely tokens; None: all
+    top_p: float = Field(1.0, gt=0, le=1)  # and from the fewest tokens whose probabilities reach this sum
     seed: int = Field(0, ge=0)
-    stop: tuple[str, ...] = ()  # ends before the first of these that appears in the continuation
+    stop: tuple[str, ...] = ()  # stop before the first of these strings in the continuation
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Codec:
     """Text <-> token ids.
 
     Attributes:
-        encode: a prompt, as the beginning of a document.
-        decode: token ids to text.
+        encode: encodes a prompt as the beginning of a document.
+        decode: decodes token ids to text.
         ends: ids that end a document.
-        size: ids below this one have a meaning; a model may have more rows, which were never trained.
-        unknown: the id of what the tokenizer cannot spell; None where it can spell everything.
+        size: number of meaningful ids; a model may have more rows, which were never trained.
+        unknown: the id for what the tokenizer cannot spell; None if it can spell everything.
     """
 
     encode: Callable[[str], list[int]]
@@ -58,7 +58,7 @@ class Codec:
 
 
 def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
-    """Return a codec of a SentencePiece model; `bos` says whether documents begin with BOS."""
+    """Return a codec for a SentencePiece model; `bos` says whether documents begin with BOS."""
     prefix = [tokenizer.bos_id] if bos else []
     return Codec(
         encode=lambda prompt: [*prefix, *tokenizer.encode(prompt)],
@@ -78,29 +78,29 @@ def generate(
     sampling: Sampling,
     topology: Topology,
 ) -> Iterator[str]:
-    """Yield a prompt's continuation in stretches of whole characters, the same on every rank.
+    """Yield a prompt's continuation in chunks of whole characters, the same on every rank.
 
     Args:
-        next_logits: the model.
-        n_layers: of the model.
-        max_length: tokens of context; the prompt and its continuation end there.
+        next_logits: the model's forward pass with a cache.
+        n_layers: number of the model's layers.
+        max_length: maximum number of tokens of prompt and continuation together.
     """
-    ids = codec.encode(prompt) or [0]  # a model needs a token to begin with
+    ids = codec.encode(prompt) or [0]  # a model needs a token to start from
     if codec.unknown in ids:
-        _logger.warning("the tokenizer has no pieces for a part of the prompt, which the model does not see")
+        _logger.warning("the tokenizer cannot spell a part of the prompt, so the model does not see it")
     if len(ids) >= max_length:
-        _logger.warning("the prompt's %d tokens fill the context of %d: nothing can follow", len(ids), max_length)
+        _logger.warning("the prompt's %d tokens fill the context of %d, so nothing can follow", len(ids), max_length)
         return
     stream = TextStream(codec, ids, sampling.stop)
     end = min(max_length, len(ids) + sampling.max_tokens)
-    cache = KVCache(n_layers, end)  # not max_length, since a long context takes more memory than the model
-    # Drawn on the CPU, so that the text is the same on every device
+    cache = KVCache(n_layers, end)  # not max_length, since a long context's cache can take more memory than the model
+    # Drawn on the CPU, so that the text is the same on every device.
     generator = torch.Generator().manual_seed(sampling.seed)
     new = ids
     for _ in range(end - len(ids)):
         tokens = torch.tensor([new], device=topology.device)
         logits = gather_vocab(next_logits(tokens, cache))[0, : codec.size].float().cpu()
-        # Ranks whose logits differ in the last bit could draw different tokens, and would wait for each other for ever
+        # Ranks whose logits differ in the last bit could draw different tokens and then wait for each other forever.
         chosen = topology.broadcast_object(sample(logits, sampling, generator))
         if chosen in codec.ends:
             break
@@ -117,7 +117,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(logits.argmax())
     best, ids = logits.topk(min(sampling.top_k or len(logits), len(logits)))  # sorted, the most likely first
     probabilities = (best / sampling.temperature).softmax(-1)
-    # A token is kept while those before it do not reach the sum, so the first always is
+    # A token is kept while those before it do not reach the sum, so the first always is.
     # Source: Holtzman et al. 2019, arXiv 1904.09751, section 3.1
     before = probabilities.cumsum(-1) - probabilities
     kept = torch.where(before < sampling.top_p, probabilities, 0.0)
@@ -125,16 +125,16 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 class TextStream:
-    """Token ids one by one -> text that never has to be taken back.
+    """Converts token ids one by one to text that never has to be retracted.
 
-    A character may be spelled by several tokens, one for each byte, and a stop string may come in pieces: what could
-    still turn out to be part of either is held back.
+    A character may be spelled by several tokens, one for each byte, and a stop string may arrive in parts: what could
+    still become part of either is held back.
 
     Args:
-        context: ids before the first, which decide whether a space stands there.
+        context: ids before the first, which decide whether a space begins the text.
         stop: strings before which the text ends.
     Attributes:
-        stopped: one of them has appeared.
+        stopped: whether one of them has appeared.
     """
 
     def __init__(self, codec: Codec, context: Sequence[int], stop: Sequence[str]) -> None:
@@ -146,7 +146,7 @@ class TextStream:
         self._given = 0  # characters of the continuation
 
     def add(self, token_id: int) -> str:
-        """Return the text that is certain with one token more."""
+        """Return the text that one more token makes certain."""
         self._ids.append(token_id)
         text = self._text()
         found = [text.index(string) for string in self._stop if string in text]
@@ -159,7 +159,7 @@ class TextStream:
         return self._give(text, len(text) - held)
 
     def rest(self) -> str:
-        """Return what was held back, at the end of the text."""
+        """Return the text that was held back; for the end."""
         text = self._text()
         return self._give(text, len(text))
 
@@ -172,5 +172,5 @@ class TextStream:
 
 
 def _overlap(text: str, string: str) -> int:
-    """Count the characters at the end of a text with which a string begins."""
+    """Count the characters at the end of a text that a string begins with."""
     return next((n for n in range(min(len(string), len(text)), 0, -1) if text.endswith(string[:n])), 0)

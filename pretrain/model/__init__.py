@@ -1,1 +1,1 @@
-"""The LLaMA-class transformer, built of fairscale's model-parallel layers."""
+"""The LLaMA-class transformer, built from fairscale's model-parallel layers."""

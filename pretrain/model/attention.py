@@ -1,4 +1,4 @@
-"""Attention inside documents: a row holds several pieces, and a token sees only its own piece, from its start.
+"""Attention within documents: a row holds several pieces, and a token sees only its own piece, from the piece's start.
 
 Two backends with the same result: SDPA with a mask (any device) and FlexAttention (CUDA), which skips the blocks of
 the row-by-row mask in which no token may see another.
@@ -39,7 +39,7 @@ def valid_targets(segment_ids: Tensor) -> Tensor:
 
 
 def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
-    """Resolve the attention that a config asks for. Raises: ConfigError if this device cannot run it."""
+    """Resolve the attention that a config asks for. Raises ConfigError if this device cannot run it."""
     fits = topology.device.type == "cuda" and head_dim >= 16
     if parallel.attention == "flex" and not fits:
         raise ConfigError(
@@ -52,11 +52,11 @@ def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: in
 
 
 def attention_within_pieces(segment_ids: Tensor, backend: AttentionBackend) -> Attend:
-    """Return causal attention that stays within a piece; made once a forward pass, used by every block.
+    """Return causal attention that stays within a piece; made once per forward pass, used by every block.
 
     Args:
         segment_ids: [B, T]; padding (0) attends to padding, so that its rows stay finite.
-        backend: "flex" compiles at its first use and wants CUDA.
+        backend: "flex" compiles at its first use and needs CUDA.
     """
     if backend == "flex":
         return _flex_attention(segment_ids)
@@ -96,10 +96,10 @@ class RopeScaling(Config):
     """
 
     rope_type: Literal["llama3"] = "llama3"  # the only supported method, named as in config.json
-    factor: float = Field(gt=1)  # by which the longest wavelengths grow
-    low_freq_factor: float = Field(1.0, gt=0)  # wavelengths above the original length / this grow in full
-    high_freq_factor: float = Field(4.0, gt=0)  # wavelengths below the original length / this stay as they are
-    original_max_position_embeddings: int = Field(8192, ge=1)  # tokens of context before
+    factor: float = Field(gt=1)  # factor by which the longest wavelengths grow
+    low_freq_factor: float = Field(1.0, gt=0)  # wavelengths above the original length / this grow by the full factor
+    high_freq_factor: float = Field(4.0, gt=0)  # wavelengths below the original length / this do not change
+    original_max_position_embeddings: int = Field(8192, ge=1)  # context length before scaling, in tokens
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -110,11 +110,11 @@ class RopeScaling(Config):
         return self
 
     def scaled(self, frequencies: Tensor) -> Tensor:
-        """Scale frequencies in radians a token, of any shape; between the two bounds the scale changes linearly.
+        """Scale frequencies in radians per token, of any shape; between the two bounds the scale changes linearly.
 
         Source: Llama 3.1's reference code; Grattafiori et al. 2024, arXiv 2407.21783, section 3.4.2.
         """
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # turns within the original context
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
@@ -122,7 +122,7 @@ class RopeScaling(Config):
 def rotary_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the two halves of a head alike.
+    """Return the cosines and sines of RoPE, [B, 1, T, head_dim] fp32, the same for both halves of a head.
 
     Computed from the positions rather than kept as a buffer: casting a model to bf16 would round a buffer too, and
     bf16 cannot tell position 2049 from 2050.
@@ -139,7 +139,7 @@ def rotary_angles(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to x [B, heads, T, head_dim] in fp32, and return x's type."""
+    """Apply RoPE to x [B, heads, T, head_dim] in fp32; the result has x's type."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens so far, so that the next token costs one position and not all of them.
+"""Keys and values of the tokens so far, so that the next token costs one position instead of all.
 
-generate -> transformer -> kv_cache, in place of the attention within a packed row's pieces.
+generate -> transformer -> kv_cache, replacing the attention within a packed row's pieces.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ class KVCache:
     """Keys and values of documents that are continued together, layer by layer; grows with each forward pass.
 
     Args:
-        n_layers: of the model.
-        max_length: tokens of a document, prompt and continuation together; the memory is taken at once.
+        n_layers: number of the model's layers.
+        max_length: maximum tokens of a document, prompt and continuation together; allocated at once.
     Attributes:
-        length: tokens of each document that the model has seen.
-        attends: for each layer, the attention that adds to the cache and reads all of it.
+        length: number of tokens of each document that the model has seen.
+        attends: for each layer, the attention that appends to the cache and reads all of it.
     """
 
     def __init__(self, n_layers: int, max_length: int) -> None:
@@ -35,14 +35,14 @@ class KVCache:
         return torch.arange(self.length, self.length + length, device=tokens.device).expand(rows, length)
 
     def advance(self, count: int) -> None:
-        """Count tokens that every layer has seen."""
+        """Count tokens that every layer has processed."""
         self.length += count
 
     def _attend_in(self, layer: int) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             start, count = self.length, q.shape[2]
             end = start + count
-            assert end <= self.max_length, f"a cache of {self.max_length} tokens is asked for {end}"
+            assert end <= self.max_length, f"a cache of {self.max_length} tokens cannot hold {end}"
             memory = self._memory[layer]
             if memory is None:
                 rows, heads, _, head_dim = k.shape
@@ -51,7 +51,7 @@ class KVCache:
             for stored, new in zip(memory, (k, v), strict=True):
                 stored[:, :, start:end] = new
             keys, values = (stored[:, :, :end] for stored in memory)
-            # [T (query), start + T (key)]: a token sees all before this pass, and in this pass those up to itself
+            # [T (query), start + T (key)]: a token sees all earlier passes, and this pass up to itself
             mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(diagonal=start)
             return F.scaled_dot_product_attention(
                 q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]

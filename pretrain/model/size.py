@@ -1,4 +1,4 @@
-"""The size of a model: parameters, floating-point operations, memory. No other module counts them."""
+"""The size of a model: parameters, floating-point operations, memory. No other module computes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Count floating-point operations, forward and backward, of one trained token in full-length documents.
+    """Count the floating-point operations, forward and backward, per trained token of full-length documents.
 
-    Two a weight of every matrix multiplication forward (the embedding is a look-up and has none) and twice that
-    backward; plus, in each layer, the causal half of the seq_len x seq_len products of attention, twice (scores and
-    values). Recomputation is not counted, as is usual for model FLOP utilization.
+    Two per weight of every matrix multiplication in the forward pass (the embedding is a look-up and has none) and
+    twice that in the backward pass; plus, in each layer, the causal half of attention's seq_len x seq_len products,
+    twice (scores and values). Recomputation is not counted, as is usual for model FLOP utilization.
 
     Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B, with attention counted as causal.
     """
@@ -32,7 +32,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
-    """Return the bytes of the whole model's checkpoint: the weights in training, and the optimizer's state.
+    """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
@@ -42,7 +42,7 @@ def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank, at the peak of a training step."""
+    """Bytes on one rank at the peak of a training step."""
 
     weights: int
     gradients: int
@@ -56,19 +56,19 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank trains: all that its memory depends on."""
+    """What one rank trains: everything that its memory depends on."""
 
     model: ModelConfig
     parallel: ParallelConfig
     dp_size: int
-    micro_batch_size: int  # rows of one forward pass
-    seq_len: int  # tokens of a row
+    micro_batch_size: int  # rows per forward pass
+    seq_len: int  # tokens per row
     bytes_per_weight: int  # in the forward pass: 2 for bf16, 4 for fp32, which needs no master copy
-    z_loss: bool  # whether the loss has a z-loss, which takes a softmax of its own
+    z_loss: bool  # whether the loss has a z-loss, which needs its own softmax
 
 
 def memory_per_rank(work: Workload) -> MemoryEstimate:
-    """Estimate one rank's memory; the optimizer keeps three fp32 numbers a parameter (master weight, two moments)."""
+    """Estimate one rank's memory; the optimizer keeps three fp32 numbers per parameter (master weight, two moments)."""
     parallel, dp_size = work.parallel, work.dp_size
     parameters = parameter_count(work.model) // parallel.tp_size
     stage = parallel.applied_zero_stage
@@ -98,5 +98,5 @@ def _activations(work: Workload) -> int:
         blocks = config.n_layers * weight_bytes * tokens * config.dim + block
     else:
         blocks = config.n_layers * block
-    each = weight_bytes + 8 + (work.z_loss and (8 if weight_bytes == 2 else 4))  # bytes of a logit
+    each = weight_bytes + 8 + (work.z_loss and (8 if weight_bytes == 2 else 4))  # bytes per logit
     return blocks + tokens * each * config.vocab_size // parallel.tp_size

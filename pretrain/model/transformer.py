@@ -1,7 +1,7 @@
 """The LLaMA-class transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-tokens, segment ids -> this rank's slice of the logits. The loss is taken outside, on the slices (`parallel.py`).
-Shapes: B rows, T tokens a row, H and K this rank's query and key-value heads, D head_dim.
+tokens, segment ids -> this rank's slice of the logits. The loss is computed outside, on the slices (`parallel.py`).
+Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from pretrain.model.parallel import (
 from pretrain.rng import derive_seed
 from shards import Config
 
-Precision = Literal["bf16", "fp32"]  # of the weights in forward and backward pass
+Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
 
 
 class ModelConfig(Config):
-    """The architecture. Two runs with the same ModelConfig compute the same function of their weights."""
+    """The architecture. Runs with the same ModelConfig compute the same function of their weights."""
 
     dim: int = Field(ge=1)  # width of the residual stream
-    n_layers: int = Field(ge=1)  # transformer blocks, each of attention and a feed-forward network
+    n_layers: int = Field(ge=1)  # transformer blocks, each with attention and a feed-forward network
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
     n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
-    ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, up to the next multiple of 256
-    vocab_size: int = Field(ge=1)  # pieces of the tokenizer
+    ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 256
+    vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
-    rope_scaling: RopeScaling | None = None  # of Llama 3.1 and later, for contexts longer than in pretraining
+    rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
     tie_embeddings: bool = False  # the output projection is the embedding
     dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
-        self.on_sharded = on_sharded  # each tp rank normalizes other activations, with the same weight
+        self.on_sharded = on_sharded  # each tp rank normalizes different activations with the same weight
 
     def forward(self, x: Tensor) -> Tensor:
         weight = on_sharded_activations(self.weight) if self.on_sharded else self.weight
@@ -128,7 +128,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: each branch reads the normalized stream and adds to it."""
+    """One layer: each branch reads the normalized residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
     Args:
         config: the architecture.
-        attention: backend of the attention, see `attention.py`.
+        attention: attention backend; see `attention.py`.
         checkpoint_blocks: keep only each block's input for the backward pass.
     """
 
@@ -165,15 +165,15 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = column_linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
-            # One parameter in two layers: both split the vocabulary in the same way
+            # One parameter in two layers, since both split the vocabulary the same way
             self.output.weight = self.embedding.weight
         self._compiled: list[Callable[..., Tensor]] = []
 
     def compile_blocks(self) -> None:
-        """Compile the blocks for training; in evaluation and generation they go on to run as they are written.
+        """Compile the blocks for training; evaluation and generation still run them uncompiled.
 
         Without gradients fairscale's layers break a compiled block into six graphs, and each batch size and length
-        would be compiled anew, until torch gives up compiling at all.
+        would be compiled anew, until torch gives up compiling.
         """
         self._compiled = [torch.compile(block, dynamic=False) for block in self.blocks]
 
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         Args:
             tokens: [B, T] int64.
             segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding. Needed without a cache.
-            cache: of the tokens before these, which go into it; each row is then one piece.
+            cache: cache of the preceding tokens, to which these are added; each row is then one piece.
         Returns:
             [B, T, vocab_size / tp_size]: this rank's slice of the logits, in the weights' type.
         """
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every matrix from its own generator, seeded by its name: the same weights at every tp_size."""
+        """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue  # the norms' weights are ones

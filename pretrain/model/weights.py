@@ -1,7 +1,7 @@
 """The weights of a model by name, and the sources that they are read from. {checkpoint, exchange} -> weights -> models.
 
-A weight's name is the one that it has in `Transformer`. Whatever holds a model - a run's checkpoint, files in another
-program's layout - answers to these names and hands out whole weights or slices of them, one at a time.
+A weight's name is its name in `Transformer`. Every source of a model - a run's checkpoint, files in another program's
+layout - uses these names and returns whole weights or slices of them, one at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from shards import ConfigError
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight's whole shape, and the dimension that tensor-parallel ranks split it along; None: each has all of it."""
+    """A weight's full shape, and the dimension along which tensor-parallel ranks split it; None if it is replicated."""
 
     shape: tuple[int, ...]
     shard_dim: int | None = None
 
     def slice_of(self, whole: Tensor, index: int, count: int) -> Tensor:
-        """Return the slice of tensor-parallel rank `index` of `count`, a view."""
+        """Return the slice of tensor-parallel rank `index` of `count`, as a view."""
         return whole if self.shard_dim is None else whole.chunk(count, self.shard_dim)[index]
 
     def bounds(self, index: int, count: int) -> tuple[slice, ...]:
@@ -37,14 +37,14 @@ class WeightSpec:
 
 
 class Weights(Protocol):
-    """A source of a model's weights, which are read one after the other."""
+    """A source of a model's weights, which are read one at a time."""
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """Read a weight's slice of tensor-parallel rank `index` of `count`, on the CPU, in its stored type."""
+        """Read the slice of a weight for tensor-parallel rank `index` of `count`, on the CPU, in its stored type."""
 
 
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """List all weights in the order in which the layers use them; a tied output projection is not one."""
+    """List all weights in the order in which the layers use them; a tied output projection is not listed."""
     dim, head_dim, hidden = config.dim, config.head_dim, config.hidden_dim
     queries, keys = config.n_heads * head_dim, config.kv_heads * head_dim
     block = {
@@ -72,13 +72,13 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 
 @torch.no_grad()
 def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
-    """Give every parameter of a model its values, rounded where the parameter's type is narrower."""
+    """Copy the weights into every parameter of a model, rounding to the parameter's type."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights.read(name, tp_rank, tp_size))
 
 
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
-    """Check that `tp_size` ranks can divide a model. Raises: ConfigError; `key` is what the user set it with."""
+    """Check that `tp_size` ranks can split a model. Raises ConfigError that names `key`, by which the user set it."""
     for name, value in (
         ("n_heads", config.n_heads),
         ("n_kv_heads", config.kv_heads),

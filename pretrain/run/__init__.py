@@ -1,1 +1,1 @@
-"""A run's folder and all that is written into it."""
+"""A run's folder and everything written to it."""

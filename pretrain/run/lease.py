@@ -1,9 +1,9 @@
-"""Keeps a second live process out of a run folder, on one host or on many. start -> lease -> save.
+"""Keep a second live process out of a run folder, on one host or on many. start -> lease -> save.
 
-The lease is a file that names its holder; its modification time is the holder's sign of life. No lock of the operating
-system is involved, since `flock` and process ids mean nothing on another node. To take over a dead lease, a process
-first claims the succession by creating a file of which there can be only one, and then renames its own lease over the
-old one. A holder that was silent for too long and comes back finds another file in its place.
+The lease is a file that names its holder; its modification time is the holder's heartbeat. No operating system lock is
+involved, since `flock` and process ids mean nothing on another node. To take over a dead lease, a process first claims
+the succession by creating a file that only one process can create, and then renames its own lease over the old one. A
+holder that was silent for too long and comes back finds another file in its place.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-_HEARTBEAT_SECONDS = 15.0  # between two signs of life
-_SILENCE_SECONDS = 120.0  # after which the holder counts as dead: eight missed signs
+_HEARTBEAT_SECONDS = 15.0  # between heartbeats
+_SILENCE_SECONDS = 120.0  # after which the holder is presumed dead: eight missed heartbeats
 
 
 class Holder(msgspec.Struct, frozen=True):
     """The process that holds a lease, described so that another process can check on it."""
 
     token: str  # distinguishes this lease from every other
-    job_id: str | None  # of Slurm; a requeued job keeps its id
+    job_id: str | None  # Slurm's job id; a requeued job keeps it
     host: str
-    pid_space: str  # boot and pid namespace, outside of which process ids mean nothing
+    pid_space: str  # boot and pid namespace, outside which process ids mean nothing
     pid: int
-    started: float  # seconds since the epoch; process ids are used again
+    started: float  # seconds since the epoch, since process ids are reused
 
     @classmethod
     def me(cls, job_id: str | None) -> Holder:
@@ -52,12 +52,12 @@ class Holder(msgspec.Struct, frozen=True):
         return f"{job}process {self.pid} on {self.host}"
 
     def is_alive(self) -> bool | None:
-        """Return whether the holder's process still runs; None if that cannot be seen from here."""
+        """Return whether the holder's process is still running; None if that cannot be determined from here."""
         if self.host != socket.gethostname() or self.pid_space != _pid_space():
             return None
         try:
             process = psutil.Process(self.pid)
-            # Within a second: the kernel counts ticks from the boot, whose time is adjusted with the clock
+            # Compare within a second: the kernel counts ticks from the boot, whose time is adjusted with the clock.
             same = abs(process.create_time() - self.started) < 1.0
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
@@ -68,7 +68,7 @@ def _pid_space() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        return ""  # not Linux, where the host's name has to do
+        return ""  # not Linux; the host's name has to suffice
 
 
 class Lease:
@@ -81,11 +81,12 @@ class Lease:
         heartbeat: float = _HEARTBEAT_SECONDS,
         silence: float = _SILENCE_SECONDS,
     ):
-        """
+        """Prepare a lease on a file; `with` takes it.
+
         Args:
             path: the lease file.
-            job_id: SLURM_JOB_ID, if any; the same job takes its own lease over at once.
-            heartbeat, silence: in seconds; only tests have a reason to change them.
+            job_id: SLURM_JOB_ID, if any; the same job takes over its own lease at once.
+            heartbeat, silence: in seconds; changed only by tests.
         """
         self.path = path
         self._me = Holder.me(job_id)
@@ -98,10 +99,10 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Take the lease: at once if it is free or its holder is gone; where that cannot be seen, after its silence.
+        """Take the lease: at once if it is free or its holder is gone; if that cannot be determined, after its silence.
 
         Raises:
-            HeadraceError: if its holder lives; the message names the holder.
+            HeadraceError: if its holder is alive; the message names the holder.
         """
         while not (self._create() or self._succeed()):
             time.sleep(self._heartbeat / 10)
@@ -114,19 +115,19 @@ class Lease:
     ) -> None:
         self._released.set()
         self._thread.join()
-        # A lease that cannot be removed is silent from now on, which frees it too
+        # A lease that cannot be removed gives no more heartbeats, which frees it too.
         with contextlib.suppress(OSError):
             if self._is_mine():
                 self.path.unlink()
         os.close(self._descriptor)
 
     def check(self) -> None:
-        """Check that the lease is still held; it costs nothing while the signs of life go out.
+        """Check that the lease is still held; this costs nothing while heartbeats succeed.
 
         Raises:
-            HeadraceError: if another process has taken the lease over, as it may after a long stop of this one.
+            HeadraceError: if another process has taken over the lease, as it may after a long suspension of this one.
         """
-        # This process was suspended, and the thread may not have looked yet
+        # This process may have been suspended, and the thread may not have looked yet.
         if time.monotonic() - self._last_sign > 3 * self._heartbeat:
             self._give_sign()
         if self._lost_to is not None:
@@ -135,12 +136,12 @@ class Lease:
             )
 
     def is_free(self) -> bool:
-        """Return whether nobody is at work in the folder, as far as can be seen from here; take nothing."""
+        """Return whether no process is working in the folder, as far as can be determined; do not take the lease."""
         found = self._look()
         return found is None or self._is_free(*found)
 
     def _create(self) -> bool:
-        """Take a lease that nobody has; return whether that succeeded."""
+        """Create the lease if nobody holds it; return whether that succeeded."""
         try:
             self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
@@ -153,10 +154,10 @@ class Lease:
         os.fsync(self._descriptor)
 
     def _succeed(self) -> bool:
-        """Wait until the holder is known to live, which is an error, or to be gone; then take over from it.
+        """Wait until the holder is known to be alive, which is an error, or gone; then take over from it.
 
         Returns:
-            False if the lease was given back meanwhile, or another contender was faster.
+            False if the lease was released meanwhile, or another contender was faster.
         """
         announced = False
         youngest = math.inf
@@ -166,7 +167,7 @@ class Lease:
                 return self._take_over(holder)
             if (
                 holder and holder.is_alive()
-            ) or age < youngest < math.inf:  # it has given a sign of life since we began to look
+            ) or age < youngest < math.inf:  # its heartbeat advanced since we began to look
                 raise HeadraceError(
                     f"the run folder {self.path.parent} is in use by {holder or 'another process'} "
                     f"(last sign of life {age:.0f} s ago); stop that one first, or give this run another run.name"
@@ -193,11 +194,11 @@ class Lease:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
-                if self._age(claim.stat().st_mtime) >= self._silence:  # whoever claimed it died within a millisecond
+                if self._age(claim.stat().st_mtime) >= self._silence:  # the claimant died right after claiming
                     claim.unlink()
             return False
         try:
-            # Only now is it certain that nobody else takes over from this holder, so check once more who it is
+            # Only now is it certain that nobody else takes over from this holder, so check again who holds it.
             found = self._look()
             if found is None or found[0] != judged or not self._is_free(*found):
                 return False
@@ -205,15 +206,15 @@ class Lease:
             self._descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
             self._sign_it()
             mine.replace(self.path)
-            _logger.info("took %s over from %s", self.path, judged or "an unknown process")
+            _logger.info("took over %s from %s", self.path, judged or "an unknown process")
             return True
         finally:
             claim.unlink()
 
     def _look(self) -> tuple[Holder | None, float] | None:
-        """Read the holder, None if unreadable, and the seconds since its sign of life; None if there is no lease."""
+        """Return the holder, None if unreadable, and the seconds since its heartbeat; None if there is no lease."""
         try:
-            with self.path.open("rb") as file:  # opened anew each time, since NFS asks the server only then
+            with self.path.open("rb") as file:  # reopened each time, since NFS asks the server only on opening
                 content = file.read()
                 age = self._age(os.fstat(file.fileno()).st_mtime)
         except FileNotFoundError:
@@ -224,7 +225,7 @@ class Lease:
             return None, age
 
     def _age(self, modified: float) -> float:
-        """Return the seconds since a file was modified, by the file system's clock: those of two nodes may differ."""
+        """Return the seconds since a file was modified, by the file system's clock, since nodes' clocks may differ."""
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".lease-clock-") as clock:
             clock.write(b"?")
             clock.flush()
@@ -238,11 +239,11 @@ class Lease:
 
     def _give_sign(self) -> None:
         try:
-            # Through the open file, not by its name: a lease that was taken over must not be touched
+            # Through the open file, not by its name: a lease that was taken over must not be touched.
             os.utime(self._descriptor)
             mine = self._is_mine()
         except OSError as error:
-            _logger.warning("no sign of life to %s: %s", self.path, error)
+            _logger.warning("could not write a sign of life to %s: %s", self.path, error)
             mine = time.monotonic() - self._last_sign < self._silence
         else:
             self._last_sign = time.monotonic() if mine else self._last_sign

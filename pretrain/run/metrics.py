@@ -1,4 +1,4 @@
-"""Defines the records of metrics.jsonl, measures where a step's seconds go, and shows progress on the console.
+"""Define the records of metrics.jsonl, measure where a step's seconds go, and show progress on the console.
 
 recorder -> StepRecord -> journal -> {metrics.jsonl, console, wandb}.
 """
@@ -31,42 +31,42 @@ _logger = logging.getLogger(__name__)
 
 
 class MetricsConfig(Config):
-    """What is shown while a run goes on. Every step stands in metrics.jsonl, whatever is set here."""
+    """How progress is shown during a run. Every step is recorded in metrics.jsonl, whatever is set here."""
 
-    log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, where the output is no terminal
-    # bf16 FLOP/s of one device, dense; None: from the table, if it is there
+    log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, if the output is not a terminal
+    # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. The names are relied on outside of the repository."""
+    """One line of metrics.jsonl. The names are relied on outside the repository."""
 
-    step: int  # optimizer steps done, this one included
-    loss: float  # nats per valid target of the global batch; null in the file where it is no number
+    step: int  # optimizer steps done, including this one
+    loss: float  # nats per valid target of the global batch; null in the file if it is not finite
     grad_norm: float  # global L2 norm before clipping
     learning_rate: float
-    tokens: int  # trained on since the run's start, over all ranks; padding is not counted
-    tokens_per_second: float  # over all ranks; padding is not counted
-    batch_hash: str  # 16 hex digits, chained with the step before: equal hashes saw the same data
-    step_seconds: float  # of the whole step; the three below are parts of it
+    tokens: int  # trained on since the run's start, over all ranks, without padding
+    tokens_per_second: float  # over all ranks, without padding
+    batch_hash: str  # 16 hex digits, chained with the previous step: equal hashes mean equal data
+    step_seconds: float  # the whole step; the next three are parts of it
     data_wait_seconds: float
     forward_backward_seconds: float
-    optimizer_seconds: float  # with the reduction of gradients, where that does not overlap the backward pass
-    peak_memory_bytes: int  # on this rank: of the GPU's allocator, or the process's resident set
-    padding_share: float  # of the global batch's positions
-    tokens_per_source: dict[str, int]  # of this step's global batch
-    epoch_per_source: dict[str, float]  # how often each source was read through since the run's start
-    skipped_records: int  # bad ones, since the run's start, over all ranks; bad_records.jsonl names them
-    replayed_entries: int  # of shards, in this step, over all ranks: they did not hold, and decoding took longer
-    failed_saves: int | None = None  # in a row, up to this step; None where the last save was good
-    checkpoint_seconds: float | None = None  # that training stood still for a save before this step; None without one
-    # Documents dropped on the way to this step's rows, since they share text with data.decontaminate's suite
+    optimizer_seconds: float  # including gradient reduction that does not overlap the backward pass
+    peak_memory_bytes: int  # on this rank: the GPU allocator's, or the process's resident set
+    padding_share: float  # share of the global batch's positions
+    tokens_per_source: dict[str, int]  # in this step's global batch
+    epoch_per_source: dict[str, float]  # passes over each source since the run's start
+    skipped_records: int  # bad records since the run's start, over all ranks; bad_records.jsonl names them
+    replayed_entries: int  # invalid entries of shards in this step, over all ranks, which slow down decoding
+    failed_saves: int | None = None  # in a row, up to this step; None if the last save succeeded
+    checkpoint_seconds: float | None = None  # pause for a save before this step; None without one
+    # Documents dropped on the way to this step's rows because they share text with data.decontaminate's suite
     contaminated_per_source: dict[str, int] | None = None
-    z_loss: float | None = None  # what it adds to the loss that is trained on; None where it is off
-    nonfinite: bool | None = None  # True where loss or gradient was no number, and the step changed nothing
-    without_targets: bool | None = None  # True where the batch had nothing to predict: no loss, and nothing changed
-    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None where the device's peak is not known
+    z_loss: float | None = None  # its part of the training loss; None if it is off
+    nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
+    without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
+    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None if the device's peak is unknown
 
     def as_json(self) -> dict[str, object]:
         """Return the record without the fields that are None."""
@@ -74,14 +74,15 @@ class StepRecord:
 
 
 class Meter:
-    """Splits the seconds of a step into named parts, and begins again with each step."""
+    """Splits the seconds of a step into named parts, and starts afresh with each step."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None):
-        """
+        """Start timing a step.
+
         Args:
             clock: seconds, monotonic.
-            synchronize: waits until the device has done what it was given, so that a part is charged with its own work;
-                called at the end of each part.
+            synchronize: waits until the device has done its work, so that each part is charged for its own; called at
+                the end of each part.
         """
         self._clock = clock
         self._synchronize = synchronize
@@ -90,7 +91,7 @@ class Meter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charge the time inside to a part; a part that is entered several times in a step adds up."""
+        """Charge the time inside the block to a part; repeated parts of a step add up."""
         start = self._clock()
         try:
             yield
@@ -100,20 +101,20 @@ class Meter:
             self._parts[name] = self._parts.get(name, 0.0) + self._clock() - start
 
     def end_step(self) -> dict[str, float]:
-        """Return each part's seconds since the step began, and under `step` the whole step's; begin the next step."""
+        """Return each part's seconds since the step began, and the whole step's under `step`; begin the next step."""
         now = self._clock()
         seconds = {**self._parts, "step": now - self._step_start}
         self.start_step()
         return seconds
 
     def start_step(self) -> None:
-        """Forget what was measured: the time of an evaluation or a save does not belong to the next step."""
+        """Discard what was measured: the time of an evaluation or a save does not belong to the next step."""
         self._parts = {}
         self._step_start = self._clock()
 
 
-# Dense bf16 FLOP/s with fp32 accumulation, by the name that torch gives the device; the first match counts. From the
-# makers' data sheets (a figure "with sparsity" is halved); a module of two devices counts as two.
+# Dense bf16 FLOP/s with fp32 accumulation, by torch's name for the device; the first match counts. From the makers'
+# data sheets (a figure "with sparsity" is halved); a module of two devices counts as two.
 _PEAK_FLOPS = (
     (r"GB200", 2500e12),  # NVIDIA GB200 NVL72 data sheet: 360 PFLOPS sparse over 72
     (r"B200", 2250e12),  # NVIDIA DGX B200 data sheet
@@ -131,17 +132,17 @@ _PEAK_FLOPS = (
     (r"RTX 4090", 165.2e12),  # NVIDIA Ada GPU architecture white paper, appendix A
     (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA GA102 white paper, table 9
     (r"MI300X", 1307e12),  # AMD Instinct MI300X data sheet
-    (r"MI250X", 191.5e12),  # AMD Instinct MI250X data sheet: 383 TFLOPS over two dies, each a device of its own
+    (r"MI250X", 191.5e12),  # AMD Instinct MI250X data sheet: 383 TFLOPS over two dies, each a separate device
 )
 
 
 def peak_flops_of(device_name: str) -> float | None:
-    """Return a device's dense bf16 FLOP/s by its `torch.cuda.get_device_name()`; None where it is not known."""
+    """Return a device's dense bf16 FLOP/s by its `torch.cuda.get_device_name()`; None if unknown."""
     return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
 
 
 def total_peak_flops(config: MetricsConfig, topology: Topology) -> float | None:
-    """Return the dense bf16 FLOP/s of all devices together; None where it is not known."""
+    """Return the dense bf16 FLOP/s of all devices together; None if unknown."""
     peak = config.peak_flops
     if peak is None and topology.device.type == "cuda":
         peak = peak_flops_of(torch.cuda.get_device_name())
@@ -154,14 +155,14 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak_flops: float | No
     Args:
         flops_per_token: of forward and backward pass.
         tokens_per_second: over all devices.
-        peak_flops: FLOP/s of all devices together; None where it is not known.
+        peak_flops: FLOP/s of all devices together; None if unknown.
     Source: Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
     """
     return None if peak_flops is None else flops_per_token * tokens_per_second / peak_flops
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has held: of the GPU's allocator, or its resident set."""
+    """Return the most memory that this process has held, by the GPU's allocator or as its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -169,13 +170,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None:
-    """Estimate how long the rest of a run will take if it goes on as it did lately.
+    """Estimate how long the rest of a run will take at its recent speed.
 
     Args:
-        times: (seconds on some clock, step), in order; what lies between two steps, such as an evaluation, counts.
-        steps: of the whole run.
+        times: (seconds on some clock, step), in order; time between two steps, such as for an evaluation, counts.
+        steps: length of the whole run.
     Returns:
-        Seconds; None as long as there are not two different steps.
+        Seconds; None until there are two different steps.
     """
     if len(times) < 2 or times[-1][1] <= times[0][1]:
         return None
@@ -211,7 +212,7 @@ def _duration(seconds: float | None) -> str:
 
 
 class StepProgress:
-    """Shows progress: as a live bar on a terminal, elsewhere as a plain line in the log every so many seconds."""
+    """Shows progress: a live bar on a terminal, elsewhere a plain log line at intervals."""
 
     def __init__(
         self,
@@ -220,11 +221,12 @@ class StepProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """
+        """Prepare the progress display; `with` shows it.
+
         Args:
-            steps: of the whole run.
-            config: how often plain lines come.
-            console: where the bar is drawn; by default where the log goes.
+            steps: length of the whole run.
+            config: sets the interval of plain lines.
+            console: where the bar is drawn; the log's by default.
             clock: seconds, monotonic.
         """
         console = console or log.console()

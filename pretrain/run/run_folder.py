@@ -1,4 +1,4 @@
-"""Lays out the folder of one run, tells whose it is, and cuts its records back when a start goes on from it.
+"""Lay out the folder of a run, identify its wandb run, and cut its records back at a resume.
 
 Only rank 0 writes here, except for the engine's files in a checkpoint. {start, journal} -> run_folder -> step_log.
 """
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of everything that belongs to a run. Making one touches nothing on disk."""
+    """The paths of everything that belongs to a run. Creating this object touches nothing on disk."""
 
     root: Path
 
@@ -39,7 +39,7 @@ class RunFolder:
         return StepLog(self.root / "evals.jsonl")
 
     def document_scores(self, step: int, suite: str) -> Path:
-        """Return the file of a suite's sums per document at a step, from which comparisons are made."""
+        """Return the file with a suite's sums per document at a step, on which comparisons are based."""
         return self.root / "evals" / suite / f"step_{step:08d}.npz"
 
     @property
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def contaminated(self) -> StepLog:
-        """Return the log of the documents that data.decontaminate kept out."""
+        """Return the log of the documents that data.decontaminate removed."""
         return StepLog(self.root / "contaminated.jsonl")
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def wandb_rows(self) -> StepLog:
-        """Return the log of what was sent to wandb of each step; see `pretrain.run.wandb_rows`."""
+        """Return the log of what was sent to wandb for each step; see `pretrain.run.wandb_rows`."""
         return StepLog(self.wandb / "rows.jsonl")
 
     @property
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def wandb(self) -> Path:
-        """Return the folder `wandb/` that wandb makes in the root."""
+        """Return the folder `wandb/` that wandb creates in the root."""
         return self.root / "wandb"
 
     @property
@@ -82,14 +82,14 @@ class RunFolder:
         return self.root / "data_end"
 
     def data_end(self) -> int | None:
-        """Read the run's last step, once it has come to the end of its data; None before."""
+        """Read the run's last step, if it has reached the end of its data; None before that."""
         try:
             return int(self._data_end.read_text())
         except FileNotFoundError:
             return None
 
     def note_data_end(self, step: int) -> None:
-        """Note that the data ends with this step, which stays true however often the steps are trained again."""
+        """Record that the data ends with this step, which stays true if the steps are trained again."""
         write_atomically(self._data_end, str(step))
 
     @property
@@ -101,14 +101,14 @@ class RunFolder:
         return self._run_id.read_text().strip()
 
     def settle_run_id(self, name: str) -> str:
-        """Settle which wandb run is this run's: the one that it has, or a new one; return its id.
+        """Determine this run's wandb run, the existing one or a new one; return its id.
 
-        An id belongs to a run.name and a folder, which config.yaml knows from the last start. Under another name the
-        run gets a new one. A folder that lies elsewhere now was copied if the other one is still there and has the same
-        id, and gets a new one too; otherwise it was moved, and keeps its own.
+        An id belongs to a run.name and a folder, which config.yaml records from the last start. Under another name the
+        run gets a new one. A folder at a new place is a copy if the old one still exists with the same id, and gets a
+        new id too; otherwise it was moved and keeps its id.
 
         Args:
-            name: the run.name by which it goes now.
+            name: the current run.name.
         """
         try:
             found = self.run_id()
@@ -125,7 +125,7 @@ class RunFolder:
         elif is_there(was._run_id) and was.run_id() == found:
             reason = f"{self.root} is a copy of {was.root}"
         else:
-            moved = "%s lay in %s before and goes on in its wandb run %s; if it is a copy, remove %s"
+            moved = "%s was in %s before and continues its wandb run %s; if it is a copy, remove %s"
             _logger.info(moved, self.root, was.root, found, self._run_id)
             return found
         drawn = self.new_run_id()
@@ -133,42 +133,42 @@ class RunFolder:
         return drawn
 
     def new_run_id(self) -> str:
-        """Draw an id for a new wandb run, to which all of the run's figures go from now on."""
+        """Create an id for a new wandb run, to which all of the run's figures go from now on."""
         drawn = secrets.token_hex(4)
         self.wandb.mkdir(exist_ok=True)
         write_atomically(self._run_id, drawn)
         return drawn
 
     def begin(self, name: str, config: str, step: int) -> None:
-        """Make the folder that of a start which nothing refuses any more.
+        """Make the folder belong to a start that nothing can refuse any more.
 
         Args:
-            name: of the run.
+            name: name of the run.
             config: its config as YAML.
-            step: the one from which it goes on; -1 if it begins with an evaluation of the untrained model.
+            step: the step that it resumes from; -1 if it begins with an evaluation of the untrained model.
         """
-        self.settle_run_id(name)  # while config.yaml tells whose it was
+        self.settle_run_id(name)  # while config.yaml is still that of the last start
         write_atomically(self.config, config)
         self.cut_back(step)
 
     def check_there(self) -> None:
-        """Raise ConfigError, with the runs that there are, if there is no run here."""
+        """Raise ConfigError, listing existing runs, if there is no run here."""
         if not is_there(self.config):
             runs = sorted(str(path.parent) for path in self.root.parent.glob("*/config.yaml"))
             there = f"runs beside it: {', '.join(runs)}" if runs else "name a run's folder, e.g. runs/quickstart"
             raise ConfigError(f"--run {self.root}: no run there (it has no config.yaml); {there}")
 
     def has_begun(self) -> bool:
-        """Return whether there is anything of a run here that another config could corrupt."""
+        """Return whether anything of a run is here that another config could corrupt."""
         return any(True for _ in self.metrics.read()) or any(
             name.startswith("step_") for name in names_in(self.checkpoints)
         )
 
     def create(self) -> None:
-        """Make the folder and those in it, where they are missing, and check that it can be written to.
+        """Create the folder and its subfolders as needed, and check that it is writable.
 
         Raises:
-            ConfigError: if it cannot.
+            ConfigError: if that fails.
         """
         try:
             for folder in (self.root, self.checkpoints):
@@ -179,12 +179,12 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the run folder {self.root}: {error.strerror}; "
-                "set run.dir to a folder that you may write to, on a disk with room"
+                "set run.dir to a writable folder on a disk with room"
             ) from error
 
     @property
     def superseded(self) -> Path:
-        """Return the folder of the records that were cut off, since their steps are trained again."""
+        """Return the folder for records that were cut off because their steps are trained again."""
         return self.root / "superseded"
 
     @property
@@ -193,14 +193,14 @@ class RunFolder:
         return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
 
     def cut_back(self, step: int) -> None:
-        """Move aside what a killed process wrote of the steps past a checkpoint's."""
+        """Move aside what a killed process wrote about steps past a checkpoint's."""
         for log in self._records:
             aside = self.superseded / log.path.name
             if cut := log.cut_back(step, aside):
                 _logger.info("%s: %d records past step %d are now in %s", log.path, cut, max(step, 0), aside)
 
     def sync(self) -> None:
-        """Make all records durable, as must be done before a checkpoint is declared complete."""
+        """Make all records durable, as required before a checkpoint is declared complete."""
         for log in self._records:
             log.sync()
         fsync_folder(self.root)  # one of the files may be new
@@ -208,7 +208,7 @@ class RunFolder:
     def move_aside(self) -> Path:
         """Free the run's name for a fresh start by renaming the folder to `<name>.<n>`; delete nothing.
 
-        The caller holds the lease, which moves away with the folder. Return where that went.
+        The caller holds the lease, which moves with the folder. Return the new path.
         """
         numbered = re.compile(re.escape(self.root.name) + r"\.(\d+)")
         numbers = [int(m[1]) for path in self.root.parent.iterdir() if (m := numbered.fullmatch(path.name))]

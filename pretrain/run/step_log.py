@@ -1,4 +1,4 @@
-"""Appends records to files that survive a kill at any byte and hold each step once. run_folder -> step_log."""
+"""Append records to files that survive a kill at any byte and hold each step once. run_folder -> step_log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Stamped(msgspec.Struct):
 
 
 def _step_of(line: bytes) -> int | None:
-    """Return the optimizer step of a JSON record; None where it is torn, or no record."""
+    """Return the optimizer step of a JSON record; None if it is torn or not a record."""
     try:
         return msgspec.json.decode(line, type=_Stamped).step
     except msgspec.DecodeError:
@@ -33,11 +33,11 @@ def _step_of(line: bytes) -> int | None:
 
 
 class StepLog:
-    """A file of records, one or more for a step, that is only ever appended to, or cut back to a step.
+    """A file of records, one or more per step, that is only appended to or cut back to a step.
 
-    A record is one JSON line, or where the name ends in `.zst` one zstd frame with one JSON line. What is appended goes
-    out in a single write, so that a kill tears at most the last one, and readers pass over what is torn. Numbers that
-    are not finite become null, since JSON has none.
+    A record is one JSON line or, if the name ends in `.zst`, one zstd frame with one JSON line. Each append is a single
+    write, so that a kill tears at most the last record, and readers skip torn ones. Numbers that are not finite become
+    null, since JSON has none.
     """
 
     def __init__(self, path: Path):
@@ -45,7 +45,7 @@ class StepLog:
         self._compressed = path.suffix == ".zst"
 
     def append(self, *records: Mapping[str, object]) -> None:
-        """Append records in a single write: after a kill between them an evaluation would be written twice."""
+        """Append records in a single write, so that a kill cannot separate an evaluation's records."""
         lines = [msgspec.json.encode(record) + b"\n" for record in records]
         if self._compressed:
             lines = [_frame(line) for line in lines]
@@ -53,7 +53,7 @@ class StepLog:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if not self._compressed and _is_torn(descriptor):
-                content = b"\n" + content  # else a reader would take both for one line, and pass over it
+                content = b"\n" + content  # otherwise a reader would take both for one line and skip it
             written = os.write(descriptor, content)
             if written != len(content):  # the disk is full, and the torn record would hide the next one on its line
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
@@ -62,7 +62,7 @@ class StepLog:
             os.close(descriptor)
 
     def sync(self) -> None:
-        """Make all records durable against a loss of power; a kill alone loses none."""
+        """Make all records durable against a power failure; a kill alone loses none."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -74,7 +74,7 @@ class StepLog:
                 yield msgspec.json.decode(line, type=dict[str, object])
 
     def last(self, step: int | None = None) -> dict[str, object] | None:
-        """Read the last record of the steps up to `step`, or of all; None if there is none. Steps are in order."""
+        """Read the last record of the steps up to `step`, or of all; None if there is none. Steps must be in order."""
         newest = None
         for line, _ in self._lines():
             found = _step_of(line)
@@ -84,16 +84,16 @@ class StepLog:
         return None if newest is None else msgspec.json.decode(newest, type=dict[str, object])
 
     def cut_back(self, step: int, aside: Path) -> int:
-        """Move the records past a step to another file, and drop a torn end, so that each step is written once.
+        """Move the records past a step to another file, and drop a torn end, so that each step is recorded once.
 
         Args:
             step: the last step to keep.
-            aside: file to which the records are appended, and made durable, before they are cut off.
+            aside: file to which the records are durably appended before they are cut off.
         Returns:
-            How many records were cut off.
+            The number of records cut off.
         """
-        kept = 0  # where the last record to keep ends, of those before the first to cut off
-        later: list[bytes] = []  # records to keep that stand after it: of old checkpoints that were evaluated later
+        kept = 0  # end of the last record to keep before the first to cut off
+        later: list[bytes] = []  # records to keep after it, from late evaluations of old checkpoints
         cut = 0
         with _Aside(aside, self._compressed) as cut_off:
             for line, end in self._lines():
@@ -110,7 +110,7 @@ class StepLog:
                 head = file.read(kept)
             write_atomically(self.path, head + b"".join(later))
         elif kept < self._size():
-            with self.path.open("rb+") as file:  # one truncation: done whole or not at all
+            with self.path.open("rb+") as file:  # a single truncation happens entirely or not at all
                 file.truncate(kept)
                 os.fsync(file.fileno())
         return cut
@@ -119,7 +119,7 @@ class StepLog:
         return self.path.stat().st_size if is_there(self.path) else 0
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
-        """Read each complete record, as JSON, and the offset in the file at which it ends."""
+        """Read each complete record as JSON, with the offset in the file at which it ends."""
         if not is_there(self.path):
             return
         with self.path.open("rb") as file:
@@ -134,7 +134,7 @@ class StepLog:
 
 
 class _Aside:
-    """A file that takes the records that are cut off from another; it is made with the first of them."""
+    """A file for the records cut off from another; it is created with the first of them."""
 
     def __init__(self, path: Path, compressed: bool) -> None:
         self._path, self._compressed = path, compressed
@@ -160,18 +160,18 @@ class _Aside:
 
 
 def _frame(line: bytes) -> bytes:
-    """Compress a record into a frame of its own."""
+    """Compress a record into its own frame."""
     return zstandard.ZstdCompressor(level=6, write_checksum=True).compress(line)
 
 
 def _is_torn(descriptor: int) -> bool:
-    """Tell whether an open file ends within a line, as a kill or a loss of power may leave it."""
+    """Return whether an open file ends within a line, as a kill or a power failure may leave it."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Read the content of each whole zstd frame and the offset at which it ends, up to the first that is not whole."""
+    """Read the content of each complete zstd frame and the offset at which it ends, up to the first incomplete one."""
     end = 0
     pending = b""
     while True:

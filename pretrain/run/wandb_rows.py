@@ -1,7 +1,7 @@
-"""Makes wandb's row of each step, and compares it with the row sent before. run folder -> wandb_rows -> wandb_tracker.
+"""Make wandb's row of each step and compare it with the row sent before. run folder -> wandb_rows -> wandb_tracker.
 
 wandb keeps a row for good, but a step may be trained again after a kill and come out differently, under another config
-or layout or on another machine. So what was sent is noted beside wandb's own files, and compared.
+or layout or on another machine. So what was sent is recorded beside wandb's own files, and compared.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pretrain.run.step_log import StepLog
 
 Row = dict[str, object]
 
-# What training makes of a step; all else in its row is about this time's seconds, memory and disks
+# The results of training in a step's row; everything else in it concerns time, memory and disks.
 _FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_hash", "nonfinite")
 _EVAL = "eval/"
 
 
 class _Sent(msgspec.Struct, frozen=True):
-    """The hashes that are kept of one row."""
+    """The hashes recorded for one row."""
 
-    figures: str  # hash of those in _FIGURES
+    figures: str  # hash of the keys in _FIGURES
     evals: str | None  # hash of its evaluation; None without one
 
 
@@ -38,8 +38,8 @@ class SentRows:
     """The rows that were sent to one wandb run, over all sessions.
 
     Args:
-        log: of all wandb runs that a run folder had; the last record of a step counts.
-        run_id: the wandb run's.
+        log: the log for all wandb runs of a run folder; the last record of a step counts.
+        run_id: the wandb run's id.
     """
 
     def __init__(self, log: StepLog, run_id: str) -> None:
@@ -49,7 +49,7 @@ class SentRows:
         }
 
     def note(self, row: Row) -> None:
-        """Write down that a row is about to be sent."""
+        """Record that a row is about to be sent."""
         self._log.append({"step": row["step"], "run": self._run_id, **msgspec.to_builtins(_summary(row))})
 
     def forget(self, until: int) -> None:
@@ -57,14 +57,14 @@ class SentRows:
         self._sent = {step: sent for step, sent in self._sent.items() if step > until}
 
     def differs(self, row: Row) -> bool:
-        """Tell whether a row, just made, is another than the one that was sent; of an unknown one it may be."""
+        """Return whether a new row differs, or may differ, from the one that was sent."""
         return self._sent.get(step_of(row)) != _summary(row)
 
     def contradicts(self, row: Row) -> bool:
-        """Tell whether a row of the files is another than the one that was sent.
+        """Return whether a row made from the files differs from the one that was sent.
 
-        Unlike `differs` it takes no offence at steps that an older program sent without a note, nor at an evaluation
-        on one side only: launch/evaluate.py may have made it later, or the run's suite is another now.
+        Unlike `differs`, it ignores steps that an older program sent without recording them, and an evaluation on one
+        side only: launch/evaluate.py may have made it later, or the run's suite has changed.
         """
         sent, own = self._sent.get(step_of(row)), _summary(row)
         if sent is None:
@@ -78,7 +78,7 @@ def _summary(row: Row) -> _Sent:
 
 
 def _hash(figures: object) -> str:
-    # As JSON, in which they come back from the files: there nan is null
+    # Compared as JSON, as read back from the files, where NaN is null.
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode(figures, order="deterministic"))
 
 
@@ -87,10 +87,10 @@ def step_of(row: Row) -> int:
 
 
 def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float = math.inf) -> Iterator[Row]:
-    """Make the rows of a run's files, past one step and up to another, in order; each step has one.
+    """Make the rows of a run's files, past one step and up to another, in order; one per step.
 
     Args:
-        suite: whose lines of evals.jsonl belong to them; None: all.
+        suite: the suite whose lines of evals.jsonl to include; None: all.
     """
     evals = (r for r in folder.evals.read(after) if suite in (None, r["suite"]) and step_of(r) <= until)
     evaluated: dict[int, Row] = {}
@@ -100,7 +100,7 @@ def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float 
     for record in folder.metrics.read(after):
         if (step := step_of(record)) > until:
             break
-        while waiting and waiting[0] < step:  # such as the evaluation before the first step
+        while waiting and waiting[0] < step:  # for example, the evaluation before the first step
             yield evaluated[waiting.popleft()]
         yield step_row(record) | evaluated.get(step, {})
         if waiting and waiting[0] == step:
@@ -110,7 +110,7 @@ def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float 
 
 
 def eval_prefix(folder: RunFolder, suite: str | None) -> str:
-    """Say under which prefix wandb shows a suite: `eval/` for the first in the file, `eval/<suite>/` for any other."""
+    """Return the prefix of a suite in wandb: `eval/` for the first in the file, `eval/<suite>/` for any other."""
     first = next(folder.evals.read(), None)
     if suite is None or first is None or first["suite"] == suite:
         return _EVAL
@@ -118,7 +118,7 @@ def eval_prefix(folder: RunFolder, suite: str | None) -> str:
 
 
 def step_row(record: Mapping[str, object]) -> Row:
-    """Return a line of metrics.jsonl as wandb shows it: per-source figures flat, under `<figure>/<source>`."""
+    """Return a line of metrics.jsonl as wandb's row: per-source figures flattened, under `<figure>/<source>`."""
     row: Row = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -129,7 +129,7 @@ def step_row(record: Mapping[str, object]) -> Row:
 
 
 def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> Iterator[Row]:
-    """Make a row of all consecutive lines of evals.jsonl of one step, figures under `<prefix><domain>/<figure>`."""
+    """Make one row from each run of lines of evals.jsonl with the same step, under `<prefix><domain>/<figure>`."""
     row: Row = {}
     for record in records:
         if row and row["step"] != record["step"]:
@@ -143,10 +143,10 @@ def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> I
 
 
 def last_local_step(wandb_folder: Path, run_id: str) -> int:
-    """Return the last step of which the local files of a run's sessions have a row; -1 if there is none.
+    """Return the last step with a row in the local files of a run's sessions; -1 if there is none.
 
-    Rows are never sent twice, so the newest session that has any has the last one. A session that was killed leaves a
-    file that wandb's own reader reads up to where it is torn.
+    Rows are never sent twice, so the newest session that has any has the last one. A killed session leaves a file that
+    wandb's own reader reads up to where it is torn.
     """
     files = sorted(
         wandb_folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1]
@@ -156,7 +156,7 @@ def last_local_step(wandb_folder: Path, run_id: str) -> int:
         last_step = -1
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
             assert reader.stdout is not None
-            for line in reader.stdout:  # a long run's file prints gigabytes
+            for line in reader.stdout:  # read line by line, since a long run's output is gigabytes
                 if '"type":"history"' in line:
                     last_step = max(last_step, int(json.loads(line)["history"]["item"].get("step", -1)))
         if last_step >= 0:

@@ -1,16 +1,16 @@
-"""Mirrors metrics.jsonl and evals.jsonl into wandb; no other module imports wandb.
+"""Mirror metrics.jsonl and evals.jsonl to wandb; no other module imports wandb.
 
 journal -> wandb_tracker -> {wandb/, server}. A run is one wandb run, however often it is restarted, and shows each step
-once. The JSONL files are the truth. When a run resumes from a checkpoint, wandb may already hold steps past it, or lack
-some before it (a kill loses what was not flushed or sent). So a start asks up to which step wandb has rows (offline its
-local files, online the server), fills the gap from the JSONL files, and does not send again what is there. A row's
-`_step` is our step, which is what makes the question exact; `step` is the axis of every figure.
+once. The JSONL files are authoritative. When a run resumes from a checkpoint, wandb may already have steps past it, or
+lack some before it (a kill loses what was not flushed or sent). So a start asks up to which step wandb has rows
+(offline its local files, online the server), fills the gap from the JSONL files, and does not resend the rest. A row's
+`_step` is our step, which makes the answer exact; `step` is the axis of every figure.
 
-A step that is trained again need not come out as before: the learning rate, the layout or the machine may be others. At
-the first row that differs from what wandb has, it is rewound to the step before; where it cannot be (offline, or if the
-server does not know how), a new wandb run begins and gets all rows.
+A step that is trained again may come out differently, with another learning rate, layout or machine. At the first row
+that differs from wandb's, wandb is rewound to the step before; if that fails (offline, or if the server does not
+support it), a new wandb run begins and gets all rows.
 
-Tracking never stops a training: what fails is said once in the log, and the run's end or next start fills the gap.
+Tracking never stops a training: a failure is logged once, and the run's end or next start fills the gap.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 0.2  # of the local file; the default of 15 s is what a kill would lose
-_INIT_SECONDS = 30.0  # until a start without a server goes on offline
-_FINISH_SECONDS = 30.0  # until the end gives up on a server; the local file stays
+_FLUSH_SECONDS = 0.2  # of the local file; with the default, a kill would lose 15 s
+_INIT_SECONDS = 30.0  # before a start without a server goes offline
+_FINISH_SECONDS = 30.0  # before giving up on the server at the end; the local file stays
 
-_LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: how many of its rows are no training step's
+_LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: number of rows that are not training steps
 
 
 class WandbConfig(Config):
-    """Where the figures go besides the run folder's own files."""
+    """Where figures go besides the run folder's own files."""
 
     # offline: to the run folder; `wandb sync` uploads it later
     mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "headrace"  # wandb project that the run appears in
+    project: str = "headrace"  # the run's wandb project
     entity: str | None = None  # user or team; None: the account's default
-    group: str | None = None  # runs that are shown together
+    group: str | None = None  # runs with the same group are shown together
     tags: tuple[str, ...] = ()  # labels to filter runs by
     system_metrics: bool = True  # utilization of GPUs, CPUs, memory and network, every 15 s
 
@@ -66,14 +66,14 @@ def log_late_evals(
 ) -> None:
     """Add evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
 
-    Their axis is `eval_step`, and their rows have no `step`: wandb takes no row for a step that is past, and a training
-    that goes on must not take them for its own. Figures stand under `eval-<suite>/<domain>/<figure>`, and once more in
-    a table of domains. What fails is logged: evals.jsonl has it all.
+    Their axis is `eval_step`, and their rows have no `step`: wandb accepts no rows for past steps, and a resumed
+    training must not take them for its own. Figures go under `eval-<suite>/<domain>/<figure>`, and also into a table of
+    domains. A failure is logged, since evals.jsonl has everything.
 
     Args:
         name: as in `Tracker`.
-        records: lines of evals.jsonl, of one suite.
-        lease: the run's, not entered.
+        records: lines of evals.jsonl for one suite.
+        lease: the run's lease, not yet entered.
         patience_seconds: how long to wait for a training to end.
     """
     if config.mode == "disabled" or not records:
@@ -82,7 +82,7 @@ def log_late_evals(
     while not lease.is_free() and time.monotonic() < deadline:
         time.sleep(1.0)
     if not lease.is_free():
-        _logger.warning("%s is being trained, so its wandb run is left alone; evals.jsonl has the figures", folder.root)
+        _logger.warning("%s is in training, so its wandb run is not changed; evals.jsonl has the figures", folder.root)
         return
     tracker = Tracker(config, folder, name, folder.settle_run_id(name), {})
     with tracker._tolerated():
@@ -92,12 +92,12 @@ def log_late_evals(
 def describe(
     config: Mapping[str, object], config_hash: str, fingerprint: Mapping[str, object], init_hash: str
 ) -> dict[str, object]:
-    """Return what the wandb run says of itself: the config, and what it was trained with and on.
+    """Return the wandb run's description: the config, and what the run was trained with and on.
 
     Args:
         config: the whole config, as JSON-able values.
-        fingerprint: of the data.
-        init_hash: of the files that the run began with; empty if its weights were drawn.
+        fingerprint: fingerprint of the data.
+        init_hash: hash of the files with the initial weights; empty if they were drawn.
     """
     packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
     provenance = {
@@ -112,7 +112,7 @@ def describe(
 
 
 def git_commit() -> str:
-    """Return the commit that this program was started from, with "+" where files differ; empty outside a clone."""
+    """Return the commit that this program was started from, with "+" if files differ; empty outside a clone."""
     if not installation.is_clone():
         return ""  # a wheel may be unpacked inside another project's repository
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -125,7 +125,7 @@ def git_commit() -> str:
 
 
 class Tracker:
-    """One process's session of the run's wandb run. Entered on rank 0 alone: `with Tracker(...) as tracker`."""
+    """One process's session of the run's wandb run, on rank 0 only: `with Tracker(...) as tracker`."""
 
     def __init__(
         self,
@@ -136,15 +136,16 @@ class Tracker:
         described: Mapping[str, object],
         suite: str | None = None,
     ):
-        """
+        """Prepare a session; `with` opens it.
+
         Args:
             config: the `wandb` section.
-            folder: cut back to the checkpoint from which this session goes on.
-            name: of the run, as wandb shows it.
-            run_id: as the folder has it; at most 64 letters, digits, `-` and `_`.
+            folder: cut back to the checkpoint that this session resumes from.
+            name: the run's name in wandb.
+            run_id: from the folder; at most 64 letters, digits, `-` and `_`.
             described: config and provenance, as JSON-able values.
-            suite: whose lines of evals.jsonl are the training's own; None: all. The first in the file is shown under
-                `eval/`, any other, which a run goes on with that changed, under `eval/<suite>/`.
+            suite: the training's own suite in evals.jsonl; None: all. The first in the file is shown under `eval/`, any
+                other, after the config changed, under `eval/<suite>/`.
         """
         self._suite = suite
         self._config = config
@@ -154,15 +155,16 @@ class Tracker:
         self._described = described
         self._run: wandb.Run | None = None
         self._sent: SentRows
-        self._last_step = -1  # the last whose row wandb has in full
-        self._late_rows = 0  # that the server has of evaluations of old checkpoints
+        self._last_step = -1  # the last step whose row wandb has in full
+        self._late_rows = 0  # the server's rows for evaluations of old checkpoints
         self._held: Row | None = None
-        self._evals_follow = False  # whether what is held waits for its evaluation
+        self._evals_follow = False  # whether the held row waits for its evaluation
 
     def __enter__(self) -> Tracker:
-        """
+        """Open the session and bring wandb up to date.
+
         Raises:
-            ConfigError: if online mode has no API key; a server that does not answer is no error.
+            ConfigError: if online mode has no API key; a server that does not respond is not an error.
         """
         if self._config.mode != "disabled":
             with self._tolerated():
@@ -175,11 +177,11 @@ class Tracker:
         if self._config.mode == "disabled":
             return
         if self._run is None:
-            # A launcher that stops a run sends SIGTERM to wandb's process too; a new one gets what that had not
+            # A launcher that stops a run sends SIGTERM to wandb's process too; a new one gets the rows that it lacked.
             with self._tolerated():
                 _forget_process()
                 self._open()
-        if not self._evals_follow:  # else the next start makes the evaluation, and sends both
+        if not self._evals_follow:  # otherwise the next start makes the evaluation and sends both
             self._send_held()
         if self._run is not None:
             with self._tolerated():
@@ -189,16 +191,16 @@ class Tracker:
         """Send a line of metrics.jsonl.
 
         Args:
-            record: with its `step`; a step that wandb already has is passed over.
-            more: the step's evaluation follows; both then go out as one row, if need be from the next session. A step
-                that is evaluated all the same, as where the data ends, is held until the next one too.
+            record: includes `step`; a step that wandb already has is skipped.
+            more: whether the step's evaluation follows; both then go out as one row, if need be from the next session.
+                A step that is evaluated without this, as at the data's end, is held until the next one too.
         """
         self._send_held()
         self._held = step_row(record)
         self._evals_follow = more
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
-        """Send the lines of evals.jsonl of one step, with the step's own figures if they were held back for it."""
+        """Send one step's lines of evals.jsonl, with the step's own figures if they were held back for it."""
         for row in eval_rows(records, eval_prefix(self._folder, self._suite)):
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
@@ -221,18 +223,18 @@ class Tracker:
     def _send(self, row: Row) -> None:
         assert self._run is not None
         self._last_step = step_of(row)
-        self._sent.note(row)  # before it is sent: what wandb has must be known
+        self._sent.note(row)  # before it is sent, so that wandb has no unknown rows
         self._run.log(row, step=self._last_step + self._late_rows, commit=True)
 
     def _take_back(self, step: int) -> None:
-        """Have wandb show no row from a step on, since the rows that it has are of a training that was undone."""
+        """Remove rows from a step on in wandb, since they come from a training that was undone."""
         import wandb
 
         assert self._run is not None
         offline = self._run.offline
         self._run.finish()
         self._run = None
-        # Rewinding would take evaluations of old checkpoints along, which nobody sends again
+        # Rewinding would remove evaluations of old checkpoints too, which are never resent.
         if not offline and not self._late_rows and step > 0:
             try:
                 self._run = self._init("online", rewound_to=step - 1)
@@ -247,7 +249,7 @@ class Tracker:
             self._sent = SentRows(self._folder.wandb_rows, self._id)
             _logger.warning(
                 "step %d came out differently when trained again: all figures go to a new wandb run, %s, from the first"
-                " step on; %s keeps those that were taken back", step, self._id, old,
+                " step on; %s keeps the superseded ones", step, self._id, old,
             )  # fmt: skip
             self._run, self._last_step = self._start()
         self._define_axis(self._run)
@@ -260,7 +262,7 @@ class Tracker:
         run.define_metric(axis, hidden=True)
         run.define_metric(f"{prefix}*", step_metric=axis)
         rows = list(eval_rows(records, prefix))
-        # First the count: rows that are there but not counted would pass for steps of the training
+        # The count goes first: rows that are there but not counted would pass for steps of the training.
         run.config.update({_LATE_ROWS: _late_rows(run) + len(rows) + 1}, allow_val_change=True)  # type: ignore[no-untyped-call]
         for row in rows:
             run.log({axis: row.pop("step"), **row})
@@ -272,12 +274,12 @@ class Tracker:
         run.finish()
 
     def _made_rows(self, until: float = math.inf) -> Iterator[Row]:
-        """Make the rows of the JSONL files that wandb does not have: all past its last one, up to a step."""
+        """Make the rows from the JSONL files that wandb does not have: all past its last one, up to a step."""
         return rows_of(self._folder, self._suite, after=self._last_step, until=until)
 
     def _fill_gap(self) -> None:
         """Send the rows that wandb lacks; hold the last one, since its step may be evaluated only now."""
-        self._held = None  # it stands in the files too
+        self._held = None  # it is in the files too
         for row in self._made_rows():
             self._send_held()
             self._held = row
@@ -288,9 +290,9 @@ class Tracker:
             yield
         except ConfigError:
             raise
-        except Exception as error:  # whatever wandb does, the training goes on
+        except Exception as error:  # training continues whatever wandb does
             _logger.warning(
-                "wandb failed and gets nothing until the run ends or is started again, which fills the gap: %r", error
+                "wandb failed and gets nothing until the run ends or is restarted, which fills the gap: %r", error
             )
             self._run = None
 
@@ -312,21 +314,21 @@ class Tracker:
 
     def _start(self) -> tuple[wandb.Run, int]:
         """Open a session; return it and the last step that wandb has, -1 if it has none."""
-        import wandb  # takes a second and starts a process: only for those who want it
+        import wandb  # takes a second and starts a process, so only if wandb is used
 
         if self._config.mode == "online":
             try:
                 run = self._init("online")
-                # `_step` is our step, apart from rows that are none, and the server names the next
+                # `_step` is our step, apart from rows without a step, and the server says which comes next.
                 self._late_rows = _late_rows(run)
                 return run, run.starting_step - 1 - self._late_rows
             except wandb.errors.UsageError as error:
                 raise ConfigError(
-                    f"wandb.mode=online: {error}; type `wandb login` or set WANDB_API_KEY, or choose wandb.mode=offline"
+                    f"wandb.mode=online: {error}; run `wandb login`, set WANDB_API_KEY, or choose wandb.mode=offline"
                 ) from None
             except wandb.errors.Error as error:
-                _logger.warning("wandb goes on offline, for `wandb sync` to upload: %s", error)
-                _forget_process()  # it would say that the run is in use
+                _logger.warning("wandb continues offline; upload with `wandb sync`: %s", error)
+                _forget_process()  # otherwise it reports that the run is in use
         last_step = last_local_step(self._folder.wandb, self._id)
         return self._init("offline"), last_step
 
@@ -346,7 +348,7 @@ class Tracker:
             dir=self._folder.root,
             config=dict(self._described),
             settings=wandb.Settings(
-                console="off",  # the terminal is ours
+                console="off",  # the terminal belongs to us
                 silent=True,
                 init_timeout=_INIT_SECONDS,
                 finish_timeout=_FINISH_SECONDS,
@@ -364,5 +366,5 @@ def _forget_process() -> None:
     """Let the next `init` start a new wandb process."""
     import wandb
 
-    with contextlib.suppress(Exception, SystemExit):  # it says good-bye to the dead one, after forgetting it
+    with contextlib.suppress(Exception, SystemExit):  # it contacts the dead process, after forgetting it
         wandb.teardown()

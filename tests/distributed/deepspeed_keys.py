@@ -1,9 +1,9 @@
-"""Run on every rank: each key of DeepSpeed's that a config may set leaves figures, files and resumes as they are.
+"""Check on every rank that each DeepSpeed key that a config may set changes no figures, files or resumes.
 
 Usage: python -m tests.distributed.deepspeed_keys FOLDER
 
-With a key, a run must compute the same figures as without it, save the same weights and moments for every reader, go on
-from what was saved without it, and save what goes on without it; all to the last bit.
+With a key, a run must compute the same figures as without it, save the same weights and moments for every reader,
+resume from what was saved without it, and save what resumes without it; all to the last bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.nonfinite import step
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, model_config
 
-# Of each key a value that is far from DeepSpeed's default, small enough to matter to a small model
+# For each key, a value far from DeepSpeed's default and small enough to matter to a small model.
 VALUES: dict[str, int | bool] = {
     "dump_state": True,
     "memory_breakdown": True,
@@ -59,7 +59,7 @@ def save(engine: Engine, folder: Path, here: Topology) -> None:
 
 
 def states(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Weights and moments as the readers of checkpoints find them."""
+    """Return weights and moments as readers of checkpoints find them."""
     ((ranks,), _) = read_shares(folder / "engine")
     names = {name for rank in ranks for name in rank}
     return {(name, key): whole(ranks, name, key) for name in names for key in ("fp32", "exp_avg", "exp_avg_sq", "step")}
@@ -73,8 +73,8 @@ def resumed(here: Topology, stage: int, keys: list[str], folder: Path) -> StepSt
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    assert VALUES.keys() == ALLOWED.keys(), "a key that is allowed is not tried here"
-    gc.freeze()  # DeepSpeed collects garbage at every turn
+    assert VALUES.keys() == ALLOWED.keys(), "an allowed key is not tested here"
+    gc.freeze()  # DeepSpeed collects garbage again and again
     with started(ParallelConfig()) as here:
         for stage in (1, 2, 3):
             plain = engine_with(here, stage, [])

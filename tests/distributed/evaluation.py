@@ -1,4 +1,4 @@
-"""Run on every rank: scores a suite with several batch sizes and ZeRO stages; rank 0 writes the documents' sums.
+"""Score a suite on every rank with several batch sizes and ZeRO stages; rank 0 writes the sums per document.
 
 Usage: python -m tests.distributed.evaluation TP_SIZE SUITE FOLDER
 """
@@ -24,7 +24,7 @@ TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
 SEQ_LEN = 32
 SHAPE = Shape(n_layers=2, n_heads=4, n_kv_heads=2)
 TEXTS = {
-    "long": ["word " * 150 + "end", "Ein Satz. " * 9, "x y " * 40, "\U0001f600" * 30],  # emoji: a token a byte
+    "long": ["word " * 150 + "end", "Ein Satz. " * 9, "x y " * 40, "\U0001f600" * 30],  # emoji: one token per byte
     "short": ["a", "", "two words", "漢字とかな \U0001f600", "x" * 31, "q" * 9],
 }
 

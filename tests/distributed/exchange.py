@@ -1,7 +1,7 @@
-"""Run on every rank: starts from a model's folder at each ZeRO stage, and leaves what DeepSpeed saves of it.
+"""Start on every rank from a model's folder at each ZeRO stage, and leave what DeepSpeed saves of it.
 
 Usage: python -m tests.distributed.exchange TP_SIZE MODEL FOLDER CASE...; a case is zero1-bf16 and the like. FOLDER/text
-gets a continuation by the last engine, which has to be fp32 for its text not to depend on tp_size.
+receives a continuation by the last engine, which must be fp32 so that its text does not depend on tp_size.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
             stage, precision = case.removeprefix("zero").split("-")
             engine = engine_with(topology, model, int(stage), precision)
             engine.save(folder / case, write)
-            # A step without a learning rate leaves masters as they are, and makes the weights anew from them
+            # A step without a learning rate leaves the masters unchanged, and remakes the weights from them.
             tokens = torch.arange(9)[None].expand(1, -1)
             before = engine.logits(tokens, torch.ones_like(tokens))
             engine.train_step(tokens, torch.ones_like(tokens), 8 * topology.dp_size, 0, 0.0, Meter())

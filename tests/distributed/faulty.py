@@ -13,11 +13,11 @@ from tests.pretrain.checkpoint.disk import KILLED, Disk, Operation
 
 
 def install(rank: int, root: str, faults: Sequence[tuple[int, str, object]]) -> None:
-    """Put a disk with faults in the place of this process's, for everything below a folder.
+    """Replace this process's disk by one with faults, for everything below a folder.
 
     Args:
         root: the run folder's parent.
-        faults: of each the rank, a part of a path, and what happens at each write there: "kill" the process, "wait"
+        faults: each with the rank, a part of a path, and what happens at each write there: "kill" the process, "wait"
             until there is a file named `go-on` in `root`, or the number of the error to raise.
     """
     mine = [(path, what) for number, path, what in faults if number == rank]

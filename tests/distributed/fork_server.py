@@ -1,9 +1,9 @@
-"""Forks ranks on request, so that none of them has to import torch and DeepSpeed.
+"""Fork ranks on request, so that none of them has to import torch and DeepSpeed.
 
 Usage: python -m tests.distributed.fork_server. A request is a line of JSON on stdin: [module, arguments, code,
-environment, output]. The rank runs `code`, then the module as `python -m` would, with all that it says in the file
-`output`. The answer is its process id, a line on stdout; once it has ended, its exit code is in OUTPUT.PROCESS.exit,
-negative for a signal. The end of stdin ends all of them.
+environment, output]. The rank runs `code`, then the module as `python -m` would, with all of its output in the file
+`output`. The reply is its process id, a line on stdout; once it has ended, its exit code is in OUTPUT.PROCESS.exit,
+negative for a signal. The end of stdin ends all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-# What a rank would import, the last ones at its first step
+# What a rank would import, including what it imports at its first step.
 MODULES = (
     "pretrain.commands.train",
     "pretrain.commands.evaluate",
@@ -31,7 +31,7 @@ LONGEST_WAIT = 0.02  # seconds until an exit code is written
 
 
 def run_rank(module: str, arguments: list[str], code: str, environment: dict[str, str], output: str) -> None:
-    """Become a rank, in a session of its own, and end."""
+    """Become a rank in a session of its own, run, and exit."""
     os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (file, 1), (file, 2)):
@@ -67,7 +67,7 @@ def reap(outputs: dict[int, str]) -> None:
 def main() -> None:
     for module in MODULES:
         importlib.import_module(module)
-    gc.freeze()  # DeepSpeed collects garbage at every turn
+    gc.freeze()  # DeepSpeed collects garbage again and again
     requests, answers = os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
     outputs: dict[int, str] = {}  # by process
     pending = b""

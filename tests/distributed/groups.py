@@ -1,4 +1,4 @@
-"""Run on every rank: the groups are those that fairscale would form, and there are no others.
+"""Check on every rank that the groups are those that fairscale would form, and no others.
 
 Usage: python -m tests.distributed.groups TP_SIZE
 """
@@ -17,7 +17,7 @@ from pretrain.topology import ParallelConfig, started
 
 
 def ranks_of_groups() -> list[list[int]]:
-    """The ranks of this rank's tensor-parallel and data-parallel group."""
+    """Return the ranks of this rank's tensor-parallel and data-parallel groups."""
     groups = (fairscale_groups.get_model_parallel_group(), fairscale_groups.get_data_parallel_group())
     return [dist.get_process_group_ranks(group) for group in groups]
 
@@ -33,8 +33,8 @@ def main() -> None:
     distributed_c10d._new_group_with_tag = counted
     with started(ParallelConfig(tp_size=tp_size)) as here:
         found, groups = ranks_of_groups(), len(distributed_c10d._world.pg_map)
-        assert groups <= 3, "the world's and two more"
-        # gloo forms every rank's groups one after the other; where one is the whole world, it is the world's
+        assert groups <= 3, "the world's group and two more"
+        # gloo forms every rank's groups in turn; a group that spans the whole world is the world's.
         assert len(made) == sum(size for size in (here.dp_size, here.tp_size) if size > 1)
         assert (here.tp_rank, here.dp_rank) == tuple(ranks.index(here.rank) for ranks in found)
         assert dist.get_process_group_ranks(here.tp_group) == found[0]

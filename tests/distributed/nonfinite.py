@@ -1,10 +1,10 @@
-"""Run on every rank: nothing of a step that is no number stays, whatever the stage, the offload and the precision.
+"""Check on every rank that a non-finite step leaves no trace, whatever the stage, the offload and the precision.
 
 Usage: python -m tests.distributed.nonfinite TP_SIZE
 
-One engine goes through bad steps between its good ones: before the first of them, where one micro-step's loss is
-infinite with a finite gradient, and where one rank's slice of a weight gets a gradient of NaN. Another engine goes
-through the good steps alone. Both must agree to the last bit, in their figures and in all that a checkpoint would hold.
+One engine takes bad steps between its good ones: before the first, one in which one micro-step's loss is infinite with
+a finite gradient, and one in which one rank's slice of a weight gets a gradient of NaN. Another engine takes only the
+good steps. Both must agree to the last bit, in their figures and in all that a checkpoint would hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STATES = [
 
 
 def fingerprint(engine: Engine) -> str:
-    """Hashes all that a checkpoint would hold of this rank, but for DeepSpeed's counts of steps."""
+    """Hash everything that a checkpoint would hold of this rank, except for DeepSpeed's counts of steps."""
     found = xxhash.xxh3_128()
 
     def add(item: Any) -> None:
@@ -66,7 +66,7 @@ def step(engine: Engine, here: Topology, number: int) -> StepStats:
 
 @contextlib.contextmanager
 def infinite_loss(engine: Engine, here: Topology) -> Iterator[None]:
-    """Makes the loss of the last dp rank's first micro-batch infinite, and leaves its gradient finite."""
+    """Make the loss of the last dp rank's first micro-batch infinite, but keep its gradient finite."""
     losses, calls = engine._losses, itertools.count()
 
     def infinite(tokens: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def infinite_loss(engine: Engine, here: Topology) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undefined_gradient(engine: Engine, here: Topology) -> Iterator[None]:
-    """Makes the gradient of one weight NaN on the last rank alone; of a split weight, the other slices stay finite."""
+    """Make the gradient of one weight NaN on the last rank only; the other slices of a split weight stay finite."""
     weight = engine.model.blocks[0].feed_forward.w2.weight
     factor = math.nan if here.rank == here.world_size - 1 else 1.0
     hook = weight.register_hook(lambda gradient: gradient * factor)
@@ -90,7 +90,7 @@ def undefined_gradient(engine: Engine, here: Topology) -> Iterator[None]:
 
 
 def history(here: Topology, stage: int, offload: str, precision: str, micro: int, with_bad: bool) -> list[object]:
-    """Figures and fingerprints of two good steps."""
+    """Return figures and fingerprints of two good steps."""
     parallel = ParallelConfig.model_validate({"tp_size": here.tp_size, "zero_stage": stage, "offload": offload})
     micro_steps = GLOBAL_ROWS // (micro * here.dp_size)
     derived = deepspeed_config(parallel, OPTIM, precision, {})
@@ -111,10 +111,10 @@ def history(here: Topology, stage: int, offload: str, precision: str, micro: int
 
 
 def main() -> None:
-    gc.freeze()  # DeepSpeed collects garbage at every turn
+    gc.freeze()  # DeepSpeed collects garbage again and again
     with started(ParallelConfig(tp_size=int(sys.argv[1]))) as here:
         for precision, (stage, offload) in itertools.product(("bf16", "fp32"), STATES):
-            # Offload takes another path where a step is a single micro-step
+            # Offload takes another path if a step is a single micro-step.
             for micro in (2, GLOBAL_ROWS // here.dp_size) if offload == "optimizer" else (2,):
                 case = f"{precision}, ZeRO-{stage}, offload {offload}, micro-batches of {micro}"
                 try:

@@ -1,4 +1,4 @@
-"""Run on every rank: five training steps for each way of splitting the work; rank 0 prints what each case found.
+"""Train five steps on every rank for each way of splitting the work; rank 0 prints the results of each case.
 
 Usage: python -m tests.distributed.parity TP_SIZE FOLDER
 """
@@ -34,7 +34,7 @@ def model_config(tied: bool) -> ModelConfig:
 
 
 def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Packed rows whose valid targets are spread very unequally: every other slot is nearly all padding."""
+    """Return packed rows with very unevenly spread valid targets: every other slot is nearly all padding."""
     generator = torch.Generator().manual_seed(11)
     batches = []
     for _ in range(STEPS):
@@ -51,7 +51,7 @@ def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def run_case(
     topology: Topology, zero_stage: int, micro_batch_size: int, tied: bool, precision: str, folder: Path
 ) -> dict[str, object]:
-    """Trains five steps and returns what was seen; also whether replicated weights stayed equal on the tp ranks."""
+    """Train five steps; return the figures, and whether replicated weights stayed equal on the tp ranks."""
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
     micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
     ds_config = deepspeed_config(parallel, OPTIM, precision, {})
@@ -69,7 +69,7 @@ def run_case(
 
 
 def replicated_equal(engine: Engine, topology: Topology) -> bool:
-    """Whether every replicated weight has the same bits on all tp ranks."""
+    """Return whether every replicated weight has the same bits on all tp ranks."""
     equal = True
     for parameter in engine.model.parameters():
         if shard_dim(parameter) is not None:

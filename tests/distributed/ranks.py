@@ -1,4 +1,4 @@
-"""Starts gloo ranks on this machine, forked from a process that has imported torch and DeepSpeed already."""
+"""Start gloo ranks on this machine, forked from a process that has already imported torch and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "COLUMNS": "200",  # of tables
+        "COLUMNS": "200",  # width of tables
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 
 class Rank:
-    """A process that the server has forked, with what tests need of `subprocess.Popen`.
+    """A process that the server has forked, with the parts of `subprocess.Popen` that tests need.
 
     Attributes:
-        pid: of the process, and of its group.
+        pid: id of the process and of its group.
     """
 
     def __init__(self, pid: int, output: Path) -> None:
@@ -58,7 +58,7 @@ class Rank:
         return int(path.read_text()) if path.exists() else None
 
     def wait(self, timeout: float = TIMEOUT) -> int:
-        """Wait for the end of the rank and return its exit code."""
+        """Wait for the rank to end and return its exit code."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             assert time.monotonic() < deadline, f"a rank has not ended within {timeout} s: {self.output}"
@@ -70,7 +70,7 @@ class Rank:
         os.kill(self.pid, number)
 
     def kill_group(self) -> None:
-        """Kill the process and all that it has started."""
+        """Kill the process and everything that it has started."""
         os.killpg(self.pid, signal.SIGKILL)
 
 
@@ -98,11 +98,11 @@ class _Server:
     def start(
         self, module: str, arguments: Sequence[str], code: str, environment: dict[str, str], output: Path
     ) -> Rank:
-        """Fork one rank, which appends what it says to the file `output`."""
+        """Fork one rank, which appends its output to the file `output`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([module, list(arguments), code, environment, str(output)]) + "\n")
-        while not (line := self._process.stdout.readline()).strip().isdigit():  # before it, what imports have printed
+        while not (line := self._process.stdout.readline()).strip().isdigit():  # imports may have printed before it
             assert line, "the server has ended"
         return Rank(int(line), output)
 
@@ -115,7 +115,7 @@ def start_ranks(world_size: int, module: str, *arguments: str, code: str = "", o
 
     Args:
         code: Python that each rank runs first, with its number as `rank`.
-        one_output: all ranks write into one file, in the order of time.
+        one_output: all ranks write to one file, in chronological order.
     """
     port, server = free_port(), _server()
     outputs = [server.new_file()] * world_size if one_output else [server.new_file() for _ in range(world_size)]
@@ -126,7 +126,7 @@ def start_ranks(world_size: int, module: str, *arguments: str, code: str = "", o
 
 
 def run_ranks(world_size: int, module: str, *arguments: str) -> str:
-    """Run `python -m module arguments` on every rank; return what rank 0 wrote.
+    """Run `python -m module arguments` on every rank; return rank 0's output.
 
     Raises:
         AssertionError: with the output of the first rank that failed.
@@ -144,12 +144,12 @@ def run_ranks(world_size: int, module: str, *arguments: str) -> str:
 
 
 def run_starts(config: Path, starts: Sequence[tuple[int, list[str], str]]) -> tuple[list[list[int]], str]:
-    """Run the command that trains several times, each start once the one before it has ended.
+    """Run the training command several times, each start once the previous one has ended.
 
     Args:
-        starts: of each the number of ranks, the overrides, and Python code that every rank runs first.
+        starts: for each, the number of ranks, the overrides, and Python code that every rank runs first.
     Returns:
-        The exit codes of each start's ranks, and all that they wrote.
+        The exit codes of each start's ranks, and all of their output.
     """
     codes, outputs = [], []
     for world_size, overrides, code in starts:

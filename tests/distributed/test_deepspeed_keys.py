@@ -1,4 +1,4 @@
-"""The keys of DeepSpeed's that a config may set change no figure and no file; see the module that the ranks run."""
+"""The DeepSpeed keys that a config may set change no figure and no file; see the module that the ranks run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on with other numbers of ranks and other ZeRO stages as if nothing had changed."""
+"""A run continues with other numbers of ranks and other ZeRO stages as if nothing had changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ evaluation: {{suite: null}}
 wandb: {{mode: disabled}}
 """
 
-STEPS = 3  # of each start
+STEPS = 3  # in each start
 # (tp_size, dp_size, ZeRO stage) of each start
 LAYOUTS = {
     "bf16": [(1, 4, 1), (2, 2, 2), (1, 1, 1), (2, 1, 1), (1, 4, 2)],
@@ -41,7 +41,7 @@ TOLERANCE = {"bf16": {"loss": 1e-2, "grad_norm": 0.1}, "fp32": {"loss": 1e-5, "g
 
 
 def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> list[dict]:
-    """Starts a run several times, each on so many ranks with these overrides; returns its metrics."""
+    """Start a run several times, each with its number of ranks and overrides; return its metrics."""
     folder.mkdir()
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, precision=precision))
@@ -67,4 +67,4 @@ def test_every_change_of_layout_keeps_batches_and_losses(precision: str, tmp_pat
         assert [m[key] for m in changed] == wanted, key
     left = {path.name for path in (tmp_path / "changed" / "elastic" / "checkpoints").iterdir()}
     newest = STEPS * len(layouts)
-    assert left == {f"step_{step:08d}" for step in (newest, newest - STEPS)}  # a conversion goes with the next save
+    assert left == {f"step_{step:08d}" for step in (newest, newest - STEPS)}  # a conversion is removed at the next save

@@ -1,4 +1,4 @@
-"""Entries change how soon a segment opens, never what a training reads: same losses and batches with and without."""
+"""Entries change how soon a segment opens, but not what a training reads: losses and batches do not depend on them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_training_reads_the_same_with_and_without_entries(tmp_path: Path) -> N
     starts = []
     for name, code in (("with", NEAR), ("without", NONE)):
         overrides = [f"run.name={name}", f"data.index_dir={tmp_path / name}-indexes"]
-        # The second start goes on from cursors. Segments lie all over the shards, so both make use of entries.
+        # The second start resumes from cursors. Segments lie all over the shards, so both starts use entries.
         starts += [(1, [*overrides, "train.steps=4"], code), (1, overrides, code)]
     codes, output = run_starts(config, starts)
     assert codes == [[0]] * 4, output

@@ -1,4 +1,4 @@
-"""Evaluation in the loop leaves the training as it is; evaluation after the fact finds what the loop has found."""
+"""Evaluation in the loop does not change the training; evaluation afterwards gives the loop's results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.run.run_folder import RunFolder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_resume import Run
 
-# One run for all of them, on which they work one after the other
+# One run for all tests, which work on it in turn.
 pytestmark = pytest.mark.distributed
 
 FAST = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", "precision=fp32", "data.num_workers=0")
@@ -22,7 +22,7 @@ FAST = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", "precision=f
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of six steps with dropout that is evaluated before, between and after them."""
+    """Train a run of six steps with dropout that is evaluated before, between and after them."""
     run = Run(tmp_path_factory.mktemp("evaluated"), world_size=1)
     run.finish(*FAST, "evaluation.every=2", "wandb.mode=offline", "wandb.system_metrics=false")
     return run
@@ -35,7 +35,7 @@ def evaluate(*arguments: str, world_size: int = 1) -> str:
 def evals(folder: Path) -> dict[tuple[int, str, str], dict]:
     lines = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
     found = {(line["step"], line["suite"], line["domain"]): line for line in lines}
-    assert len(found) == len(lines), "each figure stands once"
+    assert len(found) == len(lines), "each figure appears once"
     return found
 
 
@@ -50,7 +50,7 @@ def test_steps_after_an_evaluation_are_bit_identical_to_those_without(evaluated:
 def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: Run) -> None:
     folder = RunFolder(evaluated.folder / "resumed")
     before = evals(folder.root)
-    # The same documents under another name: what the loop has scored is not scored again
+    # The same documents under another name: what the loop has scored is not scored again.
     (evaluated.folder / "again.yaml").write_text(
         json.dumps({"sources": [{"name": name, "path": f"suite/{name}"} for name in ("code", "wiki")]})
     )
@@ -60,7 +60,7 @@ def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: 
     after = evals(folder.root)
     (own,), (again,) = {key[1] for key in before}, {key[1] for key in after.keys() - before.keys()}
     assert own.partition("@")[0] == "suite.seq64.fp32"
-    assert again.replace("again", "suite") == own, "the same documents, and so the same content"
+    assert again.replace("again", "suite") == own, "the same documents, hence the same content"
     for step in (2, 6):
         for domain in ("code", "wiki", "macro", "micro"):
             one, two = (figures[step, suite, domain] for figures, suite in ((before, own), (after, again)))
@@ -71,7 +71,7 @@ def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: 
     rows = wandb_rows(folder.wandb)
     late = [row for row in rows if f"eval-{again}/wiki/perplexity" in row]
     assert [row["eval_step"] for row in late] == [2, 6]
-    assert all("step" not in row for row in late), "a training that goes on must not take them for its own"
+    assert all("step" not in row for row in late), "a resumed training must not take them for its own"
     assert any(key.startswith(f"eval-{again}/domains") for row in rows for key in row)
 
 
@@ -85,7 +85,7 @@ def wandb_rows(folder: Path) -> list[dict]:
 
 
 def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -> None:
-    """Runs after the test above, on lines that stand out of order."""
+    """Run after the test above, on lines that are out of order."""
     folder = RunFolder(evaluated.folder / "resumed")
     kept = {key for key in evals(folder.root) if key[0] <= 4}
     folder.evals.cut_back(4, folder.superseded / "evals.jsonl")
@@ -95,7 +95,7 @@ def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -
 
 
 def test_a_suite_that_changes_begins_a_series_of_its_own(evaluated: Run) -> None:
-    """Runs last: the run goes on with other text under the suite's name."""
+    """Run last: the run resumes with other text under the suite's name."""
     folder = evaluated.folder / "resumed"
     before = evals(folder)
     documents = evaluated.folder / "suite" / "wiki" / "val.jsonl"
@@ -106,4 +106,4 @@ def test_a_suite_that_changes_begins_a_series_of_its_own(evaluated: Run) -> None
     (fresh,) = {key[1] for key in after} - {key[1] for key in before}
     assert fresh.startswith("suite.seq64.fp32@")
     assert {key[0] for key in after if key[1] == fresh} == {6, 8}
-    assert f"those of this start are called {fresh}" in " ".join(output.split())
+    assert f"those of this start are labelled {fresh}" in " ".join(output.split())

@@ -1,4 +1,4 @@
-"""A run begins with another model's weights at every tp size and ZeRO stage, and gives them back as they were."""
+"""A run starts from another model's weights at every tp size and ZeRO stage, and exports them unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank goes through, all of them hear of: a signal in an evaluation, an error, a step without end."""
+"""What happens to one rank reaches all of them: a signal in an evaluation, an error, a step that hangs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.ranks import run_starts
 from tests.distributed.test_elastic import CONFIG
 
-# Rank 1 is told to stop in the middle of the evaluation of step 2
+# Rank 1 is asked to stop in the middle of the evaluation of step 2.
 SIGNALLED = """
 import os, signal
 from pretrain.trainer import Trainer
@@ -63,8 +63,8 @@ def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
     codes, output = run_starts(config, [*starts, (2, evaluated, "")])
     assert codes == [[1, 1], [1, -9], [75, 75], [0, 0]], output
     assert output.count("ValueError: out of luck") == 1
-    assert output.count("Traceback (most recent call last)") == 1, output  # that of the rank that failed, and no other
-    assert output.count("another rank is gone, and rank 0 ends with it") == 2
+    assert output.count("Traceback (most recent call last)") == 1, output  # only the failed rank's
+    assert output.count("another rank is gone, so rank 0 exits too") == 2
     assert output.index("out of luck") < output.index("another rank is gone")
     assert "rank 1: step 4 has taken more than train.stall_timeout=3 s" in output
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]

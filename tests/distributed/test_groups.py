@@ -1,4 +1,4 @@
-"""Each rank is in the groups that it needs, and in no others; see the module that the ranks run."""
+"""Each rank is in the groups that it needs and in no others; see the module that the ranks run."""
 
 from __future__ import annotations
 

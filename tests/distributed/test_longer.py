@@ -1,4 +1,4 @@
-"""A run that goes on under another schedule says how the learning rate changes; by its own advice it does not."""
+"""A run resumed with another schedule says how the learning rate changes; following its own advice, it does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.ranks import run_starts
 from tests.distributed.test_elastic import CONFIG
 
-PEAK = 3e-3  # the learning rate in CONFIG
+PEAK = 3e-3  # learning rate in CONFIG
 
 
 def rates(folder: Path) -> list[float]:
@@ -27,7 +27,7 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     codes, output = run_starts(config, [(1, first, "")])
     assert codes == [[0]], output
     hint = output[output.index("Next ") :]
-    same_run = re.search(r"with (train\S+ optim\S+ optim\S+) this one goes on", hint)
+    same_run = re.search(r"with (train\S+ optim\S+ optim\S+) this one continues", hint)
     new_run = re.search(r"with (run\S+ train\S+) is a run", hint)
     assert same_run, hint
     assert new_run, hint
@@ -46,6 +46,4 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     codes, output = run_starts(config, [(1, [*first, "train.steps=16"], "")])
     assert codes == [[0]], output
     jumped = rates(tmp_path / "elastic")[8]
-    assert (
-        f"the learning rate of step 9 is {jumped:.4g}, where the run's schedule had {0.2 * PEAK:.4g} for it" in output
-    )
+    assert f"the learning rate of step 9 is {jumped:.4g}; the run's previous schedule gave {0.2 * PEAK:.4g}" in output

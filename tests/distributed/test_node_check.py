@@ -1,4 +1,4 @@
-"""A node that cannot take part is named: one that lacks something, and one from which nothing is heard."""
+"""A node that cannot take part is named, whether it lacks something or does not respond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number never gets into the weights, and so into no checkpoint."""
+"""A loss or gradient that is not finite never reaches the weights, hence no checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.run.run_folder import RunFolder
 from tests.distributed.ranks import run_ranks, run_starts
 from tests.distributed.test_elastic import CONFIG
 
-# NaN as a weight's gradient in the steps that are named
+# Sets a weight's gradient to NaN in certain steps.
 POISON = """
 from pretrain.engine import Engine
 train_step = Engine.train_step
@@ -56,7 +56,7 @@ def test_such_steps_are_skipped_and_counted_until_there_are_too_many(tmp_path: P
     assert named == ["\t".join(map(str, origin)) for origin in origins]
 
 
-# The batches of the steps that are named have nothing to predict
+# Leaves nothing to predict in the batches of certain steps.
 EMPTIED = """
 import dataclasses
 from pretrain.feed import Feed
@@ -87,7 +87,7 @@ def test_steps_without_a_target_are_said_and_end_a_run_that_has_no_others(tmp_pa
     assert [m["step"] for m in metrics if m.get("without_targets")] == [2, 3, 5]
     assert [m["step"] for m in metrics if m["loss"] is None and m["grad_norm"] is None] == [2, 3, 5]
     said = [int(step) for step in re.findall(r"step (\d+): there is nothing to predict in its batch", output)]
-    assert said == [2, 5, 1, 4], "once for those in a row, and at the end"
+    assert said == [2, 5, 1, 4], "once for consecutive ones, and at the end"
     metrics = [json.loads(line) for line in (tmp_path / "words" / "metrics.jsonl").read_text().splitlines()]
     assert [(m["step"], m["loss"]) for m in metrics] == [(1, None), (2, None), (3, None)]
     assert "none of its pieces has a second token" in output

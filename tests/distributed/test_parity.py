@@ -20,13 +20,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> dict[str, dict]:
-    """Every case on one rank; it also leaves the weights that all cases start from."""
+    """Run every case on one rank, which also leaves the weights that all cases start from."""
     return run_cases(1, 1, folder)
 
 
 @pytest.fixture(scope="module")
 def references(folder: Path, single: dict[str, dict]) -> dict[bool, list[tuple[float, float]]]:
-    """(loss, gradient norm) of five steps in plain PyTorch, for tied and untied embeddings."""
+    """Return (loss, gradient norm) of five steps in plain PyTorch, for tied and untied embeddings."""
     histories = {}
     for tied in (False, True):
         config = model_config(tied)

@@ -1,4 +1,4 @@
-"""A start that is refused leaves the run folder as it was, byte for byte, and so does what reads it afterwards."""
+"""A refused start leaves the run folder unchanged, byte for byte, and so does what reads it afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
 
 
 def other_tokenizer(path: Path) -> Path:
-    """As many pieces, two of them with each other's ids."""
+    """Write a tokenizer with as many pieces, two of which have each other's ids."""
     model = sentencepiece_model_pb2.ModelProto.FromString(TOKENIZER.read_bytes())
     model.pieces[400].piece, model.pieces[401].piece = model.pieces[401].piece, model.pieces[400].piece
     path.write_bytes(model.SerializeToString())

@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it never had been: same losses, same norms, same batches, bit for bit."""
+"""A run that was killed resumes as if it never had been: same losses, same norms, same batches, bit for bit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Run:
             documents = islice(read_documents(str(ROOT / "shards/sample/eval" / domain / "val.jsonl.zst")), 3)
             lines = [json.dumps({"text": document.text[:1000]}) + "\n" for document in documents]
             suite.joinpath(domain, "val.jsonl").write_text("".join(lines))
-        # Few rows a window, so that lanes come upon bad records all along
+        # Few rows per window, so that lanes meet bad records all along.
         lines = ["{broken" * 300 if i % 25 else json.dumps({"text": f"{i} line " * 30}) for i in range(1000)]
         folder.joinpath("odd.jsonl").write_text("\n".join(lines))
         self.config = folder / "config.yaml"
@@ -76,7 +76,7 @@ class Run:
         return start_ranks(self.world_size, "pretrain", *arguments, code=code if faults else "")
 
     def finish(self, *overrides: str) -> str:
-        """Run to the end; return rank 0's output."""
+        """Run to the end and return rank 0's output."""
         return wait(self.start(*overrides), [0])
 
     def metrics(self) -> list[dict]:
@@ -84,7 +84,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def skipped(self) -> list[tuple[int, int]]:
-        """(step, line) of each bad record that was passed over, as they were written down."""
+        """The recorded (step, line) of each bad record that was skipped."""
         lines = (self.folder / "resumed" / "bad_records.jsonl").read_text().splitlines()
         return [(record["step"], record["line"]) for record in map(json.loads, lines)]
 
@@ -94,7 +94,7 @@ class Run:
 
     def wait_for_step(self, step: int, processes: Sequence[Rank | subprocess.Popen[bytes]]) -> None:
         while self.steps_done() < step:
-            assert all(process.poll() is None for process in processes), "ended before its time"
+            assert all(process.poll() is None for process in processes), "ended too early"
             time.sleep(0.01)
 
     def figures(self) -> list[tuple]:
@@ -102,7 +102,7 @@ class Run:
 
 
 def wait(ranks: list[Rank], codes: list[int]) -> str:
-    """Wait for the end of all ranks, with one of these exit codes; return rank 0's output."""
+    """Wait for all ranks to end with one of these exit codes; return rank 0's output."""
     for rank in ranks:
         assert rank.wait() in codes, rank.output
     return ranks[0].output
@@ -153,7 +153,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool,
     run = Run(tmp_path, world_size=1)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
     command += ["launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
-    # Steps of a second or more: the launcher's own signals arrive within one
+    # Steps take a second or more, since the launcher's own signals arrive within one.
     command += ["train.global_batch_size=64", "data.seq_len=256", "evaluation.suite=null"]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
@@ -165,7 +165,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     run.wait_for_step(2, [launcher])
-    if ctrl_c:  # the terminal sends it to every process of its group, the launcher to its children again
+    if ctrl_c:  # the terminal sends it to every process of its group, and the launcher again to its children
         os.killpg(launcher.pid, signal.SIGINT)
     else:
         launcher.terminate()
@@ -208,22 +208,22 @@ def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed:
     def complete() -> list[int]:
         return sorted(int(path.parent.name.removeprefix("step_")) for path in checkpoints.glob("*/COMPLETE"))
 
-    # One save fails on rank 1, which dies in the midst of the third
+    # One save fails on rank 1, which dies in the middle of the third.
     faults = [(1, "step_00000006/engine", errno.ENOSPC), (1, "step_00000018", "kill")]
     processes = run.start("evaluation.suite=null", faults=faults)
     run.wait_for_step(18, processes[:1])
     assert processes[1].wait() == KILLED
     processes[0].send_signal(signal.SIGKILL)
-    output = wait(processes[:1], [1, -signal.SIGKILL])  # it may have noticed by itself
+    output = wait(processes[:1], [1, -signal.SIGKILL])  # it may have noticed itself
     assert "step 6 is not saved: rank 1: " in output
     assert re.search(r"rank 1: \S*/step_00000006/engine/\S+optim_states.pt cannot be written: No space left", output)
     assert complete() == [12]
-    # The last save fails on rank 0
+    # The last save fails on rank 0.
     output = wait(run.start("evaluation.suite=null", "train.steps=20", faults=[(0, "step_00000020", errno.EIO)]), [1])
     assert "resumed after step 12" in output
-    assert "the newest state of the run is not saved: rank 0: " in output
+    assert "the run's latest state is not saved: rank 0: " in output
     assert complete() == [12, 18]
-    # A request to stop comes while a save is under way, and training goes on beside it
+    # A request to stop comes during a save, while training continues.
     overrides = ("evaluation.suite=null", "train.steps=400", "checkpoint.every=24")
     processes = run.start(*overrides, faults=[(1, "step_00000024", "wait")])
     run.wait_for_step(26, processes)
@@ -235,7 +235,7 @@ def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed:
     found, expected = run.metrics(), undisturbed.metrics()
     assert [m["batch_hash"] for m in found][: len(expected)] == [m["batch_hash"] for m in expected][: len(found)]
     assert {m["failed_saves"] for m in found if "failed_saves" in m} == {1}  # that of step 6
-    # Of each step what the last process wrote that made it: those were resumed after 12 and after 18
+    # For each step, the record of the last process that made it, which resumed after steps 12 and 18.
     assert [m["step"] for m in found if "checkpoint_seconds" in m] == [7, 25]
 
 
@@ -262,9 +262,9 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(tmp_path: Path) ->
     run.finish("train.steps=3", "evaluation.suite=null")
     checkpoint = tmp_path / "resumed" / "checkpoints" / "step_00000003"
     checkpoint.joinpath("state.json").write_text("{}")
-    for _ in range(2):  # nor does the second start, which finds things as the first has left them
+    for _ in range(2):  # nor does the second start, which finds what the first left
         output = wait(run.start("train.steps=3", "evaluation.suite=null"), [1])
-        assert "none of the checkpoints" in output
+        assert "every checkpoint in" in output
         assert "state.json" in output
         assert run.steps_done() == 3
     assert checkpoint.joinpath("COMPLETE").exists()
@@ -280,7 +280,7 @@ def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
     ]
     tmp_path.joinpath("tiny.jsonl").write_text("\n".join(lines))
     source = f"{{name: tiny, paths: ['{tmp_path}/tiny.jsonl'], max_epochs: 1, source_from: meta.pile_set_name}}"
-    # Three lanes on two ranks: both read all of them, and the shortest is empty long before the others
+    # Three lanes on two ranks: both read all of them, and the shortest runs dry long before the others.
     run.finish(f"data.sources=[{source}]", "data.lanes=3", "data.window_bytes=4096", "train.steps=100000")
     metrics = run.metrics()
     assert metrics[-1]["epoch_per_source"] == {"tiny": 1.0}

@@ -1,4 +1,4 @@
-"""Every command of docs/tutorial.md runs, from top to bottom, and prints what the page shows."""
+"""Every command in docs/tutorial.md runs, from top to bottom, and prints what the page shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.topology import free_port
 from tests.pages import blocks, unprinted
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("configs", "launch", "pretrain", "shards")  # of a clone, as far as the page needs them
+FOLDERS = ("configs", "launch", "pretrain", "shards")  # the parts of a clone that the page needs
 
 
 @pytest.mark.distributed
@@ -23,7 +23,7 @@ def test_the_commands_of_the_tutorial(tmp_path: Path) -> None:
     for name in FOLDERS:
         (clone / name).symlink_to(ROOT / name)
     installed = Path(sys.executable).parent
-    # The page's commands take the launcher's usual port, which another test may be using
+    # The page's commands use the launcher's default port, which another test may be using.
     launcher = tmp_path / "bin" / "deepspeed"
     launcher.parent.mkdir()
     launcher.write_text(f'#!/bin/sh\nexec "{installed}/deepspeed" --master_port {free_port()} "$@"\n')

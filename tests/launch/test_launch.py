@@ -1,4 +1,4 @@
-"""Bad input to the command: exit code 2, and a message that names the key or file and what would be right."""
+"""Bad input to a command gives exit code 2 and a message that names the key or file and what would be right."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """Runs the command with overrides on the quickstart; returns (exit code, what it said)."""
+    """Return a function that runs the command with overrides on the quickstart: its exit code and its output."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog listens instead
+    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog captures the log instead
 
     def run(*arguments: str) -> tuple[int, str]:
         caplog.clear()
         words = ["--config", str(CONFIG), f"run.dir={tmp_path}/runs", *arguments]
-        # A start puts its place among the ranks into the environment
+        # A start puts its rank's variables into the environment.
         with caplog.at_level(logging.INFO), mock.patch.dict(os.environ):
             return dispatch.run("train", words), caplog.text
 
@@ -59,7 +59,7 @@ def truncated_shard(tmp_path: Path) -> Path:
         (["data.tokenizer=nowhere.model"], "nowhere.model"),
         (["data.sources.0.paths=[nowhere/*.zst]"], "nowhere/*.zst"),
         (["evaluation.suite=nowhere"], "evaluation.suite=nowhere is not a folder"),
-        (["run.dir=README.md"], "set run.dir to a folder that you may write to"),
+        (["run.dir=README.md"], "set run.dir to a writable folder"),
     ],
 )
 def test_bad_input_is_named(command, overrides: list[str], message: str) -> None:
@@ -91,7 +91,7 @@ def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Pa
     config = load_config(CONFIG, [f"run.dir={tmp_path}/runs", f"data.index_dir={tmp_path}/index"])
     folder.config.write_text(config.settled(None).to_yaml())
     no_data = "data.sources.0.paths=[nowhere/*]"
-    assert "holds a run" not in command("model.dim=128", no_data)[1], "nothing has begun, nothing can be corrupted"
+    assert "holds a run" not in command("model.dim=128", no_data)[1], "nothing has begun, so nothing can be corrupted"
     folder.metrics.path.write_text('{"step": 1}\n')
     code, said = command("model.dim=128", "train.steps=9")
     assert code == 2
@@ -99,7 +99,7 @@ def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Pa
     assert "train.steps" not in said.partition("must not change")[2], "steps may change"
     aside = tmp_path / "runs" / "quickstart.1"
     assert command("--fresh", "model.dim=128", no_data)[0] == 2
-    assert not aside.exists(), "a start that is refused moves nothing"
+    assert not aside.exists(), "a refused start moves nothing"
     with ExitStack() as stack:
         claim_run(config, folder, True, IndexingLog(lambda: None), stack)
         assert (aside / "metrics.jsonl").exists()
@@ -136,7 +136,7 @@ def test_only_a_run_that_came_beyond_its_first_save_misses_a_checkpoint(tmp_path
     folder.create()
     store = CheckpointStore(folder.checkpoints, config.checkpoint)
     folder.metrics.append({"step": 4})
-    check_checkpoints_there(store, config, folder)  # killed between the record of the step and its save
+    check_checkpoints_there(store, config, folder)  # killed between the step's record and its save
     folder.metrics.append({"step": 5})
     with pytest.raises(ConfigError, match="has records of 5 steps, but .* has no complete checkpoint"):
         check_checkpoints_there(store, config, folder)

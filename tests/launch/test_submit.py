@@ -1,4 +1,4 @@
-"""The command that submits, where there is no Slurm: what it finds, all at once, and the script that it shows."""
+"""The command that submits, where there is no Slurm: all findings at once, and the script that it prints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command on the quickstart; returns (exit code, the script, what it said)."""
+    """Return a function that runs the command on the quickstart: its exit code, the script, its output."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no sbatch
+    monkeypatch.setenv("PATH", str(tmp_path))  # a folder without sbatch
 
     def run(*arguments: str) -> tuple[int, str, str]:
         words = ["--config", "configs/quickstart.yaml", "--time=1:00:00", f"run.dir={tmp_path}/runs", *arguments]
@@ -78,12 +78,12 @@ def test_all_that_is_wrong_is_said_at_once(submit: Command) -> None:
     assert code == 2
     for words in (
         "train.global_batch_size=8 cannot be split",
-        "such nodes that work: 1",
+        "other node counts that work: 1",
         "nowhere/*.zst",
         "nowhere.model",
     ):
         assert words in said
-    assert "told to save 120 s before the limit of 60 s" in said
+    assert "asked to save 120 s before the limit of 60 s" in said
 
 
 def test_a_model_too_large_for_the_gpu_is_refused_with_what_would_fit(submit: Command) -> None:

@@ -1,4 +1,4 @@
-"""The bundled tokenizer is what its command makes, and it gives every text back."""
+"""The bundled tokenizer is what its command makes, and restores every text."""
 
 from __future__ import annotations
 

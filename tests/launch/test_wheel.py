@@ -1,4 +1,4 @@
-"""A wheel, built from a copy of the tree and installed where there is no clone, does what a clone does."""
+"""A wheel, built from a copy of the tree and installed without a clone, does what a clone does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Shell = Callable[[str], subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the tree, built from a copy, since a build leaves files in the tree that it is built from."""
+    """Build a wheel from a copy of the tree, since a build leaves files behind in its tree."""
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     tree.mkdir()
@@ -47,14 +47,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shell(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Runs a shell command in a folder of its own, in an environment that has the wheel and what it depends on."""
+    """Return a function that runs a shell command in its own folder, with the wheel and its dependencies installed."""
     folder = tmp_path_factory.mktemp("installed")
     environment, where = folder / "venv", folder / "home"
     where.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    # The dependencies are those of this environment: a second copy of torch would take minutes and gigabytes. A folder
-    # that a .pth file names is searched last, and .pth files in it, such as that of an editable install, do not count.
+    # The dependencies are this environment's, since a second copy of torch would take minutes and gigabytes. A folder
+    # named by a .pth file is searched last, and .pth files in it, such as an editable install's, do not count.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = str(environment / "bin" / "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", "--ignore-installed"]
@@ -89,13 +89,13 @@ def test_the_version_is_that_of_the_project(shell: Shell) -> None:
     code = "import pretrain, shards; print(pretrain.__version__, shards.__version__, shards.__file__)"
     pretrain_version, shards_version, place = shell(f"python -c '{code}'").stdout.split()
     assert pretrain_version == shards_version == VERSION
-    assert "installed" in place, "the wheel was tried, and not this tree"
+    assert "installed" in place, "the wheel was tested, not this tree"
 
 
 def test_every_command_is_listed_and_helps_by_its_own_name(shell: Shell) -> None:
     listed = shell("headrace --help").stdout
     assert [name for name in COMMANDS if not re.search(rf"^    {name}\s", listed, re.MULTILINE)] == []
-    for name in ("index", "train-tokenizer", "sample"):  # those that do not import torch
+    for name in ("index", "train-tokenizer", "sample"):  # the ones that do not import torch
         said = shell(f"headrace {name} --help")
         assert said.stdout.startswith(f"usage: headrace {name} ")
         assert "launch/" not in said.stdout

@@ -1,4 +1,4 @@
-"""Configs: what is right loads and round-trips, what is wrong is named with where it stands and what would be right."""
+"""Configs: valid ones load and round-trip; errors are reported with their place and what would be right."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_scalars_mean_what_they_look_like_and_survive_a_dump(tmp_path: Path, tex
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: 1\nb: 2\na: 3\n", ":3:1: the key 'a' stands twice, first in line 1"),
+        ("a: 1\nb: 2\na: 3\n", ":3:1: the key 'a' appears twice, first in line 1"),
         ("a: [1\nb: 2\n", ":2:2:"),
         ("a:\n\t- x\n", ":2:1:"),
         ("a: *x\n", ":1:4:"),
@@ -142,11 +142,11 @@ def test_overrides_reach_every_depth(small: Path) -> None:
             "model.n_heads=5",
             "model.dim=64 cannot be split by model.n_heads=5; make model.dim a multiple, such as 60 or 65",
         ),
-        ("model.dim=12", "gives heads of size 3; rotary positions need an even size"),
+        ("model.dim=12", "gives heads of size 3; rotary positions need an even head size"),
         ("parallel.tp_size=4", "model.n_kv_heads=2 cannot be split by parallel.tp_size=4"),
         (
             "model.vocab_size=513 parallel.tp_size=2",
-            "set parallel.tp_size to a divisor of 513: 1, 3, 9, 19, 27, 57, 171, 513; or take a tokenizer whose number"
+            "set parallel.tp_size to a divisor of 513: 1, 3, 9, 19, 27, 57, 171, 513; or use a tokenizer whose number"
             " of pieces is a multiple of 2, such as 512 or 514 (python launch/train_tokenizer.py --vocab-size)",
         ),
         ("train.micro_batch_size=5", "train.micro_batch_size a divisor: 1, 2, 3, 4, 6, 8, 12, 24"),
@@ -175,7 +175,7 @@ def test_all_that_is_wrong_is_said_at_once_and_where_it_stands(tmp_path: Path) -
     assert any(line.startswith("command line: train.steps:") for line in lines)
     assert any(line.startswith("command line: optim.eps:") for line in lines)
     assert any("model.dim=64 cannot be split by model.n_heads=5" in line for line in lines)
-    assert len(lines) == 6  # and n_heads by n_kv_heads
+    assert len(lines) == 6  # including n_heads by n_kv_heads
 
 
 def test_a_config_comes_back_from_its_own_yaml(small: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_epochs_are_an_end_of_their_own(small: Path) -> None:
     assert "either steps (optimizer steps) or epochs" in complaint(small, "train.epochs=3")
     assert "either steps (optimizer steps) or epochs" in complaint(small, "train.steps=null")
     said = complaint(small, "train.steps=null", "train.epochs=3", "data.sources.0.max_epochs=2")
-    assert "has max_epochs=2, but train.epochs=3 holds for all sources" in said
+    assert "has max_epochs=2, but train.epochs=3 applies to all sources" in said
     refused, _ = compare_for_resume(config, load_config(small, ["train.steps=null", "train.epochs=4"]))
     assert "train.epochs" in [change.key for change in refused]
 

@@ -1,4 +1,4 @@
-"""No value of a wrong type is converted, in any section: a run computes what its config says."""
+"""No value of a wrong type is converted, in any section: a run computes exactly what its config says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.config import RunConfig
 from shards import Config, ConfigError
 from shards.suites.suite import SuiteFile
 
-# Every key of a run's config with a value of its type that is not null
+# Every key of a run's config with a non-null value of its type.
 FULL = yaml.safe_load("""
 run: {name: a, dir: runs, seed: 1}
 model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, norm_eps: 0.5, rope_theta: 1.5,
@@ -57,13 +57,13 @@ metrics: {log_every_seconds: 1.5, peak_flops: 1.5}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
 deepspeed: {memory_breakdown: true}
 """)
-# Keys that exclude another one above, or that hold other types than the one above
+# Keys that exclude another one above, or whose values are of other types than the one above.
 OTHERS = {"train.epochs", "data.sources.input_ids_key"}
 SUITE = {"name": "a", "sources": [{"name": "b", "path": "p", "text_key": "t", "domain_from": "d", "split": "val"}]}
 
 
 def wrong_values(right: object) -> list[object]:
-    """Return values of other types that a lenient reader would convert to a right one's type."""
+    """Return values of other types that a lenient reader would convert to the right value's type."""
     if isinstance(right, bool):
         return [str(right).lower(), int(right), float(right)]
     if isinstance(right, int):
@@ -86,7 +86,7 @@ def places(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tup
 
 
 def replaced(tree: Any, path: tuple[str | int, ...], value: object) -> Any:
-    """Return a copy of a tree with another value in one place."""
+    """Return a copy of a tree with one value replaced."""
     if not path:
         return value
     copy = dict(tree) if isinstance(tree, dict) else list(tree)
@@ -115,7 +115,7 @@ def test_the_full_config_is_right_and_has_every_key() -> None:
         pytest.param(kind, path, wrong, id=f"{in_words(path)}={wrong!r}")
         for kind, tree in ((RunConfig, FULL), (SuiteFile, SUITE))
         for path, right in places(tree)
-        if path[0] != "deepspeed"  # DeepSpeed's own keys have a table of their own
+        if path[0] != "deepspeed"  # DeepSpeed's own keys have their own table
         for wrong in wrong_values(right)
     ],
 )

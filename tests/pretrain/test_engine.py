@@ -1,4 +1,4 @@
-"""What is traded for memory changes no number; and what DeepSpeed is told follows from the config."""
+"""Memory savings change no numbers, and DeepSpeed's configuration follows from the config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.distributed.parity import OPTIM, global_batches, model_config
 
 
 def history(topology: Topology, precision: Precision = "bf16", **parallel: object) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of three steps."""
+    """Return (loss, gradient norm) of three steps."""
     config = ParallelConfig.model_validate(parallel)
     derived = deepspeed_config(config, OPTIM, precision, {})
     engine = Engine(model_config(tied=True), OPTIM, config, derived, 2, 4, topology, seed=3)
@@ -67,7 +67,7 @@ def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: 
 
 @pytest.mark.parametrize("immediate", [False, True])
 def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topology, immediate: bool) -> None:
-    """What DeepSpeed does by default keeps the bf16 gradients too; its figures are the same, to the last bit."""
+    """Compare with DeepSpeed's default, which also keeps the bf16 gradients; figures are equal to the last bit."""
     model, parallel = model_config(tied=True), ParallelConfig()
     derived = deepspeed_config(parallel, OPTIM, "bf16", {})
     derived["bf16"]["immediate_grad_update"] &= immediate
@@ -119,7 +119,7 @@ def test_only_training_is_compiled_and_computes_the_same(
 
 def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
     if topology.device.type == "cuda":
-        pytest.skip("there is CUDA here")
+        pytest.skip("this machine has CUDA")
     with pytest.raises(ConfigError, match=r"parallel\.attention=flex needs CUDA"):
         history(topology, attention="flex")
 
@@ -140,7 +140,7 @@ def test_flex_attention_is_refused_without_cuda(topology: Topology) -> None:
             {"managed_gradient_accumulation": False},
             r"managed_gradient_accumulation is refused: the gradients of all",
         ),
-        ({"something_new": 1}, r"deepspeed\.something_new is refused: nobody has shown it harmless"),
+        ({"something_new": 1}, r"deepspeed\.something_new is refused: it is not known to be harmless"),
         *(
             ({"zero_optimization": {key: value}}, rf"deepspeed\.zero_optimization\.{key} is refused.*leave it out")
             for key, value in (

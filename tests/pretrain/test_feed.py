@@ -14,7 +14,7 @@ from pretrain.feed import Feed
 from shards import DataConfig, HeadraceError, Loader, ShardError, prepare
 from tests.shards.corpora import config, record, words, write_shard
 
-ROWS = 4  # of a global batch
+ROWS = 4  # rows of a global batch
 
 
 class Ranks:
@@ -33,13 +33,13 @@ class Ranks:
         return gathered
 
     def run(self, work: Any) -> list[Any]:
-        """Return what a function gives on each rank."""
+        """Return a function's result on each rank."""
         with ThreadPoolExecutor(self.size) as pool:
             return list(pool.map(lambda rank: work(Place(self, rank)), range(self.size)))
 
 
 class Place:
-    """What the feed asks of a topology."""
+    """The part of a topology that the feed uses."""
 
     device = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class Place:
 
 
 def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, Any]]]:
-    """Return, for each rank, what a feed says of every step until the data is used up."""
+    """Return, for each rank, what a feed reports for every step until the data is used up."""
 
     prepared = prepare(data)
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: FlexAttention is exact, and a step in bf16 equals plain PyTorch in fp32."""
+"""Properties that need a CUDA device: FlexAttention is exact, and a bf16 step equals plain PyTorch in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wherever a run is stopped, its starts together train, save and evaluate what one undisturbed start does."""
+"""Wherever a run is stopped, its starts together train, save and evaluate what an undisturbed start does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.trainer import Trainer
 from shards import CheckpointError
 
 SAVED_EVERY, EVALUATED_EVERY, BATCHES = 4, 3, 2  # steps, steps, batches of an evaluation
-DATA_END = 8  # steps that the data lasts for
+DATA_END = 8  # number of steps that the data lasts
 
 
 class Run:
@@ -39,7 +39,7 @@ class Run:
         self.saves_fail = False
 
     def start(self, looks: int = 10**9) -> bool:
-        """Train until the run is finished, or until it has checked that often whether to stop."""
+        """Train until the run is finished, or has checked this many times whether to stop."""
         looked = 0
 
         def is_over(step_seconds: float, save_seconds: float) -> bool:
@@ -127,8 +127,8 @@ def test_a_run_that_is_stopped_anywhere_is_made_whole(steps: int | None, with_su
         starts = 0
         while not run.start(looks if starts == 0 else 10**9):
             starts += 1
-            assert run.state.step == run.trainer.state.step, "what was trained is saved before the process ends"
-            assert starts < 2, "a start that nothing stops finishes the run"
+            assert run.state.step == run.trainer.state.step, "all that was trained is saved before the process ends"
+            assert starts < 2, "an undisturbed start finishes the run"
         assert run.trained == list(range(1, last + 1)), looks
         assert run.evaluated == wanted, looks
         assert run.state.step == last
@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_as_it_is() -> None:
 def test_only_the_end_of_a_run_must_be_saved() -> None:
     run = Run(steps=7)
     run.saves_fail = True
-    assert not run.start(looks=5 + BATCHES)  # stopped: it goes on from its previous checkpoint
+    assert not run.start(looks=5 + BATCHES)  # stopped: it resumes from its previous checkpoint
     run = Run(steps=7)
     run.saves_fail = True
     with pytest.raises(CheckpointError, match="the disk is full"):

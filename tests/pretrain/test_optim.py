@@ -1,4 +1,4 @@
-"""Learning-rate curves against values computed by hand, and which weights decay."""
+"""Learning-rate curves match hand-computed values, and only the right weights decay."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
     ("schedule", "at"),
     [
         ("constant", {55: 2.0, 100: 2.0}),
-        # From step 10 to step 100, height 1 to 0, on a floor of 0.2: the middle is step 55
+        # From step 10 to step 100, height 1 to 0, on a floor of 0.2: the middle is step 55.
         ("linear", {55: 0.2 + 1.8 / 2, 28: 0.2 + 1.8 * 0.8, 100: 0.2}),
         ("cosine", {55: 0.2 + 1.8 / 2, 40: 0.2 + 1.8 * 0.75, 70: 0.2 + 1.8 * 0.25, 100: 0.2}),
-        # The last 20 of 101 steps decay: from step 81 to step 100
+        # The last 20 of 101 steps decay: from step 81 to step 100.
         ("wsd", {55: 2.0, 81: 2.0, 100: 0.2, 82: 0.2 + 1.8 * 18 / 19}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Provenance: names exactly the documents whose tokens were in a step's batch, or says why it cannot."""
+"""Provenance names exactly the documents whose tokens were in a step's batch, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.shards.corpora import TOKENIZER, record, words, write_shard
 
 STEPS, ROWS, SEED, EVERY = 23, 6, 4, 10
 
-Result = tuple[int, list[dict[str, str]], str]  # exit code, lines of the table, what went to stderr
+Result = tuple[int, list[dict[str, str]], str]  # exit code, lines of the table, output on stderr
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[Batch]]:
-    """Write a run's folder as a training leaves it, from a loader alone; return it and the batches."""
+    """Write a run's folder as training leaves it, using only a loader; return it and the batches."""
     root = tmp_path_factory.mktemp("run")
     for shard, suffix in enumerate((".jsonl.zst", ".json.gz", ".jsonl")):
         lines = [record(f"s{shard} d{i} é " + words(i, 3 + i * i % 90)) for i in range(40)]
@@ -67,7 +67,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 def test_names_exactly_the_documents_of_a_step(
     trained: tuple[RunFolder, list[Batch]], command: Callable[..., Result], step: int
 ) -> None:
-    """Check that each row holds the named spans, read from their shards and tokenized again, and nothing else."""
+    """Check that each row holds the named spans, reread from their shards and tokenized, and nothing else."""
     folder, batches = trained
     before = {path: path.read_bytes() for path in folder.root.iterdir() if path.suffix != ".manifest"}
     code, lines, said = command("--run", folder.root, "--step", step, "--text")
@@ -84,7 +84,7 @@ def test_names_exactly_the_documents_of_a_step(
     batch = batches[step - 1]
     assert rows == [t[s > 0].tolist() for t, s in zip(batch.tokens, batch.segment_ids, strict=True)]
     after = {path: path.read_bytes() for path in folder.root.iterdir() if path.suffix != ".manifest"}
-    assert after == before, "looking back writes nothing into the run"
+    assert after == before, "provenance writes nothing to the run"
 
 
 def test_says_what_is_not_there(
@@ -110,4 +110,4 @@ def test_another_batch_than_the_run_was_trained_on_is_refused(
 ) -> None:
     code, lines, said = command("--run", trained[0].root, "--step", 12, "data.eos=false")
     assert (code, lines) == (1, [])
-    assert "step 12: made again, its batch hash is" in said
+    assert "step 12: rebuilt, its batch hash is" in said

@@ -1,4 +1,4 @@
-"""A step's record says of its batch, its figures and the saves before it what is so, and leaves out what is not."""
+"""A step's record describes its batch, its figures and the saves before it, and omits what does not apply."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_trained_step() -> None:
     assert isinstance(per_second, float)
     assert found["mfu"] == pytest.approx(per_second * flops_per_token(MODEL, DATA.seq_len) / 1e12)
     assert not {"nonfinite", "without_targets", "failed_saves", "checkpoint_seconds"} & set(found)
-    assert "contaminated_per_source" not in found, "nothing is looked for without data.decontaminate"
+    assert "contaminated_per_source" not in found, "nothing is checked without data.decontaminate"
     assert not {"mfu", "z_loss"} & set(record(90, TRAINED, recorder()))
 
 

@@ -1,4 +1,4 @@
-"""Ranks wait for rank 0 as long as it gets on, hear of it when it cannot start, and give up when it hangs."""
+"""Ranks wait for rank 0 as long as it makes progress, learn when it cannot start, and give up when it hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.topology import free_port
 from shards import ConfigError, HeadraceError, ShardError
 from tests.distributed.ranks import rank_environment
 
-TIMEOUT = 1.5  # seconds, of the waiting rank; rank 0 is busy for longer than that
+TIMEOUT = 1.5  # seconds that a rank waits; rank 0 is busy for longer
 
 
 def get_on(barrier: StartupBarrier) -> None:
@@ -49,11 +49,11 @@ def rank(number: int, port: int, work: Callable[[StartupBarrier], None], said: C
         said.send((type(error), str(error)))
     else:
         said.send((None, ""))
-    may_go.wait(60)  # as training would: the store is gone with rank 0
+    may_go.wait(60)  # as training would, since the store ends with rank 0
 
 
 def meet(work: Callable[[StartupBarrier], None]) -> tuple[type[BaseException] | None, str]:
-    """Return the error of the rank that waits while rank 0 works, and its message."""
+    """Return the type and message of the error on the rank that waits while rank 0 works."""
     context = multiprocessing.get_context("fork")
     port, pipes = free_port(), [context.Pipe(duplex=False) for _ in range(2)]
     may_go = context.Event()

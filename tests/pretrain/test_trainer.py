@@ -1,4 +1,4 @@
-"""Where a run stands after a batch."""
+"""A run's state after a batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A Slurm cluster of several nodes on this host: munged, slurmctld, and a slurmd for each node, without systemd.
 
-Everything lies in one folder and listens on free ports of 127.0.0.1, and jobs are numbered from a number of the
-cluster's own, from which the ports of their ranks follow: two clusters do not meet.
+Everything is in one folder and listens on free ports of 127.0.0.1, and jobs are numbered from a start of the cluster's
+own, from which the ports of their ranks follow, so two clusters do not collide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from pretrain.topology import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-GPUS = 2  # of each node; as real as /dev/null
+GPUS = 2  # of each node; they are copies of /dev/null
 CPUS = 8
 PATIENCE = 120.0  # seconds
 
@@ -89,7 +89,7 @@ class Cluster:
         gpus = [self.folder / f"gpu{number}" for number in range(GPUS)]
         for gpu in gpus:
             if os.geteuid() == 0:
-                os.mknod(gpu, 0o020666, os.makedev(1, 3))  # another /dev/null
+                os.mknod(gpu, 0o020666, os.makedev(1, 3))  # a second /dev/null
             else:
                 gpu.touch()
         host = socket.gethostname().partition(".")[0]
@@ -112,29 +112,29 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(1024))
         files = {"key-file": "munge.key", "socket": "munge.socket", "log-file": "munge.log", "pid-file": "munged.pid"}
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
-        # By force: it wants every folder above its own to be open to all users
+        # --force, since it requires every folder above its own to be open to all users.
         self._run("munged", *options, f"--seed-file={self.folder}/munge.seed", "--force")
         self._run("slurmctld", "-f", str(self.config))
         for node in self.nodes:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
-        """Starts a node's daemon, and waits until the cluster counts on it."""
+        """Start a node's daemon, and wait until the cluster counts on it."""
         self._run("slurmd", "-N", node, "-f", str(self.config))
         silent = re.compile(r"unk|\*")
         wait_for(lambda: not silent.search(self.ask("sinfo", "-hN", "-n", node, "-o", "%t")), f"{node} answers")
 
     def lose_node(self, node: str) -> None:
-        """A node as after a power cut: nothing runs there any more, and the cluster has noticed."""
+        """Lose a node as in a power cut: nothing runs there any more, and the cluster has noticed."""
         self._daemon(f"slurmd-{node}.pid").kill()
         self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
         for process in self.processes(SLURMD_NODENAME=node):
-            for there in (process.parent(), process):  # a task, after the slurmstepd that would report its end
+            for there in (process.parent(), process):  # the slurmstepd that would report a task's end, then the task
                 if there is not None and (there is process or there.name() == "slurmstepd"):
                     _end(there)
 
     def ask(self, *command: str) -> str:
-        """What one of Slurm's commands says."""
+        """Return the output of one of Slurm's commands."""
         ran = subprocess.run(
             command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
@@ -142,7 +142,7 @@ class Cluster:
         return ran.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields of a job, as `scontrol show job` has them."""
+        """Return the fields of a job, as `scontrol show job` prints them."""
         words = self.ask("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -151,7 +151,7 @@ class Cluster:
         wait_for(lambda: self.job(job)["JobState"] in states, described, lambda: self.job(job))
 
     def processes(self, **environment: str) -> list[psutil.Process]:
-        """The processes of this cluster's jobs that have such an environment."""
+        """Return the processes of this cluster's jobs whose environment has these values."""
         wanted = {**environment, "SLURM_CONF": str(self.config)}.items()
         here = [process for process in psutil.process_iter() if wanted <= environment_of(process).items()]
         return [process for process in here if process.pid != os.getpid()]
@@ -165,17 +165,17 @@ class Cluster:
         return psutil.Process(int((self.folder / pid_file).read_text()))
 
     def __exit__(self, *_: object) -> None:
-        """Ends the jobs and the daemons, each by its id, and whatever they left behind."""
+        """End the jobs and the daemons, each by its id, and whatever they left behind."""
         for pid_file in ("slurmctld.pid", *(f"slurmd-{node}.pid" for node in self.nodes), "munged.pid"):
             if (self.folder / pid_file).exists():
                 _end(self._daemon(pid_file))
-        # slurmstepd outlives its daemon and forgets its environment, but stays in the daemon's folder
+        # slurmstepd outlives its daemon and forgets its environment, but stays in the daemon's folder.
         for process in [*self.processes(), *(p for p in psutil.process_iter() if _folder_of(p) == self.folder)]:
             _end(process)
 
 
 def executable(daemon: str) -> str | None:
-    """Where a daemon is installed; None if it is not."""
+    """Return the path of an installed daemon; None if it is not installed."""
     return shutil.which(daemon, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
@@ -195,12 +195,12 @@ def _folder_of(process: psutil.Process) -> Path | None:
 
 def _end(process: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()  # there is nothing to be saved
+        process.kill()  # there is nothing to save
         process.wait(10)
 
 
 def wait_for(what: Callable[[], bool], described: str, otherwise: Callable[[], object] = str) -> None:
-    """Waits until something holds; says what there was instead, if it never does."""
+    """Wait until a condition holds; if it never does, report the actual state."""
     end = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < end, f"not within {PATIENCE:.0f} s: {described}; {otherwise()}"

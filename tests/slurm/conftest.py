@@ -15,7 +15,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [daemon for daemon in DAEMONS if executable(daemon) is None]
     if missing:
         reason = f"{', '.join(missing)} not installed; on Debian: apt-get install slurm-wlm munge"
-        # Where the tests decide whether a change may land, none may be missing
+        # On the machine that decides whether a change may land, no daemon may be missing.
         assert not os.environ.get("HEADRACE_REQUIRE_SLURM"), reason
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm"), ["node1", "node2"]) as cluster:

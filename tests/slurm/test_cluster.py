@@ -1,4 +1,4 @@
-"""Runs on a real Slurm cluster go on by themselves, whatever the cluster does to them, until they are finished."""
+"""Runs on a real Slurm cluster continue by themselves, whatever the cluster does to them, until finished."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Submitted:
 
     @property
     def log(self) -> str:
-        """What the job script said."""
+        """Return what the job script printed."""
         return (self.run / "logs" / f"{self.id}.log").read_text()
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
 
     def wait_for_start(self, restart: int) -> None:
-        """Waits until a restart, counted from 0, has trained a step."""
+        """Wait until a restart, counted from 0, has trained a step."""
         log = self.run / "logs" / f"{self.id}-{restart}.log"
         wait_for(
             lambda: log.exists() and "INFO pretrain.run.metrics: step " in log.read_text(), log.name, self.everything
@@ -66,7 +66,7 @@ class Submitted:
 
 @pytest.fixture
 def submit(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Submits the tiny config with further arguments, as a user would."""
+    """Return a function that submits the tiny config with further arguments, as a user would."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SLURM_CONF", str(cluster.config))
     config = tmp_path / "tiny.yaml"
@@ -134,7 +134,7 @@ def test_a_sweep_is_an_array_with_a_run_and_a_gpu_for_each_combination(
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("optim.learning_rate: [1e-3, 3e-3]\nrun.seed: [0, 1]\n")
     job = submit("--nodes=1", "--gpus-per-node=1", "--no-node-check", f"--array={sweep}")
-    gpus: dict[str, tuple[str, str]] = {}  # of each task: (node, CUDA_VISIBLE_DEVICES)
+    gpus: dict[str, tuple[str, str]] = {}  # by task: (node, CUDA_VISIBLE_DEVICES)
 
     def all_seen() -> bool:
         for rank in map(environment_of, cluster.processes(SLURM_ARRAY_JOB_ID=job.id, SLURM_STEP_ID="0")):
@@ -162,13 +162,13 @@ def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster, submit) -> No
     run = submit("--nodes=1", "--gpus-per-node=2")
     wait_for(lambda: cluster.job(run.id).get("NodeList", "") in cluster.nodes, "a start", run.everything)
     first = cluster.job(run.id)["NodeList"]
-    wait_for(lambda: cluster.job(run.id)["ExcNodeList"] == first, f"{first} is left out", run.everything)
+    wait_for(lambda: cluster.job(run.id)["ExcNodeList"] == first, f"{first} is excluded", run.everything)
     wait_for(lambda: run.log.count("meeting at") == 2, "a second start", run.everything)
     second = cluster.job(run.id)["NodeList"]
     cluster.ask("scancel", run.id)
     assert {first, second} == set(cluster.nodes)
-    said = (run.run / "logs" / f"{run.id}-0.log").read_text()  # they are as real as /dev/null
-    assert f"{first}: torch sees none of the 2 GPUs that the job was given (CUDA_VISIBLE_DEVICES=0,1)" in said
+    said = (run.run / "logs" / f"{run.id}-0.log").read_text()  # the GPUs are copies of /dev/null
+    assert f"{first}: torch sees none of the job's 2 GPUs (CUDA_VISIBLE_DEVICES=0,1)" in said
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])

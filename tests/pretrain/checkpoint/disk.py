@@ -1,8 +1,8 @@
-"""A disk that fails on demand: stands between this process and the files under a folder.
+"""A disk that fails on demand, between this process and the files under a folder.
 
 Every operation that changes something (and the opening of a folder for an fsync) is numbered. At one of them an error
-can be raised, or the process killed, before, within or after it. Without either, what was done is recorded, and
-`Recording` tells what a power cut would have left of it.
+can be raised, or the process killed, before, during or after it. Otherwise the operations are recorded, and `Recording`
+shows what a power cut would have left of them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Operation(NamedTuple):
 
 
 class Disk:
-    """The files under `root`, as this process sees them as long as `monkeypatch` lasts.
+    """The files under `root`, as this process sees them while `monkeypatch` lasts.
 
     Args:
-        fail: called with the number of each operation, from 0; returns the error that it is to raise, if any.
+        fail: called with the number of each operation, from 0; returns the error to raise, if any.
         kill: the number of the operation at which the process ends, and when.
     """
 
@@ -95,7 +95,7 @@ class Disk:
         )
 
     def fsync(self, descriptor: int) -> None:
-        # Not passed on: what it is for is a power cut, and what that leaves is for `Recording` to tell
+        # Not passed on: an fsync guards against a power cut, whose effect `Recording` simulates.
         self._do(Operation("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))), lambda: None)
 
     def _on_a_name(self, kind: str) -> Callable[..., None]:
@@ -126,7 +126,7 @@ class Disk:
 
 @dataclass
 class _Node:
-    """A file or a folder, as it is and as a power cut would leave it."""
+    """A file or a folder, as it is now and as a power cut would leave it."""
 
     is_folder: bool
     content: bytes = b""
@@ -136,15 +136,16 @@ class _Node:
 
 
 class Recording:
-    """Replays recorded operations, and says after each what a power cut may leave.
+    """Replays recorded operations, and shows after each what a power cut may leave.
 
     POSIX promises only what was synced: a file's content by an fsync of the file, its name by one of its folder.
     """
 
     def __init__(self, root: Path, done_in: Path) -> None:
-        """
+        """Read the folder before its operations are replayed.
+
         Args:
-            root: as it was before the operations; everything there is on the disk.
+            root: the folder as it was before the operations; everything in it is durable.
             done_in: the folder in which they were recorded.
         """
         self._root = done_in
@@ -197,7 +198,7 @@ class Recording:
 
 
 def make_unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every look at one file or folder end in an I/O error, as long as `monkeypatch` lasts."""
+    """Make every access to a file or folder raise an I/O error, while `monkeypatch` lasts."""
 
     def failing(real: Callable[..., Any]) -> Callable[..., Any]:
         def look(name: Any = ".", *arguments: Any, **options: Any) -> Any:
@@ -209,4 +210,4 @@ def make_unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((os, "stat"), (os, "listdir"), (os, "scandir"), (os, "open"), (io, "open")):
         monkeypatch.setattr(module, name, failing(getattr(module, name)))
-    monkeypatch.setattr(Path, "exists", lambda self: os.path.exists(self))  # which takes it for absent, as Python 3.14
+    monkeypatch.setattr(Path, "exists", lambda self: os.path.exists(self))  # treats it as absent, as Python 3.14 does

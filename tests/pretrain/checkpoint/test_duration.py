@@ -1,4 +1,4 @@
-"""How long a save will take: as long as the last one did, or as a guess has it."""
+"""A save is expected to take as long as the last one did, or as long as a guess says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks choose the same checkpoint, whichever of them finds one damaged, and read each file once for that."""
+"""All ranks choose the same checkpoint, whichever of them finds one damaged, and each file is read once for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(
         assert list(choice.damaged) == [30]
         assert f"{path} differs from what was saved" in choice.damaged[30]
     assert sorted(hashed) == sorted(file for step in (20, 30) for file in store.folder_of(step).glob("engine/*"))
-    assert store.steps() == list(STEPS), "nothing is set aside before the start is known to go on"
+    assert store.steps() == list(STEPS), "nothing is set aside before the start is certain"
     assert isinstance(choices[0], Choice)
     choices[0].set_damaged_aside(store)
     assert store.steps() == [10, 20]

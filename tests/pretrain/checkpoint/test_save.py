@@ -1,4 +1,4 @@
-"""Whatever happens to a save - a kill, a power cut, a failing disk, a flipped bit -, a valid checkpoint is there."""
+"""Whatever happens to a save - a kill, a power cut, a failing disk, a flipped bit - a valid checkpoint exists."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, ConfigError
 from tests.pretrain.checkpoint.disk import KILLED, Disk, Moment, Operation, Recording
 
-PATIENCE = 3000  # looks, a hundredth of a second apart, at what a thread should have done long before
+PATIENCE = 3000  # checks, 10 ms apart, for what a thread should have done long before
 
 
 class OneRank:
-    """A process group of one that needs no network, so that a forked child can go on with it."""
+    """A process group of one that needs no network, so that a forked child can continue with it."""
 
     rank, world_size, is_main, device = 0, 1, True, torch.device("cpu")
 
@@ -65,7 +65,7 @@ class Model:
 
 
 class Run:
-    """A run folder, and a training that saves into it."""
+    """A run folder, and a training that saves to it."""
 
     def __init__(self, root: Path, **config: object) -> None:
         self.folder, self.model = RunFolder(root), Model()
@@ -80,7 +80,7 @@ class Run:
             yield saver
 
     def begin(self, saver: Saver, step: int) -> None:
-        """Train to a step, begin to save it, and train on."""
+        """Train to a step, start saving it, and train on."""
         self.model.train(step)
         self.folder.metrics.append({"step": step})
         if step == 20:  # the first evaluation makes a file
@@ -122,7 +122,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out every fsync: its effect is tested by what a power cut leaves."""
+    """Disable every fsync, whose effect is tested by simulated power cuts."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -218,9 +218,9 @@ def test_an_error_at_any_operation_is_said_and_the_next_save_succeeds(
             run.begin(saver, 20)
             with suppress(CheckpointError):
                 saver.finish()
-                assert run.store.is_complete(20), f"{number}: a lost save that nobody heard of"
+                assert run.store.is_complete(20), f"{number}: a lost save that was not reported"
             if not run.store.is_complete(20):
-                assert os.strerror(code) in caplog.text, f"{number}: an error that nobody heard of"
+                assert os.strerror(code) in caplog.text, f"{number}: an error that was not reported"
             assert run.store.steps(), f"{number}: no checkpoint is left"
             repaired.set()
             run.begin(saver, 30)
@@ -238,7 +238,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(tmp_path: Path) -> None:
     assert len(files) == 5
     for path in files:
         content = path.read_bytes()
-        # COMPLETE vouches for the others, so many places of it are tried
+        # COMPLETE vouches for the other files, so many places in it are tried.
         places = range(0, 8 * len(content), 7 if path.name == COMPLETE else 4 * len(content) - 1)
         for place in places:
             flipped = bytearray(content)
@@ -269,7 +269,7 @@ def test_a_save_never_overtakes_the_one_before(tmp_path: Path, caplog: pytest.Lo
 
     with pytest.MonkeyPatch.context() as patch, run.saver() as saver:
         disk = Disk(tmp_path, patch, wait)
-        run.begin(saver, 10)  # training goes on, while the first file waits for us
+        run.begin(saver, 10)  # training continues while the first file waits for us
         writing.wait()
         assert saver.busy
         saver.settle(busy=True)
@@ -294,7 +294,7 @@ def test_a_save_is_completed_in_the_midst_of_an_evaluation(tmp_path: Path) -> No
             if run.store.is_complete(10):
                 break
             time.sleep(0.01)
-        assert run.newest() == 10  # and nobody asked for its end
+        assert run.newest() == 10  # although nothing waited for it
         saver.finish()
 
 
@@ -307,7 +307,7 @@ def test_a_save_is_completed_once_no_rank_is_busy(tmp_path: Path) -> None:
                 break
             time.sleep(0.01)
         assert not saver.busy
-        saver.settle(busy=True)  # another rank is
+        saver.settle(busy=True)  # another rank is busy
         assert run.store.steps() == []
         saver.settle(busy=False)
         saver.finish()
@@ -329,7 +329,7 @@ def test_a_save_that_failed_is_tried_again_for_the_same_step(tmp_path: Path) -> 
         for succeeds in (False, True, True):
             failing = not succeeds
             saver.save(state(20), DataState({"lanes": 20}, {}))
-            saver.settle(busy=False)  # which waits for the files
+            saver.settle(busy=False)  # waits for the files
             assert saver.busy is False
         saver.finish()
     assert run.store.steps() == [20]
@@ -337,7 +337,7 @@ def test_a_save_that_failed_is_tried_again_for_the_same_step(tmp_path: Path) -> 
 
 
 def test_a_retry_of_the_same_step_is_no_further_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that stops at a step whose save has failed tries once more, and still wants to be started again."""
+    """Check that a run stopping at a step whose save failed retries it, and still asks to be restarted."""
     run = Run(tmp_path, max_failed_saves=2)
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
@@ -363,17 +363,17 @@ def test_what_does_not_fit_is_refused_before_it_begins(
     for step in (10, 20, 30):
         run.save(step)
     size = sum(path.stat().st_size for path in run.store.folder_of(30).rglob("*") if path.is_file())
-    capacity = 4 * size  # the fourth fits, after that an old one has to go
+    capacity = 4 * size  # the fourth fits; after that an old one has to go
 
     def usage(path: Path) -> Any:
         used = sum(p.stat().st_size for p in run.store.root.rglob("*") if p.is_file())
         return shutil._ntuple_diskusage(capacity, used, capacity - used)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    run.save(40)  # by count, 10 goes
+    run.save(40)  # 10 is removed, by count
     assert run.store.steps() == [20, 30, 40]
     capacity = 3 * size + size // 2
-    run.save(50)  # there is no room beside three, so 30 goes first; 20 stays for good
+    run.save(50)  # there is room for only three, so 30 is removed first; 20 is kept forever
     assert run.store.steps() == [20, 40, 50]
     capacity = 2 * size + size // 2
     before = run.store.steps()

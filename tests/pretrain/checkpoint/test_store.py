@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, which ones stay, and what a damaged file looks like."""
+"""What counts as a checkpoint, which ones are kept, and how damage is reported."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_a_disk_does_not_show_is_not_removed(tmp_path: Path, m
                 checkpoints.make_room,
                 lambda: make(checkpoints, 20),
             ):
-                with pytest.raises((OSError, AssertionError), match="Input/output error|not written over"):
+                with pytest.raises((OSError, AssertionError), match="Input/output error|must not be overwritten"):
                     change()
             checkpoints.prune()
     assert checkpoints.steps() == [10, 20]

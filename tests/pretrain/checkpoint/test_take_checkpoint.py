@@ -1,4 +1,4 @@
-"""All ranks score or speak with one checkpoint, and an error of one is an error of all."""
+"""All ranks use the same checkpoint, and an error on one is an error on all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ThreadTopology(Topology):
 
 
 def on_ranks(work: Callable[[Topology], object]) -> list[object]:
-    """Return what a function gives on each of two ranks: a value, or the error that it raised."""
+    """Return a function's result on each of two ranks: a value, or the error that it raised."""
     barrier, values = threading.Barrier(SIZE), [None] * SIZE
 
     def one(rank: int) -> object:
@@ -58,7 +58,7 @@ def on_ranks(work: Callable[[Topology], object]) -> list[object]:
 
 
 class Model:
-    """A model that notes the checkpoint with which it is filled."""
+    """A model that records the checkpoint loaded into it."""
 
     config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
     step = -1
@@ -69,7 +69,7 @@ class Model:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make checkpoints of the steps 2 and 4, whose weights are their step."""
+    """Make checkpoints of steps 2 and 4, whose weights are their step."""
     for step in (2, 4):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
@@ -121,7 +121,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
 
     assert on_ranks(work) == [6, 6]
     assert sorted(hashed) == names
-    for name in names:  # whichever rank it falls to
+    for name in names:  # whichever rank it is dealt to
         (folder / name).write_text("?.pt")
         errors = on_ranks(work)
         assert errors[0] == errors[1]
@@ -140,4 +140,4 @@ def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
 
     errors = on_ranks(work)
     assert errors[0] == errors[1]
-    assert "no complete checkpoint of step 3; there are [2, 4]" in errors[0][1]  # type: ignore[index]
+    assert "no complete checkpoint of step 3; it has [2, 4]" in errors[0][1]  # type: ignore[index]

@@ -1,6 +1,6 @@
-"""A conversion is as large as what it is made of, is made by any number of ranks alike, and is believed only whole.
+"""A conversion is as large as its source, the same for any number of ranks, and trusted only if complete.
 
-How training goes on from one is tested with real ranks, in tests/distributed.
+Training on from a conversion is tested with real ranks, in tests/distributed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 def test_it_is_for_one_step_and_one_tp_size(store: CheckpointStore) -> None:
     assert is_whole(store.universal_folder(7, 2), 7)
     assert not is_whole(store.universal_folder(7, 1), 7)
-    assert store.steps() == []  # it is no checkpoint
+    assert store.steps() == []  # it is not a checkpoint
 
 
 def test_a_flipped_bit_or_a_missing_end_is_noticed(store: CheckpointStore) -> None:
@@ -122,7 +122,7 @@ def test_it_holds_each_slice_once(checkpoint, tp_size: int, tmp_path: Path) -> N
             dim = {"columns.weight": 1, "norm.weight": None}.get(name, 0)
             assert torch.equal(slices[0] if dim is None else torch.cat(slices, dim), state)
             for file, part in zip(files, slices, strict=True):
-                assert file.stat().st_size < part.nbytes + 2000, file  # the rest is torch.save's own
+                assert file.stat().st_size < part.nbytes + 2000, file  # the rest is torch.save's overhead
 
 
 def test_any_number_of_ranks_make_the_same_one(checkpoint, tmp_path: Path) -> None:
@@ -153,4 +153,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, piece.nbytes 
     torch.save({"param": torch.zeros(1 << 12, 1 << 12)}, tmp_path / "fp32.pt")  # 64 MiB
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "fp32.pt")], capture_output=True, text=True)
     grown, piece = map(int, done.stdout.split())  # KiB
-    assert grown < 3 * piece, done.stderr  # the piece as it is mapped, and its copy
+    assert grown < 3 * piece, done.stderr  # the mapped piece and its copy

@@ -1,4 +1,4 @@
-"""What is found before a run is submitted: each check is right on both sides of its limit, and its advice works."""
+"""Checks before a submission are right on both sides of their limits, and their advice works."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert level(33) == "ok"  # two kept, one being written
     assert level(34) == "error"
     assert level(17, runs=2) == "error"
-    assert level(8, keep_every=100) == "warning"  # ten more in the end
+    assert level(8, keep_every=100) == "warning"  # ten more by the end
     checkpoint = folders[0] / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     with (checkpoint / "file").open("wb") as file:
         file.truncate(2 * 10**9)
-    assert level(34) == "ok", "what is there already goes as new ones come"
+    assert level(34) == "ok", "existing ones are removed as new ones come"
 
 
 @pytest.mark.parametrize(
     ("seconds", "grace", "limit", "levels"),
     [
         (100, 310, 3600, {"ok"}),
-        (100, 300, 3600, {"warning"}),  # too little behind a periodic save
+        (100, 300, 3600, {"warning"}),  # too little time after a periodic save
         (100, 120, 3600, {"warning"}),
         (100, 90, 3600, {"error"}),
         (100, 3600, 3600, {"error"}),

@@ -1,4 +1,4 @@
-"""Job scripts, sweeps and time limits, as far as they can be judged without a cluster (tests/slurm has one)."""
+"""Job scripts, sweeps and time limits, as far as they can be tested without a cluster (tests/slurm has one)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "empty"),
-        ("optim.learning_rate: 1e-3", "sweep.yaml:1: optim.learning_rate is 0.001; a sweep has a list"),
+        ("optim.learning_rate: 1e-3", "sweep.yaml:1: optim.learning_rate is 0.001; a sweep needs a list"),
         ("a: [1]\nrun.name: [x, y]", "sweep.yaml:2: run.name"),
         ("a.x: [1, 1]", "'x-1'"),
     ],
@@ -108,7 +108,7 @@ def test_what_is_no_time_limit() -> None:
 def test_a_task_of_a_slurm_step_is_a_rank() -> None:
     step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     assert slurm_environment(step) == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
-    # torchrun under srun, one of it a node, has numbered the ranks already; a batch script is no step
+    # torchrun under srun, one per node, has already numbered the ranks; a batch script is not a step.
     assert slurm_environment({**step, "RANK": "3", "WORLD_SIZE": "8"}) == {}
     assert slurm_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
     with pytest.raises(ConfigError, match="MASTER_ADDR.*launch/submit.py"):

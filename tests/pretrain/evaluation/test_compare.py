@@ -41,14 +41,14 @@ def test_documents_are_paired_by_their_text_in_any_order() -> None:
     nll, text_bytes, keys = generator.uniform(50, 90, 40), generator.integers(20, 99, 40), np.arange(40) % 37
     order = generator.permutation(40)
     a = scores(nll, text_bytes, keys)
-    # Equal texts keep their order among themselves, as in any reading of one suite
+    # Equal texts keep their order, as in any reading of one suite.
     order = order[np.argsort(keys[order] * 100 + order, kind="stable")]
     b = scores(nll[order] + 1.0 * text_bytes[order] * np.log(2), text_bytes[order], keys[order])
     domain, macro, micro = compare(a, b, samples=200)
     assert domain.documents == 40
     for item in (domain, macro, micro):
         assert item.difference == pytest.approx(1.0)
-        assert (item.low, item.high) == pytest.approx((1.0, 1.0)), "each document differs by as much"
+        assert (item.low, item.high) == pytest.approx((1.0, 1.0)), "each document differs by the same amount"
 
 
 def test_the_interval_is_as_wide_as_repeated_experiments_spread() -> None:
@@ -73,7 +73,7 @@ def test_only_common_documents_count_and_the_others_are_named(tmp_path: Path) ->
     b = scores(np.array([11.0, 99, 30]), sizes, np.array([0, 7, 2]), ["x", "x", "z"])
     found = compare(a, b)
     assert [(item.name, item.documents) for item in found] == [("x", 1), ("macro", 1), ("micro", 1)]
-    assert found[0].low is None, "a single document tells no spread"
+    assert found[0].low is None, "a single document has no spread"
     assert found[0].difference == pytest.approx(1 / 10 / np.log(2))
     assert only_in_one(a, b) == (["y"], ["z"])
     with pytest.raises(ConfigError, match="no document in common"):
@@ -114,7 +114,7 @@ def test_without_matplotlib_there_is_a_table_and_a_word(
     labels = ("s.seq32.bf16@aaaaaaaa", "s.seq32.bf16@bbbbbbbb")
     folders = [scored(tmp_path / label[-1], label, step=step).root for step, label in enumerate(labels)]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog listens instead
+    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # caplog captures the log instead
     monkeypatch.chdir(tmp_path)
     words = ["--compare", *map(str, folders)]
     assert dispatch.run("evaluate", words) == 0
@@ -140,4 +140,4 @@ def test_checkpoints_are_named_as_they_appear_until_the_last(tmp_path: Path) -> 
     slept: list[float] = []
     abandoned = new_checkpoints(store, {2, 4, 6, 8}, lambda: 9, lambda: True, 600.0, slept.append)
     assert set(abandoned) == {None}
-    assert sum(slept) == 3000.0, "an hour after the last sign of work"
+    assert sum(slept) == 3000.0, "an hour after the last sign of activity"

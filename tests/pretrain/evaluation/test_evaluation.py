@@ -1,4 +1,4 @@
-"""Scores equal those of a plain model that is given one document at a time, however the work is split."""
+"""Scores equal those of a plain model that sees one document at a time, however the work is split."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def engine(topology: Topology) -> Engine:
 
 @pytest.fixture(scope="module")
 def expected(engine: Engine) -> dict[str, Score]:
-    """One document at a time, long ones in windows of SEQ_LEN targets that do not overlap in targets."""
+    """Score one document at a time, long ones in windows of SEQ_LEN targets whose targets do not overlap."""
     tokenizer = Tokenizer(TOKENIZER)
     weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
     scores = {}
@@ -135,7 +135,7 @@ def test_a_bounded_suite_is_a_fixed_part_of_every_larger_one(many: Path) -> None
     assert set(loaded(many, max_documents=5, subset_seed=1).document_key) != set(few.document_key)
     lines = many.joinpath("one.jsonl").read_text().splitlines(keepends=True)
     many.joinpath("one.jsonl").write_text("".join(reversed(lines)))
-    assert set(loaded(many, max_documents=5).document_key) == set(few.document_key), "whatever order they come in"
+    assert set(loaded(many, max_documents=5).document_key) == set(few.document_key), "in whatever order they come"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 700])
@@ -163,7 +163,7 @@ def test_a_label_names_what_is_scored(many: Path) -> None:
     one = many / "one.jsonl"
     lines = one.read_text().splitlines(keepends=True)
     one.write_text("".join(reversed(lines)))
-    assert label() == named, "whatever order they come in"
+    assert label() == named, "in whatever order they come"
     found = [label(seq_len=2 * SEQ_LEN), label(precision="bf16"), label(bos=False), label(max_tokens=99)]
     for changed in (lines[1:], [*lines, lines[0]], [lines[0].replace("document", "other"), *lines[1:]]):
         one.write_text("".join(changed))

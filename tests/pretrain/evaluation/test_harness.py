@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our model: answers equal those of a plain model, and a local task runs to its figures."""
+"""lm-evaluation-harness on our model: answers equal those of a plain model, and a local task yields figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def instances(kind: str, *arguments: tuple) -> list[Instance]:
 
 
 def plain(weights: dict[str, torch.Tensor], ids: list[int], targets: int) -> tuple[float, bool]:
-    """Log-likelihood of the last tokens, and whether each is the most likely one."""
+    """Return the log-likelihood of the last tokens, and whether each is the most likely one."""
     logits = piece_logits(weights, SHAPE, torch.tensor(ids[:-1])).log_softmax(-1)[-targets:]
     wanted = torch.tensor(ids[-targets:])
     return logits.gather(1, wanted[:, None]).double().sum().item(), bool((logits.argmax(-1) == wanted).all())

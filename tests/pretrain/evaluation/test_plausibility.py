@@ -1,4 +1,4 @@
-"""What an evaluation cannot be is said; what drawn weights give is foreseen for models of many shapes."""
+"""Impossible evaluations are warned of; the loss of initialized weights is predicted for models of many shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
 
 @pytest.fixture(scope="module")
 def eval_set(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
-    """The beginning of a document of each bundled domain."""
+    """Load the beginning of a document of each bundled domain."""
     folder = tmp_path_factory.mktemp("suite")
     for shard in Path("shards/sample/eval").glob("*/val.jsonl.zst"):
         text = next(read_documents(shard)).text[:300]
@@ -59,7 +59,7 @@ def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly
         return caplog.text
 
     assert said(1.0) == ""
-    assert f"should be about {drawn_loss(config):.2f}" in said(30.0)
+    assert f"should give about {drawn_loss(config):.2f}" in said(30.0)
 
 
 def test_a_perplexity_above_the_number_of_pieces_is_said_by_domain(caplog: pytest.LogCaptureFixture) -> None:
@@ -76,4 +76,4 @@ def test_a_first_loss_that_drawn_weights_cannot_have_is_said(caplog: pytest.LogC
     for loss in (6.0, 43.0, math.nan, math.inf):
         caplog.clear()
         warn_of_doubts(records(micro=loss), CONFIG, drawn=True)
-        assert f"the loss is {loss:.2f} nats a token" in caplog.text
+        assert f"the loss is {loss:.2f} nats per token" in caplog.text

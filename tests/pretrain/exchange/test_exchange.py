@@ -1,4 +1,4 @@
-"""Models out and in: the files of other programs hold the same model, to the last bit where they are only copied."""
+"""Models out and in: other programs' files hold the same model, to the last bit if they are only copied."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_metas_layout_round_trips_at_every_number_of_files(
     ours = build(changes)
     export(Memory(ours), ours.config, DATA, tmp_path / "meta", "meta", tp_size=tp_size)
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
-    # How Meta's code computes the width from its keys
+    # How Meta's code computes the width from its keys.
     width = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * params["dim"] / 3))
     assert -(-width // params["multiple_of"]) * params["multiple_of"] == ours.config.hidden_dim
     back = imported(tmp_path / "meta", ours.config)
@@ -111,7 +111,7 @@ def test_metas_layout_round_trips_at_every_number_of_files(
 
 
 def test_metas_order_of_rows_gives_its_pairwise_rotation_our_scores() -> None:
-    heads, head_dim, x = 3, 8, torch.randn(5, 24).double()  # fp32 differs by more than a tolerance, now and then
+    heads, head_dim, x = 3, 8, torch.randn(5, 24).double()  # fp32 occasionally exceeds the tolerance
     ours_q, ours_k = torch.randn(2, heads * head_dim, 24).double().unbind()
     frequencies = 1e4 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     angles = torch.arange(5)[:, None] * frequencies  # [position, head_dim / 2]
@@ -199,7 +199,7 @@ def with_config(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is another architecture"),
+        ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is not the architecture"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 16}, "head_dim=16"),
@@ -232,7 +232,7 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path)
             export(Memory(ours), ours.config, DATA, tmp_path / "out", layout)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export(Memory(ours), ours.config, DATA, tmp_path / "out")
 
 

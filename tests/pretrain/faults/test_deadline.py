@@ -16,11 +16,11 @@ def test_what_begins_when_it_is_reached_is_done_in_time(step_seconds: float, sav
     deadline = Deadline(end=3600.0, clock=lambda: now[0])
     while not deadline.reached(step_seconds, save_seconds):
         now[0] += step_seconds
-    # At the latest a periodic save has begun, one step is trained beside it, and the last save waits for it
+    # At worst a periodic save has just begun, one step is trained beside it, and the last save waits for it.
     assert now[0] + step_seconds + 2 * save_seconds < 3600
-    assert now[0] > 3600 - 3 * save_seconds - 3 * step_seconds - 30  # and not much earlier
+    assert now[0] > 3600 - 3 * save_seconds - 3 * step_seconds - 30  # but not much earlier
     now[0] = 0.0
-    assert deadline.reached(step_seconds, save_seconds), "a decision to stop stands"
+    assert deadline.reached(step_seconds, save_seconds), "a decision to stop is final"
 
 
 def test_a_longer_save_moves_it_forward() -> None:

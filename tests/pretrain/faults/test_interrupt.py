@@ -1,4 +1,4 @@
-"""Signals: the first of a kind is noted, a copy of it is not taken for impatience, a repetition exits at once."""
+"""Signals: the first of a kind is recorded, its duplicate does not mean impatience, a repetition exits at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ except Stopped:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():  # a thread notes it
+    while not condition():  # a thread records it
         time.sleep(0.01)
 
 
@@ -83,7 +83,7 @@ def test_the_same_signal_again_exits_at_once(
         assert process.stdout is not None
         process.send_signal(number)
         assert process.stdout.readline() == f"{number.value}\n"
-        process.send_signal(number)  # the same keystroke by another way
+        process.send_signal(number)  # the same keystroke by another route
         time.sleep(1.1)
         assert process.poll() is None
         process.send_signal(number)

@@ -1,4 +1,4 @@
-"""A rank wants to stop on a signal or when time is nearly up, and stops only where all ranks have agreed to."""
+"""A rank wants to stop on a signal or when time is nearly up, but stops only once all ranks have agreed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_decision_to_stop_is_final() -> None:
     assert not stop.wanted()
     interrupt.requested = 15
     assert stop.wanted()
-    assert not stop.agreed  # before the other ranks have heard of it
+    assert not stop.agreed  # before the other ranks have learned of it
     stop.agree(False)
     assert not stop.agreed
     stop.agree(True)
@@ -50,7 +50,7 @@ def test_saves_that_the_launcher_would_cut_short_are_warned_of_once(caplog: pyte
     assert time_for_last_save(too_long) > LAUNCHER_GRACE_SECONDS
     with caplog.at_level(logging.WARNING):
         stop.note_save(too_long)
-        assert not caplog.records  # nobody will kill this process
+        assert not caplog.records  # no launcher will kill this process
         interrupt.has_launcher = True
         stop.note_save(None)
         stop.note_save(0.1)

@@ -1,4 +1,4 @@
-"""A part that hangs ends the process with its stacks in the log; a slow first part, or a slow save, does not."""
+"""A part that hangs ends the process with its stacks in the log; a slow first part or a slow save does not."""
 
 from __future__ import annotations
 

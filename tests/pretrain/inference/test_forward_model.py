@@ -1,4 +1,4 @@
-"""A forward model continues a document as it scores it, at any length, and compiles nothing."""
+"""A forward model generates a document as it scores it, at any length, and compiles nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuations: the tokens that full forward passes would choose, as text that never has to be taken back."""
+"""Continuations: the tokens that full forward passes would choose, as text that never has to be retracted."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_greedy_tokens_are_those_of_full_forward_passes(topology: Topology) -> N
         for _ in range(20):
             tokens = torch.tensor([ids])
             ids.append(int(model(tokens, torch.ones_like(tokens))[0, -1].argmax()))
-    assert TOKENIZER.eos_id not in ids, "this seed is to show a continuation that goes on"
+    assert TOKENIZER.eos_id not in ids, "this seed should give a continuation that does not end"
     assert text == TOKENIZER.decode(ids)[len(TOKENIZER.decode(ids[:prompt])) :]
 
 
 def test_a_stream_gives_what_decoding_at_the_end_gives() -> None:
     generator = random.Random(3)
     for _ in range(200):
-        # Ids below 259 are bytes, most of them parts of no character
+        # Ids below 259 are bytes, most of them parts of no character.
         ids = [generator.choice([generator.randrange(3, 259), generator.randrange(259, 4096)]) for _ in range(12)]
         prompt, new = ids[:3], ids[3:]
         expected = TOKENIZER.decode(ids)[len(TOKENIZER.decode(prompt)) :]
@@ -152,6 +152,6 @@ def test_a_prompt_that_the_tokenizer_cannot_spell_is_said(
 
     sampling = Sampling(max_tokens=1, temperature=0)
     list(generate(next_logits, 1, 64, codec, "the", sampling, topology))
-    assert "no pieces" not in caplog.text
+    assert "cannot spell" not in caplog.text
     list(generate(next_logits, 1, 64, codec, "the cat", sampling, topology))
-    assert "the tokenizer has no pieces for a part of the prompt" in caplog.text
+    assert "the tokenizer cannot spell a part of the prompt" in caplog.text

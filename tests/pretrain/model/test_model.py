@@ -1,4 +1,4 @@
-"""The model computes what LLaMA computes, for each document of a packed row alone."""
+"""The model computes what LLaMA computes, for each document of a packed row separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.rng import seeded
 from pretrain.topology import Topology
 from tests.reference_model import Shape, piece_logits, pieces
 
-# Of the frequencies of heads of 8, one is kept, one changed by 8, two lie in between
+# Of the frequencies of heads of size 8, one is unchanged, one scaled by 8, and two lie in between.
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 40.0,
     "original_max_position_embeddings": 200,
@@ -149,7 +149,7 @@ def test_targets_are_the_next_tokens_of_the_same_piece() -> None:
 @pytest.mark.usefixtures("topology")
 def test_scores_of_logits_equal_torch_also_where_several_tokens_are_as_likely() -> None:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randint(-4, 5, (4, 50, 23), generator=generator).bfloat16()  # many equal ones
+    logits = torch.randint(-4, 5, (4, 50, 23), generator=generator).bfloat16()  # many equal values
     targets = torch.randint(23, (4, 50), generator=generator)
     nll, correct = vocab_parallel_score(logits, targets)
     expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
@@ -164,7 +164,7 @@ def test_losses_on_split_logits_equal_torch() -> None:
     targets = random_tokens(3, 5)
     kept = logits.clone()
     nll = vocab_parallel_nll(logits, targets)
-    assert torch.equal(logits, kept), "the caller's logits are not to be edited"
+    assert torch.equal(logits, kept), "the caller's logits must not be edited"
     torch.testing.assert_close(
         nll, torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     )

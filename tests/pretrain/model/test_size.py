@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs, against published and hand-computed values and against the model itself."""
+"""Parameter and FLOP counts match published and hand-computed values and the model itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, and the most that are alive at once."""
+    """Counts the bytes of all tensors that operations create, and the most that are alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_the_loss_takes_what_is_estimated(dtype: torch.dtype, z_loss: bool) -> N
     tokens, vocab_size = 64, 2000
     hidden, targets = torch.randn(tokens, vocab_size, dtype=dtype, requires_grad=True), torch.arange(tokens)
     with PeakMemory() as memory:
-        logits = hidden * 1  # as the output projection makes them
+        logits = hidden * 1  # as from the output projection
         loss = vocab_parallel_nll(logits, targets).sum()
         if z_loss:
             loss = loss + 1e-4 * vocab_parallel_logsumexp(logits).square().sum()

@@ -1,4 +1,4 @@
-"""What `weight_specs` says of a model is what the model is."""
+"""`weight_specs` describes a model's actual weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_bounds_name_the_slice(dim: int | None) -> None:
 
 @pytest.mark.parametrize(("rows", "fits"), [(2, False), (3, True), (4, False)])
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, rows: int, fits: bool) -> None:
-    """Also where it has more values than are asked for, which would be cut into nonsense."""
+    """Check also a state with more values than needed, which would be cut into nonsense."""
     (tmp_path / "engine").mkdir()
     flat = torch.arange(12.0)
     state = {

@@ -1,4 +1,4 @@
-"""The lease: of several live processes one has it; a dead one's is free at once, or after its silence."""
+"""The lease: only one of several live processes holds it; a dead one's is free at once or after its silence."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def lease(path: Path, job_id: str | None = None) -> Lease:
 
 
 def pretend(path: Path, **changed: object) -> None:
-    """Make the holder seem to be another one: a process on another host, for example."""
+    """Make the holder look like another one, for example a process on another host."""
     holder = msgspec.json.decode(path.read_bytes(), type=Holder)
-    with path.open("r+b") as file:  # in place: its holder knows it by its inode
+    with path.open("r+b") as file:  # in place, since its holder identifies it by its inode
         file.truncate()
         file.write(msgspec.json.encode(msgspec.structs.replace(holder, **changed)))
 
@@ -60,7 +60,7 @@ def test_a_second_live_process_is_refused_at_once_and_told_who_has_it(tmp_path: 
             lease(path),
         ):
             pass
-        with pytest.raises(HeadraceError), lease(path, "4711"):  # its own job, but alive
+        with pytest.raises(HeadraceError), lease(path, "4711"):  # the same job, but alive
             pass
         assert time.monotonic() - start < 0.5
 
@@ -69,7 +69,7 @@ def test_a_killed_process_on_this_host_frees_it_at_once(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holding(path) as holder:
         holder.send_signal(signal.SIGKILL)
-        time.sleep(0.05)  # it stays a zombie: nobody has waited for it
+        time.sleep(0.05)  # it stays a zombie, since nobody has waited for it
         start = time.monotonic()
         with lease(path) as mine:
             mine.check()
@@ -106,7 +106,7 @@ def test_a_live_process_elsewhere_is_known_by_its_next_sign(tmp_path: Path, chan
         start = time.monotonic()
         with pytest.raises(HeadraceError, match="in use by process"), lease(path):
             pass
-        assert time.monotonic() - start < 0.9  # well before its silence could have been long enough
+        assert time.monotonic() - start < 0.9  # well before its silence could be long enough
 
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_process_that_stood_still_too_long_finds_its_lease_lost(tmp_path: Path
         with lease(path) as mine:
             holder.send_signal(signal.SIGCONT)
             time.sleep(0.4)
-            mine.check()  # the one that woke up has not touched it
+            mine.check()  # the process that woke up has not touched it
             assert msgspec.json.decode(path.read_bytes(), type=Holder).pid == os.getpid()
 
 

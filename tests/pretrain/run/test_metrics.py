@@ -77,9 +77,9 @@ def test_the_parts_of_a_step_are_told_apart_and_add_up() -> None:
     for _ in range(2):
         with meter.part("forward_backward"):
             clock.now += 3
-    clock.now += 1  # belongs to no part
+    clock.now += 1  # outside all parts
     assert meter.end_step() == {"data_wait": 2, "forward_backward": 6, "step": 9}
-    clock.now += 50  # an evaluation, say
+    clock.now += 50  # for example, an evaluation
     meter.start_step()
     with contextlib.suppress(RuntimeError), meter.part("optimizer"):
         clock.now += 4

@@ -1,4 +1,4 @@
-"""Run folders: files survive a kill at any byte, steps stand once, nothing is deleted, bad permissions are named."""
+"""Run folders: files survive a kill at any byte, steps appear once, nothing is deleted, bad permissions are named."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_record_that_went_out_in_part_is_taken_back(tmp_path: Path, monkeypatc
 
 
 def test_a_folder_that_cannot_be_written_to_is_named() -> None:
-    folder = Path(tempfile.mkdtemp())  # not tmp_path, where another user would not get to
+    folder = Path(tempfile.mkdtemp())  # not tmp_path, which another user could not access
     folder.chmod(0o555)
     user = os.geteuid()
     try:
@@ -126,7 +126,7 @@ def test_moving_aside_deletes_nothing_and_counts_on(tmp_path: Path) -> None:
         folder.config.write_text(str(n))
         assert folder.move_aside() == tmp_path / f"run.{n}"
         if n == 2:
-            (tmp_path / "run.1").rename(tmp_path / "kept")  # its number is not given out again
+            (tmp_path / "run.1").rename(tmp_path / "kept")  # its number is not reused
     assert [(tmp_path / name / "config.yaml").read_text() for name in ("kept", "run.2", "run.3")] == ["1", "2", "3"]
     assert not folder.root.exists()
 
@@ -168,13 +168,13 @@ def test_a_moved_folder_keeps_its_wandb_run_and_says_so(tmp_path: Path, caplog: 
     (tmp_path / "elsewhere").mkdir()
     folder.root.rename(tmp_path / "elsewhere" / "run")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    begun(tmp_path / "run")  # another run of this name has its own
+    begun(tmp_path / "run")  # another run with this name has its own
     caplog.set_level("INFO")
     assert RunFolder(tmp_path / "elsewhere" / "run").settle_run_id("run") == run_id
-    assert f"goes on in its wandb run {run_id}" in caplog.text
+    assert f"continues its wandb run {run_id}" in caplog.text
     begun(tmp_path / "elsewhere" / "run")
     caplog.clear()
-    assert RunFolder(tmp_path / "link" / "run").settle_run_id("run") == run_id  # the same place by another name
+    assert RunFolder(tmp_path / "link" / "run").settle_run_id("run") == run_id  # the same place under another name
     assert not caplog.text
 
 
@@ -195,7 +195,7 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
     assert [len(list(log.read())) for log in (folder.metrics, folder.evals, folder.cursors)] == [1, 1, 1]
     aside = [StepLog(folder.superseded / log.path.name) for log in (folder.metrics, folder.evals, folder.cursors)]
     assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3]] * 3
-    folder.cut_back(-1)  # as without any checkpoint
+    folder.cut_back(-1)  # as if there were no checkpoint
     assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3, 1]] * 3
     assert next(aside[0].read())["per_source"] == {"pile": 2}
 
@@ -219,7 +219,7 @@ def test_a_torn_line_swallows_no_record_after_it(tmp_path: Path) -> None:
         log.path.write_bytes(whole[:size])
         log.append({"step": 3})
         log.append({"step": 4})
-        whole_ones = [1, 2] if size >= len(whole) - 1 else [1]  # only its line's end may be missing
+        whole_ones = [1, 2] if size >= len(whole) - 1 else [1]  # only its newline may be missing
         assert [record["step"] for record in log.read()] == [*whole_ones, 3, 4], size
 
 

@@ -1,4 +1,4 @@
-"""wandb, the real client: after any kill a reader sees each step once, with its evaluation, as it was trained last."""
+"""wandb, with the real client: after any kill a reader sees each step once, with its evaluation, as last trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.pretrain.run.wandb_server import wandb_server
 
 CONFIG = WandbConfig(system_metrics=False)
 
-# One session: resumes at a step, logs up to another, then ends as it is told to
+# One session: resumes at a step, logs up to another, then ends as told.
 SESSION = """
 import os, sys, time
 from pathlib import Path
@@ -57,7 +57,7 @@ with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
         if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
             evaluate(tracker, step)
     if end == "finished":
-        evaluate(tracker, last)  # as where the data ends, which the step before could not know
+        evaluate(tracker, last)  # as at the data's end, which the step before could not foresee
     if end == "killed":
         time.sleep(0.1)  # some of it is flushed to the file by now, some is not
         for process in [*psutil.Process().children(), psutil.Process()]:
@@ -68,7 +68,7 @@ with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
 def session(
     root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
 ) -> str:
-    """Run a session; return what it logged."""
+    """Run a session and return what it logged."""
     command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert result.returncode == (-9 if end == "killed" else 0), result.stderr
@@ -76,7 +76,7 @@ def session(
 
 
 def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    """Read all records of all sessions of a wandb run, as wandb's own reader prints them."""
+    """Read all records of all sessions of a wandb run with wandb's own reader."""
     records: list[dict[str, object]] = []
     for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
@@ -92,7 +92,7 @@ def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
 def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 22, "killed")
-    session(root, 10, 30, "service stopped")  # as the launcher does it
+    session(root, 10, 30, "service stopped")  # as the launcher does
     session(root, 25, 32, "left before the evaluation")
     session(root, 32, 34, "finished")
     rows = history(root)
@@ -104,7 +104,7 @@ def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) 
 
 
 def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
-    """Check that each step is there once: up to 20 as first trained, with rate 1, later ones as last trained."""
+    """Check that each step appears once: up to 20 as first trained, with rate 1, later ones as last trained."""
     assert [row["step"] for row in rows] == list(range(1, last + 1))
     assert all(row["_step"] == row["step"] for row in rows)
     assert [row["learning_rate"] for row in rows] == [1.0 if step <= 20 else 2.0 for step in range(1, last + 1)]
@@ -121,7 +121,7 @@ def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path:
     assert "came out differently" not in session(root, 24, 30, "left before the evaluation", rate=2.0)
     assert (root / "wandb" / "run_id").read_text() == new
     check_retrained(history(root, new), last=30)
-    assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained then
+    assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained at the time
 
 
 def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""As much of wandb's server as its client needs to send a run online: a real client, no network, no account."""
+"""A minimal wandb server, enough for its real client to send a run online: no network, no account."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class WandbServer(ThreadingHTTPServer):
     """Serves on a free port of this machine.
 
     Args:
-        rewinds: whether it knows how to rewind a run; not every server does.
+        rewinds: whether it supports rewinding a run; not every server does.
     Attributes:
-        history: of each run, by its id, the rows as a page of wandb would show them.
+        history: each run's rows by the run's id, as a wandb page would show them.
     """
 
     def __init__(self, rewinds: bool) -> None:
@@ -32,7 +32,7 @@ class WandbServer(ThreadingHTTPServer):
         self.names: dict[str, str] = {}
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that leave."""
+        """Ignore clients that disconnect."""
 
     @property
     def history(self) -> dict[str, list[dict[str, Any]]]:
