@@ -84,7 +84,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def skipped(self) -> list[tuple[int, int]]:
-        """The recorded (step, line) of each bad record that was skipped."""
+        """Read the (step, line) of each bad record that was skipped."""
         lines = (self.folder / "resumed" / "bad_records.jsonl").read_text().splitlines()
         return [(record["step"], record["line"]) for record in map(json.loads, lines)]
 
