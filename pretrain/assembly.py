@@ -48,9 +48,8 @@ _logger = logging.getLogger(__name__)
 
 def checkpoints_of(config: RunConfig) -> CheckpointStore:
     """Return the checkpoint store of a config's run."""
-    folder = RunFolder(config.run.dir / config.run.name)
     return CheckpointStore(
-        folder.checkpoints, config.checkpoint, checkpoint_bytes(config.model, config.bytes_per_weight)
+        config.folder.checkpoints, config.checkpoint, checkpoint_bytes(config.model, config.bytes_per_weight)
     )
 
 
@@ -80,7 +79,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         ConfigError, ShardError, CheckpointError: if the run cannot continue; its folder is then unchanged.
     """
     config, topology = start.config, start.topology
-    folder, store = RunFolder(config.run.dir / config.run.name), checkpoints_of(config)
+    folder, store = config.folder, checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
     micro_batches = config.micro_batch_size(topology.dp_size), config.micro_steps(topology.dp_size)

@@ -23,6 +23,7 @@ from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import MetricsConfig
+from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, SourceConfig, installation
@@ -91,6 +92,11 @@ class RunConfig(Config):
         if problems := list(_inconsistencies(self.__dict__)):
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder of the run."""
+        return RunFolder(self.run.dir / self.run.name)
 
     def micro_steps(self, dp_size: int) -> int:
         """Return the number of forward passes per optimizer step on one dp rank."""
@@ -292,12 +298,9 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if model:
         yield from _head_problems(model)
     if model and parallel:
-        for key, value in (
-            ("model.n_heads", model.n_heads),
-            ("model.n_kv_heads", model.kv_heads),
-            ("model.ffn_dim", model.hidden_dim),
-        ):
-            yield from _not_divisible(key, value, "parallel.tp_size", parallel.tp_size)
+        for key, value in model.split_sizes.items():
+            if key != "vocab_size":  # which a user cannot simply change
+                yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
         if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"

@@ -1,6 +1,6 @@
 """Identify the documents of a step: rebuild its batch from the nearest cursors before it and prove that it is the same.
 
-run folder, shards -> provenance -> launch/provenance.py.
+run folder, shards -> provenance -> commands.provenance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a config to a finished or interrupted training: what surrounds the loop. launch/pretrain.py -> start -> loop.
+"""From a config to a finished or interrupted training: what surrounds the loop. commands.train -> start -> loop.
 
 The checks are ordered so that mistakes show within the first second: the config against the number of ranks, the
 tokenizer, the run folder and its lease, the shards' indexes (on rank 0, while the others wait). Nothing in the run
@@ -70,7 +70,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
     tokenizer = check_inputs(config)
-    folder = RunFolder(config.run.dir / config.run.name)
+    folder = config.folder
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         claim: Claim | None = None

@@ -237,7 +237,7 @@ def check_amount(config: DataConfig, source: SourceConfig, found: IndexStatus) -
 def _obtain_all(config: DataConfig, paths: list[str], progress: Progress | None) -> list[ShardIndex]:
     cache = open_cache(config.remote_cache)
     # Threads suffice for what a start may index, since decoding and hashing release the interpreter's lock. For more,
-    # launch/index.py uses processes.
+    # the command that indexes uses processes.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as executor:
         found = executor.map(
             lambda path: obtain(

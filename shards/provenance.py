@@ -1,4 +1,4 @@
-"""What a step was trained on, made again from a saved state. loader -> provenance -> launch/provenance.py."""
+"""What a step was trained on, made again from a saved state. loader -> provenance -> pretrain.provenance."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Check a run before it is queued: whether it fits GPUs, disk and time limit, and whether its data exists.
 
-config, job -> preflight -> findings -> launch/submit.py. Each check looks at one thing and reports all its findings.
+config, job -> preflight -> findings -> commands.submit. Each check looks at one thing and reports all its findings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pretrain.checkpoint.duration import SaveTime, time_for_last_save
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.run.lease import Holder
+from pretrain.run.run_folder import RunFolder
 from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
@@ -201,7 +202,7 @@ def _time_needed(save: SaveTime) -> float:
 def lease_findings(folder: Path) -> Iterator[Finding]:
     """Warn if another process is using a run folder."""
     try:
-        holder = msgspec.json.decode((folder / "lease").read_bytes(), type=Holder)
+        holder = msgspec.json.decode(RunFolder(folder).lease.read_bytes(), type=Holder)
     except (OSError, msgspec.MsgspecError):
         return
     after = f"; to start once that job has succeeded, add --after {holder.job_id}" if holder.job_id else ""

@@ -34,7 +34,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.config.run.dir / self.config.run.name
+        return self.config.folder.root
 
 
 def runs_of(path: Path, typed: Sequence[str], sweep: Path | None) -> list[Run]:

@@ -102,8 +102,8 @@ def show(console: Console, findings: list[Finding]) -> None:
 
 def explain(console: Console, job: str, request: slurm.JobRequest, runs: list[Run], base: RunConfig) -> None:
     """Print how to watch a submitted job."""
-    logs = runs[0].folder / "logs"
-    own_log = base.run.dir / base.run.name / "logs" / (f"{job}_0.log" if request.tasks else f"{job}.log")
+    logs = runs[0].config.folder.logs
+    own_log = base.folder.logs / (f"{job}_0.log" if request.tasks else f"{job}.log")
     ways = [
         (f"squeue --jobs={job}", "its place in the queue"),
         (f"tail -F {own_log}", "starts, restarts, and why"),
@@ -147,7 +147,7 @@ def request_of(
 def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
     """Submit `headrace evaluate --follow` for a config's run; return the exit code."""
     (run,) = runs_of(arguments.config, arguments.overrides, None)
-    logs = run.folder / "logs"
+    logs = run.config.folder.logs
     request = request_of(arguments, f"{run.config.run.name}-eval", logs / "eval-%j.log", 2, 0, None)
     script = evaluation_script(run, request)
     print(script, end="", flush=True)
@@ -164,10 +164,10 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     """Check and submit a config's run, or those of a sweep; return the exit code."""
     runs = runs_of(arguments.config, arguments.overrides, arguments.array)
     (named,) = runs_of(arguments.config, arguments.overrides, None)  # a sweep's runs get their names from it
-    base, logs = named.config, named.folder / "logs"
+    base, logs = named.config, named.config.folder.logs
     partition, silent = partition_of(arguments.partition)
     bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
-    store = CheckpointStore(runs[0].folder / "checkpoints", base.checkpoint, bytes_each)
+    store = CheckpointStore(runs[0].config.folder.checkpoints, base.checkpoint, bytes_each)
     save = save_time(store, arguments.nodes)
     cores = max(run.config.data.num_workers for run in runs) + 2
     output, tasks = ("%A_%a.log", len(runs)) if arguments.array else ("%j.log", None)

@@ -1,4 +1,4 @@
-"""Downstream tasks of EleutherAI's lm-evaluation-harness on our models. forward_model -> harness -> launch/evaluate.py.
+"""Downstream tasks of EleutherAI's lm-evaluation-harness on our models. forward_model -> harness -> commands.evaluate.
 
 The only importer of lm_eval, an optional dependency: `pip install -e '.[eval]'`. All ranks run the harness alike, on
 the same requests, which are dealt to the dp ranks; each rank then receives the others' answers.

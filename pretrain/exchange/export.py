@@ -1,4 +1,4 @@
-"""Export a run's model as a folder for other programs. launch/export.py -> export -> {hf, meta, tokenizer_files}.
+"""Export a run's model as a folder for other programs. commands.export -> export -> {hf, meta, tokenizer_files}.
 
 The folder appears at the end, complete, or not at all.
 """

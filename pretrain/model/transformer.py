@@ -69,6 +69,16 @@ class ModelConfig(Config):
     def hidden_dim(self) -> int:
         return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
 
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """Return the sizes, by key, that tensor parallelism divides: tp_size must divide each of them."""
+        return {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.kv_heads,
+            "ffn_dim": self.hidden_dim,
+            "vocab_size": self.vocab_size,
+        }
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in fp32.

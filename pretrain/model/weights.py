@@ -79,11 +79,6 @@ def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> No
 
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
     """Check that `tp_size` ranks can split a model. Raises ConfigError that names `key`, by which the user set it."""
-    for name, value in (
-        ("n_heads", config.n_heads),
-        ("n_kv_heads", config.kv_heads),
-        ("ffn_dim", config.hidden_dim),
-        ("vocab_size", config.vocab_size),
-    ):
+    for name, value in config.split_sizes.items():
         if value % tp_size:
             raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")

@@ -73,6 +73,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def logs(self) -> Path:
+        """Return the folder of the logs of Slurm jobs."""
+        return self.root / "logs"
+
+    @property
     def wandb(self) -> Path:
         """Return the folder `wandb/` that wandb creates in the root."""
         return self.root / "wandb"

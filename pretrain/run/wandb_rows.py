@@ -64,7 +64,7 @@ class SentRows:
         """Return whether a row made from the files differs from the one that was sent.
 
         Unlike `differs`, it ignores steps that an older program sent without recording them, and an evaluation on one
-        side only: launch/evaluate.py may have made it later, or the run's suite has changed.
+        side only: `commands.evaluate` may have made it later, or the run's suite has changed.
         """
         sent, own = self._sent.get(step_of(row)), _summary(row)
         if sent is None:
