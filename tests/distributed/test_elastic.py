@@ -8,28 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_starts
-
-CONFIG = """
-run: {{name: elastic, dir: {folder}, seed: 7}}
-model:
-  {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 48, vocab_size: 4096, tie_embeddings: true,
-    qk_norm: true}}
-data:
-  seq_len: 32
-  lanes: 8
-  window_bytes: 65536
-  prefetch_bytes: 65536
-  num_workers: 0
-  tokenizer: shards/sample/tokenizer-4k.model
-  index_dir: {folder}/index
-  sources: [{{name: pile, paths: ["shards/sample/train/pile-*"]}}]
-train: {{steps: 1, global_batch_size: 8, micro_batch_size: 2}}
-optim: {{learning_rate: 3.0e-3, schedule: constant}}
-precision: {precision}
-checkpoint: {{every: 1000, keep: 2}}
-evaluation: {{suite: null}}
-wandb: {{mode: disabled}}
-"""
+from tests.tiny_run import write_config
 
 STEPS = 3  # in each start
 # (tp_size, dp_size, ZeRO stage) of each start
@@ -43,8 +22,7 @@ TOLERANCE = {"bf16": {"loss": 1e-2, "grad_norm": 0.1}, "fp32": {"loss": 1e-5, "g
 def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> list[dict]:
     """Start a run several times, each with its number of ranks and overrides; return its metrics."""
     folder.mkdir()
-    config = folder / "config.yaml"
-    config.write_text(CONFIG.format(folder=folder, precision=precision))
+    config = write_config(folder, "elastic", model={"qk_norm": True}, precision=precision)
     codes, output = run_starts(config, [(world_size, overrides, "") for world_size, overrides in starts])
     assert codes == [[0] * world_size for world_size, _ in starts], output
     return [json.loads(line) for line in (folder / "elastic" / "metrics.jsonl").read_text().splitlines()]

@@ -8,24 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_starts
+from tests.tiny_run import write_config
 
-CONFIG = """
-run: {{name: unnamed, dir: {folder}, seed: 7}}
-model: {{dim: 32, n_layers: 1, n_heads: 4, ffn_dim: 64, vocab_size: 4096}}
-data:
-  seq_len: 128
-  lanes: 8
-  window_bytes: 65536
-  tokenizer: shards/sample/tokenizer-4k.model
-  sources:
-    - {{name: pile, paths: ["shards/sample/train/pile-*"]}}
-    - {{name: dolma, paths: ["shards/sample/train/dolma-*.json.gz"]}}
-train: {{steps: 8, global_batch_size: 8}}
-optim: {{learning_rate: 1.0e-3, warmup_steps: 2}}
-checkpoint: {{every: 4}}
-evaluation: {{suite: null}}
-wandb: {{mode: disabled}}
-"""
+SOURCES = [
+    {"name": "pile", "paths": ["shards/sample/train/pile-*"]},
+    {"name": "dolma", "paths": ["shards/sample/train/dolma-*.json.gz"]},
+]
 NEAR = """
 from shards.index import splice_points
 splice_points.MIN_GAP_BYTES, splice_points.HISTORIES_PER_GAP, splice_points.TRIAL_BYTES = 1 << 18, 0, 1 << 17
@@ -36,8 +24,8 @@ NONE = "from shards.index import splice_points\nsplice_points.MIN_GAP_BYTES = 1 
 
 @pytest.mark.distributed
 def test_a_training_reads_the_same_with_and_without_entries(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path))
+    data = {"seq_len": 128, "prefetch_bytes": 1 << 24, "num_workers": 1, "sources": SOURCES}
+    config = write_config(tmp_path, "unnamed", data=data, train={"steps": 8}, checkpoint={"every": 4})
     starts = []
     for name, code in (("with", NEAR), ("without", NONE)):
         overrides = [f"run.name={name}", f"data.index_dir={tmp_path / name}-indexes"]

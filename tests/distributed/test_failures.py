@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_starts
-from tests.distributed.test_elastic import CONFIG
+from tests.tiny_run import write_config
 
 # Rank 1 is asked to stop in the middle of the evaluation of step 2.
 SIGNALLED = """
@@ -47,8 +47,7 @@ def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
     suite.mkdir(parents=True)
     lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(40)]
     suite.joinpath("val.jsonl").write_text("".join(lines))
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    config = write_config(tmp_path, "elastic", precision="bf16")
     evaluated = ["train.steps=4", "evaluation.every=2", f"evaluation.suite={suite.parent}", "evaluation.batch_size=2"]
     run = tmp_path / "elastic"
 

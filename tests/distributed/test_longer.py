@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_starts
-from tests.distributed.test_elastic import CONFIG
-
-PEAK = 3e-3  # learning rate in CONFIG
+from tests.tiny_run import PEAK_RATE, write_config
 
 
 def rates(folder: Path) -> list[float]:
@@ -21,8 +19,7 @@ def rates(folder: Path) -> list[float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
 def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    config = write_config(tmp_path, "elastic")
     first = ["train.steps=4", f"optim.schedule={schedule}", "optim.floor=0.2"]
     codes, output = run_starts(config, [(1, first, "")])
     assert codes == [[0]], output
@@ -37,13 +34,15 @@ def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, 
     assert "the learning rate of step" not in output
     ended = rates(tmp_path / "elastic")
     assert len(ended) == 8
-    assert ended[3:] == pytest.approx([0.2 * PEAK] * 5)
+    assert ended[3:] == pytest.approx([0.2 * PEAK_RATE] * 5)
     longer = rates(tmp_path / "elastic-8")
     assert len(longer) == 8
     assert longer == sorted(longer, reverse=True)
-    assert longer[0] == pytest.approx(PEAK)
+    assert longer[0] == pytest.approx(PEAK_RATE)
 
     codes, output = run_starts(config, [(1, [*first, "train.steps=16"], "")])
     assert codes == [[0]], output
     jumped = rates(tmp_path / "elastic")[8]
-    assert f"the learning rate of step 9 is {jumped:.4g}; the run's previous schedule gave {0.2 * PEAK:.4g}" in output
+    assert (
+        f"the learning rate of step 9 is {jumped:.4g}; the run's previous schedule gave {0.2 * PEAK_RATE:.4g}" in output
+    )

@@ -12,7 +12,7 @@ from pretrain.config import load_config
 from pretrain.provenance import batch_of_step
 from pretrain.run.run_folder import RunFolder
 from tests.distributed.ranks import run_ranks, run_starts
-from tests.distributed.test_elastic import CONFIG
+from tests.tiny_run import write_config
 
 # Sets a weight's gradient to NaN in certain steps.
 POISON = """
@@ -39,8 +39,7 @@ def test_nothing_stays_of_a_step_that_is_no_number(tp_size: int) -> None:
 
 @pytest.mark.distributed
 def test_such_steps_are_skipped_and_counted_until_there_are_too_many(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    config = write_config(tmp_path, "elastic", precision="bf16")
     overrides = ["train.steps=20", "train.max_nonfinite=2", "checkpoint.every=4"]
     codes, output = run_starts(config, [(1, overrides, POISON)])
     assert codes == [[1]], output
@@ -75,8 +74,7 @@ Feed.next = emptied
 
 @pytest.mark.distributed
 def test_steps_without_a_target_are_said_and_end_a_run_that_has_no_others(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    config = write_config(tmp_path, "elastic", precision="bf16")
     (tmp_path / "words.jsonl").write_text('{"text": "the"}\n' * 20_000)
     paths = json.dumps([str(tmp_path / "words.jsonl")])
     words = ["run.name=words", "data.bos=false", "data.eos=false", f"data.sources.0.paths={paths}"]

@@ -17,7 +17,7 @@ from pretrain.run.step_log import StepLog
 from shards import ConfigError
 from shards.storage.content_hash import hash_file
 from tests.distributed.ranks import ROOT, run_starts
-from tests.distributed.test_elastic import CONFIG
+from tests.tiny_run import write_config
 
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
 
@@ -36,8 +36,7 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.mark.distributed
 def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
-    config, folder = tmp_path / "config.yaml", RunFolder(tmp_path / "elastic")
-    config.write_text(CONFIG.format(folder=tmp_path, precision="bf16"))
+    config, folder = write_config(tmp_path, "elastic", precision="bf16"), RunFolder(tmp_path / "elastic")
     other, shard = other_tokenizer(tmp_path / "other.model"), tmp_path / "shard.jsonl"
     lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(200)]
     shard.write_text("".join(lines))

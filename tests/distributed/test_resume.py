@@ -21,32 +21,9 @@ from pretrain.topology import free_port
 from shards import read_documents
 from tests.distributed.ranks import ROOT, Rank, start_ranks
 from tests.pretrain.checkpoint.disk import KILLED
+from tests.tiny_run import write_config
 
 STEPS = 40
-CONFIG = """
-run: {{name: resumed, dir: {folder}, seed: 7}}
-model:
-  {{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 64, vocab_size: 4096, tie_embeddings: true, dropout: 0.1}}
-data:
-  seq_len: 64
-  lanes: 8
-  window_bytes: 65536
-  prefetch_bytes: 65536
-  tokenizer: shards/sample/tokenizer-4k.model
-  index_dir: {folder}/index
-  on_bad_record: skip
-  sources:
-    - {{name: pile, paths: ["shards/sample/train/pile-*"], weight: 0.6}}
-    - {{name: dolma, paths: ["shards/sample/train/dolma-*"], weight: 0.3}}
-    - {{name: odd, paths: ["{folder}/odd.jsonl"], weight: 0.1}}
-train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 2}}
-optim: {{learning_rate: 1.0e-3, warmup_steps: 5, z_loss: 1.0e-4}}
-parallel: {{tp_size: {tp_size}, zero_stage: {zero_stage}}}
-checkpoint: {{every: 6, keep: 2}}
-precision: {precision}
-evaluation: {{every: 15, suite: {folder}/suite, batch_size: 4}}
-wandb: {{mode: disabled}}
-"""
 
 
 class Run:
@@ -65,9 +42,22 @@ class Run:
         # Few rows per window, so that lanes meet bad records all along.
         lines = ["{broken" * 300 if i % 25 else json.dumps({"text": f"{i} line " * 30}) for i in range(1000)]
         folder.joinpath("odd.jsonl").write_text("\n".join(lines))
-        self.config = folder / "config.yaml"
-        self.config.write_text(
-            CONFIG.format(folder=folder, steps=STEPS, tp_size=tp_size, zero_stage=zero_stage, precision=precision)
+        sources = [
+            {"name": "pile", "paths": ["shards/sample/train/pile-*"], "weight": 0.6},
+            {"name": "dolma", "paths": ["shards/sample/train/dolma-*"], "weight": 0.3},
+            {"name": "odd", "paths": [f"{folder}/odd.jsonl"], "weight": 0.1},
+        ]
+        self.config = write_config(
+            folder,
+            "resumed",
+            model={"dropout": 0.1},
+            data={"num_workers": 1, "on_bad_record": "skip", "sources": sources},
+            train={"steps": STEPS},
+            optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "z_loss": 1e-4},
+            parallel={"tp_size": tp_size, "zero_stage": zero_stage},
+            checkpoint={"every": 6},
+            precision=precision,
+            evaluation={"every": 15, "suite": str(suite), "batch_size": 4},
         )
 
     def start(self, *overrides: str, faults: Sequence[tuple[int, str, object]] = ()) -> list[Rank]:

@@ -16,26 +16,9 @@ from pretrain.feed import chain_hash
 from shards import Loader
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import Cluster, environment_of, wait_for
+from tests.tiny_run import write_config
 
 pytestmark = pytest.mark.slurm
-
-CONFIG = """
-run: {{name: tiny, dir: {folder}/runs, seed: 7}}
-model: {{dim: 32, n_layers: 1, n_heads: 4, n_kv_heads: 2, ffn_dim: 64, vocab_size: 4096, tie_embeddings: true}}
-data:
-  seq_len: 64
-  lanes: 8
-  window_bytes: 65536
-  prefetch_bytes: 65536
-  num_workers: 0
-  tokenizer: shards/sample/tokenizer-4k.model
-  index_dir: {folder}/index
-  sources: [{{name: pile, paths: ["shards/sample/train/pile-*"], weight: 1.0}}]
-train: {{steps: 3, global_batch_size: 8}}
-checkpoint: {{every: 20}}
-evaluation: {{suite: null}}
-wandb: {{mode: disabled}}
-"""
 
 
 class Submitted:
@@ -69,8 +52,9 @@ def submit(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     """Return a function that submits the tiny config with further arguments, as a user would."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SLURM_CONF", str(cluster.config))
-    config = tmp_path / "tiny.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path))
+    model, train = {"n_layers": 1}, {"micro_batch_size": None}
+    run = {"dir": str(tmp_path / "runs")}
+    config = write_config(tmp_path, "tiny", run=run, model=model, train=train, checkpoint={"every": 20})
 
     def run(*arguments: str) -> Submitted:
         words = ["--config", str(config), "--time=60", "--grace=40", *arguments]
@@ -119,7 +103,7 @@ def test_a_run_outlives_what_a_cluster_does_to_it(cluster: Cluster, submit, tmp_
     assert cluster.job(run.id)["JobState"] == "CANCELLED"
 
     found = [(record["step"], record["batch_hash"]) for record in last.metrics()]
-    config = load_config(tmp_path / "tiny.yaml")
+    config = load_config(tmp_path / "config.yaml")
     expected, previous = [], ""
     with Loader(config.data, config.train.global_batch_size, config.run.seed) as loader:
         for step in range(1, steps + 1):
