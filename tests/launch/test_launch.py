@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -140,3 +142,14 @@ def test_only_a_run_that_came_beyond_its_first_save_misses_a_checkpoint(tmp_path
     folder.metrics.append({"step": 5})
     with pytest.raises(ConfigError, match="has records of 5 steps, but .* has no complete checkpoint"):
         check_checkpoints_there(store, config, folder)
+
+
+@pytest.mark.parametrize("name", ["index", "provenance"])  # which import no torch
+def test_a_script_starts_its_own_command_wherever_python_looks_for_modules(name: str, tmp_path: Path) -> None:
+    """With -P the folder of the script, in which `pretrain` is another module, is not on sys.path."""
+    path = ROOT / "launch" / f"{name}.py"
+    command = [sys.executable, "-P", str(path), "--no-such-option"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
+    assert ran.returncode == 2, ran.stderr
+    assert f"usage: python launch/{path.name}" in ran.stderr

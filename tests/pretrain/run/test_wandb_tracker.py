@@ -13,7 +13,8 @@ import pytest
 
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import eval_rows, last_local_step, step_row
-from pretrain.run.wandb_tracker import Tracker, WandbConfig
+from pretrain.run.wandb_tracker import Tracker, WandbConfig, git_commit
+from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
 
 CONFIG = WandbConfig(system_metrics=False)
@@ -163,6 +164,11 @@ def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
     assert '"step_metric": "step"' in text
     assert last_local_step(root / "wandb", "an-id") == 2
     assert last_local_step(root / "wandb", "another-id") == -1
+
+
+def test_a_wheel_does_not_take_the_commit_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "is_clone", lambda: False)
+    assert git_commit() == ""
 
 
 def test_disabled_costs_nothing(tmp_path: Path) -> None:
