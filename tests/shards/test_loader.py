@@ -74,10 +74,12 @@ def global_batches(
     for loader in loaders:
         if state is not None:
             loader.load_state_dict(json.loads(json.dumps(state)))
-    for _ in range(count):
-        parts = [next(loader, None) for loader in loaders]
-        if None in parts:
-            break
+    while len(batches) < count:
+        parts = [loader.next_batch() for loader in loaders]
+        if not any(part.num_rows for part in parts):  # no step: its lanes have run dry, for now or for good
+            if all(loader.ended for loader in loaders):
+                break
+            continue
         batches.append(sorted(row for rank, part in enumerate(parts) for row in rows_of(part, rank, size)))
         states.append(merge_states([loader.state_dict() for loader in loaders]))
     for loader in loaders:
