@@ -62,3 +62,18 @@ def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfi
         "sources": sources,
     }
     return DataConfig.model_validate(values | changes)
+
+
+def write_three_sources(folder: Path, suffixes: Sequence[str], max_frames: int) -> Path:
+    """Write the shards of three sources, a to c, into a folder: many short, few long, one with blank lines.
+
+    Args:
+        suffixes: of the shards, in turn.
+        max_frames: frames of a shard, from 1 up to this in turn.
+    """
+    for shard in range(6):
+        lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
+        lines[3:3] = [b"\n", b" \r\n"] if shard % 2 else []
+        path = folder / f"{'abc'[shard // 2]}-{shard}{suffixes[shard % len(suffixes)]}"
+        write_shard(path, b"".join(lines), frames=1 + shard % max_frames)
+    return folder

@@ -188,7 +188,7 @@ def test_one_shard_with_texts_is_enough_to_start(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.jsonl", b'{"body": "x"}\n' * 5)
     write_shard(tmp_path / "b.jsonl", b"".join(GOOD))
     with Loader(config([{"name": "s", "paths": [f"{tmp_path}/*"]}], lanes=1, on_bad_record="skip"), 1) as loader:
-        next(loader)
+        assert {origin.shard for origin in next(loader).origins()} == {str(tmp_path / "b.jsonl")}
 
 
 def test_a_source_that_turns_bad_is_told_after_so_many_segments(

@@ -34,7 +34,7 @@ from shards import (
     read_documents,
 )
 from shards.windows.worker_process import WorkerProcess
-from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard
+from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard, write_three_sources
 
 Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
 SUFFIXES = [".jsonl.zst", ".json.gz", ".jsonl"]
@@ -43,12 +43,7 @@ SUFFIXES = [".jsonl.zst", ".json.gz", ".jsonl"]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write three sources of unlike shards: many short, few long, one with blank lines."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for shard in range(6):
-        lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
-        lines[3:3] = [b"\n", b" \r\n"] if shard % 2 else []
-        write_shard(folder / f"{'abc'[shard // 2]}-{shard}{SUFFIXES[shard % 3]}", b"".join(lines), frames=1 + shard % 3)
-    return folder
+    return write_three_sources(tmp_path_factory.mktemp("corpus"), SUFFIXES, max_frames=3)
 
 
 def sources(corpus: Path, weights: tuple[float, ...] = (0.5, 0.3, 0.2), **others: object) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import xxhash
 import yaml
 
 from shards import ConfigError, DataConfig, Loader, check_fingerprint
-from tests.shards.corpora import ROOT, config, record, words, write_shard
+from tests.shards.corpora import ROOT, config, write_three_sources
 
 SEED = 5
 
@@ -18,12 +18,7 @@ SEED = 5
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write three sources of unlike shards: many short, few long, one with blank lines."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for shard in range(6):
-        lines = [record(f"s{shard} d{i} " + words(i, 5 + (i * i) % (400 if shard > 3 else 60))) for i in range(60)]
-        lines[3:3] = [b"\n", b" \r\n"] if shard % 2 else []
-        write_shard(folder / f"{'abc'[shard // 2]}-{shard}.jsonl", b"".join(lines))
-    return folder
+    return write_three_sources(tmp_path_factory.mktemp("corpus"), [".jsonl"], max_frames=1)
 
 
 def of(corpus: Path, weights: tuple[float, ...], epochs: tuple[int | None, ...], **changes: object) -> DataConfig:
