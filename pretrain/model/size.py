@@ -18,17 +18,28 @@ def parameter_count(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Count the floating-point operations, forward and backward, per trained token of full-length documents.
 
-    Two per weight of every matrix multiplication in the forward pass (the embedding is a look-up and has none) and
-    twice that in the backward pass; plus, in each layer, the causal half of attention's seq_len x seq_len products,
-    twice (scores and values). Recomputation is not counted, as is usual for model FLOP utilization.
+    It is the usual basis of model FLOP utilization. Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B,
+    with attention counted as causal.
+    """
+    return flops_of_documents(config, seq_len, seq_len**2) // seq_len
 
-    Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B, with attention counted as causal.
+
+def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int) -> int:
+    """Count the floating-point operations, forward and backward, of tokens that attend within their own documents.
+
+    Two per token and weight of every matrix multiplication in the forward pass (the embedding is a look-up and has
+    none) and twice that in the backward pass; plus, in each layer, the causal half of the length x length products of
+    each document's attention, twice (scores and values). Recomputation is not counted.
+
+    Args:
+        n_tokens: tokens of all documents together.
+        squared_lengths: sum over the documents of their length in tokens, squared.
     """
     head_dim = config.head_dim
     attention = config.dim * head_dim * (2 * config.n_heads + 2 * config.kv_heads)
     matrices = config.n_layers * (attention + 3 * config.dim * config.hidden_dim) + config.vocab_size * config.dim
-    products = config.n_layers * 2 * (2 * config.n_heads * head_dim * seq_len) // 2
-    return 3 * (2 * matrices + products)
+    products = config.n_layers * config.n_heads * head_dim * squared_lengths
+    return 6 * (matrices * n_tokens + products)
 
 
 def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:

@@ -66,7 +66,10 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
-    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None if the device's peak is unknown
+    # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
+    # document, the convention of published figures
+    mfu: float | None = None
+    mfu_documents: float | None = None  # the same, but attention counts only within documents, as it is computed
 
     def as_json(self) -> dict[str, object]:
         """Return the record without the fields that are None."""

@@ -6,11 +6,19 @@ import weakref
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.model.parallel import vocab_parallel_logsumexp, vocab_parallel_nll
-from pretrain.model.size import Workload, flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import (
+    Workload,
+    flops_of_documents,
+    flops_per_token,
+    memory_per_rank,
+    parameter_count,
+)
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import ParallelConfig
 
@@ -29,6 +37,25 @@ def test_flops_of_llama_7b_by_hand() -> None:
     # Causal attention at 2048: 1024 keys on average, 4096 wide, two products of 2 FLOPs, three times, 32 layers
     attention = 32 * 3 * 2 * 2 * 4096 * 1024
     assert flops_per_token(LLAMA_7B, 2048) == 6 * matrices + attention == 41_253_076_992
+
+
+@pytest.mark.usefixtures("topology")
+def test_flops_of_documents_are_those_that_torch_counts() -> None:
+    """Compare with torch's counter, which counts the whole square of each attention: twice its causal half."""
+    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+    model, lengths = Transformer(config), (3, 17, 40)
+    model.initialize(seed=0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for length in lengths:  # each document in a row of its own
+            tokens = torch.arange(length)[None]
+            model(tokens, torch.ones_like(tokens)).sum().backward()
+    squares = sum(length**2 for length in lengths)
+    assert counter.get_total_flops() == flops_of_documents(config, sum(lengths), 2 * squares)
+
+
+def test_flops_of_a_full_row_are_the_published_convention() -> None:
+    assert flops_of_documents(LLAMA_70B, 4096, 4096**2) == 4096 * flops_per_token(LLAMA_70B, 4096)
+    assert flops_of_documents(LLAMA_70B, 4096, 2 * 2048**2) == 4096 * flops_per_token(LLAMA_70B, 2048)
 
 
 @pytest.mark.usefixtures("topology")
