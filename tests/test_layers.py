@@ -32,7 +32,7 @@ LAYERS = (
     ("shards.lane", "shards.prefetch", "shards.batch", "shards.fingerprint", "shards.forecast"),
     ("shards.loader",),
     ("shards.provenance", "shards"),
-    ("pretrain.topology", "pretrain.config_file", "pretrain.rng", "pretrain.log", "pretrain.optim"),
+    ("pretrain.topology", "pretrain.config_file", "pretrain.rng", "pretrain.log", "pretrain.optim", "pretrain.devices"),
     ("pretrain.run",),
     ("pretrain.model",),
     ("pretrain.checkpoint", "pretrain.deepspeed_keys"),
