@@ -68,7 +68,7 @@ def main() -> int:
         rates: dict[str, list[float]] = {"evaluation": [], "forward": []}
         for _ in range(arguments.repeats):
             begin = time.perf_counter()
-            evaluate(model.logits, eval_set, here, batch_size)
+            evaluate(model.score, eval_set, here, batch_size)
             rates["evaluation"].append(targets / (time.perf_counter() - begin))
             begin = time.perf_counter()
             for _ in range(passes):

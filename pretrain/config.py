@@ -306,6 +306,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                 f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
                 f" equal the number of the tokenizer's pieces; {advice}"
             )
+    if parallel and parallel.sequence_parallel and data:
+        yield from _not_divisible("data.seq_len", data.seq_len, "parallel.tp_size", parallel.tp_size)
     if train and train.micro_batch_size:
         rows = ("train.global_batch_size", train.global_batch_size)
         yield from _not_divisible(*rows, "train.micro_batch_size", train.micro_batch_size)

@@ -7,6 +7,7 @@ differs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers com
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import re
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
-from pretrain.model.attention import attention_backend, valid_targets
+from pretrain.model.attention import attention_backend
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
+from pretrain.model.parallel import shard_dim
+from pretrain.model.transformer import Block, ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
@@ -98,15 +100,12 @@ class Engine:
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
-        model = Transformer(
-            model_config,
-            attention_backend(parallel, topology, model_config.head_dim),
-            parallel.activation_checkpointing,
-        )
+        model = Transformer(model_config, parallel, attention_backend(parallel, topology, model_config.head_dim))
         model.to(topology.device).initialize(seed)
-        if parallel.compile:
-            model.compile_blocks()
         self.model = model
+        self._loss = functools.partial(
+            training_loss, z_loss=optim_config.z_loss, compiled=parallel.compile and topology.device.type == "cuda"
+        )
         self._universal_info = _universal_checkpoint_info(model)
         groups = parameter_groups(model.parameters(), optim_config.weight_decay)
         self._weight_decays = [group["weight_decay"] for group in groups]
@@ -119,6 +118,9 @@ class Engine:
         )
         # On CPUs the first start would compile this op, which takes a minute and is only used for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if parallel.applied_zero_stage == 3:
+            # Hooks on a block rather than on each layer in it, so that a block is gathered at once and can be compiled.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use six times
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -160,14 +162,13 @@ class Engine:
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
-            dropout_seed = derive_seed(self.seed, "dropout", step, micro_step, self.topology.dp_rank)
-            with meter.part("forward_backward"), seeded(dropout_seed, tokens.device):
-                nll, z_loss = self._losses(ids, segments)
-                loss = nll + z_loss
+            with meter.part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
+                loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
-                loss = loss * torch.where(loss.isfinite(), scale, torch.nan)
-                self.deepspeed.backward(loss, scale_wrt_gas=False)
-            sums += torch.stack((nll.detach(), z_loss.detach())).double()
+                scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
+                self.deepspeed.backward(scaled, scale_wrt_gas=False)
+            z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
+            sums += torch.stack((loss.nll.sum(), z_loss)).double()
         with meter.part("optimizer"):
             self.deepspeed.step()
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
@@ -185,27 +186,28 @@ class Engine:
         # BF16_Optimizer (ZeRO-1 in bf16 without offload) has no such dictionary.
         getattr(self.deepspeed.optimizer, "averaged_gradients", {}).clear()
 
-    def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the negative log-likelihood and weighted z-loss over a micro-batch's valid targets; fp32 scalars."""
-        valid = valid_targets(segment_ids)
-        logits = self.deepspeed(tokens[:, :-1], segment_ids[:, :-1])
-        nll = (vocab_parallel_nll(logits, tokens[:, 1:]) * valid).sum()
-        if not self.optim_config.z_loss:
-            return nll, torch.zeros_like(nll)
-        squares = vocab_parallel_logsumexp(logits).square() * valid
-        return nll, self.optim_config.z_loss * squares.sum()
+    def _dropout_seed(self, step: int, micro_step: int) -> int:
+        """Return a seed that differs on ranks with different tokens."""
+        topology = self.topology
+        tokens_of = [topology.tp_rank] if self.model.sequence_parallel else []
+        return derive_seed(self.seed, "dropout", step, micro_step, topology.dp_rank, *tokens_of)
+
+    def _forward(self, tokens: Tensor, segment_ids: Tensor) -> Loss:
+        """Compute the loss of a micro-batch [rows, seq_len + 1]."""
+        head = functools.partial(self._loss, targets=next_token_targets(tokens, segment_ids))
+        return self.deepspeed(tokens[:, :-1], segment_ids[:, :-1], head)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
-        """Return this rank's slice of the logits [B, T, vocab_size / tp_size], without dropout or gradients."""
+    def score(self, tokens: Tensor, segment_ids: Tensor, targets: Targets) -> Scores:
+        """Score targets that follow positions of tokens [B, T], without dropout or gradients."""
         self.deepspeed.eval()
-        return self.deepspeed(tokens, segment_ids)
+        return self.deepspeed(tokens, segment_ids, functools.partial(target_scores, targets=targets))
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return this rank's slice [B, vocab / tp_size] of the logits after tokens [B, T] that follow a cache."""
         self.deepspeed.eval()
-        return self.deepspeed(tokens, cache=cache)[:, -1]
+        return self.deepspeed(tokens, head=last_logits, cache=cache)
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:

@@ -10,6 +10,7 @@ from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet
 from pretrain.evaluation.scores import DocumentScores
 from pretrain.evaluation.scoring import evaluate
+from pretrain.model.loss import Scores, Targets
 from pretrain.topology import Topology
 
 
@@ -35,8 +36,8 @@ class HeldOut:
             before_batch: is called before each batch on all ranks; it may raise, if it does so on all of them.
         """
 
-        def logits(tokens: Tensor, segment_ids: Tensor) -> Tensor:
+        def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> Scores:
             before_batch()
-            return self._engine.logits(tokens, segment_ids)
+            return self._engine.score(tokens, segment_ids, targets)
 
-        return evaluate(logits, self._eval_set, self._topology, self._batch_size)
+        return evaluate(score, self._eval_set, self._topology, self._batch_size)

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -25,25 +25,33 @@ from shards import Config, ConfigError, HeadraceError, installation
 T = TypeVar("T")
 
 
+Checkpointing = Literal["none", "selective", "full"]
+
+
+def _former_flag(value: object) -> object:
+    """Translate what older versions wrote for activation_checkpointing."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class ParallelConfig(Config):
     """How the model and its training state are laid out over ranks, and what is traded for memory."""
 
     tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
     zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; "parameters" needs zero_stage 3
-    activation_checkpointing: bool = False  # keep only each block's input; costs one more forward pass of compute
-    compile: bool = False  # torch.compile each block of the training step; not with zero_stage 3
+    sequence_parallel: bool = False  # tp ranks also divide the tokens between branches; needs tp_size > 1
+    # What a block computes again in the backward pass instead of keeping it: selective: norms, rotations, products and
+    # the like, which cost little; full: all but its input, which costs one more forward pass
+    activation_checkpointing: Annotated[Checkpointing, BeforeValidator(_former_flag)] = "none"
+    compile: bool = False  # torch.compile each block; the first step then takes a minute
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
     deterministic: bool = False  # on CUDA, use only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
     def problems(self) -> Iterator[str]:
         """Yield what is incompatible in this layout, for any number of ranks."""
-        if self.compile and self.zero_stage == 3:
-            yield (
-                "parallel.compile=true cannot be used with parallel.zero_stage=3: its hooks recompile every block"
-                " endlessly; use zero_stage 1 or 2, or compile=false"
-            )
+        if self.sequence_parallel and self.tp_size == 1:
+            yield "parallel.sequence_parallel=true divides tokens among tensor-parallel ranks; it needs tp_size > 1"
         if self.offload == "parameters" and self.zero_stage != 3:
             yield (
                 f"parallel.offload=parameters needs parallel.zero_stage=3, not {self.zero_stage};"

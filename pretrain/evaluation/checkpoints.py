@@ -56,7 +56,7 @@ class Evaluator:
         return self._score()
 
     def _score(self) -> DocumentScores:
-        return evaluate(self.model.logits, self.eval_set, self.topology, self.batch_size)
+        return evaluate(self.model.score, self.eval_set, self.topology, self.batch_size)
 
 
 def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, here: Topology) -> int:

@@ -83,7 +83,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         sums = np.zeros((len(requests), 3))
         rank_rows = rows[topology.dp_rank :: topology.dp_size]
         for row, figures in scored_rows(
-            self._model.logits, rank_rows, len(rows), self._seq_len, topology, self._batch_size
+            self._model.score, rank_rows, len(rows), self._seq_len, topology, self._batch_size
         ):
             for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
                 # The last prediction of a piece is for its last token, one position before that token.

@@ -15,22 +15,21 @@ from torch import Tensor
 
 from pretrain.evaluation.eval_set import EvalSet, Row
 from pretrain.evaluation.scores import DocumentScores
-from pretrain.model.attention import valid_targets
-from pretrain.model.parallel import vocab_parallel_score
+from pretrain.model.loss import Scores, Targets, next_token_targets
 from pretrain.topology import Topology
 
-# tokens, segment ids [B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without gradients
-Logits = Callable[[Tensor, Tensor], Tensor]
+# tokens, segment ids [B, T], targets -> their scores, the same on every tp rank
+Score = Callable[[Tensor, Tensor, Targets], Scores]
 
 
-def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
+def evaluate(score: Score, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
     """Score every document. Every rank must call it, and each returns the complete result.
 
     Args:
         batch_size: rows that a rank scores at once.
     """
     sums = np.zeros((len(eval_set.document_domain), 3))  # each document's nll, targets and correct targets
-    for row, figures in scored_rows(logits, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
+    for row, figures in scored_rows(score, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
         starts = np.cumsum(row.lengths) - row.lengths
         # A piece's targets end one before the next piece starts; the masked position between adds nothing. The sum is
         # in float64, since a float32 sum would drift in a long document.
@@ -53,7 +52,7 @@ def evaluate(logits: Logits, eval_set: EvalSet, topology: Topology, batch_size: 
 
 @torch.no_grad()
 def scored_rows(
-    logits: Logits, rows: Sequence[Row], num_rows: int, seq_len: int, topology: Topology, batch_size: int
+    score: Score, rows: Sequence[Row], num_rows: int, seq_len: int, topology: Topology, batch_size: int
 ) -> Iterator[tuple[Row, npt.NDArray[np.float32]]]:
     """Score a rank's rows, batch by batch. All ranks must iterate to the end, together.
 
@@ -70,9 +69,12 @@ def scored_rows(
         batch = rows[start : start + batch_size]
         tokens, segment_ids = dense(batch, batch_size, seq_len)
         ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
-        nll, correct = vocab_parallel_score(logits(ids[:, :-1], segments[:, :-1]), ids[:, 1:])
-        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid_targets(segments), 0.0)
-        yield from zip(batch, figures.cpu().numpy().swapaxes(0, 1), strict=False)  # the last batch is not full
+        targets = next_token_targets(ids, segments)
+        scores = score(ids[:, :-1], segments[:, :-1], targets)
+        figures = torch.zeros(3, batch_size * seq_len, device=topology.device)
+        figures[:, targets.positions] = torch.stack((scores.nll, torch.ones_like(scores.nll), scores.correct.float()))
+        by_row = figures.view(3, batch_size, seq_len).swapaxes(0, 1).cpu().numpy()
+        yield from zip(batch, by_row, strict=False)  # the last batch is not full
 
 
 def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -6,11 +6,14 @@ any number of ranks works.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from pretrain.model.attention import attention_backend
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.loss import Scores, Targets, last_logits, target_scores
 from pretrain.model.transformer import ModelConfig, Precision, Transformer
 from pretrain.model.weights import Weights, fill
 from pretrain.topology import ParallelConfig, Topology
@@ -25,7 +28,7 @@ class ForwardModel:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, precision: Precision, topology: Topology) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = Transformer(config, attention_backend(parallel, topology, config.head_dim))
+        model = Transformer(config, attention=attention_backend(parallel, topology, config.head_dim))
         self._model = model.to(topology.device, dtype).eval()
         self.config = config
         self._topology = topology
@@ -35,11 +38,11 @@ class ForwardModel:
         fill(self._model, weights, self._topology.tp_rank, self._topology.tp_size)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
-        """Return this rank's slice of the logits [B, T, vocab_size / tp_size] of tokens [B, T]."""
-        return self._model(tokens, segment_ids)
+    def score(self, tokens: Tensor, segment_ids: Tensor, targets: Targets) -> Scores:
+        """Score targets that follow positions of tokens [B, T]."""
+        return self._model(tokens, segment_ids, functools.partial(target_scores, targets=targets))
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return this rank's slice of the logits after tokens [1, T] that follow those in the cache."""
-        return self._model(tokens, cache=cache)[:, -1]
+        return self._model(tokens, head=last_logits, cache=cache)

@@ -1,7 +1,11 @@
-"""Tensor-parallel building blocks: fairscale's layers with tagged weights, and losses on split logits.
+"""Tensor-parallel building blocks: fairscale's layers with tagged weights, and the collectives between them.
 
 Every sharded weight carries the dimension along which it is split. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere.
+
+The layers themselves do not communicate. A branch of a block enters the region that the tp ranks split once, however many
+matrices read its input, and leaves it once: two collectives forward and two backward a branch's pair of ends, instead of
+one for each matrix.
 """
 
 from __future__ import annotations
@@ -9,38 +13,59 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_group,
     get_model_parallel_rank,
     get_model_parallel_world_size,
 )
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def column_linear(in_features: int, out_features: int) -> nn.Module:
-    """Make a layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], uninitialized."""
-    with _Untouched():
-        layer = ColumnParallelLinear(in_features, out_features, bias=False, gather_output=False, init_method=_undrawn)
-    return _tagged(layer, shard_dim=0)
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
+    """A layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], uninitialized."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        with _Untouched():
+            super().__init__(in_features, out_features, bias=False, gather_output=False, init_method=_undrawn)
+        _tag(self.weight, shard_dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
-def row_linear(in_features: int, out_features: int) -> nn.Module:
-    """Make a layer from this rank's slice of x [..., in / tp_size] to the outputs [..., out], uninitialized."""
-    with _Untouched():
-        layer = RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
-    return _tagged(layer, shard_dim=1)
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """A layer from this rank's slice of x [..., in / tp_size] to its part of the sums [..., out], uninitialized."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        with _Untouched():
+            super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
+        _tag(self.weight, shard_dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
-def vocab_embedding(vocab_size: int, dim: int) -> nn.Module:
-    """Make an embedding [...] -> [..., dim]; each rank holds vocab_size / tp_size uninitialized rows."""
-    with _Untouched():
-        layer = VocabParallelEmbedding(vocab_size, dim, init_method=_undrawn)
-    return _tagged(layer, shard_dim=0)
+class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """An embedding [...] -> [..., dim] of which each rank holds vocab_size / tp_size uninitialized rows.
+
+    Tokens whose rows another rank holds are zeros, which that rank's rows are to be added to.
+    """
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        with _Untouched():
+            super().__init__(vocab_size, dim, init_method=_undrawn)
+        _tag(self.weight, shard_dim=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if get_model_parallel_world_size() == 1:
+            return F.embedding(tokens, self.weight)
+        row = tokens - self.vocab_start_index
+        held = (row >= 0) & (row < self.num_embeddings_per_partition)
+        return F.embedding(torch.where(held, row, 0), self.weight) * held.unsqueeze(-1)
 
 
 def _undrawn(weight: Tensor) -> Tensor:
@@ -63,13 +88,10 @@ class _Untouched(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tagged(layer: nn.Module, shard_dim: int) -> nn.Module:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+def _tag(weight: nn.Parameter, shard_dim: int) -> None:
     weight.shard_dim = shard_dim  # type: ignore[attr-defined]
     # DeepSpeed looks for this name; without it the norm would leave out the slices of tp ranks > 0.
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    return layer
 
 
 def shard_dim(parameter: nn.Parameter) -> int | None:
@@ -94,84 +116,120 @@ def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
     return full.chunk(get_model_parallel_world_size(), dim)[get_model_parallel_rank()]
 
 
+def enter_branch(x: Tensor, split_tokens: bool) -> Tensor:
+    """Give every tp rank the whole input of a branch; its gradient is the sum of what the ranks' slices contribute.
+
+    Args:
+        x: [N, dim], the same on every tp rank; or with split_tokens this rank's [N / tp_size, dim].
+    Returns:
+        [N, dim].
+    """
+    if get_model_parallel_world_size() == 1:
+        return x
+    return _apply(_GatherTokens, x) if split_tokens else _apply(_Copy, x)
+
+
+def leave_branch(partial: Tensor, split_tokens: bool) -> Tensor:
+    """Sum the ranks' parts [N, dim] of a branch's output; with split_tokens, return this rank's [N / tp_size, dim].
+
+    Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2, for split tokens.
+    """
+    if get_model_parallel_world_size() == 1:
+        return partial
+    return _apply(_ScatterTokens, partial) if split_tokens else _apply(_Sum, partial)
+
+
 def on_sharded_activations(weight: Tensor) -> Tensor:
     """Return a replicated weight for use on activations of which each tp rank has a different slice.
 
     Each rank then computes only its slice's part of the weight's gradient, and this sums the parts. Without it the
     ranks' copies of the weight drift apart, although the loss hardly shows it.
     """
-    return copy_to_model_parallel_region(weight)
+    return weight if get_model_parallel_world_size() == 1 else _apply(_Copy, weight)
 
 
-def vocab_parallel_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each target, without gathering the logits.
+class _Copy(torch.autograd.Function):
+    """Copies forward, sums over the tp ranks backward."""
 
-    Args:
-        logits: [..., vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
-        targets: [...] int64 token ids in [0, vocab_size); positions to ignore have any valid id and are masked later.
-    Returns:
-        [...] fp32, in nats, the same on every tp rank.
-    """
-    # fairscale's loss edits its input in place, and .float() of an fp32 tensor does not copy.
-    fresh = logits.clone() if logits.dtype == torch.float32 else logits.float()
-    return vocab_parallel_cross_entropy(fresh, targets)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
 
 
-def vocab_parallel_logsumexp(logits: Tensor) -> Tensor:
-    """Return log(sum(exp(logits))) over the whole vocabulary, [...] fp32, differentiable."""
-    logits = logits.float()
-    largest = logits.detach().amax(dim=-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
-    sum_exp = (logits - largest.unsqueeze(-1)).exp().sum(dim=-1)
-    # The sum over ranks passes the gradient through unchanged, since each rank owns its own logits.
-    return reduce_from_model_parallel_region(sum_exp).log() + largest
+class _Sum(torch.autograd.Function):
+    """Sums over the tp ranks forward, copies backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
-@torch.no_grad()
-def vocab_parallel_argmax(logits: Tensor) -> Tensor:
-    """Return the most likely token id [...] int64 over the whole vocabulary; of equals, the lowest."""
-    group, slice_size = get_model_parallel_group(), logits.shape[-1]
-    best, index = logits.max(dim=-1)
-    index = index + get_model_parallel_rank() * slice_size
-    best_anywhere = best.clone()
-    dist.all_reduce(best_anywhere, op=dist.ReduceOp.MAX, group=group)
-    index = torch.where(best == best_anywhere, index, torch.iinfo(torch.int64).max)
-    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
-    return index
+class _GatherTokens(torch.autograd.Function):
+    """Gathers tokens forward, sums and scatters their gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _gathered(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _scattered(gradient)
 
 
-@torch.no_grad()
-def vocab_parallel_score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Score each target for an evaluation, without gathering the logits and without a gradient.
+class _ScatterTokens(torch.autograd.Function):
+    """Sums and scatters tokens forward, gathers their gradients backward."""
 
-    Args:
-        logits: [B, T, vocab_size / tp_size], this rank's slice of the vocabulary, any float type.
-        targets: [B, T] int64 token ids.
-    Returns:
-        The negative log-likelihood of each target, [B, T] fp32, in nats; whether it was the most likely token, bool.
-        Both are the same on every tp rank.
-    """
-    nll, correct = torch.empty(targets.shape, device=logits.device), torch.empty_like(targets, dtype=torch.bool)
-    first = get_model_parallel_rank() * logits.shape[-1]
-    # Row by row, since fp32 copies of a whole batch's logits would take more memory than its forward pass.
-    for row, (row_logits, row_targets) in enumerate(zip(logits, targets, strict=True)):
-        column = row_targets - first
-        in_slice = (column >= 0) & (column < row_logits.shape[-1])
-        found = row_logits.gather(-1, torch.where(in_slice, column, 0).unsqueeze(-1)).squeeze(-1).float()
-        found = reduce_from_model_parallel_region(torch.where(in_slice, found, 0.0))
-        largest = row_logits.amax(dim=-1).float()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=get_model_parallel_group())
-        sum_exp = torch.sub(row_logits, largest.unsqueeze(-1)).exp_().sum(dim=-1)  # fp32, whatever the logits are
-        nll[row] = reduce_from_model_parallel_region(sum_exp).log() + largest - found
-        # An argmax costs more than all the rest, so it is computed only where the target may be it.
-        likely = found == largest
-        correct[row] = likely
-        correct[row, likely] = vocab_parallel_argmax(row_logits[likely]) == row_targets[likely]
-    return nll, correct
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _scattered(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _gathered(gradient)
+
+
+def _apply(function: Any, x: Tensor) -> Tensor:
+    return function.apply(x)
+
+
+# torch's functional collectives rather than those of torch.distributed, since a compiled block can hold them.
+def _summed(x: Tensor) -> Tensor:
+    return _waited(collectives.all_reduce(x.contiguous(), "sum", get_model_parallel_group()))
+
+
+def _gathered(x: Tensor) -> Tensor:
+    return _waited(collectives.all_gather_tensor(x.contiguous(), 0, get_model_parallel_group()))
+
+
+def _scattered(x: Tensor) -> Tensor:
+    group = get_model_parallel_group()
+    return _waited(collectives.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+
+
+def _waited(x: Tensor) -> Tensor:
+    return collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
+
+
+def tp_rank() -> int:
+    """Return this rank's number among those that share a copy of the model."""
+    return int(get_model_parallel_rank())
+
+
+def gather_over_tp(x: Tensor) -> Tensor:
+    """Return every tp rank's tensor of the same shape, [tp_size, ...], without a gradient."""
+    if get_model_parallel_world_size() == 1:
+        return x.unsqueeze(0)
+    return _gathered(x.unsqueeze(0))
 
 
 def gather_vocab(logits: Tensor) -> Tensor:
     """Gather the full logits [..., vocab_size] of a few positions, for sampling; never for training."""
-    parts = [torch.empty_like(logits) for _ in range(get_model_parallel_world_size())]
-    dist.all_gather(parts, logits.contiguous(), group=get_model_parallel_group())
-    return torch.cat(parts, dim=-1)
+    return torch.cat(list(gather_over_tp(logits)), dim=-1)

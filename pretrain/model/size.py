@@ -105,7 +105,7 @@ def _activations(work: Workload) -> int:
     tokens = work.micro_batch_size * work.seq_len
     split = (6 * config.n_heads * config.head_dim + 4 * config.hidden_dim) // parallel.tp_size
     block = weight_bytes * tokens * (6 * config.dim + split)
-    if parallel.activation_checkpointing:
+    if parallel.activation_checkpointing == "full":
         blocks = config.n_layers * weight_bytes * tokens * config.dim + block
     else:
         blocks = config.n_layers * block

@@ -6,14 +6,13 @@ Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.attention import (
     Attend,
@@ -24,17 +23,29 @@ from pretrain.model.attention import (
     rotary_angles,
     rotate,
 )
+from pretrain.model.checkpointing import checkpointed
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import (
-    column_linear,
+    ColumnLinear,
+    RowLinear,
+    VocabEmbedding,
+    enter_branch,
     full_shape,
+    leave_branch,
     on_sharded_activations,
-    row_linear,
     shard_of,
-    vocab_embedding,
 )
 from pretrain.rng import derive_seed
+from pretrain.topology import ParallelConfig
 from shards import Config
+
+T = TypeVar("T")
+
+# What to make of the final hidden states [B, T, dim] and this rank's slice [vocab_size / tp_size, dim] of the output
+# projection: logits, a loss, scores.
+Head = Callable[[Tensor, Tensor], T]
+
+Use = Literal["training", "scoring", "generation"]  # of a forward pass
 
 Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
 
@@ -86,14 +97,14 @@ class RMSNorm(nn.Module):
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
 
-    def __init__(self, dim: int, eps: float, *, on_sharded: bool = False) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
-        self.on_sharded = on_sharded  # each tp rank normalizes different activations with the same weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = on_sharded_activations(self.weight) if self.on_sharded else self.weight
+    def forward(self, x: Tensor, sharded: bool = False) -> Tensor:
+        """Normalize x [..., dim]; `sharded` says whether each tp rank has different activations."""
+        weight = on_sharded_activations(self.weight) if sharded else self.weight
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
@@ -103,25 +114,25 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = column_linear(config.dim, config.n_heads * config.head_dim)
-        self.wk = column_linear(config.dim, config.kv_heads * config.head_dim)
-        self.wv = column_linear(config.dim, config.kv_heads * config.head_dim)
-        self.wo = row_linear(config.n_heads * config.head_dim, config.dim)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, on_sharded=True)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, on_sharded=True)
+        self.wq = ColumnLinear(config.dim, config.n_heads * config.head_dim)
+        self.wk = ColumnLinear(config.dim, config.kv_heads * config.head_dim)
+        self.wv = ColumnLinear(config.dim, config.kv_heads * config.head_dim)
+        self.wo = RowLinear(config.n_heads * config.head_dim, config.dim)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        rows, length, _ = x.shape
+        """Return this rank's part of the output [N, dim] for x [N, dim], where N = B * T."""
+        rows, _, length, _ = cos.shape
         q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
         k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
         v = self.wv(x).view(rows, length, -1, self.head_dim)
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, sharded=True), self.k_norm(k, sharded=True)
+        q = rotate(q.transpose(1, 2), cos, sin)  # [B, H, T, D]
+        k = rotate(k.transpose(1, 2), cos, sin)
         out = attend(q, k, v.transpose(1, 2))
-        return self.wo(out.transpose(1, 2).reshape(rows, length, -1))
+        return self.wo(out.transpose(1, 2).reshape(rows * length, -1))
 
 
 class FeedForward(nn.Module):
@@ -129,28 +140,52 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = column_linear(config.dim, config.hidden_dim)
-        self.w3 = column_linear(config.dim, config.hidden_dim)
-        self.w2 = row_linear(config.hidden_dim, config.dim)
+        self.w1 = ColumnLinear(config.dim, config.hidden_dim)
+        self.w3 = ColumnLinear(config.dim, config.hidden_dim)
+        self.w2 = RowLinear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's part of the output [N, dim] for x [N, dim]."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """One layer: each branch reads the normalized residual stream and adds to it."""
+    """One layer: each branch reads the normalized residual stream and adds to it.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Checkpointing and compilation happen inside the module, whose own hooks then stay out of both: those of ZeRO-3 gather
+    its weights before, and free them after.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ParallelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        train, score = checkpointed(self._compute, parallel.activation_checkpointing), self._compute
+        if parallel.compile:
+            train, score = torch.compile(train, dynamic=False), torch.compile(score, dynamic=False)
+        # The shapes differ from call to call in generation, so that it would be compiled anew each time.
+        self._computations = {"training": train, "scoring": score, "generation": self._compute}
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, attend))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, split_tokens: bool, use: Use) -> Tensor:
+        """Process the residual stream x, [B * T, dim]; with split_tokens this rank's [B * T / tp_size, dim] of it."""
+        return self._computations[use](x, cos, sin, attend, split_tokens)
+
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, split_tokens: bool) -> Tensor:
+        whole = enter_branch(self.attention_norm(x, split_tokens), split_tokens)
+        x = x + self.dropout(leave_branch(self.attention(whole, cos, sin, attend), split_tokens))
+        whole = enter_branch(self.ffn_norm(x, split_tokens), split_tokens)
+        return x + self.dropout(leave_branch(self.feed_forward(whole), split_tokens))
+
+
+class Output(ColumnLinear):
+    """The projection to the vocabulary, which leaves it to a head whether any logits are ever made."""
+
+    def forward(self, hidden: Tensor, head: Head[T]) -> T:  # type: ignore[override]
+        """Return what the head makes of hidden states [B, T, dim]."""
+        return head(hidden, self.weight)
 
 
 class Transformer(nn.Module):
@@ -158,63 +193,61 @@ class Transformer(nn.Module):
 
     Args:
         config: the architecture.
+        parallel: how it is trained; only memory and speed depend on it.
         attention: attention backend; see `attention.py`.
-        checkpoint_blocks: keep only each block's input for the backward pass.
     """
 
     def __init__(
-        self, config: ModelConfig, attention: AttentionBackend = "sdpa", checkpoint_blocks: bool = False
+        self, config: ModelConfig, parallel: ParallelConfig | None = None, attention: AttentionBackend = "sdpa"
     ) -> None:
         super().__init__()
+        parallel = parallel or ParallelConfig()
         self.config = config
         self.attention_backend: AttentionBackend = attention
-        self.checkpoint_blocks = checkpoint_blocks
-        self.embedding = vocab_embedding(config.vocab_size, config.dim)
+        self.sequence_parallel = parallel.sequence_parallel
+        self.embedding = VocabEmbedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, parallel) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = column_linear(config.dim, config.vocab_size)
+        self.output = Output(config.dim, config.vocab_size)
         if config.tie_embeddings:
             # One parameter in two layers, since both split the vocabulary the same way
             self.output.weight = self.embedding.weight
-        self._compiled: list[Callable[..., Tensor]] = []
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks for training; evaluation and generation still run them uncompiled.
-
-        Without gradients fairscale's layers break a compiled block into six graphs, and each batch size and length
-        would be compiled anew, until torch gives up compiling.
-        """
-        self._compiled = [torch.compile(block, dynamic=False) for block in self.blocks]
-
-    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor | None = None,
+        head: Head[Any] = F.linear,
+        cache: KVCache | None = None,
+    ) -> Any:
         """Predict each next token.
 
         Args:
             tokens: [B, T] int64.
             segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding. Needed without a cache.
+            head: what to make of the predictions; the default makes this rank's slice of the logits,
+                [B, T, vocab_size / tp_size], in the weights' type.
             cache: cache of the preceding tokens, to which these are added; each row is then one piece.
         Returns:
-            [B, T, vocab_size / tp_size]: this rank's slice of the logits, in the weights' type.
+            The head's result.
         """
+        config, split_tokens = self.config, self.sequence_parallel and self.training
+        use: Use = "training" if self.training else "scoring" if cache is None else "generation"
         if cache is None:
             assert segment_ids is not None
-            attends = [attention_within_pieces(segment_ids, self.attention_backend)] * self.config.n_layers
+            attends = [attention_within_pieces(segment_ids, self.attention_backend)] * config.n_layers
             positions = positions_in_pieces(segment_ids)
         else:
             attends, positions = cache.attends, cache.positions(tokens)
-        config = self.config
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        x = self.dropout(self.embedding(tokens))
-        blocks: Iterable[Callable[..., Tensor]] = self._compiled if self._compiled and self.training else self.blocks
-        for block, attend in zip(blocks, attends, strict=True):
-            if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, attend)
+        x = self.dropout(leave_branch(self.embedding(tokens.flatten()), split_tokens))
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x = block(x, cos, sin, attend, split_tokens, use)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.output(self.norm(x))
+        hidden = enter_branch(self.norm(x, split_tokens), split_tokens)
+        return self.output(hidden.view(*tokens.shape, config.dim), head)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -51,7 +51,7 @@ def main() -> None:
         eval_set = load_suite(EvaluationConfig(suite=suite), Tokenizer(TOKENIZER), SEQ_LEN, "fp32", *own)
         assert eval_set is not None
         for zero_stage, batch_size in ((1, 1), (1, 7), (3, 3)):
-            scores = evaluate(engine_of(topology, zero_stage).logits, eval_set, topology, batch_size)
+            scores = evaluate(engine_of(topology, zero_stage).score, eval_set, topology, batch_size)
             if topology.is_main:
                 scores.save(folder / f"zero{zero_stage}-rows{batch_size}.npz")
 

@@ -15,6 +15,7 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.generate import Sampling, generate
+from pretrain.model.kv_cache import KVCache
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -43,14 +44,14 @@ def main() -> None:
         for case in sys.argv[4:]:
             stage, precision = case.removeprefix("zero").split("-")
             engine = engine_with(topology, model, int(stage), precision)
+            layers = engine.model.config.n_layers
             engine.save(folder / case, write)
             # A step without a learning rate leaves the masters unchanged, and remakes the weights from them.
             tokens = torch.arange(9)[None].expand(1, -1)
-            before = engine.logits(tokens, torch.ones_like(tokens))
+            before = engine.next_logits(tokens, KVCache(layers, 9))
             engine.train_step(tokens, torch.ones_like(tokens), 8 * topology.dp_size, 0, 0.0, Meter())
-            assert torch.equal(engine.logits(tokens, torch.ones_like(tokens)), before), case
+            assert torch.equal(engine.next_logits(tokens, KVCache(layers, 9)), before), case
         codec = open_codec(model)
-        layers = engine.model.config.n_layers
         text = "".join(generate(engine.next_logits, layers, 32, codec, PROMPT, SAMPLING, topology))
         if topology.is_main:
             (folder / "text").write_text(text)

@@ -5,10 +5,13 @@ Usage: python -m tests.distributed.parity TP_SIZE FOLDER
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,15 +51,27 @@ def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return batches
 
 
+def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]]]:
+    """Yield the precision, whether the embeddings are tied, the rows of a micro-batch, and how it is laid out."""
+    rows = GLOBAL_ROWS // topology.dp_size
+    for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
+        yield precision, tied, micro, {"zero_stage": stage}
+    split = {"sequence_parallel": topology.tp_size > 1}
+    for stage, what in itertools.product((1, 3), ("none", "selective", "full")):
+        yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split}
+        yield "fp32", stage == 3, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, "compile": True}
+    yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective", **split, "compile": True}
+
+
 def run_case(
-    topology: Topology, zero_stage: int, micro_batch_size: int, tied: bool, precision: str, folder: Path
+    topology: Topology, precision: str, tied: bool, micro_batch_size: int, layout: dict[str, Any], folder: Path
 ) -> dict[str, object]:
     """Train five steps; return the figures, and whether replicated weights stayed equal on the tp ranks."""
-    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
+    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, **layout})
     micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
     ds_config = deepspeed_config(parallel, OPTIM, precision, {})
     engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED)
-    if topology.world_size == 1 and precision == "fp32" and zero_stage == 1:
+    if topology.world_size == 1 and precision == "fp32" and layout == {"zero_stage": 1}:
         torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
     history = []
     for step, (tokens, segment_ids) in enumerate(global_batches()):
@@ -84,11 +99,12 @@ def replicated_equal(engine: Engine, topology: Topology) -> bool:
 def main() -> None:
     tp_size, folder = int(sys.argv[1]), Path(sys.argv[2])
     results = {}
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor would take a minute
     with started(ParallelConfig(tp_size=tp_size)) as topology:
-        rows = GLOBAL_ROWS // topology.dp_size
-        for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
-            case = f"{precision} {'tied' if tied else 'untied'} zero{stage} micro{micro}"
-            results[case] = run_case(topology, stage, micro, tied, precision, folder)
+        for precision, tied, micro, layout in layouts(topology):
+            described = " ".join(f"{key}={value}" for key, value in layout.items())
+            case = f"{precision} {'tied' if tied else 'untied'} micro={micro} {described}"
+            results[case] = run_case(topology, precision, tied, micro, layout, folder)
         if topology.is_main:
             (folder / f"tp{tp_size}-dp{topology.dp_size}.json").write_text(json.dumps(results))
 

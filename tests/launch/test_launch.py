@@ -55,7 +55,7 @@ def truncated_shard(tmp_path: Path) -> Path:
         (["model.dim=wide"], "model.dim"),
         (["model.n_heads=6"], "model.n_heads=6"),
         (["parallel.tp_size=3"], "parallel.tp_size=3"),
-        (["parallel.compile=true", "parallel.zero_stage=3"], "use zero_stage 1 or 2, or compile=false"),
+        (["parallel.sequence_parallel=true"], "it needs tp_size > 1"),
         (["deepspeed.gradient_clipping=5.0"], "deepspeed.gradient_clipping=5.0 contradicts 1.0"),
         (["model.vocab_size=32000"], "set model.vocab_size=4096"),
         (["data.tokenizer=nowhere.model"], "nowhere.model"),

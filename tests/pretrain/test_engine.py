@@ -12,6 +12,7 @@ from pretrain.deepspeed_keys import batch_sizes, deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.attention import valid_targets
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.loss import next_token_targets
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import Precision
 from pretrain.optim import OptimConfig
@@ -39,9 +40,10 @@ def history(topology: Topology, precision: Precision = "bf16", **parallel: objec
     "parallel",
     [
         {"zero_stage": 0},
+        {"zero_stage": 2, "activation_checkpointing": "selective"},
         {"zero_stage": 1, "offload": "optimizer"},
-        {"zero_stage": 2, "offload": "optimizer", "activation_checkpointing": True},
-        {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": True},
+        {"zero_stage": 2, "offload": "optimizer", "activation_checkpointing": "full"},
+        {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": "full"},
     ],
 )
 def test_memory_savings_change_no_number(topology: Topology, parallel: dict[str, object]) -> None:
@@ -92,28 +94,30 @@ def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(topology: Topol
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_training_is_compiled_and_computes_the_same(
-    topology: Topology, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_training_and_scoring_compile_once_each_and_compute_the_same(
+    topology: Topology, checkpointing: str, zero_stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda block, **options: compiled(block, backend=counter, **options))
     torch._dynamo.reset()
     model = model_config(tied=True)
-    parallel = ParallelConfig(compile=True, activation_checkpointing=checkpointing)
-    derived = deepspeed_config(parallel, OPTIM, "fp32", {})
-    engine = Engine(model, OPTIM, parallel, derived, 2, 4, topology, seed=3)
+    layout = {"zero_stage": zero_stage, "activation_checkpointing": checkpointing}
+    parallel = ParallelConfig.model_validate(layout | {"compile": True})
+    engine = Engine(model, OPTIM, parallel, deepspeed_config(parallel, OPTIM, "fp32", {}), 2, 4, topology, seed=3)
     counts, figures = [], []
     for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
         n_targets = int(valid_targets(segment_ids).sum())
         stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
         figures.append((stats.loss, stats.grad_norm))
         counts.append(counter.frame_count)
+        engine.score(tokens[:2, :-1], segment_ids[:2, :-1], next_token_targets(tokens[:2], segment_ids[:2]))
+        counts.append(counter.frame_count)
         for length in range(2, 20):  # more lengths than torch compiles before it gives up
-            engine.logits(tokens[:2, :length], segment_ids[:2, :length])
             engine.next_logits(tokens[:1, :length], KVCache(model.n_layers, 32))
-    assert counts == [1] * 3  # one graph for all blocks
-    plain = history(topology, precision="fp32", activation_checkpointing=checkpointing)
+    assert counts == [1, 2, 2, 2, 2, 2]  # a graph for all blocks, in training and in scoring
+    plain = history(topology, precision="fp32", **layout)
     assert figures == [pytest.approx(step, rel=1e-5) for step in plain]
 
 

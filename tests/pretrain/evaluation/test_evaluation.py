@@ -73,7 +73,7 @@ def assert_equal(found: dict[str, Score], expected: dict[str, Score], case: str)
 def test_scores_equal_one_document_at_a_time(
     suite: Path, engine: Engine, topology: Topology, expected: dict[str, Score], batch_size: int
 ) -> None:
-    scores = evaluate(engine.logits, loaded(suite), topology, batch_size)
+    scores = evaluate(engine.score, loaded(suite), topology, batch_size)
     assert_equal(scores.by_domain(), expected, f"rows {batch_size}")
 
 
@@ -104,7 +104,7 @@ def test_a_document_without_anything_to_predict_counts_its_bytes_only(
     tmp_path.joinpath("d.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": "more than that"}\n')
     bare = Tokenizer(TOKENIZER, bos=False, eos=False)
     assert len(bare.encode("a")) == 1
-    scores = evaluate(engine.logits, loaded(tmp_path, tokenizer=bare), topology, 2)
+    scores = evaluate(engine.score, loaded(tmp_path, tokenizer=bare), topology, 2)
     assert scores.tokens.tolist() == [0, 0, len(bare.encode("more than that")) - 1]
     assert scores.text_bytes.tolist() == [0, 1, 14]
     assert np.isfinite(scores.nll).all()
@@ -206,6 +206,6 @@ def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
 def test_an_evaluation_leaves_weights_and_random_state(suite: Path, engine: Engine, topology: Topology) -> None:
     before = [parameter.clone() for parameter in engine.model.parameters()]
     state = torch.get_rng_state()
-    evaluate(engine.logits, loaded(suite), topology, 2)
+    evaluate(engine.score, loaded(suite), topology, 2)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))

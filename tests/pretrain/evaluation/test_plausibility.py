@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.plausibility import drawn_loss, warn_of_doubts
 from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
+from pretrain.model.loss import Scores, Targets, target_scores
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import Topology
 from shards import Tokenizer, read_documents
@@ -54,7 +56,11 @@ def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly
 
     def said(times: float) -> str:
         caplog.clear()
-        scores = evaluate(lambda *batch: times * model(*batch).detach(), eval_set, topology, 8)
+
+        def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> Scores:
+            return model(tokens, segment_ids, lambda hidden, weight: target_scores(times * hidden, weight, targets))
+
+        scores = evaluate(score, eval_set, topology, 8)
         warn_of_doubts(eval_records(0, scores), config, drawn=True)
         return caplog.text
 

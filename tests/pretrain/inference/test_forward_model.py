@@ -23,7 +23,7 @@ def test_generating_gives_what_scoring_gives_and_neither_compiles(
     for parameter in model._model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ids = torch.randint(64, (1, 24))
-    whole = model.logits(ids, torch.ones_like(ids))
+    whole = model._model(ids, torch.ones_like(ids))
     for length in range(2, 24):
         cache = KVCache(CONFIG.n_layers, 24)
         found = model.next_logits(ids[:, :length], cache)

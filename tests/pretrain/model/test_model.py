@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import psutil
 import pytest
 import torch
@@ -10,15 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.model.attention import positions_in_pieces, valid_targets
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.parallel import (
-    vocab_parallel_argmax,
-    vocab_parallel_logsumexp,
-    vocab_parallel_nll,
-    vocab_parallel_score,
-)
+from pretrain.model.loss import next_token_targets, training_loss
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.rng import seeded
-from pretrain.topology import Topology
+from pretrain.topology import ParallelConfig, Topology
 from tests.reference_model import Shape, piece_logits, pieces
 
 # Of the frequencies of heads of size 8, one is unchanged, one scaled by 8, and two lie in between.
@@ -29,9 +26,9 @@ LLAMA3 = {
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [1] * 20 + [0] * 4])  # [2, 24]: three pieces; one and padding
 
 
-def build(**changes: object) -> Transformer:
+def build(parallel: dict[str, object] | None = None, **changes: object) -> Transformer:
     values = {"dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 80, "vocab_size": 97, "init_std": 0.2}
-    model = Transformer(ModelConfig.model_validate(values | changes))
+    model = Transformer(ModelConfig.model_validate(values | changes), ParallelConfig.model_validate(parallel or {}))
     model.initialize(seed=5)
     return model
 
@@ -107,16 +104,21 @@ def test_logits_equal_the_plain_reference(changes: dict[str, object]) -> None:
 
 
 @pytest.mark.usefixtures("topology")
-def test_checkpointing_blocks_changes_no_gradient() -> None:
-    tokens, gradients = random_tokens(2, 24), []
-    for checkpoint_blocks in (False, True):
-        model = build(dropout=0.1)
-        model.checkpoint_blocks = checkpoint_blocks
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_changes_no_gradient(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda block, **options: compile_(block, **options))
+    tokens, gradients = random_tokens(2, 25), {}
+    segments = torch.cat((SEGMENTS, SEGMENTS[:, -1:]), dim=1)
+    for what in ("none", "selective", "full"):
+        model = build({"activation_checkpointing": what, "compile": compiled}, dropout=0.1, qk_norm=True)
+        head = functools.partial(training_loss, targets=next_token_targets(tokens, segments), z_loss=1e-3)
         with seeded(7, torch.device("cpu")):
-            vocab_parallel_nll(model(tokens, SEGMENTS), tokens).sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        assert torch.equal(plain, checkpointed)
+            model(tokens[:, :-1], SEGMENTS, head).total.backward()
+        gradients[what] = [p.grad for p in model.parameters()]
+    for plain, selective, full in zip(*gradients.values(), strict=True):
+        assert torch.equal(plain, selective)
+        assert torch.equal(plain, full)
 
 
 @pytest.mark.usefixtures("topology")
@@ -144,32 +146,6 @@ def test_positions_restart_in_each_piece() -> None:
 def test_targets_are_the_next_tokens_of_the_same_piece() -> None:
     segments = torch.tensor([[1, 1, 2, 3, 3, 0, 0]])
     assert valid_targets(segments).tolist() == [[True, False, False, True, False, False]]
-
-
-@pytest.mark.usefixtures("topology")
-def test_scores_of_logits_equal_torch_also_where_several_tokens_are_as_likely() -> None:
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randint(-4, 5, (4, 50, 23), generator=generator).bfloat16()  # many equal values
-    targets = torch.randint(23, (4, 50), generator=generator)
-    nll, correct = vocab_parallel_score(logits, targets)
-    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    assert torch.allclose(nll.flatten(), expected, rtol=1e-6)
-    assert torch.equal(correct, logits.float().argmax(-1) == targets)
-    assert 5 < correct.sum() < 40
-
-
-@pytest.mark.usefixtures("topology")
-def test_losses_on_split_logits_equal_torch() -> None:
-    logits = torch.randn(3, 5, 97, generator=torch.Generator().manual_seed(2)) * 4
-    targets = random_tokens(3, 5)
-    kept = logits.clone()
-    nll = vocab_parallel_nll(logits, targets)
-    assert torch.equal(logits, kept), "the caller's logits must not be edited"
-    torch.testing.assert_close(
-        nll, torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    )
-    torch.testing.assert_close(vocab_parallel_logsumexp(logits), logits.logsumexp(-1))
-    assert torch.equal(vocab_parallel_argmax(logits), logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("topology")

@@ -1,0 +1,13 @@
+"""The loss of a split vocabulary equals that of a whole one; see the module that the ranks run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_a_split_vocabulary_gives_the_whole_ones_loss_gradients_and_scores(tp_size: int) -> None:
+    run_ranks(tp_size, "tests.distributed.loss", str(tp_size))
