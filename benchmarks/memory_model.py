@@ -1,0 +1,272 @@
+"""Compare the estimate of a rank's memory with a simulated training step: `python benchmarks/memory_model.py`.
+
+The simulated step is the engine's own, DeepSpeed's optimizer and all, with tensors that have shapes and no memory
+(FakeTensorMode) and collectives that reach nobody (torch's fake process group). It counts the bytes of all tensors that are
+alive at once, in a second step of two micro-steps, when gradients and optimizer states exist. Nothing of the model is
+known here, but it stands for a GPU: norms are one kernel, as there, and attention keeps its inputs and output; only
+DeepSpeed's own choices by device are those for CPUs. Compiled blocks are cut into forward and backward pass as
+torch.compile does; their intermediate tensors are not fused, so that these figures are a little high.
+
+    python benchmarks/memory_model.py                                        # the shipped configs
+    python benchmarks/memory_model.py --config configs/x.yaml --dp-size 8 parallel.zero_stage=2
+
+A line for each case: the estimate and the simulation in GB; of the simulation the peak of each part. The exit code is 1
+where they differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain.config import RunConfig, load_config
+from pretrain.engine import Engine
+from pretrain.model.loss import Targets
+from pretrain.model.size import memory_per_rank
+from pretrain.run.metrics import Meter
+from pretrain.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = (("quickstart", 1), ("llama-125m-pile", 8), ("llama-1b-dolma", 8), ("llama-7b-pile-dolma-tp2", 32))
+TOLERANCE = 0.1
+MICRO_STEPS = 2  # a first one, and one that adds to its gradients
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What one rank held in a simulated step.
+
+    Attributes:
+        states: bytes between two steps: weights, gradient sums, optimizer.
+        peak: the most bytes at once.
+        peaks: the same by the engine's parts of a step.
+        sent: bytes given to collectives in the step, by the size of the group and the operation.
+    """
+
+    states: int
+    peak: int
+    peaks: dict[str, int]
+    sent: dict[str, int]
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and answers questions about values that fake tensors lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}  # by storage
+        self.alive = self.peak = 0
+        self.sent: Counter[str] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # otherwise torch.compile would leave its blocks uncompiled
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            made = function(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return 0  # a loss, a norm or a flag for the host: with zeros a step is taken as usual
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.sent[str(function)] += sum(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return made
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+class PeakMeter(Meter):
+    """Notes the most bytes that were alive in each part of a step."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self.peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._ledger.peak = self._ledger.alive
+        yield
+        self.peaks[name] = max(self.peaks.get(name, 0), self._ledger.peak)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """RMSNorm as CUDA's kernel does it, which keeps its input and one number a row. On CPUs it is several operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _shape: Any, weight: Tensor, _eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight), None
+
+
+def _attention_of_one_piece(*_: object) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
+
+
+def _all_targets(tokens: Tensor, _segment_ids: Tensor) -> Targets:
+    """Return a target for each position, since fake segment ids do not tell which have none."""
+    positions = torch.arange(tokens[:, 1:].numel())
+    return Targets(positions, tokens[:, 1:].flatten())
+
+
+def _apply_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+    """Do what nn.Module._apply does, without swapping tensors, which fake ones do not allow."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.data = convert(parameter.data)
+    return module
+
+
+@contextlib.contextmanager
+def simulated(config: RunConfig, dp_size: int) -> Iterator[Topology]:
+    """Take part in a training of ranks that do not exist, as rank 0, with tensors that have no memory."""
+    tp_size, compiled = config.parallel.tp_size, torch.compile
+    dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
+    mesh = init_device_mesh("cpu", (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    patches = [
+        mock.patch.object(fairscale_groups, "_DATA_PARALLEL_GROUP", mesh.get_group("dp")),
+        mock.patch.object(fairscale_groups, "_MODEL_PARALLEL_GROUP", mesh.get_group("tp")),
+        mock.patch.dict(os.environ, LOCAL_RANK="0"),
+        mock.patch.object(nn.Module, "_apply", _apply_in_place),
+        mock.patch.object(Tensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
+        mock.patch.object(gc, "collect"),  # DeepSpeed does it thirty times at a start
+        mock.patch("pretrain.model.transformer.attention_within_pieces", _attention_of_one_piece),
+        mock.patch("pretrain.engine.next_token_targets", _all_targets),
+        mock.patch("pretrain.model.loss._CACHED_LOGITS", 1 << 62),
+        mock.patch(
+            "torch.compile", lambda code, **_: compiled(code, backend="aot_eager_decomp_partition", dynamic=False)
+        ),
+        # These compare with values from other ranks.
+        mock.patch("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks"),
+    ]
+    if not config.parallel.compile:
+        patches.append(mock.patch.object(F, "rms_norm", _FusedNorm.apply))
+    with contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True):
+        for patch in patches:
+            stack.enter_context(patch)
+        yield Topology(0, tp_size * dp_size, 0, tp_size, 0, dp_size, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def simulate(config: RunConfig, dp_size: int) -> Simulation:
+    """Run two steps of the engine on one of dp_size x tp_size ranks, and measure the second."""
+    rows = config.micro_batch_size(dp_size)
+    ledger = Ledger()
+    meter = PeakMeter(ledger)
+    with simulated(config, dp_size) as topology, ledger:
+        parts = config.model, config.optim, config.parallel, config.deepspeed_config()
+        engine = Engine(*parts, rows, MICRO_STEPS, topology, config.run.seed)
+        tokens = torch.zeros(MICRO_STEPS * rows, config.data.seq_len + 1, dtype=torch.int64)
+        states = 0
+        for step in range(2):
+            meter.peaks, states = {}, ledger.alive
+            ledger.sent.clear()
+            engine.train_step(tokens, torch.ones_like(tokens), 1, step, 1e-4, meter)
+    return Simulation(states, max(meter.peaks.values()), meter.peaks, dict(ledger.sent))
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[Path, int, list[str]]]:
+    """Yield the config, the data-parallel ranks and the overrides of each case."""
+    if arguments.config:
+        yield arguments.config, arguments.dp_size, arguments.overrides
+        return
+    for name, dp_size in SHIPPED:
+        path = ROOT / "configs" / f"{name}.yaml"
+        for compiled in (False, True):
+            for checkpointing in ("none", "selective", "full"):
+                for split in (False, True) if load_config(path).parallel.tp_size > 1 else (False,):
+                    settings = {"compile": compiled, "activation_checkpointing": checkpointing, "sequence_parallel": split}
+                    overrides = [f"parallel.{key}={json.dumps(value)}" for key, value in settings.items()]
+                    yield path, dp_size, [*overrides, *arguments.overrides]
+
+
+def compare(path: Path, dp_size: int, overrides: list[str]) -> dict[str, object]:
+    """Simulate one case and set the estimate beside it."""
+    warnings.simplefilter("ignore")
+    config = load_config(path, overrides)
+    found, estimate = simulate(config, dp_size), memory_per_rank(config.workload(dp_size))
+    return {
+        "case": " ".join([path.stem, *overrides]),
+        "estimate": estimate.total,
+        "simulation": found.peak,
+        "off": estimate.total / found.peak - 1,
+        "states": found.states,
+        **found.peaks,
+        "sent": found.sent,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="default: the shipped configs, with each way to save memory")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--dp-size", type=int, default=8, help="data-parallel ranks of --config")
+    parser.add_argument("--json", action="store_true", help="one object a line, in bytes")
+    arguments = parser.parse_intermixed_args()
+    worst = 0.0
+    # Each case needs a process group and DeepSpeed's globals to itself.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for found in pool.imap(_compare, cases(arguments)):
+            worst = max(worst, abs(float(str(found["off"]))))
+            print(json.dumps(found) if arguments.json else _line(found), flush=True)
+    return int(worst > TOLERANCE)
+
+
+def _compare(case: tuple[Path, int, list[str]]) -> dict[str, object]:
+    return compare(*case)
+
+
+def _line(found: dict[str, Any]) -> str:
+    names = ("estimate", "simulation", "states", "forward_backward", "optimizer")
+    figures = "  ".join(f"{name} {found[name] / 1e9:.2f}" for name in names)
+    return f"{found['case']}\n    {figures}  {found['off']:+.0%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
