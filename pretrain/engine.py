@@ -23,15 +23,16 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
-from pretrain.model.attention import attention_backend, valid_targets
+from pretrain.model.attention import attention_backend
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import shard_dim, vocab_parallel_logsumexp, vocab_parallel_nll
+from pretrain.model.pieces import valid_targets
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
-from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology, copy_to
 from shards import CheckpointError
 
 
@@ -138,7 +139,7 @@ class Engine:
 
         Args:
             tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
-            segment_ids: [rows, seq_len + 1].
+            segment_ids: [rows, seq_len + 1] int64 on the host.
             n_targets: valid targets of the *global* batch, by which the sum of their losses is divided, however
                 they are spread over ranks and micro-steps. Without any, nothing is changed, since momentum and
                 weight decay would still move the weights.
@@ -187,7 +188,7 @@ class Engine:
 
     def _losses(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the negative log-likelihood and weighted z-loss over a micro-batch's valid targets; fp32 scalars."""
-        valid = valid_targets(segment_ids)
+        valid = copy_to(tokens.device, valid_targets(segment_ids))
         logits = self.deepspeed(tokens[:, :-1], segment_ids[:, :-1])
         nll = (vocab_parallel_nll(logits, tokens[:, 1:]) * valid).sum()
         if not self.optim_config.z_loss:

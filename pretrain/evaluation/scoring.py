@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pretrain.evaluation.eval_set import EvalSet, Row
 from pretrain.evaluation.scores import DocumentScores
-from pretrain.model.attention import valid_targets
 from pretrain.model.parallel import vocab_parallel_score
-from pretrain.topology import Topology
+from pretrain.model.pieces import valid_targets
+from pretrain.topology import Topology, copy_to
 
-# tokens, segment ids [B, T] -> this rank's slice of the logits [B, T, vocab_size / tp_size], without gradients
+# tokens [B, T] on the device, segment ids [B, T] on the host
+# -> this rank's slice of the logits [B, T, vocab_size / tp_size], without gradients
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -69,9 +70,10 @@ def scored_rows(
     for start in range(0, passes * batch_size, batch_size):
         batch = rows[start : start + batch_size]
         tokens, segment_ids = dense(batch, batch_size, seq_len)
-        ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
+        ids, segments = copy_to(topology.device, torch.from_numpy(tokens)), torch.from_numpy(segment_ids)
         nll, correct = vocab_parallel_score(logits(ids[:, :-1], segments[:, :-1]), ids[:, 1:])
-        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid_targets(segments), 0.0)
+        valid = copy_to(topology.device, valid_targets(segments))
+        figures = torch.stack((nll, torch.ones_like(nll), correct.float())).where(valid, 0.0)
         yield from zip(batch, figures.cpu().numpy().swapaxes(0, 1), strict=False)  # the last batch is not full
 
 

@@ -15,15 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.model.attention import (
-    Attend,
-    AttentionBackend,
-    RopeScaling,
-    attention_within_pieces,
-    positions_in_pieces,
-    rotary_angles,
-    rotate,
-)
+from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import (
     column_linear,
@@ -33,6 +25,8 @@ from pretrain.model.parallel import (
     shard_of,
     vocab_embedding,
 )
+from pretrain.model.pieces import pieces_of
+from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
 from pretrain.rng import derive_seed
 from shards import Config
 
@@ -118,10 +112,8 @@ class Attention(nn.Module):
         q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
         k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
         v = self.wv(x).view(rows, length, -1, self.head_dim)
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
-        out = attend(q, k, v.transpose(1, 2))
-        return self.wo(out.transpose(1, 2).reshape(rows, length, -1))
+        out = attend(rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v)  # [B, T, H, D]
+        return self.wo(out.reshape(rows, length, -1))
 
 
 class FeedForward(nn.Module):
@@ -192,15 +184,17 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding. Needed without a cache.
+            segment_ids: [B, T] int64 on the host; equal neighbours belong to one piece, 0 is padding. Needed without a
+                cache.
             cache: cache of the preceding tokens, to which these are added; each row is then one piece.
         Returns:
             [B, T, vocab_size / tp_size]: this rank's slice of the logits, in the weights' type.
         """
         if cache is None:
             assert segment_ids is not None
-            attends = [attention_within_pieces(segment_ids, self.attention_backend)] * self.config.n_layers
-            positions = positions_in_pieces(segment_ids)
+            pieces = pieces_of(segment_ids, tokens.device)
+            attends = [attention_within_pieces(pieces, self.attention_backend)] * self.config.n_layers
+            positions = pieces.positions
         else:
             attends, positions = cache.attends, cache.positions(tokens)
         config = self.config
