@@ -34,7 +34,7 @@ from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
-from pretrain.model.attention import valid_targets
+from pretrain.model.pieces import valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
@@ -55,7 +55,7 @@ class Training:
         derived = deepspeed_config(parallel, optim, "bf16", {})
         self.engine = Engine(MODEL, optim, parallel, derived, 1, 1, here, seed=0)
         self._tokens = torch.randint(MODEL.vocab_size, (1, SEQ_LEN + 1)).to(here.device)
-        self._segments = torch.ones_like(self._tokens)
+        self._segments = torch.ones(1, SEQ_LEN + 1, dtype=torch.int64)
         self.steps = 0
         for _ in range(3):
             self.step()

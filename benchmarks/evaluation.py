@@ -64,7 +64,7 @@ def main() -> int:
         targets = int(eval_set.document_targets.sum())
         passes = -(-eval_set.num_rows // (here.dp_size * batch_size))
         tokens = torch.randint(config.model.vocab_size, (batch_size, seq_len), device=here.device)
-        segment_ids = torch.ones_like(tokens)
+        segment_ids = torch.ones(tokens.shape, dtype=torch.int64)
         rates: dict[str, list[float]] = {"evaluation": [], "forward": []}
         for _ in range(arguments.repeats):
             begin = time.perf_counter()

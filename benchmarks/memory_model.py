@@ -40,7 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.model.loss import Targets
+from pretrain.model.pieces import Pieces, pieces_of
 from pretrain.model.size import memory_per_rank
 from pretrain.run.metrics import Meter
 from pretrain.topology import Topology
@@ -84,6 +85,8 @@ class Ledger(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # by storage
         self.alive = self.peak = 0
         self.sent: Counter[str] = Counter()
+
+    supports_higher_order_operators = True  # those with which compiled blocks compute again what was not kept
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -142,11 +145,10 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
-def _attention_of_one_piece(*_: object) -> Any:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-    return attend
+def _one_piece_a_row(segment_ids: Tensor, device: torch.device) -> Pieces:
+    """Find pieces where segment ids have no values: as if each row were one."""
+    with unset_fake_temporarily():
+        return pieces_of(torch.ones(segment_ids.shape, dtype=torch.int64), device)
 
 
 def _all_targets(tokens: Tensor, _segment_ids: Tensor) -> Targets:
@@ -176,7 +178,7 @@ def simulated(config: RunConfig, dp_size: int) -> Iterator[Topology]:
         mock.patch.object(nn.Module, "_apply", _apply_in_place),
         mock.patch.object(Tensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
         mock.patch.object(gc, "collect"),  # DeepSpeed does it thirty times at a start
-        mock.patch("pretrain.model.transformer.attention_within_pieces", _attention_of_one_piece),
+        mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),
         mock.patch("pretrain.model.loss._CACHED_LOGITS", 1 << 62),
         mock.patch(

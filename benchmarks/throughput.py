@@ -23,7 +23,7 @@ import torch
 
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
-from pretrain.model.attention import valid_targets
+from pretrain.model.pieces import valid_targets
 from pretrain.model.size import flops_per_token, memory_per_rank
 from pretrain.run.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.topology import Topology, started
@@ -37,7 +37,7 @@ def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int
     generator = torch.Generator().manual_seed(here.dp_rank)
     tokens = torch.randint(config.model.vocab_size, (micro_batch_size, seq_len + 1), generator=generator)
     segment_ids = (torch.arange(seq_len + 1) * 3 // (seq_len + 1) + 1).expand_as(tokens).contiguous()
-    tokens, segment_ids = tokens.to(here.device), segment_ids.to(here.device)
+    tokens = tokens.to(here.device)
     n_targets = int(valid_targets(segment_ids).sum()) * here.dp_size
     meter = Meter(synchronize=torch.cuda.synchronize if here.device.type == "cuda" else None)
     seconds = []

@@ -140,7 +140,7 @@ class Engine:
 
         Args:
             tokens: [rows, seq_len + 1] int64 on the device: this dp rank's rows of the global batch.
-            segment_ids: [rows, seq_len + 1].
+            segment_ids: [rows, seq_len + 1] int64 on the host.
             n_targets: valid targets of the *global* batch, by which the sum of their losses is divided, however
                 they are spread over ranks and micro-steps. Without any, nothing is changed, since momentum and
                 weight decay would still move the weights.

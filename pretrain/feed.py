@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from pretrain.checkpoint.state import DataState
-from pretrain.topology import Topology
+from pretrain.topology import Topology, copy_to
 from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, check_not_empty, merge_states
 
 _EPOCH_UNIT = 10**12  # epochs are sent as integers, like everything else
@@ -36,7 +36,8 @@ class StepBatch:
     """The rows of one global batch on this rank, and the global batch's totals, which are the same on every rank.
 
     Attributes:
-        tokens, segment_ids: [rows, seq_len + 1] int64 on the device.
+        tokens: [rows, seq_len + 1] int64 on the device.
+        segment_ids: [rows, seq_len + 1] int64 on the host, where the model plans its attention.
         n_targets: number of tokens predicted in this step.
         n_tokens, n_padding: number of tokens without padding, and of padding.
         squared_lengths: sum of the squares of the pieces' lengths in tokens.
@@ -144,7 +145,7 @@ class Feed:
         tokens_per_source = {source: totals[f"tokens/{source}"] for source in self._sources}
         tokens, segment_ids = self._shared(batch)
         return StepBatch(
-            tokens=tokens,
+            tokens=copy_to(self._topology.device, tokens),
             segment_ids=segment_ids,
             n_targets=totals["targets"],
             n_tokens=sum(tokens_per_source.values()),
@@ -214,12 +215,11 @@ class Feed:
         return sorted(found for part in self._topology.gather_objects(own) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
-        """Return this dp rank's (tokens, segment_ids) on each of its tp ranks: [2, rows, seq_len + 1] int64."""
-        device = self._topology.device
+        """Return this dp rank's (tokens, segment_ids) on each tp rank's host: [2, rows, seq_len + 1] int64."""
         if batch is None:
-            rows = torch.empty(self._shape, dtype=torch.int32, device=device)
+            rows = torch.empty(self._shape, dtype=torch.int32)
         else:
-            rows = torch.stack((torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_ids))).to(device)
+            rows = torch.stack((torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_ids)))
         return self._topology.broadcast_in_tp(rows).long()
 
     def origins(self) -> list[Origin]:

@@ -44,7 +44,7 @@ class ParallelConfig(Config):
     # the like, which cost little; full: all but its input, which costs one more forward pass
     activation_checkpointing: Annotated[Checkpointing, BeforeValidator(_former_flag)] = "none"
     compile: bool = False  # torch.compile each block; the first step then takes a minute
-    attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex on CUDA, sdpa elsewhere
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"  # auto: flex on CUDA, varlen elsewhere
     deterministic: bool = False  # on CUDA, use only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 
@@ -105,7 +105,7 @@ class Topology:
 
         Values may be unsigned or signed 64-bit; the sums come back unsigned.
         """
-        tensor = torch.tensor([_signed(v) for v in values], dtype=torch.int64, device=self.device)
+        tensor = torch.tensor([_signed(v) for v in values], dtype=torch.int64)  # on the host: waits for no device
         dist.all_reduce(tensor)
         return [v % 2**64 for v in tensor.tolist()]
 
@@ -182,6 +182,11 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor from the host to a device, without waiting for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _signed(value: int) -> int:
@@ -271,7 +276,7 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.use_deterministic_algorithms(True)
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # by where a tensor lies
         timeout=timeout,
         store=store,
         rank=int(environment["RANK"]) if store else -1,

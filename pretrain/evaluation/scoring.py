@@ -16,9 +16,9 @@ from torch import Tensor
 from pretrain.evaluation.eval_set import EvalSet, Row
 from pretrain.evaluation.scores import DocumentScores
 from pretrain.model.loss import Scores, Targets, next_token_targets
-from pretrain.topology import Topology
+from pretrain.topology import Topology, copy_to
 
-# tokens, segment ids [B, T], targets -> their scores, the same on every tp rank
+# tokens [B, T] on the device, segment ids [B, T] on the host, targets -> their scores, the same on every tp rank
 Score = Callable[[Tensor, Tensor, Targets], Scores]
 
 
@@ -68,7 +68,7 @@ def scored_rows(
     for start in range(0, passes * batch_size, batch_size):
         batch = rows[start : start + batch_size]
         tokens, segment_ids = dense(batch, batch_size, seq_len)
-        ids, segments = (torch.from_numpy(array).to(topology.device) for array in (tokens, segment_ids))
+        ids, segments = copy_to(topology.device, torch.from_numpy(tokens)), torch.from_numpy(segment_ids)
         targets = next_token_targets(ids, segments)
         scores = score(ids[:, :-1], segments[:, :-1], targets)
         figures = torch.zeros(3, batch_size * seq_len, device=topology.device)

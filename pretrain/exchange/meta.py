@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.exchange.description import ModelDescription, required
-from pretrain.model.attention import RopeScaling
+from pretrain.model.rotary import RopeScaling
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
 from shards import ConfigError

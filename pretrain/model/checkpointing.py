@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pretrain.model import piece_attention  # noqa: F401  # registers its operator
 from pretrain.topology import Checkpointing
 
 # Costly to compute again for what they take to keep: matrix products, attention, and whatever waits for other ranks.
 _KEPT = {
     torch.ops.aten.mm.default,
+    torch.ops.headrace.piece_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,

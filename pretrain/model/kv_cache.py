@@ -6,10 +6,9 @@ generate -> transformer -> kv_cache, replacing the attention within a packed row
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.model.attention import Attend
+from pretrain.model.attention import Attend, sdpa
 
 
 class KVCache:
@@ -40,21 +39,19 @@ class KVCache:
 
     def _attend_in(self, layer: int) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            start, count = self.length, q.shape[2]
+            start, count = self.length, q.shape[1]
             end = start + count
             assert end <= self.max_length, f"a cache of {self.max_length} tokens cannot hold {end}"
             memory = self._memory[layer]
             if memory is None:
-                rows, heads, _, head_dim = k.shape
-                shape = (rows, heads, self.max_length, head_dim)
+                rows, _, heads, head_dim = k.shape
+                shape = (rows, self.max_length, heads, head_dim)
                 memory = self._memory[layer] = (k.new_empty(shape), v.new_empty(shape))
             for stored, new in zip(memory, (k, v), strict=True):
-                stored[:, :, start:end] = new
-            keys, values = (stored[:, :, :end] for stored in memory)
+                stored[:, start:end] = new
+            keys, values = (stored[:, :end] for stored in memory)
             # [T (query), start + T (key)]: a token sees all earlier passes, and this pass up to itself
             mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(diagonal=start)
-            return F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
-            )
+            return sdpa(q, keys, values, mask)
 
         return attend

@@ -1,9 +1,9 @@
 """The loss of next tokens without their logits: projection, softmax and gradients, a chunk of targets at a time.
 
-transformer -> loss -> {engine, scoring}. The logits of a batch would be the largest tensor of a step: tokens x vocabulary,
-in fp32 for the softmax. Here only those of a chunk exist. In training a chunk's gradients are computed right after its
-logits, so that nothing is projected twice; an evaluation walks through the same chunks without gradients. Each tp rank
-has its slice of the vocabulary, and the ranks exchange three figures a target.
+transformer -> loss -> {engine, scoring}. The logits of a batch would be the largest tensor of a step: tokens x
+vocabulary, in fp32 for the softmax. Here only those of a chunk exist. In training a chunk's gradients are computed
+right after its logits, so that nothing is projected twice; an evaluation walks through the same chunks without
+gradients. Each tp rank has its slice of the vocabulary, and the ranks exchange three figures a target.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.model.attention import valid_targets
 from pretrain.model.parallel import gather_over_tp, tp_rank
+from pretrain.model.pieces import valid_targets
+from pretrain.topology import copy_to
 
 _CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 134 MB of exponentials
 _CACHED_LOGITS = 1 << 18  # on CPUs, logits of a softmax: 1 MB of exponentials, which stay in a core's cache
@@ -39,10 +40,10 @@ def next_token_targets(tokens: Tensor, segment_ids: Tensor) -> Targets:
     """Return the targets of packed rows: each token that follows another of the same piece.
 
     Args:
-        tokens: [B, T + 1] int64; the first T are the positions.
-        segment_ids: [B, T + 1].
+        tokens: [B, T + 1] int64 on the device; the first T are the positions.
+        segment_ids: [B, T + 1] on the host, so that their number is known without waiting for the device.
     """
-    positions = valid_targets(segment_ids).flatten().nonzero().squeeze(1)
+    positions = copy_to(tokens.device, valid_targets(segment_ids).flatten().nonzero().squeeze(1))
     return Targets(positions, tokens[:, 1:].flatten()[positions])
 
 
@@ -76,8 +77,8 @@ def training_loss(hidden: Tensor, weight: Tensor, targets: Targets, z_loss: floa
     """Compute the loss of targets, and with it its gradients.
 
     Args:
-        hidden: [B, T, dim], the final hidden states, whole on every tp rank. Their gradient is this rank's part of a sum
-            over the tp ranks.
+        hidden: [B, T, dim], the final hidden states, whole on every tp rank. Their gradient is this rank's part of a
+            sum over the tp ranks.
         weight: [vocab_size / tp_size, dim], this rank's slice of the output projection.
         z_loss: coefficient of the squared logsumexp. Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, section 5.
         compiled: whether to compile the softmax; its first call then takes seconds.
@@ -111,7 +112,7 @@ def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def argmax_over_tp(logits: Tensor) -> Tensor:
-    """Return the most likely token id [M] int64 of slices of logits [M, vocab_size / tp_size]; of equals, the lowest."""
+    """Return the most likely ids [M] int64 by slices of logits [M, vocab_size / tp_size]; of equals, the lowest."""
     largest, index = logits.max(dim=-1)
     parts = gather_over_tp(torch.stack((largest.double(), (index + tp_rank() * logits.shape[-1]).double())))
     is_largest = parts[:, 0] == parts[:, 0].amax(dim=0)
@@ -192,7 +193,7 @@ def _exponentials(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     held = (columns >= 0) & (columns < width)
     target = logits.gather(-1, torch.where(held, columns, 0).unsqueeze(-1)).squeeze(-1).float()
     largest = logits.amax(-1).float()
-    powers = logits.float().sub_(largest.unsqueeze(-1)).exp_()
+    powers = logits.to(torch.float32, copy=True).sub_(largest.unsqueeze(-1)).exp_()
     return powers, torch.stack((powers.sum(-1).log() + largest, torch.where(held, target, 0.0), largest))
 
 

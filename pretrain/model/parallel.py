@@ -3,9 +3,8 @@
 Every sharded weight carries the dimension along which it is split. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere.
 
-The layers themselves do not communicate. A branch of a block enters the region that the tp ranks split once, however many
-matrices read its input, and leaves it once: two collectives forward and two backward a branch's pair of ends, instead of
-one for each matrix.
+The layers themselves do not communicate. However many matrices read a branch's input, the branch enters the region that
+the tp ranks split once and leaves it once: a collective forward and one backward.
 """
 
 from __future__ import annotations

@@ -14,15 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.model.attention import (
-    Attend,
-    AttentionBackend,
-    RopeScaling,
-    attention_within_pieces,
-    positions_in_pieces,
-    rotary_angles,
-    rotate,
-)
+from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.checkpointing import checkpointed
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import (
@@ -35,6 +27,8 @@ from pretrain.model.parallel import (
     on_sharded_activations,
     shard_of,
 )
+from pretrain.model.pieces import pieces_of
+from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
 from pretrain.rng import derive_seed
 from pretrain.topology import ParallelConfig
 from shards import Config
@@ -123,16 +117,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim], where N = B * T."""
-        rows, _, length, _ = cos.shape
+        rows, length = cos.shape[:2]
         q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
         k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
         v = self.wv(x).view(rows, length, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, sharded=True), self.k_norm(k, sharded=True)
-        q = rotate(q.transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(k.transpose(1, 2), cos, sin)
-        out = attend(q, k, v.transpose(1, 2))
-        return self.wo(out.transpose(1, 2).reshape(rows * length, -1))
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, T, H, D]
+        return self.wo(out.reshape(rows * length, -1))
 
 
 class FeedForward(nn.Module):
@@ -152,8 +144,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: each branch reads the normalized residual stream and adds to it.
 
-    Checkpointing and compilation happen inside the module, whose own hooks then stay out of both: those of ZeRO-3 gather
-    its weights before, and free them after.
+    Checkpointing and compilation happen inside the module and leave out its hooks, with which ZeRO-3 gathers the
+    weights before and frees them after.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig) -> None:
@@ -225,7 +217,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            segment_ids: [B, T]; equal neighbours belong to one piece, 0 is padding. Needed without a cache.
+            segment_ids: [B, T] int64 on the host; equal neighbours belong to one piece, 0 is padding. Needed without a
+                cache.
             head: what to make of the predictions; the default makes this rank's slice of the logits,
                 [B, T, vocab_size / tp_size], in the weights' type.
             cache: cache of the preceding tokens, to which these are added; each row is then one piece.
@@ -236,8 +229,9 @@ class Transformer(nn.Module):
         use: Use = "training" if self.training else "scoring" if cache is None else "generation"
         if cache is None:
             assert segment_ids is not None
-            attends = [attention_within_pieces(segment_ids, self.attention_backend)] * config.n_layers
-            positions = positions_in_pieces(segment_ids)
+            pieces = pieces_of(segment_ids, tokens.device)
+            attends = [attention_within_pieces(pieces, self.attention_backend)] * config.n_layers
+            positions = pieces.positions
         else:
             attends, positions = cache.attends, cache.positions(tokens)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)

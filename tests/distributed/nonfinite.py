@@ -23,7 +23,7 @@ import xxhash
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine, StepStats
-from pretrain.model.attention import valid_targets
+from pretrain.model.pieces import valid_targets
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config

@@ -75,7 +75,7 @@ def run_case(
         torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
     history = []
     for step, (tokens, segment_ids) in enumerate(global_batches()):
-        tokens, segment_ids = tokens.to(topology.device), segment_ids.to(topology.device)
+        tokens = tokens.to(topology.device)
         mine = slice(topology.dp_rank, None, topology.dp_size)
         n_targets = int(((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum())
         stats = engine.train_step(tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter())

@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pretrain.deepspeed_keys import batch_sizes, deepspeed_config
 from pretrain.engine import Engine
-from pretrain.model.attention import valid_targets
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import next_token_targets
+from pretrain.model.pieces import valid_targets
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import Precision
 from pretrain.optim import OptimConfig

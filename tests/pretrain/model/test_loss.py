@@ -124,7 +124,8 @@ def test_the_logits_of_more_than_a_chunk_never_exist() -> None:
 
 
 @pytest.mark.usefixtures("topology", "small_chunks")
-def test_scores_equal_torch_also_where_several_tokens_are_as_likely() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_equal_torch_also_where_several_tokens_are_as_likely(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.eye(40).view(1, 40, 40)
     weight = torch.randint(-4, 5, (VOCABULARY, 40), generator=generator).float()  # the logits: many equal values
@@ -132,7 +133,7 @@ def test_scores_equal_torch_also_where_several_tokens_are_as_likely() -> None:
     highest = VOCABULARY - 1 - weight.t().flip(-1).argmax(-1)
     anything = torch.randint(VOCABULARY, (40,), generator=generator)
     tokens = torch.stack((lowest, highest, anything))[torch.arange(40) % 3, torch.arange(40)]
-    scores = target_scores(hidden, weight, Targets(torch.arange(40), tokens))
+    scores = target_scores(hidden.to(dtype), weight.to(dtype), Targets(torch.arange(40), tokens))
     torch.testing.assert_close(scores.nll, torch.nn.functional.cross_entropy(weight.t(), tokens, reduction="none"))
     assert torch.equal(scores.correct, weight.t().argmax(-1) == tokens)
     assert 13 < scores.correct.sum() < 27
@@ -145,9 +146,6 @@ def test_targets_are_the_tokens_that_follow_another_of_their_piece(rows: list[li
     segments = torch.tensor(rows)
     tokens = torch.arange(segments.numel()).view(segments.shape)
     found = next_token_targets(tokens, segments)
-    expected = [
-        (i * 6 + j, i * 7 + j + 1) for i, row in enumerate(rows) for j in range(6) if row[j] == row[j + 1] and row[j] > 0
-    ]
+    places = [(i, j) for i, row in enumerate(rows) for j in range(6) if row[j] == row[j + 1] and row[j] > 0]
+    expected = [(i * 6 + j, i * 7 + j + 1) for i, j in places]
     assert list(zip(found.positions.tolist(), found.tokens.tolist(), strict=True)) == expected
-
-

@@ -10,9 +10,9 @@ import torch
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.model.attention import positions_in_pieces, valid_targets
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import next_token_targets, training_loss
+from pretrain.model.pieces import pieces_of, valid_targets
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import ParallelConfig, Topology
@@ -140,7 +140,7 @@ def test_dropout_depends_on_the_seed_alone() -> None:
 
 def test_positions_restart_in_each_piece() -> None:
     expected = [[*range(9), 0, *range(14)], [*range(20), *range(4)]]
-    assert positions_in_pieces(SEGMENTS).tolist() == expected
+    assert pieces_of(SEGMENTS, torch.device("cpu")).positions.tolist() == expected
 
 
 def test_targets_are_the_next_tokens_of_the_same_piece() -> None:

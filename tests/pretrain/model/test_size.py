@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.model.parallel import vocab_parallel_logsumexp, vocab_parallel_nll
 from pretrain.model.size import (
     Workload,
     flops_of_documents,
@@ -81,40 +76,3 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
     assert estimate(2, 8).gradients == 4 * parameters // 8
     assert estimate(3, 8).weights == 2 * parameters // 8
     assert estimate(1, 8, tp_size=2).weights == parameters
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations create, and the most that are alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return made
-
-
-@pytest.mark.usefixtures("topology")
-@pytest.mark.parametrize("z_loss", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_takes_what_is_estimated(dtype: torch.dtype, z_loss: bool) -> None:
-    tokens, vocab_size = 64, 2000
-    hidden, targets = torch.randn(tokens, vocab_size, dtype=dtype, requires_grad=True), torch.arange(tokens)
-    with PeakMemory() as memory:
-        logits = hidden * 1  # as from the output projection
-        loss = vocab_parallel_nll(logits, targets).sum()
-        if z_loss:
-            loss = loss + 1e-4 * vocab_parallel_logsumexp(logits).square().sum()
-        loss.backward()
-
-    def estimate(pieces: int) -> int:
-        config = LLAMA_7B.model_copy(update={"vocab_size": pieces})
-        return memory_per_rank(Workload(config, ParallelConfig(), 1, 1, tokens, dtype.itemsize, z_loss)).activations
-
-    assert memory.peak == pytest.approx(estimate(3 * vocab_size) - estimate(2 * vocab_size), rel=0.02)
