@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
+import operator
 import os
 import sys
 import warnings
@@ -40,6 +42,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch import Tensor, nn
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -84,6 +89,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._sizes: dict[int, int] = {}  # by storage
         self.alive = self.peak = 0
+        self.in_registers = False  # whether a fused kernel makes what comes next, and nothing but that kernel reads it
         self.sent: Counter[str] = Counter()
 
     supports_higher_order_operators = True  # those with which compiled blocks compute again what was not kept
@@ -93,6 +99,8 @@ class Ledger(TorchDispatchMode):
         return True  # otherwise torch.compile would leave its blocks uncompiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as a real one does; a fake one makes a new tensor
         try:
             made = function(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -100,15 +108,15 @@ class Ledger(TorchDispatchMode):
         if function.namespace in ("c10d", "_c10d_functional"):
             self.sent[str(function)] += sum(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # DeepSpeed makes some of these itself
                 self._enter(tensor.untyped_storage())
         return made
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.alive += storage.nbytes()
+            self._sizes[key] = 0 if self.in_registers else storage.nbytes()
+            self.alive += self._sizes[key]
             self.peak = max(self.peak, self.alive)
             weakref.finalize(storage, self._leave, key)
 
@@ -131,6 +139,56 @@ class PeakMeter(Meter):
         self.peaks[name] = max(self.peaks.get(name, 0), self._ledger.peak)
 
 
+class FusedKernels(torch.fx.Interpreter):
+    """Runs a compiled graph, and leaves out of the ledger what a fused kernel would keep in registers.
+
+    Those are the results of operations by element that only operations by element and reductions read; inductor fuses
+    such chains.
+    """
+
+    def __init__(self, graph: torch.fx.GraphModule, ledger: Ledger) -> None:
+        super().__init__(graph)
+        self._ledger = ledger
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        self._ledger.in_registers = _by_element(node) and not _is_written(node)
+        try:
+            return super().run_node(node)
+        finally:
+            self._ledger.in_registers = False
+
+
+def _by_element(node: torch.fx.Node) -> bool:
+    operation = node.target
+    if not isinstance(operation, torch._ops.OpOverload):
+        return operation is operator.getitem
+    return operation.is_view or torch.Tag.pointwise in operation.tags or operation is torch.ops.aten.cat.default
+
+
+def _is_written(node: torch.fx.Node) -> bool:
+    """Return whether anything reads a node, or a view of it, that is not part of a fused kernel."""
+    for user in node.users:
+        if user.op == "output" or not (_by_element(user) or torch.Tag.reduction in getattr(user.target, "tags", ())):
+            return True
+        if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view and _is_written(user):
+            return True
+    return False
+
+
+def backend(ledger: Ledger) -> Any:
+    """Return a backend for torch.compile that cuts graphs in forward and backward pass as inductor does."""
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        return make_boxed_func(lambda *inputs: FusedKernels(graph, ledger).boxed_run(list(inputs)))
+
+    return aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table,
+    )
+
+
 class _FusedNorm(torch.autograd.Function):
     """RMSNorm as CUDA's kernel does it, which keeps its input and one number a row. On CPUs it is several operations."""
 
@@ -143,6 +201,15 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None, torch.empty_like(weight), None
+
+
+_rms_norm = F.rms_norm
+
+
+def _norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _rms_norm(x, shape, weight, eps)  # inductor fuses the operations by itself
+    return _FusedNorm.apply(x, shape, weight, eps)
 
 
 def _one_piece_a_row(segment_ids: Tensor, device: torch.device) -> Pieces:
@@ -166,7 +233,7 @@ def _apply_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn
 
 
 @contextlib.contextmanager
-def simulated(config: RunConfig, dp_size: int) -> Iterator[Topology]:
+def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topology]:
     """Take part in a training of ranks that do not exist, as rank 0, with tensors that have no memory."""
     tp_size, compiled = config.parallel.tp_size, torch.compile
     dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
@@ -176,19 +243,16 @@ def simulated(config: RunConfig, dp_size: int) -> Iterator[Topology]:
         mock.patch.object(fairscale_groups, "_MODEL_PARALLEL_GROUP", mesh.get_group("tp")),
         mock.patch.dict(os.environ, LOCAL_RANK="0"),
         mock.patch.object(nn.Module, "_apply", _apply_in_place),
+        mock.patch.object(F, "rms_norm", _norm),
         mock.patch.object(Tensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
         mock.patch.object(gc, "collect"),  # DeepSpeed does it thirty times at a start
         mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),
         mock.patch("pretrain.model.loss._CACHED_LOGITS", 1 << 62),
-        mock.patch(
-            "torch.compile", lambda code, **_: compiled(code, backend="aot_eager_decomp_partition", dynamic=False)
-        ),
+        mock.patch("torch.compile", lambda code, **_: compiled(code, backend=backend(ledger), dynamic=False)),
         # These compare with values from other ranks.
         mock.patch("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks"),
     ]
-    if not config.parallel.compile:
-        patches.append(mock.patch.object(F, "rms_norm", _FusedNorm.apply))
     with contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True):
         for patch in patches:
             stack.enter_context(patch)
@@ -201,7 +265,7 @@ def simulate(config: RunConfig, dp_size: int) -> Simulation:
     rows = config.micro_batch_size(dp_size)
     ledger = Ledger()
     meter = PeakMeter(ledger)
-    with simulated(config, dp_size) as topology, ledger:
+    with simulated(config, dp_size, ledger) as topology, ledger:
         parts = config.model, config.optim, config.parallel, config.deepspeed_config()
         engine = Engine(*parts, rows, MICRO_STEPS, topology, config.run.seed)
         tokens = torch.zeros(MICRO_STEPS * rows, config.data.seq_len + 1, dtype=torch.int64)
