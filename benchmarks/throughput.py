@@ -25,7 +25,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.model.pieces import valid_targets
 from pretrain.model.size import flops_per_token, memory_per_rank
-from pretrain.run.metrics import Meter, mfu, peak_flops_of, peak_memory_bytes
+from pretrain.run.metrics import device_meter, mfu, peak_flops_of, peak_memory_bytes
 from pretrain.topology import Topology, started
 
 
@@ -39,7 +39,7 @@ def measure(config: RunConfig, here: Topology, micro_batch_size: int, steps: int
     segment_ids = (torch.arange(seq_len + 1) * 3 // (seq_len + 1) + 1).expand_as(tokens).contiguous()
     tokens = tokens.to(here.device)
     n_targets = int(valid_targets(segment_ids).sum()) * here.dp_size
-    meter = Meter(synchronize=torch.cuda.synchronize if here.device.type == "cuda" else None)
+    meter = device_meter(here.device)
     seconds = []
     for step in range(warmup + steps):
         start = time.perf_counter()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
-
 from pretrain.checkpoint.state import RunState
 from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
-from pretrain.run.metrics import Meter, StepRecord, mfu, peak_memory_bytes
+from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
 from pretrain.topology import Topology
 from shards import DataConfig
 
@@ -30,7 +28,7 @@ class StepRecorder:
     def __init__(
         self, model: ModelConfig, data: DataConfig, with_z_loss: bool, peak_flops: float | None, topology: Topology
     ) -> None:
-        self.meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
+        self.meter = device_meter(topology.device)
         self._model, self._flops_per_token = model, flops_per_token(model, data.seq_len)
         self._decontaminates = data.decontaminate is not None
         self._with_z_loss = with_z_loss

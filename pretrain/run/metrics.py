@@ -6,6 +6,7 @@ recorder -> StepRecord -> journal -> {metrics.jsonl, console, wandb}.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import resource
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 from pydantic import Field
@@ -76,20 +78,33 @@ class StepRecord:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
+class DeviceEvent(Protocol):
+    """A moment in a device's queue of work, such as `torch.cuda.Event(enable_timing=True)`."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: Self, /) -> float: ...  # milliseconds
+
+
 class Meter:
     """Splits the seconds of a step into named parts, and starts afresh with each step."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None):
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, device_event: Callable[[], DeviceEvent] | None = None
+    ) -> None:
         """Start timing a step.
 
         Args:
             clock: seconds, monotonic.
-            synchronize: waits until the device has done its work, so that each part is charged for its own; called at
-                the end of each part.
+            device_event: makes an event of a device that works through a queue of its own; None if there is no such
+                device, and what is computed is done when the call returns.
         """
         self._clock = clock
-        self._synchronize = synchronize
+        self._device_event = device_event
         self._parts: dict[str, float] = {}
+        self._on_device: list[tuple[str, DeviceEvent, DeviceEvent]] = []
         self._step_start = clock()
 
     @contextmanager
@@ -99,12 +114,29 @@ class Meter:
         try:
             yield
         finally:
-            if self._synchronize is not None:
-                self._synchronize()
-            self._parts[name] = self._parts.get(name, 0.0) + self._clock() - start
+            self._charge(name, self._clock() - start)
+
+    @contextmanager
+    def device_part(self, name: str) -> Iterator[None]:
+        """Charge to a part the time that the device takes for what is asked of it inside the block.
+
+        The device is not waited for: its events are read when the step ends, which needs the step's results anyway.
+        """
+        if self._device_event is None:
+            with self.part(name):
+                yield
+            return
+        start, end = self._device_event(), self._device_event()
+        start.record()
+        yield
+        end.record()
+        self._on_device.append((name, start, end))
 
     def end_step(self) -> dict[str, float]:
         """Return each part's seconds since the step began, and the whole step's under `step`; begin the next step."""
+        for name, start, end in self._on_device:
+            end.synchronize()
+            self._charge(name, start.elapsed_time(end) / 1000)
         now = self._clock()
         seconds = {**self._parts, "step": now - self._step_start}
         self.start_step()
@@ -113,7 +145,18 @@ class Meter:
     def start_step(self) -> None:
         """Discard what was measured: the time of an evaluation or a save does not belong to the next step."""
         self._parts = {}
+        self._on_device = []
         self._step_start = self._clock()
+
+    def _charge(self, name: str, seconds: float) -> None:
+        self._parts[name] = self._parts.get(name, 0.0) + seconds
+
+
+def device_meter(device: torch.device) -> Meter:
+    """Return a meter of what a device computes."""
+    if device.type != "cuda":
+        return Meter()
+    return Meter(device_event=functools.partial(torch.cuda.Event, enable_timing=True))
 
 
 def peak_flops_of(device_name: str) -> float | None:

@@ -87,16 +87,30 @@ def test_the_parts_of_a_step_are_told_apart_and_add_up() -> None:
     assert meter.end_step() == {"optimizer": 4, "step": 4}
 
 
-def test_a_part_is_charged_with_what_the_device_still_does() -> None:
-    clock = Clock()
+def test_a_devices_time_is_read_when_the_step_ends_and_not_waited_for_before() -> None:
+    queue, done = [0.0], []  # milliseconds of work in the device's queue
 
-    def synchronize() -> None:
-        clock.now += 5
+    class Event:
+        def record(self) -> None:
+            self.at = sum(queue)
 
-    meter = Meter(clock, synchronize)
-    with meter.part("forward_backward"):
-        clock.now += 1
-    assert meter.end_step()["forward_backward"] == 6
+        def synchronize(self) -> None:
+            done.append(self.at)
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    meter = Meter(lambda: 0.0, Event)
+    for work in (3000.0, 2000.0):
+        with meter.device_part("forward_backward"):
+            queue.append(work)
+        queue.append(500.0)
+    with meter.device_part("optimizer"):
+        queue.append(250.0)
+    assert not done
+    assert meter.end_step() == {"forward_backward": 5.0, "optimizer": 0.25, "step": 0.0}
+    assert done == [3000.0, 5500.0, 6250.0]
+    assert meter.end_step() == {"step": 0.0}
 
 
 def test_mfu_by_hand() -> None:
