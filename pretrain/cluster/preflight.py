@@ -29,7 +29,7 @@ from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
 _FULL_SHARE = 0.9  # of a GPU's memory; the rest is for NCCL, the CUDA context and fragmentation
-_CHECKPOINTING = (False, True)  # the cheapest first
+_CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
 _ASSUMED_NETWORK = 12.5e9  # bytes/s: 100 Gbit/s a node, where nothing is known of it
 _STEP_SECONDS = 60  # time to finish the current step before saving
 _LEAST_GRACE_SECONDS = 120
@@ -113,7 +113,7 @@ def memory_findings(work: Workload, micro_steps: int, gpu_bytes: float | None) -
     need = memory_per_rank(work)
     text = (
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
-        f" optimizer {_size(need.optimizer)}, activations {_size(need.activations)}"
+        f" optimizer {_size(need.optimizer)}, buffers {_size(need.buffers)}, activations {_size(need.activations)}"
     )
     if gpu_bytes is None:
         yield Finding("note", "memory", f"{text}; the GPUs' memory is unknown; set --gpu TYPE or --gpu-memory GB")

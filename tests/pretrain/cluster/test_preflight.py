@@ -22,7 +22,7 @@ SAMPLE = Path(__file__).parents[3] / "shards" / "sample"
 
 
 def workload(parallel: ParallelConfig, rows: int = 4) -> Workload:
-    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2, z_loss=False)
+    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2)
 
 
 def memory(gpu_bytes: int | None, parallel: ParallelConfig, rows: int = 4):

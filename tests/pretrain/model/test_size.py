@@ -66,7 +66,7 @@ def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
 def test_memory_is_divided_as_zero_divides_it() -> None:
     def estimate(stage: int, dp_size: int, tp_size: int = 1):
         parallel = ParallelConfig.model_validate({"tp_size": tp_size, "zero_stage": stage})
-        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2, z_loss=False))
+        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2))
 
     parameters = parameter_count(LLAMA_7B)
     one = estimate(1, 1)
