@@ -32,6 +32,7 @@ from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
+from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_at
 from pretrain.recorder import StepRecorder
@@ -83,7 +84,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
     micro_batches = config.micro_batch_size(topology.dp_size), config.micro_steps(topology.dp_size)
-    settings = config.model, config.optim, config.parallel, config.deepspeed_config()
+    parallel = with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size))
+    settings = config.model, config.optim, parallel, config.deepspeed_config()
     engine = Engine(*settings, *micro_batches, topology, config.run.seed)
     choice = choose(store, topology)
     state = _state(start, choice, store, engine, loader)

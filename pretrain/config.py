@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.evaluation.eval_set import EvaluationConfig
+from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig
@@ -154,6 +156,18 @@ class RunConfig(Config):
             seq_len=self.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
             z_loss=self.optim.z_loss > 0,
+        )
+
+    def attention_shape(self, dp_size: int) -> AttentionShape:
+        """Return the attention of one layer on one rank, from which the fastest backend can be found."""
+        tp_size = self.parallel.tp_size
+        return AttentionShape(
+            rows=self.micro_batch_size(dp_size),
+            length=self.data.seq_len,
+            n_heads=self.model.n_heads // tp_size,
+            n_kv_heads=self.model.kv_heads // tp_size,
+            head_dim=self.model.head_dim,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
         )
 
     def hash(self) -> str:
