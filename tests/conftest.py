@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ settings.load_profile("untimed")
 def topology() -> Iterator[Topology]:
     from pretrain.topology import ParallelConfig, started  # imported here, since the loader's tests need no torch
 
+    # DeepSpeed collects garbage dozens of times an engine, and would pass over all of torch's objects each time.
+    gc.collect()
+    gc.freeze()
     before = dict(os.environ)
     with started(ParallelConfig()) as here:
         # The rank's variables would reach every process that other tests start, and make ranks of them. DeepSpeed asks
