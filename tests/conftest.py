@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# How long an example takes means nothing on a machine that does other work.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# How long an example takes means nothing on a machine that does other work. `--hypothesis-profile` chooses another.
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")
