@@ -91,7 +91,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.data = zstandard.ZstdCompressor(write_content_size=False, level=1).compress(text)  # type: ignore[attr-defined]
         running.sent = 0  # type: ignore[attr-defined]
-        Thread(target=running.serve_forever, daemon=True).start()
+        Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
 
