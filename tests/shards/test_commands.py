@@ -19,7 +19,7 @@ from shards.index import paths
 from shards.index.decoders import Decoders
 from shards.index.shard_index import obtain
 from tests.shards.corpora import ROOT, config, record, words
-from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS
+from tests.shards.index.spliced import CELL, MAX_WINDOW, shard
 
 REFUSING = {"max_index_at_start": 10}
 WILLING = {"max_index_at_start": 10**9}
@@ -133,7 +133,7 @@ def test_entries_that_do_not_hold_are_made_anew_by_the_command_that_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a b.jsonl.zst"
-    path.write_bytes(SHARDS["level 3, window of 128 KiB"])
+    path.write_bytes(shard("level 3, window of 128 KiB"))
     index = obtain(str(path), None, CELL, MAX_WINDOW)
     paths.history_path(paths.index_path(str(path), None)).unlink()
     start = int(index.table()[-2, 1])

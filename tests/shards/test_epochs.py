@@ -16,6 +16,7 @@ from shards import Batch, DataConfig, Loader, Rows, ShardError, Tokenizer, merge
 from shards.arrays import Hashes
 from shards.hashing import mixed
 from shards.windows.packing import pack
+from tests.examples import examples
 from tests.shards.corpora import config, record, words, write_shard
 
 SEED = 7
@@ -70,7 +71,7 @@ def documents_read(steps: list[list[Batch]]) -> Counter[tuple[str, int]]:
     return Counter((origin.shard, origin.line) for origin in origins if origin.start == 0)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.sampled_from([25, 250, 2500]),
     rows=st.sampled_from([10, 64, 2048]),
@@ -121,7 +122,7 @@ def test_an_epoch_is_complete_before_the_next_begins(corpora: dict[int, str]) ->
                 break
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_a_run_goes_on_from_any_step_on_any_ranks(corpora: dict[int, str], draw: st.DataObject) -> None:
     version, lanes = draw.draw(st.sampled_from([1, 2]), "version"), draw.draw(st.sampled_from([3, 8, 12]), "lanes")
@@ -204,9 +205,9 @@ def test_the_limit_of_bad_records_holds_where_ranks_share_lanes(tmp_path: Path) 
             steps.extend(steps_of(loaders))
         return len(steps)
 
-    for limit in (0, 9, 27):
+    for limit in (0, 27):
         alone = steps_until_it_fails(1, limit)
-        assert [steps_until_it_fails(dp_size, limit) for dp_size in (2, 3, 12)] == [alone] * 3
+        assert [steps_until_it_fails(dp_size, limit) for dp_size in (3, 12)] == [alone] * 2
 
 
 def test_a_forecast_of_many_epochs_on_many_lanes_packs_a_bounded_number_of_windows(

@@ -34,6 +34,7 @@ from shards import (
     read_documents,
 )
 from shards.windows.worker_process import WorkerProcess
+from tests.examples import examples
 from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard, write_three_sources
 
 Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
@@ -85,7 +86,7 @@ def global_batches(
 POLICIES = st.sampled_from(["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=9)])
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataObject) -> None:
     lanes = draw.draw(st.sampled_from([2, 4, 6, 12]), "lanes")
@@ -116,10 +117,10 @@ def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataO
 
 def test_workers_make_the_same_batches(corpus: Path) -> None:
     plain, states = global_batches(config(sources(corpus), lanes=4), 8, 20)
-    for workers in (1, 3):
-        data = config(sources(corpus), lanes=4, num_workers=workers, prefetch_bytes=workers * 3000)
-        assert global_batches(data, 8, 20) == (plain, states)
-        assert global_batches(data, 8, 9, 2, states[10])[0] == plain[11:]
+    several = config(sources(corpus), lanes=4, num_workers=3, prefetch_bytes=9000)
+    assert global_batches(several, 8, 20) == (plain, states)
+    single = config(sources(corpus), lanes=4, num_workers=1, prefetch_bytes=3000)
+    assert global_batches(single, 8, 9, 2, states[10])[0] == plain[11:]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_a_run_goes_on_across_an_epochs_end_with_any_workers_and_ranks(small: Path, draw: st.DataObject) -> None:
     lanes, batch = draw.draw(st.sampled_from([(2, 4), (4, 4), (6, 12)]), "lanes, batch")
@@ -149,7 +150,7 @@ def test_a_run_goes_on_across_an_epochs_end_with_any_workers_and_ranks(small: Pa
     assert again == (expected[stop:], states[stop:])
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lanes=st.sampled_from([2, 3, 7]),
     packing=POLICIES,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,78 +15,13 @@ from pretrain.run.wandb_rows import eval_rows, last_local_step, step_row
 from pretrain.run.wandb_tracker import Tracker, WandbConfig, git_commit
 from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
+from tests.pretrain.run.wandb_sessions import records, session
 
 CONFIG = WandbConfig(system_metrics=False)
 
-# One session: resumes at a step, logs up to another, then ends as told.
-SESSION = """
-import os, sys, time
-from pathlib import Path
-import psutil
-from pretrain.run.run_folder import RunFolder
-from pretrain.run.wandb_tracker import Tracker, WandbConfig
-
-resumed_at, last, end, rate, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), sys.argv[6]
-folder = RunFolder(Path(sys.argv[1]))
-folder.create()
-folder.wandb.mkdir(exist_ok=True)
-if not (folder.wandb / "run_id").exists():
-    (folder.wandb / "run_id").write_text("an-id")
-folder.cut_back(resumed_at)
-described = {"model": {"dim": 8}, "commit": "c0ffee"}
-
-
-def evaluate(tracker, step):
-    evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
-    folder.evals.append(evals)
-    tracker.log_evals([evals])
-
-
-config = WandbConfig(system_metrics=False, mode=mode)
-with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
-    if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
-        evaluate(tracker, resumed_at)
-    for step in range(resumed_at + 1, last + 1):
-        if step == last and end == "service stopped":
-            [process.terminate() or process.wait() for process in psutil.Process().children()]
-        seconds = time.monotonic()  # never the same again, and no reason to take anything back
-        record = {"step": step, "loss": 1 / step, "learning_rate": rate, "tokens_per_source": {"pile": step}}
-        record["step_seconds"] = seconds
-        folder.metrics.append(record)
-        tracker.log_step(record, more=step % 4 == 0)
-        if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
-            evaluate(tracker, step)
-    if end == "finished":
-        evaluate(tracker, last)  # as at the data's end, which the step before could not foresee
-    if end == "killed":
-        time.sleep(0.1)  # some of it is flushed to the file by now, some is not
-        for process in [*psutil.Process().children(), psutil.Process()]:
-            process.kill()
-"""
-
-
-def session(
-    root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
-) -> str:
-    """Run a session and return what it logged."""
-    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
-    assert result.returncode == (-9 if end == "killed" else 0), result.stderr
-    return result.stderr
-
-
-def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    """Read all records of all sessions of a wandb run with wandb's own reader."""
-    records: list[dict[str, object]] = []
-    for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        records += [json.loads(line) for line in lines]
-    return records
-
 
 def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    return [record["history"]["item"] for record in inspected(root, run_id) if record["type"] == "history"]  # type: ignore[index]
+    return [record["history"]["item"] for record in records(root, run_id) if record["type"] == "history"]  # type: ignore[index]
 
 
 def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
@@ -156,9 +90,9 @@ def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, r
 def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 2, "finished")
-    records = inspected(root)
-    text = json.dumps(records)
-    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
+    found = records(root)
+    text = json.dumps(found)
+    assert {record["run"]["run_id"] for record in found if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
     assert "c0ffee" in text
     assert '"glob_name": "*"' in text
     assert '"step_metric": "step"' in text

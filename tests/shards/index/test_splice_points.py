@@ -20,7 +20,7 @@ from shards.index.shard_index import ShardIndex, load, obtain
 from shards.index.thinning import Follower
 from shards.storage import files
 from tests.shards.corpora import config
-from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of
+from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of, shard
 
 pytestmark = pytest.mark.usefixtures("near")
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", SHARDS)
 def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: str, verify: bool) -> None:
-    data = SHARDS[name]
+    data = shard(name)
     path, index = indexed(tmp_path, data, verify)
     raw = raw_of(data)
     assert index.raw_bytes == len(raw)
@@ -88,8 +88,8 @@ def test_a_small_frame_that_unpacks_to_much_comes_in_bounded_pieces() -> None:
 def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    path, index = indexed(tmp_path, SHARDS[name])
-    raw = raw_of(SHARDS[name])
+    path, index = indexed(tmp_path, shard(name))
+    raw = raw_of(shard(name))
     found = index.splices[1]
     histories = paths.history_path(paths.index_path(path, None))
     packed = bytearray(histories.read_bytes())
@@ -113,8 +113,8 @@ def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
 
 def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distrust an entry even if it decodes without error to other bytes, as stale repeat offsets can."""
-    path, index = indexed(tmp_path, SHARDS["level 3, window of 128 KiB"])
-    raw = raw_of(SHARDS["level 3, window of 128 KiB"])
+    path, index = indexed(tmp_path, shard("level 3, window of 128 KiB"))
+    raw = raw_of(shard("level 3, window of 128 KiB"))
     chunks = formats.chunks
 
     def lying(*args: object) -> object:
@@ -144,7 +144,7 @@ def test_flipped_bits_that_no_format_notices_are_noticed_by_the_index(tmp_path: 
 
 def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(SHARDS["level 1, checksum"])
+    path.write_bytes(shard("level 1, checksum"))
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
     index_path = paths.index_path(str(path), None)
 
@@ -187,7 +187,7 @@ def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pyte
 def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the newest entries even if a manifest still names those of an index that was deleted and rebuilt."""
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(SHARDS["level 1, checksum"])
+    path.write_bytes(shard("level 1, checksum"))
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
     preparation.prepare(data)
     index_path = paths.index_path(str(path), None)
@@ -200,12 +200,12 @@ def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypat
 
 
 def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path: Path) -> None:
-    path, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+    path, index = indexed(tmp_path, shard("level 1, checksum"))
     histories = paths.history_path(paths.index_path(path, None))
     before = histories.read_bytes()
     assert len(before) == sum(found.packed_bytes for found in index.splices)
     with pytest.raises(ShardError, match="truncated"):
-        indexed(tmp_path, SHARDS["level 1, checksum"][:-100])
+        indexed(tmp_path, shard("level 1, checksum")[:-100])
     assert histories.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [Path(path), histories]
     _, index = indexed(tmp_path, compressed(TEXT[:1000]))
@@ -238,10 +238,10 @@ def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, mon
         return holds(follower, chunks) and (followers.count(follower) == 1 or not chunks)
 
     monkeypatch.setattr(Follower, "holds", once)
-    _, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+    _, index = indexed(tmp_path, shard("level 1, checksum"))
     assert len(index.splices) <= 1  # one tried at the frame's end has nothing after it
     assert index.splice_counts.failed > 3
-    _, index = indexed(tmp_path, SHARDS["level 1, checksum"], verify=False)
+    _, index = indexed(tmp_path, shard("level 1, checksum"), verify=False)
     assert len(index.splices) > 3
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.plan.mixing import RULES, integer_weights, lane_phase, level_shares, mix_of, mixing_sequence
+from tests.examples import examples
 
 WEIGHTS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12).map(tuple)
 PERIOD = RULES[1][0]
@@ -31,7 +32,7 @@ def test_integer_weights_are_within_one_of_their_share(weights: tuple[float, ...
         assert abs(share - weight / sum(weights) * PERIOD) < 1 + 1e-6 or share == 1
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(weights=WEIGHTS)
 def test_every_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tuple[float, ...]) -> None:
     for shares in level_shares(exact(weights), *RULES[2]):
@@ -84,7 +85,7 @@ def test_lanes_draw_a_small_source_at_different_times(case: str) -> None:
         assert abs(drawn - wanted) <= 0.02 * wanted + 3
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(weights=WEIGHTS, version=st.sampled_from([1, 2]), lane=st.integers(0, 2000), draw=st.data())
 def test_counts_and_rows_of_use_are_those_of_the_rows_drawn_one_by_one(
     weights: tuple[float, ...], version: int, lane: int, draw: st.DataObject

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards import Document, SourceConfig, read_documents
 from shards.records.json_lines import MAX_DEPTH, RecordParser, Records
+from tests.examples import examples
 from tests.shards.corpora import record, words, write_shard
 
 NUMBERS = [b"9" * 700, b"9" * 5000, b"-" + b"1" * 100_000, b"1e999", b"NaN", b"-Infinity", b"1." + b"3" * 9000]
@@ -93,7 +94,7 @@ EDITS = st.lists(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(line=st.sampled_from(LINES), edits=EDITS)
 def test_broken_lines_are_judged_alike_by_both_parsers(line: bytes, edits: list[tuple[int, int, bytes | str]]) -> None:
     for place, removed, added in edits:

@@ -24,7 +24,7 @@ while True: write_atomically(path, str(n % 10) * 300_000); n += 1
 
 def test_a_killed_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    for i in range(5):
+    for i in range(3):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
         while not path.exists():
             time.sleep(0.01)

@@ -85,7 +85,7 @@ def write_until_killed(folder: Path, limit: int, first: int) -> None:
 def test_several_processes_and_kills_leave_only_whole_blocks_within_the_bound(tmp_path: Path) -> None:
     limit = 100 * (BLOCK + CHECK_BYTES)
     context = multiprocessing.get_context("fork")
-    for turn in range(4):
+    for turn in range(2):
         writers = [
             context.Process(target=write_until_killed, args=(tmp_path, limit, 100_000 * turn + 1000 * i))
             for i in range(3)

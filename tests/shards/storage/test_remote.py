@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.query = ""  # nothing is served without it
         self.head_faults: Iterator[str] = iter(())  # for requests for the size, whatever their method
         self.etags: Iterator[str] = iter(())  # used before `etag`, as mirrors differ in theirs
+        self.over = threading.Event()  # ends all stalls
 
     @property
     def url(self) -> str:
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(int(fault))
             return
         if fault == "stall":
-            time.sleep(3)
+            self.server.over.wait(3)
         if fault == "drop" and not of_block:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -113,10 +113,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "BLOCK_BYTES", len(DATA) // 9)
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
     with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
+        running.over.set()
         running.shutdown()
 
 
@@ -145,7 +146,7 @@ def test_failures_for_good_are_named(server: Server) -> None:
 @pytest.mark.parametrize("fault", ["503", "429", "500", "drop", "stall"])
 def test_a_size_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "stall":
-        monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.2)
     expected = remote.stat(server.url)
     for times in (1, 2, 4):  # an attempt makes two requests with different methods
         server.head_faults = iter([fault] * times)

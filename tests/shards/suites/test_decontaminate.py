@@ -23,6 +23,7 @@ from shards.suites import normalization as comparing
 from shards.suites.decontaminate import HashSet, ngrams, obtain, split_lines
 from shards.suites.normalization import comparable
 from shards.suites.suite import find
+from tests.examples import examples
 from tests.shards.corpora import ROOT, SAMPLE, config, record, words, write_shard
 
 EVAL = ROOT / "shards/sample/eval"
@@ -213,7 +214,7 @@ def test_lines_are_found_whatever_white_space_ends_them_and_however_short(tmp_pa
     assert not found.shares_text(["no", "yes", "二", "yes n\xf6", "yes no\xff"]).any()
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("éΣİßﬁ½…\u0301\u0345\u1161가\uffff"))

@@ -16,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from shards import DataConfig, Loader, Tokenizer, read_documents
 from shards.tokenize import long_words, word_encoder
+from tests.examples import examples
 from tests.shards.corpora import SAMPLE, TOKENIZER
 
 SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
@@ -97,7 +98,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     texts=st.lists(TEXTS, max_size=4),
     block=st.sampled_from([1, 7, 40, 1 << 17]),
@@ -111,7 +112,7 @@ def test_ids_of_any_text(model: Model, texts: list[str], block: int, part: int) 
 UNBROKEN = ["a", "ab", "aab", "the", "there", "ing", "0", "=", "é", "日本", "語", "Ü", "🙂", "<|im_start|>"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     parts=st.lists(st.tuples(st.sampled_from(UNBROKEN), st.integers(1, 80)), min_size=1, max_size=5),
     mixed=st.lists(st.sampled_from(UNBROKEN), max_size=60),

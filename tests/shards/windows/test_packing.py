@@ -17,6 +17,7 @@ from shards.arrays import Ints
 from shards.config import Packing
 from shards.windows import packing
 from shards.windows.packing import best_fit, pack
+from tests.examples import examples
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
 POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5)]
@@ -177,7 +178,7 @@ def closed_rows(
     return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     seq_len=st.integers(1, 24),
     parts=st.lists(st.tuples(st.floats(0.02, 4), st.integers(1, 25), st.integers(0, 3)), max_size=6),
