@@ -32,6 +32,9 @@ from shards import Config, ConfigError, DataConfig, SourceConfig, installation
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
+# The sizes in a Workload that DeepSpeed's section may set, by the key there.
+_DEEPSPEED_SIZES = {"reduce_bucket": "reduce_bucket_size", "gathered_weights": "stage3_max_live_parameters"}
+
 
 class RunPart(Config):
     """The name, place and seed of a run."""
@@ -148,6 +151,7 @@ class RunConfig(Config):
 
     def workload(self, dp_size: int) -> Workload:
         """Return one rank's workload, from which its memory can be estimated."""
+        zero = self.deepspeed_config()["zero_optimization"]
         return Workload(
             model=self.model,
             parallel=self.parallel,
@@ -155,7 +159,7 @@ class RunConfig(Config):
             micro_batch_size=self.micro_batch_size(dp_size),
             seq_len=self.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
-            z_loss=self.optim.z_loss > 0,
+            **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 
     def attention_shape(self, dp_size: int) -> AttentionShape:

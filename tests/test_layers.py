@@ -39,6 +39,7 @@ LAYERS = (
         "pretrain.log",
         "pretrain.optim",
         "pretrain.host_memory",
+        "pretrain.devices",
     ),
     ("pretrain.run",),
     ("pretrain.model",),

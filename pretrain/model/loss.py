@@ -20,8 +20,8 @@ from pretrain.model.parallel import gather_over_tp, tp_rank
 from pretrain.model.pieces import valid_targets
 from pretrain.topology import copy_to
 
-_CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 34 MB of exponentials
-_SUMMED_WEIGHTS = 1 << 26  # the largest slice of the output projection whose gradient is summed in fp32: in 268 MB
+CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 34 MB of exponentials
+SUMMED_WEIGHTS = 1 << 26  # the largest slice of the output projection whose gradient is summed in fp32: in 268 MB
 _CACHED_LOGITS = 1 << 18  # on CPUs, logits of a softmax: 1 MB of exponentials, which stay in a core's cache
 
 
@@ -136,7 +136,7 @@ class _LossWithGradients(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = _Kernels(compiled)
-        order = _by_targets if weight.numel() <= _SUMMED_WEIGHTS else _by_vocabulary
+        order = _by_targets if weight.numel() <= SUMMED_WEIGHTS else _by_vocabulary
         nll, logsumexp, *ctx.gradients = order(states, weight, tokens, z_loss, kernels)
         total = nll.sum() + z_loss * logsumexp.square().sum()
         ctx.dtype = weight.dtype
@@ -196,7 +196,7 @@ def _by_vocabulary(
     of_states = torch.zeros_like(states, dtype=torch.float32)
     of_weight = torch.empty_like(weight)
     first = tp_rank() * weight.shape[0]
-    for part in _even_slices(weight.shape[0], len(tokens), _CHUNK_LOGITS):
+    for part in _even_slices(weight.shape[0], len(tokens), CHUNK_LOGITS):
         logits, columns = states @ weight[part].t(), tokens - first - part.start
         for rows in _blocks(logits):
             powers, figures = kernels.exponentials(logits[rows], columns[rows])
@@ -224,13 +224,13 @@ def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[sl
     A column is negative, or not below the slice's width, where another tp rank's slice holds the target.
     """
     width = weight.shape[0]
-    for chunk in _even_slices(len(tokens), width, _CHUNK_LOGITS):
+    for chunk in _even_slices(len(tokens), width, CHUNK_LOGITS):
         yield chunk, states[chunk] @ weight.t(), tokens[chunk] - tp_rank() * width
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Yield the rows of a chunk [C, width] that go through the softmax together: on CPUs, as many as a cache holds."""
-    limit = _CACHED_LOGITS if logits.device.type == "cpu" else _CHUNK_LOGITS // 4
+    limit = _CACHED_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS // 4
     return _even_slices(logits.shape[0], logits.shape[1], limit)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import re
 import resource
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pretrain import log
+from pretrain.devices import device_of_torch
 from pretrain.topology import Topology
 from shards import Config
 
@@ -68,7 +68,10 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
-    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None if the device's peak is unknown
+    # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
+    # document, the convention of published figures
+    mfu: float | None = None
+    mfu_documents: float | None = None  # the same, but attention counts only within documents, as it is computed
 
     def as_json(self) -> dict[str, object]:
         """Return the record without the fields that are None."""
@@ -156,32 +159,10 @@ def device_meter(device: torch.device) -> Meter:
     return Meter(device_event=functools.partial(torch.cuda.Event, enable_timing=True))
 
 
-# Dense bf16 FLOP/s with fp32 accumulation, by torch's name for the device; the first match counts. From the makers'
-# data sheets (a figure "with sparsity" is halved); a module of two devices counts as two.
-_PEAK_FLOPS = (
-    (r"GB200", 2500e12),  # NVIDIA GB200 NVL72 data sheet: 360 PFLOPS sparse over 72
-    (r"B200", 2250e12),  # NVIDIA DGX B200 data sheet
-    (r"GH200|H200(?! NVL)", 989e12),  # NVIDIA H200 and GH200 data sheets
-    (r"H100 NVL|H200 NVL", 835e12),  # NVIDIA H100 data sheet, NVL; H200 data sheet, NVL
-    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet, PCIe
-    (r"H100", 989e12),  # NVIDIA H100 data sheet, SXM
-    (r"A100|A800", 312e12),  # NVIDIA A100 data sheet; PCIe and SXM alike
-    (r"A30\b", 165e12),  # NVIDIA A30 data sheet
-    (r"A40\b", 149.7e12),  # NVIDIA A40 data sheet
-    (r"A10\b", 125e12),  # NVIDIA A10 data sheet
-    (r"RTX A6000", 154.8e12),  # NVIDIA RTX A6000 data sheet
-    (r"L40S", 362e12),  # NVIDIA L40S data sheet
-    (r"L4\b", 121e12),  # NVIDIA L4 data sheet
-    (r"RTX 4090", 165.2e12),  # NVIDIA Ada GPU architecture white paper, appendix A
-    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA GA102 white paper, table 9
-    (r"MI300X", 1307e12),  # AMD Instinct MI300X data sheet
-    (r"MI250X", 191.5e12),  # AMD Instinct MI250X data sheet: 383 TFLOPS over two dies, each a separate device
-)
-
-
 def peak_flops_of(device_name: str) -> float | None:
     """Return a device's dense bf16 FLOP/s by its `torch.cuda.get_device_name()`; None if unknown."""
-    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+    device = device_of_torch(device_name)
+    return device.flops if device else None
 
 
 def total_peak_flops(config: MetricsConfig, topology: Topology) -> float | None:

@@ -99,7 +99,7 @@ def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(
         stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
         figures.append((stats.loss, stats.grad_norm))
     assert figures == plain
-    work = Workload(model, parallel, dp_size=1, micro_batch_size=2, seq_len=24, bytes_per_weight=2, z_loss=True)
+    work = Workload(model, parallel, dp_size=1, micro_batch_size=2, seq_len=24, bytes_per_weight=2)
     estimate = memory_per_rank(work).gradients
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 

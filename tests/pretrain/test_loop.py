@@ -89,7 +89,7 @@ class Run:
         self.at += 1
         nothing = torch.zeros(0)
         return StepBatch(
-            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, row_hash=1, tokens_per_source={},
+            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, squared_lengths=1, row_hash=1, tokens_per_source={},
             epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
             stop_requested=stop_requested, saving=saving,
         )  # fmt: skip

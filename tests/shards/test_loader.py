@@ -219,6 +219,14 @@ def test_batch_says_what_it_holds(corpus: Path) -> None:
                 assert piece.tolist() == batch.tokens[origin.slot][: len(piece)].tolist()
 
 
+def test_squared_lengths_are_those_of_the_segments(corpus: Path) -> None:
+    with Loader(config(sources(corpus), lanes=4, seq_len=512), 8, seed=3) as loader:
+        for batch in (next(loader) for _ in range(5)):
+            lengths = [np.unique(row[row > 0], return_counts=True)[1] for row in batch.segment_ids]
+            assert max(map(len, lengths)) > 1
+            assert batch.squared_lengths == sum(int((of_row**2).sum()) for of_row in lengths)
+
+
 def test_row_hashes_add_up_over_ranks_and_tell_slots_apart(corpus: Path) -> None:
     data = config(sources(corpus), lanes=4)
     loaders = [Loader(data, 8, 5, *ranks) for ranks in ((0, 1), (0, 2), (1, 2))]

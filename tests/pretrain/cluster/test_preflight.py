@@ -22,11 +22,11 @@ SAMPLE = Path(__file__).parents[3] / "shards" / "sample"
 
 
 def workload(parallel: ParallelConfig, rows: int = 4) -> Workload:
-    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2, z_loss=False)
+    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2)
 
 
 def memory(gpu_bytes: int | None, parallel: ParallelConfig, rows: int = 4):
-    (finding,) = preflight.memory_findings(workload(parallel, rows), gpu_bytes)
+    (finding,) = preflight.memory_findings(workload(parallel, rows), 2, gpu_bytes)
     return finding
 
 
@@ -55,7 +55,7 @@ def test_what_is_said_to_fit_does(compiled: bool) -> None:
     ("types", "size"), [({"h100"}, 80), ({"h200", "a100"}, 40), ({"h100", "unheard"}, None), (set(), None)]
 )
 def test_the_smallest_of_known_gpus_counts(types: set[str], size: int | None) -> None:
-    assert preflight.gpu_bytes_of(types) == (size and size * 10**9)
+    assert preflight.hardware_of(types).gpu_bytes == (size and size * 10**9)
 
 
 def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
