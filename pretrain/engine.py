@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
+from pretrain.host_memory import keep_freed_memory
 from pretrain.model.attention import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
@@ -100,6 +101,8 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        if topology.device.type == "cpu":
+            keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         model = Transformer(model_config, parallel, attention_backend(parallel, topology, model_config.head_dim))
         model.to(topology.device).initialize(seed)

@@ -20,7 +20,7 @@ from pretrain.model.parallel import gather_over_tp, tp_rank
 from pretrain.model.pieces import valid_targets
 from pretrain.topology import copy_to
 
-_CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 134 MB of exponentials
+_CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 34 MB of exponentials
 _SUMMED_WEIGHTS = 1 << 26  # the largest slice of the output projection whose gradient is summed in fp32: in 268 MB
 _CACHED_LOGITS = 1 << 18  # on CPUs, logits of a softmax: 1 MB of exponentials, which stay in a core's cache
 
@@ -230,7 +230,7 @@ def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[sl
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Yield the rows of a chunk [C, width] that go through the softmax together: on CPUs, as many as a cache holds."""
-    limit = _CACHED_LOGITS if logits.device.type == "cpu" else logits.numel()
+    limit = _CACHED_LOGITS if logits.device.type == "cpu" else _CHUNK_LOGITS // 4
     return _even_slices(logits.shape[0], logits.shape[1], limit)
 
 
