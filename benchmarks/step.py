@@ -41,7 +41,7 @@ from step_contenders import Settings, Task
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"headrace": "Headrace", "before": "Headrace, before", "hugging_face": "Hugging Face", "plain": "plain PyTorch"}
 LOSS_TOLERANCE = 0.01  # relative; bf16 rounds in another order in each contender
-DOCUMENT_TOKENS = 200
+DOCUMENTS = {"long": None, "short": 200}  # tokens in each; None: as many as a row has
 PROFILED_STEPS = 3
 
 
@@ -242,9 +242,7 @@ def show(table: dict[str, Any]) -> None:
     documents = "one document a row" if table["document_tokens"] is None else f"documents of {table['document_tokens']}"
     print(f"\n{table['shape']}: {table['parameters'] / 1e6:.1f}M parameters, {table['tokens']} tokens a step,"
           f" {documents}; products {table['peak_flops'] / 1e9:.0f} GFLOP/s\n")  # fmt: skip
-    print(
-        f"| by {table['clock']} time | tokens/s | step, s | CPU s a step | share of peak | memory, MB | kept + in a step |"
-    )
+    print(f"| by {table['clock']} time | tokens/s | step, s | CPU s | share of peak | memory, MB | kept + in a step |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, row in table["contenders"].items():
         step_bytes = row["step_bytes"]
@@ -279,6 +277,7 @@ def goals(table: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["44m", "quickstart"])
+    parser.add_argument("--documents", nargs="+", choices=list(DOCUMENTS), default=list(DOCUMENTS))
     parser.add_argument("--contenders", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--root", type=Path, help="another checkout, measured as `before`")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
@@ -294,8 +293,8 @@ def main() -> int:
         options.shapes, options.rounds, options.steps, options.no_compile = ["tiny"], 1, 1, True
     tables = []
     for shape in options.shapes:
-        for document_tokens in (None, DOCUMENT_TOKENS):
-            tables.append(measure(shape, document_tokens, options))
+        for documents in options.documents:
+            tables.append(measure(shape, DOCUMENTS[documents], options))
             show(tables[-1])
             goals(tables[-1])
             if options.json:
