@@ -32,17 +32,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import yaml
-from step_contenders import Settings, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"headrace": "Headrace", "before": "Headrace, before", "hugging_face": "Hugging Face", "plain": "plain PyTorch"}
 LOSS_TOLERANCE = 0.01  # relative; bf16 rounds in another order in each contender
 DOCUMENTS = {"long": None, "short": 200}  # tokens in each; None: as many as a row has
 PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender trains.
+
+    Attributes:
+        model: values of a ModelConfig.
+        precision: "bf16" or "fp32", the type of the weights in the forward and backward pass.
+        rows, seq_len: the batch.
+        document_tokens: length of all documents, which are cut where a row ends; None: every row is one document.
+        parallel: values of Headrace's ParallelConfig.
+    """
+
+    model: dict[str, Any]
+    precision: str
+    rows: int
+    seq_len: int
+    document_tokens: int | None
+    parallel: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process is started with.
+
+    Attributes:
+        contender: a key of CONTENDERS.
+        compiled: whether torch.compile is used.
+        root: the checkout whose packages are measured.
+    """
+
+    contender: str
+    compiled: bool
+    task: Task
+    root: str
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        values = json.loads(text)
+        return cls(**{**values, "task": Task(**values["task"])})
 
 
 def task_44m(root: Path, document_tokens: int | None) -> Task:

@@ -16,9 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 if __name__ == "__main__":
     # The packages of the checkout that is measured; the files beside this one always come from here.
@@ -28,10 +27,12 @@ if __name__ == "__main__":
 
 import torch
 from plain_llama import PlainLlama
+from step import Settings, Task
 from step_profile import step_profile
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.profiler import record_function
+from training_rows import Rows
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
@@ -49,87 +50,8 @@ CHECKED_STEPS = 3  # whose losses are compared
 PRODUCT_SIZE, PRODUCTS = 2048, 8  # rows and columns of the matrices of the peak's measurement; products in a step
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a contender trains.
-
-    Attributes:
-        model: values of a ModelConfig.
-        precision: "bf16" or "fp32", the type of the weights in the forward and backward pass.
-        rows, seq_len: the batch.
-        document_tokens: length of all documents, which are cut where a row ends; None: every row is one document.
-        parallel: values of Headrace's ParallelConfig.
-    """
-
-    model: dict[str, Any]
-    precision: str
-    rows: int
-    seq_len: int
-    document_tokens: int | None
-    parallel: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a process is started with.
-
-    Attributes:
-        contender: a key of CONTENDERS.
-        compiled: whether torch.compile is used.
-        root: the checkout whose packages are measured.
-    """
-
-    contender: str
-    compiled: bool
-    task: Task
-    root: str
-
-    @classmethod
-    def from_json(cls, text: str) -> Settings:
-        values = json.loads(text)
-        return cls(**{**values, "task": Task(**values["task"])})
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch of random tokens, in the forms that the contenders take. B rows of T tokens and one more.
-
-    Attributes:
-        tokens, segment_ids: [B, T + 1] int64.
-        targets: [B, T] int64: the next token, or -100 if it belongs to another document.
-        positions: [B, T] int64, within each document.
-    """
-
-    tokens: Tensor
-    segment_ids: Tensor
-    targets: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, task: Task) -> Rows:
-        shape = (task.rows, task.seq_len + 1)
-        tokens = torch.randint(task.model["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
-        documents = torch.arange(tokens.numel()).view(shape) // (task.document_tokens or shape[1])
-        segment_ids = documents - documents[:, :1] + 1
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        targets = torch.where(same, tokens[:, 1:], -100)
-        column = torch.arange(task.seq_len).expand(task.rows, -1)
-        begins = torch.cat((torch.ones(task.rows, 1, dtype=torch.bool), ~same[:, :-1]), dim=1)
-        positions = column - torch.where(begins, column, 0).cummax(dim=1).values
-        return cls(tokens, segment_ids, targets, positions)
-
-    def visible(self) -> Tensor:
-        """Return [B, 1, T (query), T (key)] bool: whether a query may see a key."""
-        ids = self.segment_ids[:, :-1]
-        length = ids.shape[1]
-        return ((ids.unsqueeze(2) == ids.unsqueeze(1)) & torch.ones(length, length).tril().bool()).unsqueeze(1)
-
-    def n_targets(self) -> int:
-        return int((self.targets >= 0).sum())
-
-    def mean_context(self) -> float:
-        """Return the sequence length for which a causal model makes as many products of attention a token."""
-        return float((self.positions + 1).double().mean()) * 2 - 1
+def draw(task: Task) -> Rows:
+    return Rows.draw(task.rows, task.seq_len, task.model["vocab_size"], task.document_tokens)
 
 
 class InitialWeights:
@@ -157,8 +79,8 @@ def headrace(settings: Settings) -> Step:
     ds_config = deepspeed_config(parallel, OPTIM, task.precision, {})  # type: ignore[arg-type]
     engine = Engine(config, OPTIM, parallel, ds_config, task.rows, 1, topology, seed=0)
     engine.set_weights(InitialWeights(config))
-    rows, meter = Rows.of(task), _RecordingMeter()
-    n_targets = rows.n_targets()
+    rows, meter = draw(task), _RecordingMeter()
+    n_targets = rows.n_targets
     return lambda: engine.train_step(rows.tokens, rows.segment_ids, n_targets, 0, OPTIM.learning_rate, meter).loss
 
 
@@ -174,7 +96,7 @@ def plain(settings: Settings) -> Step:
     config = ModelConfig.model_validate(settings.task.model)
     model = PlainLlama(config)
     model.load_state_dict(InitialWeights(config).by_name, strict=not config.tie_embeddings)
-    rows = Rows.of(settings.task)
+    rows = draw(settings.task)
     mask = rows.visible() if settings.task.document_tokens else None
     optimizer = MixedPrecisionAdamW(model, settings.task.precision)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if settings.compiled else model
@@ -207,7 +129,7 @@ def hugging_face(settings: Settings) -> Step:
     model = LlamaForCausalLM(described).train()
     weights = {hf_name(name): weight for name, weight in InitialWeights(config).by_name.items()}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
-    rows = Rows.of(settings.task)
+    rows = draw(settings.task)
     inputs = {"input_ids": rows.tokens[:, :-1], "labels": rows.targets, "shift_labels": rows.targets}
     if settings.task.document_tokens:
         inputs["position_ids"] = rows.positions
@@ -314,7 +236,7 @@ def tensor_bytes() -> int:
     """Sum the bytes of all tensors alive; what several share counts once."""
     storages = {}
     for tensor in gc.get_objects():
-        if issubclass(type(tensor), Tensor):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":  # none of the compiler's stand-ins
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -322,7 +244,7 @@ def tensor_bytes() -> int:
 
 def describe(task: Task) -> dict[str, float]:
     """Return what a step amounts to: its tokens, and the operations of its matrix products for each of them."""
-    config, context = ModelConfig.model_validate(task.model), round(Rows.of(task).mean_context())
+    config, context = ModelConfig.model_validate(task.model), draw(task).context
     return {
         "parameters": parameter_count(config),
         "tokens": task.rows * task.seq_len,
