@@ -95,8 +95,9 @@ def start(config: RunConfig, fresh: bool) -> Report:
 def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
     """Return the model's continuation of evaluation.prompt; every rank calls it."""
     codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
-    model = (engine.next_logits, config.model.n_layers, config.data.seq_len)
-    return "".join(generate(*model, codec, config.evaluation.prompt, sampling, topology))
+    prompt, max_length = config.evaluation.prompt, config.data.seq_len
+    pieces = generate(engine.next_logits, config.model.n_layers, max_length, codec, prompt, sampling, topology)
+    return "".join(pieces)
 
 
 def check_inputs(config: RunConfig) -> Tokenizer:

@@ -28,6 +28,7 @@ from rich.console import Console
 from pretrain import topology
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, new_checkpoints, score_steps, take_checkpoint
@@ -73,17 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Score checkpoints of a run. Raises HeadraceError if the run, suite or checkpoint does not exist."""
-    folder = RunFolder(arguments.run)
-    folder.check_there()
     overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
     for key, value in (
         ("evaluation.suite", arguments.suite), ("evaluation.split", arguments.split),
         ("data.seq_len", arguments.seq_len), ("precision", arguments.precision),
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
-    config = load_config(folder.config, overrides, begun=True)
+    folder, config, store = open_run(arguments.run, overrides)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
-    store = CheckpointStore(folder.checkpoints, config.checkpoint)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with topology.started(config.parallel) as here:

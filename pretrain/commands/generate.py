@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.state import check_tokenizer
-from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import load_config
+from pretrain.commands.begun_run import open_run
 from pretrain.evaluation.checkpoints import take_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import check_splits
-from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, started, world_size_of
 from shards import Tokenizer
 
@@ -71,16 +69,13 @@ def find_model(arguments: argparse.Namespace) -> Source:
             description.context,
             arguments.precision or "fp32",
         )
-    folder = RunFolder(arguments.run)
-    folder.check_there()
-    config = load_config(folder.config, begun=True)
-    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    _, config, checkpoints = open_run(arguments.run)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
-    check_tokenizer(store.find(arguments.step), tokenizer, config.data.tokenizer)
+    check_tokenizer(checkpoints.find(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
     return Source(
         config.model,
-        lambda forward, here: take_checkpoint(forward, store, arguments.step, here),
+        lambda forward, here: take_checkpoint(forward, checkpoints, arguments.step, here),
         codec,
         config.data.seq_len,
         arguments.precision or config.precision,
