@@ -156,19 +156,19 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
         return msgspec.structs.replace(state, config_hash=config.hash())
-    init_hash = _take_weights(config, config.init_from, engine, topology) if config.init_from else ""
+    init_hash = _load_weights(config, config.init_from, engine, topology) if config.init_from else ""
     return RunState(
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
         init_hash=init_hash, **asdict(layout),
     )  # fmt: skip
 
 
-def _take_weights(config: RunConfig, source: Path, engine: Engine, topology: Topology) -> str:
+def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
     """Load the weights of another model into the engine; return the hash of its files."""
-    engine.set_weights(open_model(source, config.model))
-    hashes = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
+    engine.set_weights(open_model(model, config.model))
+    hashes = topology.gather_objects(file_hashes(model, topology.rank, topology.world_size))
     found = content_hash([line for part in hashes for line in part])
-    _logger.info("starting from the weights in %s (hash of the files: %s)", source, found)
+    _logger.info("starting from the weights in %s (hash of the files: %s)", model, found)
     return found
 
 

@@ -1,6 +1,6 @@
 """Resume a run from its newest intact checkpoint, on all ranks together. store -> resume -> {assembly, evaluation}.
 
-Rank 0 lists the checkpoints, and each rank verifies the hashes of a share of the files. All ranks thus choose the same
+Rank 0 lists the checkpoints, and each rank verifies the hashes of a part of the files. All ranks thus choose the same
 checkpoint, and each file is read once for it. A checkpoint with another layout is converted on the way.
 """
 
@@ -64,7 +64,7 @@ def choose(store: CheckpointStore, topology: Topology) -> Choice:
 
 
 def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Checkpoint:
-    """Open a checkpoint after verifying all its files. Every rank calls it and checks a share of them.
+    """Open a checkpoint after verifying all its files. Every rank calls it and checks a part of them.
 
     Raises:
         CheckpointError: on all ranks, if any of them finds damage, with one sentence per file.

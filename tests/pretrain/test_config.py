@@ -147,7 +147,7 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         (
             "model.vocab_size=513 parallel.tp_size=2",
             "set parallel.tp_size to a divisor of 513: 1, 3, 9, 19, 27, 57, 171, 513; or use a tokenizer whose number"
-            " of pieces is a multiple of 2, such as 512 or 514 (python launch/train_tokenizer.py --vocab-size)",
+            " of tokens is a multiple of 2, such as 512 or 514 (python launch/train_tokenizer.py --vocab-size)",
         ),
         ("train.micro_batch_size=5", "train.micro_batch_size a divisor: 1, 2, 3, 4, 6, 8, 12, 24"),
         (

@@ -9,11 +9,11 @@ import pytest
 
 from pretrain.checkpoint.resume import Choice, choose
 from pretrain.checkpoint.state import Layout, RunState, read_state
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore
 from pretrain.topology import Topology
 from shards import CheckpointError
 from shards.storage.content_hash import hash_file
-from tests.pretrain.checkpoint.test_take_checkpoint import SIZE, on_ranks
+from tests.pretrain.checkpoint.test_load_checkpoint import SIZE, on_ranks
 
 STEPS, FILES = (10, 20, 30), 5
 
@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> CheckpointStore:
         names = [f"engine/{number}.pt" for number in range(FILES)]
         for name in names:
             (folder / name).write_text(f"{step} {name}")
-        entries = [FileEntry(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
+        entries = [CheckpointFile(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
         store.complete(step, entries, seconds=1.0)
     return store
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.state import read_state
-from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry
+from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointFile, CheckpointStore
 from shards import CheckpointError
 from shards.storage.content_hash import hash_file
 from tests.pretrain.checkpoint.disk import make_unreadable
@@ -24,7 +24,7 @@ def make(checkpoints: CheckpointStore, step: int, complete: bool = True) -> Path
     (folder / "state.json").write_text('{"version": 0}')
     names = ("engine/weights.pt", "state.json")
     if complete:
-        entries = [FileEntry(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
+        entries = [CheckpointFile(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
         checkpoints.complete(step, entries, seconds=1.0)
     return folder
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_complete
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore, write_complete
 from pretrain.checkpoint.universal import convert, is_whole, read_piece
 from shards import ConfigError
 from shards.storage.content_hash import hash_file
@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> CheckpointStore:
     folder = store.universal_folder(7, 2)
     folder.mkdir()
     (folder / "fp32.pt").write_bytes(b"weights")
-    write_complete(folder, [FileEntry("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
+    write_complete(folder, [CheckpointFile("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
     return store
 
 
@@ -102,7 +102,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return folder, states
 
 
-def made(source: Path, target: Path, tp_size: int, ranks: int = 1) -> list[FileEntry]:
+def made(source: Path, target: Path, tp_size: int, ranks: int = 1) -> list[CheckpointFile]:
     target.mkdir()
     entries = [entry for rank in range(ranks) for entry in convert(source, target, tp_size, rank, ranks)]
     return sorted(entries, key=lambda entry: entry.name)

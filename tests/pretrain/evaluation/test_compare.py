@@ -44,7 +44,7 @@ def test_documents_are_paired_by_their_text_in_any_order() -> None:
     # Equal texts keep their order, as in any reading of one suite.
     order = order[np.argsort(keys[order] * 100 + order, kind="stable")]
     b = scores(nll[order] + 1.0 * text_bytes[order] * np.log(2), text_bytes[order], keys[order])
-    domain, macro, micro = compare(a, b, samples=200)
+    domain, macro, micro = compare(a, b, draws=200)
     assert domain.documents == 40
     for item in (domain, macro, micro):
         assert item.difference == pytest.approx(1.0)

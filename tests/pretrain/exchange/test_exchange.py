@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pretrain.checkpoint.store import FileEntry, write_complete
+from pretrain.checkpoint.store import CheckpointFile, write_complete
 from pretrain.commands.export import export_run
 from pretrain.config import load_config
 from pretrain.exchange.export import export
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     engine.mkdir(parents=True)
     (run / "config.yaml").write_text(load_config(Path("configs/quickstart.yaml")).to_yaml())
     (engine / "x.pt").write_bytes(b"other")
-    write_complete(engine.parent, [FileEntry("engine/x.pt", 5, "0" * 32)], 0.0)
+    write_complete(engine.parent, [CheckpointFile("engine/x.pt", 5, "0" * 32)], 0.0)
     arguments = argparse.Namespace(run=run, step=None, overrides=[], to=tmp_path / "out", format="hf")
     with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
         export_run(arguments)

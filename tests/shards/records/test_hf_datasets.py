@@ -209,7 +209,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         Loader(of(saved(tmp_path, "parquet"), {"split": "train[:10%]"}), 8)
     large = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 70_000]]})
     large.save_to_disk(tmp_path / "large")
-    with pytest.raises(ShardError, match=r"line 2: token id 70000, but data.tokenizer has 4096 pieces"):
+    with pytest.raises(ShardError, match=r"line 2: token id 70000, but data.tokenizer has 4096 tokens"):
         hashes(of(str(tmp_path / "large"), {"input_ids_key": "input_ids"}))
     huge = pa.table({"input_ids": pa.array([[1], [2**63]], pa.list_(pa.uint64()))})
     datasets.Dataset(datasets.table.InMemoryTable(huge)).save_to_disk(tmp_path / "huge")
