@@ -78,7 +78,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_rank_0_finds_newest_is_taken_by_all(root: Path) -> None:
+def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> None:
     def work(here: Topology) -> tuple[int, int]:
         model, store = Model(), CheckpointStore(root, CheckpointConfig())
         if here.is_main:
@@ -89,7 +89,7 @@ def test_what_rank_0_finds_newest_is_taken_by_all(root: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", range(SIZE))
-def test_an_error_of_one_is_an_error_of_all(root: Path, rank: int) -> None:
+def test_an_error_on_one_rank_is_an_error_on_all(root: Path, rank: int) -> None:
     def work(here: Topology) -> object:
         store = CheckpointStore(root / "nothing" if here.rank == rank else root, CheckpointConfig())
         return load_checkpoint(Model(), store, 4, here)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
         (folder / name).write_text(name)
 
 
-def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
+def test_missing_steps_are_an_error_on_all_ranks(root: Path) -> None:
     store = CheckpointStore(root, CheckpointConfig())
 
     def work(here: Topology) -> object:

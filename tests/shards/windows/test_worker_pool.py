@@ -22,7 +22,7 @@ def whole_shard(index: ShardIndex, path: str) -> WindowTask:
     return WindowTask(0, (SpanTask(span, index.raw_range(path, 0, index.raw_bytes)),), index.raw_bytes, 1)
 
 
-def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> None:
+def test_a_cleared_pool_drops_windows_that_were_being_made(tmp_path: Path) -> None:
     path = str(write_shard(tmp_path / "a.jsonl", b"".join(record(words(i, 30)) for i in range(400))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
@@ -74,7 +74,9 @@ class Recording:
         self._maker.close()
 
 
-def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_a_source_whose_weight_rises_are_requested_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources: list[dict[str, object]] = []
     for number, name in enumerate("abc"):
         raw = b"".join(record(words(1000 * number + i, 40)) for i in range(200))
@@ -94,7 +96,7 @@ def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkey
         assert not pool.on_demand
 
 
-def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
+def test_windows_without_rows_do_not_use_up_the_prefetch_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [
@@ -112,7 +114,7 @@ def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
         assert len(pool.on_demand) < len(pool.asked) / 10
 
 
-def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_starting_while_the_pool_closes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starting, go = threading.Event(), threading.Event()
 
     class Late:
