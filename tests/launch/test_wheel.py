@@ -70,7 +70,7 @@ def shell(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return run
 
 
-def test_the_wheel_has_every_file_that_the_commands_read(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_that_the_commands_read(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = [path for path in (ROOT / "shards").rglob("*") if path.suffix == ".py" or "sample" in path.parts]
     tracked += (ROOT / "pretrain").rglob("*.py")
@@ -92,7 +92,7 @@ def test_the_version_is_that_of_the_project(shell: Shell) -> None:
     assert "installed" in place, "the wheel was tested, not this tree"
 
 
-def test_every_command_is_listed_and_helps_by_its_own_name(shell: Shell) -> None:
+def test_every_command_is_listed_and_shows_help_under_its_own_name(shell: Shell) -> None:
     listed = shell("headrace --help").stdout
     assert [name for name in COMMANDS if not re.search(rf"^    {name}\s", listed, re.MULTILINE)] == []
     said = shell("headrace index --help")  # it imports no torch

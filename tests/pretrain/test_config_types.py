@@ -98,7 +98,7 @@ def in_words(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def test_the_full_config_is_right_and_has_every_key() -> None:
+def test_the_full_config_is_valid_and_has_every_key() -> None:
     config = RunConfig.parse(FULL)
     spelled_out = config.model_dump(mode="json")
     assert {re.sub(r"\.\d+", "", in_words(path)) for path, _ in places(spelled_out)} == {

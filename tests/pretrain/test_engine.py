@@ -52,7 +52,7 @@ def plain(topology: Topology) -> list[tuple[float, float]]:
         {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": "full"},
     ],
 )
-def test_memory_savings_change_no_number(
+def test_memory_savings_change_no_figures(
     topology: Topology, plain: list[tuple[float, float]], parallel: dict[str, object]
 ) -> None:
     for found, expected in zip(history(topology, **parallel), plain, strict=True):
@@ -76,7 +76,7 @@ def test_a_step_without_targets_changes_nothing(topology: Topology, zero_stage: 
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_the_gradients_of_zero_1_are_there_once_and_as_estimated(
+def test_zero_1_holds_its_gradients_once_and_as_estimated(
     topology: Topology, plain: list[tuple[float, float]], immediate: bool
 ) -> None:
     """Compare with DeepSpeed's default, which also keeps the bf16 gradients; figures are equal to the last bit."""
@@ -179,7 +179,7 @@ def test_contradictions_are_refused(extra: dict[str, object], message: str) -> N
         deepspeed_config(ParallelConfig(), OptimConfig(), "bf16", extra)
 
 
-def test_keys_of_deepspeed_that_we_do_not_derive_pass_through() -> None:
+def test_deepspeed_keys_that_we_do_not_derive_pass_through() -> None:
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "memory_breakdown": True}
     derived = deepspeed_config(ParallelConfig(), OptimConfig(grad_clip=0.5), "bf16", extra)
     assert derived["zero_optimization"]["reduce_bucket_size"] == 1000

@@ -102,11 +102,11 @@ def meet(work: Work) -> tuple[type[BaseException] | None, str]:
     return outcome
 
 
-def test_a_rank_0_that_gets_on_is_waited_for_beyond_the_time_out() -> None:
+def test_ranks_wait_beyond_the_time_out_while_rank_0_makes_progress() -> None:
     assert meet(get_on) == (None, "")
 
 
-def test_a_rank_0_that_hangs_is_not() -> None:
+def test_ranks_give_up_on_a_rank_0_that_hangs() -> None:
     kind, message = meet(hang)
     assert kind is HeadraceError
     assert "parallel.timeout_minutes" in message
@@ -116,7 +116,7 @@ def test_a_rank_0_that_hangs_is_not() -> None:
     ("error", "heard"),
     [(ShardError("no such shard"), ConfigError), (ValueError("a bug"), HeadraceError), (Stopped(), Stopped)],
 )
-def test_a_rank_0_that_cannot_start_is_heard_of(error: BaseException, heard: type[BaseException]) -> None:
+def test_ranks_learn_that_rank_0_cannot_start(error: BaseException, heard: type[BaseException]) -> None:
     kind, message = meet(failing(error))
     assert kind is heard
     assert ("rank 0" in message) == (heard is not Stopped)

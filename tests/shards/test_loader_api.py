@@ -10,7 +10,7 @@ from tests.pages import blocks, unprinted
 from tests.shards.corpora import ROOT
 
 
-def test_the_examples_of_the_loader_page(
+def test_the_examples_of_the_loader_page_run_and_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "shards").symlink_to(ROOT / "shards")

@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_the_old_handlers_are_restored(number: signal.Signals) -> None:
     before = [signal.getsignal(n) for n in SIGNALS]
     with Interrupt() as interrupt:
         assert interrupt.requested == 0
@@ -93,7 +93,7 @@ def test_the_same_signal_again_exits_at_once(tmp_path: Path, number: signal.Sign
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_a_start_in_order(number: signal.Signals) -> None:
+def test_a_signal_during_a_start_ends_it_cleanly(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", STARTING], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -94,7 +94,7 @@ def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_second_live_process_is_refused_at_once_and_told_who_has_it(tmp_path: Path) -> None:
+def test_a_second_live_process_is_refused_at_once_and_told_who_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holding(path, "4711") as holder:
         with (
@@ -106,7 +106,7 @@ def test_a_second_live_process_is_refused_at_once_and_told_who_has_it(tmp_path: 
             pass
 
 
-def test_a_killed_process_on_this_host_frees_it_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_process_killed_on_this_host_frees_the_lease_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "lease"
     with holding(path) as holder:
         holder.send_signal(signal.SIGKILL)
@@ -119,7 +119,7 @@ def test_a_killed_process_on_this_host_frees_it_at_once(tmp_path: Path, request:
 
 
 @pytest.mark.parametrize("job_id", ["8", None])
-def test_a_dead_process_on_another_host_frees_it_after_its_silence(
+def test_a_process_dead_on_another_host_frees_the_lease_after_its_silence(
     tmp_path: Path, waits: list[float], job_id: str | None
 ) -> None:
     path = tmp_path / "lease"
@@ -131,7 +131,7 @@ def test_a_dead_process_on_another_host_frees_it_after_its_silence(
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_the_same_job_on_another_host_has_it_at_once(tmp_path: Path) -> None:
+def test_the_same_job_on_another_host_gets_the_lease_at_once(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holding(path, "7"):
         pass
@@ -141,7 +141,7 @@ def test_the_same_job_on_another_host_has_it_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"host": "elsewhere"}, {"pid_space": "another container"}])
-def test_a_live_process_elsewhere_is_known_by_its_next_sign(tmp_path: Path, changed: dict[str, str]) -> None:
+def test_a_live_process_elsewhere_is_recognized_by_its_next_heartbeat(tmp_path: Path, changed: dict[str, str]) -> None:
     path = tmp_path / "lease"
     with holding(path):
         pretend(path, **changed)
@@ -149,7 +149,7 @@ def test_a_live_process_elsewhere_is_known_by_its_next_sign(tmp_path: Path, chan
             pass
 
 
-def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
+def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holding(path):
         pretend(path, started=1.0)
@@ -164,7 +164,7 @@ def test_a_torn_lease_is_waited_out(tmp_path: Path, waits: list[float]) -> None:
         assert len(waits) == 3
 
 
-def test_a_process_that_stood_still_too_long_finds_its_lease_lost(tmp_path: Path) -> None:
+def test_a_process_suspended_for_too_long_finds_its_lease_lost(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holding(path) as holder:
         assert holder.stdout is not None
@@ -179,7 +179,7 @@ def test_a_process_that_stood_still_too_long_finds_its_lease_lost(tmp_path: Path
             assert msgspec.json.decode(path.read_bytes(), type=Holder).pid == os.getpid()
 
 
-def test_the_holder_hears_that_it_lost_the_lease(tmp_path: Path) -> None:
+def test_the_holder_learns_that_it_lost_the_lease(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with lease(path) as mine:
         mine.check()
@@ -191,7 +191,7 @@ def test_the_holder_hears_that_it_lost_the_lease(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attempt", range(20))
-def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path: Path, attempt: int) -> None:
+def test_exactly_one_of_many_contenders_gets_a_dead_lease(tmp_path: Path, attempt: int) -> None:
     path = tmp_path / "lease"
     dead = msgspec.structs.replace(Holder.me(None), started=1.0)
     path.write_bytes(msgspec.json.encode(dead))

@@ -24,7 +24,7 @@ def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
     return [record["history"]["item"] for record in records(root, run_id) if record["type"] == "history"]  # type: ignore[index]
 
 
-def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
+def test_after_kills_each_step_appears_once_with_all_its_figures(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 22, "killed")
     session(root, 10, 30, "service stopped")  # as the launcher does
@@ -46,7 +46,7 @@ def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
     assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == list(range(4, last + 1, 4))
 
 
-def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path: Path) -> None:
+def test_offline_a_step_that_comes_out_differently_begins_a_new_wandb_run(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 33, "left before the evaluation")
     said = session(root, 20, 28, "left before the evaluation", rate=2.0)
@@ -59,7 +59,7 @@ def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path:
     assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained at the time
 
 
-def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_path: Path) -> None:
+def test_steps_retrained_without_wandb_are_noticed_at_the_next_start(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 33, "left before the evaluation")
     session(root, 20, 36, "left before the evaluation", rate=2.0, mode="disabled")
@@ -69,7 +69,7 @@ def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_p
 
 
 @pytest.mark.parametrize("rewinds", [True, False])
-def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, rewinds: bool) -> None:
+def test_online_wandb_is_rewound_to_before_a_step_that_comes_out_differently(tmp_path: Path, rewinds: bool) -> None:
     root = tmp_path / "run"
     with wandb_server(rewinds) as server:
         online = {"mode": "online", **server.environment}
@@ -87,7 +87,7 @@ def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, r
         assert rewinds or server.history["an-id"] == before
 
 
-def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
+def test_the_wandb_run_has_its_config_and_its_axis(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 2, "finished")
     found = records(root)
@@ -100,7 +100,7 @@ def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
     assert last_local_step(root / "wandb", "another-id") == -1
 
 
-def test_a_wheel_does_not_take_the_commit_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_does_not_report_the_commit_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "is_clone", lambda: False)
     assert git_commit() == ""
 
@@ -118,7 +118,7 @@ def test_disabled_costs_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wandb_that_fails_is_no_failure_of_the_training(
+def test_a_failing_wandb_does_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(self: Tracker, mode: str) -> None:
@@ -130,13 +130,13 @@ def test_a_wandb_that_fails_is_no_failure_of_the_training(
     assert "no such luck" in caplog.text
 
 
-def test_an_error_of_the_training_passes_through(tmp_path: Path) -> None:
+def test_an_error_of_the_training_is_passed_on(tmp_path: Path) -> None:
     config = WandbConfig(mode="disabled")
     with pytest.raises(ZeroDivisionError), Tracker(config, RunFolder(tmp_path), "name", "id", {}):
         raise ZeroDivisionError
 
 
-def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> None:
+def test_a_changed_suite_is_shown_under_its_own_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     for first, last, suite in ((0, 2, "s@1"), (2, 3, "s@2")):
@@ -152,7 +152,7 @@ def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> Non
     assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
 
 
-def test_rows_are_flat() -> None:
+def test_rows_are_flattened() -> None:
     assert step_row({"step": 1, "loss": 2.0, "epoch_per_source": {"a": 0.5}}) == {
         "step": 1, "loss": 2.0, "epoch_per_source/a": 0.5,
     }  # fmt: skip

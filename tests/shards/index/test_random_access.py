@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("near")
 
 
 @pytest.mark.parametrize("path", SHARDS, ids=lambda path: path.name)
-def test_a_document_is_that_which_reading_from_the_start_gives(tmp_path: Path, path: Path) -> None:
+def test_a_document_equals_the_one_read_from_the_start(tmp_path: Path, path: Path) -> None:
     documents = list(read_documents(path))
     for number in (0, 1, len(documents) // 2, len(documents) - 1):
         assert document(path, documents[number].line, index_dir=tmp_path) == documents[number]
@@ -36,7 +36,7 @@ def test_a_document_is_that_which_reading_from_the_start_gives(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("path", SHARDS, ids=lambda path: path.name)
-def test_an_opened_shard_reads_and_seeks_as_the_unpacked_file_does(tmp_path: Path, path: Path) -> None:
+def test_an_opened_shard_reads_and_seeks_like_the_unpacked_file(tmp_path: Path, path: Path) -> None:
     unpacked = {".zst": ["zstd", "-dc"], ".gz": ["gzip", "-dc"]}[path.suffix]
     raw = subprocess.run([*unpacked, str(path)], stdout=subprocess.PIPE, check=True).stdout
     reference = io.BytesIO(raw)
@@ -96,7 +96,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
         running.shutdown()
 
 
-def test_a_remote_shard_is_fetched_only_where_it_is_read(
+def test_only_the_parts_read_of_a_remote_shard_are_fetched(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 1 << 16)

@@ -34,7 +34,7 @@ def decodes(compression: str, start: Start, window: bytes, chunks: Sequence[Chun
     ],
     ids=["gzip", "512 KiB", "256 KiB", "1 MiB, long mode"],
 )
-def test_what_is_dropped_is_not_referred_to_and_what_is_kept_is(
+def test_thinning_drops_exactly_what_is_not_referred_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], bytes]
 ) -> None:
     calls: list[Call] = []

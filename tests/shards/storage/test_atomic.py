@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content_hash, "READ_BYTES", 1000)
     for content in (b"", b"x" * 999, bytes(range(256)) * 99):
         write_atomically(tmp_path / "file", content)
