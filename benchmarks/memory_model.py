@@ -8,11 +8,12 @@ It is to be a step on a GPU, with tensors that say that they lie on the CPU: nor
 blocks are cut into forward and backward pass as inductor does it, and what it would fuse takes no memory. It leaves out
 the CUDA context, NCCL's buffers, and the allocator's rounding and gaps.
 
-    python benchmarks/memory_model.py                                        # the shipped configs
-    python benchmarks/memory_model.py --config configs/x.yaml --dp-size 8 parallel.zero_stage=2
+    python benchmarks/memory_model.py                   # the shipped configs, with each way to save activations
+    python benchmarks/memory_model.py 'llama-1b-dolma 8 parallel.zero_stage=2' 'my.yaml 1' --json
 
-A line for each case: the estimate and the simulation in GB; of the simulation the peak of each part. The exit code is 1
-where they differ by more than a tenth.
+A case is a config, the number of data-parallel ranks, and overrides. Each gives a line with the estimate and the
+simulation, and of the latter the states between two steps and the peak of each part, in GB. The exit code is 1 where
+estimate and simulation differ by more than a tenth.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ class Simulation:
         states: bytes between two steps: weights, gradient sums, optimizer.
         peak: the most bytes at once.
         peaks: the same by the engine's parts of a step.
-        sent: bytes given to collectives in the step, by the size of the group and the operation.
+        collectives: bytes that each kind of collective scattered, gathered or reduced in the step.
     """
 
     states: int
     peak: int
     peaks: dict[str, int]
-    sent: dict[str, int]
+    collectives: dict[str, int]
 
 
 class Ledger(TorchDispatchMode):
@@ -92,7 +93,7 @@ class Ledger(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # by storage
         self.alive = self.peak = 0
         self.in_registers = False  # whether a fused kernel makes what comes next, and nothing but that kernel reads it
-        self.sent: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()  # bytes by operation
 
     supports_higher_order_operators = True  # those with which compiled blocks compute again what was not kept
 
@@ -108,7 +109,9 @@ class Ledger(TorchDispatchMode):
         except DataDependentOutputException:
             return 0  # a loss, a norm or a flag for the host: with zeros a step is taken as usual
         if function.namespace in ("c10d", "_c10d_functional"):
-            self.sent[str(function)] += sum(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))
+            # What is scattered, gathered, or reduced as a whole
+            sizes = [tensor.nbytes for tensor in tree_leaves((args, made)) if isinstance(tensor, Tensor)]
+            self.collectives[function._opname] += max(sizes, default=0)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # DeepSpeed makes some of these itself
                 self._enter(tensor.untyped_storage())
@@ -274,59 +277,53 @@ def simulate(config: RunConfig, dp_size: int) -> Simulation:
         states = 0
         for step in range(2):
             meter.peaks, states = {}, ledger.alive
-            ledger.sent.clear()
+            ledger.collectives.clear()
             engine.train_step(tokens, torch.ones_like(tokens), 1, step, 1e-4, meter)
-    return Simulation(states, max(meter.peaks.values()), meter.peaks, dict(ledger.sent))
+    return Simulation(states, max(meter.peaks.values()), meter.peaks, dict(ledger.collectives))
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[Path, int, list[str]]]:
-    """Yield the config, the data-parallel ranks and the overrides of each case."""
-    if arguments.config:
-        yield arguments.config, arguments.dp_size, arguments.overrides
-        return
+def shipped() -> Iterator[str]:
+    """Yield a case for each shipped config and each way to save activations."""
     for name, dp_size in SHIPPED:
-        path = ROOT / "configs" / f"{name}.yaml"
-        splits = ("false", "true") if load_config(path).parallel.tp_size > 1 else ("false",)
+        splits = ("false", "true") if load_config(_path(name)).parallel.tp_size > 1 else ("false",)
         for compiled, checkpointing, split in itertools.product(("false", "true"), get_args(Checkpointing), splits):
             settings = {"compile": compiled, "activation_checkpointing": checkpointing, "sequence_parallel": split}
-            changed = [f"parallel.{key}={value}" for key, value in settings.items()]
-            yield path, dp_size, [*changed, *arguments.overrides]
+            yield " ".join([name, str(dp_size), *(f"parallel.{key}={value}" for key, value in settings.items())])
 
 
-def compare(path: Path, dp_size: int, overrides: list[str]) -> dict[str, object]:
+def _path(name: str) -> Path:
+    return Path(name) if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
+
+
+def compare(case: str) -> dict[str, object]:
     """Simulate one case and set the estimate beside it."""
     warnings.simplefilter("ignore")
-    config = load_config(path, overrides)
-    found, estimate = simulate(config, dp_size), memory_per_rank(config.workload(dp_size))
+    name, dp_size, *overrides = case.split()
+    config = load_config(_path(name), overrides)
+    found, estimate = simulate(config, int(dp_size)), memory_per_rank(config.workload(int(dp_size)))
     return {
-        "case": " ".join([path.stem, *overrides]),
+        "case": case,
         "estimate": estimate.total,
         "simulation": found.peak,
         "off": estimate.total / found.peak - 1,
         "states": found.states,
         **found.peaks,
-        "sent": found.sent,
+        "collectives": found.collectives,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="default: the shipped configs, with each way to save memory")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--dp-size", type=int, default=8, help="data-parallel ranks of --config")
+    parser.add_argument("cases", nargs="*", metavar="'CONFIG DP_SIZE [key.path=value ...]'")
     parser.add_argument("--json", action="store_true", help="one object a line, in bytes")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     worst = 0.0
     # Each case needs a process group and DeepSpeed's globals to itself.
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for found in pool.imap(_compare, cases(arguments)):
+        for found in pool.imap(compare, arguments.cases or shipped()):
             worst = max(worst, abs(float(str(found["off"]))))
             print(json.dumps(found) if arguments.json else _line(found), flush=True)
     return int(worst > TOLERANCE)
-
-
-def _compare(case: tuple[Path, int, list[str]]) -> dict[str, object]:
-    return compare(*case)
 
 
 def _line(found: dict[str, Any]) -> str:

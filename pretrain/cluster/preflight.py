@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -163,7 +162,7 @@ def _overrides(work: Workload, changed: Workload) -> str:
             changed.parallel.activation_checkpointing,
         ),
     ]
-    return " ".join(f"{key}={json.dumps(new)}" for key, old, new in values if new != old)
+    return " ".join(f"{key}={new}" for key, old, new in values if new != old)
 
 
 def speed_findings(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.devices import Device
-from pretrain.model.size import Workload, flops_per_token, parameter_count
+from pretrain.model.size import Workload, flops_per_token
 
 # Attainable shares of what data sheets say. The best shapes of matrix products reach 0.8 to 0.86 of the peak on A100,
 # H100 and GH200 (Bekman, Machine Learning Engineering, "Maximum Achievable Matmul FLOPS"); those of a step are smaller,
@@ -20,8 +20,7 @@ _LINK_SHARE = 0.8
 
 _UNFUSED = 3  # times as many bytes are moved where each operation runs by itself, without parallel.compile
 _HEAD_PASSES = 12  # how often a logit is written or read, forward and backward
-# All-reduces of a layer over the tp ranks: forward a sum after each branch, backward one for each layer that reads it
-_FORWARD_SUMS, _BACKWARD_SUMS = 2, 5
+_SUMS = 4  # all-reduces of a layer over the tp ranks, one for each branch, forward and backward
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def step_time(work: Workload, micro_steps: int, cluster: Cluster) -> StepTime:
     assert device.flops, why_unknown(work, device)
     products = _flops(work) / (_PRODUCTS_SHARE * device.flops)
     memory = _bytes_moved(work) / (_MEMORY_SHARE * device.memory_bandwidth)
-    every_micro_step, once = _gradient_seconds(work, cluster)
+    every_micro_step, once = _data_parallel_seconds(work, cluster)
     # ZeRO-2 reduces gradients while the backward pass computes others, two thirds of the time; ZeRO-3 also gathers
     # weights ahead of the forward pass.
     beside = (products + memory) * {1: 0, 2: 2 / 3, 3: 1}[work.parallel.applied_zero_stage]
@@ -111,7 +110,7 @@ def step_time(work: Workload, micro_steps: int, cluster: Cluster) -> StepTime:
 
 def tokens_per_second(work: Workload, micro_steps: int, seconds: float) -> float:
     """Return the tokens a second of all ranks together, given the seconds of a step."""
-    return work.micro_batch_size * work.seq_len * micro_steps * work.dp_size / seconds
+    return work.tokens * micro_steps * work.dp_size / seconds
 
 
 def _flops(work: Workload) -> float:
@@ -119,8 +118,8 @@ def _flops(work: Workload) -> float:
     config = work.model
     of_model = flops_per_token(config, work.seq_len)
     of_blocks = of_model - 6 * config.vocab_size * config.dim
-    again = of_blocks / 3 if work.parallel.activation_checkpointing else 0  # one more forward pass
-    return work.micro_batch_size * work.seq_len * (of_model + again) / work.parallel.tp_size
+    again = of_blocks / 3 if work.parallel.activation_checkpointing == "full" else 0  # one more forward pass
+    return work.tokens * (of_model + again) / work.parallel.tp_size
 
 
 def _bytes_moved(work: Workload) -> float:
@@ -132,12 +131,12 @@ def _bytes_moved(work: Workload) -> float:
     """
     config, parallel = work.model, work.parallel
     queries_and_keys = (config.n_heads + config.kv_heads) * config.head_dim
-    forward = 8 * config.dim + (2 * queries_and_keys + 3 * config.hidden_dim) / parallel.tp_size
-    passes = 4 if parallel.activation_checkpointing else 3
+    stream = config.dim / (parallel.tp_size if parallel.sequence_parallel else 1)
+    forward = 8 * stream + (2 * queries_and_keys + 3 * config.hidden_dim) / parallel.tp_size
+    passes = 3 if parallel.activation_checkpointing == "none" else 4
     blocks = config.n_layers * passes * forward * (1 if parallel.compile else _UNFUSED)
     head = _HEAD_PASSES * config.vocab_size / parallel.tp_size
-    tokens = work.micro_batch_size * work.seq_len
-    return tokens * work.bytes_per_weight * (blocks + head) + 12 * _parameters(work)
+    return work.tokens * work.bytes_per_weight * (blocks + head) + 12 * work.parameters
 
 
 def _optimizer_bytes(work: Workload) -> float:
@@ -146,44 +145,67 @@ def _optimizer_bytes(work: Workload) -> float:
     AdamW reads four fp32 numbers for each of the rank's own parameters and writes three, and their bf16 copy. Before,
     the norm reads the gradients, clipping reads and writes them, and afterwards they are set to zero.
     """
-    own = _parameters(work) / work.dp_size
-    gradients = _parameters(work) if work.parallel.applied_zero_stage == 1 else own
+    own = work.parameters / work.dp_size
+    gradients = work.parameters if work.parallel.applied_zero_stage == 1 else own
     return 30 * own + 16 * gradients
 
 
-def _parameters(work: Workload) -> float:
-    return parameter_count(work.model) / work.parallel.tp_size
+def tensor_parallel_bytes(work: Workload) -> float:
+    """Count the bytes of all that the tp ranks sum in a micro-step; gathering and scattering tokens count half each.
+
+    Besides the blocks' sums there are those of the embedding and of the gradient before the output projection. What is
+    computed again needs the first branch's sum; with sequence parallelism also both branches' tokens.
+    """
+    config, parallel = work.model, work.parallel
+    if parallel.tp_size == 1:
+        return 0
+    again = (1.5 if parallel.sequence_parallel else 1) if parallel.activation_checkpointing == "full" else 0
+    return (config.n_layers * (_SUMS + again) + 2) * work.tokens * config.dim * work.bytes_per_weight
 
 
 def _tensor_parallel_seconds(work: Workload, cluster: Cluster) -> float:
     """Estimate how long one rank waits for its tensor-parallel group in a micro-step."""
-    parallel, config = work.parallel, work.model
-    passes = 2 if parallel.activation_checkpointing else 1
-    sums = config.n_layers * (passes * _FORWARD_SUMS + _BACKWARD_SUMS) + 2  # of the embedding, and before the output
-    size = work.micro_batch_size * work.seq_len * config.dim * work.bytes_per_weight
-    bandwidth = cluster.bandwidth(within_node=cluster.gpus_per_node % parallel.tp_size == 0)
-    return sums * _ring(2 * size, parallel.tp_size) / bandwidth
+    tp_size = work.parallel.tp_size
+    bandwidth = cluster.bandwidth(within_node=cluster.gpus_per_node % tp_size == 0)
+    return _ring(2 * tensor_parallel_bytes(work), tp_size) / bandwidth
 
 
-def _gradient_seconds(work: Workload, cluster: Cluster) -> tuple[float, float]:
-    """Estimate how long the dp ranks' links work: in each micro-step, and once at the end of a step.
+@dataclass(frozen=True)
+class DataParallelBytes:
+    """Bytes that a dp group reduces, and that it gathers, in each micro-step and once at a step's end."""
 
-    Gradients travel in fp32. ZeRO-1 all-reduces them once. ZeRO-2 does so in each micro-step: DeepSpeed's buckets hold
-    several ranks' gradients, and each rank keeps its own (`use_multi_rank_bucket_allreduce`). Both gather the new
-    weights. ZeRO-3 scatters its gradients, and gathers weights before each pass.
+    reduced: float = 0
+    reduced_once: float = 0
+    scattered: float = 0  # reduced too, but each rank receives only its own part
+    gathered: float = 0
+    gathered_once: float = 0
+
+
+def data_parallel_bytes(work: Workload) -> DataParallelBytes:
+    """Count what the dp ranks exchange.
+
+    ZeRO-1 all-reduces the gradients once. ZeRO-2 does so in each micro-step: DeepSpeed's buckets hold several ranks'
+    gradients, and each rank keeps its own (`use_multi_rank_bucket_allreduce`). Both gather the new weights. ZeRO-3
+    scatters its gradients and gathers weights, for the backward pass again unless all of them fit.
     """
-    parallel, weight_bytes, parameters = work.parallel, work.bytes_per_weight, _parameters(work)
+    gradients, weights = work.reduce_bytes * work.parameters, work.bytes_per_weight * work.parameters
+    if work.parallel.applied_zero_stage == 3:
+        passes = 1 if work.parameters <= work.gathered_weights else 2
+        return DataParallelBytes(scattered=gradients, gathered=passes * weights)
+    if work.parallel.applied_zero_stage == 2:
+        return DataParallelBytes(reduced=gradients, gathered_once=weights)
+    return DataParallelBytes(reduced_once=gradients, gathered_once=weights)
+
+
+def _data_parallel_seconds(work: Workload, cluster: Cluster) -> tuple[float, float]:
+    """Estimate how long the dp ranks' links work: in each micro-step, and once at the end of a step."""
     # The ranks of a node that belong to one tp group are in as many dp groups, which share the node's network.
-    sharing = min(parallel.tp_size, cluster.gpus_per_node)
+    sharing = min(work.parallel.tp_size, cluster.gpus_per_node)
     bandwidth = cluster.bandwidth(cluster.nodes == 1, sharing)
-    all_reduce = _ring(2 * 4 * parameters, work.dp_size) / bandwidth
-    gather = _ring(weight_bytes * parameters, work.dp_size) / bandwidth
-    if parallel.applied_zero_stage == 3:
-        passes = 3 if parallel.activation_checkpointing else 2
-        return passes * gather + all_reduce / 2, 0.0
-    if parallel.applied_zero_stage == 2:
-        return all_reduce, gather
-    return 0.0, all_reduce + gather
+    found = data_parallel_bytes(work)
+    each = 2 * found.reduced + found.scattered + found.gathered
+    once = 2 * found.reduced_once + found.gathered_once
+    return _ring(each, work.dp_size) / bandwidth, _ring(once, work.dp_size) / bandwidth
 
 
 def _ring(size: float, ranks: int) -> float:

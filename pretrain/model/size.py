@@ -11,6 +11,8 @@ from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import Checkpointing, ParallelConfig
 
+_REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLREDUCE_SIZE
+
 
 def parameter_count(config: ModelConfig) -> int:
     """Count the trainable parameters of the whole model; tied embeddings count once."""
@@ -211,12 +213,13 @@ def _with_checkpointing(work: Workload, what: Checkpointing) -> Workload:
 def _reduction_bytes(work: Workload, blocks: float) -> float:
     """Estimate what the reduction of gradients takes beside the buffers, and what blocks then still keep.
 
-    ZeRO-1 reduces them all after the backward pass, where they are. ZeRO-2 and 3 reduce a bucket as soon as it is full,
-    from a copy; the blocks whose gradients it holds need nothing more. In another type than the gradients', there is a
-    copy in that type too.
+    ZeRO-1 reduces them all after the backward pass, where they are, or from a copy where matrices and vectors fit in
+    one. ZeRO-2 and 3 reduce a bucket as soon as it is full, from a copy; the blocks whose gradients it holds need
+    nothing more. In another type than the gradients', there is a copy in that type too.
     """
     if work.parallel.applied_zero_stage == 1:
-        return work.reduce_bytes * work.parameters if work.reduce_bytes < 4 else 0
+        copy = 4 if work.parameters <= _REDUCED_TOGETHER else 0
+        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.parameters
     reduced = min(work.reduce_bucket, work.parameters)
     cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
     return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.parameters)
