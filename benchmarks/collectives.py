@@ -1,12 +1,15 @@
-"""Count what tensor-parallel ranks send each other in a step: `python benchmarks/collectives.py [--tp-size 2]`.
+"""Count what ranks send each other: `python benchmarks/collectives.py [--tp-size 2] [--dp-size 2]`.
 
-Calls and bytes a layer are the difference between models of three layers and of two, forward and backward apart. Bytes
-are those of each collective's input on one rank. `--root CHECKOUT` counts those of another checkout.
+Of tensor-parallel ranks the calls and bytes of a layer, forward and backward apart: the difference between models of
+three layers and of two. Of data-parallel ranks those of a whole optimizer step, for each ZeRO stage, beside the
+parameters' number. Bytes are those of each collective's input on one rank, as the program hands it over.
+`--root CHECKOUT` counts the layers of another checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections import Counter
@@ -23,6 +26,7 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pretrain.model.size import parameter_count
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import ParallelConfig, free_port, started
 
@@ -61,10 +65,38 @@ def counted(layers: int, parallel: ParallelConfig) -> tuple[Collectives, Collect
     return forward, backward
 
 
+def set_environment(rank: int, world_size: int, port: int) -> None:
+    """Set what a launcher would."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+
+
+def count_step(rank: int, world_size: int, port: int, parallel: ParallelConfig, micro_steps: int) -> None:
+    """Count the collectives of an optimizer step after the first; rank 0 prints."""
+    from pretrain.deepspeed_keys import deepspeed_config  # another checkout may lack them
+    from pretrain.engine import Engine
+    from pretrain.optim import OptimConfig
+    from pretrain.run.metrics import Meter
+
+    set_environment(rank, world_size, port)
+    config, optim = ModelConfig.model_validate(MODEL | {"n_layers": 4}), OptimConfig()
+    with started(parallel) as topology:
+        ds_config = deepspeed_config(parallel, optim, "bf16", {})
+        engine = Engine(config, optim, parallel, ds_config, 1, micro_steps, topology, seed=0)
+        tokens = torch.zeros(micro_steps, LENGTH + 1, dtype=torch.int64)
+        batch = tokens, torch.ones_like(tokens), micro_steps * LENGTH * world_size
+        engine.train_step(*batch, 0, 1e-3, Meter())
+        with Collectives() as found:
+            engine.train_step(*batch, 1, 1e-3, Meter())
+    if topology.is_main:
+        for kind, calls in sorted(found.calls.items()):
+            print(f"  {kind:28} {calls:4} calls, {found.bytes[kind] / 1e6:8.2f} MB a step", flush=True)
+
+
 def run(rank: int, parallel: ParallelConfig, port: int) -> None:
     """Count on one rank; rank 0 prints."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": parallel.tp_size, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    set_environment(rank, parallel.tp_size, port)
     with started(parallel) as topology:
         two, three = counted(2, parallel), counted(3, parallel)
     if not topology.is_main:
@@ -80,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--root", type=Path, help="another checkout, whose model is counted instead")
+    parser.add_argument("--dp-size", type=int, default=2)
     arguments = parser.parse_args()
     layouts: list[dict[str, Any]] = [{}]
     if not arguments.root:
@@ -90,6 +123,15 @@ def main() -> None:
             f"tp_size {parallel.tp_size} {layout or ''}: {ROWS} x {LENGTH} tokens, dim {MODEL['dim']}, bf16", flush=True
         )
         torch.multiprocessing.spawn(run, (parallel, free_port()), nprocs=parallel.tp_size)
+    if arguments.root:
+        return
+    parameters = parameter_count(ModelConfig.model_validate(MODEL | {"n_layers": 4}))
+    for stage, micro_steps in itertools.product((1, 2, 3), (1, 4)):
+        print(
+            f"dp_size {arguments.dp_size}, ZeRO-{stage}, {micro_steps} micro-steps, {parameters / 1e6:.2f}M parameters"
+        )
+        where = arguments.dp_size, free_port(), ParallelConfig.model_validate({"zero_stage": stage}), micro_steps
+        torch.multiprocessing.spawn(count_step, where, nprocs=arguments.dp_size)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.evaluation.eval_set import EvaluationConfig
+from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig
@@ -158,6 +160,18 @@ class RunConfig(Config):
             seq_len=self.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
+        )
+
+    def attention_shape(self, dp_size: int) -> AttentionShape:
+        """Return the attention of one layer on one rank, from which the fastest backend can be found."""
+        tp_size = self.parallel.tp_size
+        return AttentionShape(
+            rows=self.micro_batch_size(dp_size),
+            length=self.data.seq_len,
+            n_heads=self.model.n_heads // tp_size,
+            n_kv_heads=self.model.kv_heads // tp_size,
+            head_dim=self.model.head_dim,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
         )
 
     def hash(self) -> str:
@@ -308,7 +322,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
-                f" equal the number of the tokenizer's pieces; {advice}"
+                f" equal the tokenizer's number of tokens; {advice}"
             )
     if parallel and parallel.sequence_parallel and data:
         yield from _not_divisible("data.seq_len", data.seq_len, "parallel.tp_size", parallel.tp_size)
@@ -327,15 +341,15 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
 
 
-def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
-    """Describe how to split a tokenizer with this many pieces by tensor parallelism; empty if it is splittable."""
-    if pieces % tp_size == 0:
+def how_to_split_vocabulary(vocab_size: int, tp_size: int) -> str:
+    """Describe how to split a tokenizer with this many tokens by tensor parallelism; empty if it is splittable."""
+    if vocab_size % tp_size == 0:
         return ""
-    divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])
+    divisors = listed([n for n in range(1, vocab_size + 1) if vocab_size % n == 0])
     command = installation.typed("train-tokenizer", "--vocab-size")
     return (
-        f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or use a tokenizer whose number of pieces is a"
-        f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} ({command})"
+        f"set parallel.tp_size to a divisor of {vocab_size}: {divisors}; or use a tokenizer whose number of tokens is a"
+        f" multiple of {tp_size}, such as {multiples_near(vocab_size, tp_size)} ({command})"
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.host_memory import keep_freed_memory
-from pretrain.model.attention import attention_backend
+from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
@@ -104,7 +104,9 @@ class Engine:
         if topology.device.type == "cpu":
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
-        model = Transformer(model_config, parallel, attention_backend(parallel, topology, model_config.head_dim))
+        dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+        attention = attention_backend(parallel, topology, model_config.head_dim, dtype)
+        model = Transformer(model_config, parallel, attention)
         model.to(topology.device).initialize(seed)
         self.model = model
         self._loss = functools.partial(

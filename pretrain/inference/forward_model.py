@@ -1,4 +1,4 @@
-"""A model without optimizer or engine, for weights from any source.
+"""A model without optimizer or engine, for weights of any origin.
 
 weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices, so
 any number of ranks works.
@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pretrain.model.attention import attention_backend
+from pretrain.model.attention_choice import attention_backend
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Scores, Targets, last_logits, target_scores
 from pretrain.model.transformer import ModelConfig, Precision, Transformer
@@ -28,7 +28,8 @@ class ForwardModel:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, precision: Precision, topology: Topology) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = Transformer(config, attention=attention_backend(parallel, topology, config.head_dim))
+        attention = attention_backend(parallel, topology, config.head_dim, dtype)
+        model = Transformer(config, attention=attention)
         self._model = model.to(topology.device, dtype).eval()
         self.config = config
         self._topology = topology

@@ -18,28 +18,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pretrain.model.piece_attention import piece_attention
 from pretrain.model.pieces import Pieces
-from pretrain.topology import ParallelConfig, Topology
-from shards import ConfigError
 
 # q [B, T, n_heads, head_dim], k and v [B, T, n_kv_heads, head_dim] -> [B, T, n_heads, head_dim]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionBackend = Literal["sdpa", "flex", "varlen"]
-
-
-def attention_backend(parallel: ParallelConfig, topology: Topology, head_dim: int) -> AttentionBackend:
-    """Resolve the attention that a config asks for. Raises ConfigError if this device cannot run it."""
-    on_cuda = topology.device.type == "cuda"
-    fits = on_cuda and head_dim >= 16
-    if parallel.attention == "flex" and not fits:
-        raise ConfigError(
-            f"parallel.attention=flex needs CUDA and heads of at least 16, not {topology.device.type} and {head_dim};"
-            " use auto"
-        )
-    if parallel.attention != "auto":
-        return parallel.attention
-    if not on_cuda:
-        return "varlen"
-    return "flex" if fits else "sdpa"
 
 
 def attention_within_pieces(pieces: Pieces, backend: AttentionBackend) -> Attend:

@@ -1,14 +1,13 @@
-"""Causal attention within each piece of the flattened tokens, one custom operator for the CPU and for CUDA.
+"""Causal attention within each piece of the flattened tokens, as one custom operator for the CPU and for CUDA.
 
 An operator of its own is one opaque node of a compiled block: where the pieces lie is data to it, so nothing is
-compiled again when documents change, and a checkpointing policy can keep its results by name. `Pieces` says what
-`bounds` and `extent` are. N tokens, H query heads, K key-value heads, D head_dim.
+compiled again when documents change, and a checkpointing policy can keep its results by name. N tokens, H query heads,
+K key-value heads, D head_dim; `Pieces` says what `bounds` and `extent` are.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,26 +16,24 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
-_QUANTUM = 16  # tokens; pieces whose lengths agree when rounded up to a multiple of it are computed together
-
 
 @torch.library.custom_op("headrace::piece_attention", mutates_args=(), device_types="cpu")
 def piece_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     """Attend from each token to those of its piece up to itself.
 
     Args:
-        q: [N, H, D].
+        q: [N, H, D]; on CUDA in bf16.
         k, v: [N, K, D]; H is a multiple of K.
         bounds, extent: as in `Pieces`.
     Returns:
-        The output [N, H, D], and the logsumexp of each query's scores, [H, N] fp32.
+        The output [N, H, D], and the logsumexp of each query's scores, [H, N] fp32, which the gradients need.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    logsumexp = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    for group in _groups(bounds.numpy().tobytes(), len(q)):
-        found, sums = _aten._scaled_dot_product_flash_attention_for_cpu(*map(group.take, (q, k, v)), 0.0, True)
-        group.put(out, found)
-        logsumexp[:, group.tokens] = sums.transpose(0, 1).flatten(1)[:, group.slots]
+    out, logsumexp = _results_for(q)
+    for tokens, length in _batches(bounds.numpy().tobytes()):
+        q_batch, k_batch, v_batch = (_gathered(x, tokens, length) for x in (q, k, v))
+        found, sums = _aten._scaled_dot_product_flash_attention_for_cpu(q_batch, k_batch, v_batch, is_causal=True)
+        _scatter(found, out, tokens)
+        logsumexp.index_copy_(1, tokens, sums.transpose(0, 1).flatten(1))
     return out, logsumexp
 
 
@@ -45,83 +42,95 @@ def piece_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bounds: Tensor, extent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, given that of the output."""
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for group in _groups(bounds.numpy().tobytes(), len(q)):
-        inputs = [group.take(x) for x in (q, k, v, out)]
-        sums = logsumexp[:, group.index].view(len(logsumexp), *group.shape).transpose(0, 1)
-        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            group.take_real(grad), *inputs, sums, 0.0, True
-        )
-        for gradient, values in zip(gradients, found, strict=True):
-            group.put(gradient, values)
-    return gradients  # type: ignore[return-value]  # three of them
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Pieces of similar length, computed as one batch of n rows of the same length.
-
-    Attributes:
-        shape: (n, length).
-        index: [n * length] the token in each slot of the batch; after a piece's end its last token stands again,
-            which no causal query of the piece sees.
-        tokens, slots: the tokens of these pieces, and the slot of each.
-    """
-
-    shape: tuple[int, int]
-    index: Tensor
-    tokens: Tensor
-    slots: Tensor
-
-    def take(self, x: Tensor) -> Tensor:
-        """Gather x [N, heads, D] into the batch, [n, heads, length, D] fp32, in which CPUs compute fastest."""
-        return x.index_select(0, self.index).view(*self.shape, *x.shape[1:]).transpose(1, 2).float()
-
-    def take_real(self, x: Tensor) -> Tensor:
-        """Gather x as `take` does, with zeros after each piece's end."""
-        batch = x.new_zeros((len(self.index), *x.shape[1:]), dtype=torch.float32)
-        batch[self.slots] = x.index_select(0, self.tokens).float()
-        return batch.view(*self.shape, *x.shape[1:]).transpose(1, 2)
-
-    def put(self, x: Tensor, batch: Tensor) -> None:
-        """Scatter the batch [n, heads, length, D] into x [N, heads, D]."""
-        x[self.tokens] = batch.transpose(1, 2).reshape(-1, *x.shape[1:]).index_select(0, self.slots).to(x.dtype)
+    gradients = _gradients_for(q, k, v)
+    for tokens, length in _batches(bounds.numpy().tobytes()):
+        batches = (_gathered(x, tokens, length) for x in (grad, q, k, v, out))
+        sums = logsumexp.index_select(1, tokens).view(len(logsumexp), -1, length).transpose(0, 1)
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*batches, sums, 0.0, is_causal=True)
+        for batch, gradient in zip(found, gradients, strict=True):
+            _scatter(batch, gradient, tokens)
+    return gradients
 
 
 @functools.lru_cache(maxsize=4)  # every layer asks for the same, forward and backward
-def _groups(bounds: bytes, n_tokens: int) -> tuple[_Group, ...]:
-    starts = np.frombuffer(bounds, np.int32)
-    starts = starts[: np.searchsorted(starts, n_tokens) + 1].astype(np.int64)
-    lengths = np.diff(starts)
-    rounded = -(-lengths // _QUANTUM) * _QUANTUM
-    groups = []
-    for length in np.unique(rounded):
-        members = rounded == length
-        slot = np.arange(length)
-        real = slot < lengths[members][:, None]
-        index = starts[:-1][members][:, None] + np.minimum(slot, lengths[members][:, None] - 1)
-        groups.append(
-            _Group(
-                shape=index.shape,
-                index=torch.from_numpy(index.ravel()),
-                tokens=torch.from_numpy(index[real]),
-                slots=torch.from_numpy(np.flatnonzero(real)),
-            )
-        )
-    return tuple(groups)
+def _batches(bounds: bytes) -> tuple[tuple[Tensor, int], ...]:
+    """Group pieces by length. Return for each length n the tokens of its pieces, [pieces * n] int64, and n.
+
+    One by one, short pieces would cost more in calls than in arithmetic; rounding their lengths up to make fewer groups
+    would cost more arithmetic than it saves calls.
+    """
+    places = np.frombuffer(bounds, np.int32).astype(np.int64)
+    lengths = np.diff(places)  # 0 behind the last piece
+    batches = []
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        tokens = places[:-1][lengths == length, None] + np.arange(length)
+        batches.append((torch.from_numpy(tokens.ravel()), length))
+    return tuple(batches)
+
+
+def _gathered(x: Tensor, tokens: Tensor, length: int) -> Tensor:
+    """Return the rows of x [N, heads, D] for pieces of equal length, [pieces, heads, length, D] fp32.
+
+    PyTorch's kernel took up to five times as long in bf16, in which it would also compute in fp32 and only read and
+    write less.
+    """
+    return x.index_select(0, tokens).view(-1, length, *x.shape[1:]).transpose(1, 2).float()
+
+
+def _scatter(batch: Tensor, x: Tensor, tokens: Tensor) -> None:
+    """Write a batch [pieces, heads, length, D] to its rows of x [N, heads, D]."""
+    x.index_copy_(0, tokens, batch.transpose(1, 2).flatten(0, 1).to(x.dtype))
+
+
+@piece_attention.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    return _aten._flash_attention_forward(
+        q, k, v, *_lengths(bounds, extent), 0.0, is_causal=True, return_debug_mask=False, **_WINDOW
+    )[:2]
+
+
+@piece_attention_backward.register_kernel("cuda")
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bounds: Tensor, extent: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
+    return _aten._flash_attention_backward(
+        grad, q, k, v, out, logsumexp, *_lengths(bounds, extent), 0.0, True, *no_dropout, **_WINDOW
+    )
+
+
+_WINDOW = {"window_size_left": -1, "window_size_right": 0}  # all tokens before, none after
+
+
+def _lengths(bounds: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Return FlashAttention's cu_seqlens and longest lengths, of queries and keys, without the places behind the end.
+
+    Each place would cost it 128 rows of scratch memory in the backward pass.
+    """
+    n_pieces, longest = extent.tolist()
+    bounds = bounds[: n_pieces + 1]
+    # A longest length of 1 would be taken for decoding, whose results have another shape.
+    return bounds, bounds, max(longest, 2), max(longest, 2)
 
 
 @piece_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return _results_for(q)
 
 
 @piece_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, bounds: Tensor, extent: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_for(q, k, v)
+
+
+def _results_for(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _gradients_for(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -41,7 +41,7 @@ def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> Step
     return StepRecorder(MODEL, DATA, with_z_loss, peak_flops, topology)
 
 
-def test_a_trained_step() -> None:
+def test_the_record_of_a_trained_step() -> None:
     found = record(90, TRAINED, recorder(with_z_loss=True, peak_flops=1e12))
     assert (found["step"], found["tokens"], found["loss"], found["z_loss"]) == (3, 300, 2.0, 0.5)
     assert found["padding_share"] == 0.25
@@ -60,7 +60,7 @@ def test_a_step_that_changed_nothing_says_why() -> None:
     assert {"nonfinite", "without_targets"} & set(record(0, SKIPPED, recorder())) == {"without_targets"}
 
 
-def test_a_save_belongs_to_the_next_step_alone() -> None:
+def test_a_save_is_charged_to_the_next_step_only() -> None:
     steps = recorder()
     steps.note_save(1.5)
     assert record(90, TRAINED, steps, failed_saves=2)["checkpoint_seconds"] == 1.5

@@ -17,7 +17,7 @@ def batch(tokens_per_source: dict[str, int]) -> StepBatch:
     )  # fmt: skip
 
 
-def test_a_sub_source_that_a_batch_does_not_hold_keeps_its_count() -> None:
+def test_a_sub_source_missing_from_a_batch_keeps_its_count() -> None:
     state = RunState(0, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
     for counts in ({"pile": 5, "pile/wiki": 5}, {"pile": 3, "pile/code": 3}, {"pile": 2, "pile/wiki": 2}):
         state = after(state, batch(counts))

@@ -50,7 +50,7 @@ def test_memory_is_compared_with_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_said_to_fit_does_and_a_larger_micro_batch_would_not(compiled: bool) -> None:
+def test_a_proposed_layout_fits_and_a_larger_micro_batch_would_not(compiled: bool) -> None:
     own = ParallelConfig(compile=compiled)
     said = memory(80 * 10**9, own, rows=8)
     assert said.level == "error"
@@ -108,11 +108,11 @@ def test_speed_is_estimated_with_what_is_known() -> None:
 @pytest.mark.parametrize(
     ("types", "size"), [({"h100"}, 80), ({"h200", "a100"}, 40), ({"h100", "unheard"}, None), (set(), None)]
 )
-def test_the_smallest_of_known_gpus_counts(types: set[str], size: int | None) -> None:
+def test_the_smallest_known_gpu_counts(types: set[str], size: int | None) -> None:
     assert preflight.hardware_of(types).gpu_bytes == (size and size * 10**9)
 
 
-def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_must_have_room_for_the_checkpoints_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 100 * 10**9
 
@@ -146,7 +146,7 @@ def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
         (1000, 2100, 3600, {"warning"}),
     ],
 )
-def test_grace_against_a_save(seconds: float, grace: int, limit: int, levels: set[str]) -> None:
+def test_the_grace_period_is_compared_with_a_save(seconds: float, grace: int, limit: int, levels: set[str]) -> None:
     save = SaveTime(seconds, measured=True)
     assert {f.level for f in preflight.grace_findings(save, grace, limit, "OFF", 0)} == levels
     preempted = [f.text for f in preflight.grace_findings(save, grace, limit, "REQUEUE", 30)]
@@ -179,7 +179,7 @@ def test_shards_without_an_index_are_counted_and_missing_ones_named(tmp_path: Pa
     assert "launch/index.py" in refused.text
 
 
-def test_who_is_at_work_in_the_folder(tmp_path: Path) -> None:
+def test_a_run_folder_in_use_is_reported(tmp_path: Path) -> None:
     assert not list(preflight.lease_findings(tmp_path))
     with Lease(tmp_path / "lease", job_id="4711"):
         (finding,) = preflight.lease_findings(tmp_path)
