@@ -407,11 +407,12 @@ def test_workers_end_with_their_parent_and_never_load_torch(
     assert not any(worker.is_running() for worker in workers)
 
 
-def test_the_bundled_sample_streams() -> None:
+def test_the_bundled_sample_streams(tmp_path: Path) -> None:
     data = config(
         [{"name": "pile", "paths": [str(SAMPLE / "pile-*")], "source_from": "meta.pile_set_name"}],
         window_bytes=1 << 16,
         seq_len=128,
+        index_dir=tmp_path,  # an index beside the sample would be found by other tests
     )
     with Loader(data, 16) as loader:
         batch = next(loader)
