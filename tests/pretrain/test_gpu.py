@@ -1,11 +1,16 @@
-"""Properties that need a CUDA device: FlexAttention is exact, and a bf16 step equals plain PyTorch in fp32."""
+"""Properties that need a CUDA device: attention is exact and never waits, a bf16 step equals plain PyTorch in fp32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from pretrain.model.attention import attention_within_pieces
+from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
+from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
+from pretrain.model.pieces import pieces_of
+from pretrain.model.rotary import rotary_angles, rotate
 from pretrain.topology import ParallelConfig, Topology
 from tests.distributed.parity import LEARNING_RATES, OPTIM, global_batches, model_config, run_case
 from tests.reference_model import Shape, train
@@ -16,19 +21,84 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+CUDA = torch.device("cuda")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+BACKENDS = [
+    ("varlen", torch.bfloat16),
+    ("flex", torch.bfloat16),
+    ("flex", torch.float32),
+    ("sdpa", torch.bfloat16),
+]
+
+
+def segment_ids(seed: int) -> Tensor:
+    """Return the segment ids of three rows, cut at random places, each with padding or none."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.sort(torch.randint(0, 6, (3, 512), generator=generator), descending=True).values
+
+
+def heads(kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator(CUDA).manual_seed(0)
+    shapes = ((3, 512, n, 64) for n in (8, kv_heads, kv_heads))
+    return [torch.randn(*s, device=CUDA, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def results(ids: Tensor, backend: AttentionBackend, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the output and the gradients of the inputs."""
+    out = attention_within_pieces(pieces_of(ids, CUDA), backend)(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, torch.cos(out.detach()))]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_flex_attention_equals_sdpa(dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
-    torch.manual_seed(0)
-    segments = torch.sort(torch.randint(0, 6, (3, 512), device="cuda")).values
-    q = torch.randn(3, 8, 512, 64, device="cuda", dtype=dtype, requires_grad=True)
-    k, v = (torch.randn(3, kv_heads, 512, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-    results = []
-    for backend in ("sdpa", "flex"):
-        out = attention_within_pieces(segments, backend)(q, k, v)
-        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
-    for sdpa, flex in zip(*results, strict=True):
-        torch.testing.assert_close(flex.float(), sdpa.float(), rtol=tolerance, atol=tolerance)
+def test_every_attention_equals_that_with_the_whole_mask(
+    backend: AttentionBackend, dtype: torch.dtype, kv_heads: int
+) -> None:
+    for ids in (segment_ids(0), torch.ones(3, 512, dtype=torch.int64), torch.arange(1, 513).expand(3, -1)):
+        inputs = heads(kv_heads, dtype)
+        expected = results(ids, "sdpa", [x.detach().float().requires_grad_() for x in inputs])
+        for found, wanted in zip(results(ids, backend, inputs), expected, strict=True):
+            atol = TOLERANCE[dtype] * max(1.0, wanted.abs().max().item())
+            torch.testing.assert_close(found.float(), wanted, rtol=TOLERANCE[dtype], atol=atol)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+def test_attention_never_waits_for_the_device(backend: AttentionBackend) -> None:
+    inputs = heads(2, torch.bfloat16)
+    results(segment_ids(1), backend, inputs)  # compiles, and asks the device for what it can do
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(segment_ids(2), backend, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+def test_attention_is_compiled_once_for_all_documents(backend: AttentionBackend) -> None:
+    def layer(attend: Attend, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, backend=counter, dynamic=False, fullgraph=True)
+    inputs = heads(2, torch.bfloat16)
+    for seed in range(10):
+        pieces = pieces_of(segment_ids(seed), CUDA)
+        attend = attention_within_pieces(pieces, backend)
+        cos, sin = rotary_angles(pieces.positions, 64, 1e4)
+        outs = [function(attend, cos, sin, *inputs) for function in (layer, compiled)]
+        eager, found = ([out, *torch.autograd.grad(out, inputs, torch.cos(outs[0].detach()))] for out in outs)
+        for one, other in zip(eager, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-2 * max(1.0, one.abs().max().item()))
+    assert counter.frame_count == 1
+
+
+def test_auto_is_measured_and_runs(topology: Topology) -> None:
+    shape = AttentionShape(rows=4, length=2048, n_heads=8, n_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    chosen = with_fastest_attention(ParallelConfig(), topology, shape)
+    assert chosen.attention in ("varlen", "flex", "sdpa")
+    assert attention_backend(chosen, topology, 64, torch.bfloat16) == chosen.attention
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
