@@ -16,7 +16,7 @@ import msgspec
 
 from pretrain import data_end
 from pretrain.checkpoint.duration import save_time
-from pretrain.checkpoint.resume import Choice, Restorer, choose
+from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import Layout, RunState
 from pretrain.checkpoint.store import CheckpointStore
@@ -83,15 +83,14 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     folder, store = config.folder, checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
-    micro_batches = config.micro_batch_size(topology.dp_size), config.micro_steps(topology.dp_size)
-    parallel = with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size))
-    settings = config.model, config.optim, parallel, config.deepspeed_config()
-    engine = Engine(*settings, *micro_batches, topology, config.run.seed)
+    engine = _engine(config, topology)
     choice = choose(store, topology)
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
-    data, dp = config.data, (topology.dp_rank, topology.dp_size)
-    eval_set = load_suite(config.evaluation, start.tokenizer, data.seq_len, config.precision, *dp)
+    data = config.data
+    eval_set = load_suite(
+        config.evaluation, start.tokenizer, data.seq_len, config.precision, topology.dp_rank, topology.dp_size
+    )
     steps = data_end.foresee(loader, config.train.steps, topology)
     # Nothing below refuses the start.
     if topology.is_main:
@@ -103,7 +102,6 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     tracker = _tracker(config, folder, suite, loader, state.init_hash) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps))
     peak_flops = total_peak_flops(config.metrics, topology)
-    limits = (config.train.max_nonfinite, config.train.nonfinite_limit)
     parts = Parts(
         engine=engine,
         feed=Feed(loader, data, config.train.global_batch_size // topology.dp_size, topology),
@@ -113,7 +111,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         held_out=_held_out(config, eval_set, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
         watchdog=watchdog,
-        unapplied=UnappliedSteps(*limits, folder, topology),
+        unapplied=UnappliedSteps(config.train.max_nonfinite, config.train.nonfinite_limit, folder, topology),
     )
     return Trainer(config, parts, topology, steps, state)
 
@@ -123,12 +121,32 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
     config, topology = start.config, start.topology
     loader = None
     if topology.tp_rank == 0:
-        sizes = (config.train.global_batch_size, config.run.seed, topology.dp_rank, topology.dp_size)
-        loader = stack.enter_context(Loader(config.data, *sizes, prepared=start.prepared))
+        loader = Loader(
+            config.data,
+            config.train.global_batch_size,
+            config.run.seed,
+            topology.dp_rank,
+            topology.dp_size,
+            start.prepared,
+        )
+        stack.enter_context(loader)
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
     if loader and fingerprint is not None:
         check_fingerprint(fingerprint, loader.fingerprint)  # nodes may see different files under the same names
     return loader
+
+
+def _engine(config: RunConfig, topology: Topology) -> Engine:
+    return Engine(
+        config.model,
+        config.optim,
+        with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size)),
+        config.deepspeed_config(),
+        micro_batch_size=config.micro_batch_size(topology.dp_size),
+        micro_steps=config.micro_steps(topology.dp_size),
+        topology=topology,
+        seed=config.run.seed,
+    )
 
 
 def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:
@@ -136,22 +154,22 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
     config, topology = start.config, start.topology
     layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
     if choice.checkpoint:
-        restorer = Restorer(store, layout, topology, start.interrupt.starting())
-        state = restorer.restore(choice.checkpoint, engine, loader)
+        conversion = start.interrupt.starting()
+        state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
         return msgspec.structs.replace(state, config_hash=config.hash())
-    init_hash = _take_weights(config, config.init_from, engine, topology) if config.init_from else ""
+    init_hash = _load_weights(config, config.init_from, engine, topology) if config.init_from else ""
     return RunState(
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
         init_hash=init_hash, **asdict(layout),
     )  # fmt: skip
 
 
-def _take_weights(config: RunConfig, source: Path, engine: Engine, topology: Topology) -> str:
+def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
     """Load the weights of another model into the engine; return the hash of its files."""
-    engine.set_weights(open_model(source, config.model))
-    hashes = topology.gather_objects(file_hashes(source, topology.rank, topology.world_size))
+    engine.set_weights(open_model(model, config.model))
+    hashes = topology.gather_objects(file_hashes(model, topology.rank, topology.world_size))
     found = content_hash([line for part in hashes for line in part])
-    _logger.info("starting from the weights in %s (hash of the files: %s)", source, found)
+    _logger.info("starting from the weights in %s (hash of the files: %s)", model, found)
     return found
 
 

@@ -32,6 +32,9 @@ from shards import Config, ConfigError, DataConfig, SourceConfig, installation
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
+# The sizes in a Workload that DeepSpeed's section may set, by the key there.
+_DEEPSPEED_SIZES = {"reduce_bucket": "reduce_bucket_size", "gathered_weights": "stage3_max_live_parameters"}
+
 
 class RunPart(Config):
     """The name, place and seed of a run."""
@@ -148,6 +151,7 @@ class RunConfig(Config):
 
     def workload(self, dp_size: int) -> Workload:
         """Return one rank's workload, from which its memory can be estimated."""
+        zero = self.deepspeed_config()["zero_optimization"]
         return Workload(
             model=self.model,
             parallel=self.parallel,
@@ -155,7 +159,7 @@ class RunConfig(Config):
             micro_batch_size=self.micro_batch_size(dp_size),
             seq_len=self.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
-            z_loss=self.optim.z_loss > 0,
+            **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 
     def attention_shape(self, dp_size: int) -> AttentionShape:
@@ -318,7 +322,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
-                f" equal the number of the tokenizer's pieces; {advice}"
+                f" equal the tokenizer's number of tokens; {advice}"
             )
     if parallel and parallel.sequence_parallel and data:
         yield from _not_divisible("data.seq_len", data.seq_len, "parallel.tp_size", parallel.tp_size)
@@ -337,15 +341,15 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
 
 
-def how_to_split_vocabulary(pieces: int, tp_size: int) -> str:
-    """Describe how to split a tokenizer with this many pieces by tensor parallelism; empty if it is splittable."""
-    if pieces % tp_size == 0:
+def how_to_split_vocabulary(vocab_size: int, tp_size: int) -> str:
+    """Describe how to split a tokenizer with this many tokens by tensor parallelism; empty if it is splittable."""
+    if vocab_size % tp_size == 0:
         return ""
-    divisors = listed([n for n in range(1, pieces + 1) if pieces % n == 0])
+    divisors = listed([n for n in range(1, vocab_size + 1) if vocab_size % n == 0])
     command = installation.typed("train-tokenizer", "--vocab-size")
     return (
-        f"set parallel.tp_size to a divisor of {pieces}: {divisors}; or use a tokenizer whose number of pieces is a"
-        f" multiple of {tp_size}, such as {multiples_near(pieces, tp_size)} ({command})"
+        f"set parallel.tp_size to a divisor of {vocab_size}: {divisors}; or use a tokenizer whose number of tokens is a"
+        f" multiple of {tp_size}, such as {multiples_near(vocab_size, tp_size)} ({command})"
     )
 
 

@@ -81,7 +81,7 @@ def deepspeed_config(
         # fp32 gradients are summed as they come; otherwise ZeRO-1 keeps the bf16 ones beside them until the step's end.
         "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": parallel.reduce_dtype,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW; DeepSpeed's own compiles at first use
         "steps_per_print": 2**31,  # it reports nothing that we do not report

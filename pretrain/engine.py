@@ -24,7 +24,9 @@ from torch import Tensor
 
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
+from pretrain.host_memory import keep_freed_memory
 from pretrain.model.attention_choice import attention_backend
+from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import shard_dim
@@ -99,6 +101,8 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        if topology.device.type == "cpu":
+            keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
         attention = attention_backend(parallel, topology, model_config.head_dim, dtype)
@@ -108,6 +112,7 @@ class Engine:
         self._loss = functools.partial(
             training_loss, z_loss=optim_config.z_loss, compiled=parallel.compile and topology.device.type == "cuda"
         )
+        self._compilations = CompilationLog() if parallel.compile else None
         self._universal_info = _universal_checkpoint_info(model)
         groups = parameter_groups(model.parameters(), optim_config.weight_decay)
         self._weight_decays = [group["weight_decay"] for group in groups]
@@ -152,26 +157,32 @@ class Engine:
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
+        with self._compilations.step(step + 1) if self._compilations else contextlib.nullcontext():
+            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter)
+
+    def _train_step(
+        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+    ) -> StepStats:
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
         # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.tensor(self.topology.dp_size / n_targets, device=tokens.device)
+        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
-            with meter.part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
+            with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
                 loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
                 scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
                 self.deepspeed.backward(scaled, scale_wrt_gas=False)
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
-        with meter.part("optimizer"):
+        with meter.device_part("optimizer"):
             self.deepspeed.step()
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
         applied = not self.deepspeed.optimizer.overflow

@@ -26,7 +26,8 @@ _TOTALS = (
     "stop_requests", "saving", "failures",  # ranks
     "rows", "rows_drawn",  # in the batch; since the run's start
     "ranks_with_data",  # ranks with a lane that has not run dry
-    "targets", "padding", "row_hash", "skipped", "skipped_so_far", "contaminated", "replays",  # as in StepBatch
+    # As in StepBatch
+    "targets", "padding", "squared_lengths", "row_hash", "skipped", "skipped_so_far", "contaminated", "replays",
 )  # fmt: skip
 
 
@@ -39,6 +40,7 @@ class StepBatch:
         segment_ids: [rows, seq_len + 1] int64 on the host, where the model plans its attention.
         n_targets: number of tokens predicted in this step.
         n_tokens, n_padding: number of tokens without padding, and of padding.
+        squared_lengths: sum of the squares of the pieces' lengths in tokens.
         row_hash: sum mod 2^64 of the rows' hashes.
         tokens_per_source: tokens without padding; also under `source/sub-source`, if a source has sub-sources.
         epoch_per_source: passes over each source since the run's start, counted in records.
@@ -55,6 +57,7 @@ class StepBatch:
     n_targets: int
     n_tokens: int
     n_padding: int
+    squared_lengths: int
     row_hash: int
     tokens_per_source: dict[str, int]
     epoch_per_source: dict[str, float]
@@ -147,6 +150,7 @@ class Feed:
             n_targets=totals["targets"],
             n_tokens=sum(tokens_per_source.values()),
             n_padding=totals["padding"],
+            squared_lengths=totals["squared_lengths"],
             row_hash=totals["row_hash"],
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source={
@@ -182,6 +186,7 @@ class Feed:
             "ranks_with_data": int(not self._loader.ended),
             "targets": batch.n_targets,
             "padding": batch.padding_tokens,
+            "squared_lengths": batch.squared_lengths,
             "row_hash": batch.row_hash,
             "skipped": len(batch.skipped),
             "skipped_so_far": batch.skipped_so_far,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
-
 from pretrain.checkpoint.state import RunState
 from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
-from pretrain.model.size import flops_per_token
+from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
-from pretrain.run.metrics import Meter, StepRecord, mfu, peak_memory_bytes
+from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
 from pretrain.topology import Topology
 from shards import DataConfig
 
@@ -30,8 +28,8 @@ class StepRecorder:
     def __init__(
         self, model: ModelConfig, data: DataConfig, with_z_loss: bool, peak_flops: float | None, topology: Topology
     ) -> None:
-        self.meter = Meter(synchronize=torch.cuda.synchronize if topology.device.type == "cuda" else None)
-        self._flops_per_token = flops_per_token(model, data.seq_len)
+        self.meter = device_meter(topology.device)
+        self._model, self._flops_per_token = model, flops_per_token(model, data.seq_len)
         self._decontaminates = data.decontaminate is not None
         self._with_z_loss = with_z_loss
         self._peak_flops = peak_flops
@@ -54,6 +52,7 @@ class StepRecorder:
         seconds = self.meter.end_step()
         saving_seconds, self._saving_seconds = self._saving_seconds, None
         tokens_per_second = batch.n_tokens / seconds["step"]
+        flops_in_documents = flops_of_documents(self._model, batch.n_tokens, batch.squared_lengths) / batch.n_tokens
         return StepRecord(
             step=state.step,
             loss=stats.loss,
@@ -79,6 +78,7 @@ class StepRecorder:
             replayed_entries=batch.replays,
             contaminated_per_source=_contaminated(batch) if self._decontaminates else None,
             mfu=mfu(self._flops_per_token, tokens_per_second, self._peak_flops),
+            mfu_documents=mfu(flops_in_documents, tokens_per_second, self._peak_flops),
         )
 
 

@@ -38,7 +38,7 @@ from shards.suites import suite
 _logger = logging.getLogger(__name__)
 
 _INDEXING_LINE_SECONDS = 10.0
-_SAMPLE_TOKENS = 80  # length of the continuation that a finished run prints
+_CONTINUATION_TOKENS = 80  # length of the continuation that a finished run prints
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Report:
         finished: False if it stopped early and will continue when restarted.
         step: optimizer steps done.
         folder: the run's folder.
-        sample: a continuation of evaluation.prompt, if the run is finished.
+        continuation: the model's, of evaluation.prompt, if the run is finished.
     """
 
     finished: bool
     step: int
     folder: RunFolder
-    sample: str
+    continuation: str
 
 
 def start(config: RunConfig, fresh: bool) -> Report:
@@ -88,15 +88,16 @@ def start(config: RunConfig, fresh: bool) -> Report:
         lease = claim.lease if claim else None
         trainer = assemble(Start(config, topology, tokenizer, interrupt, prepared, lease), stack)
         finished = train(trainer)
-        sample = sample_of(trainer.engine, config, tokenizer, topology) if finished else ""
-    return Report(finished, trainer.state.step, folder, sample)
+        continuation = continuation_of(trainer.engine, config, tokenizer, topology) if finished else ""
+    return Report(finished, trainer.state.step, folder, continuation)
 
 
-def sample_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
+def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
     """Return the model's continuation of evaluation.prompt; every rank calls it."""
-    codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_SAMPLE_TOKENS, top_k=50)
-    model = (engine.next_logits, config.model.n_layers, config.data.seq_len)
-    return "".join(generate(*model, codec, config.evaluation.prompt, sampling, topology))
+    codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_CONTINUATION_TOKENS, top_k=50)
+    prompt, max_length = config.evaluation.prompt, config.data.seq_len
+    parts = generate(engine.next_logits, config.model.n_layers, max_length, codec, prompt, sampling, topology)
+    return "".join(parts)
 
 
 def check_inputs(config: RunConfig) -> Tokenizer:
@@ -106,12 +107,12 @@ def check_inputs(config: RunConfig) -> Tokenizer:
         ConfigError, ShardError: if something is missing or does not fit.
     """
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
-    pieces = tokenizer.vocab_size
-    if pieces != config.model.vocab_size:
-        advice = how_to_split_vocabulary(pieces, config.parallel.tp_size)
+    vocab_size = tokenizer.vocab_size
+    if vocab_size != config.model.vocab_size:
+        advice = how_to_split_vocabulary(vocab_size, config.parallel.tp_size)
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {pieces}"
-            f" pieces; set model.vocab_size={pieces}" + (f", and {advice}" if advice else "")
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {vocab_size}"
+            f" tokens; set model.vocab_size={vocab_size}" + (f", and {advice}" if advice else "")
         )
     if config.init_from and not checkpoints_of(config).steps():
         open_model(config.init_from, config.model)

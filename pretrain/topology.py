@@ -45,6 +45,7 @@ class ParallelConfig(Config):
     activation_checkpointing: Annotated[Checkpointing, BeforeValidator(_former_flag)] = "none"
     compile: bool = False  # torch.compile each block; the first step then takes a minute
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"  # auto: on CUDA the fastest as measured at the start
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # type in which gradients are summed over dp ranks; bf16 sends half
     deterministic: bool = False  # on CUDA, use only kernels that give the same bits each time; slower
     timeout_minutes: float = Field(30.0, gt=0)  # how long a collective may wait for the slowest rank
 

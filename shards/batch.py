@@ -54,6 +54,7 @@ class Batch:
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding; a row's pieces count from 1
         self.n_targets = 0  # tokens to predict: all but the first of each piece
+        self.squared_lengths = 0  # sum of the squares of the pieces' lengths, which attention's arithmetic grows with
         self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
         # These two cover the lanes that this rank reports on; sum them over ranks
         self.skipped_so_far = skipped_so_far  # bad records since the run's start
@@ -64,6 +65,7 @@ class Batch:
                 continue
             lengths = row.window.rows.fill(row.number, self.tokens[i], self.segment_ids[i])
             self.n_targets += sum(lengths) - len(lengths)
+            self.squared_lengths += sum(length * length for length in lengths)
             self._count(counts, row, lengths)
             token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
             self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)

@@ -92,7 +92,7 @@ def prepared_shards(config: DataConfig, source: SourceConfig, prepared: Prepared
     """
     path = Path(prepared.path)
     if is_there(path) and hash_file(path) == prepared.content_hash:
-        return [Shard(shard, entry.index) for shard, entry in manifest.read(path, config.cell_bytes).items()]
+        return [Shard(shard, found.index) for shard, found in manifest.read(path, config.cell_bytes).items()]
     _logger.warning("source %r: %s, so each shard is examined again; %s", source.name, _NOT_HERE % path, _SHARE_FOLDER)
     return source_shards(config, source)
 
@@ -140,8 +140,8 @@ def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
     unindexed: list[str] = []
     whole = bool(in_manifest)
     for path, stat in stats.items():
-        entry = in_manifest.get(path)
-        index = entry.index if entry and entry.holds(path, stat, config.index_dir) else None
+        listed = in_manifest.get(path)
+        index = listed.index if listed and listed.holds(path, stat, config.index_dir) else None
         if index is None:
             index = find(path, config.index_dir, stat, config.cell_bytes)
             whole = False

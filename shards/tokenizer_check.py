@@ -80,7 +80,7 @@ class Soundness:
         for part, (total, unknown) in self._counts.items():
             if unknown >= MAX_UNKNOWN_SHARE * total:
                 share = 100 * unknown / total
-                _logger.warning("%s has no pieces for %.1f %% of %s in %s", named, share, part, self._name)
+                _logger.warning("%s has no tokens for %.1f %% of %s in %s", named, share, part, self._name)
 
 
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:

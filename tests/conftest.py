@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,15 +17,19 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# How long an example takes means nothing on a machine that does other work.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# How long an example takes means nothing on a machine that does other work. `--hypothesis-profile` chooses another.
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")
 def topology() -> Iterator[Topology]:
     from pretrain.topology import ParallelConfig, started  # imported here, since the loader's tests need no torch
 
+    # DeepSpeed collects garbage dozens of times an engine, and would pass over all of torch's objects each time.
+    gc.collect()
+    gc.freeze()
     before = dict(os.environ)
     with started(ParallelConfig()) as here:
         # The rank's variables would reach every process that other tests start, and make ranks of them. DeepSpeed asks

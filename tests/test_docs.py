@@ -70,7 +70,7 @@ def test_every_key_has_a_comment() -> None:
     assert make_configuration.undocumented() == [], "describe the new field's meaning and unit in a comment"
 
 
-def test_a_field_has_the_comments_above_and_behind_it() -> None:
+def test_a_field_gets_the_comments_above_and_after_it() -> None:
     assert make_configuration.comments(Commented) == {
         "behind": "rows",
         "above": "above, over two lines",
@@ -102,7 +102,7 @@ def test_an_excerpt_is_compared_with_what_was_printed() -> None:
     assert unprinted("done: … step", printed) == ["done: … step"], "an excerpt's line comes from one printed line"
 
 
-def test_links_between_the_pages_lead_somewhere() -> None:
+def test_links_between_pages_resolve() -> None:
     for page in (*DOCS.glob("*.md"), ROOT / "README.md"):
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             path = page.parent / target if target else page

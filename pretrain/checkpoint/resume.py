@@ -1,6 +1,6 @@
 """Resume a run from its newest intact checkpoint, on all ranks together. store -> resume -> {assembly, evaluation}.
 
-Rank 0 lists the checkpoints, and each rank verifies the hashes of a share of the files. All ranks thus choose the same
+Rank 0 lists the checkpoints, and each rank verifies the hashes of a part of the files. All ranks thus choose the same
 checkpoint, and each file is read once for it. A checkpoint with another layout is converted on the way.
 """
 
@@ -64,7 +64,7 @@ def choose(store: CheckpointStore, topology: Topology) -> Choice:
 
 
 def open_verified(store: CheckpointStore, step: int, topology: Topology) -> Checkpoint:
-    """Open a checkpoint after verifying all its files. Every rank calls it and checks a share of them.
+    """Open a checkpoint after verifying all its files. Every rank calls it and checks a part of them.
 
     Raises:
         CheckpointError: on all ranks, if any of them finds damage, with one sentence per file.
@@ -91,42 +91,39 @@ class LoadableEngine(Protocol):
         """Load a folder that `universal` converted from another layout."""
 
 
-@dataclass(frozen=True)
-class Restorer:
-    """Restores a run's parts from the chosen checkpoint.
+def restore(
+    checkpoint: Checkpoint,
+    store: CheckpointStore,
+    layout: Layout,
+    engine: LoadableEngine,
+    loader: Loader | None,
+    topology: Topology,
+    conversion: AbstractContextManager[None],
+) -> RunState:
+    """Restore a run's loader from its chosen checkpoint, then its engine; every rank calls it.
 
     Args:
+        checkpoint: as `choose` returned it.
         store: holds the checkpoint, and its conversion if it needs one.
         layout: the layout of the engine that loads the files.
+        loader: None on ranks without one.
         conversion: a context that surrounds a conversion, which may take minutes.
+    Returns:
+        The run's state, with the layout that continues it.
+    Raises:
+        ConfigError: on all ranks, if the data has changed, or the disk has no room for a conversion.
+        CheckpointError: on all ranks, if the checkpoint does not fit the model.
     """
-
-    store: CheckpointStore
-    layout: Layout
-    topology: Topology
-    conversion: AbstractContextManager[None]
-
-    def restore(self, checkpoint: Checkpoint, engine: LoadableEngine, loader: Loader | None) -> RunState:
-        """Restore the loader, then the engine; every rank calls it.
-
-        Args:
-            loader: None on ranks without one.
-        Returns:
-            The run's state, with the layout that continues it.
-        Raises:
-            ConfigError: on all ranks, if the data has changed, or the disk has no room for a conversion.
-            CheckpointError: on all ranks, if the checkpoint does not fit the model.
-        """
-        state = read_state(checkpoint)
-        self.topology.together(lambda: _restore_loader(checkpoint, loader))
-        if state.layout == self.layout:
-            engine.load(checkpoint.folder)
-        else:
-            with self.conversion:
-                folder = find_or_convert(self.store, checkpoint, state.layout, self.layout, self.topology)
-            engine.load_universal(folder)
-        _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
-        return state.resumed(self.layout)
+    state = read_state(checkpoint)
+    topology.together(lambda: _restore_loader(checkpoint, loader))
+    if state.layout == layout:
+        engine.load(checkpoint.folder)
+    else:
+        with conversion:
+            folder = find_or_convert(store, checkpoint, state.layout, layout, topology)
+        engine.load_universal(folder)
+    _logger.info("resumed after step %d from %s", state.step, checkpoint.folder)
+    return state.resumed(layout)
 
 
 def _restore_loader(checkpoint: Checkpoint, loader: Loader | None) -> None:

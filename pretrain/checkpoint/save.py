@@ -27,7 +27,7 @@ import msgspec
 
 from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState
-from pretrain.checkpoint.store import CheckpointStore, FileEntry
+from pretrain.checkpoint.store import CheckpointFile, CheckpointStore
 from pretrain.checkpoint.write import Writer
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
@@ -53,7 +53,7 @@ class _Writing:
 
     step: int
     begun: float  # time.monotonic()
-    files: list[Future[FileEntry]] = field(default_factory=list)  # those of this rank
+    files: list[Future[CheckpointFile]] = field(default_factory=list)  # those of this rank
 
     @property
     def is_busy(self) -> bool:
@@ -237,7 +237,7 @@ class Saver:
             try:
                 copied = self._staging.copy(path.name, content) if self._staging else content
             except (MemoryError, RuntimeError) as error:
-                failed: Future[FileEntry] = Future()
+                failed: Future[CheckpointFile] = Future()
                 failed.set_exception(CheckpointError(f"no host memory for the copy of {name}: {error}"))
                 writing.files.append(failed)
                 return
@@ -252,7 +252,7 @@ class Saver:
     def _close(self, writing: _Writing) -> None:
         """Exchange the outcomes of all files; rank 0 then completes the checkpoint or removes its remains."""
         outcomes = self._topology.gather_objects([_outcome(file) for file in writing.files])
-        entries = [found for part in outcomes for found in part if isinstance(found, FileEntry)]
+        files = [found for part in outcomes for found in part if isinstance(found, CheckpointFile)]
         failures = [
             f"rank {rank}: {found}" for rank, part in enumerate(outcomes) for found in part if isinstance(found, str)
         ]
@@ -263,7 +263,7 @@ class Saver:
             _report(writing.step, self._failure)
             seconds = self._writer.submit(self._store.try_to_discard, writing.step)
         elif self._topology.is_main:
-            seconds = self._writer.submit(self._complete, writing, entries)
+            seconds = self._writer.submit(self._complete, writing, files)
         self._under_way = _Closing(writing.step, seconds)
         if self._failure:
             self._count_failure(writing.step)
@@ -293,19 +293,19 @@ class Saver:
                 " repair it, then start the run again: it continues from its last checkpoint"
             )
 
-    def _complete(self, writing: _Writing, entries: list[FileEntry]) -> float:
+    def _complete(self, writing: _Writing, files: list[CheckpointFile]) -> float:
         """Complete a checkpoint and remove older ones, in the background; return how many seconds the save took."""
         try:
             self._folder.sync()
             self.check_lease()
             seconds = time.monotonic() - writing.begun
-            self._store.complete(writing.step, entries, seconds)
+            self._store.complete(writing.step, files, seconds)
         except (OSError, HeadraceError) as error:
             _report(writing.step, str(error))
             if isinstance(error, OSError):  # otherwise the folder may belong to another process by now
                 self._store.try_to_discard(writing.step)
             raise
-        size = sum(entry.size for entry in entries)
+        size = sum(file.size for file in files)
         _logger.info(
             "the checkpoint of step %d is complete: %.3g GB in %.2f s, %.3g GB/s",
             writing.step, size / 1e9, seconds, size / 1e9 / seconds,
@@ -318,8 +318,8 @@ def _report(step: int, failure: str) -> None:
     _logger.error("step %d is not saved: %s", step, failure)
 
 
-def _outcome(file: Future[FileEntry]) -> FileEntry | str:
-    """Wait for a file; return its entry, or the reason why it could not be written."""
+def _outcome(file: Future[CheckpointFile]) -> CheckpointFile | str:
+    """Wait for a file; return what is to be listed of it, or the reason why it could not be written."""
     error = file.exception()
     if error is None:
         return file.result()

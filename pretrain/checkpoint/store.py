@@ -44,7 +44,7 @@ class CheckpointConfig(Config):
         return step % self.every == 0
 
 
-class FileEntry(msgspec.Struct, frozen=True):
+class CheckpointFile(msgspec.Struct, frozen=True):
     """A file of a checkpoint, as listed in COMPLETE."""
 
     name: str  # relative to the checkpoint's folder, with forward slashes
@@ -55,7 +55,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 class CompleteFile(msgspec.Struct, frozen=True):
     """The content of COMPLETE."""
 
-    files: list[FileEntry]
+    files: list[CheckpointFile]
     seconds: float  # from the start of the save to the writing of this file
     hash: str = ""  # xxh3-128 of the rest as JSON, 32 hex digits
 
@@ -71,30 +71,30 @@ class Checkpoint:
 
     folder: Path
     step: int
-    files: list[FileEntry]
+    files: list[CheckpointFile]
     seconds: float  # duration of the save
 
-    def broken_files(self, share: int = 0, shares: int = 1) -> list[str]:
-        """Describe the damage in one of `shares` shares of the files, one sentence per file; empty if there is none."""
-        return [found for entry in self.files[share::shares] if (found := _damage(self.folder, entry))]
+    def broken_files(self, part: int = 0, parts: int = 1) -> list[str]:
+        """Describe the damage in one of `parts` parts of the files, one sentence per file; empty if there is none."""
+        return [found for file in self.files[part::parts] if (found := _damage(self.folder, file))]
 
 
-def _damage(folder: Path, entry: FileEntry) -> str | None:
-    path = folder / entry.name
+def _damage(folder: Path, file: CheckpointFile) -> str | None:
+    path = folder / file.name
     try:
         size = path.stat().st_size
-        if size != entry.size:
-            return f"{path} has {size} bytes instead of {entry.size}"
-        if hash_file(path) != entry.hash:
+        if size != file.size:
+            return f"{path} has {size} bytes instead of {file.size}"
+        if hash_file(path) != file.hash:
             return f"{path} differs from what was saved"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return None
 
 
-def write_complete(folder: Path, files: list[FileEntry], seconds: float) -> None:
+def write_complete(folder: Path, files: list[CheckpointFile], seconds: float) -> None:
     """Mark a folder as complete."""
-    content = CompleteFile(sorted(files, key=lambda entry: entry.name), round(seconds, 3)).signed()
+    content = CompleteFile(sorted(files, key=lambda file: file.name), round(seconds, 3)).signed()
     write_atomically(folder / COMPLETE, msgspec.json.format(msgspec.json.encode(content)))
 
 
@@ -126,7 +126,7 @@ class CheckpointStore:
     def folder_of(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
 
-    def complete(self, step: int, files: list[FileEntry], seconds: float) -> None:
+    def complete(self, step: int, files: list[CheckpointFile], seconds: float) -> None:
         """Mark a checkpoint as complete; its files and their names must be durable already.
 
         Args:
@@ -306,7 +306,7 @@ class CheckpointStore:
     def _size_of(self, step: int) -> int:
         """Return a checkpoint's size in bytes from COMPLETE, since a large run has thousands of files."""
         try:
-            return sum(entry.size for entry in self.open(step).files)
+            return sum(file.size for file in self.open(step).files)
         except CheckpointError:  # it is removed like any other
             return sum(path.stat().st_size for path in self.folder_of(step).rglob("*") if path.is_file())
 

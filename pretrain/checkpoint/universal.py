@@ -1,7 +1,7 @@
 """Convert a checkpoint to another number of ranks or another ZeRO stage. resume -> universal -> engine.
 
-DeepSpeed's files hold flat pieces of each rank's share. Here weights and moments are joined and written in DeepSpeed's
-universal layout, one file each; a rank reads its part of each file, whatever the dp_size and stage:
+DeepSpeed's files hold flat fragments, in a partition for each rank. Here weights and moments are joined and written in
+DeepSpeed's universal layout, one file each; a rank reads its part of each file, whatever the dp_size and stage:
 
     step_00001000.universal-tp2/
         tp_0/engine/zero/<weight>/{fp32,exp_avg,exp_avg_sq,step}.pt    as tensor-parallel rank 0 of 2 holds them
@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.checkpoint.state import Layout
-from pretrain.checkpoint.store import Checkpoint, CheckpointStore, FileEntry, read_complete, write_complete
+from pretrain.checkpoint.store import Checkpoint, CheckpointFile, CheckpointStore, read_complete, write_complete
 from pretrain.checkpoint.write import Writer
-from pretrain.checkpoint.zero_files import Saved, Share, read_shares, whole
+from pretrain.checkpoint.zero_files import Partition, Saved, read_partitions, whole
 from pretrain.topology import Topology
 from shards import CheckpointError
 from shards.storage.atomic import fsync_folder
@@ -65,60 +65,60 @@ def find_or_convert(
             _logger.info("the checkpoint of step %d was saved by %s; converting it for %s", step, saved, wanted)
             store.discard_universal()
             store.discard_incomplete()
-            store.check_room_for_universal(sum(entry.size for entry in checkpoint.files))
+            store.check_room_for_universal(sum(file.size for file in checkpoint.files))
             target.mkdir()
 
     topology.together(make_folder)
     own = topology.together(lambda: convert(checkpoint.folder, target, tp_size, topology.rank, topology.world_size))
-    entries = [entry for share in topology.gather_objects(own) for entry in share]
+    files = [file for part in topology.gather_objects(own) for file in part]
 
     def complete() -> None:
         if topology.is_main:
             seconds = time.monotonic() - begun
-            write_complete(target, entries, seconds)
-            size = sum(entry.size for entry in entries)
-            _logger.info("converted %d files, %.3g GB, in %.1f s: %s", len(entries), size / 1e9, seconds, target)
+            write_complete(target, files, seconds)
+            size = sum(file.size for file in files)
+            _logger.info("converted %d files, %.3g GB, in %.1f s: %s", len(files), size / 1e9, seconds, target)
 
     topology.together(complete)
     return target
 
 
-def is_whole(folder: Path, step: int, share: int = 0, shares: int = 1) -> bool:
-    """Return whether a conversion is complete, and every file in one share of it undamaged."""
+def is_whole(folder: Path, step: int, part: int = 0, parts: int = 1) -> bool:
+    """Return whether a conversion is complete, and every file in one part of it undamaged."""
     try:
-        return not read_complete(folder, step).broken_files(share, shares)
+        return not read_complete(folder, step).broken_files(part, parts)
     except CheckpointError:
         return False
 
 
-def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size: int = 1) -> list[FileEntry]:
-    """Write one rank's share of a conversion of `source`/engine to `tp_size` tensor-parallel ranks into `target`.
+def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_size: int = 1) -> list[CheckpointFile]:
+    """Write one rank's part of a conversion of `checkpoint`/engine to `tp_size` tensor-parallel ranks into `target`.
 
     Args:
         target: a folder that holds nothing but the other ranks' output.
-        rank, world_size: select the share of the weights to convert.
+        rank, world_size: select the part of the weights to convert.
     Returns:
-        Entries of the files written, which are durable.
+        The files written, which are durable.
     Raises:
-        CheckpointError: if files of the source are missing, or a file cannot be written.
+        CheckpointError: if files of the checkpoint are missing, or a file cannot be written.
     """
-    shares, metadata = read_shares(source / "engine")
+    partitions, metadata = read_partitions(checkpoint / "engine")
     dims = _shard_dims(metadata)
     # A small weight may lie on a single dp rank.
-    sizes = {name: fragment.shape.numel() for share in shares[0] for name, fragment in share.items()}
+    sizes = {name: fragment.shape.numel() for partition in partitions[0] for name, fragment in partition.items()}
     names = _dealt(sizes, rank, world_size)
-    written: list[FileEntry] = []
-    pending: list[Future[FileEntry]] = []
+    written: list[CheckpointFile] = []
+    pending: list[Future[CheckpointFile]] = []
     last_line = time.monotonic()
     with Writer() as writer:
         for tp_rank in range(tp_size):
             folder = f"tp_{tp_rank}/engine"
             (target / folder / "zero").mkdir(parents=True, exist_ok=True)
-            for name, content in _common(metadata, shares).items() if rank == 0 else ():
+            for name, content in _common(metadata, partitions).items() if rank == 0 else ():
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
             for key in (*_STATES, "step"):
-                slices = _slices([whole(ranks, name, key) for ranks in shares], dims.get(name), tp_size, key)
+                slices = _slices([whole(ranks, name, key) for ranks in partitions], dims.get(name), tp_size, key)
                 for tp_rank, part in enumerate(slices):
                     content = {"param": part} if key in _STATES else part
                     pending.append(writer.write(target, f"tp_{tp_rank}/engine/zero/{name}/{key}.pt", content))
@@ -126,7 +126,7 @@ def convert(source: Path, target: Path, tp_size: int, rank: int = 0, world_size:
             pending = []
             if time.monotonic() - last_line > _LINE_SECONDS:
                 last_line = time.monotonic()
-                size = sum(entry.size for entry in written)
+                size = sum(file.size for file in written)
                 _logger.info("converting: %d of %d weights, %.3g GB", done + 1, len(names), size / 1e9)
         written += [file.result() for file in pending]
     # The names of files are durable by now, but those of their folders are not.
@@ -169,12 +169,12 @@ def _shard_dims(metadata: Saved) -> dict[str, int]:
     return {name: int(name in rows) for name in names if name not in named_by("tp_replicated_parameter_patterns")}
 
 
-def _common(metadata: Saved, shares: Sequence[Sequence[Share]]) -> dict[str, object]:
+def _common(metadata: Saved, partitions: Sequence[Sequence[Partition]]) -> dict[str, object]:
     """Return the files other than weights, under the names that each ZeRO stage looks for."""
     weights = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
     model_states = {key: value for key, value in metadata.items() if key not in weights}
     model_states["mp_world_size"] = 1  # each tensor-parallel rank's folder holds only its own slices
-    step = next(iter(shares[0][0].values())).states["step"]
+    step = next(iter(partitions[0][0].values())).states["step"]
     no_hyperparameters: list[dict[str, object]] = [{}, {}]  # the config's are used instead
     optimizer_state = {
         "ds_version": metadata["ds_version"],

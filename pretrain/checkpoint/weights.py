@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.store import Checkpoint
-from pretrain.checkpoint.zero_files import read_shares, whole
+from pretrain.checkpoint.zero_files import read_partitions, whole
 from pretrain.model.weights import WeightSpec
 from shards import CheckpointError
 
@@ -29,9 +29,9 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec]) -> None:
         self._specs = specs
         self._folder = checkpoint.folder / "engine"
-        self._tp_ranks, _ = read_shares(self._folder)
+        self._tp_ranks, _ = read_partitions(self._folder)
         for name in specs:
-            if not all(any(name in share for share in ranks) for ranks in self._tp_ranks):
+            if not all(any(name in partition for partition in ranks) for ranks in self._tp_ranks):
                 raise CheckpointError(f"{self._folder} has no weight {name}; its run's config.yaml names another model")
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:

@@ -17,7 +17,7 @@ from typing import IO, TypeVar, cast
 import torch
 import xxhash
 
-from pretrain.checkpoint.store import FileEntry
+from pretrain.checkpoint.store import CheckpointFile
 from shards import CheckpointError
 from shards.storage.atomic import fsync_folder
 
@@ -47,14 +47,14 @@ class Writer:
         """Run a task after those submitted before it."""
         return self._thread.submit(task, *arguments)
 
-    def write(self, folder: Path, name: str, content: object) -> Future[FileEntry]:
+    def write(self, folder: Path, name: str, content: object) -> Future[CheckpointFile]:
         """Write `folder`/`name`: bytes unchanged, anything else with `torch.save`.
 
         The future raises CheckpointError, naming the file, if it could not be written and made durable.
         """
         return self.submit(self._write, folder, name, content)
 
-    def _write(self, folder: Path, name: str, content: object) -> FileEntry:
+    def _write(self, folder: Path, name: str, content: object) -> CheckpointFile:
         path = folder / name
         try:
             path.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ class Writer:
             fsync_folder(path.parent)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-        return FileEntry(name, hashed.size, hashed.hexdigest())
+        return CheckpointFile(name, hashed.size, hashed.hexdigest())
 
 
 def _dump(content: object, file: _HashedFile) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shards import CheckpointError
 
-_SHARE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+_OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 # DeepSpeed does not describe the types of what it saves.
 Saved = Mapping[str, Any]
@@ -27,7 +27,7 @@ Saved = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Fragment:
-    """One rank's piece of one weight: the flat states of its group, and the piece's place in them."""
+    """One rank's part of one weight: the flat states of its group, and the part's place in them."""
 
     shape: torch.Size  # the weight's shape on its tensor-parallel rank
     states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq": flat; "step": the optimizer's count
@@ -35,33 +35,33 @@ class Fragment:
     numel: int
 
 
-Share = Mapping[str, Fragment]  # one rank's fragments, by weight
+Partition = Mapping[str, Fragment]  # one rank's fragments, by weight
 
 
-def read_shares(engine: Path) -> tuple[list[list[Share]], Saved]:
+def read_partitions(engine: Path) -> tuple[list[list[Partition]], Saved]:
     """Map what each rank holds, [tp_rank][dp_rank], without reading it; return it with one model file's content."""
-    files = {(int(m[2]), int(m[1])): path for path in engine.iterdir() if (m := _SHARE.search(path.name))}
+    files = {(int(m[2]), int(m[1])): path for path in engine.iterdir() if (m := _OPTIMIZER_FILE.search(path.name))}
     tp_size, dp_size = (max((place[i] for place in files), default=-1) + 1 for i in (0, 1))
     if not files or len(files) != tp_size * dp_size:
         raise CheckpointError(f"{engine} lacks optimizer files of some ranks")
-    shares: list[list[Share]] = []
+    partitions: list[list[Partition]] = []
     for tp_rank in range(tp_size):
         metadata = _load(next(engine.glob(f"*mp_rank_{tp_rank:02d}_model_states.pt")))
         of_rank = [_load(files[tp_rank, dp_rank])["optimizer_state_dict"] for dp_rank in range(dp_size)]
-        read = _partitioned_share if "fp32_flat_groups" in of_rank[0] else _sliced_share
+        read = _zero_3_partition if "fp32_flat_groups" in of_rank[0] else _zero_1_partition
         groups: Sequence[Mapping[str, torch.Size]] = metadata["param_shapes"]
-        shares.append([dict(read(saved, groups, dp_rank, dp_size)) for dp_rank, saved in enumerate(of_rank)])
-    return shares, metadata
+        partitions.append([dict(read(saved, groups, dp_rank, dp_size)) for dp_rank, saved in enumerate(of_rank)])
+    return partitions, metadata
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed saves its own classes
 
 
-def _sliced_share(
+def _zero_1_partition(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """Read a share of ZeRO-1 or 2: each group is one flat tensor cut at equal lengths; the file lists the owners."""
+    """Read a partition of ZeRO-1 or 2: a group is one flat tensor cut at equal lengths; the file lists the owners."""
     shapes = {name: shape for group in groups for name, shape in group.items()}
     optimizer = saved["base_optimizer_state"]["state"]  # empty before the first step
     for i, addresses in enumerate(saved["param_slice_mappings"]):
@@ -70,24 +70,24 @@ def _sliced_share(
             yield name, Fragment(shapes[name], states, address.start, address.numel)
 
 
-def _partitioned_share(
+def _zero_3_partition(
     saved: Saved, groups: Sequence[Mapping[str, torch.Size]], dp_rank: int, dp_size: int
 ) -> Iterator[tuple[str, Fragment]]:
-    """Read a share of ZeRO-3: each weight is cut into dp_size equal pieces, the last padded, stored group by group."""
+    """Read a partition of ZeRO-3: each weight is cut into dp_size equal lengths, the last padded, group by group."""
     optimizer = saved["optimizer_state_dict"]["state"]  # empty before the first step
     for i, shapes in enumerate(groups):
         states = {**optimizer.get(i, {}), "fp32": saved["fp32_flat_groups"][i]}
         start = 0
         for name, shape in shapes.items():
-            piece = ceil(shape.numel() / dp_size)
-            yield name, Fragment(shape, states, start, max(0, min(piece, shape.numel() - dp_rank * piece)))
-            start += piece
+            size = ceil(shape.numel() / dp_size)
+            yield name, Fragment(shape, states, start, max(0, min(size, shape.numel() - dp_rank * size)))
+            start += size
 
 
-def whole(ranks: Sequence[Share], name: str, key: str) -> Tensor:
-    """Join the dp ranks' pieces of a weight's state into their tensor-parallel rank's part."""
-    pieces = [rank[name] for rank in ranks if name in rank]
+def whole(ranks: Sequence[Partition], name: str, key: str) -> Tensor:
+    """Join the dp ranks' fragments of a weight's state into their tensor-parallel rank's part."""
+    fragments = [rank[name] for rank in ranks if name in rank]
     if key == "step":
-        return torch.as_tensor(pieces[0].states[key])
-    flat = torch.cat([piece.states[key].narrow(0, piece.start, piece.numel) for piece in pieces])
-    return flat.view(pieces[0].shape)
+        return torch.as_tensor(fragments[0].states[key])
+    flat = torch.cat([fragment.states[key].narrow(0, fragment.start, fragment.numel) for fragment in fragments])
+    return flat.view(fragments[0].shape)

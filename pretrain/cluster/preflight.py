@@ -18,20 +18,18 @@ import msgspec
 
 from pretrain.checkpoint.duration import SaveTime, time_for_last_save
 from pretrain.checkpoint.store import CheckpointConfig
-from pretrain.model.size import Workload, memory_per_rank
+from pretrain.cluster.speed import Cluster, step_time, tokens_per_second, why_unknown
+from pretrain.devices import Device, device_of_slurm
+from pretrain.model.size import Workload, flops_per_token, memory_per_rank
 from pretrain.run.lease import Holder
+from pretrain.run.metrics import mfu
 from pretrain.run.run_folder import RunFolder
 from shards import DataConfig, ShardError
 from shards.preparation import check_amount, describe_touched, index_status, indexing_command
 
-# Decimal GB of one device by its usual name in gres.conf; the smaller size where a name is sold in two.
-_GPU_GB = {
-    "v100": 16, "p100": 16, "t4": 16, "a10": 24, "l4": 24, "rtx4090": 24, "rtx3090": 24, "a30": 24, "v100_32gb": 32,
-    "a100": 40, "a100_40gb": 40, "a40": 48, "a6000": 48, "l40": 48, "l40s": 48, "mi250x": 64, "mi250": 64, "gh200": 96,
-    "a100_80gb": 80, "a100-80": 80, "a100l": 80, "h100": 80, "a800": 80, "h800": 80, "h200": 141, "b200": 180,
-    "mi300x": 192,
-}  # fmt: skip
 _FULL_SHARE = 0.9  # of a GPU's memory; the rest is for NCCL, the CUDA context and fragmentation
+_CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
+_ASSUMED_NETWORK = 12.5e9  # bytes/s: 100 Gbit/s a node, where nothing is known of it
 _STEP_SECONDS = 60  # time to finish the current step before saving
 _LEAST_GRACE_SECONDS = 120
 
@@ -79,55 +77,136 @@ def data_findings(config: DataConfig) -> Iterator[Finding]:
             yield Finding("ok", "data", f"{shards}, all with an index")
 
 
-def gpu_bytes_of(gpu_types: Iterable[str]) -> int | None:
-    """Return the memory of the smallest of the given GPU types; None unless all are known."""
-    sizes = [_GPU_GB.get(name) for name in gpu_types]
-    known = [size for size in sizes if size is not None]
-    return min(known) * 10**9 if known and len(known) == len(sizes) else None
+@dataclass(frozen=True)
+class Hardware:
+    """What is known of the GPUs of a job.
+
+    Attributes:
+        device: their type; the slowest, if a partition has several. None: unknown.
+        gpu_bytes: memory of one GPU; the smallest. None: unknown.
+        network_bandwidth: bytes/s of one node to others, in one direction. None: that of the maker's own servers.
+    """
+
+    device: Device | None = None
+    gpu_bytes: float | None = None
+    network_bandwidth: float | None = None
 
 
-def memory_findings(work: Workload, gpu_bytes: int | None) -> Iterator[Finding]:
-    """Compare what a rank needs with the memory of one GPU; None if that is unknown."""
+def hardware_of(gpu_types: Iterable[str]) -> Hardware:
+    """Describe GPUs by their types in gres.conf. Nothing is known of them unless every type is."""
+    devices = [device_of_slurm(name) for name in gpu_types]
+    known = [device for device in devices if device is not None]
+    if not known or len(known) < len(devices):
+        return Hardware()
+    slowest = min(known, key=lambda device: device.flops or 0)
+    return Hardware(slowest, min(device.memory for device in known))
+
+
+def memory_findings(work: Workload, micro_steps: int, gpu_bytes: float | None) -> Iterator[Finding]:
+    """Compare what a rank needs with the memory of one GPU, and propose settings that use it better.
+
+    Args:
+        micro_steps: forward passes of one optimizer step, which a larger micro-batch would lower.
+        gpu_bytes: None if it is unknown.
+    """
     need = memory_per_rank(work)
     text = (
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
-        f" optimizer {_size(need.optimizer)}, activations {_size(need.activations)}"
+        f" optimizer {_size(need.optimizer)}, buffers {_size(need.buffers)}, activations {_size(need.activations)}"
     )
     if gpu_bytes is None:
-        yield Finding("note", "memory", f"{text}; the GPUs' memory is unknown; set it with --gpu-memory GB")
+        yield Finding("note", "memory", f"{text}; the GPUs' memory is unknown; set --gpu TYPE or --gpu-memory GB")
         return
     text += f"; a GPU has {_size(gpu_bytes)}"
-    if need.total <= _FULL_SHARE * gpu_bytes:
-        yield Finding("ok", "memory", text)
+    limit = _FULL_SHARE * gpu_bytes
+    ways = _fitting(work, work.micro_batch_size * micro_steps, limit)
+    if need.total > limit:
+        listed = ", or ".join(itertools.islice(ways, 3))
+        advice = f"this would fit: {listed}" if listed else "take a larger parallel.tp_size, more GPUs"
+        yield Finding("error" if need.total > gpu_bytes else "warning", "memory", f"{text}; {advice}")
         return
-    fitting = [
-        changes for changes, smaller in _smaller(work) if memory_per_rank(smaller).total <= _FULL_SHARE * gpu_bytes
+    best = next(ways) if need.total < gpu_bytes / 2 else ""
+    yield Finding("ok", "memory", f"{text}; more than half is free, and {best} would fit too" if best else text)
+
+
+def _fitting(work: Workload, rows: int, limit: float) -> Iterator[str]:
+    """Yield settings with which a rank needs at most `limit` bytes, as overrides; "" if none has to change.
+
+    For each ZeRO stage, from the work's own on, and each way of checkpointing, the cheapest first: the largest
+    micro-batch that fits.
+
+    Args:
+        rows: of one optimizer step on one rank, which the micro-batch has to divide.
+    """
+    own = work.parallel
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    for stage, checkpointing in itertools.product((1, 2, 3), _CHECKPOINTING):
+        layout = own.model_copy(update={"activation_checkpointing": checkpointing, "zero_stage": stage})
+        if stage < own.applied_zero_stage or any(layout.problems()):
+            continue
+        for size in sizes:
+            changed = dataclasses.replace(work, parallel=layout, micro_batch_size=size)
+            if memory_per_rank(changed).total <= limit:
+                yield _overrides(work, changed)
+                break
+
+
+def _overrides(work: Workload, changed: Workload) -> str:
+    """Write the settings in which a workload differs from another, as overrides for a command line."""
+    values = [
+        ("train.micro_batch_size", work.micro_batch_size, changed.micro_batch_size),
+        ("parallel.zero_stage", work.parallel.applied_zero_stage, changed.parallel.applied_zero_stage),
+        (
+            "parallel.activation_checkpointing",
+            work.parallel.activation_checkpointing,
+            changed.parallel.activation_checkpointing,
+        ),
     ]
-    advice = (
-        f"; this would fit: {', or '.join(fitting[:3])}" if fitting else "; take a larger parallel.tp_size, more GPUs"
-    )
-    yield Finding("error" if need.total > gpu_bytes else "warning", "memory", text + advice)
+    return " ".join(f"{key}={new}" for key, old, new in values if new != old)
 
 
-def _smaller(work: Workload) -> list[tuple[str, Workload]]:
-    """List settings that need less memory, each with the resulting workload; the fewest changes first."""
-    parallel, rows = work.parallel, work.micro_batch_size
-    stages = [stage for stage in (1, 2, 3) if stage >= parallel.applied_zero_stage]
-    halves = [rows >> n for n in range(rows.bit_length()) if rows % (1 << n) == 0]
-    ways = []
-    for checkpointing, stage, fewer in itertools.product(
-        sorted({parallel.activation_checkpointing, True}), stages, halves
-    ):
-        changes = [
-            *([f"train.micro_batch_size={fewer}"] if fewer != rows else []),
-            *([f"parallel.zero_stage={stage}"] if stage != parallel.applied_zero_stage else []),
-            *(["parallel.activation_checkpointing=true"] if checkpointing != parallel.activation_checkpointing else []),
-        ]
-        layout = parallel.model_copy(update={"activation_checkpointing": checkpointing, "zero_stage": stage})
-        if not any(layout.problems()):
-            smaller = dataclasses.replace(work, parallel=layout, micro_batch_size=fewer)
-            ways.append((len(changes), " ".join(changes), smaller))
-    return [way[1:] for way in sorted(ways, key=lambda way: way[0])]
+def speed_findings(
+    work: Workload, micro_steps: int, steps: int | None, nodes: int, gpus_per_node: int, hardware: Hardware
+) -> Iterator[Finding]:
+    """Estimate how fast a run will be, and what bounds it.
+
+    Args:
+        micro_steps: forward passes of one optimizer step.
+        steps: length of the run; None if it ends with its data, whose size is not known yet.
+    """
+    device = hardware.device
+    if device is None:
+        yield Finding("note", "speed", "the GPUs' type is unknown; set --gpu TYPE for an estimate")
+        return
+    if reason := why_unknown(work, device):
+        yield Finding("note", "speed", f"there is no estimate for {reason}")
+        return
+    network, source = _network(hardware, device, gpus_per_node)
+    found = step_time(work, micro_steps, Cluster(device, nodes, gpus_per_node, network))
+    rate = tokens_per_second(work, micro_steps, found.total)
+    share = mfu(flops_per_token(work.model, work.seq_len), rate, (device.flops or 0) * nodes * gpus_per_node)
+    parts = ", ".join(f"{name} {seconds / found.total:.0%}" for name, seconds in found.parts.items() if seconds)
+    length = f", {_days(steps * found.total)} for {steps:,} steps" if steps else ""
+    joined = f", with {network * 8e-9:,.0f} Gbit/s a node ({source})" if nodes > 1 else ""
+    yield Finding(
+        "ok", "speed",
+        f"estimated, not measured: {found.total:.3g} s a step on {device.name}{joined}: {rate / 1e3:,.0f}k tokens/s,"
+        f" {share:.0%} MFU{length}; bound by {found.bound} ({parts})",
+    )  # fmt: skip
+
+
+def _network(hardware: Hardware, device: Device, gpus_per_node: int) -> tuple[float, str]:
+    """Return the bytes/s of a node's network in one direction, and where the figure is from."""
+    if hardware.network_bandwidth:
+        return hardware.network_bandwidth, "as --network says"
+    if device.network_bandwidth:
+        return device.network_bandwidth * gpus_per_node, "as in the maker's servers; set --network GBIT"
+    return _ASSUMED_NETWORK, "assumed; set --network GBIT"
+
+
+def _days(seconds: float) -> str:
+    """Format a duration for a reader."""
+    return f"{seconds / 86400:.1f} days" if seconds >= 86400 else f"{seconds / 3600:.1f} hours"
 
 
 def disk_findings(

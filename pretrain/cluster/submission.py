@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.duration import SaveTime
 from pretrain.cluster import preflight, slurm
-from pretrain.cluster.preflight import Finding
+from pretrain.cluster.preflight import Finding, Hardware
 from pretrain.config import RunConfig, load_config
 from pretrain.model.size import parameter_count
 from pretrain.run.run_folder import RunFolder
@@ -140,7 +140,7 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
         yield Finding("warning", "layout", text)
 
 
-def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> Iterator[Finding]:
+def run_findings(run: Run, request: slurm.JobRequest, hardware: Hardware) -> Iterator[Finding]:
     """Yield the findings of all checks of one run."""
     config = run.config
     model, train, seq_len = config.model, config.train, config.data.seq_len
@@ -162,8 +162,11 @@ def run_findings(run: Run, request: slurm.JobRequest, gpu_bytes: int | None) -> 
     yield from layout_findings(config, request)
     yield from preflight.data_findings(config.data)
     if request.gpus_per_node and not layout_problem(config, request.ranks):
-        work = config.workload(dp_size_of(request.ranks, config.parallel))
-        yield from preflight.memory_findings(work, gpu_bytes)
+        dp_size = dp_size_of(request.ranks, config.parallel)
+        work, micro_steps = config.workload(dp_size), config.micro_steps(dp_size)
+        yield from preflight.memory_findings(work, micro_steps, hardware.gpu_bytes)
+        layout = (request.nodes, request.gpus_per_node)
+        yield from preflight.speed_findings(work, micro_steps, train.steps, *layout, hardware)
 
 
 def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pretrain import topology
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
-from pretrain.evaluation.checkpoints import Evaluator, new_checkpoints, score_steps, take_checkpoint
+from pretrain.evaluation.checkpoints import Evaluator, load_checkpoint, new_checkpoints, score_steps
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
@@ -41,7 +41,7 @@ from pretrain.model.transformer import Precision
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import ParallelConfig, Topology, started
 from shards import CheckpointError, ConfigError, Tokenizer
 
 _logger = logging.getLogger("headrace")
@@ -73,28 +73,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Score checkpoints of a run. Raises HeadraceError if the run, suite or checkpoint does not exist."""
-    folder = RunFolder(arguments.run)
-    folder.check_there()
     overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
     for key, value in (
         ("evaluation.suite", arguments.suite), ("evaluation.split", arguments.split),
         ("data.seq_len", arguments.seq_len), ("precision", arguments.precision),
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
-    config = load_config(folder.config, overrides, begun=True)
+    folder, config, store = open_run(arguments.run, overrides)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
-    store = CheckpointStore(folder.checkpoints, config.checkpoint)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
-    with topology.started(config.parallel) as here:
-        model = ForwardModel(config.model, config.parallel, config.precision, here)
+    with started(config.parallel) as topology:
+        model = ForwardModel(config.model, config.parallel, config.precision, topology)
         if arguments.tasks:
-            take_checkpoint(model, store, _one_step(arguments.steps), here)
+            load_checkpoint(model, store, _one_step(arguments.steps), topology)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
-            _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, here)
+            _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
             return
-        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, here)
-        if here.is_main:
+        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
+        if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
@@ -102,7 +99,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         steps = _steps(arguments, folder, store, suite, lease)
         is_list = not arguments.follow and arguments.steps not in ("all", "newest")
         records = score_steps(evaluator, store, folder, steps, must_be_there=is_list)
-        if here.is_main and records:
+        if topology.is_main and records:
             Console().print(step_table([record for record in records if record["step"] == records[-1]["step"]]))
             patience = 300.0 if arguments.follow else 0.0  # a followed run is about to end
             log_late_evals(config.wandb, folder, config.run.name, suite, records, lease, patience)
@@ -158,7 +155,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"--tokenizer {path} has {tokenizer.vocab_size} pieces, but {arguments.model} was made for"
+            f"--tokenizer {path} has {tokenizer.vocab_size} tokens, but {arguments.model} was made for"
             f" {config.vocab_size}; name the tokenizer of this model"
         )
     values: dict[str, object] = {"suite": arguments.suite, "split": arguments.split}
@@ -170,14 +167,14 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
     seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
     parallel = ParallelConfig(tp_size=arguments.tp)
-    with topology.started(parallel) as here:
-        model = ForwardModel(config, parallel, _precision(precision), here)
+    with started(parallel) as topology:
+        model = ForwardModel(config, parallel, _precision(precision), topology)
         if arguments.tasks:
             model.set_weights(weights)
-            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or _BATCH_SIZE, here)
+            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or _BATCH_SIZE, topology)
             return
-        scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, here).score(weights)
-        if here.is_main:
+        scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, topology).score(weights)
+        if topology.is_main:
             records = record_scores(RunFolder(arguments.model), 0, scores)
             warn_of_doubts(records, config)
             Console().print(step_table(records))
@@ -188,12 +185,17 @@ def _precision(word: str) -> Precision:
 
 
 def _evaluator(
-    config: EvaluationConfig, model: ForwardModel, tokenizer: Tokenizer, seq_len: int, precision: str, here: Topology
+    config: EvaluationConfig,
+    model: ForwardModel,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    precision: str,
+    topology: Topology,
 ) -> Evaluator:
-    eval_set = load_suite(config, tokenizer, seq_len, precision, here.dp_rank, here.dp_size)
+    eval_set = load_suite(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
     if eval_set is None:
         raise ConfigError("there is no suite: give --suite with a folder or YAML file, or --tasks")
-    return Evaluator(model, eval_set, here, config.batch_size or _BATCH_SIZE)
+    return Evaluator(model, eval_set, topology, config.batch_size or _BATCH_SIZE)
 
 
 def _run_tasks(
@@ -202,16 +204,16 @@ def _run_tasks(
     tokenizer: Tokenizer,
     seq_len: int,
     batch_size: int,
-    here: Topology,
+    topology: Topology,
 ) -> None:
     """Run and print tasks of lm-evaluation-harness. Raises ConfigError if it is not installed or has no such task."""
     try:
         from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an optional dependency, and slow to import
     except ImportError as error:
         raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
-    lm = HeadraceLM(model, tokenizer, seq_len, here, batch_size)
+    lm = HeadraceLM(model, tokenizer, seq_len, topology, batch_size)
     results = run_tasks(lm, arguments.tasks.split(","), arguments.task_path, arguments.limit)
-    if here.is_main:
+    if topology.is_main:
         Console().print(task_table(results))
 
 

@@ -18,13 +18,11 @@ from pathlib import Path
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
-from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
-from pretrain.config import load_config
+from pretrain.commands.begun_run import open_run
 from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
 from pretrain.model.weights import weight_specs
-from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, ConfigError, Tokenizer
 
 
@@ -48,10 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export_run(arguments: argparse.Namespace) -> None:
     """Export a checkpoint of a run. Raises HeadraceError if there is none, or it cannot be exported."""
-    folder = RunFolder(arguments.run)
-    folder.check_there()
-    config = load_config(folder.config, arguments.overrides, begun=True)
-    checkpoint = CheckpointStore(folder.checkpoints, config.checkpoint).find(arguments.step)
+    folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
+    checkpoint = checkpoints.find(arguments.step)
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)

@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.state import check_tokenizer
-from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import load_config
-from pretrain.evaluation.checkpoints import take_checkpoint
+from pretrain.commands.begun_run import open_run
+from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import check_splits
-from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, started, world_size_of
 from shards import Tokenizer
 
@@ -49,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class ChosenModel:
     """A model that has not been loaded yet, and what generating with it requires."""
 
     config: ModelConfig
@@ -59,47 +57,44 @@ class Source:
     precision: Precision
 
 
-def find_model(arguments: argparse.Namespace) -> Source:
+def find_model(arguments: argparse.Namespace) -> ChosenModel:
     """Find the model that the arguments name. Raises HeadraceError if there is none."""
     if arguments.model:
         model = open_model(arguments.model)
         description = model.description
-        return Source(
+        return ChosenModel(
             description.config,
             lambda forward, _: forward.set_weights(model),
             open_codec(arguments.model),
             description.context,
             arguments.precision or "fp32",
         )
-    folder = RunFolder(arguments.run)
-    folder.check_there()
-    config = load_config(folder.config, begun=True)
-    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    _, config, checkpoints = open_run(arguments.run)
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
-    check_tokenizer(store.find(arguments.step), tokenizer, config.data.tokenizer)
+    check_tokenizer(checkpoints.find(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
-    return Source(
+    return ChosenModel(
         config.model,
-        lambda forward, here: take_checkpoint(forward, store, arguments.step, here),
+        lambda forward, topology: load_checkpoint(forward, checkpoints, arguments.step, topology),
         codec,
         config.data.seq_len,
         arguments.precision or config.precision,
     )
 
 
-def prompts(arguments: argparse.Namespace, here: Topology) -> Iterator[str]:
+def prompts(arguments: argparse.Namespace, topology: Topology) -> Iterator[str]:
     """Yield the prompts given, or the lines that rank 0 reads until its input ends."""
     if arguments.prompt:
         yield from arguments.prompt
         return
     while True:
         line = None
-        if here.is_main:
+        if topology.is_main:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
             except EOFError:
                 line = None
-        line = here.broadcast_object(line)
+        line = topology.broadcast_object(line)
         if line is None:
             return
         yield line
@@ -110,17 +105,17 @@ def print_continuations(arguments: argparse.Namespace) -> None:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     sampling = Sampling.parse({name: getattr(arguments, name) for name in names}, at="--")
     tp_size = world_size_of(os.environ)
-    source = find_model(arguments)
-    check_splits(source.config, tp_size, "the number of ranks")
-    with started(ParallelConfig(tp_size=tp_size)) as here:
-        model = ForwardModel(source.config, ParallelConfig(tp_size=tp_size), source.precision, here)
-        source.load(model, here)
-        for prompt in prompts(arguments, here):
-            given = (source.codec, prompt, sampling, here)
-            for part in generate(model.next_logits, source.config.n_layers, source.context, *given):
-                if here.is_main:
+    chosen = find_model(arguments)
+    check_splits(chosen.config, tp_size, "the number of ranks")
+    with started(ParallelConfig(tp_size=tp_size)) as topology:
+        model = ForwardModel(chosen.config, ParallelConfig(tp_size=tp_size), chosen.precision, topology)
+        chosen.load(model, topology)
+        for prompt in prompts(arguments, topology):
+            given = (chosen.codec, prompt, sampling, topology)
+            for part in generate(model.next_logits, chosen.config.n_layers, chosen.context, *given):
+                if topology.is_main:
                     print(part, end="", flush=True)
-            if here.is_main:
+            if topology.is_main:
                 print(flush=True)
 
 

@@ -25,9 +25,8 @@ import os
 import sys
 from pathlib import Path
 
-from pretrain.config import load_config
+from pretrain.commands.begun_run import open_run
 from pretrain.provenance import batch_of_step, texts
-from pretrain.run.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_documents(arguments: argparse.Namespace) -> None:
-    folder = RunFolder(arguments.run)
-    folder.check_there()
-    config = load_config(folder.config, arguments.overrides, begun=True)
+    folder, config, _ = open_run(arguments.run, arguments.overrides)
     rows = config.train.global_batch_size
     batch = batch_of_step(folder, arguments.step, config.data, rows, config.run.seed)
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None

@@ -14,6 +14,7 @@ Exit codes: 0 submitted (or, with --dry-run, all is well), 2 a check failed, 1 a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from pretrain.cluster.submission import (
     training_script,
 )
 from pretrain.config import RunConfig
+from pretrain.devices import slurm_names
 from pretrain.model.size import checkpoint_bytes
 from shards import ConfigError
 from shards.storage.atomic import write_atomically
@@ -76,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="save this long before the limit; default: from a save's duration",
     )
+    parser.add_argument("--gpu", metavar="TYPE", help="type of the GPUs, such as h100, if the partition does not say")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU, if it is not the type's")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="memory of one GPU, if the partition does not say"
+        "--network", type=float, metavar="GBIT", help="Gbit/s of one node; default: that of the GPU maker's own servers"
     )
     parser.add_argument("--no-node-check", action="store_true", help="start without testing the nodes first")
     parser.add_argument(
@@ -144,6 +148,19 @@ def request_of(
     )
 
 
+def hardware_of(arguments: argparse.Namespace, partition: slurm.Partition | None) -> preflight.Hardware:
+    """Describe the GPUs that the arguments name, else those of the partition. Raises ConfigError for unknown ones."""
+    types = [arguments.gpu.lower()] if arguments.gpu else partition.gpu_types if partition else ()
+    found = preflight.hardware_of(types)
+    if arguments.gpu and found.device is None:
+        raise ConfigError(f"--gpu={arguments.gpu} is unknown; choose from {', '.join(slurm_names())}")
+    if arguments.gpu_memory:
+        found = dataclasses.replace(found, gpu_bytes=arguments.gpu_memory * 1e9)
+    if arguments.network:
+        found = dataclasses.replace(found, network_bandwidth=arguments.network * 1e9 / 8)
+    return found
+
+
 def submit_evaluation(arguments: argparse.Namespace, console: Console) -> int:
     """Submit `headrace evaluate --follow` for a config's run; return the exit code."""
     (run,) = runs_of(arguments.config, arguments.overrides, None)
@@ -173,10 +190,8 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     output, tasks = ("%A_%a.log", len(runs)) if arguments.array else ("%j.log", None)
     request = request_of(arguments, base.run.name, logs / output, cores, preflight.grace_for(save), tasks)
     script = training_script(arguments.config, arguments.overrides, runs, request, not arguments.no_node_check)
-    gpu_bytes = preflight.gpu_bytes_of(partition.gpu_types) if partition else None
-    if arguments.gpu_memory:
-        gpu_bytes = int(arguments.gpu_memory * 1e9)
-    findings = [finding for run in runs for finding in run_findings(run, request, gpu_bytes)]
+    hardware = hardware_of(arguments, partition)
+    findings = [finding for run in runs for finding in run_findings(run, request, hardware)]
     lengths, folders = [run.config.train.steps for run in runs], [run.folder for run in runs]
     steps = None if None in lengths else max(filter(None, lengths))
     findings += preflight.disk_findings(base.checkpoint, steps, bytes_each, folders)

@@ -50,7 +50,7 @@ def how_to_train_longer(config: RunConfig) -> str:
 
 
 def print_report(config: RunConfig, report: Report) -> None:
-    """Print a finished run's summary: figures before and after, a sample, and what to do next."""
+    """Print a finished run's summary: figures before and after, a continuation, and what to do next."""
     console = Console(soft_wrap=True)
     evals = list(report.folder.evals.read())
     if evals:
@@ -62,7 +62,7 @@ def print_report(config: RunConfig, report: Report) -> None:
         )
     console.print("A continuation by the model:", style="bold")
     console.print(config.evaluation.prompt, end="", style="dim", markup=False, highlight=False)
-    console.print(report.sample, markup=False, highlight=False)
+    console.print(report.continuation, markup=False, highlight=False)
     root = report.folder.root
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
     if config.wandb.mode == "offline":

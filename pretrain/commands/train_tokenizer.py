@@ -47,7 +47,7 @@ class _ErrorKeeper:
 
 
 def train(texts: Iterator[str], vocab_size: int, character_coverage: float) -> bytes:
-    """Return the model file of a BPE tokenizer with BOS 1, EOS 2, UNK 0 and no padding piece.
+    """Return the model file of a BPE tokenizer with BOS 1, EOS 2, UNK 0 and no padding token.
 
     Raises ConfigError if SentencePiece cannot make such a model from these texts, and any error of reading them.
     """
@@ -88,7 +88,7 @@ def _train(texts: Iterator[str], model: io.BytesIO, vocab_size: int, character_c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="PATTERN", help="files or globs, in quotes")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
     parser.add_argument(
         "--character-coverage",
         type=float,
@@ -107,5 +107,5 @@ def run(arguments: argparse.Namespace) -> int:
     texts = sentences(shards, arguments.on_bad_record)
     model = train(texts, arguments.vocab_size, arguments.character_coverage)
     write_atomically(arguments.out, model)
-    print(f"{arguments.out}: {arguments.vocab_size} pieces, learned from {len(shards)} shards")
+    print(f"{arguments.out}: {arguments.vocab_size} tokens, learned from {len(shards)} shards")
     return 0

@@ -50,7 +50,7 @@ class Evaluator:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
         try:
-            take_checkpoint(self.model, store, step, self.topology)
+            load_checkpoint(self.model, store, step, self.topology)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
         return self._score()
@@ -59,7 +59,7 @@ class Evaluator:
         return evaluate(self.model.score, self.eval_set, self.topology, self.batch_size)
 
 
-def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, here: Topology) -> int:
+def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, topology: Topology) -> int:
     """Load one checkpoint's weights into a model, the same one on every rank. Every rank must call it.
 
     The files are compared with their hashes first, each by one rank, so that not every rank reads all of them.
@@ -71,9 +71,9 @@ def take_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | Non
     Raises:
         HeadraceError: on all ranks, if any of them cannot read the checkpoint.
     """
-    chosen = here.broadcast_object(here.together(lambda: store.find(step).step if here.is_main else -1))
-    checkpoint = open_verified(store, chosen, here)
-    here.together(lambda: model.set_weights(CheckpointWeights(checkpoint, weight_specs(model.config))))
+    chosen = topology.broadcast_object(topology.together(lambda: store.find(step).step if topology.is_main else -1))
+    checkpoint = open_verified(store, chosen, topology)
+    topology.together(lambda: model.set_weights(CheckpointWeights(checkpoint, weight_specs(model.config))))
     return chosen
 
 
@@ -88,13 +88,13 @@ def score_steps(
     Returns:
         The lines of evals.jsonl, on rank 0.
     """
-    here, suite = evaluator.topology, evaluator.eval_set.suite
+    topology, suite = evaluator.topology, evaluator.eval_set.suite
     records: list[dict[str, object]] = []
 
     def named() -> int | None:
-        return next(steps, -1) if here.is_main else None
+        return next(steps, -1) if topology.is_main else None
 
-    while (step := here.broadcast_object(here.together(named))) != -1:
+    while (step := topology.broadcast_object(topology.together(named))) != -1:
         if step is None:
             continue  # nothing new yet; this keeps the other ranks' collective from timing out
         begin = time.perf_counter()
@@ -105,7 +105,7 @@ def score_steps(
                 raise
             _logger.warning("%s; it is skipped", error)
             continue
-        if here.is_main and step not in evaluated_steps(folder, suite):  # the training may have scored it meanwhile
+        if topology.is_main and step not in evaluated_steps(folder, suite):  # the training may have scored it meanwhile
             fresh = record_scores(folder, step, scores)
             warn_of_doubts(fresh, evaluator.model.config)
             records += fresh

@@ -1,7 +1,7 @@
 """Compare models on the same documents: how their losses differ, and how much of that may be chance.
 
 DocumentScores -> compare -> table, picture. The interval is a paired bootstrap: documents are resampled with
-replacement within each domain, the same for both models, and the differences of these samples are sorted.
+replacement within each domain, the same for both models, and the differences of these draws are sorted.
 
 Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval).
 """
@@ -54,7 +54,7 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int = 0) -> list[Difference]:
+def compare(a: DocumentScores, b: DocumentScores, draws: int = 2000, seed: int = 0) -> list[Difference]:
     """Compare every domain that both have, in a's order, then `macro` and `micro` over these.
 
     Raises:
@@ -63,14 +63,14 @@ def compare(a: DocumentScores, b: DocumentScores, samples: int = 2000, seed: int
     common = [domain for domain in a.domains if domain in b.domains]
     generator = np.random.default_rng(seed)
     found, means = [], []
-    sums = np.zeros((3, samples))  # over all domains: a's nll, b's nll, bytes
+    sums = np.zeros((3, draws))  # over all domains: a's nll, b's nll, bytes
     wholes: list[tuple[Score, Score]] = []
     for domain in common:
         ours, theirs = _paired(a, b, domain)
         if not len(ours):
             continue
         columns = np.stack([a.nll[ours], b.nll[theirs], a.text_bytes[ours].astype(np.float64)])
-        drawn = _resampled(columns, samples, generator)
+        drawn = _resampled(columns, draws, generator)
         wholes.append((_score(a, ours), _score(b, theirs)))
         differences = _bits(drawn[1], drawn[2]) - _bits(drawn[0], drawn[2])
         found.append(_difference(domain, *wholes[-1], differences if len(ours) > 1 else None, len(ours)))
@@ -144,12 +144,12 @@ def _paired(a: DocumentScores, b: DocumentScores, domain: str) -> tuple[npt.NDAr
     return np.array(ours, np.int64), np.array(theirs, np.int64)
 
 
-def _resampled(columns: Floats, samples: int, generator: np.random.Generator) -> Floats:
-    """Sum columns [3, documents] over documents drawn with replacement: [3, samples]."""
+def _resampled(columns: Floats, draws: int, generator: np.random.Generator) -> Floats:
+    """Sum columns [3, documents] over documents drawn with replacement: [3, draws]."""
     count = columns.shape[1]
     parts = []
-    for start in range(0, samples, max(1, _CHUNK // count)):
-        size = min(samples - start, max(1, _CHUNK // count))
+    for start in range(0, draws, max(1, _CHUNK // count)):
+        size = min(draws - start, max(1, _CHUNK // count))
         times = generator.multinomial(count, np.full(count, 1 / count), size=size)  # [size, documents]
         parts.append(columns @ times.T)
     return np.concatenate(parts, axis=1)

@@ -103,7 +103,7 @@ def load_suite(
 ) -> EvalSet | None:
     """Read, tokenize and pack the config's suite; return None if it names none.
 
-    A rank keeps 2 bytes per token of its own rows (4 beyond 65,536 pieces) and some 30 bytes per document.
+    A rank keeps 2 bytes per token of its own rows (4 for a vocabulary above 65,536) and some 30 bytes per document.
 
     Args:
         precision: precision of the forward pass, for the label.
@@ -178,12 +178,14 @@ def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Ite
         for document in suite.documents():
             yield document, tokenizer.encode_documents([document.text])[0]
         return
-    samples: dict[str, _Sample] = {}
+    subsets: dict[str, _Subset] = {}
     for number, document in enumerate(suite.documents()):
-        sample = samples.setdefault(document.domain, _Sample(config))
-        if sample.wants(place := (key_of("subset", config.subset_seed, document.key), number)):
-            sample.add(place, document, tokenizer.encode_documents([document.text])[0])
-    kept = sorted((number, document, tokens) for s in samples.values() for number, document, tokens in s.kept())
+        subset = subsets.setdefault(document.domain, _Subset(config))
+        if subset.wants(place := (key_of("subset", config.subset_seed, document.key), number)):
+            subset.add(place, document, tokenizer.encode_documents([document.text])[0])
+    kept = sorted(
+        (number, document, tokens) for subset in subsets.values() for number, document, tokens in subset.kept()
+    )
     for _, document, tokens in kept:
         yield document, tokens
 
@@ -202,10 +204,10 @@ def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, 
         _logger.warning("the evaluation suite contains training data: %s; its loss will look too good", found)
 
 
-class _Sample:
+class _Subset:
     """One domain's documents in a bounded suite: the longest run of documents, ordered by hash, within the bounds.
 
-    It is independent of the documents' order, and part of every larger sample. The first is kept however long it is.
+    It is independent of the documents' order, and part of every larger subset. The first is kept however long it is.
     """
 
     def __init__(self, config: EvaluationConfig) -> None:

@@ -1,8 +1,8 @@
 """Warn about evaluations that cannot be right. scores -> plausibility -> log.
 
 A broken tokenizer, wrong weights or a diverged model give figures that look plausible to anyone who does not know what
-to expect. Two things are known: no model need be worse than a uniform guess over all pieces, whose perplexity is the
-number of pieces; and the loss of a model with randomly initialized weights can be computed.
+to expect. Two things are known: no model need be worse than a uniform guess over all tokens, whose perplexity is the
+number of tokens; and the loss of a model with randomly initialized weights can be computed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig,
     worse = [domain for domain, loss in losses.items() if not loss <= math.log(config.vocab_size)]
     if worse:
         _logger.warning(
-            "%s: the perplexity of %s is above %d, so worse than a uniform guess over all pieces; after"
+            "%s: the perplexity of %s is above %d, so worse than a uniform guess over all tokens; after"
             " more than a few steps the model has diverged, or the weights, the tokenizer and the text do not"
             " belong together",
             evaluation, ", ".join(worse[:_NAMED]) + ", ..." * (len(worse) > _NAMED), config.vocab_size,

@@ -25,7 +25,9 @@ def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping
     for record in after:
         domain = str(record["domain"])
         figures = [
-            _figure(source, key) for key in ("perplexity", "bits_per_byte") for source in (old.get(domain, {}), record)
+            _figure(figures, key)
+            for key in ("perplexity", "bits_per_byte")
+            for figures in (old.get(domain, {}), record)
         ]
         table.add_row(domain, *figures, style="bold" if domain in _AVERAGES else None)
     return table

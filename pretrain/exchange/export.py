@@ -39,7 +39,7 @@ def export(
     """Write a model and its tokenizer into a new folder.
 
     Args:
-        weights: source of the weights, read one at a time.
+        weights: read one at a time.
         data: the data config, with the tokenizer and seq_len of the training.
         dtype: type to round the weights to.
         tp_size: number of files in Meta's layout.

@@ -76,12 +76,12 @@ def open_codec(folder: Path) -> Codec:
     )
 
 
-def file_hashes(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """Return "name hash" for each file in one share of a folder's files."""
+def file_hashes(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """Return "name hash" for each file in one part of a folder's files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [f"{path.name} {hash_file(path)}" for path in files[share::shares]]
+    return [f"{path.name} {hash_file(path)}" for path in files[part::parts]]
 
 
 def content_hash(hashes: Sequence[str]) -> str:
-    """Return 32 hex digits for all files of a folder, given the results of `file_hashes` for each share."""
+    """Return 32 hex digits for all files of a folder, given the results of `file_hashes` for each part."""
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(hashes)).encode())

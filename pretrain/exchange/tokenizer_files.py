@@ -23,20 +23,20 @@ _logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
-def write_tokenizer(source: Path, folder: Path, bos: bool, max_length: int) -> None:
+def write_tokenizer(path: Path, folder: Path, bos: bool, max_length: int) -> None:
     """Write tokenizer.model, tokenizer.json and tokenizer_config.json.
 
     Args:
-        source: the SentencePiece model.
+        path: the SentencePiece model.
         bos: whether a prompt begins with BOS, as a training document does.
         max_length: context length of the training, in tokens.
     """
-    model = source.read_bytes()
+    model = path.read_bytes()
     (folder / "tokenizer.model").write_bytes(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     reason = _inexpressible(proto)
     if reason:
-        _logger.warning("%s: no tokenizer.json, since %s; load tokenizer.model with sentencepiece", source, reason)
+        _logger.warning("%s: no tokenizer.json, since %s; load tokenizer.model with sentencepiece", path, reason)
         return
     pieces = [piece.piece for piece in proto.pieces]
     special = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
@@ -182,5 +182,5 @@ def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
         added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
         if isinstance(vocabulary, dict):
             return library, {index: piece for piece, index in vocabulary.items()} | added
-        return library, {index: entry[0] for index, entry in enumerate(vocabulary)} | added
+        return library, {index: pair[0] for index, pair in enumerate(vocabulary)} | added
     return None

@@ -1,4 +1,4 @@
-"""A model without optimizer or engine, for weights from any source.
+"""A model without optimizer or engine, for weights of any origin.
 
 weights -> forward_model -> {scoring, harness}. Every dp rank holds the whole model, or its tensor-parallel slices, so
 any number of ranks works.

@@ -1,7 +1,7 @@
 """Continue a prompt with a model, token by token: logits -> sampling -> text, as it is generated.
 
-This is the only code that generates: for the sample at a run's end, and for `commands.generate`. Every rank runs the
-same loop; the slices of the logits are gathered, and rank 0's choice applies to all.
+This is the only code that generates: for the continuation at a run's end, and for `commands.generate`. Every rank runs
+the same loop; the slices of the logits are gathered, and rank 0's choice applies to all.
 """
 
 from __future__ import annotations

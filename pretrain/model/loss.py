@@ -20,7 +20,8 @@ from pretrain.model.parallel import gather_over_tp, tp_rank
 from pretrain.model.pieces import valid_targets
 from pretrain.topology import copy_to
 
-_CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 134 MB of exponentials
+CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 34 MB of exponentials
+SUMMED_WEIGHTS = 1 << 26  # the largest slice of the output projection whose gradient is summed in fp32: in 268 MB
 _CACHED_LOGITS = 1 << 18  # on CPUs, logits of a softmax: 1 MB of exponentials, which stay in a core's cache
 
 
@@ -134,34 +135,87 @@ class _LossWithGradients(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        exponentials, gradient = (_kernel(function, compiled) for function in (_exponentials, _logits_gradient))
-        nll = torch.empty(len(tokens), device=states.device)
-        logsumexp = torch.empty_like(nll)
-        of_states = torch.empty_like(states)
-        of_weight: Tensor | None = None  # fp32, since bf16 would round the sum after each chunk
-        for chunk, logits, columns in _chunks(states, weight, tokens):
-            for rows in _blocks(logits):
-                powers, part = exponentials(logits[rows], columns[rows])
-                figures = _over_tp(part)
-                logsumexp[chunk][rows] = figures.logsumexp
-                nll[chunk][rows] = figures.logsumexp - figures.target
-                # The gradient takes the logits' memory.
-                logits[rows] = gradient(powers, columns[rows], part[2], figures.logsumexp, z_loss)
-            torch.mm(logits, weight, out=of_states[chunk])
-            product = logits.t() @ states[chunk]
-            of_weight = product.float() if of_weight is None else of_weight.add_(product)
-        if of_weight is None:  # no targets
-            of_weight = torch.zeros_like(weight, dtype=torch.float32)
-        ctx.gradients = of_states, of_weight, weight.dtype
+        kernels = _Kernels(compiled)
+        order = _by_targets if weight.numel() <= SUMMED_WEIGHTS else _by_vocabulary
+        nll, logsumexp, *ctx.gradients = order(states, weight, tokens, z_loss, kernels)
         total = nll.sum() + z_loss * logsumexp.square().sum()
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(nll, logsumexp)
         return total, nll, logsumexp
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_states, of_weight, dtype = ctx.gradients
-        del ctx.gradients  # the weight's is as large as the weight in fp32
-        return of_states.mul_(scale), of_weight.mul_(scale).to(dtype), None, None, None
+        of_states, of_weight = ctx.gradients
+        del ctx.gradients  # they may be as large as the weight in fp32
+        return of_states.mul_(scale).to(ctx.dtype), of_weight.mul_(scale).to(ctx.dtype), None, None, None
+
+
+class _Kernels:
+    """The two functions of the softmax, compiled on request at their first call."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.exponentials: Callable[..., tuple[Tensor, Tensor]] = (
+            _compiled(_exponentials) if compiled else _exponentials
+        )
+        self.gradient: Callable[..., Tensor] = _compiled(_logits_gradient) if compiled else _logits_gradient
+
+
+def _by_targets(
+    states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, kernels: _Kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return nll, logsumexp and the gradients of states and weight, chunk of targets by chunk.
+
+    Each chunk is projected once, but the weight's gradient has to be summed over the chunks, in fp32.
+    """
+    nll = torch.empty(len(tokens), device=states.device)
+    logsumexp = torch.empty_like(nll)
+    of_states = torch.empty_like(states)
+    of_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for chunk, logits, columns in _chunks(states, weight, tokens):
+        for rows in _blocks(logits):
+            powers, part = kernels.exponentials(logits[rows], columns[rows])
+            figures = _over_tp(part)
+            logsumexp[chunk][rows] = figures.logsumexp
+            nll[chunk][rows] = figures.logsumexp - figures.target
+            # The gradient takes the logits' memory.
+            logits[rows] = kernels.gradient(powers, columns[rows], part[2], figures.logsumexp, z_loss)
+        torch.mm(logits, weight, out=of_states[chunk])
+        of_weight += logits.t() @ states[chunk]
+    return nll, logsumexp, of_states, of_weight
+
+
+def _by_vocabulary(
+    states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, kernels: _Kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same, the gradients by one part of the vocabulary after another.
+
+    No gradient of a whole vocabulary exists in fp32, but everything is projected twice: a softmax needs the logsumexp
+    over the whole vocabulary first.
+    """
+    nll, logsumexp = _figures_of(states, weight, tokens, kernels)
+    of_states = torch.zeros_like(states, dtype=torch.float32)
+    of_weight = torch.empty_like(weight)
+    first = tp_rank() * weight.shape[0]
+    for part in _even_slices(weight.shape[0], len(tokens), CHUNK_LOGITS):
+        logits, columns = states @ weight[part].t(), tokens - first - part.start
+        for rows in _blocks(logits):
+            powers, figures = kernels.exponentials(logits[rows], columns[rows])
+            logits[rows] = kernels.gradient(powers, columns[rows], figures[2], logsumexp[rows], z_loss)
+        torch.mm(logits.t(), states, out=of_weight[part])
+        of_states += logits @ weight[part]
+    return nll, logsumexp, of_states, of_weight
+
+
+def _figures_of(states: Tensor, weight: Tensor, tokens: Tensor, kernels: _Kernels) -> tuple[Tensor, Tensor]:
+    """Return nll and logsumexp of targets [M]."""
+    nll = torch.empty(len(tokens), device=states.device)
+    logsumexp = torch.empty_like(nll)
+    for chunk, logits, columns in _chunks(states, weight, tokens):
+        for rows in _blocks(logits):
+            figures = _over_tp(kernels.exponentials(logits[rows], columns[rows])[1])
+            logsumexp[chunk][rows] = figures.logsumexp
+            nll[chunk][rows] = figures.logsumexp - figures.target
+    return nll, logsumexp
 
 
 def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -170,13 +224,13 @@ def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[sl
     A column is negative, or not below the slice's width, where another tp rank's slice holds the target.
     """
     width = weight.shape[0]
-    for chunk in _even_slices(len(tokens), width, _CHUNK_LOGITS):
+    for chunk in _even_slices(len(tokens), width, CHUNK_LOGITS):
         yield chunk, states[chunk] @ weight.t(), tokens[chunk] - tp_rank() * width
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Yield the rows of a chunk [C, width] that go through the softmax together: on CPUs, as many as a cache holds."""
-    limit = _CACHED_LOGITS if logits.device.type == "cpu" else logits.numel()
+    limit = _CACHED_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS // 4
     return _even_slices(logits.shape[0], logits.shape[1], limit)
 
 
@@ -214,10 +268,6 @@ def _logits_gradient(powers: Tensor, columns: Tensor, largest: Tensor, logsumexp
     held = (columns >= 0) & (columns < width)
     gradient = softmax.mul_((1 + 2 * z_loss * logsumexp).unsqueeze(-1)) if z_loss else softmax
     return gradient.scatter_add_(-1, torch.where(held, columns, 0).unsqueeze(-1), -held.float().unsqueeze(-1))
-
-
-def _kernel(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return _compiled(function) if compiled else function
 
 
 @functools.cache

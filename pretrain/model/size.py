@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
+from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
-from pretrain.topology import ParallelConfig
+from pretrain.topology import Checkpointing, ParallelConfig
+
+_REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLREDUCE_SIZE
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -18,17 +22,32 @@ def parameter_count(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Count the floating-point operations, forward and backward, per trained token of full-length documents.
 
-    Two per weight of every matrix multiplication in the forward pass (the embedding is a look-up and has none) and
-    twice that in the backward pass; plus, in each layer, the causal half of attention's seq_len x seq_len products,
-    twice (scores and values). Recomputation is not counted, as is usual for model FLOP utilization.
-
-    Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B, with attention counted as causal.
+    It is the usual basis of model FLOP utilization. Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B,
+    with attention counted as causal.
     """
-    head_dim = config.head_dim
-    attention = config.dim * head_dim * (2 * config.n_heads + 2 * config.kv_heads)
-    matrices = config.n_layers * (attention + 3 * config.dim * config.hidden_dim) + config.vocab_size * config.dim
-    products = config.n_layers * 2 * (2 * config.n_heads * head_dim * seq_len) // 2
-    return 3 * (2 * matrices + products)
+    return flops_of_documents(config, seq_len, seq_len**2) // seq_len
+
+
+def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int) -> int:
+    """Count the floating-point operations, forward and backward, of tokens that attend within their own documents.
+
+    Two per token and weight of every matrix multiplication in the forward pass (the embedding is a look-up and has
+    none) and twice that in the backward pass; plus, in each layer, the causal half of the length x length products of
+    each document's attention, twice (scores and values). Recomputation is not counted.
+
+    Args:
+        n_tokens: tokens of all documents together.
+        squared_lengths: sum over the documents of their length in tokens, squared.
+    """
+    matrices = config.n_layers * _block_matrices(config) + config.vocab_size * config.dim
+    products = config.n_layers * config.n_heads * config.head_dim * squared_lengths
+    return 6 * (matrices * n_tokens + products)
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    """Count the weights in the matrices of one block."""
+    attention = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.kv_heads)
+    return attention + 3 * config.dim * config.hidden_dim
 
 
 def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
@@ -42,16 +61,22 @@ def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank at the peak of a training step."""
+    """Bytes on one rank at the peak of a training step.
+
+    Attributes:
+        buffers: what DeepSpeed sets aside to reduce gradients and, in ZeRO-3, gathers weights into.
+        activations: what the forward pass keeps for the backward pass, and what is computed meanwhile.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    buffers: int
     activations: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
 @dataclass(frozen=True)
@@ -63,40 +88,138 @@ class Workload:
     dp_size: int
     micro_batch_size: int  # rows per forward pass
     seq_len: int  # tokens per row
-    bytes_per_weight: int  # in the forward pass: 2 for bf16, 4 for fp32, which needs no master copy
-    z_loss: bool  # whether the loss has a z-loss, which needs its own softmax
+    bytes_per_weight: int  # in the forward pass: 2 for bf16, 4 for fp32
+    reduce_bucket: int = 500_000_000  # elements of DeepSpeed's reduce_bucket_size; this is its default
+    gathered_weights: int = 1_000_000_000  # elements of DeepSpeed's stage3_max_live_parameters; this is its default
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per forward pass."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of one tp rank's slice of the model."""
+        return parameter_count(self.model) // self.parallel.tp_size
+
+    @property
+    def reduce_bytes(self) -> int:
+        """Bytes of a gradient on its way to other dp ranks."""
+        return 4 if self.parallel.reduce_dtype == "fp32" else 2
 
 
 def memory_per_rank(work: Workload) -> MemoryEstimate:
-    """Estimate one rank's memory; the optimizer keeps three fp32 numbers per parameter (master weight, two moments)."""
-    parallel, dp_size = work.parallel, work.dp_size
-    parameters = parameter_count(work.model) // parallel.tp_size
-    stage = parallel.applied_zero_stage
-    optimizer = (12 if work.bytes_per_weight == 2 else 8) * parameters // dp_size
-    gradients = 4 * parameters // (dp_size if stage >= 2 else 1)
-    weights = work.bytes_per_weight * parameters // (dp_size if stage == 3 else 1)
-    if parallel.offload != "none":
-        optimizer = 0
-    if parallel.offload == "parameters":
-        weights = 0
-    return MemoryEstimate(weights, gradients, optimizer, _activations(work))
+    """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step.
 
-
-def _activations(work: Workload) -> int:
-    """Estimate what the backward pass needs of one micro-batch: the tensors that the layers save.
-
-    Per token and layer, every tp rank holds the two norms' inputs and outputs and the branches' sums whole (6 dim). The
-    tp ranks divide the queries, keys, values, their rotations and attention's output (6 times the heads' width) and
-    SwiGLU's three products (4 hidden_dim). The logits are held twice in fp32: as given to the loss, and as the softmax
-    kept for the backward pass. A z-loss holds them once more as its exponentials, and in bf16 again, widened for it.
+    The optimizer keeps three fp32 numbers per parameter (master weight, two moments), even of fp32 weights.
     """
-    config, parallel, weight_bytes = work.model, work.parallel, work.bytes_per_weight
-    tokens = work.micro_batch_size * work.seq_len
-    split = (6 * config.n_heads * config.head_dim + 4 * config.hidden_dim) // parallel.tp_size
-    block = weight_bytes * tokens * (6 * config.dim + split)
+    parallel, own = work.parallel, work.parameters // work.dp_size
+    stage = parallel.applied_zero_stage
+    weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)
+    return MemoryEstimate(
+        weights=0 if parallel.offload == "parameters" else weights,
+        gradients=4 * (work.parameters if stage == 1 else own),
+        optimizer=0 if parallel.offload != "none" else 12 * own,
+        buffers=_buffers(work),
+        activations=int(_activations(work)),
+    )
+
+
+def _buffers(work: Workload) -> int:
+    """Return the bytes that DeepSpeed sets aside; only ZeRO-1's optimizer for bf16 needs none.
+
+    Source: DeepSpeed 0.19.8, `setup_buckets` of stage_1_and_2.py, twice with overlap_comm; `ipg_buckets` of stage3.py.
+    """
+    stage, weight_bytes = work.parallel.applied_zero_stage, work.bytes_per_weight
+    if stage == 1:
+        return 0 if weight_bytes == 2 and work.parallel.offload == "none" else 4 * work.reduce_bucket
+    if stage == 2:
+        return 2 * weight_bytes * work.reduce_bucket
+    gathered = weight_bytes * min(work.parameters, work.gathered_weights)
+    return work.reduce_bytes * work.reduce_bucket + gathered
+
+
+def _activations(work: Workload) -> float:
+    """Estimate the most bytes that activations and what is computed from them take.
+
+    Three moments can be the fullest: the loss, when all blocks have run; the last block's backward pass; and the
+    reduction of gradients.
+    """
+    config, weight_bytes = work.model, work.bytes_per_weight
+    blocks = config.n_layers * work.tokens * weight_bytes * _kept_by_block(work)
+    ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
+    return max(blocks + ends + _loss_bytes(work), blocks + _backward_bytes(work), _reduction_bytes(work, blocks))
+
+
+def _kept_by_block(work: Workload) -> float:
+    """Count the numbers per token that a block keeps of its forward pass, on one tp rank.
+
+    Divided among the tp ranks: queries, keys, values, attention's output, SwiGLU's products. The residual stream, twice
+    since each branch adds to it, is divided by sequence parallelism only; the branches' inputs are whole in any case.
+    Compiled blocks compute again what is cheap, and so does selective checkpointing.
+    """
+    config, parallel = work.model, work.parallel
+    of_rank = 1 / parallel.tp_size
+    stream = config.dim * (of_rank if parallel.sequence_parallel else 1)
     if parallel.activation_checkpointing == "full":
-        blocks = config.n_layers * weight_bytes * tokens * config.dim + block
-    else:
-        blocks = config.n_layers * block
-    each = weight_bytes + 8 + (work.z_loss and (8 if weight_bytes == 2 else 4))  # bytes per logit
-    return blocks + tokens * each * config.vocab_size // parallel.tp_size
+        return stream
+    queries, keys = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
+    kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * config.hidden_dim)
+    if parallel.activation_checkpointing == "selective":
+        # Gathered tokens are kept, since gathering them again would wait for other ranks. Uncompiled, all results of
+        # matrix products and collectives are, needed or not.
+        kept += 2 * config.dim if parallel.sequence_parallel else 0
+        if not parallel.compile:
+            kept += 2 * config.dim + stream if parallel.tp_size > 1 else config.dim
+        return kept
+    kept += 2 * config.dim + of_rank * config.hidden_dim * (1 if parallel.compile else 2)
+    return kept + (of_rank * (queries + keys) if config.qk_norm else 0)
+
+
+def _loss_bytes(work: Workload) -> float:
+    """Estimate what the loss takes: the gradients of states and weight, and the logits of a chunk in two types."""
+    config, weight_bytes = work.model, work.bytes_per_weight
+    width = config.vocab_size / work.parallel.tp_size
+    states, weight = work.tokens * config.dim, width * config.dim
+    logits = min(CHUNK_LOGITS, work.tokens * width)
+    chunk = logits * weight_bytes + min(logits, CHUNK_LOGITS / 2) * 4  # exponentials of a quarter, and of that before
+    if weight > SUMMED_WEIGHTS:
+        return states * (weight_bytes + 8) + weight * weight_bytes + chunk
+    return 2 * states * weight_bytes + weight * (4 + weight_bytes) + chunk
+
+
+def _backward_bytes(work: Workload) -> float:
+    """Estimate what a block's backward pass takes beside what is kept: what it computes again, and gradients.
+
+    The gradients are those of the stream and of a matrix; uncompiled, also of two of SwiGLU's products.
+    """
+    config, parallel = work.model, work.parallel
+    hidden = config.hidden_dim / parallel.tp_size
+    products = hidden * (1 if parallel.compile else 2)
+    again = {
+        "none": 0.0,
+        "selective": 2 * config.dim + products,
+        "full": _kept_by_block(_with_checkpointing(work, "none")) - _kept_by_block(work),
+    }[parallel.activation_checkpointing]
+    gradients = config.dim + (0 if parallel.compile else 2 * hidden)
+    return work.bytes_per_weight * (work.tokens * (again + gradients) + config.dim * hidden)
+
+
+def _with_checkpointing(work: Workload, what: Checkpointing) -> Workload:
+    parallel = work.parallel.model_copy(update={"activation_checkpointing": what})
+    return dataclasses.replace(work, parallel=parallel)
+
+
+def _reduction_bytes(work: Workload, blocks: float) -> float:
+    """Estimate what the reduction of gradients takes beside the buffers, and what blocks then still keep.
+
+    ZeRO-1 reduces them all after the backward pass, where they are, or from a copy where matrices and vectors fit in
+    one. ZeRO-2 and 3 reduce a bucket as soon as it is full, from a copy; the blocks whose gradients it holds need
+    nothing more. In another type than the gradients', there is a copy in that type too.
+    """
+    if work.parallel.applied_zero_stage == 1:
+        copy = 4 if work.parameters <= _REDUCED_TOGETHER else 0
+        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.parameters
+    reduced = min(work.reduce_bucket, work.parameters)
+    cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
+    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.parameters)

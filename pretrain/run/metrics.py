@@ -6,8 +6,8 @@ recorder -> StepRecord -> journal -> {metrics.jsonl, console, wandb}.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import re
 import resource
 import sys
 import time
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 from pydantic import Field
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pretrain import log
+from pretrain.devices import device_of_torch
 from pretrain.topology import Topology
 from shards import Config
 
@@ -66,27 +68,43 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
-    mfu: float | None = None  # model FLOP utilization, in [0, 1]; None if the device's peak is unknown
+    # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
+    # document, the convention of published figures
+    mfu: float | None = None
+    mfu_documents: float | None = None  # the same, but attention counts only within documents, as it is computed
 
     def as_json(self) -> dict[str, object]:
         """Return the record without the fields that are None."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
+class DeviceEvent(Protocol):
+    """A moment in a device's queue of work, such as `torch.cuda.Event(enable_timing=True)`."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: Self, /) -> float: ...  # milliseconds
+
+
 class Meter:
     """Splits the seconds of a step into named parts, and starts afresh with each step."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None):
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, device_event: Callable[[], DeviceEvent] | None = None
+    ) -> None:
         """Start timing a step.
 
         Args:
             clock: seconds, monotonic.
-            synchronize: waits until the device has done its work, so that each part is charged for its own; called at
-                the end of each part.
+            device_event: makes an event of a device that works through a queue of its own; None if there is no such
+                device, and what is computed is done when the call returns.
         """
         self._clock = clock
-        self._synchronize = synchronize
+        self._device_event = device_event
         self._parts: dict[str, float] = {}
+        self._on_device: list[tuple[str, DeviceEvent, DeviceEvent]] = []
         self._step_start = clock()
 
     @contextmanager
@@ -96,12 +114,29 @@ class Meter:
         try:
             yield
         finally:
-            if self._synchronize is not None:
-                self._synchronize()
-            self._parts[name] = self._parts.get(name, 0.0) + self._clock() - start
+            self._charge(name, self._clock() - start)
+
+    @contextmanager
+    def device_part(self, name: str) -> Iterator[None]:
+        """Charge to a part the time that the device takes for what is asked of it inside the block.
+
+        The device is not waited for: its events are read when the step ends, which needs the step's results anyway.
+        """
+        if self._device_event is None:
+            with self.part(name):
+                yield
+            return
+        start, end = self._device_event(), self._device_event()
+        start.record()
+        yield
+        end.record()
+        self._on_device.append((name, start, end))
 
     def end_step(self) -> dict[str, float]:
         """Return each part's seconds since the step began, and the whole step's under `step`; begin the next step."""
+        for name, start, end in self._on_device:
+            end.synchronize()
+            self._charge(name, start.elapsed_time(end) / 1000)
         now = self._clock()
         seconds = {**self._parts, "step": now - self._step_start}
         self.start_step()
@@ -110,35 +145,24 @@ class Meter:
     def start_step(self) -> None:
         """Discard what was measured: the time of an evaluation or a save does not belong to the next step."""
         self._parts = {}
+        self._on_device = []
         self._step_start = self._clock()
 
+    def _charge(self, name: str, seconds: float) -> None:
+        self._parts[name] = self._parts.get(name, 0.0) + seconds
 
-# Dense bf16 FLOP/s with fp32 accumulation, by torch's name for the device; the first match counts. From the makers'
-# data sheets (a figure "with sparsity" is halved); a module of two devices counts as two.
-_PEAK_FLOPS = (
-    (r"GB200", 2500e12),  # NVIDIA GB200 NVL72 data sheet: 360 PFLOPS sparse over 72
-    (r"B200", 2250e12),  # NVIDIA DGX B200 data sheet
-    (r"GH200|H200(?! NVL)", 989e12),  # NVIDIA H200 and GH200 data sheets
-    (r"H100 NVL|H200 NVL", 835e12),  # NVIDIA H100 data sheet, NVL; H200 data sheet, NVL
-    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet, PCIe
-    (r"H100", 989e12),  # NVIDIA H100 data sheet, SXM
-    (r"A100|A800", 312e12),  # NVIDIA A100 data sheet; PCIe and SXM alike
-    (r"A30\b", 165e12),  # NVIDIA A30 data sheet
-    (r"A40\b", 149.7e12),  # NVIDIA A40 data sheet
-    (r"A10\b", 125e12),  # NVIDIA A10 data sheet
-    (r"RTX A6000", 154.8e12),  # NVIDIA RTX A6000 data sheet
-    (r"L40S", 362e12),  # NVIDIA L40S data sheet
-    (r"L4\b", 121e12),  # NVIDIA L4 data sheet
-    (r"RTX 4090", 165.2e12),  # NVIDIA Ada GPU architecture white paper, appendix A
-    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA GA102 white paper, table 9
-    (r"MI300X", 1307e12),  # AMD Instinct MI300X data sheet
-    (r"MI250X", 191.5e12),  # AMD Instinct MI250X data sheet: 383 TFLOPS over two dies, each a separate device
-)
+
+def device_meter(device: torch.device) -> Meter:
+    """Return a meter of what a device computes."""
+    if device.type != "cuda":
+        return Meter()
+    return Meter(device_event=functools.partial(torch.cuda.Event, enable_timing=True))
 
 
 def peak_flops_of(device_name: str) -> float | None:
     """Return a device's dense bf16 FLOP/s by its `torch.cuda.get_device_name()`; None if unknown."""
-    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+    device = device_of_torch(device_name)
+    return device.flops if device else None
 
 
 def total_peak_flops(config: MetricsConfig, topology: Topology) -> float | None:

@@ -216,7 +216,7 @@ class Tracker:
             if step_of(row) > self._last_step:
                 self._send(row)
             elif self._sent.differs(row):
-                self._take_back(step_of(row))
+                self._rewind(step_of(row))
                 for made in self._made_rows(until=step_of(row)):
                     self._send(made)
 
@@ -226,7 +226,7 @@ class Tracker:
         self._sent.note(row)  # before it is sent, so that wandb has no unknown rows
         self._run.log(row, step=self._last_step + self._late_rows, commit=True)
 
-    def _take_back(self, step: int) -> None:
+    def _rewind(self, step: int) -> None:
         """Remove rows from a step on in wandb, since they come from a training that was undone."""
         import wandb
 
@@ -303,7 +303,7 @@ class Tracker:
         self._sent = SentRows(self._folder.wandb_rows, self._id)
         there = rows_of(self._folder, self._suite, until=self._last_step)
         if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
-            self._take_back(step_of(wrong))
+            self._rewind(step_of(wrong))
         newest = self._folder.metrics.last()
         self._sent.forget(step_of(newest) if newest else -1)
         self._fill_gap()

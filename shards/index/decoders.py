@@ -117,7 +117,7 @@ class Decoders:
 
         Raises: ShardError if the file changed, is damaged, or ends before the range does.
         """
-        decoder = self._take(wanted)
+        decoder = self._decoder_for(wanted)
         try:
             raw = decoder.read(wanted.start, wanted.stop)
             _check(wanted, raw, decoder.position)
@@ -139,8 +139,8 @@ class Decoders:
             decoder.close()
         self._open.clear()
 
-    def _take(self, wanted: RawRange) -> _Decoder:
-        """Take the open decoder nearest before the range, unless an entry is nearer; else open a new one."""
+    def _decoder_for(self, wanted: RawRange) -> _Decoder:
+        """Remove and return the open decoder nearest before the range; if an entry is nearer, open a new one there."""
         splice = None if (wanted.path, wanted.splice) in self._distrusted else wanted.splice
         nearest = splice.raw_offset if splice else wanted.frame[1]
         usable = [one for one in self._open if one.path == wanted.path and nearest <= one.position <= wanted.start]

@@ -32,14 +32,14 @@ class Manifest(msgspec.Struct, frozen=True):
     stamps: list[str] = []  # stamps of the index files
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """What a manifest says about a shard."""
+class IndexedShard(msgspec.Struct, frozen=True):
+    """What a manifest says of a shard."""
 
     index: ShardIndex
     stamp: str  # stamp of its index file
 
     def holds(self, path: str, stat: files.Stat, index_dir: Path | None) -> bool:
-        """Return whether the entry holds without reading the shard's index file.
+        """Return whether it holds without reading the shard's index file.
 
         It does not if that file was rebuilt since; a missing index file contradicts nothing.
 
@@ -63,8 +63,8 @@ def write(paths: list[str], indexes: list[ShardIndex], index_dir: Path | None, c
     store(manifest_path(paths, index_dir, cell_bytes), data)
 
 
-def read(path: Path, cell_bytes: int) -> dict[str, Entry]:
-    """Read a manifest's entry of each shard; none if it is missing, damaged, or made of another program's indexes."""
+def read(path: Path, cell_bytes: int) -> dict[str, IndexedShard]:
+    """Read what a manifest says of each shard; nothing if it is missing, damaged, or of another program's indexes."""
     try:
         manifest = msgspec.msgpack.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):
@@ -74,4 +74,4 @@ def read(path: Path, cell_bytes: int) -> dict[str, Entry]:
     if versions != {INDEX_VERSION} or cells != {cell_bytes} or hash_tables(manifest.indexes) != manifest.tables:
         return {}
     pairs = zip(manifest.indexes, manifest.stamps, strict=True)
-    return dict(zip(manifest.paths, (Entry(*pair) for pair in pairs), strict=True))
+    return dict(zip(manifest.paths, (IndexedShard(*pair) for pair in pairs), strict=True))

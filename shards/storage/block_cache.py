@@ -71,7 +71,7 @@ class BlockCache:
         try:
             with self._lock() as lock:
                 # Counted before it is written: a process killed in between leaves too large a number, never too small.
-                self._write_taken(lock, self._make_room(lock, needed) + needed)
+                self._write_used(lock, self._make_room(lock, needed) + needed)
                 part = self._folder / "part"  # one name for all, since the lock is held
                 part.write_bytes(data + _check(path, data))
                 os.replace(part, path)
@@ -87,24 +87,24 @@ class BlockCache:
             return int(said)
         (self._folder / "part").unlink(missing_ok=True)  # left by a process that was killed
         blocks: list[tuple[int, int, str]] = []  # (last use, bytes, path)
-        for entry in os.scandir(self._folder):
-            if entry.name.endswith(BLOCK_SUFFIX):
-                found = entry.stat()
-                blocks.append((found.st_mtime_ns, found.st_size, entry.path))
-        taken = sum(size for _, size, _ in blocks)
+        for file in os.scandir(self._folder):
+            if file.name.endswith(BLOCK_SUFFIX):
+                found = file.stat()
+                blocks.append((found.st_mtime_ns, found.st_size, file.path))
+        used = sum(size for _, size, _ in blocks)
         limit = min(_EVICT_TO * self._max_bytes, self._max_bytes - needed)
-        if taken + needed > self._max_bytes:
+        if used + needed > self._max_bytes:
             for _, size, path in sorted(blocks):
-                if taken <= limit:
+                if used <= limit:
                     break
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-                taken -= size
+                used -= size
         self._counted = True
-        return taken
+        return used
 
-    def _write_taken(self, lock: int, taken: int) -> None:
-        os.pwrite(lock, str(taken).zfill(32).encode(), 0)
+    def _write_used(self, lock: int, used: int) -> None:
+        os.pwrite(lock, str(used).zfill(32).encode(), 0)
 
     @contextmanager
     def _lock(self) -> Iterator[int]:

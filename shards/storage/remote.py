@@ -62,12 +62,12 @@ def _files_below(system: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     while folders:
         folder, level = folders.pop()
         try:
-            entries = _persist(folder, partial(system.ls, folder, detail=True), _STALL_SECONDS)
+            listed = _persist(folder, partial(system.ls, folder, detail=True), _STALL_SECONDS)
         except FileNotFoundError:
             continue  # nothing in a missing folder matches
-        for entry in entries:
-            name = entry["name"].rstrip("/")
-            if entry["type"] != "directory":
+        for item in listed:
+            name = item["name"].rstrip("/")
+            if item["type"] != "directory":
                 yield name
             elif name != folder.rstrip("/") and (level < levels or "**" in path):
                 folders.append((name, level + 1))

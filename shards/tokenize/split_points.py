@@ -93,9 +93,8 @@ class Cuts:
 def _byte_codes(pieces: list[str], spells_unknown: bool) -> npt.NDArray[np.uint8]:
     """Return uint8 [65536]: whether to cut between two bytes, indexed by their uint16, the first byte lowest."""
     cut = np.ones((256, 256), bool)
-    for piece in pieces:
-        data = np.frombuffer(piece.encode(), np.uint8)
-        cut[data[:-1], data[1:]] = False
+    data = np.frombuffer(bytes([END]).join(piece.encode() for piece in pieces), np.uint8)
+    cut[data[:-1], data[1:]] = False  # pairs with END, which stand in no piece, are set below
     codes = np.where(cut, np.uint8(_ALWAYS), np.uint8(_NEVER))
     if spells_unknown:
         # A piece contains these two bytes, but perhaps not these two characters. That is checked for characters of

@@ -184,7 +184,7 @@ class WindowMaker:
             document = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
             raise ShardError(
                 f"{paths[document]}, line {lines[document]}: token id {tokens[wrong[0]]}, but data.tokenizer has "
-                f"{self._tokenizer.vocab_size} pieces; name the tokenizer that the ids were made with"
+                f"{self._tokenizer.vocab_size} tokens; name the tokenizer that the ids were made with"
             )
         return tokens.astype(self._tokenizer.dtype), lengths
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.zero_files import read_shares, whole
+from pretrain.checkpoint.zero_files import read_partitions, whole
 from pretrain.deepspeed_keys import ALLOWED, deepspeed_config
 from pretrain.engine import Engine, StepStats
 from pretrain.topology import ParallelConfig, Topology, started
@@ -60,7 +60,7 @@ def save(engine: Engine, folder: Path, here: Topology) -> None:
 
 def states(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Return weights and moments as readers of checkpoints find them."""
-    ((ranks,), _) = read_shares(folder / "engine")
+    ((ranks,), _) = read_partitions(folder / "engine")
     names = {name for rank in ranks for name in rank}
     return {(name, key): whole(ranks, name, key) for name in names for key in ("fp32", "exp_avg", "exp_avg_sq", "step")}
 

@@ -1,6 +1,8 @@
 """Compare the loss of a vocabulary that is split over all ranks to that of a whole one, with its gradients and scores.
 
-Usage: python -m tests.distributed.loss TP_SIZE
+Usage: python -m tests.distributed.loss TP_SIZE ORDER
+
+ORDER is that of the gradients, targets or vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ TARGETS, DIM, VOCABULARY, Z_LOSS = 40, 16, 96, 1e-2
 
 def main() -> None:
     tp_size = int(sys.argv[1])
+    if sys.argv[2] == "vocabulary":
+        loss._SUMMED_WEIGHTS = 0
     loss._CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * VOCABULARY // tp_size, 5 * VOCABULARY // tp_size
     generator = torch.Generator().manual_seed(4)
     # Small whole numbers, so that equal logits are equal to the last bit however they are summed

@@ -23,6 +23,7 @@ import xxhash
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine, StepStats
+from pretrain.model.loss import Loss
 from pretrain.model.pieces import valid_targets
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -67,16 +68,16 @@ def step(engine: Engine, here: Topology, number: int) -> StepStats:
 @contextlib.contextmanager
 def infinite_loss(engine: Engine, here: Topology) -> Iterator[None]:
     """Make the loss of the last dp rank's first micro-batch infinite, but keep its gradient finite."""
-    losses, calls = engine._losses, itertools.count()
+    forward, calls = engine._forward, itertools.count()
 
-    def infinite(tokens: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        nll, z_loss = losses(tokens, segment_ids)
+    def infinite(tokens: torch.Tensor, segment_ids: torch.Tensor) -> Loss:
+        loss = forward(tokens, segment_ids)
         first = here.dp_rank == here.dp_size - 1 and next(calls) == 0
-        return nll + (math.inf if first else 0.0), z_loss
+        return loss._replace(total=loss.total + (math.inf if first else 0.0))
 
-    engine._losses = infinite  # type: ignore[method-assign]
+    engine._forward = infinite  # type: ignore[method-assign]
     yield
-    engine._losses = losses  # type: ignore[method-assign]
+    engine._forward = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

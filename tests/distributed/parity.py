@@ -60,6 +60,8 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     for stage, what in itertools.product((1, 3), ("none", "selective", "full")):
         yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split}
         yield "fp32", stage == 3, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, "compile": True}
+    for stage in (1, 2, 3):
+        yield "bf16", False, 2, {"zero_stage": stage, "reduce_dtype": "bf16"}
     yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective", **split, "compile": True}
 
 

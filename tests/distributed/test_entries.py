@@ -23,7 +23,7 @@ NONE = "from shards.index import splice_points\nsplice_points.MIN_GAP_BYTES = 1 
 
 
 @pytest.mark.distributed
-def test_a_training_reads_the_same_with_and_without_entries(tmp_path: Path) -> None:
+def test_training_reads_the_same_data_with_and_without_entries(tmp_path: Path) -> None:
     data = {"seq_len": 128, "prefetch_bytes": 1 << 24, "num_workers": 1, "sources": SOURCES}
     config = write_config(tmp_path, "unnamed", data=data, train={"steps": 8}, checkpoint={"every": 4})
     starts = []

@@ -47,7 +47,7 @@ def test_steps_after_an_evaluation_are_bit_identical_to_those_without(evaluated:
     assert not (tmp_path / "resumed" / "evals.jsonl").exists()
 
 
-def test_old_checkpoints_have_the_figures_of_the_loop_on_other_ranks(evaluated: Run) -> None:
+def test_old_checkpoints_score_the_same_on_other_numbers_of_ranks(evaluated: Run) -> None:
     folder = RunFolder(evaluated.folder / "resumed")
     before = evals(folder.root)
     # The same documents under another name: what the loop has scored is not scored again.
@@ -94,7 +94,7 @@ def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -
         assert DocumentScores.load(folder.document_scores(2, suite)).suite == suite
 
 
-def test_a_suite_that_changes_begins_a_series_of_its_own(evaluated: Run) -> None:
+def test_a_changed_suite_begins_its_own_series(evaluated: Run) -> None:
     """Run last: the run resumes with other text under the suite's name."""
     folder = evaluated.folder / "resumed"
     before = evals(folder)

@@ -42,7 +42,7 @@ Engine.train_step = failing
 
 
 @pytest.mark.distributed
-def test_a_signal_in_an_evaluation_an_error_and_a_hang(tmp_path: Path) -> None:
+def test_a_signal_during_an_evaluation_an_error_and_a_hang_all_end_the_run_properly(tmp_path: Path) -> None:
     suite = tmp_path / "suite" / "wiki"
     suite.mkdir(parents=True)
     lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(40)]

@@ -18,7 +18,7 @@ def rates(folder: Path) -> list[float]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
-def test_a_longer_schedule_is_said_and_the_closing_hint_is_sound(schedule: str, tmp_path: Path) -> None:
+def test_a_longer_schedule_is_logged_and_the_closing_advice_works(schedule: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, "elastic")
     first = ["train.steps=4", f"optim.schedule={schedule}", "optim.floor=0.2"]
     codes, output = run_starts(config, [(1, first, "")])

@@ -8,6 +8,7 @@ from tests.distributed.ranks import run_ranks
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("order", ["targets", "vocabulary"])
 @pytest.mark.parametrize("tp_size", [2, 4])
-def test_a_split_vocabulary_gives_the_whole_ones_loss_gradients_and_scores(tp_size: int) -> None:
-    run_ranks(tp_size, "tests.distributed.loss", str(tp_size))
+def test_a_split_vocabulary_gives_the_whole_ones_loss_gradients_and_scores(tp_size: int, order: str) -> None:
+    run_ranks(tp_size, "tests.distributed.loss", str(tp_size), order)

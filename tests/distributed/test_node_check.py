@@ -35,7 +35,7 @@ def test_a_node_without_the_run_folder_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "bad").read_text() == "b\n"
 
 
-def test_a_rank_that_is_not_heard_of_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_report_is_named(tmp_path: Path) -> None:
     task = Task(0, 4, 0, 2, ("a", "b"), gpus=0, meeting=("127.0.0.1", free_port()))
     found = check(task, tmp_path, patience=0.3)
     assert found == {"a": "rank 1 did not report in time", "b": "rank 2 did not report in time"}

@@ -33,12 +33,12 @@ Engine.train_step = poisoned
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_nothing_stays_of_a_step_that_is_no_number(tp_size: int) -> None:
+def test_a_step_that_is_not_finite_leaves_no_trace(tp_size: int) -> None:
     run_ranks(2, "tests.distributed.nonfinite", str(tp_size))
 
 
 @pytest.mark.distributed
-def test_such_steps_are_skipped_and_counted_until_there_are_too_many(tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_are_skipped_and_counted_until_there_are_too_many(tmp_path: Path) -> None:
     config = write_config(tmp_path, "elastic", precision="bf16")
     overrides = ["train.steps=20", "train.max_nonfinite=2", "checkpoint.every=4"]
     codes, output = run_starts(config, [(1, overrides, POISON)])
@@ -73,7 +73,7 @@ Feed.next = emptied
 
 
 @pytest.mark.distributed
-def test_steps_without_a_target_are_said_and_end_a_run_that_has_no_others(tmp_path: Path) -> None:
+def test_steps_without_targets_are_logged_and_end_a_run_that_has_no_others(tmp_path: Path) -> None:
     config = write_config(tmp_path, "elastic", precision="bf16")
     (tmp_path / "words.jsonl").write_text('{"text": "the"}\n' * 20_000)
     paths = json.dumps([str(tmp_path / "words.jsonl")])

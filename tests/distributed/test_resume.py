@@ -124,7 +124,7 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
 
 
 @pytest.mark.distributed
-def test_terminated_saves_and_goes_on(undisturbed: Run, tmp_path: Path) -> None:
+def test_a_terminated_run_saves_and_later_continues(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=1)
     processes = run.start()
     run.wait_for_step(9, processes)
@@ -139,7 +139,7 @@ def test_terminated_saves_and_goes_on(undisturbed: Run, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ctrl_c", [False, True])
-def test_a_stopped_launcher_leaves_a_checkpoint_and_nobody_at_work(ctrl_c: bool, tmp_path: Path) -> None:
+def test_a_stopped_launcher_leaves_a_checkpoint_and_no_processes(ctrl_c: bool, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=1)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
     command += ["launch/pretrain.py", "--config", str(run.config), "train.steps=100000"]
@@ -191,7 +191,7 @@ def test_ranks_killed_together_resume_exactly(tp_size: int, zero_stage: int, pre
 
 
 @pytest.mark.distributed
-def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed: Run, tmp_path: Path) -> None:
+def test_a_rank_whose_disk_fails_costs_one_save_and_delays_no_other(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=2)
     checkpoints = tmp_path / "resumed" / "checkpoints"
 
@@ -230,7 +230,7 @@ def test_a_rank_whose_disk_fails_costs_one_save_and_holds_nobody_up(undisturbed:
 
 
 @pytest.mark.distributed
-def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=1)
     run.finish("train.steps=13")
     newest = tmp_path / "resumed" / "checkpoints" / "step_00000013"
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path) -
 
 
 @pytest.mark.distributed
-def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=1)
     run.finish("train.steps=3", "evaluation.suite=null")
     checkpoint = tmp_path / "resumed" / "checkpoints" / "step_00000003"
@@ -261,7 +261,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(tmp_path: Path) ->
 
 
 @pytest.mark.distributed
-def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
+def test_the_run_ends_when_the_data_ends(tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=2)
     lines = [
         json.dumps({"text": f"{kind} {i} " * 40, "meta": {"pile_set_name": kind}})
@@ -288,7 +288,7 @@ def test_the_end_of_the_data_is_the_end_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_of_epochs_ends_with_them_and_with_its_schedule(tmp_path: Path) -> None:
+def test_a_run_given_in_epochs_ends_after_them_and_with_its_schedule(tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=2)
     lines = [json.dumps({"text": f"{i} " * (20 + i % 30)}) for i in range(100)]
     tmp_path.joinpath("tiny.jsonl").write_text("\n".join(lines))

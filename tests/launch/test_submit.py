@@ -59,7 +59,7 @@ def test_without_slurm_nothing_is_submitted(submit: Command) -> None:
     assert "no sbatch" in said
 
 
-def test_where_no_cluster_answers_the_script_can_be_seen(submit: Command, tmp_path: Path) -> None:
+def test_without_a_cluster_the_script_can_still_be_seen(submit: Command, tmp_path: Path) -> None:
     for name in ("sbatch", "scontrol"):
         command = tmp_path / name
         command.write_text("#!/bin/sh\necho nobody there >&2\nexit 1\n")
@@ -70,7 +70,7 @@ def test_where_no_cluster_answers_the_script_can_be_seen(submit: Command, tmp_pa
     assert submit("--nodes=1", "--gpus-per-node=1")[0] == 2
 
 
-def test_all_that_is_wrong_is_said_at_once(submit: Command) -> None:
+def test_all_errors_are_reported_at_once(submit: Command) -> None:
     code, _, said = submit(
         "--nodes=3", "--gpus-per-node=8", "--time=1", "--dry-run", "data.sources.0.paths=[nowhere/*.zst]",
         "data.tokenizer=nowhere.model",
@@ -109,7 +109,7 @@ def test_a_task_of_a_sweep_has_its_overrides_and_its_folder(submit: Command, tmp
     ]  # fmt: skip
 
 
-def test_a_sweep_that_cannot_be_is_named(submit: Command, tmp_path: Path) -> None:
+def test_an_impossible_sweep_is_named(submit: Command, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("model.n_heads: [3, 4, 5]\n")
     code, script, said = submit("--nodes=1", "--gpus-per-node=1", f"--array={sweep}", "--dry-run")
@@ -118,7 +118,7 @@ def test_a_sweep_that_cannot_be_is_named(submit: Command, tmp_path: Path) -> Non
     assert "model.n_heads=5" in said
 
 
-def test_a_job_has_nodes(submit: Command) -> None:
+def test_a_job_needs_nodes(submit: Command) -> None:
     with pytest.raises(SystemExit) as ended:
         submit("--nodes=0", "--gpus-per-node=1")
     assert ended.value.code == 2

@@ -20,12 +20,12 @@ def pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
     return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
 
 
-def test_the_bundled_tokenizer_is_what_its_command_makes() -> None:
+def test_the_command_reproduces_the_bundled_tokenizer() -> None:
     model = train(sentences(files.expand((f"{SAMPLE}/train/*",), "sample")), 4096, 0.998)
     assert pieces(sentencepiece.SentencePieceProcessor(model_proto=model)) == pieces(BUNDLED)
 
 
-def test_every_text_of_the_sample_comes_back() -> None:
+def test_every_text_of_the_sample_survives_a_round_trip() -> None:
     for shard in sorted(SAMPLE.glob("eval/*/*.zst")):
         for document in read_documents(shard):
             assert BUNDLED.decode(BUNDLED.encode(document.text)) == document.text
@@ -63,7 +63,7 @@ def test_a_bad_record_is_named_and_can_be_skipped(tmp_path: Path, capsys: pytest
         ("abc def", 300, "nowhere/t.model", "there is no folder"),
     ],
 )
-def test_what_makes_no_model_is_said_in_a_line(
+def test_arguments_that_make_no_model_are_reported_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     text: str,

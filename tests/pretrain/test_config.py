@@ -94,18 +94,18 @@ def test_broken_yaml_is_reported_with_its_line(tmp_path: Path, text: str, line: 
     assert line in complaint(path)
 
 
-def test_a_file_that_is_not_there_names_one_that_is(small: Path) -> None:
+def test_a_missing_file_is_reported_with_one_that_exists(small: Path) -> None:
     assert f"did you mean {small}?" in complaint(small.with_name("smal.yaml"))
 
 
-def test_an_override_of_an_alias_leaves_its_anchor(tmp_path: Path) -> None:
+def test_overriding_an_alias_leaves_its_anchor_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a: &x {n: 1}\nb: *x\n")
     assert read_tree(path, ["b.n=2"])[0] == {"a": {"n": 1}, "b": {"n": 2}}
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", ".a=3", "data.sources.2.weight=1", "run.name.x=1", "run=[1"])
-def test_an_override_that_fits_nowhere_is_quoted(small: Path, override: str) -> None:
+def test_an_override_of_no_known_key_is_quoted(small: Path, override: str) -> None:
     assert repr(override) in complaint(small, override)
 
 
@@ -147,7 +147,7 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         (
             "model.vocab_size=513 parallel.tp_size=2",
             "set parallel.tp_size to a divisor of 513: 1, 3, 9, 19, 27, 57, 171, 513; or use a tokenizer whose number"
-            " of pieces is a multiple of 2, such as 512 or 514 (python launch/train_tokenizer.py --vocab-size)",
+            " of tokens is a multiple of 2, such as 512 or 514 (python launch/train_tokenizer.py --vocab-size)",
         ),
         ("train.micro_batch_size=5", "train.micro_batch_size a divisor: 1, 2, 3, 4, 6, 8, 12, 24"),
         (
@@ -164,11 +164,11 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ("deepspeed.bf16.enabled=false", "deepspeed.bf16.enabled=False contradicts True"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_would_be_right(small: Path, override: str, message: str) -> None:
+def test_a_wrong_value_is_reported_with_what_would_be_right(small: Path, override: str, message: str) -> None:
     assert message in complaint(small, *override.split())
 
 
-def test_all_that_is_wrong_is_said_at_once_and_where_it_stands(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(SMALL.replace("seq_len: 128", "seq_lenn: 128").replace("n_heads: 4", "n_heads: 5"))
     lines = complaint(path, "train.steps=x", "optim.eps=-1").splitlines()
@@ -180,7 +180,7 @@ def test_all_that_is_wrong_is_said_at_once_and_where_it_stands(tmp_path: Path) -
     assert len(lines) == 6  # including n_heads by n_kv_heads
 
 
-def test_a_config_comes_back_from_its_own_yaml(small: Path, tmp_path: Path) -> None:
+def test_a_config_survives_a_round_trip_through_yaml(small: Path, tmp_path: Path) -> None:
     config = load_config(small, ["wandb.tags=['1', 'off', '3e-4']", "data.packing={overflow_tolerance: 9}"])
     again = tmp_path / "again.yaml"
     again.write_text(config.to_yaml())
@@ -234,13 +234,13 @@ def test_a_resume_allows_what_may_change_and_reports_it(small: Path, override: s
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_spelling_out_a_default_is_no_change(small: Path, version: int) -> None:
+def test_spelling_out_a_default_changes_nothing(small: Path, version: int) -> None:
     old = load_config(small, ["data.lanes=null", f"data.plan_version={version}"])
     spelled = ["data.lanes=24", "model.ffn_dim=256", "data.window_bytes=1048576", f"data.plan_version={version}"]
     assert compare_for_resume(old, load_config(small, spelled)) == ([], [])
 
 
-def test_a_run_folder_without_a_plan_version_is_of_version_1(small: Path) -> None:
+def test_a_run_folder_without_a_plan_version_has_version_1(small: Path) -> None:
     new = load_config(small)
     old = load_config(small, begun=True)
     assert (old.data.plan, new.data.plan) == (1, 2)
@@ -251,13 +251,13 @@ def test_a_run_folder_without_a_plan_version_is_of_version_1(small: Path) -> Non
     assert refused == [("data.plan_version", 1, 2)]
 
 
-def test_batch_sizes_in_the_deepspeed_section_of_an_old_run_are_left_out(small: Path) -> None:
+def test_batch_sizes_in_the_deepspeed_section_of_an_old_run_are_ignored(small: Path) -> None:
     sizes = ["deepspeed.gradient_accumulation_steps=1", "deepspeed.dump_state=true"]
     assert "deepspeed.gradient_accumulation_steps" in complaint(small, *sizes)
     assert load_config(small, sizes, begun=True).deepspeed == {"dump_state": True}
 
 
-def test_epochs_are_an_end_of_their_own(small: Path) -> None:
+def test_a_run_may_end_by_epochs_instead_of_steps(small: Path) -> None:
     config = load_config(small, ["train.steps=null", "train.epochs=3"])
     assert [source.max_epochs for source in config.data.sources] == [3] * len(config.data.sources)
     assert "either steps (optimizer steps) or epochs" in complaint(small, "train.epochs=3")
@@ -268,7 +268,7 @@ def test_epochs_are_an_end_of_their_own(small: Path) -> None:
     assert "train.epochs" in [change.key for change in refused]
 
 
-def test_a_source_more_is_refused(small: Path, tmp_path: Path) -> None:
+def test_an_additional_source_is_refused(small: Path, tmp_path: Path) -> None:
     more = tmp_path / "more.yaml"
     more.write_text(SMALL.replace("train:", '    - {name: third, paths: ["x"]}\ntrain:'))
     refused, _ = compare_for_resume(load_config(small), load_config(more))
@@ -280,7 +280,7 @@ def test_a_key_without_a_rule_may_not_change() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_parse_and_fit_the_rank_counts_that_they_name(path: Path) -> None:
+def test_shipped_configs_parse_and_fit_the_rank_counts_they_name(path: Path) -> None:
     config = load_config(path)
     named = re.search(r"dp_size that work: ([0-9, ]+)", path.read_text())
     assert named or path.stem == "quickstart"
@@ -293,7 +293,7 @@ def test_shipped_configs_parse_and_fit_the_rank_counts_that_they_name(path: Path
                 config.check(dp_size)
 
 
-def test_a_key_of_deepspeed_that_a_run_was_begun_with_is_refused_by_name_and_file(tmp_path: Path) -> None:
+def test_a_deepspeed_key_of_a_begun_run_is_refused_by_name_and_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(SMALL + "deepspeed: {zero_optimization: {round_robin_gradients: true}}\n")
     said = complaint(path)

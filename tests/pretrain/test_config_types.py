@@ -48,8 +48,8 @@ data:
 train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2}
 optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, floor: 0.5, betas: [0.5, 0.25], eps: 0.5,
   weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
-parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, activation_checkpointing: true, compile: true,
-  attention: sdpa, deterministic: true, timeout_minutes: 1.5}
+parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,
+  compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true, timeout_minutes: 1.5}
 precision: fp32
 checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2}
 evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x}
@@ -98,7 +98,7 @@ def in_words(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def test_the_full_config_is_right_and_has_every_key() -> None:
+def test_the_full_config_is_valid_and_has_every_key() -> None:
     config = RunConfig.parse(FULL)
     spelled_out = config.model_dump(mode="json")
     assert {re.sub(r"\.\d+", "", in_words(path)) for path, _ in places(spelled_out)} == {

@@ -109,7 +109,7 @@ def test_totals_do_not_depend_on_the_ranks(tmp_path: Path, ranks: int) -> None:
     assert alone[-2]["skipped_so_far"] > 0
 
 
-def test_all_ranks_hear_of_data_that_one_cannot_read(tmp_path: Path) -> None:
+def test_all_ranks_learn_of_data_that_one_cannot_read(tmp_path: Path) -> None:
     data = mixed(tmp_path, on_bad_record="fail")
 
     prepared = prepare(data)
@@ -131,7 +131,7 @@ def test_all_ranks_hear_of_data_that_one_cannot_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_bad_record_is_listed_also_where_no_row_comes_after_it(tmp_path: Path, seed: int) -> None:
+def test_each_bad_record_is_listed_even_if_no_row_follows_it(tmp_path: Path, seed: int) -> None:
     write_shard(tmp_path / "good.jsonl", b"".join(record(words(i, 40)) for i in range(10)))
     write_shard(tmp_path / "bad.jsonl", b"{}\n" * 10)
     sources = [{"name": "a", "paths": [str(tmp_path / "*.jsonl")], "max_epochs": 1}]

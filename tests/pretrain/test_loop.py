@@ -89,7 +89,7 @@ class Run:
         self.at += 1
         nothing = torch.zeros(0)
         return StepBatch(
-            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, row_hash=1, tokens_per_source={},
+            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, squared_lengths=1, row_hash=1, tokens_per_source={},
             epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
             stop_requested=stop_requested, saving=saving,
         )  # fmt: skip
@@ -119,7 +119,7 @@ class Run:
 
 @pytest.mark.parametrize("steps", [7, DATA_END, 100, None])
 @pytest.mark.parametrize("with_suite", [True, False])
-def test_a_run_that_is_stopped_anywhere_is_made_whole(steps: int | None, with_suite: bool) -> None:
+def test_a_run_stopped_anywhere_is_completed_by_its_next_start(steps: int | None, with_suite: bool) -> None:
     last = min(steps or DATA_END, DATA_END)
     wanted = sorted({0, last, *range(0, last, EVALUATED_EVERY)}) if with_suite else []
     for looks in range(1, 30):
@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_anywhere_is_made_whole(steps: int | None, with_su
         assert run.data_end == (None if steps == 7 or steps == DATA_END else last)
 
 
-def test_a_finished_run_is_left_as_it_is() -> None:
+def test_a_finished_run_is_left_unchanged() -> None:
     run = Run(steps=7)
     assert run.start()
     before = (list(run.trained), list(run.saved), list(run.evaluated))
@@ -143,7 +143,7 @@ def test_a_finished_run_is_left_as_it_is() -> None:
     assert (run.trained, run.saved, run.evaluated) == before
 
 
-def test_only_the_end_of_a_run_must_be_saved() -> None:
+def test_only_the_last_save_of_a_finished_run_must_succeed() -> None:
     run = Run(steps=7)
     run.saves_fail = True
     assert not run.start(looks=5 + BATCHES)  # stopped: it resumes from its previous checkpoint

@@ -37,24 +37,24 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
         ("wsd", {55: 2.0, 81: 2.0, 100: 0.2, 82: 0.2 + 1.8 * 18 / 19}),
     ],
 )
-def test_schedules_by_hand(schedule: str, at: dict[int, float]) -> None:
+def test_schedules_equal_values_computed_by_hand(schedule: str, at: dict[int, float]) -> None:
     rates = curve(schedule=schedule, decay_steps=20)
     assert {step: rates[step] for step in at} == pytest.approx(at)
 
 
-def test_cosine_is_its_formula_everywhere() -> None:
+def test_the_cosine_schedule_equals_its_formula_everywhere() -> None:
     expected = [0.2 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) for step in range(10, STEPS)]
     assert curve(schedule="cosine")[10:] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
-def test_after_the_warm_up_the_rate_never_rises_nor_leaves_its_floor(schedule: str) -> None:
+def test_after_warm_up_the_rate_never_rises_and_never_falls_below_its_floor(schedule: str) -> None:
     rates = curve(schedule=schedule)[10:]
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
     assert min(rates) == rates[-1] == pytest.approx(0.2)
 
 
-def test_a_warm_up_longer_than_the_run_still_has_a_rate() -> None:
+def test_a_warm_up_longer_than_the_run_still_gives_a_rate() -> None:
     config = OptimConfig(learning_rate=1.0, schedule="wsd", warmup_steps=100, decay_steps=50)
     assert learning_rate_at(9, config, 10) == pytest.approx(0.1)
 

@@ -64,7 +64,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 11, 20, 21, STEPS])
-def test_names_exactly_the_documents_of_a_step(
+def test_exactly_the_documents_of_a_step_are_named(
     trained: tuple[RunFolder, list[Batch]], command: Callable[..., Result], step: int
 ) -> None:
     """Check that each row holds the named spans, reread from their shards and tokenized, and nothing else."""
@@ -87,7 +87,7 @@ def test_names_exactly_the_documents_of_a_step(
     assert after == before, "provenance writes nothing to the run"
 
 
-def test_says_what_is_not_there(
+def test_a_missing_run_or_step_is_named(
     trained: tuple[RunFolder, list[Batch]], command: Callable[..., Result], tmp_path: Path
 ) -> None:
     root = trained[0].root
@@ -105,7 +105,7 @@ def test_says_what_is_not_there(
     assert "has not trained a step yet" in said
 
 
-def test_another_batch_than_the_run_was_trained_on_is_refused(
+def test_a_batch_other_than_the_one_trained_on_is_refused(
     trained: tuple[RunFolder, list[Batch]], command: Callable[..., Result]
 ) -> None:
     code, lines, said = command("--run", trained[0].root, "--step", 12, "data.eos=false")

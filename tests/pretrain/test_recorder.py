@@ -11,7 +11,7 @@ import torch
 from pretrain.checkpoint.state import RunState
 from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
-from pretrain.model.size import flops_per_token
+from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
 from shards import Skipped
@@ -27,8 +27,8 @@ SKIPPED = StepStats(loss=math.nan, z_loss=math.nan, grad_norm=math.nan, applied=
 def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_saves: int = 0) -> dict[str, object]:
     nothing = torch.zeros(0)
     batch = StepBatch(
-        nothing, nothing, n_targets, n_tokens=96, n_padding=32, row_hash=1, tokens_per_source={"a": 96},
-        epoch_per_source={"a": 0.5, "b": 0.0}, skipped=[], skipped_so_far=7, replays=2,
+        nothing, nothing, n_targets, n_tokens=96, n_padding=32, squared_lengths=3000, row_hash=1,
+        tokens_per_source={"a": 96}, epoch_per_source={"a": 0.5, "b": 0.0}, skipped=[], skipped_so_far=7, replays=2,
         contaminated=[Skipped("a", "shard", 1, "why")], stop_requested=False, saving=False,
     )  # fmt: skip
     with recorder.meter.part("data_wait"):
@@ -41,7 +41,7 @@ def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> Step
     return StepRecorder(MODEL, DATA, with_z_loss, peak_flops, topology)
 
 
-def test_a_trained_step() -> None:
+def test_the_record_of_a_trained_step() -> None:
     found = record(90, TRAINED, recorder(with_z_loss=True, peak_flops=1e12))
     assert (found["step"], found["tokens"], found["loss"], found["z_loss"]) == (3, 300, 2.0, 0.5)
     assert found["padding_share"] == 0.25
@@ -49,9 +49,10 @@ def test_a_trained_step() -> None:
     per_second = found["tokens_per_second"]
     assert isinstance(per_second, float)
     assert found["mfu"] == pytest.approx(per_second * flops_per_token(MODEL, DATA.seq_len) / 1e12)
+    assert found["mfu_documents"] == pytest.approx(flops_of_documents(MODEL, 96, 3000) / 96 * per_second / 1e12)
     assert not {"nonfinite", "without_targets", "failed_saves", "checkpoint_seconds"} & set(found)
     assert "contaminated_per_source" not in found, "nothing is checked without data.decontaminate"
-    assert not {"mfu", "z_loss"} & set(record(90, TRAINED, recorder()))
+    assert not {"mfu", "mfu_documents", "z_loss"} & set(record(90, TRAINED, recorder()))
 
 
 def test_a_step_that_changed_nothing_says_why() -> None:
@@ -59,7 +60,7 @@ def test_a_step_that_changed_nothing_says_why() -> None:
     assert {"nonfinite", "without_targets"} & set(record(0, SKIPPED, recorder())) == {"without_targets"}
 
 
-def test_a_save_belongs_to_the_next_step_alone() -> None:
+def test_a_save_is_charged_to_the_next_step_only() -> None:
     steps = recorder()
     steps.note_save(1.5)
     assert record(90, TRAINED, steps, failed_saves=2)["checkpoint_seconds"] == 1.5

@@ -60,14 +60,14 @@ def test_odd_but_valid_records_are_documents(tmp_path: Path, line: bytes) -> Non
     assert ids[-1] == 2
 
 
-def test_a_byte_order_mark_and_a_missing_last_line_feed(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_a_missing_last_line_feed_are_accepted(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl.zst", b"\xef\xbb\xbf" + GOOD[0] + GOOD[1].rstrip())
     assert [document.line for document in read_documents(path)] == [1, 2]
     with Loader(config([{"name": "a", "paths": [str(path)], "max_epochs": 1}], lanes=1), 1) as loader:
         assert {origin.line for batch in loader for origin in batch.origins()} == {1, 2}
 
 
-def test_keys_and_sub_sources_are_the_configs(tmp_path: Path) -> None:
+def test_keys_and_sub_sources_follow_the_config(tmp_path: Path) -> None:
     lines = [{"body": "x", "key": 7, "meta": {"set": "deep"}}, {"body": "y", "meta": None}, {"body": "z"}]
     path = write_shard(tmp_path / "a.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     source = SourceConfig(name="s", paths=(str(path),), text_key="body", id_key="key", source_from="meta.set")
@@ -93,7 +93,7 @@ def test_one_key_may_serve_as_text_id_and_sub_source(tmp_path: Path) -> None:
         assert found == expected
 
 
-def test_an_empty_sub_source_is_none(tmp_path: Path) -> None:
+def test_an_empty_sub_source_is_ignored(tmp_path: Path) -> None:
     lines = [record("one", meta={"set": ""}), record("two"), record("three", meta={"set": "deep"})]
     path = write_shard(tmp_path / "a.jsonl", b"".join(lines))
     source = {"name": "s", "paths": [str(path)], "source_from": "meta.set", "max_epochs": 1}
@@ -114,7 +114,7 @@ def broken_corpus(folder: Path) -> Path:
     return write_shard(folder / "broken.jsonl.zst", b"".join(lines))
 
 
-def test_skipped_records_are_counted_when_consumed(tmp_path: Path) -> None:
+def test_skipped_records_are_counted_when_they_are_consumed(tmp_path: Path) -> None:
     path = broken_corpus(tmp_path)
     listed = [{"name": "a", "paths": [str(path)], "max_epochs": 1}]
     data = config(listed, lanes=2, on_bad_record="skip", window_bytes=600)
@@ -152,7 +152,7 @@ def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
         list(itertools.islice(loader, 100))
 
 
-def test_a_source_of_bad_records_alone_does_not_run_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_of_only_bad_records_does_not_run_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # it would notice at once
     path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 500)
     with (
@@ -191,7 +191,7 @@ def test_one_shard_with_texts_is_enough_to_start(tmp_path: Path) -> None:
         assert {origin.shard for origin in next(loader).origins()} == {str(tmp_path / "b.jsonl")}
 
 
-def test_a_source_that_turns_bad_is_told_after_so_many_segments(
+def test_a_source_that_turns_bad_is_reported_after_a_limited_number_of_segments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(texts, "sample_of", lambda *_: [])  # as if the first records were good
@@ -208,7 +208,7 @@ def test_a_source_that_turns_bad_is_told_after_so_many_segments(
     assert len(taken) < 64 * 20  # windows; a part is a lane's share of an epoch here, a sixteenth of 250 windows
 
 
-def test_segments_without_a_row_are_passed_over_if_others_have_some(tmp_path: Path) -> None:
+def test_segments_without_rows_are_skipped_if_others_have_some(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl", b"{}\n" * 4000 + record("the only one") + b"{}\n" * 4000)
     data = config([{"name": "a", "paths": [str(path)]}], lanes=2, on_bad_record="skip")
     with Loader(data, 2) as loader:
@@ -226,7 +226,7 @@ def test_a_truncated_shard_stops_the_start(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_that_changes_under_the_run_is_an_error(tmp_path: Path, num_workers: int) -> None:
+def test_a_shard_that_changes_during_the_run_is_an_error(tmp_path: Path, num_workers: int) -> None:
     path = write_shard(tmp_path / "a.jsonl", b"".join(GOOD * 50))
     data = config([{"name": "a", "paths": [str(path)]}], lanes=2, num_workers=num_workers, window_bytes=600)
     with Loader(data, 2) as loader:

@@ -19,7 +19,7 @@ from shards.index import paths
 from shards.index.decoders import Decoders
 from shards.index.shard_index import obtain
 from tests.shards.corpora import ROOT, config, record, words
-from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS
+from tests.shards.index.spliced import CELL, MAX_WINDOW, shard
 
 REFUSING = {"max_index_at_start": 10}
 WILLING = {"max_index_at_start": 10**9}
@@ -60,7 +60,7 @@ def odd_settings(tmp_path: Path) -> DataConfig:
     return config([source], lanes=2, index_dir=tmp_path / "i x", max_decoder_window=1 << 26, **REFUSING)
 
 
-def test_the_indexes_that_a_refused_start_asks_for_are_those_it_looks_for(tmp_path: Path) -> None:
+def test_the_command_of_a_refused_start_makes_the_indexes_it_looks_for(tmp_path: Path) -> None:
     data = odd_settings(tmp_path)
     with pytest.raises(ShardError, match="2 shards have no index") as caught:
         batches(data)
@@ -73,7 +73,7 @@ def test_the_indexes_that_a_refused_start_asks_for_are_those_it_looks_for(tmp_pa
     assert found.level == "ok"
 
 
-def test_the_columns_of_a_data_set_are_indexed_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_columns_of_a_data_set_are_indexed_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = datasets.Dataset.from_dict({"text": [words(i, 20) for i in range(300)]})
     rows.save_to_disk(tmp_path / "a set", num_shards=2)
@@ -84,9 +84,7 @@ def test_the_columns_of_a_data_set_are_indexed_by_their_names(tmp_path: Path, mo
     assert batches(data) == 20
 
 
-def test_touched_shards_are_compared_by_the_command_that_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_touched_shards_are_compared_by_the_printed_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = odd_settings(tmp_path)
     batches(data, **WILLING)
     for path in tmp_path.rglob("*.jsonl"):
@@ -100,7 +98,7 @@ def test_touched_shards_are_compared_by_the_command_that_is_named(
 
 
 @pytest.mark.parametrize("touched", [False, True])
-def test_a_replaced_shard_is_indexed_anew_by_the_command_that_is_named(tmp_path: Path, touched: bool) -> None:
+def test_a_replaced_shard_is_reindexed_by_the_printed_command(tmp_path: Path, touched: bool) -> None:
     data = odd_settings(tmp_path)
     batches(data, **WILLING)
     replaced(tmp_path / "it's a folder/0.jsonl")
@@ -113,7 +111,7 @@ def test_a_replaced_shard_is_indexed_anew_by_the_command_that_is_named(tmp_path:
     assert batches(data) == 20
 
 
-def test_a_replaced_shard_that_is_read_by_hand_is_indexed_anew_too(tmp_path: Path) -> None:
+def test_a_replaced_shard_opened_directly_is_reindexed_by_the_printed_command(tmp_path: Path) -> None:
     path = corpus(tmp_path / "a") / "0.jsonl"
     with open_at(path) as file:
         file.readline()
@@ -129,11 +127,9 @@ def test_a_replaced_shard_that_is_read_by_hand_is_indexed_anew_too(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("near")
-def test_entries_that_do_not_hold_are_made_anew_by_the_command_that_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_entries_are_rebuilt_by_the_printed_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a b.jsonl.zst"
-    path.write_bytes(SHARDS["level 3, window of 128 KiB"])
+    path.write_bytes(shard("level 3, window of 128 KiB"))
     index = obtain(str(path), None, CELL, MAX_WINDOW)
     paths.history_path(paths.index_path(str(path), None)).unlink()
     start = int(index.table()[-2, 1])

@@ -34,6 +34,6 @@ def test_a_wrong_value_is_named(changes: dict[str, object], message: str, at: st
         DataConfig.parse(RIGHT | changes, at)
 
 
-def test_plain_values_of_a_right_config_give_it_back() -> None:
+def test_a_config_survives_a_round_trip_through_plain_values() -> None:
     data = DataConfig.parse(RIGHT)
     assert DataConfig.parse(data.model_dump(mode="json")) == data

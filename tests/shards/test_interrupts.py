@@ -81,7 +81,7 @@ class Interrupter:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_interrupt_at_any_line_loses_and_shifts_nothing(
+def test_an_interrupt_at_any_line_neither_loses_nor_repeats_a_batch(
     sources: list[dict[str, object]], undisturbed: list[tuple[int, int]], num_workers: int
 ) -> None:
     interrupter = Interrupter()
@@ -110,7 +110,7 @@ def test_an_interrupt_at_any_line_loses_and_shifts_nothing(
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ShardError, MemoryError])
-def test_the_batch_that_failed_comes_next_whichever_draw_it_failed_at(
+def test_a_failed_batch_comes_next_whichever_draw_failed(
     sources: list[dict[str, object]],
     undisturbed: list[tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_the_batch_that_failed_comes_next_whichever_draw_it_failed_at(
             assert (batch.row_hash, batch.skipped_so_far) == expected
 
 
-def test_a_batch_with_too_many_bad_records_is_not_passed_over(sources: list[dict[str, object]]) -> None:
+def test_a_batch_with_too_many_bad_records_is_not_skipped(sources: list[dict[str, object]]) -> None:
     data = data_of(sources).model_copy(update={"max_bad_records": 2})
     with Loader(data, BATCH) as loader:
         with pytest.raises(ShardError, match="max_bad_records=2") as first:
@@ -150,7 +150,7 @@ def test_a_batch_with_too_many_bad_records_is_not_passed_over(sources: list[dict
         assert loader.state_dict() == state
 
 
-def test_a_maker_that_was_interrupted_is_not_used_again(
+def test_an_interrupted_window_maker_is_not_used_again(
     sources: list[dict[str, object]], undisturbed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     makers: list[WindowMaker] = []

@@ -34,6 +34,7 @@ from shards import (
     read_documents,
 )
 from shards.windows.worker_process import WorkerProcess
+from tests.examples import examples
 from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard, write_three_sources
 
 Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
@@ -85,7 +86,7 @@ def global_batches(
 POLICIES = st.sampled_from(["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=9)])
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataObject) -> None:
     lanes = draw.draw(st.sampled_from([2, 4, 6, 12]), "lanes")
@@ -116,10 +117,10 @@ def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataO
 
 def test_workers_make_the_same_batches(corpus: Path) -> None:
     plain, states = global_batches(config(sources(corpus), lanes=4), 8, 20)
-    for workers in (1, 3):
-        data = config(sources(corpus), lanes=4, num_workers=workers, prefetch_bytes=workers * 3000)
-        assert global_batches(data, 8, 20) == (plain, states)
-        assert global_batches(data, 8, 9, 2, states[10])[0] == plain[11:]
+    several = config(sources(corpus), lanes=4, num_workers=3, prefetch_bytes=9000)
+    assert global_batches(several, 8, 20) == (plain, states)
+    single = config(sources(corpus), lanes=4, num_workers=1, prefetch_bytes=3000)
+    assert global_batches(single, 8, 9, 2, states[10])[0] == plain[11:]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
-def test_a_run_goes_on_across_an_epochs_end_with_any_workers_and_ranks(small: Path, draw: st.DataObject) -> None:
+def test_a_run_resumes_across_an_epochs_end_with_any_workers_and_ranks(small: Path, draw: st.DataObject) -> None:
     lanes, batch = draw.draw(st.sampled_from([(2, 4), (4, 4), (6, 12)]), "lanes, batch")
     source = {"name": "a", "paths": [str(small / "*")], "max_epochs": draw.draw(st.sampled_from([None, 2]), "epochs")}
     data = config([source], lanes=lanes, packing=draw.draw(POLICIES, "packing"), window_bytes=1024)
@@ -149,7 +150,7 @@ def test_a_run_goes_on_across_an_epochs_end_with_any_workers_and_ranks(small: Pa
     assert again == (expected[stop:], states[stop:])
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lanes=st.sampled_from([2, 3, 7]),
     packing=POLICIES,
@@ -185,7 +186,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "pad"])
-def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str) -> None:
+def test_each_document_comes_once_an_epoch_and_complete(corpus: Path, packing: str) -> None:
     """End at the epoch's end with a single lane: every token after a document's first was a target once."""
     data = config([{"name": "all", "paths": [str(corpus / "*")], "max_epochs": 1}], lanes=1, packing=packing)
     tokenizer, wanted = Tokenizer(TOKENIZER), Counter()
@@ -203,7 +204,7 @@ def test_each_document_comes_once_an_epoch_and_whole(corpus: Path, packing: str)
     assert got == wanted
 
 
-def test_batch_says_what_it_holds(corpus: Path) -> None:
+def test_a_batch_describes_what_it_holds(corpus: Path) -> None:
     data = config(sources(corpus), lanes=4, packing="pad")
     with Loader(data, 8, seed=3) as loader:
         for batch in (next(loader) for _ in range(5)):
@@ -218,7 +219,15 @@ def test_batch_says_what_it_holds(corpus: Path) -> None:
                 assert piece.tolist() == batch.tokens[origin.slot][: len(piece)].tolist()
 
 
-def test_row_hashes_add_up_over_ranks_and_tell_slots_apart(corpus: Path) -> None:
+def test_squared_lengths_are_those_of_the_segments(corpus: Path) -> None:
+    with Loader(config(sources(corpus), lanes=4, seq_len=512), 8, seed=3) as loader:
+        for batch in (next(loader) for _ in range(5)):
+            lengths = [np.unique(row[row > 0], return_counts=True)[1] for row in batch.segment_ids]
+            assert max(map(len, lengths)) > 1
+            assert batch.squared_lengths == sum(int((of_row**2).sum()) for of_row in lengths)
+
+
+def test_row_hashes_add_up_over_ranks_and_differ_between_slots(corpus: Path) -> None:
     data = config(sources(corpus), lanes=4)
     loaders = [Loader(data, 8, 5, *ranks) for ranks in ((0, 1), (0, 2), (1, 2))]
     whole, *halves = (next(loader) for loader in loaders)
@@ -227,7 +236,7 @@ def test_row_hashes_add_up_over_ranks_and_tell_slots_apart(corpus: Path) -> None
     assert next(Loader(data, 8, 6)).row_hash != whole.row_hash
 
 
-def test_provenance_makes_a_step_again_from_an_older_state(corpus: Path) -> None:
+def test_provenance_rebuilds_a_step_from_an_older_state(corpus: Path) -> None:
     data = config(sources(corpus), lanes=4)
     with Loader(data, 8, seed=3) as loader:
         batches = [next(loader) for _ in range(7)]
@@ -285,12 +294,12 @@ def test_states_of_another_run_are_refused(corpus: Path) -> None:
             half.load_state_dict(state | {"version": 7})
 
 
-def test_impossible_splits_are_refused_with_those_that_work(corpus: Path) -> None:
+def test_impossible_splits_are_refused_and_possible_ones_listed(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=8 cannot be split over 5 .* work: 1, 2, 4, 8$"):
         Loader(config(sources(corpus), lanes=12), 8, 0, 0, 5)
 
 
-def test_few_lanes_for_much_data_are_told_once(
+def test_too_few_lanes_for_much_data_are_warned_of_once(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shards.loader.LARGE_RUN_BYTES", 1)
@@ -299,7 +308,7 @@ def test_few_lanes_for_much_data_are_told_once(
     assert ["data.lanes=8" in line for line in caplog.messages] == [True]
 
 
-def test_a_fingerprint_tells_what_differs(corpus: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_shows_what_differs(corpus: Path, tmp_path: Path) -> None:
     def fingerprint(listed: list[dict[str, object]], **changes: object) -> dict[str, object]:
         with Loader(config(listed, lanes=4, **changes), 8) as loader:
             return json.loads(json.dumps(loader.fingerprint))
@@ -383,7 +392,7 @@ def loading_process(corpus: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent_and_hold_no_torch(
+def test_workers_end_with_their_parent_and_never_load_torch(
     loading_process: subprocess.Popen[str], ending: signal.Signals
 ) -> None:
     workers = workers_of(loading_process.pid)
@@ -398,11 +407,12 @@ def test_workers_end_with_their_parent_and_hold_no_torch(
     assert not any(worker.is_running() for worker in workers)
 
 
-def test_the_bundled_sample_streams() -> None:
+def test_the_bundled_sample_streams(tmp_path: Path) -> None:
     data = config(
         [{"name": "pile", "paths": [str(SAMPLE / "pile-*")], "source_from": "meta.pile_set_name"}],
         window_bytes=1 << 16,
         seq_len=128,
+        index_dir=tmp_path,  # an index beside the sample would be found by other tests
     )
     with Loader(data, 16) as loader:
         batch = next(loader)
@@ -412,7 +422,7 @@ def test_the_bundled_sample_streams() -> None:
     assert batch.padding_tokens < 0.1 * batch.tokens.size
 
 
-def test_without_workers_to_be_had_the_loader_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_that_cannot_start_workers_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError("Cannot allocate memory")
 

@@ -55,7 +55,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_with_bytes_for_the_unknown_says_every_text(lines: Path, name: str) -> None:
+def test_a_model_with_byte_fallback_can_spell_every_text(lines: Path, name: str) -> None:
     options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 700, "hard_vocab_limit": False} | MODELS[name]
     path = lines.with_name(f"{name}.model")
     with path.open("wb") as file:
@@ -65,13 +65,13 @@ def test_a_model_with_bytes_for_the_unknown_says_every_text(lines: Path, name: s
     judged(Tokenizer(path), texts)
 
 
-def test_the_bundled_tokenizer_says_the_bundled_text() -> None:
+def test_the_bundled_tokenizer_can_spell_the_bundled_text() -> None:
     tokenizer = Tokenizer(BUNDLED)
     check_sources(config(BUNDLED, {"paths": [f"{SAMPLE}/train/*"]}), tokenizer)
     check_suite(find(SAMPLE / "eval", "val"), tokenizer)
 
 
-def test_a_vocabulary_that_only_names_foreign_ids_is_refused_for_text_and_not_for_ids(tmp_path: Path) -> None:
+def test_a_vocabulary_made_only_to_name_ids_is_refused_for_text_and_accepted_for_ids(tmp_path: Path) -> None:
     path = foreign_pieces(tmp_path / "named.model")
     tokenizer = Tokenizer(path, bos=False, eos=False)
     text = {"paths": [str(SAMPLE / "train/pile-00.jsonl.zst")]}
@@ -95,7 +95,7 @@ def test_foreign_text_in_any_of_a_few_shards_is_found(tmp_path: Path) -> None:
         check_sources(config(tmp_path / "m.model", {"paths": [str(tmp_path / "*.jsonl")]}), tokenizer)
 
 
-def test_a_few_unknown_characters_are_no_error_and_a_part_that_is_full_of_them_is_named(
+def test_a_few_unknown_characters_are_accepted_and_a_part_full_of_them_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = Tokenizer(write_model(tmp_path / "m.model", PLAIN), bos=False, eos=False)
@@ -111,7 +111,7 @@ def test_a_few_unknown_characters_are_no_error_and_a_part_that_is_full_of_them_i
     judged(tokenizer, ["a" * 100 + "?"])
 
 
-def test_ids_that_stand_for_another_text_are_shown(tmp_path: Path) -> None:
+def test_ids_that_decode_to_another_text_are_shown(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_model(tmp_path / "m.model", [*GPT2_PIECES, "\u2581"]), bos=False, eos=False)
     text = "a cat sat"
     ids = tokenizer.encode_documents([text])[0]
@@ -119,7 +119,7 @@ def test_ids_that_stand_for_another_text_are_shown(tmp_path: Path) -> None:
     assert tokenizer.difference(text, np.concatenate([ids[:2], ids[3:]])) == ("cat sat", "at sat")
 
 
-def test_what_is_wrong_with_a_shard_is_left_to_its_indexing(tmp_path: Path) -> None:
+def test_errors_in_a_shard_are_left_to_its_indexing(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{broken\n{"other": 1}\n')
     (tmp_path / "cut.jsonl.zst").write_bytes((SAMPLE / "train/pile-00.jsonl.zst").read_bytes()[:2000])
     paths = [str(tmp_path / "bad.jsonl"), str(tmp_path / "cut.jsonl.zst")]

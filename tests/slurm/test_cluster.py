@@ -68,7 +68,7 @@ def submit(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     return run
 
 
-def test_a_run_outlives_what_a_cluster_does_to_it(cluster: Cluster, submit, tmp_path: Path) -> None:
+def test_a_run_survives_what_a_cluster_does_to_it(cluster: Cluster, submit, tmp_path: Path) -> None:
     run = submit("--nodes=2", "--gpus-per-node=0", "--partition=low", "--no-node-check", "train.steps=1000000")
     run.wait_for_start(0)
 
@@ -156,7 +156,9 @@ def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster, submit) -> No
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
-def test_what_no_restart_can_mend_stops(code: int, starts: int, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failure_that_no_restart_can_fix_stops_the_job(
+    code: int, starts: int, cluster: Cluster, tmp_path: Path
+) -> None:
     fails = tmp_path / "train"
     fails.write_text(f"#!/bin/sh\nexit {code}\n")
     fails.chmod(0o755)

@@ -9,11 +9,11 @@ import pytest
 
 from pretrain.checkpoint.resume import Choice, choose
 from pretrain.checkpoint.state import Layout, RunState, read_state
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore
 from pretrain.topology import Topology
 from shards import CheckpointError
 from shards.storage.content_hash import hash_file
-from tests.pretrain.checkpoint.test_take_checkpoint import SIZE, on_ranks
+from tests.pretrain.checkpoint.test_load_checkpoint import SIZE, on_ranks
 
 STEPS, FILES = (10, 20, 30), 5
 
@@ -26,13 +26,13 @@ def store(tmp_path: Path) -> CheckpointStore:
         names = [f"engine/{number}.pt" for number in range(FILES)]
         for name in names:
             (folder / name).write_text(f"{step} {name}")
-        entries = [FileEntry(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
+        entries = [CheckpointFile(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
         store.complete(step, entries, seconds=1.0)
     return store
 
 
 @pytest.mark.parametrize("victim", range(FILES))
-def test_all_ranks_pass_over_what_one_of_them_finds_damaged(
+def test_all_ranks_skip_a_checkpoint_that_one_finds_damaged(
     store: CheckpointStore, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = store.folder_of(30) / f"engine/{victim}.pt"
@@ -53,7 +53,7 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(
     assert store.steps() == [10, 20]
 
 
-def test_rank_0_says_which_checkpoints_there_are(store: CheckpointStore) -> None:
+def test_rank_0_decides_which_checkpoints_exist(store: CheckpointStore) -> None:
     def work(topology: Topology) -> int:
         own = CheckpointStore(store.root, store.config)
         if not topology.is_main:
@@ -64,7 +64,7 @@ def test_rank_0_says_which_checkpoints_there_are(store: CheckpointStore) -> None
     assert on_ranks(work) == [30] * SIZE
 
 
-def test_without_a_whole_checkpoint_no_run_begins_anew(store: CheckpointStore) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(store: CheckpointStore) -> None:
     for step in STEPS:
         (store.folder_of(step) / "engine/0.pt").unlink()
     errors = on_ranks(lambda topology: choose(store, topology))
@@ -77,7 +77,7 @@ def test_without_a_whole_checkpoint_no_run_begins_anew(store: CheckpointStore) -
     )
 
 
-def test_a_state_that_an_older_version_wrote_is_read(store: CheckpointStore) -> None:
+def test_a_state_written_by_an_older_version_is_read(store: CheckpointStore) -> None:
     state = RunState(30, 5, {"pile": 5}, "00", restarts=1, config_hash="", tp_size=1, dp_size=4, zero_stage=1)
     content = msgspec.to_builtins(state) | {"wandb_run_id": "abcdef01"}  # until its field was dropped
     (store.folder_of(30) / "state.json").write_bytes(msgspec.json.encode(content))

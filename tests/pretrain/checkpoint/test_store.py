@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.state import read_state
-from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore, FileEntry
+from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointFile, CheckpointStore
 from shards import CheckpointError
 from shards.storage.content_hash import hash_file
 from tests.pretrain.checkpoint.disk import make_unreadable
@@ -24,7 +24,7 @@ def make(checkpoints: CheckpointStore, step: int, complete: bool = True) -> Path
     (folder / "state.json").write_text('{"version": 0}')
     names = ("engine/weights.pt", "state.json")
     if complete:
-        entries = [FileEntry(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
+        entries = [CheckpointFile(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names]
         checkpoints.complete(step, entries, seconds=1.0)
     return folder
 
@@ -57,7 +57,7 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path, config: dict[s
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
 
 
-def test_retention_clears_what_killed_saves_left_but_not_a_save_ahead(tmp_path: Path) -> None:
+def test_pruning_removes_what_killed_saves_left_but_not_a_save_in_progress(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=1)
     make(checkpoints, 10, complete=False)
     make(checkpoints, 20)
@@ -66,7 +66,7 @@ def test_retention_clears_what_killed_saves_left_but_not_a_save_ahead(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
 
 
-def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_removal_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = store(tmp_path, keep=1)
     make(checkpoints, 10)
     make(checkpoints, 20)
@@ -81,7 +81,7 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("damage", ["flip", "shorten", "remove", "complete"])
-def test_any_damage_is_seen_and_named(tmp_path: Path, damage: str) -> None:
+def test_any_damage_is_detected_and_named(tmp_path: Path, damage: str) -> None:
     checkpoints = store(tmp_path)
     folder = make(checkpoints, 10)
     weights = folder / "engine" / "weights.pt"
@@ -111,7 +111,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
         read_state(checkpoints.open(10))
 
 
-def test_a_checkpoint_that_a_disk_does_not_show_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_the_disk_cannot_show_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = store(tmp_path, keep=1)
     for step in (10, 20):
         make(checkpoints, step)
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_a_disk_does_not_show_is_not_removed(tmp_path: Path, m
     assert checkpoints.open(20).broken_files() == []
 
 
-def test_a_damaged_checkpoint_is_set_aside_beside_an_earlier_one(tmp_path: Path) -> None:
+def test_a_second_damaged_checkpoint_of_a_step_is_set_aside_beside_the_first(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     for number in range(3):
         make(checkpoints, 10).joinpath("number").write_text(str(number))

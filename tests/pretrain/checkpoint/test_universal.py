@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_complete
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore, write_complete
 from pretrain.checkpoint.universal import convert, is_whole, read_piece
 from shards import ConfigError
 from shards.storage.content_hash import hash_file
@@ -26,17 +26,17 @@ def store(tmp_path: Path) -> CheckpointStore:
     folder = store.universal_folder(7, 2)
     folder.mkdir()
     (folder / "fp32.pt").write_bytes(b"weights")
-    write_complete(folder, [FileEntry("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
+    write_complete(folder, [CheckpointFile("fp32.pt", 7, hash_file(folder / "fp32.pt"))], seconds=1.0)
     return store
 
 
-def test_it_is_for_one_step_and_one_tp_size(store: CheckpointStore) -> None:
+def test_a_conversion_is_for_one_step_and_one_tp_size(store: CheckpointStore) -> None:
     assert is_whole(store.universal_folder(7, 2), 7)
     assert not is_whole(store.universal_folder(7, 1), 7)
     assert store.steps() == []  # it is not a checkpoint
 
 
-def test_a_flipped_bit_or_a_missing_end_is_noticed(store: CheckpointStore) -> None:
+def test_a_flipped_bit_or_a_missing_end_is_detected(store: CheckpointStore) -> None:
     folder = store.universal_folder(7, 2)
     (folder / "fp32.pt").write_bytes(b"weightr")
     assert not is_whole(store.universal_folder(7, 2), 7)
@@ -46,14 +46,14 @@ def test_a_flipped_bit_or_a_missing_end_is_noticed(store: CheckpointStore) -> No
     assert not is_whole(store.universal_folder(7, 2), 7)
 
 
-def test_it_goes_when_its_step_is_saved_anew_but_not_with_another(store: CheckpointStore) -> None:
+def test_a_conversion_is_removed_when_its_step_is_saved_again_but_not_with_another(store: CheckpointStore) -> None:
     store.prepare(8)
     assert is_whole(store.universal_folder(7, 2), 7)
     store.prepare(7)
     assert not store.universal_folder(7, 2).exists()
 
 
-def test_one_that_does_not_fit_is_refused_with_sizes(store: CheckpointStore) -> None:
+def test_a_conversion_that_does_not_fit_is_refused_with_sizes(store: CheckpointStore) -> None:
     store.check_room_for_universal(1000)
     with pytest.raises(ConfigError, match=r"takes 1000000000\.00 GB.*free .* GB"):
         store.check_room_for_universal(10**18)
@@ -102,14 +102,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return folder, states
 
 
-def made(source: Path, target: Path, tp_size: int, ranks: int = 1) -> list[FileEntry]:
+def made(source: Path, target: Path, tp_size: int, ranks: int = 1) -> list[CheckpointFile]:
     target.mkdir()
     entries = [entry for rank in range(ranks) for entry in convert(source, target, tp_size, rank, ranks)]
     return sorted(entries, key=lambda entry: entry.name)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 8])
-def test_it_holds_each_slice_once(checkpoint, tp_size: int, tmp_path: Path) -> None:
+def test_a_conversion_holds_each_slice_once(checkpoint, tp_size: int, tmp_path: Path) -> None:
     source, states = checkpoint
     entries = made(source, tmp_path / "made", tp_size)
     assert sum(entry.size for entry in entries) == sum(
@@ -125,14 +125,14 @@ def test_it_holds_each_slice_once(checkpoint, tp_size: int, tmp_path: Path) -> N
                 assert file.stat().st_size < part.nbytes + 2000, file  # the rest is torch.save's overhead
 
 
-def test_any_number_of_ranks_make_the_same_one(checkpoint, tmp_path: Path) -> None:
+def test_any_number_of_ranks_make_the_same_conversion(checkpoint, tmp_path: Path) -> None:
     alone = made(checkpoint[0], tmp_path / "alone", 2)
     assert made(checkpoint[0], tmp_path / "three", 2, ranks=3) == alone
     assert made(checkpoint[0], tmp_path / "nine", 2, ranks=9) == alone  # more ranks than weights
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4, 5, 50])
-def test_pieces_are_those_of_zero_3(ranks: int, tmp_path: Path) -> None:
+def test_pieces_are_cut_as_in_zero_3(ranks: int, tmp_path: Path) -> None:
     weight = torch.arange(24.0).view(4, 6)
     torch.save({"param": weight}, tmp_path / "fp32.pt")
     pieces = [read_piece(tmp_path / "fp32.pt", rank, ranks) for rank in range(ranks)]
@@ -141,7 +141,7 @@ def test_pieces_are_those_of_zero_3(ranks: int, tmp_path: Path) -> None:
     assert not torch.cat(pieces)[24:].any()
 
 
-def test_a_piece_is_read_without_the_rest(tmp_path: Path) -> None:
+def test_a_piece_is_read_without_the_rest_of_the_file(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from pretrain.checkpoint.duration import SaveTime
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.cluster import preflight
+from pretrain.cluster.preflight import Finding
+from pretrain.devices import device_of_slurm
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import ModelConfig
 from pretrain.run.lease import Lease
@@ -22,12 +25,21 @@ SAMPLE = Path(__file__).parents[3] / "shards" / "sample"
 
 
 def workload(parallel: ParallelConfig, rows: int = 4) -> Workload:
-    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2, z_loss=False)
+    return Workload(LLAMA_7B, parallel, 16, rows, seq_len=2048, bytes_per_weight=2)
 
 
-def memory(gpu_bytes: int | None, parallel: ParallelConfig, rows: int = 4):
-    (finding,) = preflight.memory_findings(workload(parallel, rows), gpu_bytes)
+def memory(gpu_bytes: float | None, parallel: ParallelConfig, rows: int = 4) -> Finding:
+    """Return the finding about the memory of a rank that has 8 rows a step."""
+    (finding,) = preflight.memory_findings(workload(parallel, rows), 8 // rows, gpu_bytes)
     return finding
+
+
+def applied(change: str, parallel: ParallelConfig, rows: int) -> tuple[ParallelConfig, int]:
+    """Apply the overrides of a proposal."""
+    values = dict(word.split("=") for word in change.split())
+    rows = int(values.pop("train.micro_batch_size", rows))
+    keys = {key.removeprefix("parallel."): json.loads(v) if v.isdigit() else v for key, v in values.items()}
+    return ParallelConfig.model_validate(parallel.model_dump() | keys), rows
 
 
 def test_memory_is_compared_with_the_gpu() -> None:
@@ -38,27 +50,69 @@ def test_memory_is_compared_with_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_said_to_fit_does(compiled: bool) -> None:
-    said = memory(80 * 10**9, ParallelConfig(compile=compiled)).text
-    advice = said.partition("this would fit: ")[2].split(", or ")
+def test_a_proposed_layout_fits_and_a_larger_micro_batch_would_not(compiled: bool) -> None:
+    own = ParallelConfig(compile=compiled)
+    said = memory(80 * 10**9, own, rows=8)
+    assert said.level == "error"
+    advice = said.text.partition("this would fit: ")[2].split(", or ")
     assert len(advice) > 1
     for change in advice:
-        values = {key: json.loads(value) for key, _, value in (word.partition("=") for word in change.split())}
-        rows = values.pop("train.micro_batch_size", 4)
-        keys = {key.removeprefix("parallel."): value for key, value in values.items()}
-        parallel = ParallelConfig.model_validate({"compile": compiled, **keys})
+        parallel, rows = applied(change, own, 8)
         assert memory(80 * 10**9, parallel, rows).level == "ok", change
+        assert rows == 8 or memory(80 * 10**9, parallel, 2 * rows).level != "ok", change
         assert not list(parallel.problems())
+
+
+def test_the_cheapest_way_to_fit_comes_first() -> None:
+    tight = ParallelConfig(zero_stage=2)
+    order = ["none", "selective", "full"]
+    said = memory(48 * 10**9, tight, rows=8).text.partition("this would fit: ")[2].split(", or ")
+    found = [applied(change, tight, 8)[0] for change in said]
+    ranks = [(layout.zero_stage, order.index(layout.activation_checkpointing)) for layout in found]
+    assert len(ranks) > 1
+    assert ranks == sorted(ranks)
+
+
+def test_a_gpu_more_than_half_free_is_told_a_larger_micro_batch() -> None:
+    small, own = 1, ParallelConfig(activation_checkpointing="full")
+    need = memory_per_rank(workload(own, small)).total
+    said = memory(2.2 * need, own, small)
+    assert said.level == "ok"
+    change = said.text.partition("more than half is free, and ")[2].removesuffix(" would fit too")
+    parallel, rows = applied(change, own, small)
+    assert rows > small
+    assert memory(2.2 * need, parallel, rows).level == "ok"
+    assert "would fit" not in memory(1.9 * need, own, small).text
+    roomy = memory(100 * need, ParallelConfig(), 8).text
+    assert "would fit" not in roomy, "there is nothing cheaper, and all rows are in one micro-batch"
+
+
+def test_speed_is_estimated_with_what_is_known() -> None:
+    def speed(**known: object) -> Finding:
+        hardware = preflight.hardware_of(["h100"])
+        hardware = dataclasses.replace(hardware, **known)  # type: ignore[arg-type]
+        (finding,) = preflight.speed_findings(workload(ParallelConfig()), 2, 1000, 2, 8, hardware)
+        return finding
+
+    assert "--gpu TYPE" in speed(device=None).text
+    text = speed().text
+    for words in ("estimated, not measured", "s a step on H100", "MFU", "for 1,000 steps", "bound by matrix products"):
+        assert words in text
+    assert "with 3,200 Gbit/s a node (as in the maker's servers; set --network GBIT)" in text
+    assert "with 10 Gbit/s a node (as --network says)" in speed(network_bandwidth=1.25e9).text
+    assert "bound by links of dp ranks" in speed(network_bandwidth=1.25e9).text
+    assert "(assumed; set --network GBIT)" in speed(device=device_of_slurm("l40s")).text
+    assert speed(device=device_of_slurm("v100")).text == "there is no estimate for V100, which has no bf16"
 
 
 @pytest.mark.parametrize(
     ("types", "size"), [({"h100"}, 80), ({"h200", "a100"}, 40), ({"h100", "unheard"}, None), (set(), None)]
 )
-def test_the_smallest_of_known_gpus_counts(types: set[str], size: int | None) -> None:
-    assert preflight.gpu_bytes_of(types) == (size and size * 10**9)
+def test_the_smallest_known_gpu_counts(types: set[str], size: int | None) -> None:
+    assert preflight.hardware_of(types).gpu_bytes == (size and size * 10**9)
 
 
-def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_must_have_room_for_the_checkpoints_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 100 * 10**9
 
@@ -92,7 +146,7 @@ def test_disk_has_room_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
         (1000, 2100, 3600, {"warning"}),
     ],
 )
-def test_grace_against_a_save(seconds: float, grace: int, limit: int, levels: set[str]) -> None:
+def test_the_grace_period_is_compared_with_a_save(seconds: float, grace: int, limit: int, levels: set[str]) -> None:
     save = SaveTime(seconds, measured=True)
     assert {f.level for f in preflight.grace_findings(save, grace, limit, "OFF", 0)} == levels
     preempted = [f.text for f in preflight.grace_findings(save, grace, limit, "REQUEUE", 30)]
@@ -125,7 +179,7 @@ def test_shards_without_an_index_are_counted_and_missing_ones_named(tmp_path: Pa
     assert "launch/index.py" in refused.text
 
 
-def test_who_is_at_work_in_the_folder(tmp_path: Path) -> None:
+def test_a_run_folder_in_use_is_reported(tmp_path: Path) -> None:
     assert not list(preflight.lease_findings(tmp_path))
     with Lease(tmp_path / "lease", job_id="4711"):
         (finding,) = preflight.lease_findings(tmp_path)

@@ -29,7 +29,7 @@ def directives_in(script: str) -> dict[str, str]:
     return {key: value for key, _, value in (line.removeprefix("#SBATCH --").partition("=") for line in lines)}
 
 
-def test_a_script_says_what_was_asked_for_and_is_the_template_otherwise() -> None:
+def test_a_script_is_the_template_with_what_was_asked_for() -> None:
     template = TEMPLATE.read_text()
     words = ["--config", "my config.yaml", "optim.learning_rate=1e-3", "evaluation.prompt=it's $HOME; rm"]
     settings = {name: shell_words([name]) for name in SETTINGS} | {"arguments": f"({shell_words(words)})"}
@@ -50,13 +50,13 @@ def test_a_script_says_what_was_asked_for_and_is_the_template_otherwise() -> Non
     assert said.stdout.splitlines() == words
 
 
-def test_without_gpus_there_is_one_rank_a_node() -> None:
+def test_without_gpus_there_is_one_rank_per_node() -> None:
     found = directives_in(job_script(TEMPLATE.read_text(), request(gpus_per_node=0).directives(), {}))
     assert found["ntasks-per-node"] == "1"
     assert "gpus-per-node" not in found
 
 
-def test_further_options_win() -> None:
+def test_further_options_override_the_others() -> None:
     found = directives_in(
         job_script(TEMPLATE.read_text(), request(options=("--mem=0", "--nodes=3-4", "--exclusive")).directives(), {})
     )
@@ -86,7 +86,7 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
         ("a.x: [1, 1]", "'x-1'"),
     ],
 )
-def test_a_sweep_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_sweep_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -97,11 +97,11 @@ def test_a_sweep_that_is_none_is_named(text: str, message: str, tmp_path: Path) 
     ("time", "seconds"),
     [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-02:03", 93780), ("1-00:00:05", 86405)],
 )
-def test_time_limits_as_sbatch_reads_them(time: str, seconds: int) -> None:
+def test_time_limits_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
 
 
-def test_what_is_no_time_limit() -> None:
+def test_an_invalid_time_limit_is_refused() -> None:
     assert [seconds_of(text) for text in ("", "soon", "1:2:3:4", "24h", "1-")] == [None] * 5
 
 
@@ -128,7 +128,7 @@ def test_a_job_does_not_inherit_the_device_of_the_command_that_submits_it(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_commands_beside_the_training_are_ranks_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_commands_under_slurm_are_ranks_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(evaluate, "evaluate_run", lambda _: seen.append(world_size_of(os.environ)))
     monkeypatch.setattr(generate, "print_continuations", lambda _: seen.append(world_size_of(os.environ)))

@@ -36,7 +36,7 @@ def scores(
     )
 
 
-def test_documents_are_paired_by_their_text_in_any_order() -> None:
+def test_documents_are_paired_by_text_in_any_order() -> None:
     generator = np.random.default_rng(1)
     nll, text_bytes, keys = generator.uniform(50, 90, 40), generator.integers(20, 99, 40), np.arange(40) % 37
     order = generator.permutation(40)
@@ -44,7 +44,7 @@ def test_documents_are_paired_by_their_text_in_any_order() -> None:
     # Equal texts keep their order, as in any reading of one suite.
     order = order[np.argsort(keys[order] * 100 + order, kind="stable")]
     b = scores(nll[order] + 1.0 * text_bytes[order] * np.log(2), text_bytes[order], keys[order])
-    domain, macro, micro = compare(a, b, samples=200)
+    domain, macro, micro = compare(a, b, draws=200)
     assert domain.documents == 40
     for item in (domain, macro, micro):
         assert item.difference == pytest.approx(1.0)
@@ -92,7 +92,7 @@ def scored(root: Path, *labels: str, step: int = 3) -> RunFolder:
     return folder
 
 
-def test_each_folder_is_compared_under_a_label_of_its_own(tmp_path: Path) -> None:
+def test_each_folder_is_compared_under_its_own_label(tmp_path: Path) -> None:
     plain, other = "s.seq32.bf16@aaaaaaaa", "s.seq32.bf16@bbbbbbbb"
     a, b = scored(tmp_path / "a", plain, "t.seq32.bf16@cccccccc", "old"), scored(tmp_path / "b", other)
     assert chosen_suites([a, a], "s") == [plain, plain]
@@ -105,7 +105,7 @@ def test_each_folder_is_compared_under_a_label_of_its_own(tmp_path: Path) -> Non
             chosen_suites(folders, wanted)
 
 
-def test_without_matplotlib_there_is_a_table_and_a_word(
+def test_without_matplotlib_the_table_is_printed_with_a_note(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -125,7 +125,7 @@ def test_without_matplotlib_there_is_a_table_and_a_word(
     assert "micro" not in capsys.readouterr().out, "refused before anything is computed"
 
 
-def test_checkpoints_are_named_as_they_appear_until_the_last(tmp_path: Path) -> None:
+def test_checkpoints_are_yielded_as_they_appear_until_the_last(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig())
 
     def save(step: int) -> None:

@@ -70,7 +70,7 @@ def assert_equal(found: dict[str, Score], expected: dict[str, Score], case: str)
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
-def test_scores_equal_one_document_at_a_time(
+def test_scores_equal_those_of_one_document_at_a_time(
     suite: Path, engine: Engine, topology: Topology, expected: dict[str, Score], batch_size: int
 ) -> None:
     scores = evaluate(engine.score, loaded(suite), topology, batch_size)
@@ -89,7 +89,7 @@ def test_scores_do_not_depend_on_the_ranks(
         assert_equal(DocumentScores.load(path).by_domain(), expected, f"tp {tp_size} dp {dp_size} {path.stem}")
 
 
-def test_rows_of_all_ranks_are_those_of_one(suite: Path) -> None:
+def test_all_ranks_together_have_the_rows_of_a_single_one(suite: Path) -> None:
     tokenizer, config = Tokenizer(TOKENIZER), EvaluationConfig(suite=suite)
     alone = loaded(suite)
     shares = [load_suite(config, tokenizer, SEQ_LEN, "fp32", rank, 3) for rank in range(3)]
@@ -98,7 +98,7 @@ def test_rows_of_all_ranks_are_those_of_one(suite: Path) -> None:
     assert sum(len(share.rows) for share in shares) == alone.num_rows  # type: ignore[union-attr]
 
 
-def test_a_document_without_anything_to_predict_counts_its_bytes_only(
+def test_a_document_with_nothing_to_predict_counts_only_its_bytes(
     tmp_path: Path, engine: Engine, topology: Topology
 ) -> None:
     tmp_path.joinpath("d.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": "more than that"}\n')
@@ -110,7 +110,7 @@ def test_a_document_without_anything_to_predict_counts_its_bytes_only(
     assert np.isfinite(scores.nll).all()
 
 
-def test_a_domain_without_anything_to_predict_is_named(tmp_path: Path) -> None:
+def test_a_domain_with_nothing_to_predict_is_named(tmp_path: Path) -> None:
     tmp_path.joinpath("full.jsonl").write_text('{"text": "two words"}\n')
     tmp_path.joinpath("empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="nothing to predict in empty"):
@@ -139,7 +139,7 @@ def test_a_bounded_suite_is_a_fixed_part_of_every_larger_one(many: Path) -> None
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 700])
-def test_a_bound_in_tokens_is_kept_in_whole_documents(many: Path, max_tokens: int) -> None:
+def test_a_limit_in_tokens_is_met_by_whole_documents(many: Path, max_tokens: int) -> None:
     whole, part = loaded(many), loaded(many, max_tokens=max_tokens)
     for domain in (0, 1):
         kept = part.document_targets[part.document_domain == domain]
@@ -203,7 +203,9 @@ def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
     assert DocumentScores.load(tmp_path / "evals" / "s.npz").by_domain() == scores.by_domain()
 
 
-def test_an_evaluation_leaves_weights_and_random_state(suite: Path, engine: Engine, topology: Topology) -> None:
+def test_an_evaluation_changes_neither_weights_nor_random_state(
+    suite: Path, engine: Engine, topology: Topology
+) -> None:
     before = [parameter.clone() for parameter in engine.model.parameters()]
     state = torch.get_rng_state()
     evaluate(engine.score, loaded(suite), topology, 2)

@@ -50,7 +50,7 @@ def plain(weights: dict[str, torch.Tensor], ids: list[int], targets: int) -> tup
     return logits.gather(1, wanted[:, None]).double().sum().item(), bool((logits.argmax(-1) == wanted).all())
 
 
-def test_continuations_have_the_likelihood_of_a_plain_model(lm: HeadraceLM, weights: dict[str, torch.Tensor]) -> None:
+def test_continuations_get_the_likelihoods_of_a_plain_model(lm: HeadraceLM, weights: dict[str, torch.Tensor]) -> None:
     tokenizer = Tokenizer(TOKENIZER)
     pairs = [
         ("The cat", " sat"),
@@ -83,7 +83,7 @@ def test_a_stop_string_ends_an_answer_before_it(lm: HeadraceLM) -> None:
     assert cut == whole[: whole.index(stop)]
 
 
-def test_rows_beyond_the_tokenizer_are_never_an_answer(topology: Topology) -> None:
+def test_logits_beyond_the_vocabulary_are_never_an_answer(topology: Topology) -> None:
     tokenizer = Tokenizer(TOKENIZER)
 
     class Padded:
@@ -100,7 +100,7 @@ def test_rows_beyond_the_tokenizer_are_never_an_answer(topology: Topology) -> No
     assert "word" in lm.generate_until(asked)[0]
 
 
-def test_a_whole_text_counts_each_token_once(lm: HeadraceLM, weights: dict[str, torch.Tensor]) -> None:
+def test_scoring_a_whole_text_counts_each_token_once(lm: HeadraceLM, weights: dict[str, torch.Tensor]) -> None:
     tokenizer = Tokenizer(TOKENIZER)
     text = "some words that go on " * 12
     ids = tokenizer.encode(text)

@@ -40,7 +40,7 @@ def records(**losses: float) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("dim", "n_layers", "init_std"), [(64, 2, 0.02), (256, 2, 0.06), (128, 1, 0.1), (64, 2, 0.3)])
-def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly(
+def test_random_weights_raise_no_doubt_but_wrongly_scaled_logits_do(
     dim: int,
     n_layers: int,
     init_std: float,
@@ -68,7 +68,7 @@ def test_no_doubt_is_cast_on_drawn_weights_but_on_logits_that_are_scaled_wrongly
     assert f"should give about {drawn_loss(config):.2f}" in said(30.0)
 
 
-def test_a_perplexity_above_the_number_of_pieces_is_said_by_domain(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_perplexity_above_the_vocabulary_size_is_reported_by_domain(caplog: pytest.LogCaptureFixture) -> None:
     uniform = math.log(CONFIG.vocab_size)
     warn_of_doubts(records(wiki=uniform, code=1.0, macro=uniform - 1, micro=2.0), CONFIG)
     assert caplog.text == ""
@@ -76,7 +76,7 @@ def test_a_perplexity_above_the_number_of_pieces_is_said_by_domain(caplog: pytes
     assert "step 3, s: the perplexity of wiki, code, books is above 4096" in caplog.text
 
 
-def test_a_first_loss_that_drawn_weights_cannot_have_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_first_loss_that_random_weights_cannot_have_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     warn_of_doubts(records(micro=math.log(4096)), CONFIG, drawn=True)
     assert caplog.text == ""
     for loss in (6.0, 43.0, math.nan, math.inf):

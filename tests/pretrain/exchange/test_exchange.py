@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pretrain.checkpoint.store import FileEntry, write_complete
+from pretrain.checkpoint.store import CheckpointFile, write_complete
 from pretrain.commands.export import export_run
 from pretrain.config import load_config
 from pretrain.exchange.export import export
@@ -74,7 +74,7 @@ def same_files(first: Path, second: Path) -> bool:
 
 
 @pytest.mark.parametrize("changes", [PLAIN, GROUPED])
-def test_an_export_has_our_logits_in_transformers_and_comes_back_as_it_was(
+def test_an_export_has_our_logits_in_transformers_and_survives_a_round_trip(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     ours = build(changes)
@@ -110,7 +110,7 @@ def test_metas_layout_round_trips_at_every_number_of_files(
     assert (tmp_path / "meta" / "consolidated.00.pth").stat().st_size < stored + 20_000, "views of larger tensors"
 
 
-def test_metas_order_of_rows_gives_its_pairwise_rotation_our_scores() -> None:
+def test_metas_row_order_gives_our_scores_under_its_pairwise_rotation() -> None:
     heads, head_dim, x = 3, 8, torch.randn(5, 24).double()  # fp32 occasionally exceeds the tolerance
     ours_q, ours_k = torch.randn(2, heads * head_dim, 24).double().unbind()
     frequencies = 1e4 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
@@ -148,7 +148,7 @@ def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_of_transformers_has_its_logits_here(tied: bool, tmp_path: Path) -> None:
+def test_a_transformers_model_has_the_same_logits_in_ours(tied: bool, tmp_path: Path) -> None:
     theirs = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
@@ -165,7 +165,7 @@ def test_a_model_of_transformers_has_its_logits_here(tied: bool, tmp_path: Path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exports_tokenizer_gives_our_ids(tmp_path: Path) -> None:
+def test_the_exported_tokenizer_gives_our_ids(tmp_path: Path) -> None:
     ours = build(PLAIN)
     export(Memory(ours), ours.config, DATA, tmp_path / "hf")
     tokenizer, theirs = Tokenizer(TOKENIZER), AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -243,7 +243,7 @@ def test_another_tokenizer_is_refused_by_the_first_id_that_differs(tmp_path: Pat
         check_tokenizer(tmp_path, Tokenizer(TOKENIZER), "data.tokenizer=x")
 
 
-def test_a_description_is_a_config_of_the_same_model(tmp_path: Path) -> None:
+def test_a_description_describes_the_same_model(tmp_path: Path) -> None:
     ours = build(GROUPED)
     export(Memory(ours), ours.config, DATA, tmp_path / "hf")
     text = describe(tmp_path / "hf")
@@ -252,7 +252,7 @@ def test_a_description_is_a_config_of_the_same_model(tmp_path: Path) -> None:
     assert found.rope_scaling == ours.config.rope_scaling
 
 
-def test_the_command_that_a_refusal_names_prints_the_model_section_that_fits(tmp_path: Path) -> None:
+def test_the_command_named_by_a_refusal_prints_a_matching_model_section(tmp_path: Path) -> None:
     ours = build(GROUPED)
     export(Memory(ours), ours.config, DATA, tmp_path / "a model")
     with pytest.raises(ConfigError, match="describes another model") as caught:
@@ -273,7 +273,7 @@ def test_the_command_that_a_refusal_names_prints_the_model_section_that_fits(tmp
         ("model.safetensors.index.json", b"{}"),
     ],
 )
-def test_files_that_were_cut_short_are_named(file: str, content: bytes, tmp_path: Path) -> None:
+def test_truncated_files_are_named(file: str, content: bytes, tmp_path: Path) -> None:
     model, layout = build(PLAIN), "meta" if file.endswith(".pth") else "hf"
     export(Memory(model), model.config, DATA, tmp_path / "model", layout)
     (tmp_path / "model" / file).write_bytes(content)
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     engine.mkdir(parents=True)
     (run / "config.yaml").write_text(load_config(Path("configs/quickstart.yaml")).to_yaml())
     (engine / "x.pt").write_bytes(b"other")
-    write_complete(engine.parent, [FileEntry("engine/x.pt", 5, "0" * 32)], 0.0)
+    write_complete(engine.parent, [CheckpointFile("engine/x.pt", 5, "0" * 32)], 0.0)
     arguments = argparse.Namespace(run=run, step=None, overrides=[], to=tmp_path / "out", format="hf")
     with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
         export_run(arguments)

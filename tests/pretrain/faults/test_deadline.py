@@ -11,7 +11,7 @@ from pretrain.faults.deadline import Deadline, job_end
 
 
 @pytest.mark.parametrize(("step_seconds", "save_seconds"), [(1.0, 10.0), (30.0, 200.0), (0.1, 0.5)])
-def test_what_begins_when_it_is_reached_is_done_in_time(step_seconds: float, save_seconds: float) -> None:
+def test_a_save_begun_at_the_deadline_finishes_in_time(step_seconds: float, save_seconds: float) -> None:
     now = [0.0]
     deadline = Deadline(end=3600.0, clock=lambda: now[0])
     while not deadline.reached(step_seconds, save_seconds):
@@ -23,7 +23,7 @@ def test_what_begins_when_it_is_reached_is_done_in_time(step_seconds: float, sav
     assert deadline.reached(step_seconds, save_seconds), "a decision to stop is final"
 
 
-def test_a_longer_save_moves_it_forward() -> None:
+def test_a_longer_save_moves_the_deadline_forward() -> None:
     deadline = Deadline(end=1000.0, clock=lambda: 500.0)
     assert not deadline.reached(1.0, 10.0)
     assert deadline.reached(1.0, 400.0)
@@ -35,7 +35,7 @@ def test_without_an_end_there_is_no_deadline() -> None:
 
 
 @pytest.mark.parametrize(("said", "end"), [("2026-11-24T12:00:00", True), ("NONE", False), ("sudden nonsense", False)])
-def test_slurm_is_asked_where_the_environment_does_not_say(
+def test_slurm_is_asked_if_the_environment_does_not_say(
     said: str, end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squeue = tmp_path / "squeue"
@@ -46,5 +46,5 @@ def test_slurm_is_asked_where_the_environment_does_not_say(
     assert found == (datetime(2026, 11, 24, 12).timestamp() if end else None)
 
 
-def test_the_end_of_a_job_is_read() -> None:
+def test_the_end_time_of_a_job_is_parsed() -> None:
     assert job_end({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1795000000"}) == 1795000000.0

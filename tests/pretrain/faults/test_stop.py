@@ -35,7 +35,7 @@ def test_slow_steps_and_saves_move_the_stop_forward(step_seconds: float, save_se
     assert stop.wanted()
 
 
-def test_one_slow_step_is_forgotten() -> None:
+def test_a_single_slow_step_is_forgotten() -> None:
     stop = StopPolicy(Interrupt(), Deadline(end=1000.0, clock=lambda: 700.0), save_seconds=1.0)
     stop.note_step(500.0)
     for _ in range(50):
@@ -43,7 +43,7 @@ def test_one_slow_step_is_forgotten() -> None:
     assert not stop.wanted()
 
 
-def test_saves_that_the_launcher_would_cut_short_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_save_that_the_launcher_would_cut_short_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     interrupt = Interrupt()
     stop = StopPolicy(interrupt, Deadline(None), save_seconds=0.0)
     too_long = LAUNCHER_GRACE_SECONDS

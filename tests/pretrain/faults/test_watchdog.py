@@ -7,25 +7,32 @@ import sys
 
 HANGS = """
 import time
-from pretrain.faults.watchdog import Watchdog
+from types import SimpleNamespace
+from pretrain.faults import watchdog as module
 
-def slow():
-    time.sleep(1.0)
+now = 0.0
+module.time = SimpleNamespace(monotonic=lambda: now)  # so that a slow machine is no hang
+
+def pass_seconds(seconds):
+    global now
+    now += seconds
+    time.sleep(0.1)  # the watchdog looks a few times
 
 def the_culprit():
+    pass_seconds(1.0)
     time.sleep(60)
 
-with Watchdog(0.4, rank=3) as watchdog:
+with module.Watchdog(0.04, rank=3) as watchdog:
     watchdog.begin("step", "step 1")
-    slow()
+    pass_seconds(1.0)
     watchdog.end()
-    slow()  # a save
-    for step in range(2, 12):
+    pass_seconds(1.0)  # a save
+    for step in range(2, 6):
         watchdog.begin("step", f"step {step}")
-        time.sleep(0.1)
+        pass_seconds(0.03)
     watchdog.end()
     print("alive", flush=True)
-    watchdog.begin("step", "step 12")
+    watchdog.begin("step", "step 6")
     the_culprit()
 """
 
@@ -34,5 +41,5 @@ def test_a_part_that_hangs_ends_the_process_and_shows_where() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50)
     assert done.stdout == "alive\n", done.stderr
     assert done.returncode == 75
-    assert "rank 3: step 12 has taken more than train.stall_timeout=0.4 s" in done.stderr
+    assert "rank 3: step 6 has taken more than train.stall_timeout=0.04 s" in done.stderr
     assert "in the_culprit" in done.stderr

@@ -13,9 +13,7 @@ from pretrain.topology import ParallelConfig, Topology
 CONFIG = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64)
 
 
-def test_generating_gives_what_scoring_gives_and_neither_compiles(
-    topology: Topology, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_and_scoring_agree_and_neither_compiles(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", None)
     monkeypatch.setattr(torch.nn.Module, "compile", None)
     model = ForwardModel(CONFIG, ParallelConfig(compile=True), "fp32", topology)

@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_full_forward_passes(topology: Topology) -> N
     assert text == TOKENIZER.decode(ids)[len(TOKENIZER.decode(ids[:prompt])) :]
 
 
-def test_a_stream_gives_what_decoding_at_the_end_gives() -> None:
+def test_streamed_text_equals_text_decoded_at_the_end() -> None:
     generator = random.Random(3)
     for _ in range(200):
         # Ids below 259 are bytes, most of them parts of no character.
@@ -60,7 +60,7 @@ def test_a_stream_gives_what_decoding_at_the_end_gives() -> None:
         assert "".join(streamed(prompt, new)) == expected
 
 
-def test_a_character_of_several_bytes_comes_whole() -> None:
+def test_a_character_of_several_bytes_is_streamed_whole() -> None:
     ids = ids_of("a 你好 😀 née")
     assert len(ids) > 12, "spelled in bytes"
     parts = streamed(ids_of("x"), ids)
@@ -74,7 +74,7 @@ def test_the_space_after_the_prompt_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("stop", "expected"), [(("sat",), "the cat "), (("mat", "cat"), "the "), (("dog",), None)])
-def test_text_ends_before_a_stop_string_that_no_part_of_shows(stop: tuple[str, ...], expected: str | None) -> None:
+def test_text_ends_before_a_stop_string_and_shows_no_part_of_it(stop: tuple[str, ...], expected: str | None) -> None:
     text = "the cat sat on a mat, the c"
     parts = streamed([], ids_of(text), stop)
     assert "".join(parts) == (text if expected is None else expected)
@@ -112,7 +112,7 @@ def test_a_seed_draws_the_same_text_again(topology: Topology) -> None:
     assert continued(1) == continued(1) != continued(2)
 
 
-def test_memory_is_that_of_the_continuation_and_not_of_the_context(
+def test_memory_grows_with_the_continuation_and_not_with_the_context(
     topology: Topology, caplog: pytest.LogCaptureFixture
 ) -> None:
     lengths = []
@@ -131,7 +131,7 @@ def test_memory_is_that_of_the_continuation_and_not_of_the_context(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_beyond_the_tokenizer_are_never_chosen(topology: Topology, temperature: float) -> None:
+def test_logits_beyond_the_vocabulary_are_never_chosen(topology: Topology, temperature: float) -> None:
     def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         logits = torch.zeros(1, TOKENIZER.vocab_size + 128)
         logits[:, TOKENIZER.encode("word")] = 20.0
@@ -142,7 +142,7 @@ def test_rows_beyond_the_tokenizer_are_never_chosen(topology: Topology, temperat
     assert "word" in "".join(generate(next_logits, 1, 64, CODEC, "A", sampling, topology))
 
 
-def test_a_prompt_that_the_tokenizer_cannot_spell_is_said(
+def test_a_prompt_that_the_tokenizer_cannot_spell_is_reported(
     topology: Topology, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     codec = codec_of(Tokenizer(foreign_pieces(tmp_path / "named.model")), bos=False)

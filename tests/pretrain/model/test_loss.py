@@ -18,9 +18,11 @@ ROWS, LENGTH, DIM, VOCABULARY = 3, 17, 16, 97
 SCALE = 0.37  # what a caller multiplies the loss by
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Split the targets of these tests into several chunks, and those into several blocks."""
+@pytest.fixture(params=["by targets", "by vocabulary"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split the targets of these tests, or the vocabulary, into several chunks, and those into several blocks."""
+    if request.param == "by vocabulary":
+        monkeypatch.setattr(loss, "_SUMMED_WEIGHTS", 0)
     monkeypatch.setattr(loss, "_CHUNK_LOGITS", 12 * VOCABULARY)
     monkeypatch.setattr(loss, "_CACHED_LOGITS", 5 * VOCABULARY)
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.model.size import Workload, flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import (
+    Workload,
+    flops_of_documents,
+    flops_per_token,
+    memory_per_rank,
+    parameter_count,
+)
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.topology import ParallelConfig
 
@@ -26,6 +35,25 @@ def test_flops_of_llama_7b_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("topology")
+def test_flops_of_documents_are_those_that_torch_counts() -> None:
+    """Compare with torch's counter, which counts the whole square of each attention: twice its causal half."""
+    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+    model, lengths = Transformer(config), (3, 17, 40)
+    model.initialize(seed=0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for length in lengths:  # each document in a row of its own
+            tokens = torch.arange(length)[None]
+            model(tokens, torch.ones_like(tokens)).sum().backward()
+    squares = sum(length**2 for length in lengths)
+    assert counter.get_total_flops() == flops_of_documents(config, sum(lengths), 2 * squares)
+
+
+def test_flops_of_a_full_row_are_the_published_convention() -> None:
+    assert flops_of_documents(LLAMA_70B, 4096, 4096**2) == 4096 * flops_per_token(LLAMA_70B, 4096)
+    assert flops_of_documents(LLAMA_70B, 4096, 2 * 2048**2) == 4096 * flops_per_token(LLAMA_70B, 2048)
+
+
+@pytest.mark.usefixtures("topology")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
@@ -38,7 +66,7 @@ def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
 def test_memory_is_divided_as_zero_divides_it() -> None:
     def estimate(stage: int, dp_size: int, tp_size: int = 1):
         parallel = ParallelConfig.model_validate({"tp_size": tp_size, "zero_stage": stage})
-        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2, z_loss=False))
+        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2))
 
     parameters = parameter_count(LLAMA_7B)
     one = estimate(1, 1)

@@ -55,7 +55,7 @@ class Clock:
         return self.now
 
 
-def test_a_line_has_the_names_that_others_rely_on(tmp_path: Path) -> None:
+def test_a_line_has_the_keys_that_others_rely_on(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "metrics.jsonl")
     log.append(RECORD.as_json())
     log.append(dataclasses.replace(RECORD, mfu=0.4).as_json())
@@ -69,7 +69,7 @@ def test_a_line_has_the_names_that_others_rely_on(tmp_path: Path) -> None:
     assert with_mfu["mfu"] == 0.4
 
 
-def test_the_parts_of_a_step_are_told_apart_and_add_up() -> None:
+def test_the_parts_of_a_step_are_timed_separately_and_add_up() -> None:
     clock = Clock()
     meter = Meter(clock)
     with meter.part("data_wait"):
@@ -87,19 +87,33 @@ def test_the_parts_of_a_step_are_told_apart_and_add_up() -> None:
     assert meter.end_step() == {"optimizer": 4, "step": 4}
 
 
-def test_a_part_is_charged_with_what_the_device_still_does() -> None:
-    clock = Clock()
+def test_a_devices_time_is_read_when_the_step_ends_and_not_waited_for_before() -> None:
+    queue, done = [0.0], []  # milliseconds of work in the device's queue
 
-    def synchronize() -> None:
-        clock.now += 5
+    class Event:
+        def record(self) -> None:
+            self.at = sum(queue)
 
-    meter = Meter(clock, synchronize)
-    with meter.part("forward_backward"):
-        clock.now += 1
-    assert meter.end_step()["forward_backward"] == 6
+        def synchronize(self) -> None:
+            done.append(self.at)
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    meter = Meter(lambda: 0.0, Event)
+    for work in (3000.0, 2000.0):
+        with meter.device_part("forward_backward"):
+            queue.append(work)
+        queue.append(500.0)
+    with meter.device_part("optimizer"):
+        queue.append(250.0)
+    assert not done
+    assert meter.end_step() == {"forward_backward": 5.0, "optimizer": 0.25, "step": 0.0}
+    assert done == [3000.0, 5500.0, 6250.0]
+    assert meter.end_step() == {"step": 0.0}
 
 
-def test_mfu_by_hand() -> None:
+def test_mfu_equals_a_value_computed_by_hand() -> None:
     # 7B parameters x 6 FLOPs on 8 devices at 4,000 tokens/s each, 312 TFLOP/s peak: 168/312
     assert mfu(42e9, 32_000, 8 * 312e12) == pytest.approx(0.53846, rel=1e-4)
     assert mfu(42e9, 32_000, None) is None
@@ -127,11 +141,11 @@ def test_mfu_by_hand() -> None:
         ("cpu", None),
     ],
 )
-def test_peaks_are_of_the_very_device(name: str, peak: float | None) -> None:
+def test_peak_flops_are_those_of_the_exact_device(name: str, peak: float | None) -> None:
     assert peak_flops_of(name) == peak
 
 
-def test_time_left_by_hand() -> None:
+def test_time_left_equals_a_value_computed_by_hand() -> None:
     assert seconds_left([], 10) is None
     assert seconds_left([(5.0, 1)], 10) is None
     assert seconds_left([(5.0, 1), (6.0, 1)], 10) is None
@@ -145,7 +159,7 @@ def test_memory_is_counted_in_bytes() -> None:
     assert peak_memory_bytes(torch.device("cpu")) < 1 << 40
 
 
-def test_plain_lines_come_every_so_often_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_plain_lines_are_printed_at_intervals_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
     config = MetricsConfig(log_every_seconds=10)
@@ -171,7 +185,7 @@ def test_a_terminal_shows_a_bar(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.messages
 
 
-def test_the_closing_table_has_each_domain_before_and_after() -> None:
+def test_the_closing_table_shows_each_domain_before_and_after() -> None:
     def line(step: int, domain: str, perplexity: float) -> dict[str, object]:
         return {"step": step, "domain": domain, "perplexity": perplexity, "bits_per_byte": perplexity / 1000}
 

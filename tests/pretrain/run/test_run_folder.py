@@ -28,7 +28,7 @@ def filled(path: Path, steps: list[int]) -> StepLog:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_log_gives_back_what_was_appended(tmp_path: Path, name: str) -> None:
+def test_a_log_returns_what_was_appended(tmp_path: Path, name: str) -> None:
     log = filled(tmp_path / name, [1, 2, 2, 3])
     assert [record["step"] for record in log.read()] == [1, 2, 2, 3]
     assert [record["step"] for record in log.read(after=2)] == [3]
@@ -36,7 +36,7 @@ def test_a_log_gives_back_what_was_appended(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_record_up_to_a_step(tmp_path: Path, name: str) -> None:
+def test_last_returns_the_newest_record_up_to_a_step(tmp_path: Path, name: str) -> None:
     log = filled(tmp_path / name, [0, 50, 100])
     newest = [record and record["step"] for record in map(log.last, (-1, 0, 49, 50, 99, 1000, None))]
     assert newest == [None, 0, 0, 50, 50, 100, 100]
@@ -44,7 +44,7 @@ def test_the_last_record_up_to_a_step(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cut_at_any_byte_a_log_keeps_its_whole_records_and_goes_on(tmp_path: Path, name: str) -> None:
+def test_a_log_cut_at_any_byte_keeps_its_whole_records_and_accepts_more(tmp_path: Path, name: str) -> None:
     log = filled(tmp_path / name, [1, 2, 3])
     content = log.path.read_bytes()
     ends = [0, *(end for _, end in log._lines())]
@@ -79,14 +79,14 @@ def test_other_readers_read_the_logs(tmp_path: Path) -> None:
         assert text.read().splitlines() == plain.path.read_bytes().splitlines()[:2]
 
 
-def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_missing_log_is_empty(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "metrics.jsonl")
     log.sync()
     assert log.cut_back(3, tmp_path / "aside") == 0
     assert list(log.read()) == []
 
 
-def test_a_record_that_went_out_in_part_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_written_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = filled(tmp_path / "metrics.jsonl", [1])
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))  # as on a full disk
@@ -97,7 +97,7 @@ def test_a_record_that_went_out_in_part_is_taken_back(tmp_path: Path, monkeypatc
     assert [record["step"] for record in log.read()] == [1, 2]
 
 
-def test_a_folder_that_cannot_be_written_to_is_named() -> None:
+def test_an_unwritable_folder_is_named() -> None:
     folder = Path(tempfile.mkdtemp())  # not tmp_path, which another user could not access
     folder.chmod(0o555)
     user = os.geteuid()
@@ -119,7 +119,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         RunFolder(tmp_path / "runs" / "x").create()
 
 
-def test_moving_aside_deletes_nothing_and_counts_on(tmp_path: Path) -> None:
+def test_moving_aside_deletes_nothing_and_numbers_the_copies(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     for n in (1, 2, 3):
         folder.create()
@@ -131,7 +131,7 @@ def test_moving_aside_deletes_nothing_and_counts_on(tmp_path: Path) -> None:
     assert not folder.root.exists()
 
 
-def test_the_run_id_lasts(tmp_path: Path) -> None:
+def test_the_run_id_persists(tmp_path: Path) -> None:
     folder, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
     folder.create()
     other.create()
@@ -146,7 +146,7 @@ def begun(root: Path) -> RunFolder:
     return folder
 
 
-def test_a_copied_folder_gets_a_wandb_run_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copied_folder_gets_its_own_wandb_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parent = begun(tmp_path / "run")
     run_id = parent.settle_run_id("run")
     shutil.copytree(parent.root, tmp_path / "other")
@@ -162,7 +162,7 @@ def test_a_copied_folder_gets_a_wandb_run_of_its_own(tmp_path: Path, caplog: pyt
         assert copy.settle_run_id(copy.root.name) == (copy.wandb / "run_id").read_text() != run_id
 
 
-def test_a_moved_folder_keeps_its_wandb_run_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_moved_folder_keeps_its_wandb_run_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = begun(tmp_path / "run")
     run_id = folder.settle_run_id("run")
     (tmp_path / "elsewhere").mkdir()
@@ -178,7 +178,7 @@ def test_a_moved_folder_keeps_its_wandb_run_and_says_so(tmp_path: Path, caplog: 
     assert not caplog.text
 
 
-def test_another_name_is_another_wandb_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_run_name_gets_another_wandb_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_id = begun(tmp_path / "run").settle_run_id("run")
     (tmp_path / "run").rename(tmp_path / "renamed")
     assert RunFolder(tmp_path / "renamed").settle_run_id("renamed") != run_id
@@ -202,7 +202,7 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step", [-1, 1, 3])
-def test_what_is_cut_off_and_what_is_kept_are_all_there_was(tmp_path: Path, name: str, step: int) -> None:
+def test_kept_and_cut_off_records_together_are_all_records(tmp_path: Path, name: str, step: int) -> None:
     log, aside = filled(tmp_path / name, [0, 1, 1, 2, 4, 5]), StepLog(tmp_path / "superseded" / name)
     before = list(log.read())
     assert log.cut_back(step, aside.path) == sum(int(str(record["step"])) > step for record in before)
@@ -212,7 +212,7 @@ def test_what_is_cut_off_and_what_is_kept_are_all_there_was(tmp_path: Path, name
     assert [*aside.read()][-1] == {"step": 9}
 
 
-def test_a_torn_line_swallows_no_record_after_it(tmp_path: Path) -> None:
+def test_a_torn_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
     log = filled(tmp_path / "evals.jsonl", [1, 2])
     whole = log.path.read_bytes()
     for size in range(len(whole) // 2, len(whole) + 1):  # a kill within the second line
@@ -223,7 +223,7 @@ def test_a_torn_line_swallows_no_record_after_it(tmp_path: Path) -> None:
         assert [record["step"] for record in log.read()] == [*whole_ones, 3, 4], size
 
 
-def test_what_a_disk_does_not_show_is_not_taken_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_not_treated_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.config.write_text(f"run: {{name: run, dir: {tmp_path}}}")
@@ -246,9 +246,7 @@ def test_what_a_disk_does_not_show_is_not_taken_for_absent(tmp_path: Path, monke
     assert len(list(folder.metrics.read())) == 4
 
 
-def test_a_kill_does_not_come_between_the_lines_of_one_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_never_separates_the_lines_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = StepLog(tmp_path / "evals.jsonl")
     records: list[dict[str, object]] = [{"step": 3, "domain": domain} for domain in ("wiki", "web", "micro")]
     write, writes = os.write, iter((True, False))

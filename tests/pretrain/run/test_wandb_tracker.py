@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,81 +15,16 @@ from pretrain.run.wandb_rows import eval_rows, last_local_step, step_row
 from pretrain.run.wandb_tracker import Tracker, WandbConfig, git_commit
 from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
+from tests.pretrain.run.wandb_sessions import records, session
 
 CONFIG = WandbConfig(system_metrics=False)
 
-# One session: resumes at a step, logs up to another, then ends as told.
-SESSION = """
-import os, sys, time
-from pathlib import Path
-import psutil
-from pretrain.run.run_folder import RunFolder
-from pretrain.run.wandb_tracker import Tracker, WandbConfig
-
-resumed_at, last, end, rate, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), sys.argv[6]
-folder = RunFolder(Path(sys.argv[1]))
-folder.create()
-folder.wandb.mkdir(exist_ok=True)
-if not (folder.wandb / "run_id").exists():
-    (folder.wandb / "run_id").write_text("an-id")
-folder.cut_back(resumed_at)
-described = {"model": {"dim": 8}, "commit": "c0ffee"}
-
-
-def evaluate(tracker, step):
-    evals = {"step": step, "suite": "val", "domain": "wiki", "perplexity": 2.0 * step}
-    folder.evals.append(evals)
-    tracker.log_evals([evals])
-
-
-config = WandbConfig(system_metrics=False, mode=mode)
-with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
-    if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
-        evaluate(tracker, resumed_at)
-    for step in range(resumed_at + 1, last + 1):
-        if step == last and end == "service stopped":
-            [process.terminate() or process.wait() for process in psutil.Process().children()]
-        seconds = time.monotonic()  # never the same again, and no reason to take anything back
-        record = {"step": step, "loss": 1 / step, "learning_rate": rate, "tokens_per_source": {"pile": step}}
-        record["step_seconds"] = seconds
-        folder.metrics.append(record)
-        tracker.log_step(record, more=step % 4 == 0)
-        if step % 4 == 0 and not (step == last and end == "left before the evaluation"):
-            evaluate(tracker, step)
-    if end == "finished":
-        evaluate(tracker, last)  # as at the data's end, which the step before could not foresee
-    if end == "killed":
-        time.sleep(0.1)  # some of it is flushed to the file by now, some is not
-        for process in [*psutil.Process().children(), psutil.Process()]:
-            process.kill()
-"""
-
-
-def session(
-    root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
-) -> str:
-    """Run a session and return what it logged."""
-    command = [sys.executable, "-c", SESSION, str(root), str(resumed_at), str(last), end, str(rate), mode]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
-    assert result.returncode == (-9 if end == "killed" else 0), result.stderr
-    return result.stderr
-
-
-def inspected(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    """Read all records of all sessions of a wandb run with wandb's own reader."""
-    records: list[dict[str, object]] = []
-    for file in sorted((root / "wandb").glob(f"*run-*/run-{run_id}.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        records += [json.loads(line) for line in lines]
-    return records
-
 
 def history(root: Path, run_id: str = "an-id") -> list[dict[str, object]]:
-    return [record["history"]["item"] for record in inspected(root, run_id) if record["type"] == "history"]  # type: ignore[index]
+    return [record["history"]["item"] for record in records(root, run_id) if record["type"] == "history"]  # type: ignore[index]
 
 
-def test_after_kills_each_step_stands_once_with_all_its_figures(tmp_path: Path) -> None:
+def test_after_kills_each_step_appears_once_with_all_its_figures(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 22, "killed")
     session(root, 10, 30, "service stopped")  # as the launcher does
@@ -112,7 +46,7 @@ def check_retrained(rows: list[dict[str, Any]], last: int) -> None:
     assert [row["step"] for row in rows if "eval/wiki/perplexity" in row] == list(range(4, last + 1, 4))
 
 
-def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path: Path) -> None:
+def test_offline_a_step_that_comes_out_differently_begins_a_new_wandb_run(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 33, "left before the evaluation")
     said = session(root, 20, 28, "left before the evaluation", rate=2.0)
@@ -125,7 +59,7 @@ def test_offline_steps_that_come_out_differently_begin_a_new_wandb_run(tmp_path:
     assert [row["step"] for row in history(root)] == list(range(1, 34))  # as they were trained at the time
 
 
-def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_path: Path) -> None:
+def test_steps_retrained_without_wandb_are_noticed_at_the_next_start(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 33, "left before the evaluation")
     session(root, 20, 36, "left before the evaluation", rate=2.0, mode="disabled")
@@ -135,7 +69,7 @@ def test_what_was_trained_again_without_wandb_is_noticed_at_the_next_start(tmp_p
 
 
 @pytest.mark.parametrize("rewinds", [True, False])
-def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, rewinds: bool) -> None:
+def test_online_wandb_is_rewound_to_before_a_step_that_comes_out_differently(tmp_path: Path, rewinds: bool) -> None:
     root = tmp_path / "run"
     with wandb_server(rewinds) as server:
         online = {"mode": "online", **server.environment}
@@ -153,12 +87,12 @@ def test_online_steps_that_come_out_differently_are_taken_back(tmp_path: Path, r
         assert rewinds or server.history["an-id"] == before
 
 
-def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
+def test_the_wandb_run_has_its_config_and_its_axis(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 2, "finished")
-    records = inspected(root)
-    text = json.dumps(records)
-    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
+    found = records(root)
+    text = json.dumps(found)
+    assert {record["run"]["run_id"] for record in found if record["type"] == "run"} == {"an-id"}  # type: ignore[index]
     assert "c0ffee" in text
     assert '"glob_name": "*"' in text
     assert '"step_metric": "step"' in text
@@ -166,7 +100,7 @@ def test_the_run_says_what_it_is_and_what_its_axis_is(tmp_path: Path) -> None:
     assert last_local_step(root / "wandb", "another-id") == -1
 
 
-def test_a_wheel_does_not_take_the_commit_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_does_not_report_the_commit_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "is_clone", lambda: False)
     assert git_commit() == ""
 
@@ -184,7 +118,7 @@ def test_disabled_costs_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wandb_that_fails_is_no_failure_of_the_training(
+def test_a_failing_wandb_does_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(self: Tracker, mode: str) -> None:
@@ -196,13 +130,13 @@ def test_a_wandb_that_fails_is_no_failure_of_the_training(
     assert "no such luck" in caplog.text
 
 
-def test_an_error_of_the_training_passes_through(tmp_path: Path) -> None:
+def test_an_error_of_the_training_is_passed_on(tmp_path: Path) -> None:
     config = WandbConfig(mode="disabled")
     with pytest.raises(ZeroDivisionError), Tracker(config, RunFolder(tmp_path), "name", "id", {}):
         raise ZeroDivisionError
 
 
-def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> None:
+def test_a_changed_suite_is_shown_under_its_own_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     for first, last, suite in ((0, 2, "s@1"), (2, 3, "s@2")):
@@ -218,7 +152,7 @@ def test_a_suite_that_changed_is_shown_under_its_own_name(tmp_path: Path) -> Non
     assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
 
 
-def test_rows_are_flat() -> None:
+def test_rows_are_flattened() -> None:
     assert step_row({"step": 1, "loss": 2.0, "epoch_per_source": {"a": 0.5}}) == {
         "step": 1, "loss": 2.0, "epoch_per_source/a": 0.5,
     }  # fmt: skip

@@ -141,6 +141,6 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def wandb_server(rewinds: bool) -> Iterator[WandbServer]:
     with WandbServer(rewinds) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

@@ -26,7 +26,7 @@ def decode(data: bytes, path: str = "x.jsonl.zst", max_window: int = MAX_WINDOW)
 
 
 @given(raw=st.binary(min_size=1, max_size=5000), frames=st.integers(1, 5), suffix=st.sampled_from([".zst", ".gz"]))
-def test_frames_and_members_follow_each_other(raw: bytes, frames: int, suffix: str) -> None:
+def test_consecutive_frames_and_members_are_decoded(raw: bytes, frames: int, suffix: str) -> None:
     assert decode(compress(raw, suffix, frames)) == raw
 
 
@@ -42,7 +42,7 @@ def test_a_truncated_file_is_an_error_that_names_it(cut: int, frames: int, suffi
         decode(data, f"shard{suffix}")
 
 
-def test_truncation_at_a_block_end_is_seen() -> None:
+def test_truncation_at_a_block_end_is_detected() -> None:
     raw = bytes(i * i % 251 for i in range(1 << 20))
     compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     blocks = compressor.compress(raw) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
@@ -51,7 +51,7 @@ def test_truncation_at_a_block_end_is_seen() -> None:
 
 
 @pytest.mark.parametrize("checksum", [True, False])
-def test_flipped_bits_give_an_error_or_other_bytes_but_never_a_short_result(checksum: bool) -> None:
+def test_flipped_bits_give_an_error_or_other_bytes_but_never_fewer_bytes(checksum: bool) -> None:
     raw = b"".join(b"%d the quick brown fox\n" % i for i in range(4000))
     data = zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=False).compress(raw)
     for at in range(20, len(data) - 8, len(data) // 40):
@@ -68,7 +68,7 @@ def test_flipped_bits_give_an_error_or_other_bytes_but_never_a_short_result(chec
         decode(bytes(broken_gzip), "x.json.gz")
 
 
-def test_skippable_frames_and_zero_padding_are_passed_over() -> None:
+def test_skippable_frames_and_zero_padding_are_skipped() -> None:
     skippable = b"\x5a\x2a\x4d\x18" + (300_000).to_bytes(4, "little") + bytes(300_000)
     frame = compress(b"one\n", ".zst")
     assert decode(skippable + frame + skippable + frame + skippable) == b"one\none\n"
@@ -77,7 +77,7 @@ def test_skippable_frames_and_zero_padding_are_passed_over() -> None:
     assert decode(gzip.compress(b"one\n") + bytes(600_000) + gzip.compress(b"two\n")) == b"one\ntwo\n"
 
 
-def test_what_follows_the_last_frame_must_be_a_frame() -> None:
+def test_only_a_frame_may_follow_a_frame() -> None:
     for data in (compress(b"one\n", ".zst") + b"junk", gzip.compress(b"one\n") + b"junk"):
         with pytest.raises(ShardError, match="damaged"):
             decode(data)
@@ -97,7 +97,7 @@ def header(window_log: int) -> bytes:
     return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
 
 
-def test_a_31_bit_window_is_decoded_if_allowed_and_else_names_the_setting() -> None:
+def test_a_31_bit_window_is_decoded_if_allowed_and_otherwise_names_the_setting() -> None:
     blob = header(31) + (1 | 5 << 3).to_bytes(3, "little") + b"long\n"  # one last raw block
     with pytest.raises(ShardError, match=r"max_decoder_window is 134217728; raise it to 2147483648 "):
         decode(blob)
@@ -108,7 +108,7 @@ def test_a_31_bit_window_is_decoded_if_allowed_and_else_names_the_setting() -> N
 
 
 @pytest.mark.parametrize("kind", [zstandard.DICT_TYPE_AUTO, zstandard.DICT_TYPE_RAWCONTENT])
-def test_a_dictionary_is_named_and_the_command_that_does_without_works(tmp_path: Path, kind: int) -> None:
+def test_a_needed_dictionary_is_reported_and_the_printed_command_removes_the_need(tmp_path: Path, kind: int) -> None:
     lines = [record(f"{i * i} of some length, so that there is something to learn") for i in range(900)]
     trained = zstandard.train_dictionary(2000, lines).as_bytes()
     learnt = zstandard.ZstdCompressionDict(trained, dict_type=kind)
@@ -131,7 +131,7 @@ def test_other_compressions_are_named(tmp_path: Path) -> None:
             decode(data, "a.jsonl.more")
 
 
-def test_compression_is_told_by_content_not_by_name() -> None:
+def test_compression_is_recognized_by_content_not_by_name() -> None:
     assert decode(gzip.compress(b'{"text": "a"}\n'), "named.jsonl.zst") == b'{"text": "a"}\n'
     assert decode(b'\xef\xbb\xbf {"text": "a"}\n', "named.jsonl.zst").endswith(b"}\n")
     with pytest.raises(ShardError, match="neither zstd, gzip nor"):
@@ -140,7 +140,7 @@ def test_compression_is_told_by_content_not_by_name() -> None:
         decode(b"")
 
 
-def test_gzip_repeats_unpack_in_bounded_chunks() -> None:
+def test_highly_compressed_gzip_is_unpacked_in_bounded_chunks() -> None:
     raw = b"a" * (16 << 20)
     file = formats.Peeked(io.BytesIO(compress(raw, ".gz")), 18)
     sizes = [len(chunk) for chunk in formats.decode(file, formats.detect(file.head, "x"), "x", MAX_WINDOW)]

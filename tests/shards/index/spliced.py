@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import zstandard
@@ -36,15 +38,22 @@ def compressed(raw: bytes, level: int = 3, block_bytes: int = 0, **parameters: i
     return b"".join(parts) + stream.flush()
 
 
-SHARDS = {
-    "level 1, checksum": compressed(TEXT, 1, write_checksum=True),
-    "level 3, window of 128 KiB": compressed(TEXT, 3, window_log=17),
-    "level 19, small blocks": compressed(TEXT[: 1 << 21], 19, block_bytes=20_000, window_log=18),
-    "long mode": compressed(TEXT, 3, window_log=18, enable_ldm=True),
-    "two frames": compressed(TEXT, 3) + compressed(TEXT, 5, write_checksum=True),
-    "gzip": gzip.compress(TEXT, 6),
-    "two gzip members": gzip.compress(TEXT, 1) + gzip.compress(TEXT, 9),
+_MADE_BY: dict[str, Callable[[], bytes]] = {
+    "level 1, checksum": lambda: compressed(TEXT, 1, write_checksum=True),
+    "level 3, window of 128 KiB": lambda: compressed(TEXT, 3, window_log=17),
+    "level 19, small blocks": lambda: compressed(TEXT[: 1 << 20], 19, block_bytes=20_000, window_log=18),
+    "long mode": lambda: compressed(TEXT, 3, window_log=18, enable_ldm=True),
+    "two frames": lambda: compressed(TEXT, 3) + compressed(TEXT, 5, write_checksum=True),
+    "gzip": lambda: gzip.compress(TEXT, 6),
+    "two gzip members": lambda: gzip.compress(TEXT, 1) + gzip.compress(TEXT, 9),
 }
+SHARDS = tuple(_MADE_BY)
+
+
+@functools.cache
+def shard(name: str) -> bytes:
+    """Return the content of one of SHARDS, which is compressed only once a test asks for it."""
+    return _MADE_BY[name]()
 
 
 def indexed(folder: Path, data: bytes, verify: bool = True) -> tuple[str, ShardIndex]:

@@ -45,9 +45,7 @@ def coarser(found: manifest.ShardIndex, version: int) -> manifest.ShardIndex:
 
 
 @pytest.mark.parametrize("fault", ["indexes of another version", "no version", "other tables"])
-def test_a_manifest_that_is_not_of_these_indexes_is_made_again_without_reading_a_shard(
-    tmp_path: Path, fault: str
-) -> None:
+def test_a_manifest_of_other_indexes_is_rebuilt_without_reading_a_shard(tmp_path: Path, fault: str) -> None:
     data = corpus(tmp_path)
     expected = hashes(data)
     (path,) = tmp_path.glob("*.manifest")
@@ -64,7 +62,7 @@ def test_a_manifest_that_is_not_of_these_indexes_is_made_again_without_reading_a
     assert path.read_bytes() == right
 
 
-def test_record_tables_are_compared_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_record_tables_are_compared_when_a_run_continues(tmp_path: Path) -> None:
     data = corpus(tmp_path)
     with Loader(data, 4) as loader:
         before = loader.fingerprint
@@ -79,7 +77,7 @@ def test_record_tables_are_compared_when_a_run_goes_on(tmp_path: Path) -> None:
         check_fingerprint(begun_long_ago, loader.fingerprint)
 
 
-def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -> None:
+def test_a_rebuilt_index_is_used_whatever_the_manifest_says(tmp_path: Path) -> None:
     """Find a shard replaced by one of equal size and time with --verify, even of that shard alone."""
     data = corpus(tmp_path)
     assert hashes(data)
@@ -95,7 +93,7 @@ def test_an_index_made_anew_is_used_whatever_the_manifest_says(tmp_path: Path) -
     assert hashes(data)
 
 
-def test_a_manifest_does_without_the_files_of_its_indexes(tmp_path: Path) -> None:
+def test_a_manifest_works_without_the_files_of_its_indexes(tmp_path: Path) -> None:
     """Start without the index files: nobody reads them, so a cleanup of old files removes them first."""
     data = corpus(tmp_path)
     expected = hashes(data)
@@ -105,7 +103,7 @@ def test_a_manifest_does_without_the_files_of_its_indexes(tmp_path: Path) -> Non
     assert hashes(data) == expected
 
 
-def test_indexes_beside_the_shards_are_used_where_their_folder_is_read_only(
+def test_indexes_beside_the_shards_are_used_if_their_folder_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,18 +13,19 @@ from threading import Thread
 import pytest
 import zstandard
 
+from pretrain.commands import dispatch
 from shards import Loader, ShardError, document, open_at, read_documents
 from shards.index.paths import history_path, index_path
 from shards.index.shard_index import obtain
 from shards.storage import files, remote
-from tests.shards.corpora import ROOT, SAMPLE, config
+from tests.shards.corpora import SAMPLE, config
 
 SHARDS = [SAMPLE / "pile-00.jsonl.zst", SAMPLE / "dolma-wikipedia-0000.json.gz"]
 pytestmark = pytest.mark.usefixtures("near")
 
 
 @pytest.mark.parametrize("path", SHARDS, ids=lambda path: path.name)
-def test_a_document_is_that_which_reading_from_the_start_gives(tmp_path: Path, path: Path) -> None:
+def test_a_document_equals_the_one_read_from_the_start(tmp_path: Path, path: Path) -> None:
     documents = list(read_documents(path))
     for number in (0, 1, len(documents) // 2, len(documents) - 1):
         assert document(path, documents[number].line, index_dir=tmp_path) == documents[number]
@@ -36,7 +36,7 @@ def test_a_document_is_that_which_reading_from_the_start_gives(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("path", SHARDS, ids=lambda path: path.name)
-def test_an_opened_shard_reads_and_seeks_as_the_unpacked_file_does(tmp_path: Path, path: Path) -> None:
+def test_an_opened_shard_reads_and_seeks_like_the_unpacked_file(tmp_path: Path, path: Path) -> None:
     unpacked = {".zst": ["zstd", "-dc"], ".gz": ["gzip", "-dc"]}[path.suffix]
     raw = subprocess.run([*unpacked, str(path)], stdout=subprocess.PIPE, check=True).stdout
     reference = io.BytesIO(raw)
@@ -51,14 +51,13 @@ def test_an_opened_shard_reads_and_seeks_as_the_unpacked_file_does(tmp_path: Pat
         assert file.read() == b""
 
 
-def test_the_command_prints_a_document(tmp_path: Path) -> None:
+def test_the_command_prints_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = list(read_documents(SHARDS[0]))[40]
-    command = [sys.executable, str(ROOT / "launch/index.py"), "--index-dir", str(tmp_path), "--cat", str(SHARDS[0])]
-    done = subprocess.run([*command, "--document", str(expected.line)], capture_output=True, text=True, check=True)
-    assert done.stdout == expected.text + "\n"
-    alone = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert alone.returncode == 2
-    assert "--cat and --document belong together" in alone.stderr
+    command = ["--index-dir", str(tmp_path), "--cat", str(SHARDS[0])]
+    assert dispatch.run("index", [*command, "--document", str(expected.line)]) == 0
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert dispatch.run("index", command) == 2
+    assert "--cat and --document belong together" in capsys.readouterr().err
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,12 +91,12 @@ def server() -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.data = zstandard.ZstdCompressor(write_content_size=False, level=1).compress(text)  # type: ignore[attr-defined]
         running.sent = 0  # type: ignore[attr-defined]
-        Thread(target=running.serve_forever, daemon=True).start()
+        Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
 
 
-def test_a_remote_shard_is_fetched_only_where_it_is_read(
+def test_only_the_parts_read_of_a_remote_shard_are_fetched(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 1 << 16)

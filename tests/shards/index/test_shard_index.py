@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain.commands import dispatch
 from shards import Loader, ShardError, preparation
 from shards.index import shard_index
 from shards.index.decoders import Decoders
 from shards.index.record_table import RecordTable
 from shards.index.shard_index import build
 from shards.storage import files
-from tests.shards.corpora import ROOT, config, record, words, write_shard
+from tests.shards.corpora import config, record, words, write_shard
 
 PIECES = st.lists(
     st.sampled_from([b"\n", b"{x}", b"  ", b"\r\n", b"\xef\xbb\xbf", b"{" + b"y" * 30 + b"}"]), max_size=40
@@ -54,7 +53,7 @@ def test_cells_and_counts_do_not_depend_on_how_bytes_arrive(pieces: list[bytes],
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl"])
-def test_an_index_leads_to_every_byte(tmp_path: Path, suffix: str) -> None:
+def test_every_byte_can_be_reached_through_an_index(tmp_path: Path, suffix: str) -> None:
     raw = b"".join(record(words(i, 20 + i % 50)) for i in range(300))
     path = str(write_shard(tmp_path / f"a{suffix}", raw, frames=4))
     found = shard_index.build(path, cell_bytes=4096, max_window=1 << 27)
@@ -78,7 +77,7 @@ def test_the_decoder_window_is_the_largest_of_all_frames(tmp_path: Path) -> None
     assert (index.decoder_window, index.num_frames) == (1 << 23, 3)
 
 
-def test_the_frames_of_the_seekable_format_are_entries(tmp_path: Path) -> None:
+def test_frames_of_the_seekable_format_are_entries(tmp_path: Path) -> None:
     raw = b"".join(record(words(i, 20 + i % 50)) for i in range(2000))
     path = str(tmp_path / "a.jsonl.zst")
     with pyzstd.SeekableZstdFile(path, "w", max_frame_content_size=50_000) as file:
@@ -124,7 +123,7 @@ def test_a_read_only_folder_is_indexed_elsewhere(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "mine").glob("*.manifest"))
 
 
-def test_a_start_does_not_index_for_hours(tmp_path: Path) -> None:
+def test_a_start_refuses_to_index_for_hours(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl", record("one") * 100)
     data = config([{"name": "a", "paths": [str(path)]}], max_index_at_start=1000)
     with pytest.raises(ShardError, match=r"1 shards have no index.*python launch/index.py .*a\.jsonl"):
@@ -146,7 +145,7 @@ def test_missing_empty_and_wrong_paths_are_named(tmp_path: Path) -> None:
             preparation.prepare(config([{"name": "a", "paths": [str(tmp_path / paths)]}]))
 
 
-def test_other_ranks_read_the_manifest_and_look_at_no_shard(
+def test_other_ranks_read_the_manifest_and_examine_no_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in range(4):
@@ -171,28 +170,25 @@ def test_other_ranks_read_the_manifest_and_look_at_no_shard(
     assert "set data.index_dir to a folder that all nodes share" in caplog.text
 
 
-def test_the_command_makes_the_indexes_that_a_start_would(tmp_path: Path) -> None:
+def test_the_command_makes_the_same_indexes_as_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(12):
         write_shard(tmp_path / f"s/{i:05}.jsonl.zst", record(words(i, 30)))
     data = config([{"name": "a", "paths": [str(tmp_path / "s/*.jsonl.zst")]}], index_dir=tmp_path / "i")
     preparation.prepare(data)
     made_by_start = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("0000*")}
-    command = [sys.executable, str(ROOT / "launch/index.py"), str(tmp_path / "s/0000*.zst"), "--verify", "--show"]
-    options = ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    assert "10 shards indexed" in done.stdout
-    assert done.stdout.count("splice points: none: too short to gain from them, at less than 4 MiB raw") == 10
+    command = [str(tmp_path / "s/0000*.zst"), "--verify", "--show", "--workers", "1"]
+    command += ["--index-dir", str(tmp_path / "j"), "--cell-bytes", str(data.cell_bytes)]
+    assert dispatch.run("index", command) == 0
+    said = capsys.readouterr().out
+    assert "10 shards indexed" in said
+    assert said.count("splice points: none: too short to gain from them, at less than 4 MiB raw") == 10
     assert {path.name: path.read_bytes() for path in (tmp_path / "j").glob("0000*")} == made_by_start
     for name in ("00003", "00005"):
         damaged = tmp_path / f"s/{name}.jsonl.zst"
         damaged.write_bytes(damaged.read_bytes()[:-5])
-    failed = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert [f"{name}.jsonl.zst: the file ends at byte" in failed.stderr for name in ("00003", "00004", "00005")] == [
-        1,
-        0,
-        1,
-    ]
-    failed = subprocess.run([*command[:2], str(tmp_path / "none.jsonl")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert "none.jsonl: no such shard" in failed.stderr
+    assert dispatch.run("index", command) == 2
+    said = capsys.readouterr().err
+    named = [f"{name}.jsonl.zst: the file ends at byte" in said for name in ("00003", "00004", "00005")]
+    assert named == [True, False, True]
+    assert dispatch.run("index", [str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl: no such shard" in capsys.readouterr().err

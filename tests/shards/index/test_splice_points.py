@@ -20,7 +20,7 @@ from shards.index.shard_index import ShardIndex, load, obtain
 from shards.index.thinning import Follower
 from shards.storage import files
 from tests.shards.corpora import config
-from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of
+from tests.shards.index.spliced import CELL, MAX_WINDOW, SHARDS, TEXT, compressed, indexed, raw_of, shard
 
 pytestmark = pytest.mark.usefixtures("near")
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", SHARDS)
 def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: str, verify: bool) -> None:
-    data = SHARDS[name]
+    data = shard(name)
     path, index = indexed(tmp_path, data, verify)
     raw = raw_of(data)
     assert index.raw_bytes == len(raw)
@@ -44,7 +44,7 @@ def test_every_entry_leads_to_the_same_bytes_to_the_end(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(("level", "block_bytes"), [(16, 5_000), (19, 2_000)])
-def test_headers_tell_exactly_which_blocks_refer_to_trees_and_tables_from_before(level: int, block_bytes: int) -> None:
+def test_headers_show_exactly_which_blocks_refer_to_earlier_trees_and_tables(level: int, block_bytes: int) -> None:
     data = compressed(TEXT[: 200 * block_bytes], level, block_bytes)
     found, window, state = [], b"", 0
     for chunk in formats.chunks(formats.Peeked(ByteFile(data), 18), "zstd", "x", MAX_WINDOW):
@@ -76,7 +76,7 @@ class ByteFile:
         return part
 
 
-def test_a_small_frame_that_unpacks_to_much_comes_in_bounded_pieces() -> None:
+def test_a_small_frame_that_unpacks_to_much_is_decoded_in_bounded_chunks() -> None:
     data = compressed(bytes(64 << 20))
     assert len(data) < 1 << 14
     sizes = [len(chunk) for chunk in formats.decode(ByteFile(data), "zstd", "x", MAX_WINDOW)]
@@ -85,11 +85,11 @@ def test_a_small_frame_that_unpacks_to_much_comes_in_bounded_pieces() -> None:
 
 
 @pytest.mark.parametrize("name", ["level 3, window of 128 KiB", "gzip"])
-def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
+def test_a_wrong_history_is_detected_reported_once_counted_and_replayed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    path, index = indexed(tmp_path, SHARDS[name])
-    raw = raw_of(SHARDS[name])
+    path, index = indexed(tmp_path, shard(name))
+    raw = raw_of(shard(name))
     found = index.splices[1]
     histories = paths.history_path(paths.index_path(path, None))
     packed = bytearray(histories.read_bytes())
@@ -113,8 +113,8 @@ def test_a_wrong_window_is_noticed_told_once_counted_and_replayed(
 
 def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distrust an entry even if it decodes without error to other bytes, as stale repeat offsets can."""
-    path, index = indexed(tmp_path, SHARDS["level 3, window of 128 KiB"])
-    raw = raw_of(SHARDS["level 3, window of 128 KiB"])
+    path, index = indexed(tmp_path, shard("level 3, window of 128 KiB"))
+    raw = raw_of(shard("level 3, window of 128 KiB"))
     chunks = formats.chunks
 
     def lying(*args: object) -> object:
@@ -132,7 +132,7 @@ def test_other_bytes_from_an_entry_are_never_delivered(tmp_path: Path, monkeypat
     assert replays > len(index.splices)
 
 
-def test_flipped_bits_that_no_format_notices_are_noticed_by_the_index(tmp_path: Path) -> None:
+def test_the_index_detects_flipped_bits_that_no_format_detects(tmp_path: Path) -> None:
     path, index = indexed(tmp_path, TEXT)  # not compressed
     broken = TEXT.replace(b" the ", b" teh ", 1)
     assert len(broken) == len(TEXT)
@@ -144,7 +144,7 @@ def test_flipped_bits_that_no_format_notices_are_noticed_by_the_index(tmp_path: 
 
 def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(SHARDS["level 1, checksum"])
+    path.write_bytes(shard("level 1, checksum"))
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
     index_path = paths.index_path(str(path), None)
 
@@ -169,7 +169,9 @@ def test_entries_change_nothing_that_is_read(tmp_path: Path) -> None:
     assert with_entries == without_windows == without_entries
 
 
-def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histories_use_no_more_than_their_fraction_of_the_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     for name, value in {"MIN_GAP_BYTES": 1 << 17, "TRIAL_BYTES": 1 << 17, "HISTORIES_PER_GAP": 0}.items():
         monkeypatch.setattr(splice_points, name, value)
@@ -184,10 +186,10 @@ def test_windows_take_no_more_than_their_share(tmp_path: Path, monkeypatch: pyte
         assert taken <= most * index.stat.size
 
 
-def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_uses_the_newest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the newest entries even if a manifest still names those of an index that was deleted and rebuilt."""
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(SHARDS["level 1, checksum"])
+    path.write_bytes(shard("level 1, checksum"))
     data = config([{"name": "a", "paths": [str(path)]}], window_bytes=CELL, lanes=4, seq_len=128)
     preparation.prepare(data)
     index_path = paths.index_path(str(path), None)
@@ -199,13 +201,13 @@ def test_a_start_takes_the_entries_that_were_made_last(tmp_path: Path, monkeypat
     assert preparation.index_status(data, data.sources[0]).indexed[str(path)] == load(index_path)
 
 
-def test_what_ends_the_pass_leaves_no_windows_and_no_entries_need_none(tmp_path: Path) -> None:
-    path, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+def test_an_aborted_pass_leaves_the_old_histories_and_no_entries_need_none(tmp_path: Path) -> None:
+    path, index = indexed(tmp_path, shard("level 1, checksum"))
     histories = paths.history_path(paths.index_path(path, None))
     before = histories.read_bytes()
     assert len(before) == sum(found.packed_bytes for found in index.splices)
     with pytest.raises(ShardError, match="truncated"):
-        indexed(tmp_path, SHARDS["level 1, checksum"][:-100])
+        indexed(tmp_path, shard("level 1, checksum")[:-100])
     assert histories.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [Path(path), histories]
     _, index = indexed(tmp_path, compressed(TEXT[:1000]))
@@ -228,7 +230,7 @@ def test_gzip_data_that_unpacks_to_much_has_entries_too(tmp_path: Path, verify: 
         assert decoders.replays == 0
 
 
-def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_fails_before_the_next_entry_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holds = Follower.holds
     followers: list[Follower] = []
 
@@ -238,16 +240,14 @@ def test_what_does_not_hold_up_to_the_next_entry_is_no_entry(tmp_path: Path, mon
         return holds(follower, chunks) and (followers.count(follower) == 1 or not chunks)
 
     monkeypatch.setattr(Follower, "holds", once)
-    _, index = indexed(tmp_path, SHARDS["level 1, checksum"])
+    _, index = indexed(tmp_path, shard("level 1, checksum"))
     assert len(index.splices) <= 1  # one tried at the frame's end has nothing after it
     assert index.splice_counts.failed > 3
-    _, index = indexed(tmp_path, SHARDS["level 1, checksum"], verify=False)
+    _, index = indexed(tmp_path, shard("level 1, checksum"), verify=False)
     assert len(index.splices) > 3
 
 
-def test_windows_that_cannot_be_afforded_do_not_keep_others_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_histories_that_are_too_large_do_not_exclude_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splice_points, "SHARE", 0.02)
     monkeypatch.setattr(splice_points, "SMALL_SHARE", 0.1)
     noise = random.Random(0).randbytes(100_000)  # repeated within the window, so that all of it is referred to
@@ -261,7 +261,7 @@ def test_windows_that_cannot_be_afforded_do_not_keep_others_out(
     assert sum(found.packed_bytes for found in index.splices) <= 0.1 * index.stat.size
 
 
-def test_a_member_that_gives_no_entry_leaves_those_of_the_next(tmp_path: Path) -> None:
+def test_a_member_without_entries_does_not_affect_the_next(tmp_path: Path) -> None:
     noise = random.Random(0).randbytes(6 << 20)
     _, alone = indexed(tmp_path, gzip.compress(TEXT))
     _, index = indexed(tmp_path, gzip.compress(noise, 0) + gzip.compress(TEXT))

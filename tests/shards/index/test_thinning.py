@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from shards.formats import Chunk, Start
 from shards.index import splice_points
 from shards.index.thinning import Follower, thinned
-from tests.shards.index.spliced import SHARDS, TEXT, compressed, indexed
+from tests.shards.index.spliced import TEXT, compressed, indexed, shard
 
 pytestmark = pytest.mark.usefixtures("near")
 
@@ -25,21 +25,21 @@ def decodes(compression: str, start: Start, window: bytes, chunks: Sequence[Chun
 
 
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
-        SHARDS["gzip"],
-        compressed(TEXT, 3, window_log=19),
-        compressed(TEXT, 9, window_log=18),
-        compressed(TEXT, 3, window_log=20, enable_ldm=True),
+        lambda: shard("gzip"),
+        lambda: compressed(TEXT, 3, window_log=19),
+        lambda: compressed(TEXT, 9, window_log=18),
+        lambda: compressed(TEXT, 3, window_log=20, enable_ldm=True),
     ],
     ids=["gzip", "512 KiB", "256 KiB", "1 MiB, long mode"],
 )
-def test_what_is_dropped_is_not_referred_to_and_what_is_kept_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+def test_thinning_drops_exactly_what_is_not_referred_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], bytes]
 ) -> None:
     calls: list[Call] = []
     monkeypatch.setattr(splice_points, "thinned", lambda *call: calls.append(call) or thinned(*call))
-    indexed(tmp_path, data)
+    indexed(tmp_path, make())
     held = [call for call in calls if decodes(call[0], call[1], bytes(call[1].history), call[2])]
     assert len(held) >= 2
     draw = random.Random(0)

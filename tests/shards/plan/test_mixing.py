@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.plan.mixing import RULES, integer_weights, lane_phase, level_shares, mix_of, mixing_sequence
+from tests.examples import examples
 
 WEIGHTS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12).map(tuple)
 PERIOD = RULES[1][0]
@@ -31,9 +32,9 @@ def test_integer_weights_are_within_one_of_their_share(weights: tuple[float, ...
         assert abs(share - weight / sum(weights) * PERIOD) < 1 + 1e-6 or share == 1
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(weights=WEIGHTS)
-def test_every_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tuple[float, ...]) -> None:
+def test_any_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tuple[float, ...]) -> None:
     for shares in level_shares(exact(weights), *RULES[2]):
         sequence = mixing_sequence(shares)
         steps = np.arange(sum(shares) + 1)
@@ -47,7 +48,7 @@ def test_every_stretch_of_a_level_is_within_two_slots_of_its_shares(weights: tup
 
 
 @given(weights=st.lists(st.floats(1e-7, 1e7), min_size=1, max_size=8).map(tuple))
-def test_the_levels_together_hold_the_weights_to_the_stated_bound(weights: tuple[float, ...]) -> None:
+def test_the_levels_together_keep_the_weights_within_the_stated_bound(weights: tuple[float, ...]) -> None:
     wanted = [weight / sum(exact(weights)) for weight in exact(weights)]
     met, scale = [Fraction(0)] * len(weights), Fraction(1)
     for shares in level_shares(exact(weights), *RULES[2]):
@@ -84,9 +85,9 @@ def test_lanes_draw_a_small_source_at_different_times(case: str) -> None:
         assert abs(drawn - wanted) <= 0.02 * wanted + 3
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(weights=WEIGHTS, version=st.sampled_from([1, 2]), lane=st.integers(0, 2000), draw=st.data())
-def test_counts_and_rows_of_use_are_those_of_the_rows_drawn_one_by_one(
+def test_computed_counts_equal_those_of_rows_drawn_one_by_one(
     weights: tuple[float, ...], version: int, lane: int, draw: st.DataObject
 ) -> None:
     mix = mix_of(weights, version)
@@ -100,7 +101,7 @@ def test_counts_and_rows_of_use_are_those_of_the_rows_drawn_one_by_one(
             assert mix.row_of_use(lane, source, row, uses) == later[uses]
 
 
-def test_a_source_without_weight_is_never_due() -> None:
+def test_a_source_of_weight_zero_is_never_due() -> None:
     mix = mix_of((1.0, 0.0, 0.5), 2)
     assert mix is not None
     assert mix.row_of_use(3, 1, 0, 0) is None

@@ -86,7 +86,7 @@ def test_batches_of_version_1_are_those_of_the_old_program(corpus: Path, case: s
         assert chained(loader, batches) == (batches, expected)
 
 
-def test_a_state_of_version_1_goes_on_as_with_the_old_program(corpus: Path) -> None:
+def test_a_state_of_version_1_continues_as_in_the_old_program(corpus: Path) -> None:
     with Loader(of(corpus, (0.5, 0.3, 0.2), (1, None, None), lanes=2), 4, SEED) as loader:
         assert chained(loader, 60) == (60, "f7b29194f8323898")
         state = json.loads(json.dumps(loader.state_dict()))
@@ -97,7 +97,7 @@ def test_a_state_of_version_1_goes_on_as_with_the_old_program(corpus: Path) -> N
         assert chained(loader, 40) == (40, "42c557d259e0ab04")
 
 
-def test_a_fingerprint_without_a_version_is_of_version_1(corpus: Path) -> None:
+def test_a_fingerprint_without_a_version_has_version_1(corpus: Path) -> None:
     def fingerprint(version: int | None) -> dict[str, object]:
         data = of(corpus, (0.5, 0.3, 0.2), UNLIMITED, lanes=2).model_copy(update={"plan_version": version})
         with Loader(data, 4) as loader:
@@ -111,7 +111,7 @@ def test_a_fingerprint_without_a_version_is_of_version_1(corpus: Path) -> None:
     check_fingerprint(fingerprint(2), fingerprint(None))
 
 
-def test_the_quickstart_reads_what_it_always_read(tmp_path: Path) -> None:
+def test_the_quickstart_reads_the_batches_it_always_read(tmp_path: Path) -> None:
     """The hash is that of step 50 in metrics.jsonl of a run by the program that brought in plan version 2."""
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     data = settings["data"] | {"index_dir": str(tmp_path), "num_workers": 0}

@@ -14,7 +14,7 @@ from shards.hashing import permutation
 from shards.plan.segments import SourcePlan, WindowPlan
 
 
-def test_permutation_is_the_published_hash_and_stays_what_it_is() -> None:
+def test_the_permutation_is_that_of_the_published_hash() -> None:
     # splitmix64 from seed 1234567, reference values of the algorithm's authors.
     expected = [
         6457827717110365317,
@@ -107,7 +107,7 @@ def test_lanes_together_read_every_record_once_an_epoch(
 
 
 @pytest.mark.parametrize(("documents", "lanes"), [(25, 8), (250, 64), (2500, 960)])
-def test_few_documents_are_dealt_evenly(documents: int, lanes: int) -> None:
+def test_a_few_documents_are_dealt_evenly(documents: int, lanes: int) -> None:
     plan = SourcePlan("s", tables_of([[documents]], 2000), 1 << 20, lanes, seed=0, version=2)
     limits = np.array([plan.segments_of_lane(lane, 1) for lane in range(lanes)])
     loads = plan.read_before(limits)[0].tolist()
@@ -115,7 +115,7 @@ def test_few_documents_are_dealt_evenly(documents: int, lanes: int) -> None:
     assert max(loads) - min(loads) <= 1
 
 
-def test_small_shards_fill_windows_and_large_ones_are_read_in_a_row() -> None:
+def test_small_shards_fill_windows_and_large_ones_are_read_sequentially() -> None:
     small = SourcePlan("s", tables_of([[3]] * 20_000, 500), 1 << 20, 1, seed=0, version=2)
     windows = [window for _, window in read_by(small, 0, 1)]
     assert len(windows) < 1.2 * small.raw_bytes / (1 << 20)

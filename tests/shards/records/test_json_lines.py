@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards import Document, SourceConfig, read_documents
 from shards.records.json_lines import MAX_DEPTH, RecordParser, Records
+from tests.examples import examples
 from tests.shards.corpora import record, words, write_shard
 
 NUMBERS = [b"9" * 700, b"9" * 5000, b"-" + b"1" * 100_000, b"1e999", b"NaN", b"-Infinity", b"1." + b"3" * 9000]
@@ -72,7 +73,7 @@ def deeper(frames: int, function: Callable[[], Records]) -> Records:
 
 @pytest.mark.parametrize("keys", KEYS, ids=str)
 @pytest.mark.parametrize("template", [b'{"meta": %s, "text": "x"}', b'{"text": "y", "meta": {"set": {"name": %s}}}'])
-def test_what_else_is_read_of_a_record_does_not_matter(keys: dict[str, str], template: bytes) -> None:
+def test_texts_are_the_same_whichever_other_keys_are_read(keys: dict[str, str], template: bytes) -> None:
     lines = [template % value for value in ODD_VALUES]
     expected = {line: text for line, text in enumerate(map(reference, lines), 1) if text is not None}
     assert 8 < len(expected) < len(lines) - 8
@@ -93,9 +94,9 @@ EDITS = st.lists(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(line=st.sampled_from(LINES), edits=EDITS)
-def test_broken_lines_are_judged_alike_by_both_parsers(line: bytes, edits: list[tuple[int, int, bytes | str]]) -> None:
+def test_both_parsers_judge_broken_lines_alike(line: bytes, edits: list[tuple[int, int, bytes | str]]) -> None:
     for place, removed, added in edits:
         added = added if isinstance(added, bytes) else added.encode()
         line = line[:place] + added + line[place + removed :]
@@ -106,7 +107,7 @@ def test_broken_lines_are_judged_alike_by_both_parsers(line: bytes, edits: list[
         assert RecordParser(**keys).parse(line, 2).texts == expected
 
 
-def test_runs_of_the_old_rule_keep_it() -> None:
+def test_runs_begun_under_the_old_rule_keep_it() -> None:
     """Leave fields that are not read unchecked; a deep record is bad where the parser's stack ends."""
     values = (b'"caf\xe9"', b"9" * 5000, b"[" * 300 + b"]" * 300, b"1,")
     lines = [b'{"text": "x", "meta": %s}' % value for value in values]
@@ -123,7 +124,7 @@ def test_keys_that_json_escapes_are_found(tmp_path: Path) -> None:
         assert list(read_documents(path, source)) == [Document("t", "s", str(path), 1, "7")]
 
 
-def test_names_in_a_record_can_be_written_down(tmp_path: Path) -> None:
+def test_names_that_no_file_could_hold_are_replaced(tmp_path: Path) -> None:
     """Replace a lone surrogate in an id or a sub-source, at which writers would fail: metrics, provenance, workers."""
     path = write_shard(tmp_path / "a.jsonl", b'{"text": "x", "id": "\\ud800", "set": "a\\udc00"}\n')
     source = SourceConfig(name="s", paths=(str(path),), source_from="set")
@@ -131,6 +132,6 @@ def test_names_in_a_record_can_be_written_down(tmp_path: Path) -> None:
     assert (document.id, document.source) == ("\ufffd", "a\ufffd")
 
 
-def test_a_long_record_of_brackets_is_judged_in_proportion_to_its_length() -> None:
+def test_a_long_record_of_brackets_is_parsed() -> None:
     text = words(1, 100) + "[{" * 500_000
     assert RecordParser().parse(record(text), 1).texts == [text]

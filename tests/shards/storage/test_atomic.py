@@ -24,7 +24,7 @@ while True: write_atomically(path, str(n % 10) * 300_000); n += 1
 
 def test_a_killed_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    for i in range(5):
+    for i in range(3):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
         while not path.exists():
             time.sleep(0.01)
@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content_hash, "READ_BYTES", 1000)
     for content in (b"", b"x" * 999, bytes(range(256)) * 99):
         write_atomically(tmp_path / "file", content)

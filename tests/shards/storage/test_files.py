@@ -53,7 +53,7 @@ def test_a_touch_changes_nothing_before_during_or_after_a_run(tmp_path: Path, nu
     assert got == expected == hashes(data, 30)
 
 
-def test_two_nodes_with_copies_of_their_own_share_an_index_dir(tmp_path: Path) -> None:
+def test_two_nodes_with_their_own_copies_share_an_index_dir(tmp_path: Path) -> None:
     """Read the first node's manifest on a second one, where the same files have other times."""
     paths = corpus(tmp_path / "data")
     data = of(tmp_path / "data/*.zst", index_dir=tmp_path / "shared")
@@ -82,7 +82,7 @@ def test_a_touched_column_is_judged_by_its_values(tmp_path: Path) -> None:
         next(loader)
 
 
-def test_a_touch_while_a_shard_is_indexed_is_no_change_and_another_content_is(tmp_path: Path) -> None:
+def test_touching_a_shard_while_it_is_indexed_is_no_change_but_changing_it_is(tmp_path: Path) -> None:
     (path,) = corpus(tmp_path, 1)
     found = build(str(path), 1 << 20, 1 << 27, lambda *_: os.utime(path, (5, 5)))
     assert found.stat == files.stat(str(path))
@@ -92,7 +92,7 @@ def test_a_touch_while_a_shard_is_indexed_is_no_change_and_another_content_is(tm
         build(str(plain), 1 << 20, 1 << 27, lambda *_: plain.write_bytes(changed) and None)
 
 
-def test_touched_shards_beyond_the_limit_are_called_touched_and_read(
+def test_touched_shards_beyond_the_limit_are_reported_and_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = corpus(tmp_path)
@@ -109,7 +109,7 @@ def test_touched_shards_beyond_the_limit_are_called_touched_and_read(
     assert not caplog.text
 
 
-def test_shards_renamed_into_another_order_are_called_so(tmp_path: Path) -> None:
+def test_shards_renamed_into_another_order_are_reported(tmp_path: Path) -> None:
     paths = corpus(tmp_path)
     with Loader(of(tmp_path / "*.zst"), 4) as loader:
         before = loader.fingerprint
@@ -123,7 +123,7 @@ def test_shards_renamed_into_another_order_are_called_so(tmp_path: Path) -> None
         check_fingerprint(before, loader.fingerprint)
 
 
-def test_documents_that_stand_twice_in_a_source_are_said_and_a_run_with_them_goes_on(
+def test_shards_listed_twice_in_a_source_are_reported_and_a_run_with_them_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, _, third = corpus(tmp_path / "v1")
@@ -143,9 +143,7 @@ def test_documents_that_stand_twice_in_a_source_are_said_and_a_run_with_them_goe
     assert "v1/2.jsonl.zst (a copy of v1/0.jsonl.zst)" in caplog.text
 
 
-def test_what_a_globs_folder_holds_and_is_not_read_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_that_a_glob_ignores_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus(tmp_path)
     names = ("c.jsonl.zstd", "d.ndjson", "e.json", "f.JSONL", "g.jsonl.bz2", "h.jsonl.xz", "i.parquet")
     read = ("also.jsonl.gz", "readme.txt", "0.jsonl.zst.index.json", ".hidden.json")
@@ -163,7 +161,7 @@ def test_what_a_globs_folder_holds_and_is_not_read_is_said_once(
     assert not caplog.text
 
 
-def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     corpus(tmp_path, 1)
     os.mkfifo(tmp_path / "f.jsonl.zst")
     with pytest.raises(ShardError, match=r"f\.jsonl\.zst: is a pipe"):
@@ -180,14 +178,14 @@ def test_a_file_address_is_a_path(tmp_path: Path) -> None:
     assert [one.text for one in read_documents(f"file://{path}")] == [one.text for one in read_documents(path)]
 
 
-def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
     (path,) = corpus(tmp_path, 1)
     path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl.zst"))
     with pytest.raises(ShardError, match=r"caf\\xe9\.jsonl\.zst' is not UTF-8.*rename it"):
         prepare(of(tmp_path / "*.zst"))
 
 
-def test_a_name_too_long_for_an_index_is_named(tmp_path: Path) -> None:
+def test_a_file_name_too_long_for_an_index_is_reported(tmp_path: Path) -> None:
     path = write_shard(tmp_path / ("x" * 240 + ".jsonl"), record("one"))
     with pytest.raises(ShardError, match="give the shard a shorter name"):
         prepare(of(path))

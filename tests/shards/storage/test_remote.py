@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.query = ""  # nothing is served without it
         self.head_faults: Iterator[str] = iter(())  # for requests for the size, whatever their method
         self.etags: Iterator[str] = iter(())  # used before `etag`, as mirrors differ in theirs
+        self.over = threading.Event()  # ends all stalls
 
     @property
     def url(self) -> str:
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(int(fault))
             return
         if fault == "stall":
-            time.sleep(3)
+            self.server.over.wait(3)
         if fault == "drop" and not of_block:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -113,10 +113,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "BLOCK_BYTES", len(DATA) // 9)
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
     with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
+        running.over.set()
         running.shutdown()
 
 
@@ -134,7 +135,7 @@ def test_a_stream_through_faults_is_complete_and_the_same(server: Server) -> Non
     assert read_all(server.url) == DATA
 
 
-def test_failures_for_good_are_named(server: Server) -> None:
+def test_permanent_failures_are_named(server: Server) -> None:
     with pytest.raises(ShardError, match=r"none\.jsonl.*no such shard"):
         remote.stat(server.url.replace("shard", "none"))
     server.faults = itertools.repeat("503")
@@ -143,9 +144,9 @@ def test_failures_for_good_are_named(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "429", "500", "drop", "stall"])
-def test_a_size_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_failed_request_for_a_size_is_repeated(server: Server, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "stall":
-        monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.2)
     expected = remote.stat(server.url)
     for times in (1, 2, 4):  # an attempt makes two requests with different methods
         server.head_faults = iter([fault] * times)
@@ -154,7 +155,7 @@ def test_a_size_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("fault", "said"), [("503", "503"), ("drop", "isconnect"), ("stall", "no answer for 0.05 s")])
-def test_a_size_that_is_never_told_is_the_servers_fault(
+def test_a_size_that_is_never_answered_is_blamed_on_the_server(
     server: Server, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
 ) -> None:
     if fault == "stall":
@@ -166,7 +167,7 @@ def test_a_size_that_is_never_told_is_the_servers_fault(
 
 
 @pytest.mark.parametrize("status", ["404", "403", "410"])
-def test_what_is_refused_is_asked_for_once(server: Server, status: str) -> None:
+def test_a_refused_request_is_not_repeated(server: Server, status: str) -> None:
     server.head_faults = iter([status] * 2 + ["503"])
     with pytest.raises(ShardError, match="no such shard, or no right to read it"):
         remote.stat(server.url)
@@ -177,7 +178,7 @@ def test_what_is_refused_is_asked_for_once(server: Server, status: str) -> None:
     assert next(server.faults) == "503"
 
 
-def test_a_listing_is_asked_for_again_and_tells_what_is_not_read(
+def test_a_failed_listing_is_repeated_and_ignored_files_are_named(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Repeat a failed listing, which fsspec would take for an empty folder."""
@@ -190,7 +191,7 @@ def test_a_listing_is_asked_for_again_and_tells_what_is_not_read(
         files.expand((pattern,), "s")
 
 
-def test_mirrors_that_call_one_content_by_other_names_are_one_shard(server: Server, tmp_path: Path) -> None:
+def test_mirrors_with_different_stamps_for_one_content_are_one_shard(server: Server, tmp_path: Path) -> None:
     data = config([{"name": "a", "paths": [server.url]}], index_dir=tmp_path / "i", window_bytes=1 << 17, lanes=4)
 
     def hashes() -> list[int]:
@@ -204,7 +205,7 @@ def test_mirrors_that_call_one_content_by_other_names_are_one_shard(server: Serv
     assert hashes() == expected
 
 
-def test_a_server_that_ignores_ranges_is_told_from_one_that_serves_them(server: Server) -> None:
+def test_a_server_that_ignores_ranges_is_detected(server: Server) -> None:
     server.ranges = False
     with pytest.raises(ShardError, match="ignores byte ranges"):
         read_all(server.url)
@@ -233,7 +234,7 @@ def test_an_address_may_have_a_query(server: Server, tmp_path: Path) -> None:
     assert index.name.startswith("shard.jsonl.zst.")
 
 
-def test_what_is_kept_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
+def test_cached_blocks_are_not_requested_again(server: Server, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 10 * len(DATA))
     server.faults = itertools.cycle(["drop", "", "500", ""])
     assert read_all(server.url, 12_345, cache) == DATA[12_345:]
@@ -245,7 +246,7 @@ def test_what_is_kept_is_not_asked_for_again(server: Server, tmp_path: Path) -> 
     assert server.bodies == bodies
 
 
-def test_a_file_that_changed_is_read_anew(server: Server, tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again(server: Server, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 10 * len(DATA))
     assert read_all(server.url, 0, cache) == DATA
     server.data, server.etag = DATA[::-1], '"two"'
@@ -254,7 +255,7 @@ def test_a_file_that_changed_is_read_anew(server: Server, tmp_path: Path) -> Non
     assert read_all(server.url, 0, cache) == DATA
 
 
-def test_bytes_of_a_file_that_changes_under_the_reader_are_not_kept(server: Server, tmp_path: Path) -> None:
+def test_bytes_of_a_file_that_changes_while_it_is_read_are_not_cached(server: Server, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 10 * len(DATA))
     with remote.RemoteFile(server.url, cache=cache) as file:
         file.read(1)
@@ -284,7 +285,7 @@ def test_the_index_command_fills_the_cache_that_the_run_reads(
     assert server.bodies == bodies > 0
 
 
-def test_without_a_stamp_nothing_is_kept(server: Server, tmp_path: Path) -> None:
+def test_without_a_stamp_nothing_is_cached(server: Server, tmp_path: Path) -> None:
     server.etag = ""
     cache = BlockCache(tmp_path, 10 * len(DATA))
     assert read_all(server.url, 0, cache) == DATA
@@ -292,7 +293,7 @@ def test_without_a_stamp_nothing_is_kept(server: Server, tmp_path: Path) -> None
     assert read_all(server.url, 0, cache) == DATA[::-1]
 
 
-def test_a_second_run_takes_its_shards_from_the_cache(server: Server, tmp_path: Path) -> None:
+def test_a_second_run_reads_its_shards_from_the_cache(server: Server, tmp_path: Path) -> None:
     def hashes(number: int) -> list[int]:
         data = config(
             [{"name": "a", "paths": [server.url]}],

@@ -75,7 +75,7 @@ def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
     with FakeHub() as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -134,14 +134,14 @@ def test_no_more_is_fetched_from_the_hub_than_is_read(hf: Store, hub: FakeHub, m
     assert hub.sent == len(data)
 
 
-def test_a_shard_that_changed_before_the_start_is_indexed_anew(store: Store, tmp_path: Path) -> None:
+def test_a_shard_changed_before_the_start_is_reindexed(store: Store, tmp_path: Path) -> None:
     data = of(f"{store.url}/*", tmp_path)
     first = hashes(data)
     store.put("part-1.jsonl.zst", compress(b"".join(sorted(RAW[1].splitlines(True))), ".zst"))
     assert hashes(data) != first
 
 
-def test_a_shard_that_changes_under_a_run_ends_it(store: Store, tmp_path: Path) -> None:
+def test_a_shard_that_changes_during_a_run_ends_it(store: Store, tmp_path: Path) -> None:
     data = of(f"{store.url}/*", tmp_path)
     with Loader(data, 8, seed=1) as loader:
         store.put("part-1.jsonl.zst", compress(RAW[1][::-1].replace(b"\n", b"", 1) + b"\n", ".zst"))
@@ -149,7 +149,7 @@ def test_a_shard_that_changes_under_a_run_ends_it(store: Store, tmp_path: Path) 
             list(itertools.islice(loader, 500))
 
 
-def test_what_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
+def test_missing_files_are_named(store: Store, tmp_path: Path) -> None:
     for path, message in (
         (f"{store.url}/none.jsonl.zst", r"none\.jsonl\.zst: no such shard"),
         (f"{store.url}/none-*", f"no shard matches '{store.url}/none-"),
@@ -158,7 +158,7 @@ def test_what_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
             Loader(of(path, tmp_path), 8)
 
 
-def test_an_index_is_of_what_was_read_and_not_of_what_was_listed_before(store: Store) -> None:
+def test_an_index_describes_what_was_read_and_not_an_older_listing(store: Store) -> None:
     path = remote.expand(f"{store.url}/*")[0]
     store.put("part-0.jsonl.zst", SHARDS["part-1.jsonl.zst"])
     index = build(path, 1 << 16, 1 << 27)

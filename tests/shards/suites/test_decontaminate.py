@@ -23,6 +23,7 @@ from shards.suites import normalization as comparing
 from shards.suites.decontaminate import HashSet, ngrams, obtain, split_lines
 from shards.suites.normalization import comparable
 from shards.suites.suite import find
+from tests.examples import examples
 from tests.shards.corpora import ROOT, SAMPLE, config, record, words, write_shard
 
 EVAL = ROOT / "shards/sample/eval"
@@ -105,7 +106,9 @@ def test_all_planted_overlaps_are_found_and_no_other_document_is_dropped(
     assert len(kept_lines) > 0.9 * kept
 
 
-def test_the_ranks_together_and_a_resumed_loader_drop_the_same(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
+def test_any_number_of_ranks_and_a_resumed_loader_drop_the_same_documents(
+    planted: tuple[Path, set[int]], tmp_path: Path
+) -> None:
     data = data_config(planted[0], tmp_path)
     with Loader(data, 256) as loader:
         whole = [(batch.row_hash, [item.line for item in batch.contaminated]) for batch in islice(loader, 12)]
@@ -137,7 +140,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("block", [3, 50, 1 << 18])
-def test_ngrams_are_those_that_a_plain_search_finds(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ngrams_equal_those_of_a_plain_search(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decontaminate, "BLOCK_CHARACTERS", block)
     monkeypatch.setattr(comparing, "BLOCK_CHARACTERS", block)
     decontaminate._powers.cache_clear()
@@ -197,7 +200,7 @@ def test_a_copy_is_found_however_it_is_spelled(match: str, tmp_path: Path) -> No
         assert found.shares_text(inside).tolist() == [match == "ngram", False, False, False]
 
 
-def test_lines_are_found_whatever_white_space_ends_them_and_however_short(tmp_path: Path) -> None:
+def test_lines_are_found_whatever_whitespace_ends_them_and_however_short(tmp_path: Path) -> None:
     write_shard(tmp_path / "val.jsonl", record("yes no\n一\nthe whole of a longer line here"))
     rule = Decontamination.model_validate({"suite": tmp_path, "splits": ["val"], "min_tokens": 1})
     found = obtain(rule, tmp_path)
@@ -213,13 +216,13 @@ def test_lines_are_found_whatever_white_space_ends_them_and_however_short(tmp_pa
     assert not found.shares_text(["no", "yes", "二", "yes n\xf6", "yes no\xff"]).any()
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("éΣİßﬁ½…\u0301\u0345\u1161가\uffff"))
     )
 )
-def test_comparable_texts_stay_as_they_are(texts: list[str]) -> None:
+def test_texts_are_folded_independently_of_their_neighbours_and_form(texts: list[str]) -> None:
     """Fold texts independently of their neighbours and form; the reference goes character by character."""
     once = comparable(texts)
     assert comparable(once) == once
@@ -230,7 +233,7 @@ def test_comparable_texts_stay_as_they_are(texts: list[str]) -> None:
     assert once == [comparing._fold(text.replace("\uffff", "")) for text in texts]
 
 
-def test_ranks_are_handed_the_filter_and_never_read_the_suite(
+def test_other_ranks_are_given_the_filter_and_never_read_the_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_shard(tmp_path / "suite/val.jsonl", record(words(3, 30)))
@@ -259,7 +262,7 @@ def test_ranks_are_handed_the_filter_and_never_read_the_suite(
     assert "set data.index_dir to a folder that all nodes share" in caplog.text
 
 
-def test_with_ngrams_a_quotation_inside_a_paragraph_is_found(tmp_path: Path) -> None:
+def test_ngrams_find_a_quotation_inside_a_paragraph(tmp_path: Path) -> None:
     quoted = " ".join(sorted(paragraphs_of_suite("test"), key=len)[-1].split()[3:30])
     texts = [f"He said: {quoted.upper()}, and left.", f"He said: {' '.join(reversed(quoted.split()))}.", "x" * 999]
     shard = write_shard(tmp_path / "t.jsonl", b"".join(record(text + words(i, 99)) for i, text in enumerate(texts)))
@@ -271,7 +274,7 @@ def test_with_ngrams_a_quotation_inside_a_paragraph_is_found(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000])
-def test_a_set_of_hashes_holds_what_was_put_in(tmp_path: Path, size: int) -> None:
+def test_a_set_of_hashes_holds_what_was_added(tmp_path: Path, size: int) -> None:
     generator = np.random.default_rng(size)
     inside = generator.integers(0, 2**64, size, np.uint64)
     others = generator.integers(0, 2**64, 20_000, np.uint64)
@@ -286,7 +289,7 @@ def test_a_set_of_hashes_holds_what_was_put_in(tmp_path: Path, size: int) -> Non
     assert len(found.candidates(others // np.uint64(3))) < len(others) / 8
 
 
-def test_a_paragraph_is_what_stands_between_line_feeds_without_its_margins() -> None:
+def test_a_paragraph_is_the_stripped_text_between_line_feeds() -> None:
     spaces = " " * 300
     texts = ["  first line here \r\nshort\nsecond\u2028line here\n\n", f"first line here\t{spaces}", "", spaces, "\n\n"]
     lines = split_lines([*texts, f"\t{spaces}first line here"], 4)
@@ -298,7 +301,7 @@ def test_a_paragraph_is_what_stands_between_line_feeds_without_its_margins() -> 
     assert not len(split_lines([], 4).signatures())
 
 
-def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
+def test_a_run_with_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
     prints = []
     for rule in (None, {"suite": EVAL}, {"suite": EVAL, "min_tokens": 20}, {"suite": EVAL, "splits": ["val"]}):
         with Loader(data_config(planted[0], tmp_path, decontaminate=rule), 8) as loader:
@@ -314,7 +317,7 @@ def test_another_filter_is_another_run(planted: tuple[Path, set[int]], tmp_path:
     check_fingerprint(before, prints[0])  # a run begun before the key existed
 
 
-def test_bad_rules_are_named(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
+def test_invalid_rules_are_named(planted: tuple[Path, set[int]], tmp_path: Path) -> None:
     for rule, message in (
         ({"suite": tmp_path / "nowhere"}, r"data\.decontaminate\.suite=.*nowhere is not a folder"),
         ({"suite": EVAL, "splits": ["dev"]}, "no split 'dev'"),

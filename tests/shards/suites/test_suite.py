@@ -41,23 +41,23 @@ def domains(path: Path, split: str = "val") -> dict[str, list[str]]:
     return found
 
 
-def test_palomas_layout(tmp_path: Path) -> None:
+def test_palomas_layout_is_read(tmp_path: Path) -> None:
     assert domains(paloma(tmp_path)) == TEXTS
     assert {d.source for d in find(tmp_path, "val").documents()} == set(PALOMA)
 
 
 @pytest.mark.parametrize("name", ["{}/val.jsonl.zst", "{}/val.0.json.gz", "{}/val/x.jsonl", "{}.jsonl"])
-def test_a_domain_a_folder_or_a_file(tmp_path: Path, name: str) -> None:
+def test_a_domain_may_be_a_folder_or_a_file(tmp_path: Path, name: str) -> None:
     for domain in ("a", "b"):
         write_shard(tmp_path / name.format(domain), record(f"text of {domain}"))
     assert domains(tmp_path) == {"a": ["text of a"], "b": ["text of b"]}
 
 
-def test_a_folder_that_is_one_source(tmp_path: Path) -> None:
+def test_a_folder_may_be_a_single_source(tmp_path: Path) -> None:
     assert domains(paloma(tmp_path) / "wiki") == {"wiki": TEXTS["wiki"]}
 
 
-def test_a_list_of_sources(tmp_path: Path) -> None:
+def test_a_suite_may_be_a_list_of_sources(tmp_path: Path) -> None:
     paloma(tmp_path / "data", "test")
     write_shard(tmp_path / "notes.jsonl", record("", body="a note", meta={"kind": "short"}))
     rows = [{"text": text, "subdomain": "set"} for text in ("first", "second")]
@@ -80,7 +80,7 @@ def test_a_list_of_sources(tmp_path: Path) -> None:
     assert find(tmp_path / "suite.yaml", "val").name == "ours"
 
 
-def test_files_whose_names_have_dots_are_domains_of_their_own(tmp_path: Path) -> None:
+def test_files_with_dots_in_their_names_are_separate_domains(tmp_path: Path) -> None:
     for domain in ("falcon-1.5", "falcon-1.7"):
         write_shard(tmp_path / f"{domain}.jsonl", record(domain))
     assert domains(tmp_path) == {"falcon-1.5": ["falcon-1.5"], "falcon-1.7": ["falcon-1.7"]}

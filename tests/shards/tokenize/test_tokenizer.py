@@ -16,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from shards import DataConfig, Loader, Tokenizer, read_documents
 from shards.tokenize import long_words, word_encoder
+from tests.examples import examples
 from tests.shards.corpora import SAMPLE, TOKENIZER
 
 SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
@@ -97,13 +98,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     texts=st.lists(TEXTS, max_size=4),
     block=st.sampled_from([1, 7, 40, 1 << 17]),
     part=st.sampled_from([1, 5, 20, 1 << 17]),
 )
-def test_ids_of_any_text(model: Model, texts: list[str], block: int, part: int) -> None:
+def test_ids_of_any_text_equal_sentencepieces(model: Model, texts: list[str], block: int, part: int) -> None:
     with mock.patch.object(word_encoder, "BLOCK_BYTES", block), mock.patch.object(long_words, "PART_BYTES", part):
         model.check(texts)
 
@@ -111,13 +112,15 @@ def test_ids_of_any_text(model: Model, texts: list[str], block: int, part: int) 
 UNBROKEN = ["a", "ab", "aab", "the", "there", "ing", "0", "=", "é", "日本", "語", "Ü", "🙂", "<|im_start|>"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     parts=st.lists(st.tuples(st.sampled_from(UNBROKEN), st.integers(1, 80)), min_size=1, max_size=5),
     mixed=st.lists(st.sampled_from(UNBROKEN), max_size=60),
     part=st.sampled_from([16, 50, 300]),
 )
-def test_ids_of_words_of_any_length(model: Model, parts: list[tuple[str, int]], mixed: list[str], part: int) -> None:
+def test_ids_of_words_of_any_length_equal_sentencepieces(
+    model: Model, parts: list[tuple[str, int]], mixed: list[str], part: int
+) -> None:
     """Encode runs of one character or syllable, where leftmost merges decide, and mixed letters, where scores do."""
     text = "".join(unit * count for unit, count in parts) + "".join(mixed)
     with mock.patch.object(word_encoder, "BLOCK_BYTES", 10), mock.patch.object(long_words, "PART_BYTES", part):
@@ -125,7 +128,7 @@ def test_ids_of_words_of_any_length(model: Model, parts: list[tuple[str, int]], 
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "xyz", "Donaudampfschifffahrtsgesellschaft", "=-", "\u00e4\u00f6"])
-def test_a_long_word_is_encoded_in_parts_of_bounded_length_each_once(unit: str) -> None:
+def test_a_long_word_is_encoded_in_bounded_parts_each_once(unit: str) -> None:
     model = Model(TOKENIZER)
     text = unit * (400_000 // len(unit))
     seen: list[int] = []
@@ -144,13 +147,13 @@ def test_a_long_word_is_encoded_in_parts_of_bounded_length_each_once(unit: str) 
     assert sum(seen) <= 2 * len(text.encode()) + (1 << 14)
 
 
-def test_ids_of_real_text(model: Model) -> None:
+def test_ids_of_real_text_equal_sentencepieces(model: Model) -> None:
     for shard in sorted([*SAMPLE.glob("*.zst"), *SAMPLE.glob("*.gz")]):
         model.check([document.text for document in list(read_documents(shard))[::40]])
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_WORDS", 300), ("MAX_LONG_BYTES", 100), ("MAX_IDS", 2000)])
-def test_a_full_table_begins_anew(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_table_is_cleared(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_encoder, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(word_encoder, limit, value)
     model = Model(TOKENIZER)
@@ -162,13 +165,15 @@ def test_a_full_table_begins_anew(limit: str, value: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("factor", ["MIX", "MULTIPLIER"])
-def test_words_that_meet_in_a_slot_are_told_apart(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_in_the_same_slot_are_distinguished(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all words, or all with the same beginning, hash to one slot, so that only bytes and lengths decide."""
     monkeypatch.setattr(word_encoder, factor, word_encoder.np.uint64(0))
     Model(TOKENIZER).check(["interested interest interesting a a\0 ab abcdefg abcdefgh \0 \0\0", "interesting the a b"])
 
 
-def test_the_log_says_once_why_documents_are_encoded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_for_encoding_documents_whole_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = train("unigram", tmp_path / "unigram.model")
     config = DataConfig.parse(
         {

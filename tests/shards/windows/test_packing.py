@@ -17,6 +17,7 @@ from shards.arrays import Ints
 from shards.config import Packing
 from shards.windows import packing
 from shards.windows.packing import best_fit, pack
+from tests.examples import examples
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
 POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5)]
@@ -73,7 +74,9 @@ def test_every_token_is_a_target_exactly_once(packing: Packing, lengths: list[in
 
 @pytest.mark.parametrize("packing", POLICIES, ids=str)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 24), key=st.integers(0, 2**64 - 1))
-def test_pieces_say_where_their_tokens_come_from(packing: Packing, lengths: list[int], seq_len: int, key: int) -> None:
+def test_pieces_record_where_their_tokens_come_from(
+    packing: Packing, lengths: list[int], seq_len: int, key: int
+) -> None:
     documents = documents_of(lengths)
     rows = pack_documents(documents, seq_len, packing, key)
     tokens, segment_ids = dense(rows)
@@ -97,7 +100,7 @@ def test_best_fit_cuts_no_document_that_fits_a_row(lengths: list[int], seq_len: 
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(8, 24))
-def test_best_fit_wastes_less_than_a_row_where_all_documents_are_long(lengths: list[int], seq_len: int) -> None:
+def test_best_fit_wastes_less_than_a_row_if_all_documents_are_long(lengths: list[int], seq_len: int) -> None:
     long = [seq_len + 2 + n for n in lengths]
     rows = pack_documents(documents_of(long), seq_len, "best_fit", 1)
     room = rows.num_rows * (seq_len + 1) - int(rows.lengths.sum())
@@ -115,7 +118,7 @@ def test_concat_pads_only_the_last_row(lengths: int, seq_len: int) -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 16), max_size=40))
-def test_best_fit_equals_a_plain_rendering_of_the_rule(lengths: list[int]) -> None:
+def test_best_fit_equals_a_plain_implementation_of_the_rule(lengths: list[int]) -> None:
     capacity = 16
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -177,7 +180,7 @@ def closed_rows(
     return np.array(documents, np.int64), np.array(starts, np.int64), np.array(lengths, np.int64)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     seq_len=st.integers(1, 24),
     parts=st.lists(st.tuples(st.floats(0.02, 4), st.integers(1, 25), st.integers(0, 3)), max_size=6),
@@ -199,7 +202,7 @@ def test_rows_are_spread_exactly_as_they_always_were(
 
 
 @pytest.mark.parametrize(("shortest", "longest", "count"), [(1000, 1400, 400), (49, 50, 3000)])
-def test_many_long_documents_in_short_rows_pack_in_no_time(shortest: int, longest: int, count: int) -> None:
+def test_packing_many_long_documents_into_short_rows_stays_linear(shortest: int, longest: int, count: int) -> None:
     lengths = [shortest + i % (longest - shortest) for i in range(count)]
     steps = 0
 

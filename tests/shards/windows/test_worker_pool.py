@@ -22,22 +22,25 @@ def whole_shard(index: ShardIndex, path: str) -> WindowTask:
     return WindowTask(0, (SpanTask(span, index.raw_range(path, 0, index.raw_bytes)),), index.raw_bytes, 1)
 
 
-def test_a_cleared_pool_keeps_nothing_of_what_was_being_made(tmp_path: Path) -> None:
+def test_a_cleared_pool_drops_windows_that_were_being_made(tmp_path: Path) -> None:
     path = str(write_shard(tmp_path / "a.jsonl", b"".join(record(words(i, 30)) for i in range(400))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
     task = whole_shard(index, path)
-    requests = [WindowRequest(WindowId(0, lane, 0, 0), task, 0.0) for lane in range(4)]
+    requests = [WindowRequest(WindowId(0, lane, 0, 0), task, 0.0) for lane in range(20)]
     pool = WorkerPool(data, tools_of(data).recipe())
     try:
         for request in requests:
             pool.submit(request)
-        pool.wait_for(requests[0])  # the worker is now at the next one
-        pool.clear()
+        pool.wait_for(requests[0])  # the worker is now at a later one
+        with pool._lock:
+            dropped = [request for request in requests[1:] if request.result is None]
+            pool.clear()
         new = WindowRequest(requests[1].name, task, 0.0)
         pool.submit(new)
         again = pool.wait_for(new)  # answers come in order, so those to dropped requests have arrived
-        assert all(request.result is None for request in [*requests, new])
+        assert dropped
+        assert all(request.result is None for request in [*dropped, new])
         assert not pool._waiting
         assert not pool._asked[0]
     finally:
@@ -71,7 +74,9 @@ class Recording:
         self._maker.close()
 
 
-def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_a_source_whose_weight_rises_are_requested_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources: list[dict[str, object]] = []
     for number, name in enumerate("abc"):
         raw = b"".join(record(words(1000 * number + i, 40)) for i in range(200))
@@ -91,7 +96,7 @@ def test_a_source_whose_weight_rises_is_asked_for_in_time(tmp_path: Path, monkey
         assert not pool.on_demand
 
 
-def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
+def test_windows_without_rows_do_not_use_up_the_prefetch_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [
@@ -109,7 +114,7 @@ def test_windows_without_a_row_do_not_use_up_what_may_be_asked_for(
         assert len(pool.on_demand) < len(pool.asked) / 10
 
 
-def test_a_worker_that_starts_while_the_pool_is_closed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_starting_while_the_pool_closes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starting, go = threading.Event(), threading.Event()
 
     class Late:

@@ -62,7 +62,7 @@ def kill_workers() -> None:
 
 
 @pytest.mark.parametrize("disturbance", ["replaced", "removed"])
-def test_a_tokenizer_that_changes_is_no_successors_tokenizer(
+def test_a_replacement_worker_refuses_a_changed_tokenizer(
     shard: Path, other_model: Path, tmp_path: Path, disturbance: str
 ) -> None:
     model = Path(shutil.copy(TOKENIZER, tmp_path / "t.model"))
@@ -80,7 +80,7 @@ def test_a_tokenizer_that_changes_is_no_successors_tokenizer(
             next(loader)
 
 
-def test_a_tokenizer_that_is_replaced_before_the_first_window_makes_none_in_any_process(
+def test_no_process_makes_windows_with_a_tokenizer_replaced_before_the_first(
     shard: Path, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "t.model"
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_is_replaced_before_the_first_window_makes_none_in_any_
         hashes(data_of(shard, tokenizer=model, num_workers=1))
 
 
-def test_a_filter_is_handed_on_and_compared(shard: Path, tmp_path: Path) -> None:
+def test_the_filter_is_passed_on_to_workers_and_compared(shard: Path, tmp_path: Path) -> None:
     lines = [words(i, 20 + i % 50) for i in range(0, 200, 7)]
     write_shard(tmp_path / "suite/val.jsonl", b"".join(record(line) for line in lines))
     filtered = {"suite": tmp_path / "suite", "splits": ("val",)}
@@ -118,7 +118,7 @@ def test_a_filter_is_handed_on_and_compared(shard: Path, tmp_path: Path) -> None
             list(itertools.islice(loader, BATCHES))
 
 
-def test_what_lies_in_the_current_folder_or_on_the_path_is_not_imported(
+def test_workers_import_nothing_from_the_current_folder_or_pythonpath(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = hashes(data_of(shard, num_workers=0))
@@ -146,7 +146,7 @@ with shards.Loader(data, 8) as loader:
 """
 
 
-def test_a_successor_with_other_code_is_refused(shard: Path, tmp_path: Path) -> None:
+def test_a_replacement_worker_with_other_code_is_refused(shard: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "shards", tmp_path / "shards", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
@@ -171,7 +171,7 @@ def test_a_worker_that_cannot_start_says_why_at_once(shard: Path, monkeypatch: p
     assert len(started) == 1
 
 
-def test_what_workers_wrote_before_they_were_killed_is_in_the_error(
+def test_the_error_includes_what_killed_workers_wrote(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_shard(
@@ -192,7 +192,7 @@ def no_workers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_workers")
-def test_a_loader_that_is_dropped_ends_its_workers(shard: Path) -> None:
+def test_dropping_a_loader_ends_its_workers(shard: Path) -> None:
     loader = Loader(data_of(shard, num_workers=2), 8)
     threads = loader._pool._threads  # type: ignore[attr-defined]
     next(loader)
@@ -229,6 +229,6 @@ print(sum(1 for _ in zip(range(40), loader)))
 """
 
 
-def test_a_fork_that_ends_leaves_the_workers_alone(shard: Path) -> None:
+def test_a_fork_that_exits_leaves_the_workers_running(shard: Path) -> None:
     command = [sys.executable, "-c", FORKED, str(shard)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout == "40\n"

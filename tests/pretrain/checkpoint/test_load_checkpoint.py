@@ -12,9 +12,9 @@ import pytest
 import torch
 import xxhash
 
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore, FileEntry, write_complete
+from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore, write_complete
 from pretrain.evaluation import checkpoints
-from pretrain.evaluation.checkpoints import score_steps, take_checkpoint
+from pretrain.evaluation.checkpoints import load_checkpoint, score_steps
 from pretrain.model.transformer import ModelConfig
 from pretrain.topology import Topology
 from shards import CheckpointError, HeadraceError
@@ -78,21 +78,21 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_rank_0_finds_newest_is_taken_by_all(root: Path) -> None:
+def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> None:
     def work(here: Topology) -> tuple[int, int]:
         model, store = Model(), CheckpointStore(root, CheckpointConfig())
         if here.is_main:
             store.steps = lambda: [2]  # type: ignore[method-assign]  # it looked before the training had saved step 4
-        return take_checkpoint(model, store, None, here), model.step  # type: ignore[arg-type]
+        return load_checkpoint(model, store, None, here), model.step  # type: ignore[arg-type]
 
     assert on_ranks(work) == [(2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("rank", range(SIZE))
-def test_an_error_of_one_is_an_error_of_all(root: Path, rank: int) -> None:
+def test_an_error_on_one_rank_is_an_error_on_all(root: Path, rank: int) -> None:
     def work(here: Topology) -> object:
         store = CheckpointStore(root / "nothing" if here.rank == rank else root, CheckpointConfig())
-        return take_checkpoint(Model(), store, 4, here)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), store, 4, here)  # type: ignore[arg-type]
 
     errors = on_ranks(work)
     assert errors[0] == errors[1]
@@ -104,7 +104,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
     folder = root / "step_00000006" / "engine"
     folder.mkdir(parents=True)
     names = [f"{number}.pt" for number in range(5)]
-    entries = [FileEntry(f"engine/{name}", len(name), xxhash.xxh3_128_hexdigest(name.encode())) for name in names]
+    entries = [CheckpointFile(f"engine/{name}", len(name), xxhash.xxh3_128_hexdigest(name.encode())) for name in names]
     for name in names:
         (folder / name).write_text(name)
     write_complete(folder.parent, entries, 0.0)
@@ -117,7 +117,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
     monkeypatch.setattr("pretrain.checkpoint.store.hash_file", counted)
 
     def work(here: Topology) -> int:
-        return take_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here)  # type: ignore[arg-type]
 
     assert on_ranks(work) == [6, 6]
     assert sorted(hashed) == names
@@ -130,7 +130,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
         (folder / name).write_text(name)
 
 
-def test_steps_that_are_not_there_are_an_error_on_all_ranks(root: Path) -> None:
+def test_missing_steps_are_an_error_on_all_ranks(root: Path) -> None:
     store = CheckpointStore(root, CheckpointConfig())
 
     def work(here: Topology) -> object:
