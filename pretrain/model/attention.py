@@ -67,10 +67,11 @@ def _flex_attention(pieces: Pieces) -> Attend:
 
     rows, length = numbers.shape
     mask = _compiled(create_block_mask)(visible, rows, None, length, length, device=numbers.device)
+    flex = _compiled(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
     return attend

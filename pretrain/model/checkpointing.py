@@ -17,6 +17,7 @@ from pretrain.topology import Checkpointing
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.headrace.piece_attention.default,
+    torch.ops.higher_order.flex_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
