@@ -22,8 +22,8 @@ TARGETS, DIM, VOCABULARY, Z_LOSS = 40, 16, 96, 1e-2
 def main() -> None:
     tp_size = int(sys.argv[1])
     if sys.argv[2] == "vocabulary":
-        loss._SUMMED_WEIGHTS = 0
-    loss._CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * VOCABULARY // tp_size, 5 * VOCABULARY // tp_size
+        loss.SUMMED_WEIGHTS = 0
+    loss.CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * VOCABULARY // tp_size, 5 * VOCABULARY // tp_size
     generator = torch.Generator().manual_seed(4)
     # Small whole numbers, so that equal logits are equal to the last bit however they are summed
     hidden = torch.randint(-1, 2, (1, TARGETS, DIM), generator=generator).float().requires_grad_()

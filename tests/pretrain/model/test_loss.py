@@ -22,8 +22,8 @@ SCALE = 0.37  # what a caller multiplies the loss by
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split the targets of these tests, or the vocabulary, into several chunks, and those into several blocks."""
     if request.param == "by vocabulary":
-        monkeypatch.setattr(loss, "_SUMMED_WEIGHTS", 0)
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 12 * VOCABULARY)
+        monkeypatch.setattr(loss, "SUMMED_WEIGHTS", 0)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 12 * VOCABULARY)
     monkeypatch.setattr(loss, "_CACHED_LOGITS", 5 * VOCABULARY)
 
 
