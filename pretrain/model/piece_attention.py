@@ -30,10 +30,10 @@ def piece_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, extent: Ten
     """
     out, logsumexp = _results_for(q)
     for tokens, length in _batches(bounds.numpy().tobytes()):
-        q_batch, k_batch, v_batch = (_gathered(x, tokens, length) for x in (q, k, v))
+        q_batch, k_batch, v_batch = (_batch_of(x, tokens, length) for x in (q, k, v))
         found, sums = _aten._scaled_dot_product_flash_attention_for_cpu(q_batch, k_batch, v_batch, is_causal=True)
-        _scatter(found, out, tokens)
-        logsumexp.index_copy_(1, tokens, sums.transpose(0, 1).flatten(1))
+        _put(out, tokens, found.transpose(1, 2).flatten(0, 1))
+        _put(logsumexp.T, tokens, sums.transpose(1, 2).flatten(0, 1))
     return out, logsumexp
 
 
@@ -44,42 +44,54 @@ def piece_attention_backward(
     """Return the gradients of q, k and v, given that of the output."""
     gradients = _gradients_for(q, k, v)
     for tokens, length in _batches(bounds.numpy().tobytes()):
-        batches = (_gathered(x, tokens, length) for x in (grad, q, k, v, out))
-        sums = logsumexp.index_select(1, tokens).view(len(logsumexp), -1, length).transpose(0, 1)
+        batches = (_batch_of(x, tokens, length) for x in (grad, q, k, v, out))
+        sums = _at(logsumexp.T, tokens).view(-1, length, q.shape[1]).transpose(1, 2)
         found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*batches, sums, 0.0, is_causal=True)
-        for batch, gradient in zip(found, gradients, strict=True):
-            _scatter(batch, gradient, tokens)
+        for gradient, batch in zip(gradients, found, strict=True):
+            _put(gradient, tokens, batch.transpose(1, 2).flatten(0, 1))
     return gradients
 
 
+_Tokens = slice | Tensor  # indices of tokens; of neighbours a slice, which need not be copied
+
+
 @functools.lru_cache(maxsize=4)  # every layer asks for the same, forward and backward
-def _batches(bounds: bytes) -> tuple[tuple[Tensor, int], ...]:
-    """Group pieces by length. Return for each length n the tokens of its pieces, [pieces * n] int64, and n.
+def _batches(bounds: bytes) -> tuple[tuple[_Tokens, int], ...]:
+    """Group pieces by length. Return for each length n the tokens of its pieces, in their order, and n.
 
     One by one, short pieces would cost more in calls than in arithmetic; rounding their lengths up to make fewer groups
     would cost more arithmetic than it saves calls.
     """
     places = np.frombuffer(bounds, np.int32).astype(np.int64)
     lengths = np.diff(places)  # 0 behind the last piece
-    batches = []
+    batches: list[tuple[_Tokens, int]] = []
     for length in np.unique(lengths[lengths > 0]).tolist():
-        tokens = places[:-1][lengths == length, None] + np.arange(length)
-        batches.append((torch.from_numpy(tokens.ravel()), length))
+        tokens = (places[:-1][lengths == length, None] + np.arange(length)).ravel()
+        begin, end = int(tokens[0]), int(tokens[-1]) + 1
+        batches.append((slice(begin, end) if end - begin == len(tokens) else torch.from_numpy(tokens), length))
     return tuple(batches)
 
 
-def _gathered(x: Tensor, tokens: Tensor, length: int) -> Tensor:
+def _batch_of(x: Tensor, tokens: _Tokens, length: int) -> Tensor:
     """Return the rows of x [N, heads, D] for pieces of equal length, [pieces, heads, length, D] fp32.
 
     PyTorch's kernel took up to five times as long in bf16, in which it would also compute in fp32 and only read and
     write less.
     """
-    return x.index_select(0, tokens).view(-1, length, *x.shape[1:]).transpose(1, 2).float()
+    return _at(x, tokens).view(-1, length, *x.shape[1:]).transpose(1, 2).float()
 
 
-def _scatter(batch: Tensor, x: Tensor, tokens: Tensor) -> None:
-    """Write a batch [pieces, heads, length, D] to its rows of x [N, heads, D]."""
-    x.index_copy_(0, tokens, batch.transpose(1, 2).flatten(0, 1).to(x.dtype))
+def _at(x: Tensor, tokens: _Tokens) -> Tensor:
+    """Return x [N, ...] at these tokens, contiguous, as the kernel expects it without asking."""
+    return x[tokens].contiguous() if isinstance(tokens, slice) else x.index_select(0, tokens)
+
+
+def _put(x: Tensor, tokens: _Tokens, rows: Tensor) -> None:
+    """Set x [N, ...] at these tokens."""
+    if isinstance(tokens, slice):
+        x[tokens] = rows
+    else:
+        x.index_copy_(0, tokens, rows.to(x.dtype))
 
 
 @piece_attention.register_kernel("cuda")

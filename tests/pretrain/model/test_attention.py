@@ -119,6 +119,16 @@ def test_padding_is_finite(backend: AttentionBackend) -> None:
         assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("segment_ids", [rows_of([20], [20]), rows_of([3, 17], [17, 3])])
+def test_it_does_not_matter_how_the_inputs_lie_in_memory(segment_ids: Tensor) -> None:
+    """PyTorch's kernel reads wrong numbers where those of a head are not neighbours."""
+    inputs = heads_of(segment_ids, 4, 2, torch.float32)
+    apart = [x.detach().mT.contiguous().mT.requires_grad_() for x in inputs]
+    attend = attention_within_pieces(pieces_of(segment_ids, CPU), "varlen")
+    for one, other in zip(results(attend, inputs), results(attend, apart), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_same_batch_gives_the_same_bits() -> None:
     segment_ids = random_rows(seed=1)
     inputs = heads_of(segment_ids, 4, 2, torch.bfloat16)
