@@ -27,7 +27,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.model.compilation import compiled_graphs
 from pretrain.model.size import flops_per_token, memory_per_rank
-from pretrain.run.metrics import device_meter, mfu, peak_flops_of, peak_memory_bytes
+from pretrain.run.metrics import device_meter, mfu, peak_memory_bytes, total_peak_flops
 from pretrain.topology import Topology, started
 
 
@@ -73,8 +73,8 @@ class Training:
         parts = [self.step() for _ in range(steps)]
         median = {part: statistics.median(each[part] for each in parts) for part in parts[0]}
         speed = self._rows.targets.numel() * here.dp_size / median["step"]
-        flops, peak = flops_per_token(config.model, self._rows.context), peak_flops(config, here)
-        share = mfu(flops, speed, peak * here.world_size if peak else None)
+        flops = flops_per_token(config.model, self._rows.context)
+        share = mfu(flops, speed, total_peak_flops(config.metrics, here))
         work = dataclasses.replace(config.workload(here.dp_size), micro_batch_size=self._micro_batch_size)
         return {
             "tokens_per_second": round(speed),
@@ -87,13 +87,6 @@ class Training:
             "warmup_seconds": round(warmup_seconds, 2),
             "graphs_compiled_after_warmup": compiled_graphs() - graphs,
         }
-
-
-def peak_flops(config: RunConfig, here: Topology) -> float | None:
-    """Return the bf16 FLOP/s of one device, by the config or the table; None if neither knows it."""
-    if config.metrics.peak_flops is None and here.device.type == "cuda":
-        return peak_flops_of(torch.cuda.get_device_name())
-    return config.metrics.peak_flops
 
 
 def main() -> int:
