@@ -47,7 +47,9 @@ class Collectives(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name and "_wrap" not in name:
             kind = name.partition("::")[2].partition(".")[0].rstrip("_").replace("all_reduce", "allreduce")
             self.calls[kind] += 1
-            self.bytes[kind] += sum(x.nbytes for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor))
+            # Its first argument is the output, and what a gather makes is as large as all of its inputs together.
+            given = args[1] if kind == "_reduce_scatter_base" else args[0]
+            self.bytes[kind] += sum(x.nbytes for x in tree_leaves(given) if isinstance(x, torch.Tensor))
         return function(*args, **(kwargs or {}))
 
 

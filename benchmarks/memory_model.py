@@ -240,7 +240,7 @@ def _apply_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn
 @contextlib.contextmanager
 def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topology]:
     """Take part in a training of ranks that do not exist, as rank 0, with tensors that have no memory."""
-    tp_size, compiled = config.parallel.tp_size, torch.compile
+    tp_size = config.parallel.tp_size
     dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
     mesh = init_device_mesh("cpu", (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
     patches = [
@@ -254,7 +254,7 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
         mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),
         mock.patch("pretrain.model.loss._CACHED_LOGITS", CHUNK_LOGITS // 4),  # as on CUDA
-        mock.patch("torch.compile", lambda code, **_: compiled(code, backend=backend(ledger), dynamic=False)),
+        mock.patch("torch.compile", functools.partial(torch.compile, backend=backend(ledger))),
         # These compare with values from other ranks.
         mock.patch("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks"),
     ]
