@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_group,
@@ -199,22 +198,26 @@ def _apply(function: Any, x: Tensor) -> Tensor:
     return function.apply(x)
 
 
-# torch's functional collectives rather than those of torch.distributed, since a compiled block can hold them.
+# torch's functional collectives, by their operators, rather than those of torch.distributed: a compiled block can hold
+# them, and their Python wrappers have other names in each version of torch.
+_collectives = torch.ops._c10d_functional
+
+
 def _summed(x: Tensor) -> Tensor:
-    return _waited(collectives.all_reduce(x.contiguous(), "sum", get_model_parallel_group()))
+    group = get_model_parallel_group()
+    return _collectives.wait_tensor(_collectives.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
 def _gathered(x: Tensor) -> Tensor:
-    return _waited(collectives.all_gather_tensor(x.contiguous(), 0, get_model_parallel_group()))
+    group = get_model_parallel_group()
+    parts = _collectives.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    return _collectives.wait_tensor(parts)
 
 
 def _scattered(x: Tensor) -> Tensor:
     group = get_model_parallel_group()
-    return _waited(collectives.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
-
-
-def _waited(x: Tensor) -> Tensor:
-    return collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
+    part = _collectives.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return _collectives.wait_tensor(part)
 
 
 def tp_rank() -> int:
