@@ -277,7 +277,7 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.use_deterministic_algorithms(True)
     dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # by where a tensor lies
+        backend=backend_of(device),
         timeout=timeout,
         store=store,
         rank=int(environment["RANK"]) if store else -1,
@@ -298,6 +298,11 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
     # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone.
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def backend_of(device: torch.device) -> str:
+    """Return the backend of a process group, which on GPUs depends on where a tensor lies."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: timedelta) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from pretrain.topology import backend_of
 from shards import ConfigError
 
 _STAGE_SECONDS = 120.0
@@ -169,16 +170,18 @@ def _reduce(store: Store, rank: int, world_size: int, device: torch.device) -> s
     """Sum a tensor over the calling ranks and describe what went wrong; empty if nothing did."""
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            backend_of(device),
             store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
             device_id=device if device.type == "cuda" else None,
         )
-        ones = torch.ones(_REDUCED_BYTES // 4, device=device)
-        dist.all_reduce(ones)
-        right = bool((ones == world_size).all())
+        right, host = True, torch.device("cpu")
+        for place in (device, host) if device != host else (host,):  # a training sums on the host too
+            ones = torch.ones(_REDUCED_BYTES // 4, device=place)
+            dist.all_reduce(ones)
+            right &= bool((ones == world_size).all())
         dist.destroy_process_group()
     except RuntimeError as error:
         return f"{world_size} ranks cannot reduce together: {str(error).splitlines()[0]}"

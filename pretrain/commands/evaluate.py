@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Score checkpoints of a run. Raises HeadraceError if the run, suite or checkpoint does not exist."""
-    overrides = [*arguments.overrides, f"parallel.tp_size={arguments.tp}"]
+    # Scoring never splits tokens, and would not fit all ranks or lengths if it did.
+    layout = [f"parallel.tp_size={arguments.tp}", "parallel.sequence_parallel=false"]
+    overrides = [*arguments.overrides, *layout]
     for key, value in (
         ("evaluation.suite", arguments.suite), ("evaluation.split", arguments.split),
         ("data.seq_len", arguments.seq_len), ("precision", arguments.precision),

@@ -147,7 +147,19 @@ class _LossWithGradients(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_states, of_weight = ctx.gradients
         del ctx.gradients  # they may be as large as the weight in fp32
-        return of_states.mul_(scale).to(ctx.dtype), of_weight.mul_(scale).to(ctx.dtype), None, None, None
+        return _scaled(of_states, scale, ctx.dtype), _scaled(of_weight, scale, ctx.dtype), None, None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient [rows, width] times a scalar, in another type and, where that is its own, in its memory.
+
+    The product is taken in fp32, part by part: CUDA would round the scalar to the gradient's type first.
+    """
+    result = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    height, width = gradient.shape
+    for rows in _even_slices(height, width, CHUNK_LOGITS):
+        result[rows] = gradient[rows].float() * scale
+    return result
 
 
 class _Kernels:

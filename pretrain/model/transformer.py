@@ -1,6 +1,6 @@
 """The LLaMA-class transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-tokens, segment ids -> this rank's slice of the logits. The loss is computed outside, on the slices (`parallel.py`).
+tokens, segment ids -> final hidden states -> a head's result: logits, or the loss without them (`loss.py`).
 Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads, D head_dim.
 """
 

@@ -68,6 +68,12 @@ def test_old_checkpoints_score_the_same_on_other_numbers_of_ranks(evaluated: Run
             assert two["tokens"] == one["tokens"]
     assert {key for key in after if key[1] == own} == set(before)
     assert "already" in evaluate(*command)
+    written = folder.config.read_text()
+    changed = written.replace("sequence_parallel: false", "sequence_parallel: true").replace("tp_size: 1", "tp_size: 2")
+    assert changed != written
+    folder.config.write_text(changed)
+    assert "already" in evaluate(*command), "a run of ranks that split tokens is scored on one"
+    folder.config.write_text(written)
     rows = wandb_rows(folder.wandb)
     late = [row for row in rows if f"eval-{again}/wiki/perplexity" in row]
     assert [row["eval_step"] for row in late] == [2, 6]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from pretrain.model import loss
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
 from pretrain.model.pieces import pieces_of
@@ -115,3 +116,22 @@ def test_training_in_bf16_equals_the_reference(topology: Topology, zero_stage: i
     found = run_case(topology, zero_stage, 2, False, "bf16", tmp_path)["history"]
     for step, (ours, wanted) in enumerate(zip(found, expected, strict=True)):
         assert ours == pytest.approx(wanted, rel=2e-2), f"step {step}"
+
+
+@pytest.mark.parametrize("summed_weights", [0, 1 << 26])
+def test_the_loss_is_scaled_without_rounding_the_scale(
+    topology: Topology, summed_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert topology.device.type == "cuda"
+    monkeypatch.setattr(loss, "SUMMED_WEIGHTS", summed_weights)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    hidden, weight = (torch.randn(*s, device=CUDA, generator=generator).bfloat16() for s in ((1, 4096, 64), (512, 64)))
+    targets = loss.Targets(torch.arange(4096, device=CUDA), torch.randint(512, (4096,), device=CUDA))
+    norms = []
+    for scale in (1.0, 0.3343):  # bf16 would make it 0.334
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+        total = loss.training_loss(*inputs, targets, 0.0).total
+        gradients = torch.autograd.grad(total * torch.full((), scale, device=CUDA), inputs)
+        norms.append([float(gradient.double().norm()) for gradient in gradients])
+    for whole, scaled in zip(*norms, strict=True):
+        assert scaled / whole == pytest.approx(0.3343, rel=2e-4)
