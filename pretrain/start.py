@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -257,9 +257,7 @@ def announce(config: RunConfig, topology: Topology) -> None:
         config.parallel.applied_zero_stage, config.micro_steps(topology.dp_size), work.micro_batch_size,
     )  # fmt: skip
     _logger.info(
-        "memory a rank, estimated: %.2f GB (weights %.2f, gradients %.2f, optimizer %.2f, activations %.2f)",
-        *(
-            part / 1e9
-            for part in (memory.total, memory.weights, memory.gradients, memory.optimizer, memory.activations)
-        ),
+        "memory a rank, estimated: %.2f GB (%s)",
+        memory.total / 1e9,
+        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items()),
     )
