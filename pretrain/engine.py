@@ -112,7 +112,7 @@ class Engine:
         self._loss = functools.partial(
             training_loss, z_loss=optim_config.z_loss, compiled=parallel.compile and topology.device.type == "cuda"
         )
-        self._compilations = CompilationLog() if parallel.compile else None
+        self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
         groups = parameter_groups(model.parameters(), optim_config.weight_decay)
         self._weight_decays = [group["weight_decay"] for group in groups]
@@ -157,7 +157,7 @@ class Engine:
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
-        with self._compilations.step(step + 1) if self._compilations else contextlib.nullcontext():
+        with self._compilations.step(step + 1):
             return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter)
 
     def _train_step(

@@ -95,14 +95,12 @@ def target_scores(hidden: Tensor, weight: Tensor, targets: Targets) -> Scores:
     states = hidden.flatten(0, 1).index_select(0, targets.positions)
     nll = torch.empty(len(targets.tokens), device=states.device)
     correct = torch.empty_like(targets.tokens, dtype=torch.bool)
-    for chunk, logits, columns in _chunks(states, weight, targets.tokens):
-        for rows in _blocks(logits):
-            figures = _over_tp(_exponentials(logits[rows], columns[rows])[1])
-            nll[chunk][rows] = figures.logsumexp - figures.target
-            # An argmax costs more than all the rest, so it is computed only where the target may be it.
-            likely = figures.target == figures.largest
-            best = argmax_over_tp(logits[rows][likely])
-            correct[chunk][rows] = likely.masked_scatter(likely, best == targets.tokens[chunk][rows][likely])
+    for place, logits, figures in _blocks_with_figures(states, weight, targets.tokens, _exponentials):
+        nll[place] = figures.logsumexp - figures.target
+        # An argmax costs more than all the rest, so it is computed only where the target may be it.
+        likely = figures.target == figures.largest
+        best = argmax_over_tp(logits[likely])
+        correct[place] = likely.masked_scatter(likely, best == targets.tokens[place][likely])
     return Scores(nll, correct)
 
 
@@ -204,7 +202,11 @@ def _by_vocabulary(
     No gradient of a whole vocabulary exists in fp32, but everything is projected twice: a softmax needs the logsumexp
     over the whole vocabulary first.
     """
-    nll, logsumexp = _figures_of(states, weight, tokens, kernels)
+    nll = torch.empty(len(tokens), device=states.device)
+    logsumexp = torch.empty_like(nll)
+    for place, _, found in _blocks_with_figures(states, weight, tokens, kernels.exponentials):
+        logsumexp[place] = found.logsumexp
+        nll[place] = found.logsumexp - found.target
     of_states = torch.zeros_like(states, dtype=torch.float32)
     of_weight = torch.empty_like(weight)
     first = tp_rank() * weight.shape[0]
@@ -218,16 +220,14 @@ def _by_vocabulary(
     return nll, logsumexp, of_states, of_weight
 
 
-def _figures_of(states: Tensor, weight: Tensor, tokens: Tensor, kernels: _Kernels) -> tuple[Tensor, Tensor]:
-    """Return nll and logsumexp of targets [M]."""
-    nll = torch.empty(len(tokens), device=states.device)
-    logsumexp = torch.empty_like(nll)
+def _blocks_with_figures(
+    states: Tensor, weight: Tensor, tokens: Tensor, exponentials: Callable[..., tuple[Tensor, Tensor]]
+) -> Iterator[tuple[slice, Tensor, _Figures]]:
+    """Yield the place of each block of targets, its logits [R, vocab_size / tp_size], and their softmax's figures."""
     for chunk, logits, columns in _chunks(states, weight, tokens):
         for rows in _blocks(logits):
-            figures = _over_tp(kernels.exponentials(logits[rows], columns[rows])[1])
-            logsumexp[chunk][rows] = figures.logsumexp
-            nll[chunk][rows] = figures.logsumexp - figures.target
-    return nll, logsumexp
+            figures = _over_tp(exponentials(logits[rows], columns[rows])[1])
+            yield slice(chunk.start + rows.start, chunk.start + rows.start + len(logits[rows])), logits[rows], figures
 
 
 def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -9,6 +9,7 @@ the tp ranks split once and leaves it once: a collective forward and one backwar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def enter_branch(x: Tensor, split_tokens: bool) -> Tensor:
     """
     if get_model_parallel_world_size() == 1:
         return x
-    return _apply(_GatherTokens, x) if split_tokens else _apply(_Copy, x)
+    return _exchanged(x, _gathered, _scattered) if split_tokens else _exchanged(x, _copied, _summed)
 
 
 def leave_branch(partial: Tensor, split_tokens: bool) -> Tensor:
@@ -134,7 +135,9 @@ def leave_branch(partial: Tensor, split_tokens: bool) -> Tensor:
     """
     if get_model_parallel_world_size() == 1:
         return partial
-    return _apply(_ScatterTokens, partial) if split_tokens else _apply(_Sum, partial)
+    if split_tokens:
+        return _exchanged(partial, _scattered, _gathered)
+    return _exchanged(partial, _summed, _copied)
 
 
 def on_sharded_activations(weight: Tensor) -> Tensor:
@@ -143,59 +146,29 @@ def on_sharded_activations(weight: Tensor) -> Tensor:
     Each rank then computes only its slice's part of the weight's gradient, and this sums the parts. Without it the
     ranks' copies of the weight drift apart, although the loss hardly shows it.
     """
-    return weight if get_model_parallel_world_size() == 1 else _apply(_Copy, weight)
+    return weight if get_model_parallel_world_size() == 1 else _exchanged(weight, _copied, _summed)
 
 
-class _Copy(torch.autograd.Function):
-    """Copies forward, sums over the tp ranks backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+class _Exchange(torch.autograd.Function):
+    """Exchanges a tensor among the tp ranks in one way forward, and its gradient in another backward."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _summed(gradient)
-
-
-class _Sum(torch.autograd.Function):
-    """Sums over the tp ranks forward, copies backward."""
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _summed(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
-class _GatherTokens(torch.autograd.Function):
-    """Gathers tokens forward, sums and scatters their gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _scattered(gradient)
+def _exchanged(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    result: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return result
 
 
-class _ScatterTokens(torch.autograd.Function):
-    """Sums and scatters tokens forward, gathers their gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _scattered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _gathered(gradient)
-
-
-def _apply(function: Any, x: Tensor) -> Tensor:
-    return function.apply(x)
+def _copied(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
 # torch's functional collectives, by their operators, rather than those of torch.distributed: a compiled block can hold

@@ -155,17 +155,19 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.sequence_parallel = parallel.sequence_parallel
         train, score = checkpointed(self._compute, parallel.activation_checkpointing), self._compute
         if parallel.compile:
             train, score = torch.compile(train, dynamic=False), torch.compile(score, dynamic=False)
         # The shapes differ from call to call in generation, so that it would be compiled anew each time.
         self._computations = {"training": train, "scoring": score, "generation": self._compute}
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, split_tokens: bool, use: Use) -> Tensor:
-        """Process the residual stream x, [B * T, dim]; with split_tokens this rank's [B * T / tp_size, dim] of it."""
-        return self._computations[use](x, cos, sin, attend, split_tokens)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, use: Use) -> Tensor:
+        """Process the residual stream x [B * T, dim]; of split tokens, this rank's [B * T / tp_size, dim]."""
+        return self._computations[use](x, cos, sin, attend)
 
-    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, split_tokens: bool) -> Tensor:
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        split_tokens = self.sequence_parallel and self.training
         whole = enter_branch(self.attention_norm(x, split_tokens), split_tokens)
         x = x + self.dropout(leave_branch(self.attention(whole, cos, sin, attend), split_tokens))
         whole = enter_branch(self.ffn_norm(x, split_tokens), split_tokens)
@@ -237,7 +239,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.dropout(leave_branch(self.embedding(tokens.flatten()), split_tokens))
         for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, cos, sin, attend, split_tokens, use)
+            x = block(x, cos, sin, attend, use)
         if cache is not None:
             cache.advance(tokens.shape[1])
         hidden = enter_branch(self.norm(x, split_tokens), split_tokens)
