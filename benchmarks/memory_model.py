@@ -63,7 +63,13 @@ from pretrain.run.metrics import Meter
 from pretrain.topology import Checkpointing, Topology
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = (("quickstart", 1), ("llama-125m-pile", 8), ("llama-1b-dolma", 8), ("llama-7b-pile-dolma-tp2", 32))
+SHIPPED = (
+    ("quickstart", 1),
+    ("llama-125m-pile", 8),
+    ("llama-1b-dolma", 8),
+    ("llama-7b-pile-dolma", 64),
+    ("llama-7b-pile-dolma-tp2", 32),
+)
 TOLERANCE = 0.1
 MICRO_STEPS = 2  # a first one, and one that adds to its gradients
 
