@@ -8,11 +8,12 @@ from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardErro
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast
 from shards.index.random_access import document, open_at
-from shards.loader import Loader, check_not_empty
+from shards.loader import Loader
 from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
 from shards.provenance import batch_after
 from shards.records.json_lines import Document, read_documents
+from shards.stages import Stage, StageData
 from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.packing import Rows
 
@@ -34,12 +35,13 @@ __all__ = [
     "ShardError",
     "Skipped",
     "SourceConfig",
+    "Stage",
+    "StageData",
     "Tokenizer",
     "WeightChange",
     "__version__",
     "batch_after",
     "check_fingerprint",
-    "check_not_empty",
     "document",
     "merge_states",
     "open_at",

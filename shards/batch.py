@@ -54,8 +54,11 @@ class Batch:
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding; a row's pieces count from 1
         self.n_targets = 0  # tokens to predict: all but the first of each piece
+        self.forgotten_tokens = 0  # tokens of documents that data.forget names, in place of which there is padding
         self.squared_lengths = 0  # sum of the squares of the pieces' lengths, which attention's arithmetic grows with
-        self.row_hash = 0  # sum mod 2^64 of the rows' hashes keyed by slot: sum it over ranks
+        # Sums mod 2^64 of the rows' hashes keyed by slot, to be summed over ranks: of the rows as they were read, and
+        # as they are trained on; they differ only where documents are forgotten
+        self.row_hash = self.trained_hash = 0
         # These two cover the lanes that this rank reports on; sum them over ranks
         self.skipped_so_far = skipped_so_far  # bad records since the run's start
         self.epochs = epochs  # how often each source has been read through, by its records
@@ -64,23 +67,46 @@ class Batch:
             if row is None:
                 continue
             lengths = row.window.rows.fill(row.number, self.tokens[i], self.segment_ids[i])
-            self.n_targets += sum(lengths) - len(lengths)
+            read = self._hash(i)
+            self.row_hash += read
+            if row.window.forgotten.any() and self._forget(i, row, lengths):
+                read = self._hash(i)
+            self.trained_hash += read
+            self.n_targets += sum(max(0, length - 1) for length in lengths)
             self.squared_lengths += sum(length * length for length in lengths)
             self._count(counts, row, lengths)
-            token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=slots[i])
-            self.row_hash += xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
         self.row_hash %= _HASH_MODULUS
+        self.trained_hash %= _HASH_MODULUS
         self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE, without padding
-        self.padding_tokens = self.tokens.size - counts.total()
+        self.padding_tokens = self.tokens.size - counts.total() - self.forgotten_tokens
+
+    def _hash(self, i: int) -> int:
+        """Hash one row, keyed by its slot."""
+        token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=self._slots[i])
+        return xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
+
+    def _forget(self, i: int, row: Row, lengths: list[int]) -> bool:
+        """Turn a row's forgotten pieces into padding in place, and set their lengths to 0; return whether it has any.
+
+        Nothing attends to padding or predicts it, and all other tokens stay where they were.
+        """
+        forgotten = row.window.forgotten[_pieces(row)].tolist()
+        end = 0
+        for piece, length in enumerate(lengths):
+            start, end = end, end + length
+            if forgotten[piece]:
+                self.tokens[i, start:end] = 0
+                self.segment_ids[i, start:end] = 0
+                self.forgotten_tokens += length
+                lengths[piece] = 0
+        return any(forgotten)
 
     def _count(self, counts: Counter[str], row: Row, lengths: list[int]) -> None:
         name, window = self._sources[row.name.source].config.name, row.window
         if not window.sub_sources:
             counts[name] += sum(lengths)
             return
-        rows = window.rows
-        documents = rows.documents[rows.row_pieces[row.number] : rows.row_pieces[row.number + 1]]
-        for number, length in zip(window.sub_source_of[documents].tolist(), lengths, strict=True):
+        for number, length in zip(window.sub_source_of[_pieces(row)].tolist(), lengths, strict=True):
             counts[name if number < 0 else f"{name}/{window.sub_sources[number]}"] += length
 
     @property
@@ -135,3 +161,9 @@ class Batch:
 
     def _shard(self, source: int, shard: int) -> str:
         return self._sources[source].shards[shard].path
+
+
+def _pieces(row: Row) -> npt.NDArray[np.int32]:
+    """Return the number, in its window, of the document of each piece of a row."""
+    rows = row.window.rows
+    return rows.documents[rows.row_pieces[row.number] : rows.row_pieces[row.number + 1]]

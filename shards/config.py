@@ -22,6 +22,8 @@ from shards.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
+Step = Annotated[int, Field(ge=1)]  # of an optimizer: the first is step 1
+
 MIB = 1 << 20
 _DEFAULT_MAX_LANES = 1024
 _LANE_BYTES = 64 * MIB  # minimum raw bytes of all sources per lane when the number of lanes is not given
@@ -145,7 +147,8 @@ class DataConfig(Config):
     MAY_CHANGE: ClassVar = frozenset(
         {"tokenizer", "on_bad_record", "max_bad_records", "index_dir", "max_index_at_start", "max_decoder_window"}
         | {"remote_cache", "num_workers", "prefetch_bytes", "worker_timeout"}
-        | {"decontaminate"}  # the fingerprint compares what it drops instead
+        | {"decontaminate", "forget"}  # the fingerprint compares what they drop instead
+        | {"skip_steps"}  # decides which batches are trained on, not what they hold
     )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -165,6 +168,10 @@ class DataConfig(Config):
     max_bad_records: int | None = Field(default=None, ge=0)
 
     decontaminate: Decontamination | None = None  # None = no document is dropped because of its content
+    # A list of documents that rows still hold and nothing is learned from: see records/document_list.py
+    forget: Path | None = None
+    # Steps, first and last, whose batches are passed over as if they had been trained on; counted as in metrics.jsonl
+    skip_steps: tuple[tuple[Step, Step], ...] = ()
 
     window_bytes: int | None = Field(default=None, ge=1)  # raw bytes; None = 512 * seq_len within 1..4 MiB
     index_dir: Path | None = None  # folder of indexes and manifests; None = beside the shards, or the user's cache
@@ -188,6 +195,10 @@ class DataConfig(Config):
         of_ids = [source.name for source in self.sources if source.input_ids_key is not None]
         if self.decontaminate and of_ids:
             raise ValueError(f"decontaminate: source {of_ids[0]!r} holds token ids; it works on texts only")
+        flat = [step for steps in self.skip_steps for step in steps]
+        if any(last < first for first, last in self.skip_steps) or flat != sorted(flat):
+            written = [list(steps) for steps in self.skip_steps]
+            raise ValueError(f"skip_steps: {written} must be pairs [first, last] of steps, in order")
         weights = {source.name: source.weight for source in self.sources}
         _check_weights(weights, "sources")
         steps = [change.step for change in self.weight_changes]

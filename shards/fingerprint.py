@@ -5,50 +5,65 @@ loader -> fingerprint -> checkpoint.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
-from shards.config import DataConfig, with_recorded_plan
+from shards.config import with_recorded_plan
 from shards.errors import ConfigError, ShardError
+from shards.index.manifest import Shard
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
-from shards.source import Source
-from shards.suites.decontaminate import Decontaminator
-from shards.tokenize.tokenizer import Tokenizer
+from shards.stages import Stage
 from shards.windows.packing import PACKER_VERSION
+from shards.windows.recipe import Tools
 
 
 def fingerprint(
-    config: DataConfig,
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    decontaminator: Decontaminator | None,
-    lanes: int,
-    seed: int,
+    stages: Sequence[Stage], lanes: Sequence[int], shards: Sequence[Sequence[Shard]], tools: Tools, seed: int
 ) -> dict[str, object]:
-    """Return plain values that are equal for two loaders only if they yield the same global batches."""
-    plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
-    plain |= {"lanes": lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
-    plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in config.sources]
-    return {
-        "config": plain,
-        "decontaminate": decontaminator.fingerprint if decontaminator else None,
-        "tokenizer": tokenizer.content_hash,
+    """Return plain values that are equal for two loaders only if they yield the same global batches.
+
+    Args:
+        lanes: V of each stage.
+        shards: those of each source of the last stage.
+    """
+    described = []
+    known = 0  # sources of the stages before
+    for stage, num_lanes, filtered, forgotten in zip(stages, lanes, tools.filters, tools.forgotten, strict=True):
+        config, sources = stage.data, stage.data.sources
+        plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
+        plain |= {"lanes": num_lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
+        plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in sources]
+        added = list(zip(sources, shards, strict=False))[known:]
+        described.append(
+            {
+                "config": plain,
+                "decontaminate": filtered.fingerprint if filtered else None,
+                "shards": {
+                    source.name: [[shard.path, shard.index.content_hash] for shard in found] for source, found in added
+                },
+                # Record tables decide how shards are cut into windows; runs begun before these hashes existed have none
+                "record_tables": {source.name: hash_tables(shard.index for shard in found) for source, found in added},
+                **({"forget": forgotten.content_hash} if forgotten else {}),
+            }
+        )
+        known = len(sources)
+    first, *later = described
+    found = {
+        **first,
+        "tokenizer": tools.tokenizer.content_hash,
         "packer_version": PACKER_VERSION,
         "table_version": TABLE_VERSION,  # not the index's version: better entries give the same batches
-        "shards": {
-            source.config.name: [[shard.path, shard.index.content_hash] for shard in source.shards]
-            for source in sources
-        },
-        # Record tables decide how shards are cut into windows; runs begun before these hashes existed have none
-        "record_tables": {
-            source.config.name: hash_tables(shard.index for shard in source.shards) for source in sources
-        },
     }
+    begins = [{"step": stage.step, "global_batch_size": stage.global_batch_size} for stage in stages[1:]]
+    return found | ({"stages": [begin | one for begin, one in zip(begins, later, strict=True)]} if later else {})
 
 
-def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> None:
+def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step: int | None = None) -> None:
     """Compare the data that a run began with to the data it would resume with; paths may differ, contents may not.
 
+    Args:
+        step: optimizer steps done: stages that have not begun by then may differ. None = no stage may.
     Raises: ConfigError or ShardError naming what differs.
     """
     for key in ("packer_version", "table_version"):
@@ -74,6 +89,30 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object]) -> N
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
     _check_config("data", _settings(old), _settings(new))
     _check_config("data.decontaminate", old_rule, new_rule)
+    _check_stage(old, new, "data")
+    begun = [
+        [stage for stage in found.get("stages", ()) if step is None or stage["step"] < step]  # type: ignore[attr-defined]
+        for found in (old, new)
+    ]
+    for i, (before, after) in enumerate(itertools.zip_longest(*begun)):
+        if before is None or after is None or before["step"] != after["step"]:
+            was, now = (f"stage {i} at step {found['step']}" if found else f"no stage {i}" for found in (before, after))
+            raise ConfigError(
+                f"stages: the run was trained with {was}, now there is {now}, which lies in the past of step {step}; "
+                "stages that have begun must stay as they were: set it back, or fork the run before that step"
+            )
+        for key in ("global_batch_size", "config", "decontaminate"):
+            _check_config(f"stages.{i}.{'data' if key == 'config' else key}", before.get(key), after.get(key))
+        _check_stage(before, after, f"stages.{i}.data")
+
+
+def _check_stage(old: Mapping[str, object], new: Mapping[str, object], key: str) -> None:
+    """Compare what a stage adds and leaves out. Raises: ConfigError or ShardError naming what differs."""
+    if old.get("forget") != new.get("forget"):
+        raise ConfigError(
+            f"{key}.forget: not the list of documents that this stage of the run was trained without; put it back, and "
+            "name another in a stage that begins later, or in a fork"
+        )
     old_shards, new_shards = old.get("shards"), new.get("shards")
     assert isinstance(old_shards, Mapping)
     assert isinstance(new_shards, Mapping)

@@ -6,6 +6,8 @@ in full and packed as in training; of large data, a bounded sample is.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +20,8 @@ from shards.arrays import Ints
 from shards.config import DataConfig
 from shards.hashing import GOLDEN, key_of, mixed
 from shards.plan.segments import WindowId
-from shards.source import Source
+from shards.source import Dealing, Source
+from shards.stages import Stage
 from shards.windows.packing import pack
 from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
@@ -58,24 +61,53 @@ class Forecast(NamedTuple):
     shortfalls: tuple[Shortfall, ...]
 
 
+class _Pace:
+    """Rows drawn by a step, counted in rows as long as the first stage's, and back."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        first = stages[0]
+        self._steps = [stage.step for stage in stages]
+        self._per_step = [stage.global_batch_size * stage.data.seq_len / first.data.seq_len for stage in stages]
+        self._rows = [0.0]
+        for (a, b), each in zip(itertools.pairwise(self._steps), self._per_step, strict=False):
+            self._rows.append(self._rows[-1] + (b - a) * each)
+
+    def rows(self, step: float) -> float:
+        """Return the rows drawn when `step` steps are done."""
+        i = bisect.bisect_right(self._steps, step) - 1
+        return self._rows[i] + (step - self._steps[i]) * self._per_step[i]
+
+    def step(self, rows: float) -> int:
+        """Return the step in which so many rows are reached."""
+        i = bisect.bisect_right(self._rows, rows) - 1
+        return math.ceil(self._steps[i] + (rows - self._rows[i]) / self._per_step[i])
+
+
+def _mixes(stages: Sequence[Stage], num_sources: int) -> list[tuple[int, tuple[float, ...]]]:
+    """Return (first step, weights of all sources) wherever they may change, in order."""
+    found = []
+    for stage, end in zip(stages, [*(stage.step for stage in stages[1:]), math.inf], strict=True):
+        for step, weights in stage.data.weight_stages():
+            if step < end:
+                found.append((max(step, stage.step), weights + (0.0,) * (num_sources - len(weights))))
+    return found
+
+
 def forecast(
-    config: DataConfig,
-    maker: WindowMaker,
-    sources: Sequence[Source],
-    lanes: int,
-    global_batch_size: int,
-    steps: int | None,
+    stages: Sequence[Stage], maker: WindowMaker, sources: Sequence[Source], lanes: int, steps: int | None
 ) -> Forecast:
-    """Forecast a run.
+    """Forecast a run. Where it has several stages, rows are counted as the first one packs them.
 
     Args:
         maker: makes the windows that are tokenized; closed when done.
-        lanes: V.
+        sources: those of all stages, as the first deals them.
+        lanes: V of the first.
         steps: optimizer steps that the run should have; None = as many as the data lasts.
     Raises: ShardError if the data that is looked at cannot be read.
     """
-    stages = config.weight_stages()
-    drawn = [i for i in range(len(sources)) if any(weights[i] > 0 for _, weights in stages)]
+    config, global_batch_size, pace = stages[0].data, stages[0].global_batch_size, _Pace(stages)
+    mixes = _mixes(stages, len(sources))
+    drawn = [i for i in range(len(sources)) if any(weights[i] > 0 for _, weights in mixes)]
     limited = [i for i in drawn if sources[i].config.max_epochs is not None]
     if not limited:
         return Forecast(None, is_exact=True, share_read=None, shortfalls=())
@@ -83,41 +115,41 @@ def forecast(
     supply = [math.inf] * len(sources)
     for i, of_source in zip(limited, rows, strict=True):
         supply[i] = float(of_source.sum())
-    starts = [(step * global_batch_size, weights) for step, weights in stages]
+    starts = [(pace.rows(step), weights) for step, weights in mixes]
     end, _, _ = _drain(supply, starts, math.inf)
-    last_step = None if math.isinf(end) else math.ceil(end / global_batch_size)
-    if last_step is not None and len(stages) == 1:
+    last_step = None if math.isinf(end) else pace.step(end)
+    if last_step is not None and len(mixes) == 1:
         last_step = _last_step(rows.sum(axis=0), global_batch_size)
     total = (last_step if steps is None else steps if last_step is None else min(steps, last_step)) or 0
-    _, met, _ = _drain(supply, starts, total * global_batch_size)
+    _, met, _ = _drain(supply, starts, pace.rows(total))
     granted = sum(supply[i] for i in drawn)
     return Forecast(
         last_step=last_step,
-        is_exact=is_counted and len(stages) == 1 and lanes <= global_batch_size,
+        is_exact=is_counted and len(mixes) == 1 and lanes <= global_batch_size,
         share_read=None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted)),
-        shortfalls=tuple(_shortfalls(sources, supply, starts, total, global_batch_size)),
+        shortfalls=tuple(_shortfalls(sources, supply, starts, total, pace)),
     )
 
 
 def _shortfalls(
     sources: Sequence[Source],
     supply: Sequence[float],
-    stages: Sequence[tuple[int, Sequence[float]]],
+    stages: Sequence[tuple[float, Sequence[float]]],
     steps: int,
-    global_batch_size: int,
+    pace: _Pace,
 ) -> Iterator[Shortfall]:
     """Yield the sources that run out within `steps` and so provide less than their weight asks for.
 
     Args:
         supply, stages: as for `_drain`.
     """
-    rows = steps * global_batch_size
+    rows = pace.rows(steps)
     _, met, empty = _drain(supply, stages, rows)
     wished = _wished(stages, rows)
     for i, source in enumerate(sources):
         share = met[i] / max(1.0, sum(met))
         if empty.get(i, rows) < rows and share < _NEARLY * wished[i]:
-            yield Shortfall(source.config.name, math.ceil(empty[i] / global_batch_size), wished[i], share)
+            yield Shortfall(source.config.name, pace.step(empty[i]), wished[i], share)
 
 
 def _rows_of_lanes(
@@ -162,9 +194,11 @@ def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowM
     """Count the rows of each lane, [V]: every document is tokenized once and packed as often as in training."""
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
     # Reading as a single lane of version 1 unpacks each cell once; each of many lanes would need most cells
-    in_a_row = Source(config.model_copy(update={"plan_version": 1}), source.number, source.shards, 1, seed=0)
+    as_read = config.model_copy(update={"plan_version": 1, "sources": (*config.sources, source.config)})
+    in_a_row = Source(as_read, len(config.sources), source.shards, 0, {0: Dealing(1, 1)})
     for name in _windows(in_a_row, 0, in_a_row.plan.num_segments):
-        found = maker.documents(in_a_row.task(name), skip_bad=True)
+        task = msgspec.structs.replace(in_a_row.task(name), source=source.number)
+        found = maker.documents(task, skip_bad=True)
         for shard in set(found.shards.tolist()):
             chosen = found.shards == shard
             lengths[shard][found.lines[chosen] - 1] = found.lengths[chosen]
@@ -265,7 +299,7 @@ def _last_step(rows: Figures, global_batch_size: int) -> int:
 
 
 def _drain(
-    supply: Sequence[float], stages: Sequence[tuple[int, Sequence[float]]], rows: float
+    supply: Sequence[float], stages: Sequence[tuple[float, Sequence[float]]], rows: float
 ) -> tuple[float, list[float], dict[int, float]]:
     """Draw rows by weight, giving a source's share to the others once its supply is used up.
 
@@ -295,7 +329,7 @@ def _drain(
     return at, drawn, empty
 
 
-def _wished(stages: Sequence[tuple[int, Sequence[float]]], rows: float) -> list[float]:
+def _wished(stages: Sequence[tuple[float, Sequence[float]]], rows: float) -> list[float]:
     """Return the share of the first `rows` rows that the weights ask of each source."""
     shares = [0.0] * len(stages[0][1])
     ends = [float(start) for start, _ in stages[1:]] + [math.inf]

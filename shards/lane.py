@@ -5,12 +5,13 @@ A lane asks for its windows by name and does not know how they are made in time.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from shards.errors import ShardError
-from shards.plan.cursor import Cursor, LaneCursor
+from shards.plan.cursor import Carried, Cursor, LaneCursor
 from shards.plan.mixing import Mix, mix_of
 from shards.plan.segments import Deal, WindowId
 from shards.source import Source
@@ -19,7 +20,7 @@ from shards.windows.window import SkippedRecord, Window
 # In a row, at most 1 GiB: even if half of all deals had no row, a streak this long has a chance of 1 in 10^19
 _MAX_FRUITLESS_DEALS = 64
 
-Take = Callable[[WindowId], Window]  # takes each stream's windows in order, once each
+Take = Callable[[int, WindowId], Window]  # takes each stream's windows in order, once each; a stream's lane, a name
 Passed = tuple[int, SkippedRecord]  # the number of a source, and a record of it that was skipped
 
 
@@ -41,27 +42,44 @@ class Draw(NamedTuple):
 class Stream:
     """One source as one lane reads it: window after window, row after row."""
 
-    def __init__(self, source: Source, lane: int, cursor: Cursor, records_before: int) -> None:
+    def __init__(
+        self, source: Source, lane: int, cursor: Cursor, records_before: int, carried: Sequence[Carried] = ()
+    ) -> None:
         """Resume at a cursor.
 
         Args:
             records_before: number of records in the segments before the cursor's.
+            carried: windows that the stage before has left, to be read first.
         """
         self.source, self.number, self.lane, self.cursor = source, source.number, lane, cursor
+        self._carried = [
+            WindowId(source.number, left.lane, left.segment, left.window, left.stage, left.cuts) for left in carried
+        ]
+        self._passed = 0  # number of carried windows that were read to their end
         self._limit = source.segments_of_lane(lane)
         self._window: Window | None = None  # the cursor's window, once needed
         self._records = records_before  # number of records in the windows already passed
         if cursor.window:
             self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
+        self._records -= sum(source.window(name).num_records for name in self._carried)
 
     @property
     def exhausted(self) -> bool:
         """True once the lane has drawn all that max_epochs grants, which only a draw without a row discovers."""
-        return self._limit is not None and self.cursor.segment >= self._limit
+        own = self._limit is not None and self.cursor.segment >= self._limit
+        return own and self._passed == len(self._carried)
+
+    @property
+    def carried(self) -> tuple[Carried, ...]:
+        """The windows of an earlier stage that are left to read, the current one included."""
+        left = self._carried[self._passed :]
+        return tuple(Carried(name.stage, name.lane, name.segment, name.window, name.cuts) for name in left)
 
     @property
     def position(self) -> WindowId | None:
         """The window of the next row, unless no row is left in it; None if the source is exhausted."""
+        if self._passed < len(self._carried):
+            return self._carried[self._passed]
         return self._name(self.cursor.segment, self.cursor.window)
 
     @property
@@ -71,11 +89,15 @@ class Stream:
 
     def after(self, name: WindowId) -> WindowId | None:
         """Return the window that follows one of this stream; None if the source has no more for this lane."""
+        if name in self._carried:
+            place = self._carried.index(name) + 1
+            own = self._name(self.cursor.segment, self.cursor.window)  # the cursor does not move before these are read
+            return self._carried[place] if place < len(self._carried) else own
         return self._name(*self._after(name.segment, name.window))
 
     def _name(self, segment: int, window: int) -> WindowId | None:
         is_granted = self._limit is None or segment < self._limit
-        return WindowId(self.number, self.lane, segment, window) if is_granted else None
+        return WindowId(self.number, self.lane, segment, window, self.source.stage) if is_granted else None
 
     def _after(self, segment: int, window: int) -> tuple[int, int]:
         deal = self.source.deal(self.lane, segment)
@@ -87,12 +109,14 @@ class Stream:
         Raises: ShardError if a window cannot be made, or if neither a whole pass over the source nor
             _MAX_FRUITLESS_DEALS in a row give a row.
         """
-        whole = self.cursor.window == self.cursor.row == 0  # True if this draw begins a deal
         fruitless: list[Deal] = []
+        begun: int | None = None  # the segment of the deal that this draw begins
         while (name := self.position) is not None:
             cursor = self.cursor
+            if cursor.window == cursor.row == 0 and self._passed == len(self._carried):
+                begun = cursor.segment
             if self._window is None:
-                self._window = take(name)
+                self._window = take(self.lane, name)
             window = self._window
             if cursor.row == 0:
                 cursor = cursor._replace(skipped=cursor.skipped + sum(not bad.contaminated for bad in window.skipped))
@@ -102,16 +126,18 @@ class Stream:
                     row=cursor.row + 1, rows_drawn=cursor.rows_drawn + 1, window_rows=window.rows.num_rows
                 )
                 return Row(name, window, cursor.row)
+            self.cursor = cursor._replace(row=0, window_rows=0)
+            self._window = None
+            self._records += self.source.window(name).num_records
+            if self._passed < len(self._carried):
+                self._passed += 1
+                continue
             deal = self._deal()
             segment, number = self._after(cursor.segment, cursor.window)
-            self.cursor = cursor._replace(segment=segment, window=number, row=0, window_rows=0)
-            self._window = None
-            self._records += deal.windows[cursor.window].num_records
-            if segment > cursor.segment:
-                if whole:
-                    fruitless.append(deal)
-                    self._check_fruitless(fruitless, skipped)
-                whole = True
+            self.cursor = self.cursor._replace(segment=segment, window=number)
+            if segment > cursor.segment == begun:
+                fruitless.append(deal)
+                self._check_fruitless(fruitless, skipped)
         return None
 
     def _check_fruitless(self, deals: list[Deal], skipped: list[Passed]) -> None:
@@ -129,9 +155,12 @@ class Stream:
     def progress(self) -> float:
         """Count the records drawn so far, including blank and bad ones and a fraction of the current window's."""
         cursor = self.cursor
-        if not cursor.window_rows:
-            return float(self._records)
-        return self._records + cursor.row / cursor.window_rows * self._deal().windows[cursor.window].num_records
+        drawn = cursor.row / cursor.window_rows if cursor.window_rows else 0.0  # share of the window's rows
+        if self._passed < len(self._carried):
+            name = self._carried[self._passed]
+            left = math.prod(1 - cut.rows / cut.of for cut in name.cuts)  # by the stages before
+            return self._records + (1 - left * (1 - drawn)) * self.source.window(name).num_records
+        return self._records + (drawn * self._deal().windows[cursor.window].num_records if drawn else 0.0)
 
     def _deal(self) -> Deal:
         return self.source.deal(self.lane, self.cursor.segment)
@@ -146,7 +175,7 @@ class Lane:
         Args:
             number: the lane's number, 0 .. V - 1.
             streams: one per source, in the config's order.
-            rows: rows yielded since the run's start, including empty ones.
+            rows: rows yielded since the number of lanes was chosen, including empty ones.
             mixing_rows: rows drawn since weights last changed or a source was exhausted.
             version: plan version.
         """
@@ -206,4 +235,5 @@ class Lane:
 
     def cursor(self) -> LaneCursor:
         """Return the lane's cursor."""
-        return LaneCursor(self.rows, self._mixing_rows, tuple(stream.cursor for stream in self.streams))
+        carried = {str(stream.number): left for stream in self.streams if (left := stream.carried)}
+        return LaneCursor(self.rows, self._mixing_rows, tuple(stream.cursor for stream in self.streams), carried)

@@ -60,9 +60,12 @@ class Prefetcher:
                 self._schedule(queue)
             self.fill()
 
-    def take(self, name: WindowId) -> Window:
-        """Wait for a stream's next window, requested or not, and return it. Raises: what making it raised."""
-        queue = self._queues[name.source, name.lane]
+    def take(self, lane: int, name: WindowId) -> Window:
+        """Wait for the next window of a lane's stream, requested or not, and return it.
+
+        Raises: what making it raised.
+        """
+        queue = self._queues[name.source, lane]
         if not queue.requests:
             self._request(queue, NOW)
         request = queue.requests.popleft()

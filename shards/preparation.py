@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from shards.config import DataConfig, SourceConfig
+from shards.config import DataConfig, Decontamination, SourceConfig
 from shards.errors import ShardError
 from shards.index import manifest
 from shards.index.manifest import Shard
 from shards.index.paths import index_command
 from shards.index.shard_index import Progress, ShardIndex, find, obtain
 from shards.records import hf_datasets
+from shards.records.document_list import DocumentList
+from shards.stages import Stage
 from shards.storage import files
 from shards.storage.atomic import is_there
 from shards.storage.block_cache import open_cache
@@ -46,27 +48,59 @@ class Prepared(NamedTuple):
     """All that `prepare` left, so that the other ranks need not search again."""
 
     manifests: tuple[PreparedFile, ...]  # one per source
-    filter: PreparedFile | None  # the decontamination's, if there is one
+    filters: tuple[PreparedFile | None, ...]  # the decontamination's of each stage, where there is one
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> Prepared:
-    """Examine every shard and make missing indexes and a missing filter. Call it first, on one rank.
+def prepare(config: DataConfig, progress: Progress | None = None, stages: Sequence[Stage] = ()) -> Prepared:
+    """Examine every shard and make missing indexes and missing filters. Call it first, on one rank.
 
     Args:
+        stages: the stages after the first, of which the last has the sources of all.
         progress: called with (shard, compressed bytes read) as the work proceeds, from several threads.
     Returns: what to pass to the Loaders of all ranks, so that they need not examine the shards again.
     Raises: ShardError if a shard is missing or damaged, or more must be indexed than data.max_index_at_start.
     """
-    filtered = None
-    if config.decontaminate:
-        found = decontaminate.obtain(config.decontaminate, config.index_dir)
-        filtered = PreparedFile(str(found.path), found.content_hash)
+    configs = [config, *(stage.data for stage in stages)]
+    filters = prepared_filters(configs, None)
     manifests = []
-    for source in config.sources:
+    for source in configs[-1].sources:
         paths = [shard.path for shard in source_shards(config, source, progress)]
         path = manifest.manifest_path(paths, config.index_dir, config.cell_bytes)
         manifests.append(PreparedFile(str(path), hash_file(path)))
-    return Prepared(tuple(manifests), filtered)
+    files = tuple(PreparedFile(str(found.path), found.content_hash) if found else None for found in filters)
+    return Prepared(tuple(manifests), files)
+
+
+def prepared_filters(
+    stages: Sequence[DataConfig], prepared: Sequence[PreparedFile | None] | None
+) -> tuple[Decontaminator | None, ...]:
+    """Open the filter of each stage, as `prepare` left them; stages with the same rule share one.
+
+    Args:
+        stages: the data config of each stage.
+        prepared: None = unknown.
+    Raises: as `prepared_filter`.
+    """
+    opened: dict[Decontamination, Decontaminator | None] = {}
+    for config, file in zip(stages, prepared or [None] * len(stages), strict=True):
+        if config.decontaminate and config.decontaminate not in opened:
+            opened[config.decontaminate] = prepared_filter(config, file)
+    return tuple(opened[rule] if (rule := config.decontaminate) else None for config in stages)
+
+
+def forgotten_lists(stages: Sequence[Stage], shards: Sequence[Sequence[Shard]]) -> tuple[DocumentList | None, ...]:
+    """Read the list of documents that each stage forgets. Args: shards: those of each source of the last stage.
+
+    Raises: ConfigError if a list is malformed, or names a shard, line or source that does not exist.
+    """
+    records = {shard.path: shard.index.num_records for found in shards for shard in found}
+    names = [source.name for source in stages[-1].data.sources]
+    opened: dict[Path, DocumentList] = {}
+    for stage in stages:
+        if (path := stage.data.forget) is not None and path not in opened:
+            opened[path] = DocumentList(path, "data.forget")
+            opened[path].check(records, names)
+    return tuple(opened[path] if (path := stage.data.forget) else None for stage in stages)
 
 
 def prepared_filter(config: DataConfig, prepared: PreparedFile | None) -> Decontaminator | None:

@@ -1,34 +1,71 @@
-"""A source as lanes read it: its shards with their indexes, its plan, and the task of any window.
+"""A source as lanes read it: its shards with their indexes, its plan in each stage, and the task of any window.
 
 manifest, segments -> source -> lane.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from shards.config import DataConfig, SourceConfig
 from shards.hashing import key_of
 from shards.index.manifest import Shard
+from shards.plan.cursor import EVERY_SEGMENT, Numbering
 from shards.plan.segments import Deal, SourcePlan, WindowId, WindowPlan
 from shards.windows.window import SpanTask, WindowTask
 
 
-class Source:
-    """One source of a run."""
+class Dealing(NamedTuple):
+    """How a stage deals a source."""
 
-    def __init__(self, config: DataConfig, number: int, shards: list[Shard], lanes: int, seed: int) -> None:
+    lanes: int  # V
+    cut_lanes: int  # V of the stage that added the source
+    numbering: Numbering = EVERY_SEGMENT
+
+
+class Source:
+    """One source of a run, in one of its stages."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        number: int,
+        shards: list[Shard],
+        seed: int,
+        dealings: Mapping[int, Dealing],
+        stage: int = 0,
+    ) -> None:
         """Plan a source.
 
         Args:
+            config: the stage's.
             number: the source's number in the config.
             shards: the source's shards, in order.
-            lanes: V.
             seed: the run's seed.
+            dealings: how each stage deals it that has the source, up to this one, by the stages' numbers.
+            stage: the stage's number.
         """
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
+        self.number, self.stage, self._seed = number, stage, seed
+        self.dealing = dealings[stage]
         tables = [shard.index.table() for shard in shards]
-        self.plan = SourcePlan(self.config.name, tables, config.window_limit, lanes, seed, config.plan)
-        self.number, self._seed = number, seed
+        plans = {
+            dealing: SourcePlan(
+                self.config.name,
+                tables,
+                config.window_limit,
+                dealing.lanes,
+                seed,
+                config.plan,
+                dealing.cut_lanes,
+                dealing.numbering,
+            )
+            for dealing in set(dealings.values())
+        }
+        self._plans = {number: plans[dealing] for number, dealing in dealings.items()}
+        self.plan = self._plans[stage]
 
     def segments_of_lane(self, lane: int) -> int | None:
         """Count the segments that a lane reads before the source is exhausted; None = no limit."""
@@ -41,7 +78,7 @@ class Source:
 
     def window(self, name: WindowId) -> WindowPlan:
         """Return the plan of a window."""
-        return self.plan.deal(name.lane, name.segment).windows[name.window]
+        return self._deal_of(name).windows[name.window]
 
     def task(self, name: WindowId) -> WindowTask:
         """Build the task that makes a window."""
@@ -50,9 +87,12 @@ class Source:
             SpanTask(span, self.shards[span.shard].index.raw_range(self.shards[span.shard].path, span.start, span.stop))
             for span in planned.spans
         )
-        return WindowTask(self.number, spans, planned.raw_bytes, self.key(name))
+        return WindowTask(self.number, self.stage, spans, planned.raw_bytes, self.key(name), name.cuts)
 
     def key(self, name: WindowId) -> int:
         """Compute the key of a window's shuffle."""
-        deal = self.deal(name.lane, name.segment)
+        deal = self._deal_of(name)
         return key_of("window", self._seed, self.config.name, deal.epoch, name.lane, deal.segments[0], name.window)
+
+    def _deal_of(self, name: WindowId) -> Deal:
+        return self._plans[name.stage].deal(name.lane, name.segment)

@@ -20,6 +20,7 @@ LAYERS = (
         "shards.hashing",
         "shards.config_errors",
         "shards.config",
+        "shards.stages",
     ),
     ("shards.formats",),
     ("shards.storage",),
@@ -30,6 +31,7 @@ LAYERS = (
     ("shards.windows",),
     ("shards.preparation", "shards.tokenizer_check", "shards.source"),
     ("shards.lane", "shards.prefetch", "shards.batch", "shards.fingerprint", "shards.forecast"),
+    ("shards.leg", "shards.carry"),
     ("shards.loader",),
     ("shards.provenance", "shards"),
     (

@@ -26,22 +26,59 @@ class Cursor(NamedTuple):
     window_rows: int = 0  # rows of the window, once one was drawn; 0 in the states of older programs
 
 
-class LaneCursor(msgspec.Struct, frozen=True):
+class Cut(NamedTuple):
+    """Rows drawn from a window in a stage that ended before it did; the next stage packs the rest in its own way."""
+
+    stage: int  # number of the stage
+    rows: int  # the first rows of the window, as that stage packed it
+    of: int  # rows that it had
+
+
+class Carried(NamedTuple):
+    """A window that a stage has left to the next one."""
+
+    stage: int  # number of the stage in whose plan it has this name
+    lane: int
+    segment: int
+    window: int
+    cuts: tuple[Cut, ...] = ()
+
+
+class LaneCursor(msgspec.Struct, frozen=True, omit_defaults=True):
     """The position of a lane."""
 
-    rows: int  # rows yielded since the run's start, including empty ones
+    rows: int  # rows yielded since the number of lanes was chosen, including empty ones
     mixing_rows: int  # rows drawn since the weights last changed or a source was exhausted
     sources: tuple[Cursor, ...]  # in the config's order
+    # Windows to read before the cursor's own, by number of the source; while there are any, a cursor's row is in the
+    # first of them
+    carried: dict[str, tuple[Carried, ...]] = {}
 
 
-class LoaderState(msgspec.Struct, frozen=True):
+class Numbering(NamedTuple):
+    """The segments of a source that a stage deals: those in `gaps`, then all from number `first` on.
+
+    A number counts the segments of all epochs' permutations in turn.
+    """
+
+    first: int = 0
+    gaps: tuple[int, ...] = ()  # rising, below `first`
+
+
+EVERY_SEGMENT = Numbering()
+
+
+class LoaderState(msgspec.Struct, frozen=True, omit_defaults=True):
     """The positions of some or all lanes of a run, between two global batches."""
 
     version: int
-    rows: int  # rows of all lanes since the run's start
+    rows: int  # rows of all lanes since the number of lanes was chosen: at the run's start, or by a stage
     num_lanes: int  # V
     source_names: tuple[str, ...]
     lanes: dict[str, LaneCursor]  # by lane number
+    stage: int = 0  # number of the run's stage
+    first_row: int = 0  # `rows` when the stage began
+    numberings: tuple[tuple[Numbering, ...], ...] = ()  # of each source in each stage up to this; none in the first
 
     def to_dict(self) -> dict[str, object]:
         """Return plain dicts, lists, numbers and strings."""
@@ -72,7 +109,7 @@ def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
     first = parts[0]
     lanes: dict[str, LaneCursor] = {}
     for part in parts:
-        for name in ("rows", "num_lanes", "source_names"):
+        for name in ("rows", "num_lanes", "source_names", "stage", "first_row", "numberings"):
             if getattr(part, name) != getattr(first, name):
                 raise CheckpointError(
                     f"loader states differ in {name}: {getattr(first, name)!r} and {getattr(part, name)!r}; "

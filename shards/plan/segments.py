@@ -16,6 +16,7 @@ import numpy as np
 
 from shards.arrays import Ints, greedy_groups
 from shards.hashing import key_of, permutation, permutations
+from shards.plan.cursor import EVERY_SEGMENT, Cut, Numbering
 
 _MAX_SEGMENT_BYTES = 16 << 20  # raw bytes read contiguously from a large source
 _DEAL_BYTES = 16 << 20  # approximate raw bytes of a deal whose segments are smaller
@@ -61,6 +62,8 @@ class WindowId(NamedTuple):
     lane: int
     segment: int  # q: the deal begins with the lane's q-th segment
     window: int  # number in the deal
+    stage: int = 0  # number of the stage in whose plan it has this name
+    cuts: tuple[Cut, ...] = ()  # what earlier stages have drawn from it
 
 
 class Deal(NamedTuple):
@@ -75,7 +78,17 @@ class Deal(NamedTuple):
 class SourcePlan:
     """One source's records, cut into segments and windows, dealt to lanes for any number of epochs."""
 
-    def __init__(self, name: str, tables: list[Ints], window_limit: int, lanes: int, seed: int, version: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tables: list[Ints],
+        window_limit: int,
+        lanes: int,
+        seed: int,
+        version: int,
+        cut_lanes: int | None = None,
+        numbering: Numbering = EVERY_SEGMENT,
+    ) -> None:
         """Cut a source into segments.
 
         Args:
@@ -85,8 +98,11 @@ class SourcePlan:
             lanes: V.
             seed: the run's seed.
             version: plan version. Under version 1 a segment is at least a window, and each is a deal of its own.
+            cut_lanes: V of the stage that added the source, which decides its segments for good; None = `lanes`.
+            numbering: the segments to deal, without those that earlier stages have dealt.
         """
         self.name, self.num_lanes, self._seed = name, lanes, seed
+        self._first, self._gaps = numbering.first, np.array(numbering.gaps, np.int64)
         self._window_limit = window_limit
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
         # Offsets and records in the concatenation of all shards, so that one search covers them all.
@@ -95,7 +111,7 @@ class SourcePlan:
         records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
         self._records, self._shard_ends = records, ends
         self.num_records, self.raw_bytes = int(records[-1]), int(self._offsets[-1])
-        wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * lanes)
+        wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * (cut_lanes or lanes))
         least = min(_SMALL_SEGMENT_BYTES, self.raw_bytes // _SMALL_SEGMENTS) if version > 1 else window_limit
         self.segment_bytes = max(1, least, min(wanted, _MAX_SEGMENT_BYTES))
         self._cut(divide=version > 1)
@@ -133,11 +149,20 @@ class SourcePlan:
         return key_of("segments", self._seed, self.name, epoch)
 
     def segments_of_lane(self, lane: int, max_epochs: int) -> int:
-        """Count the segments that a lane is dealt in `max_epochs` epochs."""
-        return len(range(lane, max_epochs * self.num_segments, self.num_lanes))
+        """Count the segments that a lane is dealt until `max_epochs` epochs are over."""
+        stop = max_epochs * self.num_segments
+        left = int(np.searchsorted(self._gaps, stop)) + max(0, stop - self._first)
+        return len(range(lane, left, self.num_lanes))
+
+    def number_of(self, places: Ints) -> Ints:
+        """Return the numbers of the segments at places of the order in which this plan deals them."""
+        fresh = places - len(self._gaps) + self._first
+        if not len(self._gaps):
+            return fresh
+        return np.where(places < len(self._gaps), self._gaps[np.minimum(places, len(self._gaps) - 1)], fresh)
 
     def read_before(self, counts: Ints) -> Ints:
-        """Sum what each lane's first segments hold.
+        """Sum what each lane's first segments hold. What earlier stages were dealt counts for lane 0.
 
         The time depends only on the number of these segments, however many epochs and lanes they are spread over.
 
@@ -147,22 +172,31 @@ class SourcePlan:
         """
         sums = np.zeros((2, self.num_lanes), np.int64)
         stops = np.where(counts > 0, (counts - 1) * self.num_lanes + np.arange(self.num_lanes) + 1, 0)
-        epochs, at_once = -(-int(stops.max()) // self.num_segments), max(1, _SUMMED_AT_ONCE // self.num_segments)
+        stop = max(self._first, int(self.number_of(np.array([stops.max() - 1]))[0]) + 1)
+        epochs, at_once = -(-stop // self.num_segments), max(1, _SUMMED_AT_ONCE // self.num_segments)
         for first in range(0, epochs, at_once):
             keys = [self._epoch_key(epoch) for epoch in range(first, min(epochs, first + at_once))]
             dealt = permutations(keys, self.num_segments).ravel()
-            places = first * self.num_segments + np.arange(len(dealt))
-            lanes = places % self.num_lanes
-            dealt, lanes = (column[places // self.num_lanes < counts[lanes]] for column in (dealt, lanes))
-            sums += np.array([np.bincount(lanes, sizes[dealt], self.num_lanes) for sizes in self._sizes]).astype(
-                np.int64
-            )
+            numbers = first * self.num_segments + np.arange(len(dealt))
+            places = numbers - self._first + len(self._gaps)
+            before = numbers < self._first
+            if before.any():
+                found = np.searchsorted(self._gaps, numbers[before])
+                in_gap = np.append(self._gaps, -1)[found] == numbers[before]
+                places[before] = np.where(in_gap, found, -1)
+            lanes = np.maximum(places, 0) % self.num_lanes
+            read = places // self.num_lanes < counts[lanes]  # a place below 0 was dealt before
+            sums += np.array(
+                [np.bincount(lanes[read], sizes[dealt[read]], self.num_lanes) for sizes in self._sizes]
+            ).astype(np.int64)
         return sums
 
     def _deal(self, lane: int, q: int) -> Deal:
-        """Return the deal from a lane's q-th segment: number q * V + lane in the epochs' permutations in turn."""
-        epoch, position = divmod(q * self.num_lanes + lane, self.num_segments)
-        dealt = self._permutation(epoch)[position :: self.num_lanes][: self._deal_segments]
+        """Return the deal from a lane's q-th segment, which is at place q * V + lane."""
+        places = (q + np.arange(self._deal_segments)) * self.num_lanes + lane
+        epochs, positions = np.divmod(self.number_of(places), self.num_segments)
+        epoch = int(epochs[0])
+        dealt = self._permutation(epoch)[positions[epochs == epoch]]
         return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
 
     def _windows(self, segments: Ints) -> Iterator[WindowPlan]:

@@ -52,6 +52,42 @@ class Rows(NamedTuple):
         return sizes
 
 
+class Rest(NamedTuple):
+    """What is left to pack of a window, as documents of their own: pieces of its documents, or whole ones.
+
+    When a stage with other rows begins amid a window, the pieces in the rows that were not drawn yet are packed again.
+    A piece begins with the last target of the one before, so every token stays a target exactly once.
+    """
+
+    tokens: npt.NDArray[np.integer]  # tokens of all pieces, concatenated
+    lengths: Ints  # [pieces]
+    documents: Ints  # [pieces]: the window's document that each belongs to
+    starts: Ints  # [pieces]: its first token in that document
+
+    @staticmethod
+    def whole(tokens: npt.NDArray[np.integer], lengths: Ints) -> Rest:
+        """Return whole documents, none of which has been drawn from."""
+        return Rest(tokens, lengths, np.arange(len(lengths)), np.zeros(len(lengths), np.int64))
+
+    def packed(self, seq_len: int, packing: Packing, key: int) -> Rows:
+        """Pack what is left; the rows name the window's documents."""
+        rows = pack(self.tokens, self.lengths, seq_len, packing, key)
+        starts = (self.starts[rows.documents] + rows.starts).astype(np.int32)
+        return rows._replace(documents=self.documents[rows.documents].astype(np.int32), starts=starts)
+
+    def without(self, documents: npt.NDArray[np.bool_]) -> Rest:
+        """Leave documents out. Args: documents: bool [documents of the window]."""
+        kept = ~documents[self.documents]
+        return Rest(self.tokens[np.repeat(kept, self.lengths)], *(column[kept] for column in self[1:]))
+
+
+def rest_of(rows: Rows, drawn: int) -> Rest:
+    """Return the pieces of a window's rows after the first `drawn`."""
+    first = int(rows.row_pieces[drawn])
+    pieces = (column[first:].astype(np.int64) for column in (rows.lengths, rows.documents, rows.starts))
+    return Rest(rows.tokens[int(rows.row_tokens[drawn]) :], *pieces)
+
+
 def pack(
     tokens: npt.NDArray[np.integer], lengths: Ints, seq_len: int, packing: Packing, key: int | None = None
 ) -> Rows:

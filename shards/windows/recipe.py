@@ -6,6 +6,7 @@ windows would belong to another run, so it compares before it makes any.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import xxhash
 
 from shards.config import DataConfig
 from shards.errors import ConfigError, ShardError
+from shards.records.document_list import DocumentList
 from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer
 
@@ -26,17 +28,25 @@ class Tools(NamedTuple):
     """The tools with which one process makes windows."""
 
     tokenizer: Tokenizer
-    decontaminator: Decontaminator | None
+    # Of each stage of the run:
+    filters: tuple[Decontaminator | None, ...] = (None,)
+    forgotten: tuple[DocumentList | None, ...] = (None,)
 
     def recipe(self) -> Recipe:
         """Describe the tools of this process for others."""
-        filtered = self.decontaminator
         return Recipe(
             tokenizer=self.tokenizer.content_hash,
             program=program(),
-            filter_file=None if filtered is None else str(filtered.path),
-            filter_hash=None if filtered is None else filtered.content_hash,
+            filters=tuple(_file_of(found) for found in self.filters),
+            forgotten=tuple(_file_of(found) for found in self.forgotten),
         )
+
+
+class ToolFile(NamedTuple):
+    """A file that decides what windows hold."""
+
+    path: str
+    content_hash: str
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -44,29 +54,35 @@ class Recipe(msgspec.Struct, frozen=True):
 
     tokenizer: str  # content hash
     program: dict[str, str]  # as returned by `program`
-    filter_file: str | None = None  # the decontamination's filter, if there is one
-    filter_hash: str | None = None  # hash of its content
+    # Of each stage of the run:
+    filters: tuple[ToolFile | None, ...] = (None,)  # the decontamination's
+    forgotten: tuple[ToolFile | None, ...] = (None,)  # lists of data.forget
 
-    def open(self, config: DataConfig) -> Tools:
+    def open(self, stages: Sequence[DataConfig]) -> Tools:
         """Open the same tools in this process.
 
-        Raises: ConfigError if the files of tokenizer or filter are missing, or differ from the loading process's.
+        Args:
+            stages: the data config of each stage of the run.
+        Raises: ConfigError if files are missing, or differ from the loading process's.
         """
-        tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
-        if tokenizer.content_hash != self.tokenizer:
-            raise ConfigError(
-                f"data.tokenizer={config.tokenizer}: the file was replaced while the run was going on; put the old one "
-                "back, or start again"
-            )
-        if not (config.decontaminate and self.filter_file):
-            return Tools(tokenizer, None)
-        decontaminator = Decontaminator(config.decontaminate, Path(self.filter_file))
-        if decontaminator.content_hash != self.filter_hash:
-            raise ConfigError(
-                f"data.decontaminate: {self.filter_file} was replaced while the run was going on; put the old file "
-                "back, or start again"
-            )
-        return Tools(tokenizer, decontaminator)
+        data = stages[0]
+        tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+        _check_file("data.tokenizer", str(data.tokenizer), tokenizer.content_hash, self.tokenizer)
+        filters = {
+            file: Decontaminator(stage.decontaminate, Path(file.path))
+            for stage, file in zip(stages, self.filters, strict=True)
+            if file and stage.decontaminate
+        }
+        forgotten = {file: DocumentList(Path(file.path), "data.forget") for file in self.forgotten if file}
+        for file, found in filters.items():
+            _check_file("data.decontaminate", file.path, found.content_hash, file.content_hash)
+        for file, listed in forgotten.items():
+            _check_file("data.forget", file.path, listed.content_hash, file.content_hash)
+        return Tools(
+            tokenizer,
+            tuple(filters[file] if file else None for file in self.filters),
+            tuple(forgotten[file] if file else None for file in self.forgotten),
+        )
 
     def check_program(self) -> None:
         """Check that this process runs the same program as the loading process. Raises: ShardError if it does not."""
@@ -77,6 +93,17 @@ class Recipe(msgspec.Struct, frozen=True):
                     f"a worker runs another program than the loading process, which began with {what} {value}; "
                     f"the worker, from {_PACKAGE}, has {found.get(what)}; put the old one back, or start again"
                 )
+
+
+def _file_of(tool: Decontaminator | DocumentList | None) -> ToolFile | None:
+    return None if tool is None else ToolFile(str(tool.path), tool.content_hash)
+
+
+def _check_file(key: str, path: str, found: str, begun_with: str) -> None:
+    if found != begun_with:
+        raise ConfigError(
+            f"{key}={path}: the file was replaced while the run was going on; put the old file back, or start again"
+        )
 
 
 def program() -> dict[str, str]:

@@ -5,6 +5,7 @@ decoders, cells, json_lines, recipe -> window -> worker, worker_pool.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,13 +16,15 @@ from shards.arrays import Ints
 from shards.config import DataConfig
 from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
+from shards.plan.cursor import Cut
 from shards.plan.segments import Span
 from shards.records.arrow_rows import Columns
 from shards.records.json_lines import BadRecord, Records, bad_record_error, parser_for
 from shards.storage import files
 from shards.storage.block_cache import open_cache
+from shards.suites.decontaminate import Decontaminator
 from shards.windows.cells import Cells
-from shards.windows.packing import Rows, pack
+from shards.windows.packing import Rest, Rows, rest_of
 from shards.windows.recipe import Tools
 
 
@@ -36,9 +39,11 @@ class WindowTask(msgspec.Struct, frozen=True):
     """All that a process needs to know to make a window."""
 
     source: int  # number in the config
+    stage: int  # number of the stage whose rows it makes
     spans: tuple[SpanTask, ...]  # at least one
     raw_bytes: int  # approximate
     key: int  # key of the shuffle of its documents and rows
+    cuts: tuple[Cut, ...] = ()  # what earlier stages have drawn from it
 
     def __str__(self) -> str:
         raw, others = self.spans[0].raw, len(self.spans) - 1
@@ -62,6 +67,8 @@ class Documents(NamedTuple):
     lines: Ints  # [documents]: line of each in its shard, counted from 1
     shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
     sub_sources: list[str | None]  # the sub-source that each names
+    texts: list[str]  # empty ones, if the source holds token ids
+    forgotten: npt.NDArray[np.bool_]  # [documents]: whether nothing is to be learned from it
     skipped: tuple[SkippedRecord, ...]
 
 
@@ -73,16 +80,21 @@ class Window(NamedTuple):
     shards: npt.NDArray[np.int32]  # [documents]: number of each one's shard in the source
     sub_sources: tuple[str, ...]  # the sub-sources that the documents name
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
+    forgotten: npt.NDArray[np.bool_]  # [documents]: whether nothing is to be learned from it
     skipped: tuple[SkippedRecord, ...]
     replays: int = 0  # entries that proved invalid while it was read, so that decoding began before them
 
 
 class WindowMaker:
-    """A maker of windows of the sources of one config, with open decoders of its own."""
+    """A maker of windows of a run's sources, with open decoders of its own.
 
-    def __init__(self, config: DataConfig, tools: Tools) -> None:
-        self._config = config
-        self._tokenizer, self._decontaminator = tools
+    Args:
+        stages: the data config of each stage of the run; the last has the sources of all.
+    """
+
+    def __init__(self, stages: Sequence[DataConfig], tools: Tools) -> None:
+        self._stages, self._config = stages, (config := stages[-1])
+        self._tokenizer, self._filters, self._forgotten = tools
         cache = open_cache(config.remote_cache)
         self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
         self._columns = Columns()
@@ -93,7 +105,14 @@ class WindowMaker:
         """Make the rows of a window. Raises: as `documents`."""
         replays = self._decoders.replays
         found = self.documents(task)
-        rows = pack(found.tokens, found.lengths, self._config.seq_len, self._config.packing, task.key)
+        rest, skipped = Rest.whole(found.tokens, found.lengths), found.skipped
+        stages = [*(cut.stage for cut in task.cuts), task.stage]
+        for cut, stage in zip(task.cuts, stages[1:], strict=True):
+            before = self._stages[cut.stage]
+            rest = rest_of(rest.packed(before.seq_len, before.packing, task.key), cut.rows)
+            rest, skipped = self._filtered_again(rest, found, cut.stage, stage)
+        config = self._stages[task.stage]
+        rows = rest.packed(config.seq_len, config.packing, task.key)
         names = sorted({name for name in found.sub_sources if name is not None})
         number_of = {name: number for number, name in enumerate(names)}
         return Window(
@@ -102,18 +121,20 @@ class WindowMaker:
             shards=found.shards,
             sub_sources=tuple(names),
             sub_source_of=np.array([-1 if name is None else number_of[name] for name in found.sub_sources], np.int32),
-            skipped=found.skipped,
+            forgotten=found.forgotten,
+            skipped=skipped,
             replays=self._decoders.replays - replays,
         )
 
     def documents(self, task: WindowTask, skip_bad: bool = False) -> Documents:
-        """Read and tokenize the documents of a window.
+        """Read and tokenize the documents of a window, filtered as in the stage that first drew from it.
 
         Args:
             skip_bad: skip bad records, whatever the config says.
         Raises: ShardError if a shard changed or is damaged, or holds a bad record that may not be skipped.
         """
-        parts = [self._decontaminated(self._read(item, task.source, skip_bad)) for item in task.spans]
+        stage = task.cuts[0].stage if task.cuts else task.stage
+        parts = [_decontaminated(self._read(item, task.source, skip_bad), self._filters[stage]) for item in task.spans]
         numbers = [item.span.shard for item in task.spans]
         lines = [line for part in parts for line in part.lines]
         counts = [len(part.lines) for part in parts]
@@ -128,6 +149,8 @@ class WindowMaker:
             lines=np.array(lines, np.int64),
             shards=np.repeat(np.array(numbers, np.int32), counts),
             sub_sources=[name for part in parts for name in part.sub_sources],
+            texts=[text for part in parts for text in part.texts],
+            forgotten=self._forgotten_in(task, parts),
             skipped=tuple(
                 SkippedRecord(number, *bad) for number, part in zip(numbers, parts, strict=True) for bad in part.bad
             ),
@@ -142,23 +165,28 @@ class WindowMaker:
             for item in task.spans
         )
 
-    def _decontaminated(self, records: Records) -> Records:
-        """Move the records that share text with the evaluation suite to the bad ones."""
-        if self._decontaminator is None:
-            return records
-        flags = self._decontaminator.shares_text(records.texts).tolist()
-        dropped = [
-            BadRecord(line, self._decontaminator.reason, contaminated=True)
-            for line, flag in zip(records.lines, flags, strict=True)
-            if flag
-        ]
-        clean = [i for i, flag in enumerate(flags) if not flag]
-        return Records(
-            texts=[records.texts[i] for i in clean],
-            lines=[records.lines[i] for i in clean],
-            sub_sources=[records.sub_sources[i] for i in clean],
-            ids=[records.ids[i] for i in clean],
-            bad=[*records.bad, *dropped],
+    def _filtered_again(
+        self, rest: Rest, found: Documents, before: int, stage: int
+    ) -> tuple[Rest, tuple[SkippedRecord, ...]]:
+        """Drop from the rest of a window what only the filter of a later stage finds; return what it has found."""
+        later = self._filters[stage]
+        if later is None or later is self._filters[before]:
+            return rest, ()
+        flags = later.shares_text(found.texts)
+        rest, left = rest.without(flags), set(rest.documents.tolist())
+        return rest, tuple(
+            SkippedRecord(int(found.shards[i]), int(found.lines[i]), later.reason, contaminated=True)
+            for i in np.flatnonzero(flags).tolist()
+            if i in left
+        )
+
+    def _forgotten_in(self, task: WindowTask, parts: Sequence[Records]) -> npt.NDArray[np.bool_]:
+        """Return bool [documents]: what the list of the task's stage names."""
+        listed, name = self._forgotten[task.stage], self._config.sources[task.source].name
+        if listed is None:
+            return np.zeros(sum(len(part.lines) for part in parts), np.bool_)
+        return np.concatenate(
+            [listed.contains(name, item.raw.path, part) for item, part in zip(task.spans, parts, strict=True)]
         )
 
     def _read(self, item: SpanTask, source: int, skip_bad: bool) -> Records:
@@ -192,3 +220,23 @@ class WindowMaker:
         """Close open shards."""
         self._decoders.close()
         self._columns.close()
+
+
+def _decontaminated(records: Records, decontaminator: Decontaminator | None) -> Records:
+    """Move the records that share text with the evaluation suite to the bad ones."""
+    if decontaminator is None:
+        return records
+    flags = decontaminator.shares_text(records.texts).tolist()
+    dropped = [
+        BadRecord(line, decontaminator.reason, contaminated=True)
+        for line, flag in zip(records.lines, flags, strict=True)
+        if flag
+    ]
+    clean = [i for i, flag in enumerate(flags) if not flag]
+    return Records(
+        texts=[records.texts[i] for i in clean],
+        lines=[records.lines[i] for i in clean],
+        sub_sources=[records.sub_sources[i] for i in clean],
+        ids=[records.ids[i] for i in clean],
+        bad=[*records.bad, *dropped],
+    )

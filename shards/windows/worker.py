@@ -43,12 +43,11 @@ def main() -> None:
 
 def prepare(request: worker_protocol.Request, answers: int) -> WindowMaker | None:
     """Answer the first request; return None if this process cannot do its work, or would do it unlike its parent."""
-    assert request.config is not None
     assert request.recipe is not None
     try:
         request.recipe.check_program()
-        config = DataConfig.model_validate_json(request.config)
-        maker = WindowMaker(config, request.recipe.open(config))
+        stages = [DataConfig.model_validate_json(stage) for stage in request.stages]
+        maker = WindowMaker(stages, request.recipe.open(stages))
     except Exception as error:
         _write(answers, worker_protocol.encode_error(error))
         return None

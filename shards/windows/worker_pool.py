@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,14 +60,14 @@ class InProcess:
 
     ahead = 0
 
-    def __init__(self, config: DataConfig, recipe: Recipe, tools: Tools) -> None:
+    def __init__(self, stages: Sequence[DataConfig], recipe: Recipe, tools: Tools) -> None:
         """Use this process's tools.
 
         Args:
             tools: tools of this process, which the recipe describes.
         """
-        self._config, self._recipe = config, recipe
-        self._maker: WindowMaker | None = WindowMaker(config, tools)
+        self._stages, self._recipe = stages, recipe
+        self._maker: WindowMaker | None = WindowMaker(stages, tools)
 
     def submit(self, request: WindowRequest) -> None:
         """Do nothing, since there is nobody to work ahead."""
@@ -78,7 +79,7 @@ class InProcess:
             their files have changed.
         """
         # An interrupted maker may be in an inconsistent state, so it is not used again
-        maker, self._maker = self._maker or WindowMaker(self._config, self._recipe.open(self._config)), None
+        maker, self._maker = self._maker or WindowMaker(self._stages, self._recipe.open(self._stages)), None
         window = maker.make(request.task)
         self._maker = maker
         return window
@@ -95,8 +96,9 @@ class InProcess:
 class WorkerPool:
     """A pool of `num_workers` processes that make the most urgent windows first; one that dies or hangs is replaced."""
 
-    def __init__(self, config: DataConfig, recipe: Recipe) -> None:
-        self._config, self._recipe = config, recipe
+    def __init__(self, stages: Sequence[DataConfig], recipe: Recipe) -> None:
+        self._stages, self._recipe = stages, recipe
+        config = stages[0]
         self._pid = os.getpid()
         self.ahead = _TASKS_IN_WORKER * config.num_workers
         # `with` takes the lock itself, since an interrupt in the condition's __enter__ could leave the lock held.
@@ -211,12 +213,12 @@ class WorkerPool:
     def _worker(self, slot: int) -> WorkerProcess:
         worker = self._workers.get(slot)
         if worker is None:
-            worker = WorkerProcess(self._config.worker_timeout)
+            worker = WorkerProcess(self._stages[0].worker_timeout)
             with self._lock:
                 self._workers[slot] = worker
                 if self._closed:
                     worker.interrupt()  # `close` did not see it
-            worker.prepare(self._config.model_dump_json(), self._recipe)
+            worker.prepare([stage.model_dump_json() for stage in self._stages], self._recipe)
         return worker
 
     def _drop_worker(self, slot: int) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.errors import HeadraceError, ShardError
@@ -65,9 +66,9 @@ class WorkerProcess:
         with contextlib.suppress(OSError, AttributeError):
             fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-    def prepare(self, config: str, recipe: Recipe) -> None:
+    def prepare(self, stages: Sequence[str], recipe: Recipe) -> None:
         """Wait until it can make windows. Raises: HeadraceError if it cannot, with its own message; WorkerLost."""
-        self._send(worker_protocol.Request(config=config, recipe=recipe))
+        self._send(worker_protocol.Request(stages=tuple(stages), recipe=recipe))
         deadline = time.monotonic() + self._timeout
         error = worker_protocol.receive_ready(lambda size: self._read(size, deadline))
         if error is not None:

@@ -20,9 +20,9 @@ LENGTH_BYTES = 8
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A message to a worker: first the config (as JSON) and the recipe of its tools, then one task each."""
+    """A message to a worker: first the stages' configs (as JSON) and the recipe of its tools, then one task each."""
 
-    config: str | None = None
+    stages: tuple[str, ...] = ()
     recipe: Recipe | None = None
     task: WindowTask | None = None
 
@@ -64,6 +64,7 @@ def encode_window(window: Window) -> list[bytes | memoryview]:
             window.lines,
             window.shards,
             window.sub_source_of,
+            window.forgotten,
         )
     ]
     kinds = tuple((array.dtype.str, len(array)) for array in arrays)
@@ -91,9 +92,9 @@ def receive_window(read: Callable[[int], bytearray]) -> Window | HeadraceError:
         np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
         for kind, length in reply.arrays
     ]
-    *of_rows, lines, shards, sub_source_of = arrays
+    *of_rows, lines, shards, sub_source_of, forgotten = arrays
     rows = Rows(reply.seq_len, *of_rows)
-    return Window(rows, lines, shards, reply.sub_sources, sub_source_of, reply.skipped, reply.replays)
+    return Window(rows, lines, shards, reply.sub_sources, sub_source_of, forgotten, reply.skipped, reply.replays)
 
 
 def _received(read: Callable[[int], bytearray]) -> Reply:

@@ -13,12 +13,13 @@ import pytest
 
 import shards
 from shards import Loader, ShardError
+from shards.leg import Leg
 from shards.windows.window import WindowMaker
 from tests.shards.corpora import config, record, words, write_shard
 
 # Modules that hold a loader's state. What makes windows holds none that matters, since it is dropped when interrupted.
 MODULES = (
-    *("loader", "lane", "prefetch", "batch", "source", "windows/worker_pool"),
+    *("loader", "leg", "carry", "lane", "prefetch", "batch", "source", "windows/worker_pool"),
     *("plan/segments", "plan/mixing", "plan/cursor"),
 )
 PLACES = {str(Path(shards.__file__).parent / f"{name}.py") for name in MODULES}
@@ -118,18 +119,18 @@ def test_a_failed_batch_comes_next_whichever_draw_failed(
     error: type[BaseException],
 ) -> None:
     with Loader(data_of(sources, num_workers), BATCH) as loader:
-        draw = loader._draw
+        draw = Leg._draw
         for number, expected in enumerate(undisturbed[:BATCHES]):
             left = number % (BATCH + 1)
 
-            def fail(j: int) -> object:
+            def fail(leg: Leg, j: int) -> object:
                 nonlocal left
                 left -= 1
                 if left < 0:
                     raise error
-                return draw(j)
+                return draw(leg, j)
 
-            monkeypatch.setattr(loader, "_draw", fail)
+            monkeypatch.setattr(Leg, "_draw", fail)
             if left < BATCH:
                 with pytest.raises(error):
                     next(loader)

@@ -170,7 +170,7 @@ def test_each_document_begins_once_in_each_epoch_whatever_its_lane(
     data = config([source], lanes=lanes, packing=packing, window_bytes=window_bytes, num_workers=workers)
     begun: dict[int, list[str | None]] = {0: [], 1: [], 2: [], 3: []}
     with Loader(data, lanes) as loader:  # a row of each lane per batch, so the state says which segment it is from
-        segments = loader._sources[0].plan.num_segments
+        segments = loader._leg.sources[0].plan.num_segments
         for batch in loader:
             cursors = batch.state["lanes"]
             assert isinstance(cursors, dict)
@@ -302,7 +302,7 @@ def test_impossible_splits_are_refused_and_possible_ones_listed(corpus: Path) ->
 def test_too_few_lanes_for_much_data_are_warned_of_once(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("shards.loader.LARGE_RUN_BYTES", 1)
+    monkeypatch.setattr("shards.leg.LARGE_RUN_BYTES", 1)
     for rank in range(4):
         Loader(config(sources(corpus), lanes=8), 8, 0, rank, 4).close()
     assert ["data.lanes=8" in line for line in caplog.messages] == [True]

@@ -252,8 +252,8 @@ def test_other_ranks_are_given_the_filter_and_never_read_the_suite(
     (tmp_path / "suite").rename(tmp_path / "elsewhere")
     assert dropped_by(data) == [4]
     # If the file is missing, as on a node that does not share the folder, the filter is made again
-    assert prepared.filter is not None
-    Path(prepared.filter.path).unlink()
+    assert prepared.filters[0] is not None
+    Path(prepared.filters[0].path).unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "suite")
     assert not reads
     other = data.model_copy(update={"index_dir": tmp_path / "other"})

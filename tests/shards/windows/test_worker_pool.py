@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.shards.corpora import config, record, tools_of, words, write_shard
 
 def whole_shard(index: ShardIndex, path: str) -> WindowTask:
     span = Span(0, 0, index.num_records, 0, index.num_records, 0, index.raw_bytes)
-    return WindowTask(0, (SpanTask(span, index.raw_range(path, 0, index.raw_bytes)),), index.raw_bytes, 1)
+    return WindowTask(0, 0, (SpanTask(span, index.raw_range(path, 0, index.raw_bytes)),), index.raw_bytes, 1)
 
 
 def test_a_cleared_pool_drops_windows_that_were_being_made(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_cleared_pool_drops_windows_that_were_being_made(tmp_path: Path) -> No
     index = build(path, data.cell_bytes, data.max_decoder_window)
     task = whole_shard(index, path)
     requests = [WindowRequest(WindowId(0, lane, 0, 0), task, 0.0) for lane in range(20)]
-    pool = WorkerPool(data, tools_of(data).recipe())
+    pool = WorkerPool([data], tools_of(data).recipe())
     try:
         for request in requests:
             pool.submit(request)
@@ -45,7 +46,7 @@ def test_a_cleared_pool_drops_windows_that_were_being_made(tmp_path: Path) -> No
         assert not pool._asked[0]
     finally:
         pool.close()
-    assert (again.rows.tokens == WindowMaker(data, tools_of(data)).make(task).rows.tokens).all()
+    assert (again.rows.tokens == WindowMaker([data], tools_of(data)).make(task).rows.tokens).all()
 
 
 class Recording:
@@ -53,8 +54,8 @@ class Recording:
 
     ahead = 2
 
-    def __init__(self, data: DataConfig, recipe: Recipe) -> None:
-        self._maker = WindowMaker(data, recipe.open(data))
+    def __init__(self, stages: Sequence[DataConfig], recipe: Recipe) -> None:
+        self._maker = WindowMaker(stages, recipe.open(stages))
         self.asked: set[WindowId] = set()
         self.on_demand: list[WindowId] = []
 
@@ -123,7 +124,7 @@ def test_a_worker_starting_while_the_pool_closes_ends(tmp_path: Path, monkeypatc
             starting.set()
             go.wait(10)
 
-        def prepare(self, settings: str, recipe: Recipe) -> None:
+        def prepare(self, stages: Sequence[str], recipe: Recipe) -> None:
             pass
 
         def ask(self, task: WindowTask) -> None:
@@ -144,7 +145,7 @@ def test_a_worker_starting_while_the_pool_closes_ends(tmp_path: Path, monkeypatc
     path = str(write_shard(tmp_path / "a.jsonl", record(words(1, 30))))
     data = config([{"name": "a", "paths": [path]}], num_workers=1)
     index = build(path, data.cell_bytes, data.max_decoder_window)
-    pool = WorkerPool(data, tools_of(data).recipe())
+    pool = WorkerPool([data], tools_of(data).recipe())
     pool.submit(WindowRequest(WindowId(0, 0, 0, 0), whole_shard(index, path), 0.0))
     assert starting.wait(10)
     pool.close()
