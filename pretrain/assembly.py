@@ -21,6 +21,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import Layout, RunState
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
+from pretrain.config_changes import check_skips
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_shards
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
@@ -34,7 +35,7 @@ from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.model.size import checkpoint_bytes
-from pretrain.optim import learning_rate_at
+from pretrain.optim import learning_rate_in
 from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
@@ -60,6 +61,7 @@ class Start:
 
     Attributes:
         lease: rank 0's lease on the run's folder; None on other ranks.
+        from_step: the checkpoint to go back to; None: the newest.
         prepared: what `shards.prepare` returned on rank 0.
     """
 
@@ -69,6 +71,7 @@ class Start:
     interrupt: Interrupt
     prepared: Prepared | None
     lease: Lease | None
+    from_step: int | None = None
 
 
 def assemble(start: Start, stack: ExitStack) -> Trainer:
@@ -83,30 +86,38 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     folder, store = config.folder, checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = _loader(start, stack)
-    engine = _engine(config, topology)
-    choice = choose(store, topology)
+    choice = choose(store, topology, start.from_step)
+    engine = _engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
     state = _state(start, choice, store, engine, loader)
+    check_past(start, folder, state.step)
     save_seconds = save_time(store, nodes=1).seconds
-    data = config.data
+    stages = [stage.of_loader for stage in config.all_stages]
     eval_set = load_suite(
-        config.evaluation, start.tokenizer, data.seq_len, config.precision, topology.dp_rank, topology.dp_size
+        config.evaluation,
+        start.tokenizer,
+        config.data.seq_len,  # in every stage, so that a run has one series of evaluations
+        config.precision,
+        topology.dp_rank,
+        topology.dp_size,
     )
     steps = data_end.foresee(loader, config.train.steps, topology)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
         choice.set_damaged_aside(store)
-        folder.begin(config.run.name, config.to_yaml(), state.step or -1)
+        if start.from_step is not None:
+            store.retract_after(state.step)
+        folder.begin(config.run.name, config.to_yaml(), state.step or -1, rewound=start.from_step is not None)
     topology.barrier()
     suite = eval_set.suite if eval_set else ""
-    tracker = _tracker(config, folder, suite, loader, state.init_hash) if topology.is_main else None
+    tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps))
     peak_flops = total_peak_flops(config.metrics, topology)
     parts = Parts(
         engine=engine,
-        feed=Feed(loader, data, config.train.global_batch_size // topology.dp_size, topology),
+        feed=Feed(loader, stages, topology),
         journal=journal,
-        recorder=StepRecorder(config.model, data, config.optim.z_loss > 0, peak_flops, topology),
+        recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease)),
         held_out=_held_out(config, eval_set, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
@@ -128,6 +139,7 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
             topology.dp_rank,
             topology.dp_size,
             start.prepared,
+            [stage.of_loader for stage in config.all_stages[1:]],
         )
         stack.enter_context(loader)
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
@@ -136,14 +148,16 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
     return loader
 
 
-def _engine(config: RunConfig, topology: Topology) -> Engine:
+def _engine(config: RunConfig, topology: Topology, step: int) -> Engine:
+    """Build the engine for the stage of the next step."""
+    stage = config.stage_at(step)
     return Engine(
         config.model,
         config.optim,
-        with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size)),
+        with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size, stage)),
         config.deepspeed_config(),
-        micro_batch_size=config.micro_batch_size(topology.dp_size),
-        micro_steps=config.micro_steps(topology.dp_size),
+        micro_batch_size=stage.micro_batch_size(topology.dp_size),
+        micro_steps=stage.micro_steps(topology.dp_size),
         topology=topology,
         seed=config.run.seed,
     )
@@ -162,6 +176,19 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
         init_hash=init_hash, **asdict(layout),
     )  # fmt: skip
+
+
+def check_past(start: Start, folder: RunFolder, step: int) -> None:
+    """Check that the config does not change what was trained up to the step that a run resumes from.
+
+    Raises: ConfigError on all ranks.
+    """
+
+    def check() -> None:
+        if start.topology.is_main and step:
+            check_skips(load_config(folder.config, begun=True), start.config, step)
+
+    start.topology.together(check)
 
 
 def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
@@ -183,8 +210,8 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     if step == 0 or step >= steps:
         return
     old = load_config(folder.config, begun=True)
-    before = learning_rate_at(step, old.optim, old.train.steps or steps)
-    after = learning_rate_at(step, config.optim, steps)
+    before = learning_rate_in(step, old.schedule, old.train.steps or steps)
+    after = learning_rate_in(step, config.schedule, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
         _logger.warning(
             "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim or train.steps"
@@ -193,12 +220,15 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
         )  # fmt: skip
 
 
-def _tracker(config: RunConfig, folder: RunFolder, suite: str, loader: Loader | None, init_hash: str) -> Tracker:
+def _tracker(start: Start, folder: RunFolder, suite: str, loader: Loader | None, state: RunState) -> Tracker:
     """Make the tracker on rank 0, which always has a loader."""
     assert loader is not None
+    config = start.config
     warn_of_training_shards(config.evaluation, loader.fingerprint)
-    described = describe(config.model_dump(mode="json"), config.hash(), loader.fingerprint, init_hash)
-    return Tracker(config.wandb, folder, config.run.name, folder.run_id(), described, suite)
+    plain = config.model_dump(mode="json")
+    described = describe(plain, config.hash(), loader.fingerprint, state.init_hash, folder.ancestors())
+    rewound_to = None if start.from_step is None else state.step
+    return Tracker(config.wandb, folder, config.run.name, folder.run_id(), described, suite, rewound_to)
 
 
 def _held_out(
@@ -207,5 +237,5 @@ def _held_out(
     evaluated = topology.broadcast_object(journal.last_evaluated(eval_set.suite if eval_set else ""))
     if eval_set is None:
         return None
-    batch_size = config.evaluation.batch_size or config.micro_batch_size(topology.dp_size)
+    batch_size = config.evaluation.batch_size or config.stage_at(0).micro_batch_size(topology.dp_size)
     return HeldOut(eval_set, engine, topology, batch_size, evaluated)

@@ -6,12 +6,11 @@ file, overrides -> config_file -> RunConfig -> {start, loop, commands}. All prob
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
@@ -23,12 +22,13 @@ from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
-from pretrain.optim import OptimConfig
+from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
+from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
 from pretrain.topology import ParallelConfig
-from shards import Config, ConfigError, DataConfig, SourceConfig, installation
+from shards import Config, ConfigError, DataConfig, installation
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
@@ -89,6 +89,7 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     wandb: WandbConfig = WandbConfig()
+    stages: tuple[StageConfig, ...] = ()  # what changes in the course of the run, in order; docs/branching.md
     # DeepSpeed's own keys, beyond those derived from the sections above
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -103,13 +104,20 @@ class RunConfig(Config):
         """The folder of the run."""
         return RunFolder(self.run.dir / self.run.name)
 
-    def micro_steps(self, dp_size: int) -> int:
-        """Return the number of forward passes per optimizer step on one dp rank."""
-        return self.train.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
+    @property
+    def all_stages(self) -> list[RunStage]:
+        """All stages of the run, the first of which is what the sections data and train describe."""
+        train = StageTrain(global_batch_size=self.train.global_batch_size, micro_batch_size=self.train.micro_batch_size)
+        return stages_of(self.data, train, self.stages)
 
-    def micro_batch_size(self, dp_size: int) -> int:
-        """Return the rows per forward pass on one dp rank."""
-        return self.train.micro_batch_size or self.train.global_batch_size // dp_size
+    def stage_at(self, step: int) -> RunStage:
+        """Return the stage in which a run is that has done `step` steps and goes on."""
+        return next(stage for stage in reversed(self.all_stages) if stage.step <= step)
+
+    @property
+    def schedule(self) -> list[SchedulePart]:
+        """The learning-rate schedules, each with the step at which it begins."""
+        return schedule_of(self.optim, self.stages)
 
     def check(self, dp_size: int) -> None:
         """Check what depends on the number of data-parallel ranks.
@@ -117,7 +125,9 @@ class RunConfig(Config):
         Raises:
             ConfigError: naming each value that does not fit, and those that would.
         """
-        check_split(self.train.global_batch_size, dp_size, self.train.micro_batch_size or 1)
+        for i, stage in enumerate(self.all_stages):
+            key = f"stages.{i - 1}.train" if i else "train"
+            check_split(stage.global_batch_size, dp_size, stage.micro_rows or 1, key)
 
     @property
     def bytes_per_weight(self) -> int:
@@ -140,7 +150,8 @@ class RunConfig(Config):
             ConfigError: if the config does not fit this number of data-parallel ranks.
         """
         self.check(dp_size)
-        batch = batch_sizes(self.micro_batch_size(dp_size), self.micro_steps(dp_size), dp_size)
+        first = self.stage_at(0)
+        batch = batch_sizes(first.micro_batch_size(dp_size), first.micro_steps(dp_size), dp_size)
         derived = dump({"derived for DeepSpeed": batch | self.deepspeed_config()})
         commented = "".join(f"# {line}\n" for line in derived.splitlines())
         return f"{self.to_yaml()}\n# On {dp_size} data-parallel ranks:\n{commented}"
@@ -149,25 +160,26 @@ class RunConfig(Config):
         """Return DeepSpeed's configuration, except for the batch sizes."""
         return deepspeed_config(self.parallel, self.optim, self.precision, self.deepspeed)
 
-    def workload(self, dp_size: int) -> Workload:
-        """Return one rank's workload, from which its memory can be estimated."""
+    def workload(self, dp_size: int, stage: RunStage | None = None) -> Workload:
+        """Return one rank's workload in a stage, by default the first, from which its memory can be estimated."""
+        stage = stage or self.stage_at(0)
         zero = self.deepspeed_config()["zero_optimization"]
         return Workload(
             model=self.model,
             parallel=self.parallel,
             dp_size=dp_size,
-            micro_batch_size=self.micro_batch_size(dp_size),
-            seq_len=self.data.seq_len,
+            micro_batch_size=stage.micro_batch_size(dp_size),
+            seq_len=stage.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 
-    def attention_shape(self, dp_size: int) -> AttentionShape:
-        """Return the attention of one layer on one rank, from which the fastest backend can be found."""
+    def attention_shape(self, dp_size: int, stage: RunStage) -> AttentionShape:
+        """Return the attention of one layer on one rank in a stage, from which the fastest backend can be found."""
         tp_size = self.parallel.tp_size
         return AttentionShape(
-            rows=self.micro_batch_size(dp_size),
-            length=self.data.seq_len,
+            rows=stage.micro_batch_size(dp_size),
+            length=stage.data.seq_len,
             n_heads=self.model.n_heads // tp_size,
             n_kv_heads=self.model.kv_heads // tp_size,
             head_dim=self.model.head_dim,
@@ -215,78 +227,6 @@ def _fill_in(tree: dict[str, Any], begun: bool) -> None:
                 source["max_epochs"] = train["epochs"]
 
 
-# Keys that may change when a run resumes: the first matching pattern decides, and no match means no.
-_MAY_CHANGE = (
-    ("run.seed", False),  # orders the data and seeds dropout
-    ("run.*", True),  # the folder may have been moved
-    ("model.*", False),  # the weights would not fit, or mean something else
-    # The loader compares contents, so files may move; nothing else that decides the tokens of a batch may change
-    *(
-        (f"{section}.{key}{below}", True)
-        for section, keys in (("data.sources.*", SourceConfig.MAY_CHANGE), ("data", DataConfig.MAY_CHANGE))
-        for key in keys
-        for below in ("", ".*")
-    ),
-    ("data.*", False),
-    ("train.global_batch_size", False),  # decides which rows a step has
-    ("train.epochs", False),  # decides which rows the run has
-    ("train.*", True),
-    ("optim.*", True),  # a schedule may be changed on purpose
-    ("precision", False),  # the optimizer's state differs in shape
-    ("parallel.*", True),  # a checkpoint is converted to another layout
-    ("checkpoint.*", True),
-    ("evaluation.*", True),
-    ("metrics.*", True),
-    ("wandb.*", True),
-    ("deepspeed*", True),
-)
-
-
-class Change(NamedTuple):
-    """A key whose value differs; a value is also None if a config lacks the key."""
-
-    key: str
-    old: JsonValue
-    new: JsonValue
-
-
-def compare_for_resume(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]:
-    """Compare the config that a run was started with to the one that it resumes with.
-
-    Returns:
-        The changes that would corrupt the run, and those that are allowed.
-    """
-    before, after = dict(_leaves("", _effective(old))), dict(_leaves("", _effective(new)))
-    keys = [*before, *(key for key in after if key not in before)]
-    changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-    # If unset, the number of lanes follows from the data, and the comparison of fingerprints covers it.
-    changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
-    return [c for c in changes if not may_change(c.key)], [c for c in changes if may_change(c.key)]
-
-
-def may_change(key: str) -> bool:
-    """Return whether a key's value may change when a run resumes."""
-    return next((allowed for pattern, allowed in _MAY_CHANGE if fnmatch.fnmatchcase(key, pattern)), False)
-
-
-def _effective(config: RunConfig) -> dict[str, JsonValue]:
-    """Return the config's values with derived defaults filled in, so that spelling one out is not a change."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    values["data"] |= {"window_bytes": config.data.window_limit, "plan_version": config.data.plan}
-    if config.data.plan == 1:
-        values["data"]["lanes"] = config.data.num_lanes(config.train.global_batch_size, 0)
-    values["model"] |= {"n_kv_heads": config.model.kv_heads, "ffn_dim": config.model.hidden_dim}
-    return values
-
-
-def _leaves(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not isinstance(value, dict | list):
-        yield key, value
-    for name, item in below:
-        yield from _leaves(f"{key}.{name}" if key else str(name), item)
-
-
 def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
     """Return the sections that are valid by themselves; a missing section gets its default."""
     parts = {}
@@ -324,11 +264,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                 f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
                 f" equal the tokenizer's number of tokens; {advice}"
             )
-    if parallel and parallel.sequence_parallel and data:
-        yield from _not_divisible("data.seq_len", data.seq_len, "parallel.tp_size", parallel.tp_size)
-    if train and train.micro_batch_size:
-        rows = ("train.global_batch_size", train.global_batch_size)
-        yield from _not_divisible(*rows, "train.micro_batch_size", train.micro_batch_size)
+    if train and data:
+        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from _not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
@@ -339,6 +276,32 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], parts["deepspeed"])
         except ConfigError as error:
             yield str(error)
+
+
+def _stage_problems(
+    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
+) -> Iterator[str]:
+    """Yield what cannot work in a stage, and steps that the run does not have."""
+    first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
+    try:
+        stages = stages_of(data, first, later)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for i, stage in enumerate(stages):
+        at = f"stages.{i - 1}." if i else ""
+        if parallel and parallel.sequence_parallel:
+            yield from _not_divisible(f"{at}data.seq_len", stage.data.seq_len, "parallel.tp_size", parallel.tp_size)
+        if stage.micro_rows:
+            rows = (f"{at}train.global_batch_size", stage.global_batch_size)
+            yield from _not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
+    if later and train.epochs:
+        yield "stages: a run of several stages needs train.steps in place of train.epochs, since its rows change"
+    if train.steps and stages[-1].step >= train.steps:
+        last = f"stages.{len(later) - 1}.step={stages[-1].step}"
+        yield f"{last}: the run ends at train.steps={train.steps}, so that stage never begins"
+    if train.steps and (beyond := [steps for steps in data.skip_steps if steps[1] > train.steps]):
+        yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"
 
 
 def how_to_split_vocabulary(vocab_size: int, tp_size: int) -> str:

@@ -75,10 +75,15 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Origins]
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections such as `model:`, not {tree!r}")
     for override in overrides:
-        key, value = _split(override)
-        _set(tree, key.split("."), value, override)
-        origins[key] = "command line"
+        origins[set_value(tree, override)] = "command line"
     return tree, origins
+
+
+def set_value(tree: Tree, override: str) -> str:
+    """Apply one `key.path=value` to a tree, and return its key. Raises: ConfigError if it does not fit."""
+    key, value = _split(override)
+    _set(tree, key.split("."), value, override)
+    return key
 
 
 def _text_of(path: Path) -> str:

@@ -6,8 +6,9 @@ A run has either a number of steps, for which its data may not suffice, or a num
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from pretrain.optim import OptimConfig, learning_rate_at
+from pretrain.optim import SchedulePart, learning_rate_in
 from pretrain.topology import Topology
 from shards import Forecast, Loader
 
@@ -55,7 +56,7 @@ def log_forecast(steps: int | None, forecast: Forecast) -> None:
         )  # fmt: skip
 
 
-def log_end(step: int, steps: int | None, foreseen: int, optim: OptimConfig) -> None:
+def log_end(step: int, steps: int | None, foreseen: int, schedule: Sequence[SchedulePart]) -> None:
     """Log that the data, and with it the run, has ended.
 
     Args:
@@ -66,7 +67,7 @@ def log_end(step: int, steps: int | None, foreseen: int, optim: OptimConfig) -> 
     if steps is None:
         _logger.info("all epochs are done at step %d; %d steps were forecast", step, foreseen)
         return
-    rate = learning_rate_at(max(0, step - 1), optim, foreseen) / optim.learning_rate
+    rate = learning_rate_in(max(0, step - 1), schedule, foreseen) / schedule[0].optim.learning_rate
     _logger.warning(
         "the data ends at step %d of train.steps=%d (%.0f %%), all sources having been read max_epochs times, and the"
         " run with it; its last learning rate was %.3g of the peak", step, steps, 100 * step / steps, rate,

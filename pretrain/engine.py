@@ -140,6 +140,15 @@ class Engine:
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
+    def set_batches(self, micro_batch_size: int, micro_steps: int) -> None:
+        """Change the batches of the steps to come, between two steps; the arguments are those of the class."""
+        self.micro_batch_size = micro_batch_size
+        sizes = batch_sizes(micro_batch_size, micro_steps, self.topology.dp_size)
+        for name, size in sizes.items():
+            setattr(self.deepspeed._config, name, size)
+        self.deepspeed.optimizer.gradient_accumulation_steps = micro_steps
+        self.deepspeed.micro_steps = 0  # from which it counts to a step's last micro-step
+
     def train_step(
         self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
     ) -> StepStats:

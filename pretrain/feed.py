@@ -7,7 +7,7 @@ collective, with everything else that they exchange once a step, such as a reque
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.state import DataState
 from pretrain.topology import Topology, copy_to
-from shards import Batch, DataConfig, HeadraceError, Loader, Origin, ShardError, Skipped, check_not_empty, merge_states
+from shards import Batch, HeadraceError, Loader, Origin, ShardError, Skipped, Stage, merge_states
 
 _EPOCH_UNIT = 10**12  # epochs are sent as integers, like everything else
 _EPOCH_DIGITS = 9  # fewer decimals than are sent, so that thirds of an epoch on three ranks add up to 1
@@ -26,8 +26,10 @@ _TOTALS = (
     "stop_requests", "saving", "failures",  # ranks
     "rows", "rows_drawn",  # in the batch; since the run's start
     "ranks_with_data",  # ranks with a lane that has not run dry
+    "ending_stage",  # ranks whose next batch is of another stage: all that have a loader, or none
     # As in StepBatch
-    "targets", "padding", "squared_lengths", "row_hash", "skipped", "skipped_so_far", "contaminated", "replays",
+    "targets", "padding", "squared_lengths", "row_hash", "trained_hash", "forgotten", "skipped", "skipped_so_far",
+    "contaminated", "replays",
 )  # fmt: skip
 
 
@@ -41,7 +43,10 @@ class StepBatch:
         n_targets: number of tokens predicted in this step.
         n_tokens, n_padding: number of tokens without padding, and of padding.
         squared_lengths: sum of the squares of the pieces' lengths in tokens.
-        row_hash: sum mod 2^64 of the rows' hashes.
+        stage: number of the run's stage that it belongs to.
+        row_hash: sum mod 2^64 of the rows' hashes, as they were read.
+        trained_hash: the same, as they are trained on; another if documents are forgotten.
+        n_forgotten: tokens of forgotten documents, which are no targets and which nothing attends to.
         tokens_per_source: tokens without padding; also under `source/sub-source`, if a source has sub-sources.
         epoch_per_source: passes over each source since the run's start, counted in records.
         skipped: bad records that all ranks skipped on the way to these rows.
@@ -54,11 +59,14 @@ class StepBatch:
 
     tokens: Tensor
     segment_ids: Tensor
+    stage: int
     n_targets: int
     n_tokens: int
     n_padding: int
     squared_lengths: int
     row_hash: int
+    trained_hash: int
+    n_forgotten: int
     tokens_per_source: dict[str, int]
     epoch_per_source: dict[str, float]
     skipped: list[Skipped]
@@ -98,17 +106,17 @@ class Feed:
 
     Args:
         loader: this dp rank's loader; None on the other ranks of its tensor-parallel group.
-        data: the data config, which names the sources.
-        rows: rows in this rank's share of a global batch.
+        stages: all stages of the run.
     """
 
-    def __init__(self, loader: Loader | None, data: DataConfig, rows: int, topology: Topology) -> None:
+    def __init__(self, loader: Loader | None, stages: Sequence[Stage], topology: Topology) -> None:
         self._loader = loader
-        self._cursors = loader.state_dict() if loader else None  # after the last batch returned
-        self._sources = [source.name for source in data.sources]
-        self._has_sub_sources = any(source.source_from for source in data.sources)
-        self._shape = (2, rows, data.seq_len + 1)
         self._topology = topology
+        self._stages = stages
+        # Rank 0 always has a loader
+        begun = (loader.stage, loader.ends_stage) if loader else (0, False)
+        self._stage, self._ends_stage = topology.broadcast_object(begun)
+        self._cursors = loader.state_dict() if loader else None  # after the last batch returned
         self._batch: Batch | None = None  # the last batch returned
         # Bad records and contaminated documents of all ranks after the last row of the data, once that was reached.
         self.passed_over: tuple[list[Skipped], list[Skipped]] = ([], [])
@@ -122,6 +130,8 @@ class Feed:
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
+        if self._ends_stage:
+            self._begin_stage()
         passed_over = _PassedOver()
         while True:
             batch, failure = self._draw()
@@ -137,21 +147,26 @@ class Feed:
         skipped = self._of_all_ranks(passed_over.skipped) if passed_over.n_skipped else []
         contaminated = self._of_all_ranks(passed_over.contaminated) if passed_over.n_contaminated else []
         if not totals["rows"]:
-            check_not_empty(totals["rows_drawn"], self._sources)
+            if self._loader:
+                self._loader.check_end(totals["rows_drawn"])
             self.passed_over = skipped, contaminated
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
+        self._ends_stage = totals["ending_stage"] > 0
         tokens_per_source = {source: totals[f"tokens/{source}"] for source in self._sources}
         tokens, segment_ids = self._shared(batch)
         return StepBatch(
             tokens=copy_to(self._topology.device, tokens),
             segment_ids=segment_ids,
+            stage=self._stage,
             n_targets=totals["targets"],
             n_tokens=sum(tokens_per_source.values()),
             n_padding=totals["padding"],
             squared_lengths=totals["squared_lengths"],
             row_hash=totals["row_hash"],
+            trained_hash=totals["trained_hash"],
+            n_forgotten=totals["forgotten"],
             tokens_per_source=tokens_per_source | self._sub_sources(batch),
             epoch_per_source={
                 source: round(totals[f"epochs/{source}"] / _EPOCH_UNIT, _EPOCH_DIGITS) for source in self._sources
@@ -163,6 +178,17 @@ class Feed:
             stop_requested=totals["stop_requests"] > 0,
             saving=totals["saving"] > 0,
         )
+
+    @property
+    def _sources(self) -> list[str]:
+        return [source.name for source in self._stages[self._stage].data.sources]
+
+    def _begin_stage(self) -> None:
+        """Tell each loader where the lanes of all ranks stand, from which it deals those of the next stage."""
+        states = [state for state in self._topology.gather_objects(self._cursors) if state is not None]
+        if self._loader:
+            self._loader.load_state_dict(merge_states(states))
+        self._stage += 1
 
     def _draw(self) -> tuple[Batch | None, HeadraceError | None]:
         """Draw this rank's part of a batch, or return the error that all ranks must learn of before this one exits."""
@@ -188,6 +214,9 @@ class Feed:
             "padding": batch.padding_tokens,
             "squared_lengths": batch.squared_lengths,
             "row_hash": batch.row_hash,
+            "trained_hash": batch.trained_hash,
+            "forgotten": batch.forgotten_tokens,
+            "ending_stage": int(self._loader.ends_stage),
             "skipped": len(batch.skipped),
             "skipped_so_far": batch.skipped_so_far,
             "contaminated": len(batch.contaminated),
@@ -201,7 +230,7 @@ class Feed:
 
     def _sub_sources(self, batch: Batch | None) -> dict[str, int]:
         """Count each sub-source's tokens over all ranks; the names are known only once they occur."""
-        if not self._has_sub_sources:
+        if not any(source.source_from for source in self._stages[self._stage].data.sources):
             return {}
         own = {name: n for name, n in batch.source_tokens.items() if "/" in name} if batch else {}
         sums: dict[str, int] = {}
@@ -217,7 +246,9 @@ class Feed:
     def _shared(self, batch: Batch | None) -> Tensor:
         """Return this dp rank's (tokens, segment_ids) on each tp rank's host: [2, rows, seq_len + 1] int64."""
         if batch is None:
-            rows = torch.empty(self._shape, dtype=torch.int32)
+            stage = self._stages[self._stage]
+            shape = (2, stage.global_batch_size // self._topology.dp_size, stage.data.seq_len + 1)
+            rows = torch.empty(shape, dtype=torch.int32)
         else:
             rows = torch.stack((torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_ids)))
         return self._topology.broadcast_in_tp(rows).long()
@@ -236,6 +267,9 @@ class Feed:
         """Return, on rank 0, a checkpoint's data state after that batch; every rank calls it."""
         cursors = self.cursors()
         return DataState(cursors, self._loader.fingerprint) if cursors is not None and self._loader else None
+
+
+PASSED_OVER = 0  # stands for the rows of a step that nothing was learned from, in the chain of what was trained on
 
 
 def chain_hash(before: str, row_hash: int) -> str:

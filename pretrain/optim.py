@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Annotated, Literal, TypedDict
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import torch
 from pydantic import Field
@@ -29,6 +29,28 @@ class OptimConfig(Config):
     z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4
 
 
+class StageSchedule(Config):
+    """A schedule that begins with a stage; what is null is as in `optim`."""
+
+    learning_rate: float | None = Field(None, gt=0)  # peak
+    schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None
+    warmup_steps: int = Field(0, ge=0)  # optimizer steps of a warm-up from 0; it does not follow from `optim`
+    decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay
+    floor: float | None = Field(None, ge=0, le=1)  # lowest learning rate, as a share of the peak
+
+    def over(self, optim: OptimConfig) -> OptimConfig:
+        """Return a config with these values in it."""
+        named = {key: value for key, value in self.model_dump().items() if value is not None}
+        return optim.model_copy(update={"decay_steps": None} | named)
+
+
+class SchedulePart(NamedTuple):
+    """A learning-rate schedule and the step at which it begins, counted from 0."""
+
+    step: int
+    optim: OptimConfig
+
+
 class ParameterGroup(TypedDict):
     """A parameter group as torch's optimizers take it."""
 
@@ -51,6 +73,22 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     return config.learning_rate * (config.floor + (1 - config.floor) * _height_at(step, config, steps))
+
+
+def learning_rate_in(step: int, parts: Sequence[SchedulePart], steps: int) -> float:
+    """Return the learning rate of one optimizer step of a run whose stages may have schedules of their own.
+
+    The first schedule is that of the whole run, as far as it gets; a later one spans the steps up to the next one.
+
+    Args:
+        step: the step, counted from 0.
+        parts: the schedules, in order, the first from step 0.
+        steps: optimizer steps of the whole run.
+    """
+    number = max(i for i, part in enumerate(parts) if part.step <= step)
+    begin, optim = parts[number]
+    end = parts[number + 1].step if 0 < number < len(parts) - 1 else steps
+    return learning_rate_at(step - begin, optim, end - begin)
 
 
 def _height_at(step: int, config: OptimConfig, steps: int) -> float:

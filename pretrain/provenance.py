@@ -5,21 +5,23 @@ run folder, shards -> provenance -> commands.provenance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
-from shards import Batch, CheckpointError, ConfigError, DataConfig, Tokenizer, batch_after
+from shards import Batch, CheckpointError, ConfigError, DataConfig, Stage, Tokenizer, batch_after
 
 
-def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_size: int, seed: int) -> Batch:
+def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: int) -> Batch:
     """Rebuild the global batch of a run's `step`-th optimizer step, with all rows of all ranks.
 
     Args:
         step: counted from 1, as in metrics.jsonl.
-        data, global_batch_size, seed: those of the run.
+        stages: all stages of the run.
+        seed: the run's.
     Raises:
         ConfigError: if the run has not reached that step, or its data has changed.
         ShardError: if a shard has changed.
@@ -34,7 +36,7 @@ def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_s
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
     since = int(str(cursors["step"])) if cursors else 0
     fingerprint = _fingerprint(folder)
-    batch = batch_after(data, global_batch_size, seed, state or None, step - 1 - since, fingerprint)
+    batch = batch_after(stages, seed, state or None, step - 1 - since, step, fingerprint)
     _check(folder, step, batch, str(trained["batch_hash"]))
     return batch
 
@@ -42,9 +44,10 @@ def batch_of_step(folder: RunFolder, step: int, data: DataConfig, global_batch_s
 def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
     """Decode each piece of a global batch, in the order of `batch.origins()`; only its tokens in the row count."""
     tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
-    for tokens, segment_ids in zip(batch.tokens, batch.segment_ids, strict=True):
-        for piece in range(1, int(segment_ids.max()) + 1):
-            yield tokenizer.decode(tokens[segment_ids == piece])
+    for slot, origins in itertools.groupby(batch.origins(), key=lambda origin: origin.slot):
+        tokens, segment_ids = batch.tokens[slot], batch.segment_ids[slot]
+        for piece, _ in enumerate(origins, 1):
+            yield tokenizer.decode(tokens[segment_ids == piece])  # nothing, if its document is forgotten
 
 
 def _fingerprint(folder: RunFolder) -> dict[str, object] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from pretrain.checkpoint.state import RunState
 from pretrain.engine import StepStats
@@ -11,14 +12,15 @@ from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
 from pretrain.topology import Topology
-from shards import DataConfig
+from shards import Stage
 
 
 class StepRecorder:
     """Makes the records of metrics.jsonl.
 
     Args:
-        model, data: the config's parts, which determine the arithmetic per token.
+        model: the model's config, which determines the arithmetic per token.
+        stages: all stages of the run.
         with_z_loss: whether the training loss includes a z-loss.
         peak_flops: FLOP/s of all devices together; None if unknown.
     Attributes:
@@ -26,11 +28,17 @@ class StepRecorder:
     """
 
     def __init__(
-        self, model: ModelConfig, data: DataConfig, with_z_loss: bool, peak_flops: float | None, topology: Topology
+        self,
+        model: ModelConfig,
+        stages: Sequence[Stage],
+        with_z_loss: bool,
+        peak_flops: float | None,
+        topology: Topology,
     ) -> None:
         self.meter = device_meter(topology.device)
-        self._model, self._flops_per_token = model, flops_per_token(model, data.seq_len)
-        self._decontaminates = data.decontaminate is not None
+        self._model, self._stages = model, stages
+        self._flops_per_token = [flops_per_token(model, stage.data.seq_len) for stage in stages]
+        self._decontaminates = any(stage.data.decontaminate is not None for stage in stages)
         self._with_z_loss = with_z_loss
         self._peak_flops = peak_flops
         self._device = topology.device
@@ -41,23 +49,35 @@ class StepRecorder:
         self._saving_seconds = seconds
 
     def record(
-        self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float, failed_saves: int
+        self,
+        state: RunState,
+        batch: StepBatch,
+        stats: StepStats,
+        learning_rate: float,
+        failed_saves: int,
+        passed_over: bool = False,
     ) -> StepRecord:
         """Make the record of a step that has just ended.
 
         Args:
             state: the run's state after the step.
             failed_saves: number of failed saves in a row, up to now.
+            passed_over: whether nothing was to be learned from the step.
         """
         seconds = self.meter.end_step()
         saving_seconds, self._saving_seconds = self._saving_seconds, None
         tokens_per_second = batch.n_tokens / seconds["step"]
-        flops_in_documents = flops_of_documents(self._model, batch.n_tokens, batch.squared_lengths) / batch.n_tokens
+        n_tokens = max(1, batch.n_tokens)  # 0 if all documents of a batch are forgotten
+        flops_in_documents = flops_of_documents(self._model, batch.n_tokens, batch.squared_lengths) / n_tokens
         return StepRecord(
             step=state.step,
             loss=stats.loss,
-            nonfinite=True if batch.n_targets and not stats.applied else None,
+            nonfinite=True if batch.n_targets and not stats.applied and not passed_over else None,
             without_targets=None if batch.n_targets else True,
+            trained_hash=state.trained_hash or None,
+            forgotten_tokens=batch.n_forgotten or None,
+            passed_over=passed_over or None,
+            stage=batch.stage if len(self._stages) > 1 else None,
             failed_saves=failed_saves or None,
             checkpoint_seconds=saving_seconds,
             z_loss=stats.z_loss if self._with_z_loss else None,
@@ -71,13 +91,13 @@ class StepRecorder:
             forward_backward_seconds=seconds.get("forward_backward", 0.0),
             optimizer_seconds=seconds.get("optimizer", 0.0),
             peak_memory_bytes=peak_memory_bytes(self._device),
-            padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens),
+            padding_share=batch.n_padding / (batch.n_padding + batch.n_tokens + batch.n_forgotten),
             tokens_per_source=batch.tokens_per_source,
             epoch_per_source=batch.epoch_per_source,
             skipped_records=batch.skipped_so_far,
             replayed_entries=batch.replays,
             contaminated_per_source=_contaminated(batch) if self._decontaminates else None,
-            mfu=mfu(self._flops_per_token, tokens_per_second, self._peak_flops),
+            mfu=mfu(self._flops_per_token[batch.stage], tokens_per_second, self._peak_flops),
             mfu_documents=mfu(flops_in_documents, tokens_per_second, self._peak_flops),
         )
 

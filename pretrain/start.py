@@ -19,7 +19,8 @@ import torch
 import shards
 from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import RunConfig, compare_for_resume, how_to_split_vocabulary, load_config
+from pretrain.config import RunConfig, how_to_split_vocabulary, load_config
+from pretrain.config_changes import compare_for_resume
 from pretrain.engine import Engine
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
@@ -31,7 +32,7 @@ from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import Topology, dp_size_of, started, world_size_of
-from shards import ConfigError, Prepared, Tokenizer, tokenizer_check
+from shards import ConfigError, Prepared, Tokenizer, installation, tokenizer_check
 from shards.storage.atomic import is_there
 from shards.suites import suite
 
@@ -58,11 +59,12 @@ class Report:
     continuation: str
 
 
-def start(config: RunConfig, fresh: bool) -> Report:
+def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Report:
     """Train a config's run from its current state; every process that the launcher started calls it.
 
     Args:
         fresh: start from scratch; an existing folder of this name is moved aside first.
+        from_step: go back to the checkpoint of this step.
     Raises:
         ConfigError, ShardError: if the config or its data cannot be trained on.
         Stopped: if a signal arrived before there was anything to save.
@@ -71,6 +73,9 @@ def start(config: RunConfig, fresh: bool) -> Report:
     config.check(dp_size)
     tokenizer = check_inputs(config)
     folder = config.folder
+    # A requeued job repeats its command, and so does torchrun, but these options were meant for the first start only.
+    if _is_restarted():
+        fresh, from_step = False, None
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         claim: Claim | None = None
@@ -78,7 +83,8 @@ def start(config: RunConfig, fresh: bool) -> Report:
             with StartupBarrier(config.parallel.timeout_minutes) as barrier:
                 if barrier.is_host:
                     check_texts(config, tokenizer)
-                    claim = claim_run(config, folder, fresh, IndexingLog(barrier.advance), stack)
+                    progress = IndexingLog(barrier.advance)
+                    claim = claim_run(config, folder, fresh, from_step, progress, stack)
                 else:
                     barrier.wait()
             topology = stack.enter_context(started(config.parallel, barrier.store))
@@ -86,7 +92,7 @@ def start(config: RunConfig, fresh: bool) -> Report:
         if topology.is_main:
             announce(config, topology)
         lease = claim.lease if claim else None
-        trainer = assemble(Start(config, topology, tokenizer, interrupt, prepared, lease), stack)
+        trainer = assemble(Start(config, topology, tokenizer, interrupt, prepared, lease, from_step), stack)
         finished = train(trainer)
         continuation = continuation_of(trainer.engine, config, tokenizer, topology) if finished else ""
     return Report(finished, trainer.state.step, folder, continuation)
@@ -124,7 +130,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Check the tokenizer on a sample of training and evaluation text; on rank 0 only. Raises ConfigError."""
-    tokenizer_check.check_sources(config.data, tokenizer)
+    tokenizer_check.check_sources(config.all_stages[-1].data, tokenizer)
     if config.evaluation.suite:
         tokenizer_check.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
 
@@ -138,13 +144,20 @@ class Claim:
     prepared: Prepared  # the shards, and data.decontaminate's filter
 
 
-def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: IndexingLog, stack: ExitStack) -> Claim:
+def _is_restarted() -> bool:
+    return any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def claim_run(
+    config: RunConfig, folder: RunFolder, fresh: bool, from_step: int | None, progress: IndexingLog, stack: ExitStack
+) -> Claim:
     """Take the lease on the run's folder and prepare its data; on rank 0 only.
 
     A refused start leaves the folder unchanged. What can be checked only once all ranks have met is left to `assembly`,
     which then makes the folder belong to this start.
 
     Args:
+        fresh, from_step: as for `start`.
         progress: is told what is indexed.
         stack: releases the lease.
     Raises:
@@ -154,18 +167,18 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
-    # A requeued job repeats its command, and so does torchrun, but --fresh was meant for the first start only.
-    restarted = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    replaced = fresh and not restarted and is_there(folder.config)
+    replaced = fresh and is_there(folder.config)
     holding = stack.enter_context(ExitStack())
     lease = holding.enter_context(Lease(folder.lease, job_id))
     store = checkpoints_of(config)
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
     if begun:
-        check_same_run(begun, config, folder)
+        steps = store.steps()
+        done = from_step if from_step is not None else steps[-1] if steps else 0
+        check_same_run(begun, config, folder, done)
         check_checkpoints_there(store, begun, folder)
-    prepared = shards.prepare(config.data, progress)
+    prepared = shards.prepare(config.data, progress, [stage.of_loader for stage in config.all_stages[1:]])
     if replaced:
         _logger.info("the run in %s was moved to %s", folder.root, folder.move_aside())
         holding.close()  # the lease has moved with the folder
@@ -175,14 +188,18 @@ def claim_run(config: RunConfig, folder: RunFolder, fresh: bool, progress: Index
     return Claim(lease, config, prepared)
 
 
-def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
-    """Log what has changed since a run was started. Raises ConfigError if that would corrupt it."""
-    refused, allowed = compare_for_resume(old, new)
+def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder, step: int) -> None:
+    """Log what has changed since a run was started, which has done `step` steps.
+
+    Raises: ConfigError if that would corrupt it.
+    """
+    refused, allowed = compare_for_resume(old, new, step)
     if refused:
         changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
         raise ConfigError(
             f"{folder.root} holds a run that differs in what must not change ({changes});"
-            " give this one another run.name, or start over with --fresh"
+            " give this one another run.name, fork the run with a stage that begins where it is"
+            f" ({installation.typed('fork')}), or start over with --fresh"
         )
     for key, before, now in allowed:
         _logger.info("%s changed since the last start: %r -> %r", key, before, now)
@@ -233,8 +250,8 @@ class IndexingLog:
 def announce(config: RunConfig, topology: Topology) -> None:
     """Log what is about to be trained, and on which devices."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
-    work = config.workload(topology.dp_size)
-    memory = memory_per_rank(work)
+    stages = config.all_stages
+    memory = max((memory_per_rank(config.workload(topology.dp_size, s)) for s in stages), key=lambda m: m.total)
     tokens_per_step = train.global_batch_size * seq_len
     if (
         config.precision == "bf16"
@@ -254,8 +271,15 @@ def announce(config: RunConfig, topology: Topology) -> None:
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
         topology.world_size, topology.tp_size, topology.dp_size, topology.device.type, config.precision,
-        config.parallel.applied_zero_stage, config.micro_steps(topology.dp_size), work.micro_batch_size,
+        config.parallel.applied_zero_stage, stages[0].micro_steps(topology.dp_size),
+        stages[0].micro_batch_size(topology.dp_size),
     )  # fmt: skip
+    for number, stage in enumerate(stages[1:], 1):
+        _logger.info(
+            "stage %d from step %d on: %d rows of %d tokens a step, %d sources",
+            number, stage.step, stage.global_batch_size, stage.data.seq_len,
+            sum(source.weight > 0 for source in stage.data.sources),
+        )  # fmt: skip
     _logger.info(
         "memory a rank, estimated: %.2f GB (%s)",
         memory.total / 1e9,

@@ -258,13 +258,14 @@ def with_recorded_plan(written: Mapping[str, object]) -> dict[str, object]:
     return {"plan_version": PLAN_VERSIONS[0], **written}
 
 
-def check_split(global_batch_size: int, dp_size: int, micro_batch_size: int = 1) -> None:
+def check_split(global_batch_size: int, dp_size: int, micro_batch_size: int = 1, at: str = "train") -> None:
     """Check that a global batch splits evenly over ranks, in whole micro-batches.
 
     Args:
         global_batch_size: rows of one step, over all ranks.
         dp_size: number of data-parallel ranks.
         micro_batch_size: rows of one forward pass.
+        at: the section that says so.
     Raises: ConfigError naming values that would fit.
     """
     portion = dp_size * micro_batch_size
@@ -273,9 +274,9 @@ def check_split(global_batch_size: int, dp_size: int, micro_batch_size: int = 1)
     working = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * micro_batch_size) == 0]
     over = "over"
     if micro_batch_size > 1:
-        over = f"into micro-batches of train.micro_batch_size={micro_batch_size} rows on"
+        over = f"into micro-batches of {at}.micro_batch_size={micro_batch_size} rows on"
     raise ConfigError(
-        f"train.global_batch_size={global_batch_size} cannot be split {over} {dp_size} data-parallel ranks; make it a"
+        f"{at}.global_batch_size={global_batch_size} cannot be split {over} {dp_size} data-parallel ranks; make it a"
         f" multiple of {portion}, such as {multiples_near(global_batch_size, portion)}; with this batch, these numbers"
         f" of data-parallel ranks work: {listed(working)}"
     )

@@ -63,7 +63,8 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step
     """Compare the data that a run began with to the data it would resume with; paths may differ, contents may not.
 
     Args:
-        step: optimizer steps done: stages that have not begun by then may differ. None = no stage may.
+        step: the last optimizer step that matters, counted from 1: stages that begin after it may differ. None = no
+            stage may.
     Raises: ConfigError or ShardError naming what differs.
     """
     for key in ("packer_version", "table_version"):

@@ -144,6 +144,11 @@ class Loader:
         return batch
 
     @property
+    def stage(self) -> int:
+        """Number of the stage of the last batch."""
+        return self._state.stage
+
+    @property
     def ends_stage(self) -> bool:
         """True if the next batch begins another stage; then a loader of several ranks has to be told all lanes.
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shards.batch import Batch
-from shards.config import DataConfig
 from shards.errors import CheckpointError
 from shards.fingerprint import check_fingerprint
 from shards.loader import Loader
+from shards.stages import Stage
 
 
 def batch_after(
-    config: DataConfig,
-    global_batch_size: int,
+    stages: Sequence[Stage],
     seed: int,
     state: Mapping[str, object] | None,
     batches: int,
+    step: int = 0,
     fingerprint: Mapping[str, object] | None = None,
 ) -> Batch:
     """Make a whole global batch again, as the ranks of a run shared it.
@@ -24,17 +24,20 @@ def batch_after(
     Its `origins()` say where its pieces come from.
 
     Args:
-        config, global_batch_size, seed: the run's.
+        stages: all stages of the run.
+        seed: the run's.
         state: all lanes' cursors, saved at or before that batch; None = the run's start.
         batches: global batches between the state and the requested one.
+        step: the batch's optimizer step, counted from 1: stages that begin after it may differ from the run's.
         fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
     Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.
     """
-    config = config.model_copy(update={"max_bad_records": None})  # their number must not stop a look back
-    with Loader(config, global_batch_size, seed) as loader:
+    first = stages[0]
+    config = first.data.model_copy(update={"max_bad_records": None})  # their number must not stop a look back
+    with Loader(config, first.global_batch_size, seed, stages=stages[1:]) as loader:
         if fingerprint is not None:
-            check_fingerprint(fingerprint, loader.fingerprint)
+            check_fingerprint(fingerprint, loader.fingerprint, step)
         if state is not None:
             loader.load_state_dict(state)
         for number, batch in enumerate(loader):

@@ -42,12 +42,15 @@ class Choice:
         store.discard_incomplete()
 
 
-def choose(store: CheckpointStore, topology: Topology) -> Choice:
-    """Choose the newest intact checkpoint; every rank calls it.
+def choose(store: CheckpointStore, topology: Topology, step: int | None = None) -> Choice:
+    """Choose the newest intact checkpoint, or that of a step; every rank calls it.
 
     Raises:
-        CheckpointError: if there are checkpoints but all are damaged.
+        CheckpointError: if there are checkpoints but all are damaged, or if that of the step is.
     """
+    if step is not None:
+        topology.together(lambda: store.find(step))
+        return Choice(open_verified(store, step, topology))
     steps = topology.broadcast_object(topology.together(lambda: store.steps() if topology.is_main else []))
     damaged: dict[int, str] = {}
     for step in reversed(steps):
@@ -129,5 +132,5 @@ def restore(
 def _restore_loader(checkpoint: Checkpoint, loader: Loader | None) -> None:
     if loader:
         data = read_data(checkpoint)
-        check_fingerprint(data.fingerprint, loader.fingerprint)
+        check_fingerprint(data.fingerprint, loader.fingerprint, read_state(checkpoint).step)
         loader.load_state_dict(data.cursors)

@@ -33,7 +33,8 @@ class RunState(msgspec.Struct, frozen=True):
         step: optimizer steps done.
         tokens: trained on since the run's start, over all ranks, without padding.
         tokens_per_source: the same, for each source.
-        batch_hash: of all batches so far, chained; 16 hex digits.
+        batch_hash: of all batches so far as they were read, chained; 16 hex digits.
+        trained_hash: the same of what was trained on; empty if that is all that was read.
         restarts: how often the run was resumed.
         config_hash: hash of the config that it last ran with.
         tp_size, dp_size, zero_stage: the layout of the engine's files.
@@ -50,6 +51,7 @@ class RunState(msgspec.Struct, frozen=True):
     dp_size: int
     zero_stage: int
     init_hash: str = ""
+    trained_hash: str = ""
     version: int = _CHECKPOINT_VERSION
 
     @property

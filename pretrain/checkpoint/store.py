@@ -219,12 +219,23 @@ class CheckpointStore:
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, which frees its name for a new one and keeps its remains."""
+        return self._aside(step, "damaged")
+
+    def _aside(self, step: int, why: str) -> Path:
         folder = self.folder_of(step)
-        names = itertools.chain([f"{folder.name}.damaged"], (f"{folder.name}.{n}.damaged" for n in itertools.count(2)))
+        names = itertools.chain([f"{folder.name}.{why}"], (f"{folder.name}.{n}.{why}" for n in itertools.count(2)))
         aside = next(path for name in names if not is_there(path := folder.with_name(name)))
         folder.rename(aside)
         fsync_folder(self.root)
         return aside
+
+    def retract_after(self, step: int) -> None:
+        """Rename the checkpoints past a step that a run goes back to, so that none of them is resumed from."""
+        for later in self.all_steps():
+            if later > step:
+                aside = self._aside(later, "retracted")
+                _logger.info("the checkpoint of step %d is retracted; it is in %s until you remove it", later, aside)
+        self.discard_universal()
 
     def prune(self) -> None:
         """Remove checkpoints that the config does not keep and remains of killed saves; failures are only logged."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.duration import SaveTime
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.cluster import preflight, slurm
 from pretrain.cluster.preflight import Finding, Hardware
 from pretrain.config import RunConfig, load_config
-from pretrain.model.size import parameter_count
+from pretrain.model.size import memory_per_rank, parameter_count
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import check_inputs, check_same_run
 from pretrain.topology import dp_size_of
@@ -129,11 +130,11 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
         yield Finding("error", "layout", f"{devices}: {problem}{others}")
         return
     dp_size = dp_size_of(request.ranks, parallel)
-    rows = config.micro_batch_size(dp_size)
+    first = config.stage_at(0)
     yield Finding(
         "ok", "layout",
         f"{devices}: {request.ranks} ranks, tp {parallel.tp_size} x dp {dp_size}, ZeRO-{parallel.applied_zero_stage};"
-        f" {config.micro_steps(dp_size)} micro-steps of {rows} rows{others}",
+        f" {first.micro_steps(dp_size)} micro-steps of {first.micro_batch_size(dp_size)} rows{others}",
     )  # fmt: skip
     if each % parallel.tp_size:
         text = f"parallel.tp_size={parallel.tp_size} spans nodes of {each} ranks: every layer waits for the network"
@@ -155,16 +156,20 @@ def run_findings(run: Run, request: slurm.JobRequest, hardware: Hardware) -> Ite
         folder = RunFolder(run.folder)
         if folder.has_begun():
             begun = load_config(folder.config, begun=True)
-            check_same_run(begun, config.settled(begun), folder)
+            steps = CheckpointStore(folder.checkpoints, config.checkpoint).steps()
+            check_same_run(begun, config.settled(begun), folder, steps[-1] if steps else 0)
     except HeadraceError as error:
         yield Finding("error", "config", str(error))
     yield from preflight.lease_findings(run.folder)
     yield from layout_findings(config, request)
-    yield from preflight.data_findings(config.data)
+    yield from preflight.data_findings(config.all_stages[-1].data)
     if request.gpus_per_node and not layout_problem(config, request.ranks):
         dp_size = dp_size_of(request.ranks, config.parallel)
-        work, micro_steps = config.workload(dp_size), config.micro_steps(dp_size)
-        yield from preflight.memory_findings(work, micro_steps, hardware.gpu_bytes)
+        stages = config.all_stages
+        largest = max(stages, key=lambda stage: memory_per_rank(config.workload(dp_size, stage)).total)
+        work = config.workload(dp_size, largest)
+        yield from preflight.memory_findings(work, largest.micro_steps(dp_size), hardware.gpu_bytes)
+        work, micro_steps = config.workload(dp_size), stages[0].micro_steps(dp_size)
         layout = (request.nodes, request.gpus_per_node)
         yield from preflight.speed_findings(work, micro_steps, train.steps, *layout, hardware)
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
     "provenance": Command("list every document of a step"),
+    "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),
     "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),
 }

@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def print_documents(arguments: argparse.Namespace) -> None:
     folder, config, _ = open_run(arguments.run, arguments.overrides)
-    rows = config.train.global_batch_size
-    batch = batch_of_step(folder, arguments.step, config.data, rows, config.run.seed)
+    rows = config.stage_at(arguments.step - 1).global_batch_size
+    stages = [stage.of_loader for stage in config.all_stages]
+    batch = batch_of_step(folder, arguments.step, stages, config.run.seed)
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None
     print("row", "source", "shard", "line", "start", "stop", *(["text"] if spoken else []), sep="\t")
     documents: set[tuple[str, int]] = set()

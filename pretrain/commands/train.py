@@ -17,9 +17,10 @@ from rich.console import Console
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.tables import domain_table
 from pretrain.faults.interrupt import STOPPED, Stopped
-from pretrain.optim import learning_rate_at
+from pretrain.optim import learning_rate_in
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, world_size_of
+from shards import ConfigError
 
 _logger = logging.getLogger("headrace")
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start over; an existing run with this name is moved aside"
     )
+    parser.add_argument(
+        "--from-step",
+        type=int,
+        metavar="N",
+        help="go back to the checkpoint of step N; what came after it is set aside, and its records are kept",
+    )
     parser.add_argument("--print-config", action="store_true", help="show what would run, and exit")
 
 
@@ -38,7 +45,7 @@ def how_to_train_longer(config: RunConfig) -> str:
     steps, optim = config.train.steps, config.optim
     if steps is None:
         return ""
-    last_rate = learning_rate_at(steps, optim, steps)
+    last_rate = learning_rate_in(steps, config.schedule, steps)
     further = f"train.steps={2 * steps}"
     if optim.schedule == "constant":
         return f"the same command with {further} continues from here; "
@@ -76,6 +83,8 @@ def print_report(config: RunConfig, report: Report) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train a run until it is finished or has to stop; return the exit code."""
+    if arguments.fresh and arguments.from_step is not None:
+        raise ConfigError("--fresh starts over, and --from-step goes back to a checkpoint: give one of the two")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         # Without a launcher, show the layout of one copy of the model.
@@ -84,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     rank = int(os.environ.get("RANK", "0"))
     try:
-        report = start(config, arguments.fresh)
+        report = start(config, arguments.fresh, arguments.from_step)
     except Stopped:
         return STOPPED
     except RuntimeError as error:

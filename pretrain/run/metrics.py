@@ -61,6 +61,12 @@ class StepRecord:
     epoch_per_source: dict[str, float]  # passes over each source since the run's start
     skipped_records: int  # bad records since the run's start, over all ranks; bad_records.jsonl names them
     replayed_entries: int  # invalid entries of shards in this step, over all ranks, which slow down decoding
+    # As batch_hash, of what was trained on; None if that is all that was read, so if no document was forgotten and no
+    # step passed over
+    trained_hash: str | None = None
+    forgotten_tokens: int | None = None  # of documents in data.forget, in this step; None if there are none
+    passed_over: bool | None = None  # True if data.skip_steps names the step: its batch was read, and nothing changed
+    stage: int | None = None  # number of the run's stage, the first being 0; None if it has only one
     failed_saves: int | None = None  # in a row, up to this step; None if the last save succeeded
     checkpoint_seconds: float | None = None  # pause for a save before this step; None without one
     # Documents dropped on the way to this step's rows because they share text with data.decontaminate's suite

@@ -9,8 +9,12 @@ import logging
 import re
 import secrets
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+
+import msgspec
 
 from pretrain.config_file import read_tree
 from pretrain.run.step_log import StepLog
@@ -18,6 +22,16 @@ from shards import ConfigError
 from shards.storage.atomic import fsync_folder, is_there, names_in, write_atomically
 
 _logger = logging.getLogger(__name__)
+
+
+class Ancestor(msgspec.Struct, frozen=True):
+    """A run that another one was forked from."""
+
+    name: str
+    folder: str  # where it was then
+    run_id: str  # of its wandb run
+    step: int  # the last one that the two have in common
+    batch_hash: str  # of that step
 
 
 @dataclass(frozen=True)
@@ -144,17 +158,20 @@ class RunFolder:
         write_atomically(self._run_id, drawn)
         return drawn
 
-    def begin(self, name: str, config: str, step: int) -> None:
+    def begin(self, name: str, config: str, step: int, rewound: bool = False) -> None:
         """Make the folder belong to a start that nothing can refuse any more.
 
         Args:
             name: name of the run.
             config: its config as YAML.
             step: the step that it resumes from; -1 if it begins with an evaluation of the untrained model.
+            rewound: whether it goes back on purpose, so that what follows may come out differently.
         """
         self.settle_run_id(name)  # while config.yaml is still that of the last start
         write_atomically(self.config, config)
-        self.cut_back(step)
+        if rewound:
+            self._data_end.unlink(missing_ok=True)
+        self.cut_back(step, "went back" if rewound else "resumed")
 
     def check_there(self) -> None:
         """Raise ConfigError, listing existing runs, if there is no run here."""
@@ -188,6 +205,27 @@ class RunFolder:
             ) from error
 
     @property
+    def _lineage(self) -> Path:
+        return self.root / "lineage.json"
+
+    def ancestors(self) -> list[Ancestor]:
+        """Return the runs that this one was forked from, the oldest first; none for most runs."""
+        try:
+            return msgspec.json.decode(self._lineage.read_bytes(), type=list[Ancestor])
+        except FileNotFoundError:
+            return []
+
+    def note_ancestors(self, ancestors: Sequence[Ancestor]) -> None:
+        """Record the runs that this one was forked from."""
+        write_atomically(self._lineage, msgspec.json.format(msgspec.json.encode(ancestors)))
+
+    def copy_records(self, target: RunFolder, step: int) -> None:
+        """Copy the records of the steps up to one into another run's folder."""
+        for log, copy in zip(self._records, target._records, strict=True):
+            if is_there(log.path):
+                log.copy_until(step, copy.path)
+
+    @property
     def superseded(self) -> Path:
         """Return the folder for records that were cut off because their steps are trained again."""
         return self.root / "superseded"
@@ -197,11 +235,12 @@ class RunFolder:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
         return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
 
-    def cut_back(self, step: int) -> None:
-        """Move aside what a killed process wrote about steps past a checkpoint's."""
+    def cut_back(self, step: int, why: str) -> None:
+        """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""
+        reason = f"{why} after step {max(step, 0)}, {datetime.now().astimezone().isoformat(timespec='seconds')}"
         for log in self._records:
             aside = self.superseded / log.path.name
-            if cut := log.cut_back(step, aside):
+            if cut := log.cut_back(step, aside, reason):
                 _logger.info("%s: %d records past step %d are now in %s", log.path, cut, max(step, 0), aside)
 
     def sync(self) -> None:

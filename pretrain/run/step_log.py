@@ -83,12 +83,23 @@ class StepLog:
             newest = line if found is not None else newest
         return None if newest is None else msgspec.json.decode(newest, type=dict[str, object])
 
-    def cut_back(self, step: int, aside: Path) -> int:
+    def copy_until(self, step: int, target: Path) -> None:
+        """Write a copy of the file that ends with the last record of the steps up to one; make it durable."""
+        with target.open("xb") as file:
+            for line, _ in self._lines():
+                found = _step_of(line)
+                if found is not None and found <= step:
+                    file.write(_frame(line) if self._compressed else line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_back(self, step: int, aside: Path, reason: str) -> int:
         """Move the records past a step to another file, and drop a torn end, so that each step is recorded once.
 
         Args:
             step: the last step to keep.
             aside: file to which the records are durably appended before they are cut off.
+            reason: stands in each of them as `retracted`.
         Returns:
             The number of records cut off.
         """
@@ -100,7 +111,8 @@ class StepLog:
                 found = _step_of(line)
                 if found is not None and found > step:
                     cut += 1
-                    cut_off.add(line)
+                    record = msgspec.json.decode(line, type=dict[str, object])
+                    cut_off.add(msgspec.json.encode(record | {"retracted": reason}) + b"\n")
                 elif found is not None:
                     kept = kept if cut else end
                     later += [line] if cut else []

@@ -24,6 +24,8 @@ Row = dict[str, object]
 
 # The results of training in a step's row; everything else in it concerns time, memory and disks.
 _FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_hash", "nonfinite")
+# Figures of which older programs know nothing; rows without them keep the hash that those recorded
+_LATER_FIGURES = ("trained_hash",)
 _EVAL = "eval/"
 
 
@@ -74,7 +76,8 @@ class SentRows:
 
 def _summary(row: Row) -> _Sent:
     evals = {key: value for key, value in row.items() if key.startswith(_EVAL)}
-    return _Sent(_hash([row.get(key) for key in _FIGURES]), _hash(evals) if evals else None)
+    figures = [row.get(key) for key in _FIGURES] + [row[key] for key in _LATER_FIGURES if key in row]
+    return _Sent(_hash(figures), _hash(evals) if evals else None)
 
 
 def _hash(figures: object) -> str:

@@ -26,8 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from pretrain.run.lease import Lease
-from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_folder import Ancestor, RunFolder
 from pretrain.run.wandb_rows import Row, SentRows, eval_prefix, eval_rows, last_local_step, rows_of, step_of, step_row
 from shards import Config, ConfigError, __version__, installation
 
@@ -90,7 +92,11 @@ def log_late_evals(
 
 
 def describe(
-    config: Mapping[str, object], config_hash: str, fingerprint: Mapping[str, object], init_hash: str
+    config: Mapping[str, object],
+    config_hash: str,
+    fingerprint: Mapping[str, object],
+    init_hash: str,
+    ancestors: Sequence[Ancestor] = (),
 ) -> dict[str, object]:
     """Return the wandb run's description: the config, and what the run was trained with and on.
 
@@ -98,6 +104,7 @@ def describe(
         config: the whole config, as JSON-able values.
         fingerprint: fingerprint of the data.
         init_hash: hash of the files with the initial weights; empty if they were drawn.
+        ancestors: the runs that this one was forked from.
     """
     packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
     provenance = {
@@ -106,6 +113,7 @@ def describe(
         "config_hash": config_hash,
         "data": fingerprint,
         "init_hash": init_hash,
+        "ancestors": msgspec.to_builtins(ancestors),
         "packages": {name: version(name) for name in packages},
     }
     return {**config, "provenance": provenance}
@@ -135,6 +143,7 @@ class Tracker:
         run_id: str,
         described: Mapping[str, object],
         suite: str | None = None,
+        rewound_to: int | None = None,
     ):
         """Prepare a session; `with` opens it.
 
@@ -146,7 +155,9 @@ class Tracker:
             described: config and provenance, as JSON-able values.
             suite: the training's own suite in evals.jsonl; None: all. The first in the file is shown under `eval/`, any
                 other, after the config changed, under `eval/<suite>/`.
+            rewound_to: the step that the run has gone back to on purpose; wandb's rows past it go at once.
         """
+        self._rewound_to = rewound_to
         self._suite = suite
         self._config = config
         self._folder = folder
@@ -304,6 +315,8 @@ class Tracker:
         there = rows_of(self._folder, self._suite, until=self._last_step)
         if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
             self._rewind(step_of(wrong))
+        elif self._rewound_to is not None and self._last_step > self._rewound_to:
+            self._rewind(self._rewound_to + 1)
         newest = self._folder.metrics.last()
         self._sent.forget(step_of(newest) if newest else -1)
         self._fill_gap()

@@ -1,0 +1,87 @@
+"""What a run's config says of its stages, and each stage with all that it keeps. config -> stages -> trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from pretrain.optim import OptimConfig, SchedulePart, StageSchedule
+from shards import Config, DataConfig, Stage, StageData
+from shards.stages import stage_after
+
+
+class StageTrain(Config):
+    """What a stage changes of its batches; null: as before."""
+
+    global_batch_size: int | None = Field(None, ge=1)  # rows of one optimizer step, over all ranks
+    micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass on one dp rank
+
+
+class StageConfig(Config):
+    """What changes from a step on; everything else stays as it was. Once a stage has begun, it may not be edited."""
+
+    step: int = Field(ge=1)  # optimizer steps that are done when the stage begins
+    data: StageData = StageData()
+    train: StageTrain = StageTrain()
+    optim: StageSchedule | None = (
+        None  # a schedule of its own, up to the next stage that has one; null: the old goes on
+    )
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """One stage of a run, with all that it does not change.
+
+    Attributes:
+        step: optimizer steps that are done when it begins.
+        global_batch_size: rows of one optimizer step, over all ranks.
+        micro_rows: train.micro_batch_size in this stage.
+    """
+
+    step: int
+    data: DataConfig
+    global_batch_size: int
+    micro_rows: int | None
+
+    def micro_batch_size(self, dp_size: int) -> int:
+        """Return the rows per forward pass on one dp rank."""
+        return self.micro_rows or self.global_batch_size // dp_size
+
+    def micro_steps(self, dp_size: int) -> int:
+        """Return the number of forward passes per optimizer step on one dp rank."""
+        return self.global_batch_size // (dp_size * self.micro_batch_size(dp_size))
+
+    @property
+    def of_loader(self) -> Stage:
+        """The stage as the loader takes it."""
+        return Stage(self.step, self.data, self.global_batch_size)
+
+
+def stages_of(data: DataConfig, train: StageTrain, later: Sequence[StageConfig]) -> list[RunStage]:
+    """Return all stages of a run.
+
+    Args:
+        data, train: those of the first stage.
+    Raises: ConfigError if a stage does not fit the one before.
+    """
+    assert train.global_batch_size is not None
+    stages = [RunStage(0, data, train.global_batch_size, train.micro_batch_size)]
+    for i, changes in enumerate(later):
+        before = stages[-1]
+        found = stage_after(
+            before.of_loader, changes.step, changes.data, changes.train.global_batch_size, f"stages.{i}"
+        )
+        micro_rows = changes.train.micro_batch_size or before.micro_rows
+        stages.append(RunStage(found.step, found.data, found.global_batch_size, micro_rows))
+    return stages
+
+
+def schedule_of(optim: OptimConfig, later: Sequence[StageConfig]) -> list[SchedulePart]:
+    """Return the schedules of a run, each with the step at which it begins."""
+    parts = [SchedulePart(0, optim)]
+    for stage in later:
+        if stage.optim is not None:
+            parts.append(SchedulePart(stage.step, stage.optim.over(optim)))
+    return parts
