@@ -30,7 +30,8 @@ import annotated_types
 from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 
-from pretrain.config import RunConfig, may_change
+from pretrain.config import RunConfig
+from pretrain.config_changes import may_change
 from shards import Config
 from shards.suites.suite import SuiteFile
 
@@ -64,7 +65,8 @@ This page lists every key of a run's YAML file, in the order of the classes that
   key, the value and what would be right. Types are strict: `8` is a whole number, `"8"` and `8.0` are not.
 - **Resume** says what happens when a run resumes with another value of the key. *Free*: the new value applies from then
   on, and the log names the change. *Fixed*: the start is refused, because the change would corrupt the run; give the
-  new run another `run.name`, or start over with `--fresh`. Some free keys of `data` are compared by what they lead to:
+  new run another `run.name`, fork the run, or start over with `--fresh`. *Free until it begins*: a stage in the future
+  may be edited, one in the past may not. Some free keys of `data` are compared by what they lead to:
   files may move, for example, as long as their contents stay the same.
 """
 
@@ -200,7 +202,9 @@ def _below(section: Section, key: Key) -> str:
 def _on_resume(section: Section, key: Key) -> str:
     if _below(section, key) and key.kind == "mapping":
         return ""  # each key of the section has its own entry
-    return "free" if may_change(key.path.replace("[]", ".0")) else "fixed"
+    if may_change(key.path.replace("[]", ".0")):
+        return "free"
+    return "free until it begins" if key.path.startswith("stages") else "fixed"
 
 
 def _inner_configs(annotation: Any) -> Iterator[tuple[type[Config], str]]:

@@ -33,7 +33,7 @@ class StageSchedule(Config):
     """A schedule that begins with a stage; what is null is as in `optim`."""
 
     learning_rate: float | None = Field(None, gt=0)  # peak
-    schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None
+    schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None  # its shape, over the steps of the stage
     warmup_steps: int = Field(0, ge=0)  # optimizer steps of a warm-up from 0; it does not follow from `optim`
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay
     floor: float | None = Field(None, ge=0, le=1)  # lowest learning rate, as a share of the peak

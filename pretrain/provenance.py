@@ -36,7 +36,8 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
     since = int(str(cursors["step"])) if cursors else 0
     fingerprint = _fingerprint(folder)
-    batch = batch_after(stages, seed, state or None, step - 1 - since, step, fingerprint)
+    (_, data, rows), *later = stages
+    batch = batch_after(data, rows, seed, state or None, step - 1 - since, fingerprint, later, step)
     _check(folder, step, batch, str(trained["batch_hash"]))
     return batch
 

@@ -100,7 +100,8 @@ def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, 
     if near := difflib.get_close_matches(name, nearby, n=1, cutoff=0.7):
         return f"did you mean {'.'.join((*above, *section, near[0]))}?"
     if near := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
-        return f"did you mean {' or '.join(elsewhere[near[0]])}?"
+        found = elsewhere[near[0]]  # a stage has keys of the same names, which are not meant if there are others
+        return f"did you mean {' or '.join(key for key in found if not any(key.endswith(f'.{k}') for k in found))}?"
     return f"known here: {', '.join(nearby)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from shards.batch import Batch
+from shards.config import DataConfig
 from shards.errors import CheckpointError
 from shards.fingerprint import check_fingerprint
 from shards.loader import Loader
@@ -12,30 +13,32 @@ from shards.stages import Stage
 
 
 def batch_after(
-    stages: Sequence[Stage],
+    config: DataConfig,
+    global_batch_size: int,
     seed: int,
     state: Mapping[str, object] | None,
     batches: int,
-    step: int = 0,
     fingerprint: Mapping[str, object] | None = None,
+    stages: Sequence[Stage] = (),
+    step: int | None = None,
 ) -> Batch:
     """Make a whole global batch again, as the ranks of a run shared it.
 
     Its `origins()` say where its pieces come from.
 
     Args:
-        stages: all stages of the run.
-        seed: the run's.
+        config, global_batch_size, seed: the run's.
         state: all lanes' cursors, saved at or before that batch; None = the run's start.
         batches: global batches between the state and the requested one.
-        step: the batch's optimizer step, counted from 1: stages that begin after it may differ from the run's.
         fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
+        stages: the run's, after the first.
+        step: the batch's optimizer step, counted from 1: stages that begin after it may differ from the run's. None =
+            none may.
     Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.
     """
-    first = stages[0]
-    config = first.data.model_copy(update={"max_bad_records": None})  # their number must not stop a look back
-    with Loader(config, first.global_batch_size, seed, stages=stages[1:]) as loader:
+    config = config.model_copy(update={"max_bad_records": None})  # their number must not stop a look back
+    with Loader(config, global_batch_size, seed, stages=stages) as loader:
         if fingerprint is not None:
             check_fingerprint(fingerprint, loader.fingerprint, step)
         if state is not None:

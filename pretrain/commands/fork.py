@@ -1,8 +1,8 @@
 """Begin a run from a checkpoint of another: `headrace fork --run runs/a --step 90000 --name b [key=value ...]`.
 
 The new run has the parent's weights, optimizer state, counters and cursors at that step, a folder and a wandb run of
-its own, and the parent's records up to there. The checkpoint's files are shared by hard links, so it takes no space, and
-nothing that happens to the parent harms it. Train it with `headrace train --config runs/b/config.yaml`.
+its own, and the parent's records up to there. The checkpoint's files are shared by hard links, so it takes no space,
+and nothing that happens to the parent harms it. Train it with `headrace train --config runs/b/config.yaml`.
 
 What changes from that step on is written with `stage.`:
 

@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def print_documents(arguments: argparse.Namespace) -> None:
     folder, config, _ = open_run(arguments.run, arguments.overrides)
-    rows = config.stage_at(arguments.step - 1).global_batch_size
     stages = [stage.of_loader for stage in config.all_stages]
     batch = batch_of_step(folder, arguments.step, stages, config.run.seed)
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None
@@ -49,7 +48,7 @@ def print_documents(arguments: argparse.Namespace) -> None:
         print(*origin, *([next(spoken)] if spoken else []), sep="\t")
     sys.stdout.flush()
     print(
-        f"step {arguments.step}: {len(documents):,} documents in {rows:,} rows; the rebuilt batch has the hash that "
+        f"step {arguments.step}: {len(documents):,} documents in {len(batch.tokens):,} rows; the rebuilt batch has the hash that "
         "the run was trained on",
         file=sys.stderr,
     )

@@ -94,7 +94,7 @@ def test_a_resumed_training_keeps_evaluations_of_earlier_steps(evaluated: Run) -
     """Run after the test above, on lines that are out of order."""
     folder = RunFolder(evaluated.folder / "resumed")
     kept = {key for key in evals(folder.root) if key[0] <= 4}
-    folder.evals.cut_back(4, folder.superseded / "evals.jsonl")
+    folder.evals.cut_back(4, folder.superseded / "evals.jsonl", "lost")
     assert set(evals(folder.root)) == kept
     for suite in {key[1] for key in kept}:
         assert DocumentScores.load(folder.document_scores(2, suite)).suite == suite

@@ -51,7 +51,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_until_there_are_too_m
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step_00000004"]
     run = load_config(folder.config)
     named = folder.nonfinite(3).read_text().splitlines()[1:]
-    origins = batch_of_step(folder, 3, run.data, run.train.global_batch_size, run.run.seed).origins()
+    origins = batch_of_step(folder, 3, [stage.of_loader for stage in run.all_stages], run.run.seed).origins()
     assert named == ["\t".join(map(str, origin)) for origin in origins]
 
 

@@ -79,9 +79,9 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"other\.model is not the model that .*step_00000010 was trained with"):
             command(asked)
     shutil.rmtree(folder.checkpoints)
-    folder.metrics.cut_back(3, folder.superseded / "metrics.jsonl")  # before the first save
+    folder.metrics.cut_back(3, folder.superseded / "metrics.jsonl", "lost")  # before the first save
     folder.config.write_text(folder.config.read_text().replace(str(other), "shards/sample/tokenizer-4k.model"))
     codes, output = run_starts(config, [(1, [*base, "train.steps=4"], "")])
     assert codes == [[0]], output
-    superseded = StepLog(folder.superseded / "metrics.jsonl").read()
+    superseded = StepLog(folder.superseded / "metrics.jsonl", "lost").read()
     assert [record["step"] for record in superseded] == [*range(4, 11), 1, 2, 3]

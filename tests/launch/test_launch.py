@@ -103,7 +103,7 @@ def test_a_folder_with_another_run_is_refused_unless_fresh(command, tmp_path: Pa
     assert command("--fresh", "model.dim=128", no_data)[0] == 2
     assert not aside.exists(), "a refused start moves nothing"
     with ExitStack() as stack:
-        claim_run(config, folder, True, IndexingLog(lambda: None), stack)
+        claim_run(config, folder, True, None, IndexingLog(lambda: None), stack)
         assert (aside / "metrics.jsonl").exists()
         assert not folder.metrics.path.exists()
 

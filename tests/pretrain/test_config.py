@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import compare_for_resume, load_config, may_change
+from pretrain.config import load_config
+from pretrain.config_changes import compare_for_resume, may_change
 from pretrain.config_file import dump, read_tree
 from shards import ConfigError
 
@@ -199,7 +200,7 @@ def test_check_accepts_exactly_the_rank_counts_that_it_lists(small: Path) -> Non
             assert "these numbers of data-parallel ranks work: 1, 2, 3, 4, 6, 12" in str(error)  # noqa: PT017
         else:
             works.append(dp_size)
-            assert config.micro_steps(dp_size) * dp_size * 2 == 24
+            assert config.stage_at(0).micro_steps(dp_size) * dp_size * 2 == 24
     assert works == [1, 2, 3, 4, 6, 12]
 
 
@@ -214,7 +215,7 @@ def test_check_names_values_that_would_work(small: Path) -> None:
      "train.global_batch_size=48", "data.tokenizer=other.model data.bos=false", "data.sources.0.max_epochs=2"],
 )  # fmt: skip
 def test_a_resume_refuses_what_would_corrupt_the_run(small: Path, override: str) -> None:
-    refused, _ = compare_for_resume(load_config(small), load_config(small, override.split()))
+    refused, _ = compare_for_resume(load_config(small), load_config(small, override.split()), 10)
     (change,) = refused
     assert change.key == override.split()[-1].split("=")[0]
     assert change.old != change.new
@@ -227,7 +228,7 @@ def test_a_resume_refuses_what_would_corrupt_the_run(small: Path, override: str)
      "checkpoint.every=7", "deepspeed.dump_state=true", "data.tokenizer=moved.model"],
 )  # fmt: skip
 def test_a_resume_allows_what_may_change_and_reports_it(small: Path, override: str) -> None:
-    refused, allowed = compare_for_resume(load_config(small), load_config(small, [override]))
+    refused, allowed = compare_for_resume(load_config(small), load_config(small, [override]), 10)
     assert not refused
     assert allowed
     assert all(change.key.startswith(override.split("=")[0]) for change in allowed)
@@ -237,7 +238,7 @@ def test_a_resume_allows_what_may_change_and_reports_it(small: Path, override: s
 def test_spelling_out_a_default_changes_nothing(small: Path, version: int) -> None:
     old = load_config(small, ["data.lanes=null", f"data.plan_version={version}"])
     spelled = ["data.lanes=24", "model.ffn_dim=256", "data.window_bytes=1048576", f"data.plan_version={version}"]
-    assert compare_for_resume(old, load_config(small, spelled)) == ([], [])
+    assert compare_for_resume(old, load_config(small, spelled), 10) == ([], [])
 
 
 def test_a_run_folder_without_a_plan_version_has_version_1(small: Path) -> None:
@@ -246,8 +247,8 @@ def test_a_run_folder_without_a_plan_version_has_version_1(small: Path) -> None:
     assert (old.data.plan, new.data.plan) == (1, 2)
     assert new.settled(old).data.plan_version == 1
     assert new.settled(None).data.plan_version == 2
-    assert compare_for_resume(old, new.settled(old)) == ([], [])
-    refused, _ = compare_for_resume(old, load_config(small, ["data.plan_version=2"]).settled(old))
+    assert compare_for_resume(old, new.settled(old), 10) == ([], [])
+    refused, _ = compare_for_resume(old, load_config(small, ["data.plan_version=2"]).settled(old), 10)
     assert refused == [("data.plan_version", 1, 2)]
 
 
@@ -264,14 +265,14 @@ def test_a_run_may_end_by_epochs_instead_of_steps(small: Path) -> None:
     assert "either steps (optimizer steps) or epochs" in complaint(small, "train.steps=null")
     said = complaint(small, "train.steps=null", "train.epochs=3", "data.sources.0.max_epochs=2")
     assert "has max_epochs=2, but train.epochs=3 applies to all sources" in said
-    refused, _ = compare_for_resume(config, load_config(small, ["train.steps=null", "train.epochs=4"]))
+    refused, _ = compare_for_resume(config, load_config(small, ["train.steps=null", "train.epochs=4"]), 10)
     assert "train.epochs" in [change.key for change in refused]
 
 
 def test_an_additional_source_is_refused(small: Path, tmp_path: Path) -> None:
     more = tmp_path / "more.yaml"
     more.write_text(SMALL.replace("train:", '    - {name: third, paths: ["x"]}\ntrain:'))
-    refused, _ = compare_for_resume(load_config(small), load_config(more))
+    refused, _ = compare_for_resume(load_config(small), load_config(more), 10)
     assert "data.sources.2.name" in [change.key for change in refused]
 
 

@@ -37,6 +37,8 @@ data:
   on_bad_record: skip
   max_bad_records: 3
   decontaminate: {suite: s, splits: [val], match: ngram, min_tokens: 8}
+  forget: f
+  skip_steps: [[2, 3]]
   window_bytes: 1000
   index_dir: i
   max_index_at_start: 1000
@@ -56,9 +58,24 @@ evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, su
 metrics: {log_every_seconds: 1.5, peak_flops: 1.5}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
 deepspeed: {memory_breakdown: true}
+stages:
+  - step: 4
+    data:
+      sources:
+        - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+        - {name: d, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5,
+          max_epochs: 2}
+      weights: {a: 0.25}
+      seq_len: 64
+      packing: {overflow_tolerance: 4}
+      lanes: 8
+      decontaminate: {suite: t, splits: [val], match: ngram, min_tokens: 9}
+      forget: g
+    train: {global_batch_size: 16, micro_batch_size: 4}
+    optim: {learning_rate: 0.25, schedule: linear, warmup_steps: 1, decay_steps: 2, floor: 0.25}
 """)
 # Keys that exclude another one above, or whose values are of other types than the one above.
-OTHERS = {"train.epochs", "data.sources.input_ids_key"}
+OTHERS = {"train.epochs", "data.sources.input_ids_key", "stages.data.sources.input_ids_key"}
 SUITE = {"name": "a", "sources": [{"name": "b", "path": "p", "text_key": "t", "domain_from": "d", "split": "val"}]}
 
 

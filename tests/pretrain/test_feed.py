@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.feed import Feed
-from shards import DataConfig, HeadraceError, Loader, ShardError, prepare
+from shards import DataConfig, HeadraceError, Loader, ShardError, Stage, prepare
 from tests.shards.corpora import config, record, words, write_shard
 
 ROWS = 4  # rows of a global batch
@@ -50,6 +50,9 @@ class Place:
     def gather_objects(self, own: Any) -> list[Any]:
         return self._ranks.gather(self.rank, own)
 
+    def broadcast_object(self, own: Any) -> Any:
+        return self.gather_objects(own)[0]
+
     def sum_int64(self, values: list[int]) -> list[int]:
         return [sum(parts) % 2**64 for parts in zip(*self.gather_objects(values), strict=True)]
 
@@ -65,7 +68,7 @@ def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, An
     def work(place: Place) -> list[dict[str, Any]]:
         topology: Any = place
         with Loader(data, ROWS, seed, place.rank, ranks, prepared=prepared) as loader:
-            feed = Feed(loader, data, ROWS // ranks, topology)
+            feed = Feed(loader, [Stage(0, data, ROWS)], topology)
             found = []
             while (batch := feed.next(stop_requested=place.rank == 1, saving=place.rank == 0)) is not None:
                 assert batch.tokens.shape == (ROWS // ranks, data.seq_len + 1)
@@ -117,7 +120,7 @@ def test_all_ranks_learn_of_data_that_one_cannot_read(tmp_path: Path) -> None:
     def work(place: Place) -> HeadraceError | None:
         topology: Any = place
         with Loader(data, ROWS, 0, place.rank, 2, prepared=prepared) as loader:
-            feed = Feed(loader, data, ROWS // 2, topology)
+            feed = Feed(loader, [Stage(0, data, ROWS)], topology)
             try:
                 while feed.next(stop_requested=False):
                     pass

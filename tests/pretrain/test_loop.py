@@ -17,7 +17,7 @@ from pretrain.faults.stop import StopPolicy
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import StepBatch
 from pretrain.loop import train
-from pretrain.optim import OptimConfig
+from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import Meter
 from pretrain.trainer import Trainer
 from shards import CheckpointError
@@ -76,7 +76,10 @@ class Run:
             train=SimpleNamespace(steps=self.steps),
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
-            optim=OptimConfig(learning_rate=1.0),
+            data=SimpleNamespace(skip_steps=()),
+            all_stages=[None],
+            stage_at=lambda step: None,
+            schedule=[SchedulePart(0, OptimConfig(learning_rate=1.0))],
         )
         topology: Any = SimpleNamespace(is_main=False, any=bool)
         self.trainer = Trainer(config, parts, topology, self.steps or DATA_END, self.state)
@@ -89,7 +92,8 @@ class Run:
         self.at += 1
         nothing = torch.zeros(0)
         return StepBatch(
-            nothing, nothing, n_targets=1, n_tokens=1, n_padding=0, squared_lengths=1, row_hash=1, tokens_per_source={},
+            nothing, nothing, stage=0, n_targets=1, n_tokens=1, n_padding=0, squared_lengths=1, row_hash=1,
+            trained_hash=1, n_forgotten=0, tokens_per_source={},
             epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
             stop_requested=stop_requested, saving=saving,
         )  # fmt: skip

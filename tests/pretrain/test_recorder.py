@@ -14,7 +14,7 @@ from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
-from shards import Skipped
+from shards import Skipped, Stage
 from tests.shards.corpora import config
 
 DATA = config([{"name": name, "paths": ["x"]} for name in ("a", "b")])
@@ -27,7 +27,8 @@ SKIPPED = StepStats(loss=math.nan, z_loss=math.nan, grad_norm=math.nan, applied=
 def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_saves: int = 0) -> dict[str, object]:
     nothing = torch.zeros(0)
     batch = StepBatch(
-        nothing, nothing, n_targets, n_tokens=96, n_padding=32, squared_lengths=3000, row_hash=1,
+        nothing, nothing, 0, n_targets, n_tokens=96, n_padding=32, squared_lengths=3000, row_hash=1,
+        trained_hash=1, n_forgotten=0,
         tokens_per_source={"a": 96}, epoch_per_source={"a": 0.5, "b": 0.0}, skipped=[], skipped_so_far=7, replays=2,
         contaminated=[Skipped("a", "shard", 1, "why")], stop_requested=False, saving=False,
     )  # fmt: skip
@@ -38,7 +39,7 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
     topology: Any = type("Alone", (), {"device": torch.device("cpu")})
-    return StepRecorder(MODEL, DATA, with_z_loss, peak_flops, topology)
+    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology)
 
 
 def test_the_record_of_a_trained_step() -> None:

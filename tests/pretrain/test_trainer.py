@@ -11,8 +11,10 @@ from pretrain.trainer import after
 
 def batch(tokens_per_source: dict[str, int]) -> StepBatch:
     return StepBatch(
-        tokens=torch.zeros(0), segment_ids=torch.zeros(0), n_targets=0, n_tokens=tokens_per_source["pile"], n_padding=0,
-        squared_lengths=0, row_hash=1, tokens_per_source=tokens_per_source, epoch_per_source={},
+        tokens=torch.zeros(0), segment_ids=torch.zeros(0), stage=0, n_targets=0,
+        n_tokens=tokens_per_source["pile"], n_padding=0,
+        squared_lengths=0, row_hash=1, trained_hash=1, n_forgotten=0,
+        tokens_per_source=tokens_per_source, epoch_per_source={},
         skipped=[], skipped_so_far=0, contaminated=[], replays=0, stop_requested=False, saving=False,
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ class Run:
         assert [t.shape for t in optimizer["moments"]] == [(20, 10), (7,)]
         for tensor in (weights, *optimizer["moments"], optimizer["same"]):
             assert bool((tensor == step).all())
-        self.folder.cut_back(step)
+        self.folder.cut_back(step, "resumed")
         assert [record["step"] for record in self.folder.metrics.read()][-1] == step
         if step == 20:
             assert [record["step"] for record in self.folder.evals.read()] == [20]

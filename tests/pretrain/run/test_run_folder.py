@@ -52,7 +52,7 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_records_and_accepts_more(tmp_path
         log.path.write_bytes(content[:size])
         whole = sum(end <= size for end in ends) - 1
         assert [record["step"] for record in log.read()] == [1, 2, 3][:whole], size
-        log.cut_back(2, tmp_path / "aside")
+        log.cut_back(2, tmp_path / "aside", "resumed")
         log.append({"step": 3})
         assert [record["step"] for record in log.read()] == [*[1, 2][:whole], 3], size
 
@@ -62,9 +62,9 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_records_and_accepts_more(tmp_path
 def test_cut_back_keeps_exactly_the_steps_up_to_one(tmp_path: Path, name: str, step: int) -> None:
     steps = [0, 1, 1, 2, 4, 5]
     log = filled(tmp_path / name, steps)
-    log.cut_back(step, tmp_path / "aside")
+    log.cut_back(step, tmp_path / "aside", "resumed")
     assert [record["step"] for record in log.read()] == [s for s in steps if s <= step]
-    assert log.cut_back(step, tmp_path / "aside") == 0
+    assert log.cut_back(step, tmp_path / "aside", "resumed") == 0
 
 
 def test_other_readers_read_the_logs(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_other_readers_read_the_logs(tmp_path: Path) -> None:
 def test_a_missing_log_is_empty(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "metrics.jsonl")
     log.sync()
-    assert log.cut_back(3, tmp_path / "aside") == 0
+    assert log.cut_back(3, tmp_path / "aside", "resumed") == 0
     assert list(log.read()) == []
 
 
@@ -190,12 +190,12 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
     folder.create()
     for log in (folder.metrics, folder.evals, folder.cursors):
         filled(log.path, [1, 2, 3])
-    folder.cut_back(1)
+    folder.cut_back(1, "resumed")
     folder.sync()
     assert [len(list(log.read())) for log in (folder.metrics, folder.evals, folder.cursors)] == [1, 1, 1]
     aside = [StepLog(folder.superseded / log.path.name) for log in (folder.metrics, folder.evals, folder.cursors)]
     assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3]] * 3
-    folder.cut_back(-1)  # as if there were no checkpoint
+    folder.cut_back(-1, "resumed")  # as if there were no checkpoint
     assert [[record["step"] for record in log.read()] for log in aside] == [[2, 3, 1]] * 3
     assert next(aside[0].read())["per_source"] == {"pile": 2}
 
@@ -205,11 +205,14 @@ def test_a_folder_is_cut_back_in_all_its_logs(tmp_path: Path) -> None:
 def test_kept_and_cut_off_records_together_are_all_records(tmp_path: Path, name: str, step: int) -> None:
     log, aside = filled(tmp_path / name, [0, 1, 1, 2, 4, 5]), StepLog(tmp_path / "superseded" / name)
     before = list(log.read())
-    assert log.cut_back(step, aside.path) == sum(int(str(record["step"])) > step for record in before)
-    assert [*log.read(), *aside.read()] == before
+    assert log.cut_back(step, aside.path, "resumed") == sum(int(str(record["step"])) > step for record in before)
+    cut = [*aside.read()]
+    marks = [record.pop("retracted") for record in cut]
+    assert [*log.read(), *cut] == before
+    assert marks == ["resumed"] * len(cut)
     log.append({"step": 9})
-    log.cut_back(step, aside.path)
-    assert [*aside.read()][-1] == {"step": 9}
+    log.cut_back(step, aside.path, "resumed")
+    assert [*aside.read()][-1] == {"step": 9, "retracted": "resumed"}
 
 
 def test_a_torn_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_an_unreadable_file_is_not_treated_as_missing(tmp_path: Path, monkeypatc
         (folder.checkpoints, folder.has_begun),
         (folder.wandb / "run_id", lambda: folder.settle_run_id("run")),
         (folder.metrics.path, folder.has_begun),
-        (folder.metrics.path, lambda: folder.cut_back(0)),
+        (folder.metrics.path, lambda: folder.cut_back(0, "resumed")),
     ]
     for path, ask in cases:
         if path == folder.metrics.path:

@@ -82,7 +82,7 @@ def _train(
     folder.wandb.mkdir(exist_ok=True)
     if not (folder.wandb / "run_id").exists():
         (folder.wandb / "run_id").write_text("an-id")
-    folder.cut_back(resumed_at)
+    folder.cut_back(resumed_at, "resumed")
     config = WandbConfig.model_validate({"system_metrics": False, "mode": mode})
     described = {"model": {"dim": 8}, "commit": "c0ffee"}
     with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
