@@ -48,8 +48,8 @@ def print_documents(arguments: argparse.Namespace) -> None:
         print(*origin, *([next(spoken)] if spoken else []), sep="\t")
     sys.stdout.flush()
     print(
-        f"step {arguments.step}: {len(documents):,} documents in {len(batch.tokens):,} rows; the rebuilt batch has the hash that "
-        "the run was trained on",
+        f"step {arguments.step}: {len(documents):,} documents in {len(batch.tokens):,} rows; the rebuilt batch has "
+        "the hash that the run was trained on",
         file=sys.stderr,
     )
 
