@@ -39,6 +39,7 @@ from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.starts import describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker, describe
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
@@ -82,8 +83,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     config, topology = start.config, start.topology
     folder, store = config.folder, checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
-    loader = _loader(start, stack)
-    engine = _engine(config, topology)
+    loader = open_loader(config, topology, start.prepared, stack)
+    engine = make_engine(config, topology)
     choice = choose(store, topology)
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
@@ -92,11 +93,14 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         config.evaluation, start.tokenizer, data.seq_len, config.precision, topology.dp_rank, topology.dp_size
     )
     steps = data_end.foresee(loader, config.train.steps, topology)
+    environment = environment_of(topology, engine.attention)
+    begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
         choice.set_damaged_aside(store)
         folder.begin(config.run.name, config.to_yaml(), state.step or -1)
+        folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
     topology.barrier()
     suite = eval_set.suite if eval_set else ""
     tracker = _tracker(config, folder, suite, loader, state.init_hash) if topology.is_main else None
@@ -116,9 +120,13 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     return Trainer(config, parts, topology, steps, state)
 
 
-def _loader(start: Start, stack: ExitStack) -> Loader | None:
-    """Open the loader on the first rank of each tensor-parallel group; every rank calls it."""
-    config, topology = start.config, start.topology
+def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None, stack: ExitStack) -> Loader | None:
+    """Open the loader on the first rank of each tensor-parallel group; every rank calls it.
+
+    Args:
+        prepared: what `shards.prepare` returned on rank 0.
+        stack: closes the loader's workers.
+    """
     loader = None
     if topology.tp_rank == 0:
         loader = Loader(
@@ -127,7 +135,7 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
             config.run.seed,
             topology.dp_rank,
             topology.dp_size,
-            start.prepared,
+            prepared,
         )
         stack.enter_context(loader)
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
@@ -136,7 +144,8 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
     return loader
 
 
-def _engine(config: RunConfig, topology: Topology) -> Engine:
+def make_engine(config: RunConfig, topology: Topology) -> Engine:
+    """Make the engine that a config asks for; every rank calls it."""
     return Engine(
         config.model,
         config.optim,
@@ -149,10 +158,15 @@ def _engine(config: RunConfig, topology: Topology) -> Engine:
     )
 
 
+def layout_of(config: RunConfig, topology: Topology) -> Layout:
+    """Return how the engine's state lies on the ranks."""
+    return Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+
+
 def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:
     """Restore the run from a checkpoint or, without one, give the engine its first weights."""
     config, topology = start.config, start.topology
-    layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+    layout = layout_of(config, topology)
     if choice.checkpoint:
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.state_hash import StateHash
 from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
@@ -41,13 +42,20 @@ class StepRecorder:
         self._saving_seconds = seconds
 
     def record(
-        self, state: RunState, batch: StepBatch, stats: StepStats, learning_rate: float, failed_saves: int
+        self,
+        state: RunState,
+        batch: StepBatch,
+        stats: StepStats,
+        learning_rate: float,
+        failed_saves: int,
+        hashes: StateHash | None = None,
     ) -> StepRecord:
         """Make the record of a step that has just ended.
 
         Args:
             state: the run's state after the step.
             failed_saves: number of failed saves in a row, up to now.
+            hashes: of weights and moments after the step, if they are due.
         """
         seconds = self.meter.end_step()
         saving_seconds, self._saving_seconds = self._saving_seconds, None
@@ -77,6 +85,8 @@ class StepRecorder:
             skipped_records=batch.skipped_so_far,
             replayed_entries=batch.replays,
             contaminated_per_source=_contaminated(batch) if self._decontaminates else None,
+            weight_hash=hashes.weights if hashes else None,
+            optimizer_hash=hashes.optimizer if hashes else None,
             mfu=mfu(self._flops_per_token, tokens_per_second, self._peak_flops),
             mfu_documents=mfu(flops_in_documents, tokens_per_second, self._peak_flops),
         )

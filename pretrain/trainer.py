@@ -115,7 +115,8 @@ class Trainer:
         parts.saver.check_lease()  # before anything is written
         parts.unapplied.note(step + 1, stats, batch.n_targets, parts.feed.origins)
         self.state = after(self.state, batch)
-        record = parts.recorder.record(self.state, batch, stats, learning_rate, parts.saver.failed)
+        hashes = parts.engine.state_hash() if self._is_hash_due() else None
+        record = parts.recorder.record(self.state, batch, stats, learning_rate, parts.saver.failed, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
@@ -190,6 +191,15 @@ class Trainer:
     def _is_last(self, step: int) -> bool:
         last = self._config.train.steps  # None: as many as the data has
         return last is not None and step >= last
+
+    def _is_hash_due(self) -> bool:
+        """Return whether the current step's weights are hashed: at intervals, and where a save is about to follow.
+
+        If the data ends the run, its last step is not known yet when that step is recorded.
+        """
+        every, step = self._config.train.weight_hash_every, self.state.step
+        is_saved = self.at_end or self.stopping or self._config.checkpoint.due(step)
+        return every is not None and (is_saved or step % every == 0)
 
     def _is_evaluation_due(self) -> bool:
         """Return whether the current step is due for evaluation and has not been evaluated."""

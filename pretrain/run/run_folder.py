@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,15 @@ class RunFolder:
     @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")
+
+    @property
+    def starts(self) -> StepLog:
+        """Return the log of the run's starts; see `pretrain.run.starts`."""
+        return StepLog(self.root / "starts.jsonl")
+
+    def config_of(self, config_hash: str) -> Path:
+        """Return the copy of a config that the run was started with, by its hash."""
+        return self.root / "configs" / f"{config_hash}.yaml"
 
     @property
     def wandb_rows(self) -> StepLog:
@@ -156,6 +166,14 @@ class RunFolder:
         write_atomically(self.config, config)
         self.cut_back(step)
 
+    def note_start(self, record: Mapping[str, object], config_hash: str) -> None:
+        """Record a start that has begun, and keep its config, which a later start may replace in config.yaml."""
+        kept = self.config_of(config_hash)
+        if not is_there(kept):
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, self.config.read_text())
+        self.starts.append(record)
+
     def check_there(self) -> None:
         """Raise ConfigError, listing existing runs, if there is no run here."""
         if not is_there(self.config):
@@ -195,7 +213,7 @@ class RunFolder:
     @property
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
-        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
+        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors, self.starts
 
     def cut_back(self, step: int) -> None:
         """Move aside what a killed process wrote about steps past a checkpoint's."""
