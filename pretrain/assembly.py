@@ -164,17 +164,22 @@ def layout_of(config: RunConfig, topology: Topology) -> Layout:
 
 
 def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:
-    """Restore the run from a checkpoint or, without one, give the engine its first weights."""
+    """Restore the run from a checkpoint or, without one, begin it."""
     config, topology = start.config, start.topology
-    layout = layout_of(config, topology)
     if choice.checkpoint:
+        layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
         return msgspec.structs.replace(state, config_hash=config.hash())
+    return first_state(config, engine, topology)
+
+
+def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunState:
+    """Give a new engine the weights that a run begins with; every rank calls it."""
     init_hash = _load_weights(config, config.init_from, engine, topology) if config.init_from else ""
     return RunState(
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
-        init_hash=init_hash, **asdict(layout),
+        init_hash=init_hash, **asdict(layout_of(config, topology)),
     )  # fmt: skip
 
 

@@ -95,13 +95,19 @@ def environment_of(topology: Topology, attention: str) -> Environment:
     """
     packages = {name: version(name) for name in _PACKAGES}
     if topology.device.type == "cuda":
-        packages |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        packages |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
     return Environment(
-        devices=sorted(set(topology.gather_objects(_device_name(topology.device)))),
+        devices=device_names(topology),
         threads=torch.get_num_threads() if topology.device.type == "cpu" else None,
         packages=packages,
         attention=attention,
     )
+
+
+def device_names(topology: Topology) -> list[str]:
+    """Return the names of the ranks' devices, each once; every rank calls it."""
+    return sorted(set(topology.gather_objects(_device_name(topology.device))))
 
 
 def read_starts(folder: RunFolder) -> list[StartRecord]:

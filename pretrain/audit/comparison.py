@@ -1,0 +1,161 @@
+"""Compare the figures of an interval with what the run recorded. interval, replay -> comparison -> certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pretrain.audit.interval import Figures, Interval, Training
+from pretrain.audit.replay import Replay
+from pretrain.checkpoint.state import Layout
+from pretrain.config import RunConfig
+from pretrain.model.transformer import Precision
+from pretrain.run.starts import StartRecord
+
+_RATE_TOLERANCE = 1e-9  # relative; the schedule is computed in double precision, by other libraries elsewhere
+# Parts of `parallel` that change no bit, or are compared as part of the layout and the environment
+_COMPARED_ELSEWHERE = {"timeout_minutes", "attention", "tp_size", "zero_stage"}
+
+
+class Tolerance(NamedTuple):
+    """The largest relative deviations that another order of summation explains."""
+
+    loss: float
+    grad_norm: float
+
+
+# docs/reliability.md says how they were measured.
+TOLERANCES: dict[Precision, Tolerance] = {"fp32": Tolerance(1e-4, 1e-2), "bf16": Tolerance(1e-2, 0.2)}
+
+
+class Difference(NamedTuple):
+    """A figure that differs by more than the comparison allows; `step` is the steps done when it was taken."""
+
+    step: int
+    figure: str
+    recorded: str | float | None
+    found: str | float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of an audit.
+
+    Attributes:
+        recorded, found: what was compared.
+        tolerance: None if every bit was compared.
+        obstacles: why bits could not be expected to be equal; empty without a tolerance.
+        differences: in the order in which they came about.
+        deviations: the largest relative ones of all steps, of those figures that have any.
+    """
+
+    recorded: Interval
+    found: Interval
+    tolerance: Tolerance | None
+    obstacles: list[str]
+    differences: list[Difference]
+    deviations: dict[str, float]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the run is what it says that it is, as far as this comparison goes."""
+        return not self.differences
+
+    def differs(self, step: int, figure: str) -> bool:
+        """Return whether a figure of a step differs."""
+        return any((found.step, found.figure) == (step, figure) for found in self.differences)
+
+
+def compare(recorded: Interval, found: Interval, precision: Precision, obstacles: list[str]) -> Comparison:
+    """Compare an interval's figures: bit for bit or, if there are obstacles to that, within a tolerance.
+
+    Batches and the weights that the interval begins with are always compared bit for bit.
+    """
+    tolerance = TOLERANCES[precision] if obstacles else None
+    before = (recorded.before, found.before)
+    differences = [
+        *_different(*before, ("batch_hash", "weight_hash", "optimizer_hash")),
+        *(
+            difference
+            for pair in zip(recorded.steps, found.steps, strict=True)
+            for difference in _differences_of_step(*pair, tolerance)
+        ),
+    ]
+    deviations = {}
+    for figure in ("loss", "grad_norm"):
+        of_steps = [
+            deviation(getattr(a, figure), getattr(b, figure)) for a, b in zip(recorded.steps, found.steps, strict=True)
+        ]
+        deviations[figure] = max(of_steps)
+    return Comparison(recorded, found, tolerance, obstacles, differences, deviations)
+
+
+def deviation(recorded: float | None, found: float | None) -> float:
+    """Return the relative deviation of a figure, infinite if only one of the two is a number."""
+    if recorded is None or found is None:
+        return 0.0 if recorded is found else float("inf")
+    if recorded == found:
+        return 0.0
+    return abs(found - recorded) / abs(recorded) if recorded else float("inf")
+
+
+def _differences_of_step(recorded: Figures, found: Figures, tolerance: Tolerance | None) -> Iterator[Difference]:
+    yield from _different(recorded, found, ("batch_hash",))
+    limits = tolerance or Tolerance(0.0, 0.0)
+    for figure, limit in (("learning_rate", _RATE_TOLERANCE), *limits._asdict().items()):
+        values = getattr(recorded, figure), getattr(found, figure)
+        if deviation(*values) > limit:
+            yield Difference(found.step, figure, *values)
+    if tolerance is None:
+        yield from _different(recorded, found, ("weight_hash", "optimizer_hash"))
+
+
+def _different(recorded: Figures, found: Figures, figures: tuple[str, ...]) -> Iterator[Difference]:
+    """Yield those of some figures that are not equal, without those that the run did not record."""
+    for figure in figures:
+        values = getattr(recorded, figure), getattr(found, figure)
+        if values[0] is not None and values[0] != values[1]:
+            yield Difference(found.step, figure, *values)
+
+
+def obstacles_to_equality(training: Training, replay: Replay) -> list[str]:
+    """Say why an honest run's bits may differ from an audit's; empty if all that decides them is the same."""
+    if not training.starts:
+        return ["the run did not record what it was trained with, since an older version began it"]
+    found: list[str] = []
+    for start in training.starts:
+        for name, recorded, audited in _conditions(start, replay.start):
+            if recorded != audited:
+                found.append(f"{name}: the run had {recorded}, the audit {audited}")
+    dp_sizes = training.starts[0].dp_size, replay.start.dp_size
+    configs = training.recorded, replay.config
+    settings = [_arithmetic(config, dp_size) for config, dp_size in zip(configs, dp_sizes, strict=True)]
+    found += [
+        f"{key}: the run had {settings[0][key]}, the audit {settings[1][key]}"
+        for key in settings[0]
+        if settings[0][key] != settings[1][key]
+    ]
+    if replay.start.environment.threads is None and not replay.config.parallel.deterministic:
+        found.append("parallel.deterministic is off, so that a GPU may sum in another order each time")
+    return list(dict.fromkeys(found))
+
+
+def layout_of_start(start: StartRecord) -> Layout:
+    """Return the layout that a start trained in."""
+    return Layout(start.tp_size, start.dp_size, start.zero_stage)
+
+
+def _conditions(run: StartRecord, audit: StartRecord) -> Iterator[tuple[str, object, object]]:
+    yield "layout", layout_of_start(run), layout_of_start(audit)
+    for name in ("devices", "threads", "attention"):
+        yield name, getattr(run.environment, name), getattr(audit.environment, name)
+    for name, version in audit.environment.packages.items():
+        yield name, run.environment.packages.get(name), version
+
+
+def _arithmetic(config: RunConfig, dp_size: int) -> dict[str, object]:
+    """Return the settings that may change bits, by key."""
+    parallel = config.parallel.model_dump(mode="json", exclude=_COMPARED_ELSEWHERE)
+    settings: dict[str, object] = {f"parallel.{key}": value for key, value in parallel.items()}
+    return settings | {"train.micro_batch_size": config.micro_batch_size(dp_size)}
