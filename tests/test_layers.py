@@ -60,6 +60,7 @@ LAYERS = (
     ("pretrain.config",),
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly"),
     ("pretrain.start",),
+    ("pretrain.audit",),
     ("pretrain.cluster",),
     ("pretrain.commands",),
     ("pretrain.__main__",),
@@ -155,6 +156,7 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
 def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
     running = {"pretrain.trainer", "pretrain.assembly", "pretrain.start", "pretrain.cluster.submission"}
+    running |= {"pretrain.audit.interval", "pretrain.audit.comparison", "pretrain.audit.replay"}
     assert {name for name in users if not within(name, "pretrain.commands")} == running
 
 

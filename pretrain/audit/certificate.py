@@ -22,7 +22,7 @@ _FORMAT = "headrace-audit-1"
 
 def certificate(training: Training, replay: Replay, comparison: Comparison) -> dict[str, object]:
     """Return the content of a certificate: all that was compared, and how; it names no hosts and no paths."""
-    recorded, found, tolerance = comparison.recorded, comparison.found, comparison.tolerance
+    recorded, found, tolerances = comparison.recorded, comparison.found, comparison.tolerances
     return {
         "format": _FORMAT,
         "date": now(),
@@ -31,9 +31,12 @@ def certificate(training: Training, replay: Replay, comparison: Comparison) -> d
         "verdict": verdict(comparison),
         "from_step": recorded.before.step,
         "steps": len(recorded.steps),
-        "compared": "bit for bit" if tolerance is None else "within a tolerance",
+        "compared": "bit for bit" if tolerances is None else "within tolerances",
         "obstacles": comparison.obstacles,
-        "tolerance": tolerance._asdict() if tolerance else None,
+        "tolerances": {
+            figure: [tolerance.at(index) for index in (0, len(recorded.steps) - 1)]  # at the first and the last step
+            for figure, tolerance in (tolerances or {}).items()
+        },
         "largest_deviations": comparison.deviations,
         "differences": [difference._asdict() for difference in comparison.differences],
         "config_hash": training.recorded.hash(),

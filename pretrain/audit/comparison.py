@@ -13,20 +13,36 @@ from pretrain.config import RunConfig
 from pretrain.model.transformer import Precision
 from pretrain.run.starts import StartRecord
 
+_NUMBERS, _HASHES = ("loss", "grad_norm"), ("weight_hash", "optimizer_hash")
 _RATE_TOLERANCE = 1e-9  # relative; the schedule is computed in double precision, by other libraries elsewhere
 # Parts of `parallel` that change no bit, or are compared as part of the layout and the environment
 _COMPARED_ELSEWHERE = {"timeout_minutes", "attention", "tp_size", "zero_stage"}
 
 
 class Tolerance(NamedTuple):
-    """The largest relative deviations that another order of summation explains."""
+    """The relative deviation that another order of summation explains; it grows, since training is chaotic.
 
-    loss: float
-    grad_norm: float
+    Attributes:
+        first: of the first step that is trained from equal weights.
+        most: however many steps follow.
+    """
+
+    first: float
+    most: float
+
+    def at(self, index: int) -> float:
+        """Return the tolerance of the `index`-th step of an interval, counted from 0."""
+        doublings = min(index / _DOUBLING_STEPS, _DOUBLINGS)
+        return min(self.first * 2**doublings, self.most)
 
 
-# docs/reliability.md says how they were measured.
-TOLERANCES: dict[Precision, Tolerance] = {"fp32": Tolerance(1e-4, 1e-2), "bf16": Tolerance(1e-2, 0.2)}
+_DOUBLING_STEPS = 5
+_DOUBLINGS = 100  # far beyond what any tolerance allows, and no overflow
+# By figure. docs/reliability.md says what was measured.
+TOLERANCES: dict[Precision, dict[str, Tolerance]] = {
+    "fp32": {"loss": Tolerance(1e-6, 1e-2), "grad_norm": Tolerance(1e-5, 0.2)},
+    "bf16": {"loss": Tolerance(3e-4, 1e-2), "grad_norm": Tolerance(3e-3, 0.2)},
+}
 
 
 class Difference(NamedTuple):
@@ -44,7 +60,7 @@ class Comparison:
 
     Attributes:
         recorded, found: what was compared.
-        tolerance: None if every bit was compared.
+        tolerances: by figure; None if every bit was compared.
         obstacles: why bits could not be expected to be equal; empty without a tolerance.
         differences: in the order in which they came about.
         deviations: the largest relative ones of all steps, of those figures that have any.
@@ -52,7 +68,7 @@ class Comparison:
 
     recorded: Interval
     found: Interval
-    tolerance: Tolerance | None
+    tolerances: dict[str, Tolerance] | None
     obstacles: list[str]
     differences: list[Difference]
     deviations: dict[str, float]
@@ -72,23 +88,16 @@ def compare(recorded: Interval, found: Interval, precision: Precision, obstacles
 
     Batches and the weights that the interval begins with are always compared bit for bit.
     """
-    tolerance = TOLERANCES[precision] if obstacles else None
-    before = (recorded.before, found.before)
-    differences = [
-        *_different(*before, ("batch_hash", "weight_hash", "optimizer_hash")),
-        *(
-            difference
-            for pair in zip(recorded.steps, found.steps, strict=True)
-            for difference in _differences_of_step(*pair, tolerance)
-        ),
-    ]
-    deviations = {}
-    for figure in ("loss", "grad_norm"):
-        of_steps = [
-            deviation(getattr(a, figure), getattr(b, figure)) for a, b in zip(recorded.steps, found.steps, strict=True)
-        ]
-        deviations[figure] = max(of_steps)
-    return Comparison(recorded, found, tolerance, obstacles, differences, deviations)
+    tolerances = TOLERANCES[precision] if obstacles else None
+    steps = list(zip(recorded.steps, found.steps, strict=True))
+    differences = list(_different(recorded.before, found.before, ("batch_hash", *_HASHES)))
+    for index, (before, after) in enumerate(steps):
+        differences += _differences_of_step(before, after, index, tolerances)
+    deviations = {
+        figure: max(deviation(getattr(before, figure), getattr(after, figure)) for before, after in steps)
+        for figure in _NUMBERS
+    }
+    return Comparison(recorded, found, tolerances, obstacles, differences, deviations)
 
 
 def deviation(recorded: float | None, found: float | None) -> float:
@@ -100,15 +109,17 @@ def deviation(recorded: float | None, found: float | None) -> float:
     return abs(found - recorded) / abs(recorded) if recorded else float("inf")
 
 
-def _differences_of_step(recorded: Figures, found: Figures, tolerance: Tolerance | None) -> Iterator[Difference]:
+def _differences_of_step(
+    recorded: Figures, found: Figures, index: int, tolerances: dict[str, Tolerance] | None
+) -> Iterator[Difference]:
     yield from _different(recorded, found, ("batch_hash",))
-    limits = tolerance or Tolerance(0.0, 0.0)
-    for figure, limit in (("learning_rate", _RATE_TOLERANCE), *limits._asdict().items()):
+    limits = {figure: tolerances[figure].at(index) if tolerances else 0.0 for figure in _NUMBERS}
+    for figure, limit in {"learning_rate": _RATE_TOLERANCE, **limits}.items():
         values = getattr(recorded, figure), getattr(found, figure)
         if deviation(*values) > limit:
             yield Difference(found.step, figure, *values)
-    if tolerance is None:
-        yield from _different(recorded, found, ("weight_hash", "optimizer_hash"))
+    if tolerances is None:
+        yield from _different(recorded, found, _HASHES)
 
 
 def _different(recorded: Figures, found: Figures, figures: tuple[str, ...]) -> Iterator[Difference]:

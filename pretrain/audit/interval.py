@@ -16,8 +16,6 @@ from pretrain.run.starts import StartRecord, read_starts, start_of
 from shards import ConfigError
 
 _FREE = ("parallel.", "train.micro_batch_size")  # what an audit may choose, besides where the data lies
-# Sections that a run may change from start to start, although figures depend on them
-_SCHEDULE = ("optim", "train.steps", "train.epochs")
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -150,15 +148,17 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
     for start, config in zip(starts, configs, strict=False):
         if _schedule(config) != _schedule(configs[0]):
             raise ConfigError(
-                f"{interval.described}: the start after step {start.step} changed {' or '.join(_SCHEDULE)}; audit the"
-                " steps before it and those after it one by one"
+                f"{interval.described}: the start after step {start.step} changed optim or the run's length, on which"
+                f" the schedule is based; audit the steps up to {start.step} and those after it one by one"
             )
     return Training(load_config(paths[0], overrides, begun=True), configs[0], starts)
 
 
 def _schedule(config: RunConfig) -> dict[str, object]:
+    """Return what a run may change from start to start although figures depend on it."""
     plain = config.model_dump(mode="json")
-    return {"optim": plain["optim"], "steps": plain["train"]["steps"], "epochs": plain["train"]["epochs"]}
+    length = {key: plain["train"][key] for key in ("steps", "epochs")}
+    return {"optim": plain["optim"]} | ({} if config.optim.schedule == "constant" else length)
 
 
 def _words(hashes: StateHash | None) -> tuple[str | None, str | None]:

@@ -21,18 +21,21 @@ def verdict(comparison: Comparison) -> str:
 
 def _agreement(comparison: Comparison) -> str:
     recorded = comparison.recorded
-    if comparison.tolerance is None:
-        hashed = [str(figures.step) for figures in recorded.steps if figures.weight_hash]
-        weights = f", and the weights and moments after step {', '.join(hashed)}" if hashed else ""
+    if comparison.tolerances is None:
+        hashed = sum(figures.weight_hash is not None for figures in recorded.steps)
+        weights = f", and the weights and moments of the {hashed} that were hashed" if hashed else ""
         text = f"The run agrees bit for bit in {recorded.described}: batches, losses and gradient norms{weights}."
     else:
+        last = len(recorded.steps) - 1
         loss, norm = (
-            f"{comparison.deviations[name]:.1e} (allowed: {limit:g})"
-            for name, limit in comparison.tolerance._asdict().items()
+            f"{comparison.deviations[figure]:.1e} (allowed: {tolerance.at(0):.1e} at the first step,"
+            f" {tolerance.at(last):.1e} at the last)"
+            for figure, tolerance in comparison.tolerances.items()
         )
         text = (
             f"The run agrees in {recorded.described}: the same batches, losses within {loss}, gradient norms within"
-            f" {norm}. A fault with a smaller effect is not excluded; only the run's own layout and device exclude it."
+            f" {norm}. A fault with a smaller effect is not excluded; an audit in the run's own layout, on its kind of"
+            " device, would show it."
         )
     return f"{text} {_of_checkpoint(comparison)}"
 
@@ -66,15 +69,15 @@ def _altered_checkpoint(comparison: Comparison, first: Difference) -> str:
         " files are those that COMPLETE lists."
     )
     later = next((found for found in comparison.differences if found.step > step), None)
-    if later is None and comparison.tolerance is None:
+    if later is None and comparison.tolerances is None:
         return (
-            f"{text} The steps trained from it agree bit for bit, so it is the record of step {step} in metrics.jsonl"
-            " that is wrong."
+            f"{text} The steps trained from it agree bit for bit, so the run went on with just these values: they had"
+            f" changed in memory between the hash and the save, or the record of step {step} was altered."
         )
     if later is None:
         return (
-            f"{text} It was altered after the hash was taken, by a fault while it was saved or by hand, too little to"
-            " show in the losses; or the record was."
+            f"{text} It was altered after the hash was taken, by a fault in memory, while it was saved or by hand, too"
+            " little to show in the losses; or the record was."
         )
     return (
         f"{text} The steps trained from it differ too, from step {later.step} on: the run itself went on with other"
@@ -101,31 +104,28 @@ def _faulty_step(comparison: Comparison, first: Difference) -> str:
     same = "its batch is the same" + (
         f", and so were the weights after step {since.step}, bit for bit" if since else ""
     )
-    if comparison.tolerance is not None:
+    if comparison.tolerances is not None:
         return (
             f"The {_name(first.figure)} of step {step} differs by more than another order of summation explains"
             f" ({values}), although {same}: weights or arithmetic were corrupted, {_EITHER}."
         )
-    return f"The {_name(first.figure)} of step {step} differs ({values}), although {same}: {_place(first, since)}, {_EITHER}."
+    place = _place(first, since)
+    return f"The {_name(first.figure)} of step {step} differs ({values}), although {same}: {place}, {_EITHER}."
 
 
 def _place(first: Difference, since: Figures | None) -> str:
     """Say what can have gone wrong where bits are compared, given that all figures before are equal."""
     step = first.step
-    if first.figure == "grad_norm":
-        return f"the backward pass of step {step}, or the sum of its gradients over ranks, was corrupted"
     if first.figure in _HASHES:
         return f"an update up to that of step {step}, or what it had written to memory, was corrupted"
-    if since and since.step == step - 1:
-        return f"a weight was corrupted in memory after that, or the forward pass of step {step} was"
-    return (
-        f"an update up to that of step {step - 1} was corrupted, a weight in memory, or the forward pass of step {step}"
-    )
+    earlier = "" if since and since.step == step - 1 else f"an update up to that of step {step - 1}, "
+    passes = "forward pass" if first.figure == "loss" else "forward or backward pass or the sum of gradients"
+    return f"{earlier}a weight in memory or the {passes} of step {step} was corrupted"
 
 
 def _agrees_again(comparison: Comparison, step: int) -> Figures | None:
     """Return the first later step whose weights agree bit for bit, if nothing after `step` differs."""
-    if comparison.tolerance is not None or any(found.step > step for found in comparison.differences):
+    if comparison.tolerances is not None or any(found.step > step for found in comparison.differences):
         return None
     return next((figures for figures in comparison.recorded.steps if figures.step > step and figures.weight_hash), None)
 
@@ -133,7 +133,7 @@ def _agrees_again(comparison: Comparison, step: int) -> Figures | None:
 def _last_agreed(comparison: Comparison, step: int) -> Figures | None:
     """Return the last step before `step` whose weights were compared, and agreed."""
     recorded = comparison.recorded
-    compared = [recorded.before] if comparison.tolerance else [recorded.before, *recorded.steps]
+    compared = [recorded.before] if comparison.tolerances else [recorded.before, *recorded.steps]
     return next((figures for figures in reversed(compared) if figures.step < step and figures.weight_hash), None)
 
 

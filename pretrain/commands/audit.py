@@ -3,17 +3,18 @@
 The interval starts from the run's checkpoint of --from-step, or with 0 from the run's first weights, on however many
 ranks a launcher starts and in any layout, such as parallel.zero_stage=3. Batches are compared with what metrics.jsonl
 says bit for bit; so are losses, gradient norms, weights and moments where layout, device and libraries are the run's,
-else losses and norms within a tolerance. The run is only read, so it may be training meanwhile. Start the command in the
-folder that the run was started in, since its config's relative paths start there; if shards were moved since, say so:
-data.sources.0.paths=[...]. See docs/reliability.md.
+else losses and norms within a tolerance.
 
-Exit codes: 0 the run agrees, 1 it differs, 2 it cannot be audited: no such run, checkpoint or step, or the data changed.
+The run is only read, so it may be training meanwhile. Start the command in the folder that the run was started in,
+since its config's relative paths start there; if shards were moved since, say so: data.sources.0.paths=[...]. A
+conversion to another layout goes to a temporary folder. See docs/reliability.md.
+
+Exit codes: 0 the run agrees, 1 it differs, 2 it cannot be audited: no such run, checkpoint or step, or other data.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
@@ -31,8 +32,6 @@ from pretrain.start import IndexingLog
 from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import dp_size_of, started, world_size_of
 from shards import CheckpointError, ConfigError, Prepared
-
-_logger = logging.getLogger("headrace")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,14 +55,14 @@ def audit(arguments: argparse.Namespace) -> bool:
     if arguments.certificate:
         check_place(arguments.certificate, folder)
     interval = read_interval(folder, arguments.from_step, arguments.steps)
+    if interval.before.step:
+        store.find(interval.before.step)  # or list those that are there
     training = read_training(folder, interval, arguments.overrides)
     config = training.config
     config.check(dp_size_of(world_size_of(os.environ), config.parallel))
     prepared: Prepared | None = None
     with StartupBarrier(config.parallel.timeout_minutes) as barrier:
         if barrier.is_host:
-            if interval.before.step:
-                store.find(interval.before.step)
             prepared = shards.prepare(config.data, IndexingLog(barrier.advance))
         else:
             barrier.wait()
@@ -105,7 +104,7 @@ def step_table(comparison: Comparison) -> Table:
             is_trained = recorded.step > comparison.recorded.before.step
             cells += [_number(values[0]), f"{deviation(*values):.1e}"] if is_trained else ["", ""]
         hashes = ((recorded.weight_hash, found.weight_hash), (recorded.optimizer_hash, found.optimizer_hash))
-        is_compared = comparison.tolerance is None or recorded.step == comparison.recorded.before.step
+        is_compared = comparison.tolerances is None or recorded.step == comparison.recorded.before.step
         cells += [_equality(*pair) if is_compared else "" for pair in hashes]
         differs = any(difference.step == recorded.step for difference in comparison.differences)
         table.add_row(*cells, style="red" if differs else None)
