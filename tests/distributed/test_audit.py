@@ -95,6 +95,10 @@ def test_a_run_of_several_starts_agrees_from_its_first_weights_on(honest: Path) 
     assert code == 0, output
     assert f"The run agrees bit for bit in steps 1 to {STEPS}" in words(output)
     assert "It was trained from its first weights on." in words(output)
+    starts = [json.loads(line) for line in (honest / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, SAVED_AFTER]
+    assert len({start["config_hash"] for start in starts}) == 2, "their train.steps differ"
+    assert {path.stem for path in (honest / "configs").iterdir()} == {start["config_hash"] for start in starts}
 
 
 @pytest.mark.distributed
