@@ -26,7 +26,7 @@ def certificate(training: Training, replay: Replay, comparison: Comparison) -> d
     return {
         "format": _FORMAT,
         "date": now(),
-        "run": training.recorded.run.name,
+        "run": training.recorded[0].run.name,
         "agrees": comparison.agrees,
         "verdict": verdict(comparison),
         "from_step": recorded.before.step,
@@ -39,7 +39,7 @@ def certificate(training: Training, replay: Replay, comparison: Comparison) -> d
         },
         "largest_deviations": comparison.deviations,
         "differences": [difference._asdict() for difference in comparison.differences],
-        "config_hash": training.recorded.hash(),
+        "config_hash": training.recorded[0].hash(),
         "data_hash": _hash(replay.fingerprint),
         "trained_with": [_described(start) for start in training.starts],
         "audited_with": _described(replay.start),

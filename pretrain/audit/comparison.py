@@ -135,18 +135,14 @@ def obstacles_to_equality(training: Training, replay: Replay) -> list[str]:
     if not training.starts:
         return ["the run did not record what it was trained with, since an older version began it"]
     found: list[str] = []
-    for start in training.starts:
-        for name, recorded, audited in _conditions(start, replay.start):
-            if recorded != audited:
-                found.append(f"{name}: the run had {recorded}, the audit {audited}")
-    dp_sizes = training.starts[0].dp_size, replay.start.dp_size
-    configs = training.recorded, replay.config
-    settings = [_arithmetic(config, dp_size) for config, dp_size in zip(configs, dp_sizes, strict=True)]
-    found += [
-        f"{key}: the run had {settings[0][key]}, the audit {settings[1][key]}"
-        for key in settings[0]
-        if settings[0][key] != settings[1][key]
-    ]
+    audited = _conditions(replay.start, replay.config)
+    for start, config in zip(training.starts, training.recorded, strict=True):
+        recorded = _conditions(start, config)
+        found += [
+            f"{name}: the run had {recorded.get(name)}, the audit {audited.get(name)}"
+            for name in dict.fromkeys((*audited, *recorded))
+            if recorded.get(name) != audited.get(name)
+        ]
     if replay.start.environment.threads is None and not replay.config.parallel.deterministic:
         found.append("parallel.deterministic is off, so that a GPU may sum in another order each time")
     return list(dict.fromkeys(found))
@@ -157,16 +153,12 @@ def layout_of_start(start: StartRecord) -> Layout:
     return Layout(start.tp_size, start.dp_size, start.zero_stage)
 
 
-def _conditions(run: StartRecord, audit: StartRecord) -> Iterator[tuple[str, object, object]]:
-    yield "layout", layout_of_start(run), layout_of_start(audit)
-    for name in ("devices", "threads", "attention"):
-        yield name, getattr(run.environment, name), getattr(audit.environment, name)
-    for name, version in audit.environment.packages.items():
-        yield name, run.environment.packages.get(name), version
-
-
-def _arithmetic(config: RunConfig, dp_size: int) -> dict[str, object]:
-    """Return the settings that may change bits, by key."""
+def _conditions(start: StartRecord, config: RunConfig) -> dict[str, object]:
+    """Return all that decides bits, besides data, model and schedule, by name."""
+    environment = start.environment
+    conditions: dict[str, object] = {"layout": str(layout_of_start(start))}
+    conditions |= {name: getattr(environment, name) for name in ("devices", "threads", "attention")}
+    conditions |= environment.packages
     parallel = config.parallel.model_dump(mode="json", exclude=_COMPARED_ELSEWHERE)
-    settings: dict[str, object] = {f"parallel.{key}": value for key, value in parallel.items()}
-    return settings | {"train.micro_batch_size": config.micro_batch_size(dp_size)}
+    conditions |= {f"parallel.{key}": value for key, value in parallel.items()}
+    return conditions | {"train.micro_batch_size": config.micro_batch_size(start.dp_size)}

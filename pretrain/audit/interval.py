@@ -74,13 +74,13 @@ class Training:
 
     Attributes:
         config: the run's, of the start that trained the interval, with what the audit changes.
-        recorded: the same without these changes.
-        starts: those that trained its steps, each once; empty if the run did not record them.
+        starts: those that trained its steps, each once; empty if the run did not record all of them.
+        recorded: the run's configs, those of `starts` or, without these, that of its newest start.
     """
 
     config: RunConfig
-    recorded: RunConfig
     starts: list[StartRecord]
+    recorded: list[RunConfig]
 
 
 def read_interval(folder: RunFolder, from_step: int, steps: int) -> Interval:
@@ -134,12 +134,10 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
                 f"{override}: an audit trains what the run trained; it may set parallel.*, train.micro_batch_size, and"
                 " where and how the data is read, such as data.sources.0.paths and data.num_workers"
             )
-    starts: list[StartRecord] = []
     every = read_starts(folder)
-    for figures in interval.steps:
-        start = start_of(every, figures.step)
-        if start and start not in starts:
-            starts.append(start)
+    found = [start_of(every, figures.step) for figures in interval.steps]
+    # One that an older version trained in part is no better known than one that it trained as a whole.
+    starts = [start for i, start in enumerate(found) if start and start not in found[:i]] if None not in found else []
     paths = [folder.config_of(start.config_hash) for start in starts] or [folder.config]
     missing = next((path for path in paths if not path.exists()), None)
     if missing:
@@ -151,7 +149,7 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
                 f"{interval.described}: the start after step {start.step} changed optim or the run's length, on which"
                 f" the schedule is based; audit the steps up to {start.step} and those after it one by one"
             )
-    return Training(load_config(paths[0], overrides, begun=True), configs[0], starts)
+    return Training(load_config(paths[0], overrides, begun=True), starts, configs)
 
 
 def _schedule(config: RunConfig) -> dict[str, object]:

@@ -69,7 +69,7 @@ def replay(
     scratch: Path | None,
     topology: Topology,
 ) -> Replay:
-    """Train an interval again; every rank calls it. Weights are hashed at the steps where the run did.
+    """Train an interval again; every rank calls it. Weights are hashed where the run did, and after the last step.
 
     Args:
         store: the run's checkpoints, which are only read.
@@ -112,19 +112,21 @@ def _with_recorded_attention(training: Training, topology: Topology) -> RunConfi
 
 def _check_dropout(training: Training, topology: Topology) -> None:
     """Raise ConfigError if the model has dropout and would draw other masks than the run did."""
-    config, run = training.config, training.recorded
-    if not config.model.dropout or not training.starts:
+    config = training.config
+    if not config.model.dropout:
         return
-    dp_size = training.starts[0].dp_size
-    wanted = (dp_size, run.micro_batch_size(dp_size), run.parallel.sequence_parallel)
+    what = f"model.dropout={config.model.dropout}: masks are drawn for each data-parallel rank and micro-step"
+    if not training.starts:
+        raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
     here = (topology.dp_size, config.micro_batch_size(topology.dp_size), config.parallel.sequence_parallel)
-    if wanted != here:
-        raise ConfigError(
-            f"model.dropout={config.model.dropout}: masks are drawn for each data-parallel rank and micro-step, so"
-            f" other numbers of these train another model; audit on {dp_size * run.parallel.tp_size} ranks with"
-            f" parallel.tp_size={run.parallel.tp_size}, train.micro_batch_size={wanted[1]} and"
-            f" parallel.sequence_parallel={str(wanted[2]).lower()}"
-        )
+    for start, run in zip(training.starts, training.recorded, strict=True):
+        wanted = (start.dp_size, run.micro_batch_size(start.dp_size), run.parallel.sequence_parallel)
+        if wanted != here:
+            raise ConfigError(
+                f"{what}, so other numbers of these train another model; audit the steps after {start.step} on"
+                f" {start.dp_size * start.tp_size} ranks with parallel.tp_size={start.tp_size},"
+                f" train.micro_batch_size={wanted[1]} and parallel.sequence_parallel={str(wanted[2]).lower()}"
+            )
 
 
 def _restored(

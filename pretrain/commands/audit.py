@@ -52,8 +52,6 @@ def audit(arguments: argparse.Namespace) -> bool:
         HeadraceError: if it cannot be audited.
     """
     folder, _, store = open_run(arguments.run)
-    if arguments.certificate:
-        check_place(arguments.certificate, folder)
     interval = read_interval(folder, arguments.from_step, arguments.steps)
     if interval.before.step:
         store.find(interval.before.step)  # or list those that are there
@@ -63,6 +61,8 @@ def audit(arguments: argparse.Namespace) -> bool:
     prepared: Prepared | None = None
     with StartupBarrier(config.parallel.timeout_minutes) as barrier:
         if barrier.is_host:
+            if arguments.certificate:
+                check_place(arguments.certificate, folder)
             prepared = shards.prepare(config.data, IndexingLog(barrier.advance))
         else:
             barrier.wait()

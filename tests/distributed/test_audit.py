@@ -184,4 +184,8 @@ def test_dropout_is_audited_on_the_ranks_that_drew_it(tmp_path: Path) -> None:
     code, output = audit(run, ranks=2)
     assert code == 2, output
     assert "model.dropout=0.1: masks are drawn for each data-parallel rank" in words(output)
-    assert "audit on 1 ranks with parallel.tp_size=1, train.micro_batch_size=2" in words(output)
+    assert "on 1 ranks with parallel.tp_size=1, train.micro_batch_size=2" in words(output)
+    (run / "starts.jsonl").unlink()  # as if an older version had trained it
+    code, output = audit(run)
+    assert code == 2, output
+    assert "the run did not record how many there were" in words(output)

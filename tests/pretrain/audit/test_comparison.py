@@ -139,7 +139,8 @@ def test_another_learning_rate_is_named_as_such() -> None:
 def obstacles(
     start: StartRecord = START, config: RunConfig = CONFIG, starts: list[StartRecord] | None = None
 ) -> list[str]:
-    training = Training(CONFIG, CONFIG, [START] if starts is None else starts)
+    starts = [START] if starts is None else starts
+    training = Training(CONFIG, starts, [CONFIG] * len(starts))
     return obstacles_to_equality(training, Replay(config, start, interval(), {}))
 
 
@@ -173,7 +174,9 @@ def test_settings_that_change_bits_are_obstacles_and_others_are_not() -> None:
     for key, value in (("parallel.activation_checkpointing", "full"), ("train.micro_batch_size", 4)):
         assert [found.partition(":")[0] for found in obstacles(config=with_settings(key, value))] == [key]
     assert obstacles(config=with_settings("parallel.timeout_minutes", 5.0)) == []
-    # On two data-parallel ranks, all rows of a rank are four.
+    changed = Training(CONFIG, [START, START], [CONFIG, with_settings("train.micro_batch_size", 4)])
+    assert len(obstacles_to_equality(changed, Replay(CONFIG, START, interval(), {}))) == 1, "of the second start"
+    # Of two data-parallel ranks, all rows of a rank are four.
     whole = with_settings("train.micro_batch_size", None)
     assert obstacles(config=whole) == ["train.micro_batch_size: the run had 2, the audit 4"]
 
@@ -184,5 +187,5 @@ def test_a_gpu_without_deterministic_kernels_is_an_obstacle() -> None:
     assert said.startswith("parallel.deterministic is off")
     parallel = CONFIG.parallel.model_copy(update={"deterministic": True})
     config = CONFIG.model_copy(update={"parallel": parallel})
-    training = Training(config, config, [start])
+    training = Training(config, [start], [config])
     assert obstacles_to_equality(training, Replay(config, start, interval(), {})) == []

@@ -117,6 +117,9 @@ def test_with_a_schedule_that_ends_a_changed_length_splits_an_interval(folder: R
 def test_a_run_that_recorded_no_starts_has_its_folder_s_config(folder: RunFolder) -> None:
     training = read_training(folder, read_interval(folder, 4, 4), [])
     assert (training.starts, training.config) == ([], load_config(folder.config, begun=True))
+    start = record(folder, 6)
+    assert read_training(folder, read_interval(folder, 6, 2), []).starts == [start]
+    assert read_training(folder, read_interval(folder, 4, 4), []).starts == [], "steps 5 and 6 are still unknown"
 
 
 def test_an_audit_may_change_how_but_not_what_is_trained(folder: RunFolder) -> None:
@@ -126,7 +129,7 @@ def test_an_audit_may_change_how_but_not_what_is_trained(folder: RunFolder) -> N
     found: Any = training.config
     assert found.parallel.zero_stage == 3
     assert found.data.sources[0].paths == ("x",)
-    assert training.recorded == load_config(folder.config, begun=True)
+    assert training.recorded == [load_config(folder.config, begun=True)]
     for override in ("optim.learning_rate=1", "data.seq_len=32", "train.steps=4", "run.seed=1", "precision=bf16"):
         with pytest.raises(ConfigError, match=f"{override}: an audit trains what the run trained"):
             read_training(folder, interval, [override])
