@@ -273,7 +273,7 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
 
 def simulate(config: RunConfig, dp_size: int) -> Simulation:
     """Run two steps of the engine on one of dp_size x tp_size ranks, and measure the second."""
-    rows = config.micro_batch_size(dp_size)
+    rows = config.stage_at(0).micro_batch_size(dp_size)
     ledger = Ledger()
     meter = PeakMeter(ledger)
     with simulated(config, dp_size, ledger) as topology, ledger:

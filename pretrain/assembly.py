@@ -40,6 +40,7 @@ from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.starts import describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker, describe
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
@@ -85,9 +86,9 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     config, topology = start.config, start.topology
     folder, store = config.folder, checkpoints_of(config)
     watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
-    loader = _loader(start, stack)
+    loader = open_loader(config, topology, start.prepared, stack)
     choice = choose(store, topology, start.from_step)
-    engine = _engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
+    engine = make_engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
     state = _state(start, choice, store, engine, loader)
     check_past(start, folder, state.step)
     save_seconds = save_time(store, nodes=1).seconds
@@ -101,6 +102,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         topology.dp_size,
     )
     steps = data_end.foresee(loader, config.train.steps, topology)
+    environment = environment_of(topology, engine.attention)
+    begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
@@ -108,6 +111,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         if start.from_step is not None:
             store.retract_after(state.step)
         folder.begin(config.run.name, config.to_yaml(), state.step or -1, rewound=start.from_step is not None)
+        folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
     topology.barrier()
     suite = eval_set.suite if eval_set else ""
     tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
@@ -127,9 +131,13 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     return Trainer(config, parts, topology, steps, state)
 
 
-def _loader(start: Start, stack: ExitStack) -> Loader | None:
-    """Open the loader on the first rank of each tensor-parallel group; every rank calls it."""
-    config, topology = start.config, start.topology
+def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None, stack: ExitStack) -> Loader | None:
+    """Open the loader on the first rank of each tensor-parallel group; every rank calls it.
+
+    Args:
+        prepared: what `shards.prepare` returned on rank 0.
+        stack: closes the loader's workers.
+    """
     loader = None
     if topology.tp_rank == 0:
         loader = Loader(
@@ -138,7 +146,7 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
             config.run.seed,
             topology.dp_rank,
             topology.dp_size,
-            start.prepared,
+            prepared,
             [stage.of_loader for stage in config.all_stages[1:]],
         )
         stack.enter_context(loader)
@@ -148,8 +156,12 @@ def _loader(start: Start, stack: ExitStack) -> Loader | None:
     return loader
 
 
-def _engine(config: RunConfig, topology: Topology, step: int) -> Engine:
-    """Build the engine for the stage of the next step."""
+def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
+    """Make the engine that a config asks for, for the stage in which the run goes on; every rank calls it.
+
+    Args:
+        step: optimizer steps done.
+    """
     stage = config.stage_at(step)
     return Engine(
         config.model,
@@ -163,18 +175,28 @@ def _engine(config: RunConfig, topology: Topology, step: int) -> Engine:
     )
 
 
+def layout_of(config: RunConfig, topology: Topology) -> Layout:
+    """Return how the engine's state lies on the ranks."""
+    return Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+
+
 def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:
-    """Restore the run from a checkpoint or, without one, give the engine its first weights."""
+    """Restore the run from a checkpoint or, without one, begin it."""
     config, topology = start.config, start.topology
-    layout = Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
     if choice.checkpoint:
+        layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
         return msgspec.structs.replace(state, config_hash=config.hash())
+    return first_state(config, engine, topology)
+
+
+def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunState:
+    """Give a new engine the weights that a run begins with; every rank calls it."""
     init_hash = _load_weights(config, config.init_from, engine, topology) if config.init_from else ""
     return RunState(
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
-        init_hash=init_hash, **asdict(layout),
+        init_hash=init_hash, **asdict(layout_of(config, topology)),
     )  # fmt: skip
 
 

@@ -60,6 +60,9 @@ class TrainConfig(Config):
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
     # This many such steps in a row end the run even if they are skipped; so do batches without any target
     max_nonfinite: int = Field(10, ge=1)
+    # Optimizer steps between hashes of all weights and moments in metrics.jsonl; steps with a checkpoint have one too.
+    # An audit compares them. null: never
+    weight_hash_every: int | None = Field(100, ge=1)
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:

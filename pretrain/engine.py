@@ -14,14 +14,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor
 
+from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.host_memory import keep_freed_memory
@@ -37,6 +44,8 @@ from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from shards import CheckpointError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class Engine:
         micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
         topology: this process's place among the ranks.
         seed: the run's seed; weights and dropout are drawn from it.
+    Attributes:
+        attention: the backend that computes the attention.
     """
 
     def __init__(
@@ -105,8 +116,8 @@ class Engine:
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-        attention = attention_backend(parallel, topology, model_config.head_dim, dtype)
-        model = Transformer(model_config, parallel, attention)
+        self.attention = attention_backend(parallel, topology, model_config.head_dim, dtype)
+        model = Transformer(model_config, parallel, self.attention)
         model.to(topology.device).initialize(seed)
         self.model = model
         self._loss = functools.partial(
@@ -250,6 +261,51 @@ class Engine:
                 safe_set_local_fp32_param(parameter, padded[size * topology.dp_rank :][:size])
             else:
                 safe_set_full_fp32_param(parameter, value)
+
+    @torch.no_grad()
+    def state_hash(self) -> StateHash:
+        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it."""
+        topology = self.topology
+        weights, moments = [], []
+        for name, parameter in self.model.named_parameters():
+            dim = shard_dim(parameter)
+            if dim is None and topology.tp_rank > 0:
+                continue  # every tensor-parallel rank has a copy, which counts once
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            start, states = self._own_states(parameter)
+            place = Place.in_slice(start, shape, dim, topology.tp_rank, topology.tp_size)
+            for key, values in states.items():
+                if key == "fp32":
+                    weights.append(hash_sum(values, name, place))
+                else:
+                    moments.append(hash_sum(values, f"{name}/{key}", place))
+        own = [int(torch.stack(sums).sum()) if sums else 0 for sums in (weights, moments)]
+        return StateHash(*map(digits, topology.sum_int64(own)))
+
+    def _own_states(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
+        """Return the part of a weight that this rank optimizes: its start, and its values and moments in fp32, flat.
+
+        Moments that do not exist before the first step are returned as the zeros that they begin as.
+        """
+        base = self.deepspeed.optimizer.optimizer
+        if hasattr(parameter, "ds_id"):
+            size = parameter.ds_tensor.numel()  # including the padding
+            start = min(size * self.topology.dp_rank, parameter.ds_numel)
+            place = slice(0, min(size, parameter.ds_numel - start))
+            states = {"fp32": safe_get_local_fp32_param(parameter)}
+            if base.state:
+                states |= {key: safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS}
+        elif parameter._hp_mapping is None:
+            return 0, {}
+        else:
+            # The mapping has views of the moments too, but they go stale when a checkpoint is loaded.
+            mapping = parameter._hp_mapping
+            start, address = mapping.lp_fragment_address.start, mapping.get_hp_fragment_address()
+            place = slice(address.start, address.start + address.numel)
+            flat = base.param_groups[mapping.param_group_index]["params"][0]
+            states = {"fp32": flat} | {key: base.state[flat][key] for key in _MOMENTS if flat in base.state}
+        own = {key: values[place] for key, values in states.items()}
+        return start, own if len(own) > 1 else own | {key: torch.zeros_like(own["fp32"]) for key in _MOMENTS}
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Pass on the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.

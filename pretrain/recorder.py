@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pretrain.checkpoint.state import RunState
-from pretrain.engine import StepStats
+from pretrain.checkpoint.state_hash import StateHash
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
+from pretrain.stepper import Step
 from pretrain.topology import Topology
 from shards import Stage
 
@@ -48,22 +48,14 @@ class StepRecorder:
         """Record how long training was paused for a save, for the next step's record."""
         self._saving_seconds = seconds
 
-    def record(
-        self,
-        state: RunState,
-        batch: StepBatch,
-        stats: StepStats,
-        learning_rate: float,
-        failed_saves: int,
-        passed_over: bool = False,
-    ) -> StepRecord:
+    def record(self, made: Step, batch: StepBatch, failed_saves: int, hashes: StateHash | None = None) -> StepRecord:
         """Make the record of a step that has just ended.
 
         Args:
-            state: the run's state after the step.
             failed_saves: number of failed saves in a row, up to now.
-            passed_over: whether nothing was to be learned from the step.
+            hashes: of weights and moments after the step, if they are due.
         """
+        state, stats = made.state, made.stats
         seconds = self.meter.end_step()
         saving_seconds, self._saving_seconds = self._saving_seconds, None
         tokens_per_second = batch.n_tokens / seconds["step"]
@@ -72,17 +64,17 @@ class StepRecorder:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
-            nonfinite=True if batch.n_targets and not stats.applied and not passed_over else None,
+            nonfinite=True if batch.n_targets and not stats.applied and not made.passed_over else None,
             without_targets=None if batch.n_targets else True,
             trained_hash=state.trained_hash or None,
             forgotten_tokens=batch.n_forgotten or None,
-            passed_over=passed_over or None,
+            passed_over=made.passed_over or None,
             stage=batch.stage if len(self._stages) > 1 else None,
             failed_saves=failed_saves or None,
             checkpoint_seconds=saving_seconds,
             z_loss=stats.z_loss if self._with_z_loss else None,
             grad_norm=stats.grad_norm,
-            learning_rate=learning_rate,
+            learning_rate=made.learning_rate,
             tokens=state.tokens,
             tokens_per_second=tokens_per_second,
             batch_hash=state.batch_hash,
@@ -97,6 +89,8 @@ class StepRecorder:
             skipped_records=batch.skipped_so_far,
             replayed_entries=batch.replays,
             contaminated_per_source=_contaminated(batch) if self._decontaminates else None,
+            weight_hash=hashes.weights if hashes else None,
+            optimizer_hash=hashes.optimizer if hashes else None,
             mfu=mfu(self._flops_per_token[batch.stage], tokens_per_second, self._peak_flops),
             mfu_documents=mfu(flops_in_documents, tokens_per_second, self._peak_flops),
         )

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
-
-import msgspec
 
 from pretrain import data_end
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
-from pretrain.engine import Engine, StepStats
+from pretrain.engine import Engine
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import eval_records
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
-from pretrain.feed import PASSED_OVER, Feed, StepBatch, chain_hash
+from pretrain.feed import Feed, StepBatch
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
-from pretrain.optim import learning_rate_in
 from pretrain.recorder import StepRecorder
+from pretrain.stepper import Stepper
 from pretrain.topology import Topology
 from shards import CheckpointError
 
@@ -64,8 +61,7 @@ class Trainer:
         self._parts = parts
         self._topology = topology
         self._steps = steps
-        self._stages, self._schedule = config.all_stages, config.schedule
-        self._stage = self._stages.index(config.stage_at(state.step))  # the engine's batches are this stage's
+        self._stepper = Stepper(config, parts.engine, steps, state.step)
         self._data_is_used_up = False
         if state.step == 0:
             self._log_cursors()
@@ -110,40 +106,20 @@ class Trainer:
 
     def train_on(self, batch: StepBatch) -> None:
         """Make one optimizer step and record it."""
-        parts, step = self._parts, self.state.step
-        if batch.stage != self._stage:
-            self._begin_stage(batch.stage)
-        learning_rate = learning_rate_in(step, self._schedule, self._steps)
-        passed_over = any(first <= step + 1 <= last for first, last in self._config.data.skip_steps)
-        if passed_over:
-            stats = StepStats(math.nan, math.nan, math.nan, applied=False)
-        else:
-            stats = parts.engine.train_step(
-                batch.tokens, batch.segment_ids, batch.n_targets, step, learning_rate, parts.recorder.meter
-            )
+        parts = self._parts
+        made = self._stepper.step_on(batch, self.state, parts.recorder.meter)
         parts.saver.check_lease()  # before anything is written
-        if not passed_over:
-            parts.unapplied.note(step + 1, stats, batch.n_targets, parts.feed.origins)
-        self.state = after(self.state, batch, passed_over)
-        record = parts.recorder.record(self.state, batch, stats, learning_rate, parts.saver.failed, passed_over)
+        if not made.passed_over:
+            parts.unapplied.note(made.state.step, made.stats, batch.n_targets, parts.feed.origins)
+        self.state = made.state
+        hashes = parts.engine.state_hash() if self._is_hash_due() else None
+        record = parts.recorder.record(made, batch, parts.saver.failed, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
-
-    def _begin_stage(self, number: int) -> None:
-        """Prepare the engine for the batches of a stage."""
-        self._stage, stage = number, self._stages[number]
-        dp_size = self._topology.dp_size
-        self._parts.engine.set_batches(stage.micro_batch_size(dp_size), stage.micro_steps(dp_size))
-        if self._topology.is_main:
-            drawn = {source.name: source.weight for source in stage.data.sources if source.weight}
-            _logger.info(
-                "stage %d begins after step %d: %d rows of %d tokens a step from %s",
-                number, self.state.step, stage.global_batch_size, stage.data.seq_len, drawn,
-            )  # fmt: skip
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""
@@ -152,7 +128,7 @@ class Trainer:
         self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.passed_over)
         self._parts.journal.log_data_end(self.state.step)
         if self._topology.is_main:
-            data_end.log_end(self.state.step, self._config.train.steps, self._steps, self._schedule)
+            data_end.log_end(self.state.step, self._config.train.steps, self._steps, self._config.schedule)
 
     def save_if_due(self) -> None:
         """Start saving the current state if a save is due; at the run's end, wait for it.
@@ -213,6 +189,15 @@ class Trainer:
         last = self._config.train.steps  # None: as many as the data has
         return last is not None and step >= last
 
+    def _is_hash_due(self) -> bool:
+        """Return whether the current step's weights are hashed: at intervals, and where a save is about to follow.
+
+        What is decided after a step was recorded comes too late: the end of the data, a stop within an evaluation.
+        """
+        every, step = self._config.train.weight_hash_every, self.state.step
+        is_saved = self.at_end or self.stopping or self._config.checkpoint.due(step)
+        return every is not None and (is_saved or step % every == 0)
+
     def _is_evaluation_due(self) -> bool:
         """Return whether the current step is due for evaluation and has not been evaluated."""
         held_out, step = self._parts.held_out, self.state.step
@@ -227,21 +212,3 @@ class Trainer:
 
     def _log_cursors(self) -> None:
         self._parts.journal.log_cursors(self.state.step, self._parts.feed.cursors())
-
-
-def after(state: RunState, batch: StepBatch, passed_over: bool = False) -> RunState:
-    """Return the run's state after training on a batch, or after passing it over."""
-    seen = state.tokens_per_source
-    read, trained_before = chain_hash(state.batch_hash, batch.row_hash), state.trained_hash or state.batch_hash
-    trained = chain_hash(trained_before, PASSED_OVER if passed_over else batch.trained_hash)
-    hashes = {"batch_hash": read, "trained_hash": trained if state.trained_hash or trained != read else ""}
-    if passed_over:
-        return msgspec.structs.replace(state, step=state.step + 1, **hashes)
-    return msgspec.structs.replace(
-        state,
-        step=state.step + 1,
-        tokens=state.tokens + batch.n_tokens,
-        # A batch names only the sub-sources that it holds; the others keep their counts.
-        tokens_per_source=seen | {name: seen.get(name, 0) + n for name, n in batch.tokens_per_source.items()},
-        **hashes,
-    )

@@ -55,13 +55,14 @@ LAYERS = (
         "pretrain.feed",
         "pretrain.held_out",
         "pretrain.data_end",
-        "pretrain.recorder",
         "pretrain.journal",
         "pretrain.provenance",
     ),
     ("pretrain.stages", "pretrain.config", "pretrain.config_changes"),
+    ("pretrain.stepper", "pretrain.recorder"),
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly", "pretrain.fork"),
     ("pretrain.start",),
+    ("pretrain.audit",),
     ("pretrain.cluster",),
     ("pretrain.commands",),
     ("pretrain.__main__",),
@@ -157,11 +158,15 @@ def test_third_party_engines_have_one_owner(path: Path) -> None:
 def test_only_what_runs_or_submits_a_whole_training_sees_the_whole_config() -> None:
     users = {module_of(path) for path in FILES if any(within(name, "pretrain.config") for name in imports_of(path))}
     running = {
-        "pretrain.fork",
         "pretrain.config_changes",
+        "pretrain.stepper",
         "pretrain.trainer",
         "pretrain.assembly",
+        "pretrain.fork",
         "pretrain.start",
+        "pretrain.audit.interval",
+        "pretrain.audit.comparison",
+        "pretrain.audit.replay",
         "pretrain.cluster.submission",
     }
     assert {name for name in users if not within(name, "pretrain.commands")} == running

@@ -34,6 +34,7 @@ COMMANDS = {
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
+    "audit": Command("train an interval of a run again and compare it with what the run recorded", on_ranks=True),
     "provenance": Command("list every document of a step"),
     "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),

@@ -74,6 +74,9 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
+    # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
+    weight_hash: str | None = None  # of the fp32 weights
+    optimizer_hash: str | None = None  # of their moments
     # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
     # document, the convention of published figures
     mfu: float | None = None

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +72,15 @@ class RunFolder:
     @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")
+
+    @property
+    def starts(self) -> StepLog:
+        """Return the log of the run's starts; see `pretrain.run.starts`."""
+        return StepLog(self.root / "starts.jsonl")
+
+    def config_of(self, config_hash: str) -> Path:
+        """Return the copy of a config that the run was started with, by its hash."""
+        return self.root / "configs" / f"{config_hash}.yaml"
 
     @property
     def wandb_rows(self) -> StepLog:
@@ -173,6 +182,14 @@ class RunFolder:
             self._data_end.unlink(missing_ok=True)
         self.cut_back(step, "went back" if rewound else "resumed")
 
+    def note_start(self, record: Mapping[str, object], config_hash: str) -> None:
+        """Record a start that has begun, and keep its config, which a later start may replace in config.yaml."""
+        kept = self.config_of(config_hash)
+        if not is_there(kept):
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, self.config.read_text())
+        self.starts.append(record)
+
     def check_there(self) -> None:
         """Raise ConfigError, listing existing runs, if there is no run here."""
         if not is_there(self.config):
@@ -224,6 +241,11 @@ class RunFolder:
         for log, copy in zip(self._records, target._records, strict=True):
             if is_there(log.path):
                 log.copy_until(step, copy.path)
+        for record in target.starts.read():
+            config_hash = str(record["config_hash"])
+            kept = target.config_of(config_hash)
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_bytes(self.config_of(config_hash).read_bytes())
 
     @property
     def superseded(self) -> Path:
@@ -233,7 +255,7 @@ class RunFolder:
     @property
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
-        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors
+        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors, self.starts
 
     def cut_back(self, step: int, why: str) -> None:
         """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""

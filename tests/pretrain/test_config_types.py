@@ -47,7 +47,8 @@ data:
   num_workers: 2
   prefetch_bytes: 1000
   worker_timeout: 1.5
-train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2}
+train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2,
+  weight_hash_every: 2}
 optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, floor: 0.5, betas: [0.5, 0.25], eps: 0.5,
   weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.state_hash import StateHash
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.engine import StepStats
 from pretrain.evaluation.eval_set import EvaluationConfig
@@ -23,6 +24,8 @@ from pretrain.trainer import Trainer
 from shards import CheckpointError
 
 SAVED_EVERY, EVALUATED_EVERY, BATCHES = 4, 3, 2  # steps, steps, batches of an evaluation
+HASHED_EVERY = 5  # steps
+HASHES = StateHash("0", "1")
 DATA_END = 8  # number of steps that the data lasts
 
 
@@ -37,6 +40,7 @@ class Run:
         self.evaluated: list[int] = []
         self.data_end: int | None = None
         self.saves_fail = False
+        self.hashed: list[int] = []
 
     def start(self, looks: int = 10**9) -> bool:
         """Train until the run is finished, or has checked this many times whether to stop."""
@@ -49,7 +53,9 @@ class Run:
 
         deadline: Any = SimpleNamespace(reached=is_over)
         parts: Any = SimpleNamespace(
-            engine=SimpleNamespace(train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True)),
+            engine=SimpleNamespace(
+                train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES
+            ),
             feed=SimpleNamespace(
                 next=self.next, state=lambda: None, cursors=lambda: None, origins=list, passed_over=([], []),
             ),
@@ -59,7 +65,7 @@ class Run:
             ),
             recorder=SimpleNamespace(
                 meter=Meter(), note_save=lambda seconds: None,
-                record=lambda *arguments: SimpleNamespace(step_seconds=0.0),
+                record=self.record,
             ),
             saver=SimpleNamespace(
                 save=self.save, finish=self.finish, check_lease=lambda: None, settle=lambda busy: None,
@@ -73,7 +79,7 @@ class Run:
         if not self.with_suite:
             parts.held_out = None
         config: Any = SimpleNamespace(
-            train=SimpleNamespace(steps=self.steps),
+            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY),
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
             data=SimpleNamespace(skip_steps=()),
@@ -97,6 +103,12 @@ class Run:
             epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
             stop_requested=stop_requested, saving=saving,
         )  # fmt: skip
+
+    def record(self, state: RunState, *others: Any) -> SimpleNamespace:
+        *_, hashes = others
+        if hashes:
+            self.hashed.append(state.step)
+        return SimpleNamespace(step_seconds=0.0)
 
     def log_step(self, record: object, evals_follow: bool) -> None:
         self.trained.append(self.trainer.state.step)
@@ -137,6 +149,16 @@ def test_a_run_stopped_anywhere_is_completed_by_its_next_start(steps: int | None
         assert run.evaluated == wanted, looks
         assert run.state.step == last
         assert run.data_end == (None if steps == 7 or steps == DATA_END else last)
+
+
+@pytest.mark.parametrize("steps", [7, DATA_END])
+def test_weights_are_hashed_at_intervals_and_wherever_they_are_saved(steps: int) -> None:
+    for looks in range(1, 12):
+        run = Run(steps, with_suite=False)
+        while not run.start(looks if not run.saved else 10**9):
+            pass
+        due = {step for step in range(1, steps + 1) if step % SAVED_EVERY == 0 or step % HASHED_EVERY == 0}
+        assert run.hashed == sorted(due | set(run.saved)), looks
 
 
 def test_a_finished_run_is_left_unchanged() -> None:

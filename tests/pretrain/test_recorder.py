@@ -14,6 +14,7 @@ from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
+from pretrain.stepper import Step
 from shards import Skipped, Stage
 from tests.shards.corpora import config
 
@@ -34,7 +35,7 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
     )  # fmt: skip
     with recorder.meter.part("data_wait"):
         pass
-    return recorder.record(STATE, batch, stats, 1e-3, failed_saves).as_json()
+    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves).as_json()
 
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:

@@ -6,7 +6,7 @@ import torch
 
 from pretrain.checkpoint.state import RunState
 from pretrain.feed import StepBatch
-from pretrain.trainer import after
+from pretrain.stepper import after
 
 
 def batch(tokens_per_source: dict[str, int]) -> StepBatch:

@@ -1,0 +1,90 @@
+"""One optimizer step of a run: its stage's batches, its learning rate, or nothing. feed, engine -> stepper -> trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from pretrain.checkpoint.state import RunState
+from pretrain.config import RunConfig
+from pretrain.engine import Engine, StepStats
+from pretrain.feed import PASSED_OVER, StepBatch, chain_hash
+from pretrain.optim import learning_rate_in
+from pretrain.run.metrics import Meter
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has been made.
+
+    Attributes:
+        state: the run's state after it.
+        passed_over: whether data.skip_steps names it, so that its batch was read and nothing changed.
+    """
+
+    state: RunState
+    stats: StepStats
+    learning_rate: float
+    passed_over: bool
+
+
+class Stepper:
+    """Makes a run's steps, in order.
+
+    Args:
+        engine: made for the stage in which the run goes on.
+        steps: length of the whole run, on which schedules are based.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int) -> None:
+        self._engine, self._steps = engine, steps
+        self._stages, self._schedule = config.all_stages, config.schedule
+        self._skipped = config.data.skip_steps
+        self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
+
+    def step_on(self, batch: StepBatch, state: RunState, meter: Meter) -> Step:
+        """Make one optimizer step. Args: state: the run's state before it."""
+        if batch.stage != self._stage:
+            self._begin_stage(batch.stage, state.step)
+        rate = learning_rate_in(state.step, self._schedule, self._steps)
+        passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
+        if passed_over:
+            stats = StepStats(math.nan, math.nan, math.nan, applied=False)
+        else:
+            stats = self._engine.train_step(batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter)
+        return Step(after(state, batch, passed_over), stats, rate, passed_over)
+
+    def _begin_stage(self, number: int, step: int) -> None:
+        """Prepare the engine for the batches of a stage."""
+        self._stage, stage, topology = number, self._stages[number], self._engine.topology
+        self._engine.set_batches(stage.micro_batch_size(topology.dp_size), stage.micro_steps(topology.dp_size))
+        if topology.is_main:
+            drawn = {source.name: source.weight for source in stage.data.sources if source.weight}
+            _logger.info(
+                "stage %d begins after step %d: %d rows of %d tokens a step from %s",
+                number, step, stage.global_batch_size, stage.data.seq_len, drawn,
+            )  # fmt: skip
+
+
+def after(state: RunState, batch: StepBatch, passed_over: bool = False) -> RunState:
+    """Return the run's state after training on a batch, or after passing it over."""
+    read, trained_before = chain_hash(state.batch_hash, batch.row_hash), state.trained_hash or state.batch_hash
+    trained = chain_hash(trained_before, PASSED_OVER if passed_over else batch.trained_hash)
+    hashes = {"batch_hash": read, "trained_hash": trained if state.trained_hash or trained != read else ""}
+    if passed_over:
+        return msgspec.structs.replace(state, step=state.step + 1, **hashes)
+    seen = state.tokens_per_source
+    return msgspec.structs.replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + batch.n_tokens,
+        # A batch names only the sub-sources that it holds; the others keep their counts.
+        tokens_per_source=seen | {name: seen.get(name, 0) + n for name, n in batch.tokens_per_source.items()},
+        **hashes,
+    )
