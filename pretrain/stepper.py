@@ -1,4 +1,4 @@
-"""One optimizer step of a run: its stage's batches, its learning rate, or nothing. feed, engine -> stepper -> trainer."""
+"""An optimizer step of a run: its stage's batches, its learning rate, or none. {feed, engine} -> stepper -> trainer."""
 
 from __future__ import annotations
 

@@ -58,10 +58,11 @@ class Stream:
         self._passed = 0  # number of carried windows that were read to their end
         self._limit = source.segments_of_lane(lane)
         self._window: Window | None = None  # the cursor's window, once needed
-        self._records = records_before  # number of records in the windows already passed
+        # Number of records in the windows already passed, and in what stages before have drawn of carried ones
+        self._records: float = records_before
         if cursor.window:
             self._records += sum(window.num_records for window in self._deal().windows[: cursor.window])
-        self._records -= sum(source.window(name).num_records for name in self._carried)
+        self._records -= sum(self._share(name) for name in self._carried)
 
     @property
     def exhausted(self) -> bool:
@@ -128,7 +129,7 @@ class Stream:
                 return Row(name, window, cursor.row)
             self.cursor = cursor._replace(row=0, window_rows=0)
             self._window = None
-            self._records += self.source.window(name).num_records
+            self._records += self._share(name)
             if self._passed < len(self._carried):
                 self._passed += 1
                 continue
@@ -154,13 +155,15 @@ class Stream:
 
     def progress(self) -> float:
         """Count the records drawn so far, including blank and bad ones and a fraction of the current window's."""
-        cursor = self.cursor
-        drawn = cursor.row / cursor.window_rows if cursor.window_rows else 0.0  # share of the window's rows
-        if self._passed < len(self._carried):
-            name = self._carried[self._passed]
-            left = math.prod(1 - cut.rows / cut.of for cut in name.cuts)  # by the stages before
-            return self._records + (1 - left * (1 - drawn)) * self.source.window(name).num_records
-        return self._records + (drawn * self._deal().windows[cursor.window].num_records if drawn else 0.0)
+        cursor, name = self.cursor, self.position
+        if name is None or not cursor.window_rows:
+            return float(self._records)
+        return self._records + cursor.row / cursor.window_rows * self._share(name)
+
+    def _share(self, name: WindowId) -> float:
+        """Count a window's records, less the fraction that stages before have drawn."""
+        left = math.prod(1 - cut.rows / cut.of for cut in name.cuts)
+        return left * self.source.window(name).num_records
 
     def _deal(self) -> Deal:
         return self.source.deal(self.lane, self.cursor.segment)
