@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import resource
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,10 @@ from shards.exposure.grams import MIN_WORDS, words_of
 from shards.exposure.passes import make_all
 from shards.exposure.search import DocumentPlace, TextSearch
 from shards.index.manifest import Shard
+from shards.suites.decontaminate import split_lines
+from shards.suites.normalization import comparable
+
+_LINE_ENTRY_BYTES = 8  # as an entry of the text index
 
 
 def excerpts(shards: list[Shard], count: int, num_words: int) -> list[tuple[DocumentPlace, str]]:
@@ -43,11 +48,22 @@ def excerpts(shards: list[Shard], count: int, num_words: int) -> list[tuple[Docu
     return chance.sample(drawn, min(count, len(drawn)))
 
 
+def paragraphs_share(shards: list[Shard], min_words: int) -> float:
+    """Compute what a table of the hashes of all lines from some words on would take, as a share of the raw bytes."""
+    lines = sum(
+        len(split_lines(comparable([document.text]), min_words).owners)
+        for shard in shards
+        for document in read_documents(shard.path, on_bad_record="skip")
+    )
+    return _LINE_ENTRY_BYTES * lines / sum(shard.index.raw_bytes for shard in shards)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="+", metavar="PATTERN")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--excerpts", type=int, default=200)
+    parser.add_argument("--paragraphs", action="store_true", help="also the size of hashes of lines, for comparison")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = SourceConfig(name="all", paths=tuple(arguments.patterns))
@@ -72,6 +88,13 @@ def main() -> None:
             f"| all, {arguments.workers} processes | {raw / 1e6:.1f} | {documents:,} | {sum(sizes) / 1e6:.2f} | "
             f"{sum(sizes) / raw:.1%} | {seconds:.2f} | {raw / seconds / 1e6:.0f} |"
         )
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(
+            f"{(used.ru_utime + used.ru_stime) / raw * 1e9:.0f} processor seconds per GB, {used.ru_maxrss / 1e3:.0f} MB"
+        )
+        if arguments.paragraphs:
+            shares = [f"{paragraphs_share(shards, count):.1%} from {count} words on" for count in (8, 13, 25)]
+            print("hashes of lines would take", ", ".join(shares))
         search = TextSearch(data, [shards])
         for num_words in (MIN_WORDS, 2 * MIN_WORDS, 8 * MIN_WORDS):
             drawn = excerpts(shards, arguments.excerpts, num_words)

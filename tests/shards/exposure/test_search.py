@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from shards import ConfigError, DataConfig, ShardError, preparation, read_documents
-from shards.exposure import text_index
+from shards.exposure import grams, text_index
 from shards.exposure.grams import MIN_WORDS, Overlap
 from shards.exposure.passes import make_all
 from shards.exposure.search import DocumentPlace, TextMatch, TextSearch
@@ -109,6 +109,25 @@ def test_a_short_text_is_found_as_a_whole_document_or_said_to_be_too_short(tmp_p
     for text, count in (("but whole", 2), ("!", 0), (words(1, MIN_WORDS - 2), MIN_WORDS - 2)):
         with pytest.raises(ConfigError, match=f"has {count} words and is no whole document.* from {MIN_WORDS}"):
             search.texts([texts[1], text])
+
+
+def test_what_is_found_does_not_depend_on_hashes_or_on_which_grams_are_indexed(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, documents = corpus
+    asked = questions(list(documents.values()))[::9]
+    search = searched(data)
+    expected = search.texts(asked), search.ids(["id 5", "id 6"])
+    monkeypatch.setattr(grams, "hash_of", lambda words: 1 << 60)
+    monkeypatch.setattr(text_index, "hash_of_id", lambda identity: 1 << 60)
+    monkeypatch.setattr(grams, "STRIDE", 3)
+    other = data.model_copy(update={"index_dir": tmp_path})
+    shards = shards_of(other)
+    for source, listed in zip(data.sources, shards, strict=True):
+        for shard in listed:
+            text_index.obtain(other, source, shard)
+    search = TextSearch(other, shards)
+    assert (search.texts(asked), search.ids(["id 5", "id 6"])) == expected
 
 
 def test_documents_are_found_by_their_ids(corpus: Corpus) -> None:
