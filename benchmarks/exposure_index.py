@@ -29,6 +29,7 @@ from shards.index.manifest import Shard
 from shards.suites.decontaminate import split_lines
 from shards.suites.normalization import comparable
 
+_TRIED_PER_EXCERPT = 20  # documents, since many are too short
 _LINE_ENTRY_BYTES = 8  # as an entry of the text index
 
 
@@ -36,8 +37,11 @@ def excerpts(shards: list[Shard], count: int, num_words: int) -> list[tuple[Docu
     """Draw excerpts of at least some words from random documents, each with the place of its document."""
     chance = random.Random(1)
     drawn: list[tuple[DocumentPlace, str]] = []
+    tried = _TRIED_PER_EXCERPT * count / sum(shard.index.num_documents for shard in shards)
     for number, shard in enumerate(shards):
         for document in read_documents(shard.path, on_bad_record="skip"):
+            if chance.random() > tried:
+                continue
             parts = [found.span() for found in re.finditer(r"\S+", document.text)]
             if len(parts) < num_words:
                 continue
