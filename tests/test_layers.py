@@ -16,6 +16,7 @@ LAYERS = (
     (
         "shards.installation",
         "shards.errors",
+        "shards.processes",
         "shards.arrays",
         "shards.hashing",
         "shards.config_errors",
@@ -29,6 +30,7 @@ LAYERS = (
     ("shards.plan", "shards.tokenize"),
     ("shards.suites",),
     ("shards.windows",),
+    ("shards.exposure",),
     ("shards.preparation", "shards.tokenizer_check", "shards.source"),
     ("shards.lane", "shards.prefetch", "shards.batch", "shards.fingerprint", "shards.forecast"),
     ("shards.leg", "shards.carry"),

@@ -17,7 +17,7 @@ import argparse
 import os
 import signal
 import sys
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -31,6 +31,7 @@ from shards import ConfigError, DataConfig, HeadraceError, ShardError, SourceCon
 from shards.index import manifest
 from shards.index.shard_index import ShardIndex, obtain
 from shards.index.splice_points import explain
+from shards.processes import end_with_parent
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
@@ -128,14 +129,6 @@ def work(
             reports.put((path, obtain(path, data.index_dir, *limits, verify, report, cache, verify_entries)))
         except HeadraceError as error:
             reports.put((path, error))
-
-
-def end_with_parent() -> None:
-    """Wait until the command's process is gone, for whatever reason, then end this one."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def index_shards(

@@ -89,7 +89,7 @@ def digest(parts: list[str]) -> str:
 
 def store(path: Path, data: bytes) -> None:
     """Write an index or a manifest. Raises: ShardError if its folder is not writable."""
-    with _errors_of(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_atomically(path, data)
 
@@ -101,7 +101,7 @@ def written_meanwhile(path: Path) -> Iterator[BinaryIO]:
     Until then the file has no name, so nothing is left behind if the process dies. If nothing was written, no file
     exists under `path` afterwards. Raises: ShardError for any OSError of the block, which must come from writing.
     """
-    with _errors_of(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as scratch:
             yield scratch
@@ -114,7 +114,8 @@ def written_meanwhile(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of a block, which must come from writing `path`, into a ShardError that says what to do."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -73,6 +73,22 @@ class Deal(NamedTuple):
     segments: tuple[int, ...]  # numbers in the source, in the epoch's order
     windows: tuple[WindowPlan, ...]
     next: int  # q of the following segment in the lane's sequence
+
+
+class Places(NamedTuple):
+    """Where an epoch reads records: of each, the parts of the name of its window."""
+
+    lanes: Ints
+    segments: Ints  # q: the deal that holds it begins with the lane's q-th segment
+    windows: Ints  # number in the deal
+
+
+class _SpanColumns(NamedTuple):
+    """The spans into which windows divide a source, in its order."""
+
+    first_records: Ints  # [spans]: in the concatenation of all shards
+    sizes: Ints  # [spans]: raw bytes, as `Span.raw_bytes`
+    starts: Ints  # [segments + 1]: each segment's first span
 
 
 class SourcePlan:
@@ -198,6 +214,68 @@ class SourcePlan:
         epoch = int(epochs[0])
         dealt = self._permutation(epoch)[positions[epochs == epoch]]
         return Deal(epoch, tuple(dealt.tolist()), tuple(self._windows(dealt)), q + len(dealt))
+
+    def places_of(self, shards: Ints, records: Ints, epoch: int) -> Places:
+        """Find the windows that read some records in an epoch: the inverse of `deal`, for all of them at once.
+
+        The time depends on the number of the source's segments, and hardly on the number of records.
+
+        Args:
+            shards: int64 [records], number of each one's shard in the source.
+            records: int64 [records], number of each in its shard, counted from 0.
+            epoch: counted from 0.
+        """
+        numbers = self._shard_ends[shards, 0] + records
+        assert ((0 <= records) & (numbers < self._shard_ends[1:, 0][shards])).all(), "no such record"
+        columns = self._span_columns
+        spans = np.searchsorted(columns.first_records, numbers, side="right") - 1
+        segments = np.searchsorted(columns.starts, spans, side="right") - 1
+        order = self._permutation(epoch)
+        positions = np.empty_like(order)
+        positions[order] = np.arange(self.num_segments)
+        # A lane's positions in the epoch are V apart, and the first of them, below V, begins a deal.
+        in_deal = positions[segments] // self.num_lanes % self._deal_segments
+        deals, deal_of = np.unique(positions[segments] - in_deal * self.num_lanes, return_inverse=True)
+        reach = deals[:, None] + self.num_lanes * np.arange(self._deal_segments)
+        deal_starts = np.concatenate([[0], np.cumsum((reach < self.num_segments).sum(axis=1))])
+        dealt = order[reach[reach < self.num_segments]]
+        windows, span_starts = self._window_numbers(dealt, deal_starts)
+        place = span_starts[deal_starts[deal_of] + in_deal] + spans - columns.starts[segments]
+        number = epoch * self.num_segments + positions[segments]
+        return Places(number % self.num_lanes, number // self.num_lanes - in_deal, windows[place])
+
+    def _window_numbers(self, dealt: Ints, deal_starts: Ints) -> tuple[Ints, Ints]:
+        """Count the windows of deals, as `_windows` cuts them.
+
+        Args:
+            dealt: segments, deal by deal.
+            deal_starts: int64 [deals + 1], where each deal begins in `dealt`, and the end.
+        Returns: for each span of these segments, the number of its window in its deal; and int64 [segments + 1], each
+            segment's first span among them.
+        """
+        columns = self._span_columns
+        counts = columns.starts[dealt + 1] - columns.starts[dealt]
+        span_starts = np.concatenate([[0], np.cumsum(counts)])
+        spans = np.arange(span_starts[-1]) + np.repeat(columns.starts[dealt] - span_starts[:-1], counts)
+        offsets = np.concatenate([[0], np.cumsum(columns.sizes[spans])])
+        bounds = span_starts[deal_starts]
+        firsts = greedy_groups(offsets, bounds, self._window_limit)  # the first span of each window
+        numbers = np.searchsorted(firsts, np.arange(len(spans)), side="right")
+        return numbers - np.repeat(numbers[bounds[:-1]], np.diff(bounds)), span_starts
+
+    @cached_property
+    def _span_columns(self) -> _SpanColumns:
+        """Cut every segment into its spans, as `_spans` does with those of a deal."""
+        undivided = np.append(True, self._first_cell[1:] != self._first_cell[:-1])
+        bounds = np.append(self._first_cell[undivided], len(self._offsets) - 1)
+        cells = greedy_groups(self._offsets, bounds, self._window_limit)
+        first_records = np.union1d(self._records[cells], self._first_record)  # only single cells are divided
+        starts = np.searchsorted(first_records, np.append(self._first_record, self.num_records))
+        cell_ends = np.append(cells, len(self._offsets) - 1)
+        which = np.searchsorted(self._records[cells], first_records, side="right") - 1
+        cell_sizes, cell_records = (np.diff(column[cell_ends])[which] for column in (self._offsets, self._records))
+        counts = np.diff(np.append(first_records, self.num_records))
+        return _SpanColumns(first_records, cell_sizes * counts // cell_records, starts)
 
     def _windows(self, segments: Ints) -> Iterator[WindowPlan]:
         """Cut segments longer than a window along cells and join shorter ones, in order."""

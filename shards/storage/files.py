@@ -24,7 +24,7 @@ _LIKE_A_SHARD = re.compile(
     r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE
 )
 _COLUMN_MARK = ".arrow#"  # marks the path of a column of an Arrow file: FILE.arrow#COLUMN
-_OURS = (".index.json", ".windows", ".manifest")  # files that Headrace leaves beside shards
+_OURS = (".index.json", ".windows", ".manifest", ".texts")  # files that Headrace leaves beside shards
 _MAX_NAMED = 5  # names in a message, out of what may be thousands
 
 _logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""From a text to the documents of a run's sources that share it, and where they lie."""
