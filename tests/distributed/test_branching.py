@@ -173,7 +173,7 @@ def test_a_fork_shares_its_parents_past_and_outlives_it(
     for step in (3, 12, 13, STEPS):  # each is rebuilt, and proved by its hash
         assert dispatch.run("provenance", ["--run", str(child.root), "--step", str(step)]) == 0
     # A fork of a fork knows both
-    code, said = fork(capsys, child.root, 16, "c", "train.steps=18")
+    code, said = fork(capsys, child.root, 16, "c", "train.steps=20")
     assert code == 0, said
     assert [(one.name, one.step) for one in RunFolder(tmp_path / "c").ancestors()] == [("staged", 12), ("b", 16)]
     assert metrics(tmp_path / "c") == found[:16]
