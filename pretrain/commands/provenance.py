@@ -11,6 +11,10 @@ its metrics.jsonl. Output goes to stdout: tab-separated lines under a header lin
     stop    one past the last token
     text    with --text: the text of these tokens, as a JSON string
 
+With --by-loss there is one line for each document, the worst first: its mean loss in nats, by the newest checkpoint
+before the step, the number of its tokens that were targets, source, shard and line. The model has to fit this process's
+device.
+
 A run is only read, so it may be training meanwhile. Start the command in the folder that the run was started in, since
 its config's relative paths start there; if shards were moved since, say so: data.sources.0.paths=[...].
 
@@ -25,21 +29,32 @@ import os
 import sys
 from pathlib import Path
 
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.commands.begun_run import open_run
+from pretrain.config import RunConfig
+from pretrain.evaluation.checkpoints import load_checkpoint
+from pretrain.evaluation.document_losses import document_losses
+from pretrain.inference.forward_model import ForwardModel
 from pretrain.provenance import batch_of_step, texts
+from pretrain.topology import ParallelConfig, started
+from shards import Batch, CheckpointError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, required=True, help="counted from 1, as in metrics.jsonl")
     parser.add_argument("--text", action="store_true", help="add the text, as a JSON string")
+    parser.add_argument("--by-loss", action="store_true", help="rank the documents by their loss")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
 
 
 def print_documents(arguments: argparse.Namespace) -> None:
-    folder, config, _ = open_run(arguments.run, arguments.overrides)
+    folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     stages = [stage.of_loader for stage in config.all_stages]
     batch = batch_of_step(folder, arguments.step, stages, config.run.seed)
+    if arguments.by_loss:
+        print_losses(arguments.step, batch, config, checkpoints)
+        return
     spoken = map(json.dumps, texts(batch, config.data)) if arguments.text else None
     print("row", "source", "shard", "line", "start", "stop", *(["text"] if spoken else []), sep="\t")
     documents: set[tuple[str, int]] = set()
@@ -49,6 +64,31 @@ def print_documents(arguments: argparse.Namespace) -> None:
     sys.stdout.flush()
     print(
         f"step {arguments.step}: {len(documents):,} documents in {len(batch.tokens):,} rows; the rebuilt batch has "
+        "the hash that the run was trained on",
+        file=sys.stderr,
+    )
+
+
+def print_losses(step: int, batch: Batch, config: RunConfig, checkpoints: CheckpointStore) -> None:
+    """Print the documents of a batch by their loss. Raises CheckpointError if no checkpoint is older than the step."""
+    before = [saved for saved in checkpoints.steps() if saved < step]
+    if not before:
+        raise CheckpointError(
+            f"{checkpoints.root}: no checkpoint before step {step}, by which its documents could be scored; it has"
+            f" {checkpoints.steps()}"
+        )
+    alone = ParallelConfig()
+    with started(alone) as topology:
+        model = ForwardModel(config.model, alone, config.precision, topology)
+        load_checkpoint(model, checkpoints, before[-1], topology)
+        rows = config.stage_at(step - 1).micro_batch_size(1)
+        losses = document_losses(model.score, batch, rows, topology.device)
+    print("loss", "targets", "source", "shard", "line", sep="\t")
+    for found in losses:
+        print(f"{found.loss:.4f}", *found[1:], sep="\t")
+    sys.stdout.flush()
+    print(
+        f"step {step}: {len(losses):,} documents, scored by the checkpoint of step {before[-1]}; the rebuilt batch has "
         "the hash that the run was trained on",
         file=sys.stderr,
     )

@@ -237,7 +237,7 @@ class Tracker:
         self._sent.note(row)  # before it is sent, so that wandb has no unknown rows
         self._run.log(row, step=self._last_step + self._late_rows, commit=True)
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, why: str = "came out differently when trained again") -> None:
         """Remove rows from a step on in wandb, since they come from a training that was undone."""
         import wandb
 
@@ -254,13 +254,13 @@ class Tracker:
                 _forget_process()
         if self._run is not None:
             self._last_step = step - 1
-            _logger.info("step %d came out differently when trained again: wandb was rewound to the one before", step)
+            _logger.info("step %d %s: wandb was rewound to the one before", step, why)
         else:
             old, self._id = self._id, self._folder.new_run_id()
             self._sent = SentRows(self._folder.wandb_rows, self._id)
             _logger.warning(
-                "step %d came out differently when trained again: all figures go to a new wandb run, %s, from the first"
-                " step on; %s keeps the superseded ones", step, self._id, old,
+                "step %d %s: all figures go to a new wandb run, %s, from the first step on; %s keeps the superseded"
+                " ones", step, why, self._id, old,
             )  # fmt: skip
             self._run, self._last_step = self._start()
         self._define_axis(self._run)
@@ -316,7 +316,7 @@ class Tracker:
         if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
             self._rewind(step_of(wrong))
         elif self._rewound_to is not None and self._last_step > self._rewound_to:
-            self._rewind(self._rewound_to + 1)
+            self._rewind(self._rewound_to + 1, "is retracted, since the run has gone back before it")
         newest = self._folder.metrics.last()
         self._sent.forget(step_of(newest) if newest else -1)
         self._fill_gap()

@@ -242,13 +242,19 @@ def test_poisoned_documents_are_found_and_forgotten(tmp_path: Path, capsys: pyte
     config = write_config(tmp_path, "a", **settings)
     run_ranks(1, "pretrain", "train", "--config", str(config))
     found = metrics(tmp_path / "a")
-    poisoned = set()
-    for record in found:
-        dispatch.run("provenance", ["--run", str(tmp_path / "a"), "--step", str(record["step"])])
+    # The loss of a plain corpus falls; the step that stands out holds a poisoned document, the worst of its batch
+    poisoned = {}
+    for record in found[1:]:
+        dispatch.run("provenance", ["--run", str(tmp_path / "a"), "--step", str(record["step"]), "--by-loss"])
         table = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
-        if {int(row[3]) for row in table} & {101, 102, 103}:
-            poisoned.add(record["step"])
-    assert poisoned
+        assert sum(float(row[0]) * int(row[1]) for row in table) / sum(int(row[1]) for row in table) == pytest.approx(
+            record["loss"], rel=1e-4
+        )
+        if {int(row[4]) for row in table} & {101, 102, 103}:
+            poisoned[record["step"]] = int(table[0][4])
+    spike = max(found[1:], key=lambda record: record["loss"] - found[record["step"] - 2]["loss"])["step"]
+    assert spike in poisoned
+    assert set(poisoned.values()) <= {101, 102, 103}
     first = min(poisoned)
     listed = tmp_path / "forget.jsonl"
     listed.write_text("".join(json.dumps({"shard": corpus.name, "line": line}) + "\n" for line in (101, 102, 103)))

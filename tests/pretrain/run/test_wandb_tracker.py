@@ -87,6 +87,22 @@ def test_online_wandb_is_rewound_to_before_a_step_that_comes_out_differently(tmp
         assert rewinds or server.history["an-id"] == before
 
 
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_wandb_goes_back_with_a_run_at_once(tmp_path: Path, rewinds: bool) -> None:
+    root = tmp_path / "run"
+    with wandb_server(rewinds) as server:
+        online = {"mode": "online", **server.environment}
+        session(root, 0, 11, "stopped", **online)
+        said = session(root, 6, 6, "stopped", rewound=True, **online)  # trains nothing yet
+        run_id = (root / "wandb" / "run_id").read_text()
+        assert rewinds or "step 7 is retracted, since the run has gone back before it" in said
+        assert (run_id == "an-id") == rewinds
+        assert [row["step"] for row in server.history[run_id]] == [1, 2, 3, 4, 5, 6]
+        session(root, 6, 9, "stopped", rate=2.0, **online)
+        assert [row["learning_rate"] for row in server.history[run_id]] == [1.0] * 6 + [2.0] * 3
+        assert rewinds or len(server.history["an-id"]) == 11
+
+
 def test_the_wandb_run_has_its_config_and_its_axis(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 2, "finished")

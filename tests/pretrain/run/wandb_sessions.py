@@ -23,7 +23,14 @@ _FORKS.set_forkserver_preload(["wandb.cli.cli", __name__])
 
 
 def session(
-    root: Path, resumed_at: int, last: int, end: str, rate: float = 1.0, mode: str = "offline", **environment: str
+    root: Path,
+    resumed_at: int,
+    last: int,
+    end: str,
+    rate: float = 1.0,
+    mode: str = "offline",
+    rewound: bool = False,
+    **environment: str,
 ) -> str:
     """Run a session and return what it logged.
 
@@ -34,9 +41,10 @@ def session(
         end: "killed", "service stopped", "left before the evaluation", or anything else for an ordinary end.
         rate: the learning rate of its steps.
         mode: `wandb.mode`.
+        rewound: whether the run goes back to `resumed_at` on purpose.
         environment: variables to set.
     """
-    code, said = _run(_train, root, resumed_at, last, end, rate, mode, environment)
+    code, said = _run(_train, root, resumed_at, last, end, rate, mode, rewound, environment)
     assert code == (-9 if end == "killed" else 0), said
     return said
 
@@ -74,7 +82,7 @@ def _inspect(file: Path) -> None:
 
 
 def _train(
-    root: Path, resumed_at: int, last: int, end: str, rate: float, mode: str, environment: dict[str, str]
+    root: Path, resumed_at: int, last: int, end: str, rate: float, mode: str, rewound: bool, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
     folder = RunFolder(root)
@@ -85,7 +93,8 @@ def _train(
     folder.cut_back(resumed_at, "resumed")
     config = WandbConfig.model_validate({"system_metrics": False, "mode": mode})
     described = {"model": {"dim": 8}, "commit": "c0ffee"}
-    with Tracker(config, folder, "name", folder.run_id(), described) as tracker:
+    rewound_to = resumed_at if rewound else None
+    with Tracker(config, folder, "name", folder.run_id(), described, rewound_to=rewound_to) as tracker:
         if resumed_at and resumed_at % 4 == 0 and all(record["step"] != resumed_at for record in folder.evals.read()):
             _evaluate(folder, tracker, resumed_at)
         for step in range(resumed_at + 1, last + 1):
