@@ -161,6 +161,7 @@ def _conditions(start: StartRecord, config: RunConfig) -> dict[str, object]:
     conditions |= environment.packages
     parallel = config.parallel.model_dump(mode="json", exclude=_COMPARED_ELSEWHERE)
     conditions |= {f"parallel.{key}": value for key, value in parallel.items()}
-    return conditions | {
-        "train.micro_batch_size": [stage.micro_batch_size(start.dp_size) for stage in config.all_stages]
-    }
+    for i, stage in enumerate(config.all_stages):
+        section = f"stages.{i - 1}.train" if i else "train"
+        conditions[f"{section}.micro_batch_size"] = stage.micro_batch_size(start.dp_size)
+    return conditions

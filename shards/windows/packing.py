@@ -53,16 +53,16 @@ class Rows(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What is left to pack of a window, as documents of their own: pieces of its documents, or whole ones.
+    """What is left to pack of a window, as documents of their own: parts of its documents, or whole ones.
 
-    When a stage with other rows begins amid a window, the pieces in the rows that were not drawn yet are packed again.
-    A piece begins with the last target of the one before, so every token stays a target exactly once.
+    When a stage with other rows begins amid a window, what the rows hold that were not drawn yet is packed again. A
+    part begins with the last target of the piece before, so every token stays a target exactly once.
     """
 
-    tokens: npt.NDArray[np.integer]  # tokens of all pieces, concatenated
-    lengths: Ints  # [pieces]
-    documents: Ints  # [pieces]: the window's document that each belongs to
-    starts: Ints  # [pieces]: its first token in that document
+    tokens: npt.NDArray[np.integer]  # tokens of all parts, concatenated
+    lengths: Ints  # [parts]
+    documents: Ints  # [parts]: the window's document that each belongs to
+    starts: Ints  # [parts]: its first token in that document
 
     @staticmethod
     def whole(tokens: npt.NDArray[np.integer], lengths: Ints) -> Rest:
@@ -82,10 +82,20 @@ class Rest(NamedTuple):
 
 
 def rest_of(rows: Rows, drawn: int) -> Rest:
-    """Return the pieces of a window's rows after the first `drawn`."""
+    """Return what a window's rows hold after the first `drawn`, pieces that follow each other in a document as one."""
     first = int(rows.row_pieces[drawn])
-    pieces = (column[first:].astype(np.int64) for column in (rows.lengths, rows.documents, rows.starts))
-    return Rest(rows.tokens[int(rows.row_tokens[drawn]) :], *pieces)
+    columns = (rows.documents, rows.starts, rows.lengths)
+    documents, starts, lengths = (column[first:].astype(np.int64) for column in columns)
+    begins = int(rows.row_tokens[drawn]) + _offsets(lengths)[:-1]
+    order = np.lexsort((starts, documents))
+    documents, starts, lengths, begins = (column[order] for column in (documents, starts, lengths, begins))
+    goes_on = np.zeros(len(order), np.bool_)  # begins with the last token of the piece before, which is not repeated
+    goes_on[1:] = (documents[1:] == documents[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1] - 1)
+    begins, sizes = begins + goes_on, lengths - goes_on
+    ends = _offsets(sizes)
+    tokens = rows.tokens[np.arange(ends[-1]) + np.repeat(begins - ends[:-1], sizes)]
+    heads = np.flatnonzero(~goes_on)
+    return Rest(tokens, np.diff(np.append(ends[heads], ends[-1])), documents[heads], starts[heads])
 
 
 def pack(

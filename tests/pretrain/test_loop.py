@@ -20,6 +20,7 @@ from pretrain.feed import StepBatch
 from pretrain.loop import train
 from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import Meter
+from pretrain.stepper import Step
 from pretrain.trainer import Trainer
 from shards import CheckpointError
 
@@ -104,10 +105,10 @@ class Run:
             stop_requested=stop_requested, saving=saving,
         )  # fmt: skip
 
-    def record(self, state: RunState, *others: Any) -> SimpleNamespace:
+    def record(self, made: Step, *others: Any) -> SimpleNamespace:
         *_, hashes = others
         if hashes:
-            self.hashed.append(state.step)
+            self.hashed.append(made.state.step)
         return SimpleNamespace(step_seconds=0.0)
 
     def log_step(self, record: object, evals_follow: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from types import FrameType
@@ -16,7 +17,7 @@ from shards import OverflowTolerance, Rows
 from shards.arrays import Ints
 from shards.config import Packing
 from shards.windows import packing
-from shards.windows.packing import best_fit, pack
+from shards.windows.packing import best_fit, pack, rest_of
 from tests.examples import examples
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
@@ -63,6 +64,27 @@ def expected_targets(lengths: list[int], seq_len: int, packing: Packing) -> Coun
             last = n - overflow if overflow < packing.overflow_tolerance else n
         counts.update(range(100 * d + 1, 100 * d + last))
     return counts
+
+
+@pytest.mark.parametrize("packing", POLICIES, ids=str)
+@given(
+    lengths=LENGTHS, seq_lens=st.tuples(st.integers(1, 24), st.integers(1, 24)), key=st.integers(0, 99), data=st.data()
+)
+def test_rows_that_are_packed_again_have_the_targets_that_were_left(
+    packing: Packing, lengths: list[int], seq_lens: tuple[int, int], key: int, data: st.DataObject
+) -> None:
+    rows = pack_documents(documents_of(lengths), seq_lens[0], packing, key)
+    drawn = data.draw(st.integers(0, rows.num_rows))
+    rest = rest_of(rows, drawn)
+    tokens, segment_ids = dense(rows)
+    valid = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
+    again = rest.packed(seq_lens[1], "best_fit", key)
+    assert targets_of(again) == Counter(tokens[drawn:, 1:][valid[drawn:]].tolist())
+    for piece, (document, start) in enumerate(zip(again.documents, again.starts, strict=True)):
+        assert again.tokens[np.cumsum([0, *again.lengths])[piece]] == 100 * document + start
+    # Parts that touch are one, so that what was cut into short pieces can fill long rows
+    parts = sorted(zip(rest.documents, rest.starts, rest.lengths, strict=True))
+    assert not any(d == e and t == s + n - 1 for (d, s, n), (e, t, _) in itertools.pairwise(parts))
 
 
 @pytest.mark.parametrize("packing", POLICIES, ids=str)
