@@ -21,7 +21,6 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import Layout, RunState
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
-from pretrain.config_changes import check_skips
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_shards
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
@@ -90,7 +89,6 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     choice = choose(store, topology, start.from_step)
     engine = make_engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
     state = _state(start, choice, store, engine, loader)
-    check_past(start, folder, state.step)
     save_seconds = save_time(store, nodes=1).seconds
     stages = [stage.of_loader for stage in config.all_stages]
     eval_set = load_suite(
@@ -198,19 +196,6 @@ def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunSta
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
         init_hash=init_hash, **asdict(layout_of(config, topology)),
     )  # fmt: skip
-
-
-def check_past(start: Start, folder: RunFolder, step: int) -> None:
-    """Check that the config does not change what was trained up to the step that a run resumes from.
-
-    Raises: ConfigError on all ranks.
-    """
-
-    def check() -> None:
-        if start.topology.is_main and step:
-            check_skips(load_config(folder.config, begun=True), start.config, step)
-
-    start.topology.together(check)
 
 
 def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:

@@ -20,7 +20,7 @@ import shards
 from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, how_to_split_vocabulary, load_config
-from pretrain.config_changes import compare_for_resume
+from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
@@ -201,6 +201,7 @@ def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder, step: int)
             " give this one another run.name, fork the run with a stage that begins where it is"
             f" ({installation.typed('fork')}), or start over with --fresh"
         )
+    check_skips(old, new, step)
     for key, before, now in allowed:
         _logger.info("%s changed since the last start: %r -> %r", key, before, now)
 
