@@ -145,7 +145,7 @@ def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None
             topology.dp_rank,
             topology.dp_size,
             prepared,
-            [stage.of_loader for stage in config.all_stages[1:]],
+            config.later_stages,
         )
         stack.enter_context(loader)
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)

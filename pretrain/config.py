@@ -28,7 +28,7 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
 from pretrain.topology import ParallelConfig
-from shards import Config, ConfigError, DataConfig, installation
+from shards import Config, ConfigError, DataConfig, Stage, installation
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
@@ -112,6 +112,11 @@ class RunConfig(Config):
         """All stages of the run, the first of which is what the sections data and train describe."""
         train = StageTrain(global_batch_size=self.train.global_batch_size, micro_batch_size=self.train.micro_batch_size)
         return stages_of(self.data, train, self.stages)
+
+    @property
+    def later_stages(self) -> list[Stage]:
+        """The stages after the first, as the loader takes them."""
+        return [stage.of_loader for stage in self.all_stages[1:]]
 
     def stage_at(self, step: int) -> RunStage:
         """Return the stage in which a run is that has done `step` steps and goes on."""

@@ -178,7 +178,7 @@ def claim_run(
         done = from_step if from_step is not None else steps[-1] if steps else 0
         check_same_run(begun, config, folder, done)
         check_checkpoints_there(store, begun, folder)
-    prepared = shards.prepare(config.data, progress, [stage.of_loader for stage in config.all_stages[1:]])
+    prepared = shards.prepare(config.data, progress, config.later_stages)
     if replaced:
         _logger.info("the run in %s was moved to %s", folder.root, folder.move_aside())
         holding.close()  # the lease has moved with the folder

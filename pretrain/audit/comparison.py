@@ -14,6 +14,7 @@ from pretrain.model.transformer import Precision
 from pretrain.run.starts import StartRecord
 
 _NUMBERS, _HASHES = ("loss", "grad_norm"), ("weight_hash", "optimizer_hash")
+BATCHES = ("batch_hash", "trained_hash")  # chains of what was read, and of what was trained on
 _RATE_TOLERANCE = 1e-9  # relative; the schedule is computed in double precision, by other libraries elsewhere
 # Parts of `parallel` that change no bit, or are compared as part of the layout and the environment
 _COMPARED_ELSEWHERE = {"timeout_minutes", "attention", "tp_size", "zero_stage"}
@@ -90,7 +91,7 @@ def compare(recorded: Interval, found: Interval, precision: Precision, obstacles
     """
     tolerances = TOLERANCES[precision] if obstacles else None
     steps = list(zip(recorded.steps, found.steps, strict=True))
-    differences = list(_different(recorded.before, found.before, ("batch_hash", *_HASHES)))
+    differences = list(_different(recorded.before, found.before, (*BATCHES, *_HASHES)))
     for index, (before, after) in enumerate(steps):
         differences += _differences_of_step(before, after, index, tolerances)
     deviations = {
@@ -112,7 +113,7 @@ def deviation(recorded: float | None, found: float | None) -> float:
 def _differences_of_step(
     recorded: Figures, found: Figures, index: int, tolerances: dict[str, Tolerance] | None
 ) -> Iterator[Difference]:
-    yield from _different(recorded, found, ("batch_hash",))
+    yield from _different(recorded, found, BATCHES)
     limits = {figure: tolerances[figure].at(index) if tolerances else 0.0 for figure in _NUMBERS}
     for figure, limit in {"learning_rate": _RATE_TOLERANCE, **limits}.items():
         values = getattr(recorded, figure), getattr(found, figure)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.state_hash import StateHash
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import may_change
-from pretrain.engine import StepStats
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import StartRecord, read_starts, start_of
+from pretrain.stepper import Step
 from shards import ConfigError
 
 _FREE = ("parallel.", "train.micro_batch_size")  # what an audit may choose, besides where the data lies
@@ -24,6 +25,7 @@ class Figures(msgspec.Struct, frozen=True):
 
     Attributes:
         loss, grad_norm: None if they are not finite.
+        trained_hash: None if all that was read was trained on.
         weight_hash, optimizer_hash: None where none was taken.
     """
 
@@ -34,19 +36,20 @@ class Figures(msgspec.Struct, frozen=True):
     grad_norm: float | None = None
     weight_hash: str | None = None
     optimizer_hash: str | None = None
+    trained_hash: str | None = None
 
     @classmethod
-    def of_step(
-        cls, step: int, batch_hash: str, learning_rate: float, stats: StepStats, hashes: StateHash | None
-    ) -> Figures:
+    def of_step(cls, made: Step, hashes: StateHash | None) -> Figures:
         """Return the figures of a step that was just trained."""
-        loss, norm = (value if math.isfinite(value) else None for value in (stats.loss, stats.grad_norm))
-        return cls(step, batch_hash, learning_rate, loss, norm, *_words(hashes))
+        loss, norm = (value if math.isfinite(value) else None for value in (made.stats.loss, made.stats.grad_norm))
+        state = made.state
+        words = _words(hashes)
+        return cls(state.step, state.batch_hash, made.learning_rate, loss, norm, *words, state.trained_hash or None)
 
     @classmethod
-    def of_state(cls, step: int, batch_hash: str, hashes: StateHash) -> Figures:
+    def of_state(cls, state: RunState, hashes: StateHash) -> Figures:
         """Return the figures of a state that was just loaded."""
-        return cls(step, batch_hash, None, None, None, *_words(hashes))
+        return cls(state.step, state.batch_hash, None, None, None, *_words(hashes), state.trained_hash or None)
 
 
 @dataclass(frozen=True)

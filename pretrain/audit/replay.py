@@ -88,7 +88,7 @@ def replay(
         else:
             state = first_state(config, engine, topology)
         length = data_end.foresee(loader, config.train.steps, topology)
-        before = Figures.of_state(state.step, state.batch_hash, engine.state_hash())
+        before = Figures.of_state(state, engine.state_hash())
         environment = environment_of(topology, engine.attention)
         start = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
         fingerprint = topology.broadcast_object(loader.fingerprint if loader else {})
@@ -190,6 +190,6 @@ def _trained(stepper: Stepper, engine: Engine, feed: Feed, state: RunState, reco
         made = stepper.step_on(batch, state, Meter())
         state = made.state
         hashes = engine.state_hash() if wanted.weight_hash or wanted is recorded.steps[-1] else None
-        figures = Figures.of_step(state.step, state.batch_hash, made.learning_rate, made.stats, hashes)
+        figures = Figures.of_step(made, hashes)
         _logger.info("step %d: loss %s, recorded %s", figures.step, figures.loss, wanted.loss)
         yield figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.audit.comparison import Comparison, Difference
+from pretrain.audit.comparison import BATCHES, Comparison, Difference
 from pretrain.audit.interval import Figures
 
 _EITHER = "in the run or in this audit, which a second audit on another node can tell"
@@ -55,7 +55,7 @@ def _of_checkpoint(comparison: Comparison) -> str:
 def _altered_checkpoint(comparison: Comparison, first: Difference) -> str:
     """Describe a state that is not the recorded one before any step is trained."""
     step = first.step
-    if first.figure == "batch_hash":
+    if first.figure in BATCHES:
         return (
             f"The checkpoint of step {step} and metrics.jsonl do not belong to one history: the checkpoint has seen the"
             f" batches {first.found}, the record says {first.recorded}. One of the two was altered, or comes from"
@@ -88,10 +88,10 @@ def _altered_checkpoint(comparison: Comparison, first: Difference) -> str:
 def _faulty_step(comparison: Comparison, first: Difference) -> str:
     """Describe what the first difference of a step that was trained points to."""
     step, values = first.step, f"recorded {first.recorded}, found {first.found}"
-    if first.figure == "batch_hash":
+    if first.figure in BATCHES:
         return (
             f"Step {step} was trained on another batch than data, config and seed give now ({values}): shards,"
-            " tokenizer or program have changed since, or the record was altered. Its other figures say nothing."
+            " tokenizer, a list of forgotten documents or the program have changed since, or the record was altered. Its other figures say nothing."
         )
     if first.figure == "learning_rate":
         return f"Step {step} was trained at another learning rate than its config gives ({values}): one was altered."

@@ -63,7 +63,7 @@ def audit(arguments: argparse.Namespace) -> bool:
         if barrier.is_host:
             if arguments.certificate:
                 check_place(arguments.certificate, folder)
-            prepared = shards.prepare(config.data, IndexingLog(barrier.advance))
+            prepared = shards.prepare(config.data, IndexingLog(barrier.advance), config.later_stages)
         else:
             barrier.wait()
     with started(config.parallel, barrier.store) as topology:
