@@ -91,7 +91,8 @@ def _faulty_step(comparison: Comparison, first: Difference) -> str:
     if first.figure in BATCHES:
         return (
             f"Step {step} was trained on another batch than data, config and seed give now ({values}): shards,"
-            " tokenizer, a list of forgotten documents or the program have changed since, or the record was altered. Its other figures say nothing."
+            " tokenizer, a list of forgotten documents or the program have changed since, or the record was altered."
+            " Its other figures say nothing."
         )
     if first.figure == "learning_rate":
         return f"Step {step} was trained at another learning rate than its config gives ({values}): one was altered."
