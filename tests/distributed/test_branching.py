@@ -19,6 +19,7 @@ from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
 from shards import Loader, merge_states
 from tests.distributed.ranks import Rank, run_ranks, start_ranks
+from tests.pretrain.run.wandb_server import wandb_server
 from tests.tiny_run import write_config
 
 STEPS = 24
@@ -103,13 +104,19 @@ def test_a_run_of_stages_trains_what_the_loader_alone_gives(staged: Path) -> Non
 @pytest.mark.distributed
 @pytest.mark.parametrize("worlds", [(1, 2, 4), (4, 1, 2)])
 def test_a_run_of_stages_is_the_same_however_it_is_killed(
-    staged: Path, tmp_path: Path, worlds: tuple[int, ...]
+    staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...]
 ) -> None:
-    config = write_staged(tmp_path, "staged", wandb={"mode": "offline"})
+    config = write_staged(tmp_path, "staged", wandb={"mode": "online", "system_metrics": False})
     kills = sorted(random.sample(range(5, STEPS - 1), 2))
-    for world, step in zip(worlds, kills, strict=False):
-        kill_at(start_ranks(world, "pretrain", "train", "--config", str(config)), tmp_path / "staged", step)
-    run_ranks(worlds[-1], "pretrain", "train", "--config", str(config))
+    with wandb_server(rewinds=True) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for world, step in zip(worlds, kills, strict=False):
+            kill_at(start_ranks(world, "pretrain", "train", "--config", str(config)), tmp_path / "staged", step)
+        run_ranks(worlds[-1], "pretrain", "train", "--config", str(config))
+        (rows,) = server.history.values()
+    shown = [(row["step"], row["loss"], row["stage"], row["batch_hash"]) for row in rows]
+    assert shown == [(r["step"], r["loss"], r["stage"], r["batch_hash"]) for r in metrics(tmp_path / "staged")], kills
     found, undisturbed = metrics(tmp_path / "staged"), metrics(staged.parent / "staged")
     same = ("step", "batch_hash", "learning_rate", "tokens", "stage", "tokens_per_source")
     assert [[record[key] for key in same] for record in found] == [
