@@ -13,7 +13,7 @@ from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
 from shards.provenance import batch_after
 from shards.records.json_lines import Document, read_documents
-from shards.stages import Stage, StageData
+from shards.stages import Stage, StageData, stage_after
 from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.packing import Rows
 
@@ -47,6 +47,7 @@ __all__ = [
     "open_at",
     "prepare",
     "read_documents",
+    "stage_after",
 ]
 
 __version__ = "0.1.0"

@@ -35,7 +35,9 @@ class Stage(NamedTuple):
     global_batch_size: int  # rows of one step, over all ranks
 
 
-def stage_after(before: Stage, step: int, changes: StageData, global_batch_size: int | None, at: str) -> Stage:
+def stage_after(
+    before: Stage, step: int, changes: StageData, global_batch_size: int | None = None, at: str = "stage"
+) -> Stage:
     """Return the stage that follows another.
 
     Args:

@@ -29,4 +29,4 @@ def test_the_examples_of_the_loader_page_run_and_print_what_it_shows(
             names["config"] = config.model_copy(update={"num_workers": 0})
         elif block.language == "text":
             assert not unprinted(block.text, printed), f"docs/loader-api.md, line {block.line}; printed: {printed}"
-    assert ran == 9
+    assert ran == 10
