@@ -87,7 +87,7 @@ def rest_of(rows: Rows, drawn: int) -> Rest:
     columns = (rows.documents, rows.starts, rows.lengths)
     documents, starts, lengths = (column[first:].astype(np.int64) for column in columns)
     begins = int(rows.row_tokens[drawn]) + _offsets(lengths)[:-1]
-    order = np.lexsort((starts, documents))
+    order = np.lexsort((lengths, starts, documents))
     documents, starts, lengths, begins = (column[order] for column in (documents, starts, lengths, begins))
     goes_on = np.zeros(len(order), np.bool_)  # begins with the last token of the piece before, which is not repeated
     goes_on[1:] = (documents[1:] == documents[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1] - 1)
