@@ -38,6 +38,7 @@ from pretrain.optim import learning_rate_in
 from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
+from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker, describe
@@ -107,8 +108,11 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         _warn_of_new_rate(config, folder, steps, state.step)
         choice.set_damaged_aside(store)
         if start.from_step is not None:
+            folder.note_going_back(state.step)
             store.retract_after(state.step)
         folder.begin(config.run.name, config.to_yaml(), state.step or -1, rewound=start.from_step is not None)
+        if start.from_step is not None:
+            Once(folder.root, f"--from-step {start.from_step}").note_done()
         folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
     topology.barrier()
     suite = eval_set.suite if eval_set else ""
@@ -221,8 +225,8 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     after = learning_rate_in(step, config.schedule, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
         _logger.warning(
-            "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim or train.steps"
-            " has changed",
+            "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim, that of a"
+            " stage, or train.steps has changed",
             step + 1, after, before,
         )  # fmt: skip
 

@@ -67,8 +67,8 @@ def log_end(step: int, steps: int | None, foreseen: int, schedule: Sequence[Sche
     if steps is None:
         _logger.info("all epochs are done at step %d; %d steps were forecast", step, foreseen)
         return
-    rate = learning_rate_in(max(0, step - 1), schedule, foreseen) / schedule[0].optim.learning_rate
+    rate = learning_rate_in(max(0, step - 1), schedule, foreseen)
     _logger.warning(
         "the data ends at step %d of train.steps=%d (%.0f %%), all sources having been read max_epochs times, and the"
-        " run with it; its last learning rate was %.3g of the peak", step, steps, 100 * step / steps, rate,
+        " run with it; its last learning rate was %.3g", step, steps, 100 * step / steps, rate,
     )  # fmt: skip

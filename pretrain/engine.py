@@ -192,6 +192,7 @@ class Engine:
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
+        assert len(micro_batches) == self.deepspeed.gradient_accumulation_steps(), "or it would make several steps"
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step

@@ -144,6 +144,8 @@ class Feed:
             if totals["rows"] or not totals["ranks_with_data"]:
                 break
             # A batch without a row on any rank is not a step: these lanes have run dry, but others have not.
+            if self._loader:
+                self._loader.pass_over()
         skipped = self._of_all_ranks(passed_over.skipped) if passed_over.n_skipped else []
         contaminated = self._of_all_ranks(passed_over.contaminated) if passed_over.n_contaminated else []
         if not totals["rows"]:

@@ -12,6 +12,7 @@ are the parent's, since its config begins as the parent's does.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -24,7 +25,7 @@ from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint.store import COMPLETE, Checkpoint, CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
-from pretrain.config_file import dump, read_tree, set_value
+from pretrain.config_file import read_tree, set_value
 from pretrain.run.run_folder import Ancestor, RunFolder
 from shards import CheckpointError, ConfigError
 from shards.storage.atomic import fsync_folder, is_there
@@ -63,7 +64,7 @@ def fork(parent: RunFolder, store: CheckpointStore, step: int, name: str, overri
         _link_scores(parent, made, step)
         _link(checkpoint, CheckpointStore(made.checkpoints, config.checkpoint).folder_of(step))
         before = load_config(parent.config, begun=True).run.name
-        ancestor = Ancestor(before, str(parent.root), _run_id_of(parent), step, state.batch_hash)
+        ancestor = Ancestor(before, str(parent.root.resolve()), _run_id_of(parent), step, state.batch_hash)
         made.note_ancestors([*parent.ancestors(), ancestor])
         made.new_run_id()
         made.config.write_text(config.to_yaml())
@@ -80,28 +81,26 @@ def fork(parent: RunFolder, store: CheckpointStore, step: int, name: str, overri
 
 def forked_config(parent: RunFolder, step: int, name: str, overrides: Sequence[str]) -> RunConfig:
     """Return the config of a fork: the parent's, with the overrides. Raises: as `fork`."""
-    tree, _ = read_tree(parent.config)
-    stage: dict[str, Any] = {}
-    for override in [f"run.name={name}", *overrides]:
-        if override.startswith(_STAGE):
-            set_value(stage, override.removeprefix(_STAGE))
-        else:
-            set_value(tree, override)
-    stages = list(tree.get("stages") or [])
-    if stage:
+    plain = [f"run.name={name}", *(override for override in overrides if not override.startswith(_STAGE))]
+    staged = [override.removeprefix(_STAGE) for override in overrides if override.startswith(_STAGE)]
+    if staged:
+        tree, _ = read_tree(parent.config, plain)
+        stages = list(tree.get("stages") or [])
         if any(other["step"] == step for other in stages):
-            raise ConfigError(f"{override!r}: the parent has a stage at step {step} already; set its keys in stages")
-        stages = sorted([*stages, {"step": step} | stage], key=lambda one: one["step"])
-        tree["stages"] = stages
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump(tree))
-        try:
-            config = load_config(path, begun=True)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(f"{path}:", "fork: ")) from None
+            raise ConfigError(f"{_STAGE}{staged[0]}: the parent has a stage at step {step} already; change its keys")
+        stage: dict[str, Any] = {"step": step}
+        for override in staged:
+            set_value(stage, override)
+        stages = sorted([*stages, stage], key=lambda one: int(one["step"]))
+        plain.append(f"stages={json.dumps(stages)}")
+    config = load_config(parent.config, plain, begun=True)
     old = load_config(parent.config, begun=True)
-    refused, _ = compare_for_resume(old, config, step)
+    refused, allowed = compare_for_resume(old, config, step)
+    # A start compares what these leave out, not how they are written; but nobody changes them without meaning it
+    begun = sum(stage.step < step for stage in config.stages)
+    sections = ("data", *(f"stages.{i}.data" for i in range(begun)))
+    left_out = tuple(f"{section}.{key}" for section in sections for key in ("forget", "decontaminate"))
+    refused += [change for change in allowed if change.key.startswith(left_out)]
     if refused:
         changes = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
         raise ConfigError(
@@ -123,7 +122,7 @@ def _link_scores(parent: RunFolder, made: RunFolder, step: int) -> None:
     """Share the sums of each document of the evaluations up to a step."""
     for path in sorted(parent.root.glob("evals/*/step_*.npz")):
         if int(path.stem.removeprefix("step_")) <= step:
-            target = made.document_scores(int(path.stem.removeprefix("step_")), path.parent.name)
+            target = made.root / path.relative_to(parent.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             _share(path, target)
 

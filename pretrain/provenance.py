@@ -35,9 +35,10 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
     cursors = folder.cursors.last(step - 1)
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
     since = int(str(cursors["step"])) if cursors else 0
-    fingerprint = _fingerprint(folder)
+    fingerprint, compared = _fingerprint(folder)
     (_, data, rows), *later = stages
-    batch = batch_after(data, rows, seed, state or None, step - 1 - since, fingerprint, later, step)
+    known = min(step, compared)
+    batch = batch_after(data, rows, seed, state or None, step - 1 - since, fingerprint, later, known, since)
     _check(folder, step, batch, str(trained["batch_hash"]))
     return batch
 
@@ -51,11 +52,14 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
             yield tokenizer.decode(tokens[segment_ids == piece])  # nothing, if its document is forgotten
 
 
-def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
-    """Read the fingerprint of the run's data from the newest checkpoint; None if there is no checkpoint."""
+def _fingerprint(folder: RunFolder) -> tuple[dict[str, object] | None, int]:
+    """Read the fingerprint of the run's data from the newest checkpoint, and that one's step; None without one.
+
+    It knows nothing of stages that have begun since; the batch hash proves what it cannot compare.
+    """
     store = CheckpointStore(folder.checkpoints, CheckpointConfig())
     steps = store.steps()
-    return read_data(store.open(steps[-1])).fingerprint if steps else None
+    return (read_data(store.open(steps[-1])).fingerprint, steps[-1]) if steps else (None, 0)
 
 
 def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:

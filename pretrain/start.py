@@ -29,6 +29,7 @@ from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
 from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
 from pretrain.run.lease import Lease
+from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
 from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import Topology, dp_size_of, started, world_size_of
@@ -73,9 +74,6 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
     config.check(dp_size)
     tokenizer = check_inputs(config)
     folder = config.folder
-    # A requeued job repeats its command, and so does torchrun, but these options were meant for the first start only.
-    if _is_restarted():
-        fresh, from_step = False, None
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         claim: Claim | None = None
@@ -88,7 +86,9 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
                 else:
                     barrier.wait()
             topology = stack.enter_context(started(config.parallel, barrier.store))
-        config, prepared = topology.broadcast_object((claim.config, claim.prepared) if claim else (config, None))
+        config, prepared, from_step = topology.broadcast_object(
+            (claim.config, claim.prepared, claim.from_step) if claim else (config, None, None)
+        )
         if topology.is_main:
             announce(config, topology)
         lease = claim.lease if claim else None
@@ -141,11 +141,8 @@ class Claim:
 
     lease: Lease  # on the run's folder
     config: RunConfig  # including what follows from the run that it resumes
-    prepared: Prepared  # the shards, and data.decontaminate's filter
-
-
-def _is_restarted() -> bool:
-    return any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    prepared: Prepared  # the shards, and data.decontaminate's filters
+    from_step: int | None  # the checkpoint to go back to, if that is still to be done
 
 
 def claim_run(
@@ -167,7 +164,10 @@ def claim_run(
     """
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
+    once = Once(folder.root, "--fresh")
+    fresh = fresh and once.is_due()
     replaced = fresh and is_there(folder.config)
+    from_step = None if replaced else step_to_go_back_to(folder, from_step)
     holding = stack.enter_context(ExitStack())
     lease = holding.enter_context(Lease(folder.lease, job_id))
     store = checkpoints_of(config)
@@ -185,7 +185,22 @@ def claim_run(
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
     store.check_room()
-    return Claim(lease, config, prepared)
+    if fresh:
+        once.note_done()
+    return Claim(lease, config, prepared, from_step)
+
+
+def step_to_go_back_to(folder: RunFolder, from_step: int | None) -> int | None:
+    """Return the step of the checkpoint that a start goes back to; None if it goes on from the newest.
+
+    Args:
+        from_step: the step that the command names, if any.
+    """
+    if from_step is not None and Once(folder.root, f"--from-step {from_step}").is_due():
+        return from_step
+    if from_step is not None:
+        _logger.info("this job went back to step %d before; now it goes on from its newest checkpoint", from_step)
+    return folder.going_back()  # which a start that was killed has begun
 
 
 def check_same_run(old: RunConfig, new: RunConfig, folder: RunFolder, step: int) -> None:

@@ -41,8 +41,11 @@ def next_state(
         lanes = _dealt_again(lanes, num_lanes, state.stage, sources)
     elif _packing_of(before) != _packing_of(after):
         lanes = {number: _cut(number, lane, state.stage, sources) for number, lane in lanes.items()}
-    if _weights(before, after) != _weights(after, after):
-        lanes = {number: msgspec.structs.replace(lane, mixing_rows=0) for number, lane in lanes.items()}
+    now = weights_at(after.data, after.step)
+    for number, lane in lanes.items():
+        was = weights_at(before.data, _last_step(number, state, before))
+        if any(was.get(name, 0.0) != weight for name, weight in now.items()):
+            lanes[number] = msgspec.structs.replace(lane, mixing_rows=0)
     added = len(after.data.sources) - len(sources)
     cursors = (Cursor(),) * added
     return LoaderState(
@@ -62,10 +65,11 @@ def _packing_of(stage: Stage) -> tuple[object, ...]:
     return stage.data.seq_len, stage.data.packing, stage.data.decontaminate
 
 
-def _weights(stage: Stage, after: Stage) -> list[float]:
-    """Return a stage's weights for all sources of the next one, when that begins; 0 for those yet to come."""
-    found = weights_at(stage.data, after.step)
-    return [found.get(source.name, 0.0) for source in after.data.sources]
+def _last_step(number: int, state: LoaderState, stage: Stage) -> int:
+    """Return the step of the stage's last row of a lane; the stage's first one, if the lane had none."""
+    rows = range(number, state.rows, state.num_lanes)
+    last = max(rows[-1] if rows else 0, state.first_row)
+    return stage.step + (last - state.first_row) // stage.global_batch_size
 
 
 def _cut(number: int, lane: LaneCursor, stage: int, sources: Sequence[Source]) -> LaneCursor:
@@ -114,13 +118,12 @@ def _dealt_again(lanes: Lanes, num_lanes: int, stage: int, sources: Sequence[Sou
     for source in sources:
         i = source.number
         left = list(itertools.chain.from_iterable(_left(source, v, lanes[v], stage) for v in range(len(lanes))))
-        total = Cursor(
-            rows_drawn=sum(lane.sources[i].rows_drawn for lane in lanes.values()),
-            skipped=sum(lane.sources[i].skipped for lane in lanes.values()),
-        )
+        drawn = sum(lane.sources[i].rows_drawn for lane in lanes.values())
+        skipped = sum(lane.sources[i].skipped for lane in lanes.values())
         for v, lane in dealt.items():
             cursors = list(lane.sources)
-            cursors[i] = total if v == 0 else Cursor()  # counts since the run's start have to stay somewhere
+            # Counts since the run's start, spread so that no rank seems to have all of them
+            cursors[i] = Cursor(rows_drawn=len(range(v, drawn, num_lanes)), skipped=len(range(v, skipped, num_lanes)))
             carried = lane.carried | ({str(i): tuple(left[v::num_lanes])} if left[v::num_lanes] else {})
             dealt[v] = msgspec.structs.replace(lane, sources=tuple(cursors), carried=carried)
     return dealt

@@ -97,13 +97,18 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step
     ]
     for i, (before, after) in enumerate(itertools.zip_longest(*begun)):
         if before is None or after is None or before["step"] != after["step"]:
-            was, now = (f"stage {i} at step {found['step']}" if found else f"no stage {i}" for found in (before, after))
+            was, now = (f"stages.{i} at step {one['step']}" if one else f"no stages.{i}" for one in (before, after))
+            past = "" if step is None else f", which lies in the past of step {step}"
             raise ConfigError(
-                f"stages: the run was trained with {was}, now there is {now}, which lies in the past of step {step}; "
-                "stages that have begun must stay as they were: set it back, or fork the run before that step"
+                f"stages: the run was trained with {was}, now there is {now}{past}; stages that have begun must stay "
+                "as they were: set it back, or fork the run before that step"
             )
-        for key in ("global_batch_size", "config", "decontaminate"):
-            _check_config(f"stages.{i}.{'data' if key == 'config' else key}", before.get(key), after.get(key))
+        for key, at in (
+            ("global_batch_size", "train.global_batch_size"),
+            ("config", "data"),
+            ("decontaminate", "data.decontaminate"),
+        ):
+            _check_config(f"stages.{i}.{at}", before.get(key), after.get(key))
         _check_stage(before, after, f"stages.{i}.data")
 
 
@@ -128,6 +133,16 @@ def _check_stage(old: Mapping[str, object], new: Mapping[str, object], key: str)
                 f"source {source!r}: its shards are those that the run was begun with, but their indexes cut them into "
                 "other records; another program made them: delete them, and make them with the one that began the run"
             )
+
+
+def without_paths(fingerprint: Mapping[str, object]) -> dict[str, object]:
+    """Return a fingerprint in which the places of files, which may change, are left out."""
+    plain = dict(fingerprint)
+    if isinstance(shards := plain.get("shards"), Mapping):
+        plain["shards"] = {source: [content for _, content in found] for source, found in shards.items()}
+    if isinstance(stages := plain.get("stages"), list):
+        plain["stages"] = [without_paths(stage) for stage in stages]
+    return plain
 
 
 def _check_shards(source: str, before: list[list[str]], after: list[list[str]]) -> None:

@@ -50,16 +50,29 @@ class Leg:
 
     Args:
         stage: the stage.
+        end: the step at which the next one begins; None for the last.
         state: where the lanes of this rank stand.
         sources: the stage's, planned.
     """
 
-    def __init__(self, stage: Stage, state: LoaderState, sources: Sequence[Source], ranks: Ranks, pool: Pool) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        end: int | None,
+        state: LoaderState,
+        sources: Sequence[Source],
+        ranks: Ranks,
+        pool: Pool,
+    ) -> None:
         self.stage, self.sources = stage, sources
         self._ranks, self._num_lanes, self._first_row = ranks, state.num_lanes, state.first_row
         self._stride = ranks.stride(state.num_lanes)
         # From the stage's first step on; changes of weights up to then are in its sources already
-        self._mixes = [(max(step, stage.step), weights) for step, weights in stage.data.weight_stages()]
+        self._mixes = [
+            (max(step, stage.step), weights)
+            for step, weights in stage.data.weight_stages()
+            if end is None or step < end
+        ]
         self.lanes: dict[int, Lane] = {}
         read = [self._records_before(state, i) for i in range(len(sources))]
         for name, cursor in state.lanes.items():
@@ -94,8 +107,8 @@ class Leg:
     def _draw(self, j: int) -> Draw:
         lane = self.lanes[j % self._num_lanes]
         weights, step = self._weights(j)
-        before = j - self._num_lanes  # the lane's previous row
-        changed = before >= self._first_row and self._weights(before)[1] < step
+        before = max(j - self._num_lanes, self._first_row)  # the lane's previous row in this stage, or its beginning
+        changed = self._weights(before)[1] < step
         draw = lane.draw(weights, changed, self._prefetcher.take)
         self._prefetcher.fill()
         return draw

@@ -28,7 +28,7 @@ from shards import preparation
 from shards.batch import Batch
 from shards.carry import next_state
 from shards.config import DataConfig, check_split
-from shards.errors import CheckpointError, ShardError
+from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.index.manifest import Shard
@@ -128,6 +128,7 @@ class Loader:
         state, batch, ended = self._make_batch(self._state.rows)
         # A batch without rows is no step: its lanes are exhausted, others are not. Only all ranks together can tell.
         while self._ranks.size == 1 and not batch.num_rows and not ended:
+            self._state = _passed_over(state, self._leg.stage)
             state, batch, ended = self._make_batch(state.rows)
         if ended:
             if self._ranks.size == 1:
@@ -142,6 +143,10 @@ class Loader:
         state, batch, ended = self._make_batch(self._state.rows)
         self._state, self.ended, self._torn = state, ended, False
         return batch
+
+    def pass_over(self) -> None:
+        """Say that the last batch was no step, since no rank had a row in it."""
+        self._state = _passed_over(self._state, self._leg.stage)
 
     @property
     def stage(self) -> int:
@@ -159,7 +164,7 @@ class Loader:
     def _last_row(self, state: LoaderState) -> int:
         """Return the row at which a state's stage ends, which another stage follows."""
         stage, after = self._stages[state.stage], self._stages[state.stage + 1]
-        return state.first_row + (after.step - stage.step) * stage.global_batch_size
+        return state.first_row + state.empty_rows + (after.step - stage.step) * stage.global_batch_size
 
     def _restore(self) -> None:
         """Put the lanes back if the last batch could not be made, and mark them as torn while one is being made."""
@@ -181,6 +186,11 @@ class Loader:
                 "the states of all ranks and load them"
             )
         before, after = self._stages[number - 1 : number + 1]
+        if self._state.empty_rows and before.data.weight_changes:
+            raise ConfigError(
+                f"the run has passed over {self._state.empty_rows} rows in which it waited for data.weight_changes, so "
+                f"that the weights at step {after.step} depend on whose steps are counted; a stage cannot follow"
+            )
         sources = self._planned(self._state)
         self._torn = True
         self._state = self._mine(next_state(self._state, before, after, self._lanes_of[number], sources))
@@ -242,9 +252,12 @@ class Loader:
         """
         return self._state.to_dict()
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, object], step: int | None = None) -> None:
         """Resume from a state that holds at least this rank's lanes, whatever number of ranks made it.
 
+        Args:
+            step: optimizer steps done, if they are known beside it: states of older programs do not say how many of
+                their batches were no steps.
         Raises: CheckpointError if it belongs to another run or version, or lacks a lane.
         """
         loaded = LoaderState.from_dict(state)
@@ -263,6 +276,9 @@ class Loader:
                 f"loader state lacks lane {missing[0]}, which rank {self._ranks.rank} of {self._ranks.size} reads; "
                 "merge the states of all ranks that saved it"
             )
+        if step is not None and not loaded.stage:
+            empty = loaded.rows - step * self._stages[0].global_batch_size
+            loaded = msgspec.structs.replace(loaded, empty_rows=empty)
         self._torn, self.ended = True, False
         self._state = loaded
         if not self.ends_stage:  # otherwise the next stage is dealt from the lanes of all ranks
@@ -288,7 +304,8 @@ class Loader:
         self._torn = True  # until the end, since this may be interrupted too
         self._pool.clear()
         stage, sources = self._stages[self._state.stage], self._planned(self._state)
-        self._leg = Leg(stage, self._state, sources, self._ranks, self._pool)
+        later = self._stages[self._state.stage + 1 :]
+        self._leg = Leg(stage, later[0].step if later else None, self._state, sources, self._ranks, self._pool)
         self._torn = False
 
     def _planned(self, state: LoaderState) -> list[Source]:
@@ -365,6 +382,11 @@ def _open_shards(config: DataConfig, prepared: Prepared | None) -> list[list[Sha
     for source, found in zip(config.sources, shards, strict=True):
         texts.sample_of(config, source, [shard.path for shard in found])
     return shards
+
+
+def _passed_over(state: LoaderState, stage: Stage) -> LoaderState:
+    """Return a state whose last batch was no step."""
+    return msgspec.structs.replace(state, empty_rows=state.empty_rows + stage.global_batch_size)
 
 
 def _skipped_in(lanes: Iterable[Lane]) -> int:

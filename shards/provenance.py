@@ -21,6 +21,7 @@ def batch_after(
     fingerprint: Mapping[str, object] | None = None,
     stages: Sequence[Stage] = (),
     step: int | None = None,
+    since: int | None = None,
 ) -> Batch:
     """Make a whole global batch again, as the ranks of a run shared it.
 
@@ -32,8 +33,8 @@ def batch_after(
         batches: global batches between the state and the requested one.
         fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
         stages: the run's, after the first.
-        step: the batch's optimizer step, counted from 1: stages that begin after it may differ from the run's. None =
-            none may.
+        step: stages that begin after this step may differ from the run's. None = none may.
+        since: optimizer steps done at the state, if they are known beside it.
     Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.
     """
@@ -42,7 +43,7 @@ def batch_after(
         if fingerprint is not None:
             check_fingerprint(fingerprint, loader.fingerprint, step)
         if state is not None:
-            loader.load_state_dict(state)
+            loader.load_state_dict(state, since)
         for number, batch in enumerate(loader):
             if number == batches:
                 return batch

@@ -15,6 +15,7 @@ from pretrain.audit.verdict import verdict
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import StartRecord, now
 from shards import ConfigError
+from shards.fingerprint import without_paths
 from shards.storage.atomic import write_atomically
 
 _FORMAT = "headrace-audit-1"
@@ -74,8 +75,5 @@ def _described(start: StartRecord) -> dict[str, object]:
 
 def _hash(fingerprint: Mapping[str, object]) -> str:
     """Return the SHA-256 of the data's fingerprint as canonical JSON, 64 hex digits, without the shards' paths."""
-    shards = fingerprint["shards"]
-    assert isinstance(shards, Mapping)
-    contents = {source: [content for _, content in of_source] for source, of_source in shards.items()}
-    plain = msgspec.json.encode({**fingerprint, "shards": contents}, order="sorted")
+    plain = msgspec.json.encode(without_paths(fingerprint), order="sorted")
     return hashlib.sha256(plain).hexdigest()

@@ -132,5 +132,6 @@ def restore(
 def _restore_loader(checkpoint: Checkpoint, loader: Loader | None) -> None:
     if loader:
         data = read_data(checkpoint)
-        check_fingerprint(data.fingerprint, loader.fingerprint, read_state(checkpoint).step)
-        loader.load_state_dict(data.cursors)
+        step = read_state(checkpoint).step
+        check_fingerprint(data.fingerprint, loader.fingerprint, step)
+        loader.load_state_dict(data.cursors, step)

@@ -231,7 +231,7 @@ class CheckpointStore:
 
     def retract_after(self, step: int) -> None:
         """Rename the checkpoints past a step that a run goes back to, so that none of them is resumed from."""
-        for later in self.all_steps():
+        for later in reversed(self.all_steps()):  # the newest first, so that a kill leaves none that is resumed from
             if later > step:
                 aside = self._aside(later, "retracted")
                 _logger.info("the checkpoint of step %d is retracted; it is in %s until you remove it", later, aside)

@@ -39,6 +39,8 @@ from pretrain.provenance import batch_of_step, texts
 from pretrain.topology import ParallelConfig, started
 from shards import Batch, CheckpointError
 
+_BATCH_SIZE = 8  # rows scored at once, unless the config says how many fit
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
@@ -81,7 +83,7 @@ def print_losses(step: int, batch: Batch, config: RunConfig, checkpoints: Checkp
     with started(alone) as topology:
         model = ForwardModel(config.model, alone, config.precision, topology)
         load_checkpoint(model, checkpoints, before[-1], topology)
-        rows = config.stage_at(step - 1).micro_batch_size(1)
+        rows = config.stage_at(step - 1).micro_rows or _BATCH_SIZE
         losses = document_losses(model.score, batch, rows, topology.device)
     print("loss", "targets", "source", "shard", "line", sep="\t")
     for found in losses:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def how_to_train_longer(config: RunConfig) -> str:
     """Describe how to train a finished run longer without a jump of the learning rate."""
-    steps, optim = config.train.steps, config.optim
+    steps, optim = config.train.steps, config.schedule[-1].optim
     if steps is None:
         return ""
     last_rate = learning_rate_in(steps, config.schedule, steps)

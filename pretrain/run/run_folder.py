@@ -117,7 +117,7 @@ class RunFolder:
             return None
 
     def note_data_end(self, step: int) -> None:
-        """Record that the data ends with this step, which stays true if the steps are trained again."""
+        """Record that the data ends with this step."""
         write_atomically(self._data_end, str(step))
 
     @property
@@ -178,9 +178,34 @@ class RunFolder:
         """
         self.settle_run_id(name)  # while config.yaml is still that of the last start
         write_atomically(self.config, config)
-        if rewound:
-            self._data_end.unlink(missing_ok=True)
+        self._data_end.unlink(missing_ok=True)  # where it ends is found anew, perhaps later under another config
         self.cut_back(step, "went back" if rewound else "resumed")
+        if rewound:
+            self._retract_files(step)
+            self._going_back.unlink()
+
+    @property
+    def _going_back(self) -> Path:
+        return self.root / "going_back"
+
+    def going_back(self) -> int | None:
+        """Return the step that a start has begun to go back to without coming to its end; None for most starts."""
+        try:
+            return int(self._going_back.read_text())
+        except FileNotFoundError:
+            return None
+
+    def note_going_back(self, step: int) -> None:
+        """Record that a start goes back to a step, which any other start has to bring to its end if this one cannot."""
+        write_atomically(self._going_back, str(step))
+
+    def _retract_files(self, step: int) -> None:
+        """Move files of single steps past one aside, which otherwise would pass for those of steps yet to come."""
+        for path in [*self.root.glob("evals/*/step_*.npz"), *self.root.glob("nonfinite/step_*.tsv")]:
+            if int(path.stem.removeprefix("step_")) > step:
+                target = self.superseded / path.relative_to(self.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
 
     def note_start(self, record: Mapping[str, object], config_hash: str) -> None:
         """Record a start that has begun, and keep its config, which a later start may replace in config.yaml."""

@@ -78,6 +78,7 @@ class LoaderState(msgspec.Struct, frozen=True, omit_defaults=True):
     lanes: dict[str, LaneCursor]  # by lane number
     stage: int = 0  # number of the run's stage
     first_row: int = 0  # `rows` when the stage began
+    empty_rows: int = 0  # of `rows`, those since the stage began of global batches without a row, which are no steps
     numberings: tuple[tuple[Numbering, ...], ...] = ()  # of each source in each stage up to this; none in the first
 
     def to_dict(self) -> dict[str, object]:
@@ -109,7 +110,7 @@ def merge_states(states: Sequence[Mapping[str, object]]) -> dict[str, object]:
     first = parts[0]
     lanes: dict[str, LaneCursor] = {}
     for part in parts:
-        for name in ("rows", "num_lanes", "source_names", "stage", "first_row", "numberings"):
+        for name in ("rows", "num_lanes", "source_names", "stage", "first_row", "empty_rows", "numberings"):
             if getattr(part, name) != getattr(first, name):
                 raise CheckpointError(
                     f"loader states differ in {name}: {getattr(first, name)!r} and {getattr(part, name)!r}; "

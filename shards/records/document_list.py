@@ -65,6 +65,9 @@ class DocumentList:
                 self._add(line, number)
         if not len(self):
             raise ConfigError(f"{key}={path}: names no document; {_FORMS}, one object a line")
+        self._by_name: dict[str, list[str]] = {}
+        for name in self.lines:
+            self._by_name.setdefault(_base(name), []).append(name)
         self._lines_of = lru_cache(maxsize=None)(self._find_lines)
 
     def _add(self, line: bytes, number: int) -> None:
@@ -94,8 +97,11 @@ class DocumentList:
         Raises: ConfigError naming the shard, line or source that does not exist.
         """
         at = f"{self._key}={self.path}"
+        by_name: dict[str, list[str]] = {}
+        for path in records_of:
+            by_name.setdefault(_base(path), []).append(path)
         for shard, lines in self.lines.items():
-            found = [path for path in records_of if _names(shard, path)]
+            found = [path for path in by_name.get(_base(shard), []) if _names(shard, path)]
             if not found:
                 raise ConfigError(f"{at}: no source has a shard {shard}; shards are such as {next(iter(records_of))}")
             if len(found) > 1:
@@ -121,7 +127,12 @@ class DocumentList:
         return found
 
     def _find_lines(self, shard: str) -> frozenset[int]:
-        return frozenset(line for name, lines in self.lines.items() if _names(name, shard) for line in lines)
+        named = self._by_name.get(_base(shard), [])
+        return frozenset(line for name in named if _names(name, shard) for line in self.lines[name])
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _names(written: str, path: str) -> bool:

@@ -83,5 +83,5 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
     folder.config.write_text(folder.config.read_text().replace(str(other), "shards/sample/tokenizer-4k.model"))
     codes, output = run_starts(config, [(1, [*base, "train.steps=4"], "")])
     assert codes == [[0]], output
-    superseded = StepLog(folder.superseded / "metrics.jsonl", "lost").read()
+    superseded = StepLog(folder.superseded / "metrics.jsonl").read()
     assert [record["step"] for record in superseded] == [*range(4, 11), 1, 2, 3]

@@ -135,6 +135,73 @@ def test_a_stage_that_changes_nothing_changes_no_batch(corpus: Path, begin: int,
     assert hashes(staged(data, batch, (begin, {}, None)), 12) == hashes(staged(data, batch), 12)
 
 
+@pytest.mark.parametrize(("lanes", "batch", "begin"), [(4, 8, 5), (8, 4, 5), (8, 4, 6), (12, 4, 7), (4, 8, 4)])
+def test_a_stage_beside_a_change_of_weights_changes_no_batch(corpus: Path, lanes: int, batch: int, begin: int) -> None:
+    listed = [source(corpus, "a", weight=2), source(corpus, "b", weight=1)]
+    data = config(listed, lanes=lanes, weight_changes=[{"step": 5, "weights": {"a": 0.5}}])
+    assert hashes(staged(data, batch, (begin, {}, None)), 14) == hashes(staged(data, batch), 14)
+
+
+def test_a_stage_begins_after_its_steps_however_many_batches_were_empty(tmp_path: Path) -> None:
+    # Of 12 lanes, those with little to read run dry first, and then whole batches of 2 rows are empty
+    lines = [record(words(i, 10 + 600 * (i % 5 == 0))) for i in range(40)]
+    write_shard(tmp_path / "a.jsonl", b"".join(lines))
+    listed = [{"name": "a", "paths": [str(tmp_path / "a.jsonl")], "max_epochs": 1}]
+    data = config(listed, lanes=12, window_bytes=512)
+    with loaders(staged(data, 2), 1)[0] as loader:
+        alone = [batch.row_hash for batch in loader]
+        assert loader.state_dict()["rows"] > 2 * len(alone), "no batch was empty"
+    begin = len(alone) - 3
+    run = staged(data, 2, (begin, {"seq_len": 16}, None))
+    for ranks in (loaders(run, 1), loaders(run, 2)):
+        found = []
+        while not all(rank.ended for rank in ranks):
+            if any(rank.ends_stage for rank in ranks):
+                state = merge_states([rank.state_dict() for rank in ranks])
+                for rank in ranks:
+                    rank.load_state_dict(state)
+            batches = [rank.next_batch() for rank in ranks]
+            if any(batch.num_rows for batch in batches):
+                found.append((batches[0].tokens.shape[1], hash_of(batches)))
+            else:
+                for rank in ranks:
+                    rank.pass_over()
+        assert [row_hash for _, row_hash in found[:begin]] == alone[:begin]
+        assert [length for length, _ in found[: begin + 1]] == [33] * begin + [17]
+        for rank in ranks:
+            rank.close()
+    with loaders(run, 1)[0] as loader:
+        assert [batch.row_hash for batch in itertools.islice(loader, len(found))] == [hashed for _, hashed in found]
+
+
+def test_a_stage_cannot_follow_a_gap_before_other_weights(corpus: Path) -> None:
+    listed = [source(corpus, "a", max_epochs=1), source(corpus, "b", weight=0)]
+
+    def data(change: int) -> DataConfig:
+        return config(listed, lanes=4, weight_changes=[{"step": change, "weights": {"b": 1.0}}])
+
+    with loaders(staged(data(300), 8), 1)[0] as loader:
+        dry = next(step for step, batch in enumerate(loader) if batch.source_tokens.keys() == {"b"})
+    for change, message in ((dry + 3, "a stage cannot follow"), (300, "end before the stage at step .* begins")):
+        run = staged(data(change), 8, (dry + 5, {"seq_len": 16}, None))
+        with loaders(run, 1)[0] as loader, pytest.raises((ConfigError, ShardError), match=message):
+            for _ in itertools.islice(loader, dry + 10):
+                pass
+
+
+def test_no_rank_inherits_the_bad_records_of_others(tmp_path: Path) -> None:
+    lines = [b"{}\n" if i % 4 == 0 else record(words(i, 20)) for i in range(400)]
+    write_shard(tmp_path / "a.jsonl", b"".join(lines))
+    data = config([{"name": "a", "paths": [str(tmp_path / "a.jsonl")], "max_epochs": 1}], lanes=4, on_bad_record="skip")
+    ranks = loaders(staged(data, 8, (10, {"lanes": 8}, None)), 4)
+    for batches in itertools.islice(steps(ranks), 12):
+        so_far = [batch.skipped_so_far for batch in batches]
+    assert sum(so_far) > 20
+    assert max(so_far) < sum(so_far) / 2
+    for rank in ranks:
+        rank.close()
+
+
 @pytest.mark.parametrize("lanes", [4, 6])
 def test_a_stage_of_other_weights_is_a_change_of_weights(corpus: Path, lanes: int) -> None:
     listed = [source(corpus, "a", weight=2), source(corpus, "b", weight=1)]
