@@ -34,7 +34,8 @@ LAYERS = (
     ("shards.preparation", "shards.tokenizer_check", "shards.source"),
     ("shards.lane", "shards.prefetch", "shards.batch", "shards.fingerprint", "shards.forecast"),
     ("shards.leg", "shards.carry"),
-    ("shards.loader",),
+    ("shards.run_plan", "shards.whereabouts"),
+    ("shards.loader", "shards.history"),
     ("shards.provenance", "shards"),
     (
         "pretrain.topology",
