@@ -8,7 +8,7 @@ was recorded there, and where there were batches without a row, which are no ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -16,16 +16,15 @@ import numpy as np
 
 from shards.errors import CheckpointError
 from shards.exposure.search import DocumentPlace
-from shards.lane import Draw, Row
+from shards.lane import Draw
 from shards.leg import Leg, Ranks
 from shards.plan.cursor import LaneCursor, LoaderState
 from shards.plan.segments import WindowId
 from shards.run_plan import RunPlan
-from shards.whereabouts import Whereabouts
+from shards.source import Source
+from shards.sparing_pool import Contents, Drop, SparingPool
+from shards.whereabouts import ALL, Standing, Whereabouts
 from shards.windows.worker_pool import Pool
-
-_LANES_AT_ONCE = 32  # each keeps a window of every source in memory
-_LINE_BITS = 40  # of a number that names a record by shard and line
 
 
 class Anchor(NamedTuple):
@@ -47,20 +46,11 @@ class Appearance(NamedTuple):
     forgotten: bool  # there is padding in its place, since data.forget names it
 
 
-class Drop(NamedTuple):
-    """A record that was read and gave no document."""
-
-    document: int  # number among those that were asked for
-    step: int  # on the way to whose rows it was read
-    reason: str
-    contaminated: bool  # it shares text with a suite; else it is a bad record
-
-
 class History(NamedTuple):
     """What a run has done with some documents."""
 
     appearances: list[Appearance]  # in the order of steps, slots and places in the row
-    drops: list[Drop]
+    drops: list[set[Drop]]  # of each document, why it was read and gave nothing
     read: list[list[int]]  # of each document, the epochs in which the window that holds it was read to its end
 
 
@@ -73,18 +63,18 @@ class Historian:
     """
 
     def __init__(self, plan: RunPlan, pool: Pool, documents: Sequence[DocumentPlace]) -> None:
-        self._plan, self._pool, self._documents = plan, pool, documents
-        self._numbers = {(place.source, place.shard, place.line): i for i, place in enumerate(documents)}
+        self._plan = plan
         self._of_source: dict[int, list[int]] = {}  # numbers of the documents of each source
         for number, place in enumerate(documents):
             self._of_source.setdefault(place.source, []).append(number)
         columns = {source: np.array([documents[i][1:] for i in found]) for source, found in self._of_source.items()}
-        self._keys = {source: found[:, 0] << _LINE_BITS | found[:, 1] for source, found in columns.items()}
-        self._whereabouts = [Whereabouts(source, found[:, 0], found[:, 1] - 1) for source, found in columns.items()]
-        self._wanted: dict[WindowId, dict[int, int]] = {}  # of the windows of an interval: its documents' numbers
+        self._whereabouts = {
+            source: Whereabouts(source, found[:, 0], found[:, 1] - 1) for source, found in columns.items()
+        }
+        self.pool = SparingPool(pool, {(place.source, place.shard, place.line): i for i, place in enumerate(documents)})
         self._appearances: list[Appearance] = []
-        self._drops: list[Drop] = []
-        self.steps_drawn = self.lanes_drawn = 0  # steps of single lanes, and lanes that were put somewhere, so far
+        self._drops: list[set[Drop]] = [set() for _ in documents]
+        self.steps_drawn = 0  # steps of single lanes so far
 
     def find(self, anchors: Iterable[Anchor], steps: int) -> History:
         """Find all rows of the steps that a run has trained.
@@ -94,7 +84,6 @@ class Historian:
             steps: that it has trained.
         Raises: CheckpointError if the lanes do not come out as the run recorded them; ShardError if a shard changed.
         """
-        self._appearances, self._drops = [], []
         here = Anchor(0, self._plan.first_state())
         for anchor in anchors:
             while here.step < anchor.step:
@@ -107,10 +96,10 @@ class Historian:
     def _read(self, state: LoaderState) -> list[list[int]]:
         """Return the epochs that a state has done with each document."""
         sources = self._plan.sources(state)
-        read: list[list[int]] = [[] for _ in self._documents]
-        for one, numbers in zip(self._whereabouts, self._of_source.values(), strict=True):
-            done = one.standing(state, sources, one.epochs(state, sources)).done
-            for number, epochs in zip(numbers, done.T, strict=True):
+        read: list[list[int]] = [[] for _ in self._drops]
+        for one in self._whereabouts.values():
+            done = one.standing(state, sources, one.epochs(state, sources)).drawn == ALL
+            for number, epochs in zip(self._of_source[one.source], done.T, strict=True):
                 read[number] = np.flatnonzero(epochs).tolist()
         return read
 
@@ -126,8 +115,8 @@ class Historian:
             self._check(found, there)
             return found
         names = [str(lane) for lane in sorted(lanes)]
-        for first in range(0, len(names), _LANES_AT_ONCE):
-            self._check(self._draw(here, names[first : first + _LANES_AT_ONCE], there.step), there)
+        self.pool.learn(msgspec.structs.replace(there.state, lanes={name: there.state.lanes[name] for name in names}))
+        self._check(self._draw(here, names, there.step), there)
         return there
 
     def _lanes_between(self, here: LoaderState, there: LoaderState) -> set[int] | None:
@@ -137,12 +126,36 @@ class Historian:
         """
         between: set[int] = set()
         before, after = self._plan.sources(here), self._plan.sources(there)
-        for one in self._whereabouts:
+        for one in self._whereabouts.values():
             epochs = one.epochs(there, after)
             was, now = one.standing(here, before, epochs), one.standing(there, after, epochs)
-            lanes = np.where(was.lanes < 0, now.lanes, was.lanes)
-            between |= set(lanes[now.begun & ~was.done].tolist())
+            if here.stage == there.stage:
+                found = np.argwhere(now.drawn > was.drawn).tolist()
+                between |= {
+                    int(was.lanes[pair])
+                    for pair in map(tuple, found)
+                    if self._is_drawn(one, after[one.source], was, now, *pair)
+                }
+            else:
+                lanes = np.where(was.lanes < 0, now.lanes, was.lanes)
+                between |= set(lanes[now.begun & (was.drawn < ALL)].tolist())
         return between or None
+
+    def _is_drawn(
+        self, one: Whereabouts, source: Source, was: Standing, now: Standing, epoch: int, document: int
+    ) -> bool:
+        """Return whether a row with a document has been drawn between two states of one stage."""
+        contents = self._contents(one.name(was, source, epoch, document), source)
+        drawn = range(int(was.drawn[epoch, document]), int(now.drawn[epoch, document]))
+        number = self._of_source[one.source][document]
+        return any(row in drawn for row, pieces in contents.pieces.items() if number in {p.document for p in pieces})
+
+    def _contents(self, name: WindowId, source: Source) -> Contents:
+        """Return what a window has of the documents, and note which of its records gave none."""
+        contents = self.pool.contents(name, source)
+        for drop in contents.drops:
+            self._drops[drop.document].add(drop)
+        return contents
 
     def _batches_before(self, state: LoaderState) -> int:
         """Count the batches up to a state, those without a row included, which are no steps."""
@@ -154,49 +167,35 @@ class Historian:
         step, state = here.step, here.state
         state = msgspec.structs.replace(state, lanes={lane: state.lanes[lane] for lane in lanes})
         is_whole = len(state.lanes) == state.num_lanes
-        self.lanes_drawn += len(state.lanes)
+        self.pool.learn(state)
         leg: Leg | None = None
         while step < stop:
             if leg is None or self._plan.ends_stage(state):
                 state = _stands(state, leg)
                 if self._plan.ends_stage(state):
                     state = self._plan.next_state(state)
-                    self._wanted.clear()
                     if self._plan.lanes_of[state.stage - 1] != state.num_lanes:
                         return Anchor(step, state)
-                leg = Leg(self._plan.stages[state.stage], state, self._plan.sources(state), Ranks(0, 1), self._pool)
+                leg = Leg(self._plan.stages[state.stage], state, self._plan.sources(state), Ranks(0, 1), self.pool)
             draws = list(leg.draws(state.rows))
             state = msgspec.structs.replace(state, rows=state.rows + leg.stage.global_batch_size)
             self._note(leg, step + 1, draws)
             self.steps_drawn += len(state.lanes)
             # A batch without a row is no step, as in training
             step += not is_whole or any(draw.row for _, draw in draws)
-        self._wanted.clear()
         return Anchor(step, _stands(state, leg))
 
     def _note(self, leg: Leg, step: int, draws: Iterable[tuple[int, Draw]]) -> None:
-        for slot, (row, skipped) in draws:
-            for source, record in skipped:
-                number = self._numbers.get((source, record.shard, record.line))
-                if number is not None:
-                    self._drops.append(Drop(number, step, record.reason, record.contaminated))
-            if row is not None and (wanted := self._wanted_in(row)):
-                self._appearances += _appearances_in(
-                    row, wanted, leg.sources[row.name.source].epoch(row.name), step, slot
-                )
-
-    def _wanted_in(self, row: Row) -> dict[int, int]:
-        """Return the documents that are asked for in a row's window: by number there, the number among those."""
-        source, window = row.name.source, row.window
-        if source not in self._of_source:
-            return {}
-        if row.name not in self._wanted:
-            keys = window.shards.astype(np.int64) << _LINE_BITS | window.lines
-            places = np.flatnonzero(np.isin(keys, self._keys[source])).tolist()
-            self._wanted[row.name] = {
-                i: self._numbers[source, int(window.shards[i]), int(window.lines[i])] for i in places
-            }
-        return self._wanted[row.name]
+        """Note the documents in the rows of a step."""
+        for slot, (row, _) in draws:
+            if row is None or (one := self._whereabouts.get(row.name.source)) is None:
+                continue
+            source = leg.sources[row.name.source]
+            if not one.reads(row.name, source):
+                continue
+            epoch, contents = source.epoch(row.name), self._contents(row.name, source)
+            for number, _, start, stop, forgotten in contents.pieces.get(row.number, ()):
+                self._appearances.append(Appearance(number, step, slot, start, stop, epoch, forgotten))
 
     def _check(self, found: Anchor, there: Anchor) -> None:
         """Check that lanes stand where the run recorded them. Raises: CheckpointError if one does not."""
@@ -221,14 +220,3 @@ def _plain(stands: LaneCursor) -> LaneCursor:
     """Leave out the number of rows of the windows, which states of older programs do not have."""
     cursors = tuple(cursor._replace(window_rows=0) for cursor in stands.sources)
     return msgspec.structs.replace(stands, sources=cursors)
-
-
-def _appearances_in(row: Row, wanted: dict[int, int], epoch: int, step: int, slot: int) -> Iterator[Appearance]:
-    """Yield the pieces of a row that belong to wanted documents."""
-    rows, window = row.window.rows, row.window
-    for piece in range(int(rows.row_pieces[row.number]), int(rows.row_pieces[row.number + 1])):
-        document = int(rows.documents[piece])
-        if document in wanted:
-            start = int(rows.starts[piece])
-            stop = start + int(rows.lengths[piece])
-            yield Appearance(wanted[document], step, slot, start, stop, epoch, bool(window.forgotten[document]))
