@@ -97,3 +97,21 @@ def test_windows_that_come_out_otherwise_are_refused(corpus: Path) -> None:
     other = staged(config([source(corpus, "a")], lanes=4, packing="pad"), 8)
     with pytest.raises(CheckpointError, match=r"made again, a window has \d+ rows where the run recorded \d+"):
         found(other, list(everything(run)), states[4::5], 40)
+
+
+def test_batches_without_a_row_are_no_steps(corpus: Path) -> None:
+    listed = [source(corpus, "a", max_epochs=1), source(corpus, "b", weight=0.0)]
+    change = {"step": 400, "weights": {"b": 1.0}}
+    run = staged(config(listed, lanes=4, weight_changes=[change]), 12)
+    pieces, states = drawn(run, 60)
+    last = states[-1]
+    assert last.state.rows // 12 > 400 > last.step
+    documents = everything(run)
+    for kept in ([], [last], states[4::7]):
+        history, _ = found(run, list(documents), kept, len(states))
+        by_document: dict[int, list[Piece]] = defaultdict(list)
+        for one in history.appearances:
+            by_document[one.document].append((one.step, one.slot, one.start, one.stop))
+        assert [sorted(by_document[i]) for i in range(len(documents))] == [
+            sorted(pieces.get(name, [])) for name in documents.values()
+        ]
