@@ -35,7 +35,7 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
     cursors = folder.cursors.last(step - 1)
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
     since = int(str(cursors["step"])) if cursors else 0
-    fingerprint = _fingerprint(folder)
+    fingerprint = fingerprint_of(folder)
     (_, data, rows), *later = stages
     batch = batch_after(data, rows, seed, state or None, step - 1 - since, fingerprint, later, step)
     _check(folder, step, batch, str(trained["batch_hash"]))
@@ -51,7 +51,7 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
             yield tokenizer.decode(tokens[segment_ids == piece])  # nothing, if its document is forgotten
 
 
-def _fingerprint(folder: RunFolder) -> dict[str, object] | None:
+def fingerprint_of(folder: RunFolder) -> dict[str, object] | None:
     """Read the fingerprint of the run's data from the newest checkpoint; None if there is no checkpoint."""
     store = CheckpointStore(folder.checkpoints, CheckpointConfig())
     steps = store.steps()

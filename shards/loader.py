@@ -91,9 +91,9 @@ class Loader:
         self._tools = Tools(tokenizer, filters, forgotten)
         self.fingerprint = fingerprint(self._stages, self.plan.lanes_of, shards, self._tools, seed)
         recipe = self._tools.recipe()
-        self._pool: Pool
-        self._pool = WorkerPool(configs, recipe) if config.num_workers else InProcess(configs, recipe, self._tools)
-        weakref.finalize(self, self._pool.close)  # runs even if the loader is dropped or the interpreter exits
+        self.pool: Pool
+        self.pool = WorkerPool(configs, recipe) if config.num_workers else InProcess(configs, recipe, self._tools)
+        weakref.finalize(self, self.pool.close)  # runs even if the loader is dropped or the interpreter exits
         self.ended = False  # all lanes of this rank are exhausted
         self._leg: Leg
         self._state = self._mine(self.plan.first_state())
@@ -110,7 +110,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. Windows made ahead are thrown away, since a state consists of cursors alone."""
-        self._pool.close()
+        self.pool.close()
 
     def __iter__(self) -> Self:
         return self
@@ -265,9 +265,9 @@ class Loader:
     def _put_back(self) -> None:
         """Put the lanes where the state says, whatever was drawn, requested or interrupted since."""
         self._torn = True  # until the end, since this may be interrupted too
-        self._pool.clear()
+        self.pool.clear()
         stage, sources = self._stages[self._state.stage], self.plan.sources(self._state)
-        self._leg = Leg(stage, self._state, sources, self._ranks, self._pool)
+        self._leg = Leg(stage, self._state, sources, self._ranks, self.pool)
         self._torn = False
 
     def _check_skipped(self, batch: Batch) -> None:

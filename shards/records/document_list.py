@@ -95,13 +95,7 @@ class DocumentList:
         """
         at = f"{self._key}={self.path}"
         for shard, lines in self.lines.items():
-            found = [path for path in records_of if _names(shard, path)]
-            if not found:
-                raise ConfigError(f"{at}: no source has a shard {shard}; shards are such as {next(iter(records_of))}")
-            if len(found) > 1:
-                raise ConfigError(f"{at}: {shard} may be {' or '.join(found[:3])}; write more of its path")
-            if max(lines) > records_of[found[0]]:
-                raise ConfigError(f"{at}: {shard} has no line {max(lines)}; it has {records_of[found[0]]}")
+            find_shard(shard, max(lines), records_of, at)
         if unknown := sorted(set(self.ids) - set(sources)):
             raise ConfigError(f"{at}: no source {unknown[0]!r}; there are {list(sources)}")
 
@@ -122,6 +116,24 @@ class DocumentList:
 
     def _find_lines(self, shard: str) -> frozenset[int]:
         return frozenset(line for name, lines in self.lines.items() if _names(name, shard) for line in lines)
+
+
+def find_shard(written: str, line: int, records_of: Mapping[str, int], at: str) -> str:
+    """Find the shard that is meant by the end of its path, and check that it has a line.
+
+    Args:
+        records_of: number of records of each shard, by path.
+        at: what names it, for messages.
+    Raises: ConfigError if there is no such shard or line, or several shards may be meant.
+    """
+    found = [path for path in records_of if _names(written, path)]
+    if not found:
+        raise ConfigError(f"{at}: no source has a shard {written}; shards are such as {next(iter(records_of))}")
+    if len(found) > 1:
+        raise ConfigError(f"{at}: {written} may be {' or '.join(found[:3])}; write more of its path")
+    if not 1 <= line <= records_of[found[0]]:
+        raise ConfigError(f"{at}: {written} has no line {line}; it has {records_of[found[0]]}")
+    return found[0]
 
 
 def _names(written: str, path: str) -> bool:

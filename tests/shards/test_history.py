@@ -41,7 +41,7 @@ def drawn(run: Run, steps: int) -> tuple[dict[tuple[str, int], list[Piece]], lis
 def found(run: Run, documents: list[DocumentPlace], anchors: list[Anchor], steps: int) -> tuple[History, Historian]:
     data, batch, stages = run
     with Loader(data, batch, SEED, stages=stages) as loader:
-        historian = Historian(loader.plan, loader._pool, documents)
+        historian = Historian(loader.plan, loader.pool, documents)
         return historian.find(anchors, steps), historian
 
 
