@@ -217,6 +217,6 @@ def _stands(state: LoaderState, leg: Leg | None) -> LoaderState:
 
 
 def _plain(stands: LaneCursor) -> LaneCursor:
-    """Leave out the number of rows of the windows, which states of older programs do not have."""
-    cursors = tuple(cursor._replace(window_rows=0) for cursor in stands.sources)
+    """Leave out counts of bad records, which only windows that are made know, and what older programs do not record."""
+    cursors = tuple(cursor._replace(skipped=0, window_rows=0) for cursor in stands.sources)
     return msgspec.structs.replace(stands, sources=cursors)
