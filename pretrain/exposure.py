@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
-from pretrain.provenance import batch_of_step, fingerprint_of
+from pretrain.provenance import batch_of_step, newest_fingerprint
 from pretrain.run.run_folder import Ancestor, RunFolder
 from shards import CheckpointError, ConfigError, Loader, LoaderState, Stage, check_fingerprint
 from shards.exposure.search import DocumentPlace
@@ -66,9 +66,8 @@ def open_loader(folder: RunFolder, stages: Sequence[Stage], seed: int, steps: in
     (_, data, rows), *later = stages
     data = data.model_copy(update={"num_workers": 0, "max_bad_records": None})
     loader = Loader(data, rows, seed, stages=later)
-    fingerprint = fingerprint_of(folder)
-    if fingerprint is not None:
-        check_fingerprint(fingerprint, loader.fingerprint, steps)
+    if (saved := newest_fingerprint(folder)) is not None:
+        check_fingerprint(saved[1], loader.fingerprint, min(saved[0], steps))
     return loader
 
 

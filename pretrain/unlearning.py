@@ -7,6 +7,7 @@ commands.exposure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,13 +100,25 @@ def _overrides(folder: RunFolder, config: RunConfig, restart: Restart, listed: P
     if not own:
         before = load_config(restart.folder.config, begun=True)
         _, changes = compare_for_resume(before, config, restart.step)
-        for key, _, value in changes:
+        values = config.model_dump(mode="json")
+        for key in dict.fromkeys(_settable(change.key) for change in changes):
             if key.split(".")[0] not in ("run", "stages"):
-                yield f"{key}={_flow(value)}"
+                yield f"{key}={_flow(_value_of(values, key))}"
         if stages:
             yield f"stages={_flow([_without_defaults(stage) for stage in stages])}"
     for key in forget:
         yield f"{key}={listed}"
+
+
+def _settable(key: str) -> str:
+    """Return the part of a key up to the first list, which can only be set as a whole where it grows."""
+    return ".".join(itertools.takewhile(lambda part: not part.isdecimal(), key.split(".")))
+
+
+def _value_of(values: Any, key: str) -> object:
+    for part in key.split("."):
+        values = values[part]
+    return values
 
 
 def _flow(value: object) -> str:

@@ -32,8 +32,8 @@ def batch_after(
         batches: global batches between the state and the requested one.
         fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
         stages: the run's, after the first.
-        step: the batch's optimizer step, counted from 1: stages that begin after it may differ from the run's. None =
-            none may.
+        step: the last optimizer step, counted from 1, for which the fingerprint holds: stages that begin after it may
+            differ from the run's. None = none may.
     Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.
     """

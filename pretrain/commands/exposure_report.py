@@ -102,7 +102,8 @@ class Report:
         times = len({(one.document, one.epoch) for one in learned})
         epochs = _epochs(sorted({one.epoch for one in learned}))
         yield (
-            f"  trained on {times:,} times, in {epochs}: {len(steps):,} pieces of {tokens:,} tokens, first at step {first:,}, last at step {last:,}"
+            f"  trained on {times:,} times, in {epochs}: {len(steps):,} pieces of {tokens:,} tokens, first at step "
+            f"{first:,}, last at step {last:,}"
         )
         if self._checkpoints:
             parts = [[s for s in self._checkpoints if (s >= first) == after] for after in (True, False)]
