@@ -35,9 +35,9 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
     cursors = folder.cursors.last(step - 1)
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
     since = int(str(cursors["step"])) if cursors else 0
-    fingerprint, compared = _fingerprint(folder)
+    saved, fingerprint = newest_fingerprint(folder) or (step, None)
     (_, data, rows), *later = stages
-    known = min(step, compared)
+    known = min(step, saved)  # the last step of which the fingerprint says how its stage was
     batch = batch_after(data, rows, seed, state or None, step - 1 - since, fingerprint, later, known, since)
     _check(folder, step, batch, str(trained["batch_hash"]))
     return batch
@@ -52,14 +52,14 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
             yield tokenizer.decode(tokens[segment_ids == piece])  # nothing, if its document is forgotten
 
 
-def _fingerprint(folder: RunFolder) -> tuple[dict[str, object] | None, int]:
-    """Read the fingerprint of the run's data from the newest checkpoint, and that one's step; None without one.
+def newest_fingerprint(folder: RunFolder) -> tuple[int, dict[str, object]] | None:
+    """Read the fingerprint of the run's data from the newest checkpoint, and its step; None if there is none.
 
     It knows nothing of stages that have begun since; the batch hash proves what it cannot compare.
     """
     store = CheckpointStore(folder.checkpoints, CheckpointConfig())
     steps = store.steps()
-    return (read_data(store.open(steps[-1])).fingerprint, steps[-1]) if steps else (None, 0)
+    return (steps[-1], read_data(store.open(steps[-1])).fingerprint) if steps else None
 
 
 def _check(folder: RunFolder, step: int, batch: Batch, batch_hash: str) -> None:

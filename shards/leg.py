@@ -46,12 +46,12 @@ class Ranks(NamedTuple):
 
 
 class Leg:
-    """The lanes of one rank from a state on, as far as the state's stage goes.
+    """The lanes of one rank, or some others, from a state on, as far as the state's stage goes.
 
     Args:
         stage: the stage.
         end: the step at which the next one begins; None for the last.
-        state: where the lanes of this rank stand.
+        state: where these lanes stand.
         sources: the stage's, planned.
     """
 
@@ -66,7 +66,6 @@ class Leg:
     ) -> None:
         self.stage, self.sources = stage, sources
         self._ranks, self._num_lanes, self._first_row = ranks, state.num_lanes, state.first_row
-        self._stride = ranks.stride(state.num_lanes)
         # From the stage's first step on; changes of weights up to then are in its sources already
         self._mixes = [
             (max(step, stage.step), weights)
@@ -97,12 +96,17 @@ class Leg:
         """Draw this rank's rows of the batch that begins at row `first`; return also whether its lanes gave none."""
         draws: list[Draw] = []
         is_empty = True
-        for slot in range(self._ranks.rank % self._stride, self.stage.global_batch_size, self._stride):
-            draw = self._draw(first + slot)
+        for slot, draw in self.draws(first):
             is_empty = is_empty and draw.row is None
             if slot % self._ranks.size == self._ranks.rank:
                 draws.append(draw)
         return draws, is_empty
+
+    def draws(self, first: int) -> Iterator[tuple[int, Draw]]:
+        """Draw the rows of the batch from row `first` on that fall on these lanes; yield each with its slot."""
+        for slot in range(self.stage.global_batch_size):
+            if (first + slot) % self._num_lanes in self.lanes:
+                yield slot, self._draw(first + slot)
 
     def _draw(self, j: int) -> Draw:
         lane = self.lanes[j % self._num_lanes]

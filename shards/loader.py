@@ -5,7 +5,7 @@
     windows/                a window -> rows; in worker processes                       pure
     plan/mixing, lane       lane v: its row n, from the source that is due
     leg                     a stage's rows: row j is lane j mod V's row j div V; a rank has every dp_size-th of a batch
-    carry                   where one stage leaves off, and the next one goes on
+    carry, run_plan         where one stage leaves off, and the next one goes on
     loader                  the run: stage after stage, from a state or from the start
 
 A global batch depends on the shards, the tokenizer, the config, the seed and the step; not on ranks, workers, restarts
@@ -14,7 +14,6 @@ or timing.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,18 +25,17 @@ import msgspec
 
 from shards import preparation
 from shards.batch import Batch
-from shards.carry import next_state
 from shards.config import DataConfig, check_split
-from shards.errors import CheckpointError, ConfigError, ShardError
+from shards.errors import CheckpointError, ShardError
 from shards.fingerprint import fingerprint
 from shards.forecast import Forecast, forecast
 from shards.index.manifest import Shard
 from shards.lane import Lane
 from shards.leg import Leg, Ranks, announce_lanes
-from shards.plan.cursor import EVERY_SEGMENT, LOADER_STATE_VERSION, Cursor, LaneCursor, LoaderState
+from shards.plan.cursor import LoaderState
 from shards.preparation import Prepared
 from shards.records import texts
-from shards.source import Dealing, Source
+from shards.run_plan import RunPlan
 from shards.stages import Stage
 from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.recipe import Tools
@@ -82,24 +80,23 @@ class Loader:
         if tokenizer.obstacle and dp_rank == 0:
             slower = "encodes documents whole, several times slower than word by word"
             _logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
-        self._shards = _open_shards(self._stages[-1].data, prepared)
-        self._lanes_of = self._count_lanes()  # V of each stage
-        self.num_lanes = self._lanes_of[0]
+        shards = _open_shards(self._stages[-1].data, prepared)
+        self.plan = RunPlan(self._stages, shards, seed)
+        self.num_lanes = self.plan.lanes_of[0]
         if dp_rank == 0:
             self._announce_lanes()
         configs = [stage.data for stage in self._stages]
         filters = preparation.prepared_filters(configs, prepared and prepared.filters)
-        forgotten = preparation.forgotten_lists(self._stages, self._shards)
+        forgotten = preparation.forgotten_lists(self._stages, shards)
         self._tools = Tools(tokenizer, filters, forgotten)
-        self.fingerprint = fingerprint(self._stages, self._lanes_of, self._shards, self._tools, seed)
+        self.fingerprint = fingerprint(self._stages, self.plan.lanes_of, shards, self._tools, seed)
         recipe = self._tools.recipe()
-        self._pool: Pool
-        self._pool = WorkerPool(configs, recipe) if config.num_workers else InProcess(configs, recipe, self._tools)
-        weakref.finalize(self, self._pool.close)  # runs even if the loader is dropped or the interpreter exits
+        self.pool: Pool
+        self.pool = WorkerPool(configs, recipe) if config.num_workers else InProcess(configs, recipe, self._tools)
+        weakref.finalize(self, self.pool.close)  # runs even if the loader is dropped or the interpreter exits
         self.ended = False  # all lanes of this rank are exhausted
-        self._plans: tuple[object, list[Source]] | None = None  # the sources of a stage, and what they were planned by
         self._leg: Leg
-        self._state = self._first_state()
+        self._state = self._mine(self.plan.first_state())
         self._torn = True  # the lanes may be elsewhere than the state says
         self._put_back()
 
@@ -113,7 +110,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. Windows made ahead are thrown away, since a state consists of cursors alone."""
-        self._pool.close()
+        self.pool.close()
 
     def __iter__(self) -> Self:
         return self
@@ -159,12 +156,7 @@ class Loader:
 
         Pass what `merge_states` makes of the states of all ranks to `load_state_dict`.
         """
-        return self._state.stage + 1 < len(self._stages) and self._state.rows >= self._last_row(self._state)
-
-    def _last_row(self, state: LoaderState) -> int:
-        """Return the row at which a state's stage ends, which another stage follows."""
-        stage, after = self._stages[state.stage], self._stages[state.stage + 1]
-        return state.first_row + state.empty_rows + (after.step - stage.step) * stage.global_batch_size
+        return self.plan.ends_stage(self._state)
 
     def _restore(self) -> None:
         """Put the lanes back if the last batch could not be made, and mark them as torn while one is being made."""
@@ -180,20 +172,13 @@ class Loader:
         Raises: CheckpointError if this deals other lanes and the state does not hold all of the old ones.
         """
         number = self._state.stage + 1
-        if self._lanes_of[number] != self._state.num_lanes != len(self._state.lanes):
+        if self.plan.lanes_of[number] != self._state.num_lanes != len(self._state.lanes):
             raise CheckpointError(
                 f"the stage at step {self._stages[number].step} has other lanes, dealt from those of all ranks; merge "
                 "the states of all ranks and load them"
             )
-        before, after = self._stages[number - 1 : number + 1]
-        if self._state.empty_rows and before.data.weight_changes:
-            raise ConfigError(
-                f"the run has passed over {self._state.empty_rows} rows in which it waited for data.weight_changes, so "
-                f"that the weights at step {after.step} depend on whose steps are counted; a stage cannot follow"
-            )
-        sources = self._planned(self._state)
         self._torn = True
-        self._state = self._mine(next_state(self._state, before, after, self._lanes_of[number], sources))
+        self._state = self._mine(self.plan.next_state(self._state))
 
     def _make_batch(self, first: int) -> tuple[LoaderState, Batch, bool]:
         """Make the batch from row `first` of the run: (the lanes' state after it, the batch, True if all are dry)."""
@@ -235,13 +220,8 @@ class Loader:
 
     def forecast(self, steps: int | None) -> Forecast:
         """Forecast how long the data will last, the same at every start of a run; see `forecast.forecast`."""
-        configs, union = [stage.data for stage in self._stages], self._stages[-1].data
-        dealings = [{0: Dealing(self.num_lanes, self._cut_lanes(i))} for i in range(len(union.sources))]
-        as_first = self._stages[0].data.model_copy(update={"sources": union.sources})
-        sources = [
-            Source(as_first, i, shards, self._seed, dealing)
-            for i, (shards, dealing) in enumerate(zip(self._shards, dealings, strict=True))
-        ]
+        configs = [stage.data for stage in self._stages]
+        sources = self.plan.sources_undivided(0, range(len(configs[-1].sources)))
         with closing(WindowMaker(configs, self._tools)) as maker:  # not the rows' maker, which counts replays
             return forecast(self._stages, maker, sources, self.num_lanes, steps)
 
@@ -267,7 +247,7 @@ class Loader:
                 "first; put them back"
             )
         names = tuple(source.name for source in self._stages[loaded.stage].data.sources)
-        lanes = self._lanes_of[loaded.stage]
+        lanes = self.plan.lanes_of[loaded.stage]
         for key, theirs, ours in (("lanes", loaded.num_lanes, lanes), ("sources", loaded.source_names, names)):
             if theirs != ours:
                 raise CheckpointError(f"loader state was made with data.{key}={theirs}, now it is {ours}; set it back")
@@ -285,12 +265,6 @@ class Loader:
             self._state = self._mine(loaded)
             self._put_back()
 
-    def _first_state(self) -> LoaderState:
-        start = LaneCursor(0, 0, (Cursor(),) * len(self._config.sources))
-        names = tuple(source.name for source in self._config.sources)
-        lanes = {str(lane): start for lane in self._ranks.lanes(self.num_lanes, 0)}
-        return LoaderState(LOADER_STATE_VERSION, 0, self.num_lanes, names, lanes)
-
     def _lane_names(self, state: LoaderState) -> list[str]:
         """List the lanes that this rank reads in a state's stage, by their names in it."""
         return [str(lane) for lane in self._ranks.lanes(state.num_lanes, state.first_row)]
@@ -302,51 +276,10 @@ class Loader:
     def _put_back(self) -> None:
         """Put the lanes where the state says, whatever was drawn, requested or interrupted since."""
         self._torn = True  # until the end, since this may be interrupted too
-        self._pool.clear()
-        stage, sources = self._stages[self._state.stage], self._planned(self._state)
-        later = self._stages[self._state.stage + 1 :]
-        self._leg = Leg(stage, later[0].step if later else None, self._state, sources, self._ranks, self._pool)
+        self.pool.clear()
+        stage, sources = self._stages[self._state.stage], self.plan.sources(self._state)
+        self._leg = Leg(stage, self.plan.end_of(self._state), self._state, sources, self._ranks, self.pool)
         self._torn = False
-
-    def _planned(self, state: LoaderState) -> list[Source]:
-        """Plan the sources as a state's stage deals them, and keep what is planned until another stage is asked for."""
-        key = (state.stage, state.numberings)
-        if self._plans is None or self._plans[0] != key:
-            config = self._stages[state.stage].data
-            self._plans = (
-                key,
-                [
-                    Source(config, i, self._shards[i], self._seed, self._dealings(state, i), state.stage)
-                    for i in range(len(config.sources))
-                ],
-            )
-        return self._plans[1]
-
-    def _dealings(self, state: LoaderState, number: int) -> dict[int, Dealing]:
-        """Return how each stage up to a state's has dealt a source since it was added."""
-        dealings = {}
-        for stage in range(state.stage + 1):
-            numberings = state.numberings[stage] if state.numberings else ()
-            if number < len(self._stages[stage].data.sources):
-                numbering = numberings[number] if numberings else EVERY_SEGMENT
-                dealings[stage] = Dealing(self._lanes_of[stage], self._cut_lanes(number), numbering)
-        return dealings
-
-    def _cut_lanes(self, number: int) -> int:
-        """Return V of the stage that added a source."""
-        stages = zip(self._stages, self._lanes_of, strict=True)
-        return next(lanes for stage, lanes in stages if number < len(stage.data.sources))
-
-    def _count_lanes(self) -> list[int]:
-        """Return V of each stage: as many as its config says, else as before."""
-        config = self._stages[0].data
-        weights = [weights for _, weights in config.weight_stages()]
-        sizes = [sum(shard.index.raw_bytes for shard in found) for found in self._shards]
-        drawn = [any(mix[i] > 0 for mix in weights) for i in range(len(config.sources))]
-        counts = [config.num_lanes(self._stages[0].global_batch_size, sum(itertools.compress(sizes, drawn)))]
-        for stage in self._stages[1:]:
-            counts.append(stage.data.lanes or counts[-1])
-        return counts
 
     def _check_skipped(self, batch: Batch) -> None:
         """Check the bad records of all lanes that this rank reads. Raises: ShardError if there are too many."""
@@ -360,15 +293,11 @@ class Loader:
     def _announce_lanes(self) -> None:
         """Log the consequences of the number of lanes, for each stage that chooses it."""
         before = None
-        for number, (stage, lanes) in enumerate(zip(self._stages, self._lanes_of, strict=True)):
+        for number, (stage, lanes) in enumerate(zip(self._stages, self.plan.lanes_of, strict=True)):
             if lanes != before:
                 weights = stage.data.weight_stages()
                 drawn = [i for i in range(len(stage.data.sources)) if any(mix[i] > 0 for _, mix in weights)]
-                dealings = [{number: Dealing(lanes, self._cut_lanes(i))} for i in drawn]
-                sources = [
-                    Source(stage.data, i, self._shards[i], self._seed, dealing, number)
-                    for i, dealing in zip(drawn, dealings, strict=True)
-                ]
+                sources = self.plan.sources_undivided(number, drawn)
                 announce_lanes(lanes, self._ranks, sources)
             before = lanes
 

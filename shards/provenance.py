@@ -33,7 +33,8 @@ def batch_after(
         batches: global batches between the state and the requested one.
         fingerprint: the fingerprint of the run's loader, if known, so that a difference is named.
         stages: the run's, after the first.
-        step: stages that begin after this step may differ from the run's. None = none may.
+        step: the last optimizer step, counted from 1, for which the fingerprint holds: stages that begin after it may
+            differ from the run's. None = none may.
         since: optimizer steps done at the state, if they are known beside it.
     Raises: ConfigError or ShardError if the data has changed; CheckpointError if the state belongs to another run, or
         the run ends before that batch.

@@ -49,7 +49,7 @@ class Source:
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
         self.number, self.stage, self._seed = number, stage, seed
-        self.dealing = dealings[stage]
+        self.dealings, self.dealing = dealings, dealings[stage]
         tables = [shard.index.table() for shard in shards]
         plans = {
             dealing: SourcePlan(
@@ -64,8 +64,8 @@ class Source:
             )
             for dealing in set(dealings.values())
         }
-        self._plans = {number: plans[dealing] for number, dealing in dealings.items()}
-        self.plan = self._plans[stage]
+        self.plans = {number: plans[dealing] for number, dealing in dealings.items()}
+        self.plan = self.plans[stage]
 
     def segments_of_lane(self, lane: int) -> int | None:
         """Count the segments that a lane reads before the source is exhausted; None = no limit."""
@@ -75,6 +75,10 @@ class Source:
     def deal(self, lane: int, segment: int) -> Deal:
         """Return the deal that begins with a lane's q-th segment."""
         return self.plan.deal(lane, segment)
+
+    def epoch(self, name: WindowId) -> int:
+        """Return the epoch, counted from 0, to which a window belongs."""
+        return self._deal_of(name).epoch
 
     def window(self, name: WindowId) -> WindowPlan:
         """Return the plan of a window."""
@@ -95,4 +99,4 @@ class Source:
         return key_of("window", self._seed, self.config.name, deal.epoch, name.lane, deal.segments[0], name.window)
 
     def _deal_of(self, name: WindowId) -> Deal:
-        return self._plans[name.stage].deal(name.lane, name.segment)
+        return self.plans[name.stage].deal(name.lane, name.segment)

@@ -36,6 +36,7 @@ COMMANDS = {
     "export": Command("write a run's model for other programs"),
     "audit": Command("train an interval of a run again and compare it with what the run recorded", on_ranks=True),
     "provenance": Command("list every document of a step"),
+    "exposure": Command("find out when a run was trained on a document or text"),
     "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),
     "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),

@@ -76,7 +76,7 @@ class Deal(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where an epoch reads records: of each, the parts of the name of its window."""
+    """Where an epoch reads records: of each, the parts of the name of its window; -1 if an earlier stage dealt it."""
 
     lanes: Ints
     segments: Ints  # q: the deal that holds it begins with the lane's q-th segment
@@ -166,9 +166,7 @@ class SourcePlan:
 
     def segments_of_lane(self, lane: int, max_epochs: int) -> int:
         """Count the segments that a lane is dealt until `max_epochs` epochs are over."""
-        stop = max_epochs * self.num_segments
-        left = int(np.searchsorted(self._gaps, stop)) + max(0, stop - self._first)
-        return len(range(lane, left, self.num_lanes))
+        return len(range(lane, self.places_before(max_epochs * self.num_segments), self.num_lanes))
 
     def number_of(self, places: Ints) -> Ints:
         """Return the numbers of the segments at places of the order in which this plan deals them."""
@@ -176,6 +174,20 @@ class SourcePlan:
         if not len(self._gaps):
             return fresh
         return np.where(places < len(self._gaps), self._gaps[np.minimum(places, len(self._gaps) - 1)], fresh)
+
+    def places_before(self, number: int) -> int:
+        """Count the places of the segments below a number."""
+        return int(np.searchsorted(self._gaps, number)) + max(0, number - self._first)
+
+    def place_of(self, numbers: Ints) -> Ints:
+        """Return the places of segments by their numbers, the inverse of `number_of`; -1 = this plan deals it not."""
+        places = numbers - self._first + len(self._gaps)
+        before = numbers < self._first
+        if before.any():
+            found = np.searchsorted(self._gaps, numbers[before])
+            in_gap = np.append(self._gaps, -1)[found] == numbers[before]
+            places[before] = np.where(in_gap, found, -1)
+        return places
 
     def read_before(self, counts: Ints) -> Ints:
         """Sum what each lane's first segments hold. What earlier stages were dealt counts for lane 0.
@@ -194,12 +206,7 @@ class SourcePlan:
             keys = [self._epoch_key(epoch) for epoch in range(first, min(epochs, first + at_once))]
             dealt = permutations(keys, self.num_segments).ravel()
             numbers = first * self.num_segments + np.arange(len(dealt))
-            places = numbers - self._first + len(self._gaps)
-            before = numbers < self._first
-            if before.any():
-                found = np.searchsorted(self._gaps, numbers[before])
-                in_gap = np.append(self._gaps, -1)[found] == numbers[before]
-                places[before] = np.where(in_gap, found, -1)
+            places = self.place_of(numbers)
             lanes = np.maximum(places, 0) % self.num_lanes
             read = places // self.num_lanes < counts[lanes]  # a place below 0 was dealt before
             sums += np.array(
@@ -230,19 +237,24 @@ class SourcePlan:
         columns = self._span_columns
         spans = np.searchsorted(columns.first_records, numbers, side="right") - 1
         segments = np.searchsorted(columns.starts, spans, side="right") - 1
-        order = self._permutation(epoch)
+        order, begin = self._permutation(epoch), epoch * self.num_segments
         positions = np.empty_like(order)
         positions[order] = np.arange(self.num_segments)
-        # A lane's positions in the epoch are V apart, and the first of them, below V, begins a deal.
-        in_deal = positions[segments] // self.num_lanes % self._deal_segments
-        deals, deal_of = np.unique(positions[segments] - in_deal * self.num_lanes, return_inverse=True)
+        places = self.place_of(begin + positions[segments])
+        found = np.full((3, len(numbers)), -1)
+        here = places >= 0
+        places, spans, segments = places[here], spans[here], segments[here]
+        # A lane's places are V apart, and the first of them in the epoch begins a deal.
+        in_deal = (places - self.places_before(begin)) // self.num_lanes % self._deal_segments
+        deals, deal_of = np.unique(places - in_deal * self.num_lanes, return_inverse=True)
         reach = deals[:, None] + self.num_lanes * np.arange(self._deal_segments)
-        deal_starts = np.concatenate([[0], np.cumsum((reach < self.num_segments).sum(axis=1))])
-        dealt = order[reach[reach < self.num_segments]]
+        inside = reach < self.places_before(begin + self.num_segments)
+        deal_starts = np.concatenate([[0], np.cumsum(inside.sum(axis=1))])
+        dealt = order[self.number_of(reach[inside]) - begin]
         windows, span_starts = self._window_numbers(dealt, deal_starts)
-        place = span_starts[deal_starts[deal_of] + in_deal] + spans - columns.starts[segments]
-        number = epoch * self.num_segments + positions[segments]
-        return Places(number % self.num_lanes, number // self.num_lanes - in_deal, windows[place])
+        which = span_starts[deal_starts[deal_of] + in_deal] + spans - columns.starts[segments]
+        found[:, here] = places % self.num_lanes, places // self.num_lanes - in_deal, windows[which]
+        return Places(*found)
 
     def _window_numbers(self, dealt: Ints, deal_starts: Ints) -> tuple[Ints, Ints]:
         """Count the windows of deals, as `_windows` cuts them.

@@ -97,17 +97,11 @@ class DocumentList:
         Raises: ConfigError naming the shard, line or source that does not exist.
         """
         at = f"{self._key}={self.path}"
-        by_name: dict[str, list[str]] = {}
-        for path in records_of:
-            by_name.setdefault(_base(path), []).append(path)
+        by_name: dict[str, dict[str, int]] = {}
+        for path, records in records_of.items():
+            by_name.setdefault(_base(path), {})[path] = records
         for shard, lines in self.lines.items():
-            found = [path for path in by_name.get(_base(shard), []) if _names(shard, path)]
-            if not found:
-                raise ConfigError(f"{at}: no source has a shard {shard}; shards are such as {next(iter(records_of))}")
-            if len(found) > 1:
-                raise ConfigError(f"{at}: {shard} may be {' or '.join(found[:3])}; write more of its path")
-            if max(lines) > records_of[found[0]]:
-                raise ConfigError(f"{at}: {shard} has no line {max(lines)}; it has {records_of[found[0]]}")
+            find_shard(shard, max(lines), by_name.get(_base(shard), records_of), at)
         if unknown := sorted(set(self.ids) - set(sources)):
             raise ConfigError(f"{at}: no source {unknown[0]!r}; there are {list(sources)}")
 
@@ -133,6 +127,24 @@ class DocumentList:
 
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def find_shard(written: str, line: int, records_of: Mapping[str, int], at: str) -> str:
+    """Find the shard that is meant by the end of its path, and check that it has a line.
+
+    Args:
+        records_of: number of records of each shard, by path.
+        at: what names it, for messages.
+    Raises: ConfigError if there is no such shard or line, or several shards may be meant.
+    """
+    found = [path for path in records_of if _names(written, path)]
+    if not found:
+        raise ConfigError(f"{at}: no source has a shard {written}; shards are such as {next(iter(records_of))}")
+    if len(found) > 1:
+        raise ConfigError(f"{at}: {written} may be {' or '.join(found[:3])}; write more of its path")
+    if not 1 <= line <= records_of[found[0]]:
+        raise ConfigError(f"{at}: {written} has no line {line}; it has {records_of[found[0]]}")
+    return found[0]
 
 
 def _names(written: str, path: str) -> bool:

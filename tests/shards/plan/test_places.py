@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.plan import segments
+from shards.plan.cursor import Numbering
 from shards.plan.segments import SourcePlan
 from tests.examples import examples
 
@@ -34,7 +35,23 @@ def read_in(plan: SourcePlan, epochs: int) -> list[dict[tuple[int, int], Name]]:
     return found
 
 
+def everything(plan: SourcePlan) -> np.ndarray:
+    """Return (shard, record) of all records of a source."""
+    counts = np.diff(plan._shard_ends[:, 0]).tolist()
+    return np.array([(shard, record) for shard, count in enumerate(counts) for record in range(count)])
+
+
 CELL = st.integers(1, 40).flatmap(lambda records: st.tuples(st.just(records), st.integers(records, 60 * records)))
+
+
+def numberings(segments: int) -> st.SearchStrategy[Numbering]:
+    """Draw which segments of a source earlier stages have left, up to the third epoch."""
+    return st.integers(0, 3 * segments).flatmap(
+        lambda first: st.builds(
+            lambda gaps: Numbering(first, tuple(sorted(gaps))),
+            st.sets(st.integers(0, max(0, first - 1)), max_size=first),
+        )
+    )
 
 
 @settings(max_examples=examples(300))
@@ -45,19 +62,32 @@ CELL = st.integers(1, 40).flatmap(lambda records: st.tuples(st.just(records), st
     largest=st.sampled_from([1, 100, 3000, 16 << 20]),  # bytes of a segment
     deal_bytes=st.sampled_from([1, 1000, 16 << 20]),
     version=st.sampled_from([1, 2]),
+    draw=st.data(),
 )
 def test_every_record_is_found_where_a_walk_through_all_windows_meets_it(
-    shards: list[list[tuple[int, int]]], lanes: int, limit: int, largest: int, deal_bytes: int, version: int
+    shards: list[list[tuple[int, int]]],
+    lanes: int,
+    limit: int,
+    largest: int,
+    deal_bytes: int,
+    version: int,
+    draw: st.DataObject,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "_MAX_SEGMENT_BYTES", largest)
         patch.setattr(segments, "_DEAL_BYTES", deal_bytes)
         plan = SourcePlan("s", tables_of(shards), limit, lanes, seed=7, version=version)
+        later = draw.draw(numberings(plan.num_segments))
+        other = SourcePlan("s", tables_of(shards), limit, draw.draw(st.integers(1, 9)), 7, version, lanes, later)
+    records = everything(plan)
     for epoch, expected in enumerate(read_in(plan, epochs=3)):
-        numbers = np.array(list(expected))
-        assert len(numbers) == plan.num_records
-        found = np.stack(plan.places_of(numbers[:, 0], numbers[:, 1], epoch), axis=1)
-        assert found.tolist() == [list(name) for name in expected.values()]
+        assert len(expected) == plan.num_records
+        found = np.stack(plan.places_of(*records.T, epoch), axis=1)
+        assert found.tolist() == [list(expected[shard, record]) for shard, record in records.tolist()]
+    for epoch, expected in enumerate(read_in(other, epochs=3)):
+        found = np.stack(other.places_of(*records.T, epoch), axis=1)
+        nowhere = (-1, -1, -1)
+        assert found.tolist() == [list(expected.get((shard, n), nowhere)) for shard, n in records.tolist()]
 
 
 @pytest.mark.parametrize(("version", "lanes"), [(1, 3), (2, 3), (2, 20)])

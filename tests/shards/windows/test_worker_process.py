@@ -194,7 +194,7 @@ def no_workers() -> Iterator[None]:
 @pytest.mark.usefixtures("no_workers")
 def test_dropping_a_loader_ends_its_workers(shard: Path) -> None:
     loader = Loader(data_of(shard, num_workers=2), 8)
-    threads = loader._pool._threads  # type: ignore[attr-defined]
+    threads = loader.pool._threads  # type: ignore[attr-defined]
     next(loader)
     running = workers()
     assert running
@@ -215,7 +215,7 @@ loader = Loader(config([{"name": "a", "paths": [sys.argv[1]]}], num_workers=1, p
 next(loader)
 held, done = threading.Event(), threading.Event()
 def hold():
-    with loader._pool._lock:
+    with loader.pool._lock:
         held.set()
         done.wait()
 threading.Thread(target=hold).start()
