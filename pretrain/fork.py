@@ -28,6 +28,7 @@ from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.config_file import read_tree, set_value
 from pretrain.run.run_folder import Ancestor, RunFolder
 from shards import CheckpointError, ConfigError
+from shards.records.document_list import DocumentList
 from shards.storage.atomic import fsync_folder, is_there
 
 _logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def fork(parent: RunFolder, store: CheckpointStore, step: int, name: str, overri
         raise CheckpointError("; ".join(broken))
     state = read_state(checkpoint)
     config = forked_config(parent, step, name, overrides)
+    for listed in {stage.data.forget for stage in config.all_stages if stage.data.forget}:
+        DocumentList(listed, "data.forget")  # its shards and lines are checked when the run starts
     target = config.folder
     if is_there(target.root):
         raise ConfigError(f"run.name={name}: {target.root} exists already; give the fork another name")

@@ -155,7 +155,7 @@ class DataConfig(Config):
     tokenizer: Path  # a SentencePiece model
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
-    # Streams of rows, fixed for a run's life; None = the most that divide a batch and have 64 MiB each, up to 1024
+    # Streams of rows, fixed unless a stage changes them; None = the most that divide a batch and have 64 MiB each, up to 1024
     lanes: int | None = Field(default=None, ge=1)
     # Version of the rules that decide the order of rows; None = the run's own, or the newest for a new run
     plan_version: Literal[1, 2] | None = None

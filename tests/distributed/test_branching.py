@@ -186,6 +186,7 @@ def test_a_fork_shares_its_parents_past_and_outlives_it(
     assert metrics(tmp_path / "c") == found[:16]
 
 
+@pytest.mark.distributed
 def test_a_fork_that_cannot_be_is_refused_and_nothing_is_written(
     staged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,13 +198,13 @@ def test_a_fork_that_cannot_be_is_refused_and_nothing_is_written(
         (12, ("stages.0.data.lanes=8",), "stages.0.data.lanes: 4 -> 8"),
         (16, ("data.skip_steps=[[15, 17]]",), "step 15 was trained already, since the run has done 16"),
         (16, ("data.skip_steps=[[20, 30]]",), "[20, 30] lies beyond the run's end at train.steps=24"),
-        (16, ("stage.data.forget=/nowhere",), None),
+        (16, ("data.forget=list.jsonl",), "data.forget: None -> 'list.jsonl'"),
+        (16, ("stage.data.forget=/nowhere",), "data.forget=/nowhere: cannot be read"),
     ):
         code, said = fork(capsys, run, step, "b", f"run.dir={tmp_path}", *overrides)
-        if message is not None:
-            assert code != 0
-            assert message in said
-            assert not list(tmp_path.iterdir())
+        assert code != 0
+        assert message in said
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.distributed
