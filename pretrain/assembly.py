@@ -34,7 +34,7 @@ from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.model.size import checkpoint_bytes
-from pretrain.optim import learning_rate_in
+from pretrain.optim import learning_rate_of_run
 from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
@@ -221,8 +221,8 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     if step == 0 or step >= steps:
         return
     old = load_config(folder.config, begun=True)
-    before = learning_rate_in(step, old.schedule, old.train.steps or steps)
-    after = learning_rate_in(step, config.schedule, steps)
+    before = learning_rate_of_run(step, old.schedule, old.train.steps or steps)
+    after = learning_rate_of_run(step, config.schedule, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
         _logger.warning(
             "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim, that of a"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pretrain.optim import SchedulePart, learning_rate_in
+from pretrain.optim import SchedulePart, learning_rate_of_run
 from pretrain.topology import Topology
 from shards import Forecast, Loader
 
@@ -67,7 +67,7 @@ def log_end(step: int, steps: int | None, foreseen: int, schedule: Sequence[Sche
     if steps is None:
         _logger.info("all epochs are done at step %d; %d steps were forecast", step, foreseen)
         return
-    rate = learning_rate_in(max(0, step - 1), schedule, foreseen)
+    rate = learning_rate_of_run(max(0, step - 1), schedule, foreseen)
     _logger.warning(
         "the data ends at step %d of train.steps=%d (%.0f %%), all sources having been read max_epochs times, and the"
         " run with it; its last learning rate was %.3g", step, steps, 100 * step / steps, rate,

@@ -78,7 +78,7 @@ class StepBatch:
 
 
 @dataclass
-class _PassedOver:
+class _SkippedRecords:
     """The records skipped on the way to the next row, however many batches that took.
 
     Attributes:
@@ -119,7 +119,7 @@ class Feed:
         self._cursors = loader.state_dict() if loader else None  # after the last batch returned
         self._batch: Batch | None = None  # the last batch returned
         # Bad records and contaminated documents of all ranks after the last row of the data, once that was reached.
-        self.passed_over: tuple[list[Skipped], list[Skipped]] = ([], [])
+        self.skipped_at_end: tuple[list[Skipped], list[Skipped]] = ([], [])
 
     def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
         """Return the next global batch that has any rows, or None on all ranks once all lanes have run dry.
@@ -132,7 +132,7 @@ class Feed:
         """
         if self._ends_stage:
             self._begin_stage()
-        passed_over = _PassedOver()
+        skipped_records = _SkippedRecords()
         while True:
             batch, failure = self._draw()
             own = self._totals_of(batch)
@@ -140,18 +140,18 @@ class Feed:
             totals = dict(zip(own, self._topology.sum_int64(list(own.values())), strict=True))
             if totals["failures"]:
                 raise failure or ShardError("another rank could not read its data; see its message")
-            passed_over.add(batch, totals)
+            skipped_records.add(batch, totals)
             if totals["rows"] or not totals["ranks_with_data"]:
                 break
             # A batch without a row on any rank is not a step: these lanes have run dry, but others have not.
             if self._loader:
                 self._loader.pass_over()
-        skipped = self._of_all_ranks(passed_over.skipped) if passed_over.n_skipped else []
-        contaminated = self._of_all_ranks(passed_over.contaminated) if passed_over.n_contaminated else []
+        skipped = self._of_all_ranks(skipped_records.skipped) if skipped_records.n_skipped else []
+        contaminated = self._of_all_ranks(skipped_records.contaminated) if skipped_records.n_contaminated else []
         if not totals["rows"]:
             if self._loader:
                 self._loader.check_end(totals["rows_drawn"])
-            self.passed_over = skipped, contaminated
+            self.skipped_at_end = skipped, contaminated
             return None
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
@@ -175,7 +175,7 @@ class Feed:
             },
             skipped=skipped,
             skipped_so_far=totals["skipped_so_far"],
-            replays=passed_over.replays,
+            replays=skipped_records.replays,
             contaminated=contaminated,
             stop_requested=totals["stop_requests"] > 0,
             saving=totals["saving"] > 0,

@@ -75,7 +75,7 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
     return config.learning_rate * (config.floor + (1 - config.floor) * _height_at(step, config, steps))
 
 
-def learning_rate_in(step: int, parts: Sequence[SchedulePart], steps: int) -> float:
+def learning_rate_of_run(step: int, parts: Sequence[SchedulePart], steps: int) -> float:
     """Return the learning rate of one optimizer step of a run whose stages may have schedules of their own.
 
     The first schedule is that of the whole run, as far as it gets; a later one spans the steps up to the next one.

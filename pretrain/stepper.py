@@ -12,7 +12,7 @@ from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, StepStats
 from pretrain.feed import PASSED_OVER, StepBatch, chain_hash
-from pretrain.optim import learning_rate_in
+from pretrain.optim import learning_rate_of_run
 from pretrain.run.metrics import Meter
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Stepper:
         """Make one optimizer step. Args: state: the run's state before it."""
         if batch.stage != self._stage:
             self._begin_stage(batch.stage, state.step)
-        rate = learning_rate_in(state.step, self._schedule, self._steps)
+        rate = learning_rate_of_run(state.step, self._schedule, self._steps)
         passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
         if passed_over:
             stats = StepStats(math.nan, math.nan, math.nan, applied=False)

@@ -125,7 +125,7 @@ class Trainer:
         """Record that the data, and with it the run, has ended."""
         self._data_is_used_up = True
         # These were skipped on the way to a step that never came.
-        self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.passed_over)
+        self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.skipped_at_end)
         self._parts.journal.log_data_end(self.state.step)
         if self._topology.is_main:
             data_end.log_end(self.state.step, self._config.train.steps, self._steps, self._config.schedule)

@@ -104,7 +104,7 @@ def _next_segment(source: Source, number: int, cursor: Cursor) -> int:
 def _numbering_after(source: Source, lanes: Lanes) -> Numbering:
     """Return the segments of a source that no lane has begun."""
     begun = np.array([_next_segment(source, v, lanes[v].sources[source.number]) for v in range(len(lanes))])
-    gaps = source.dealing.numbering.gaps
+    gaps = source.rule.numbering.gaps
     stop = max(int(begun.max()) * len(lanes), len(gaps))
     places = np.arange(stop)
     left = places[places // len(lanes) >= begun[places % len(lanes)]]

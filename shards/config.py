@@ -155,7 +155,7 @@ class DataConfig(Config):
     tokenizer: Path  # a SentencePiece model
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
-    # Streams of rows, fixed unless a stage changes them; None = the most that divide a batch and have 64 MiB each, up to 1024
+    # Streams of rows, which only a stage changes; None = the most that divide a batch and have 64 MiB each, up to 1024
     lanes: int | None = Field(default=None, ge=1)
     # Version of the rules that decide the order of rows; None = the run's own, or the newest for a new run
     plan_version: Literal[1, 2] | None = None
@@ -230,7 +230,7 @@ class DataConfig(Config):
         most = min(max(1, raw_bytes // _LANE_BYTES), global_batch_size, _DEFAULT_MAX_LANES)
         return next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
 
-    def weight_stages(self) -> list[tuple[int, tuple[float, ...]]]:
+    def weightings(self) -> list[tuple[int, tuple[float, ...]]]:
         """Return (first step, weights in the order of the sources) for each stage, ordered by step."""
         weights = {source.name: source.weight for source in self.sources}
         stages = [(0, tuple(weights.values()))]

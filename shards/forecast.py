@@ -20,7 +20,7 @@ from shards.arrays import Ints
 from shards.config import DataConfig
 from shards.hashing import GOLDEN, key_of, mixed
 from shards.plan.segments import WindowId
-from shards.source import Dealing, Source
+from shards.source import DealRule, Source
 from shards.stages import Stage
 from shards.windows.packing import pack
 from shards.windows.window import SpanTask, WindowMaker, WindowTask
@@ -83,11 +83,11 @@ class _Pace:
         return math.ceil(self._steps[i] + (rows - self._rows[i]) / self._per_step[i])
 
 
-def _mixes(stages: Sequence[Stage], num_sources: int) -> list[tuple[int, tuple[float, ...]]]:
+def _weightings(stages: Sequence[Stage], num_sources: int) -> list[tuple[int, tuple[float, ...]]]:
     """Return (first step, weights of all sources) wherever they may change, in order."""
     found = []
     for stage, end in zip(stages, [*(stage.step for stage in stages[1:]), math.inf], strict=True):
-        for step, weights in stage.data.weight_stages():
+        for step, weights in stage.data.weightings():
             if step < end:
                 found.append((max(step, stage.step), weights + (0.0,) * (num_sources - len(weights))))
     return found
@@ -106,8 +106,8 @@ def forecast(
     Raises: ShardError if the data that is looked at cannot be read.
     """
     config, global_batch_size, pace = stages[0].data, stages[0].global_batch_size, _Pace(stages)
-    mixes = _mixes(stages, len(sources))
-    drawn = [i for i in range(len(sources)) if any(weights[i] > 0 for _, weights in mixes)]
+    weightings = _weightings(stages, len(sources))
+    drawn = [i for i in range(len(sources)) if any(weights[i] > 0 for _, weights in weightings)]
     limited = [i for i in drawn if sources[i].config.max_epochs is not None]
     if not limited:
         return Forecast(None, is_exact=True, share_read=None, shortfalls=())
@@ -115,17 +115,17 @@ def forecast(
     supply = [math.inf] * len(sources)
     for i, of_source in zip(limited, rows, strict=True):
         supply[i] = float(of_source.sum())
-    starts = [(pace.rows(step), weights) for step, weights in mixes]
+    starts = [(pace.rows(step), weights) for step, weights in weightings]
     end, _, _ = _drain(supply, starts, math.inf)
     last_step = None if math.isinf(end) else pace.step(end)
-    if last_step is not None and len(mixes) == 1:
+    if last_step is not None and len(weightings) == 1:
         last_step = _last_step(rows.sum(axis=0), global_batch_size)
     total = (last_step if steps is None else steps if last_step is None else min(steps, last_step)) or 0
     _, met, _ = _drain(supply, starts, pace.rows(total))
     granted = sum(supply[i] for i in drawn)
     return Forecast(
         last_step=last_step,
-        is_exact=is_counted and len(mixes) == 1 and lanes <= global_batch_size,
+        is_exact=is_counted and len(weightings) == 1 and lanes <= global_batch_size,
         share_read=None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted)),
         shortfalls=tuple(_shortfalls(sources, supply, starts, total, pace)),
     )
@@ -134,18 +134,18 @@ def forecast(
 def _shortfalls(
     sources: Sequence[Source],
     supply: Sequence[float],
-    stages: Sequence[tuple[float, Sequence[float]]],
+    weightings: Sequence[tuple[float, Sequence[float]]],
     steps: int,
     pace: _Pace,
 ) -> Iterator[Shortfall]:
     """Yield the sources that run out within `steps` and so provide less than their weight asks for.
 
     Args:
-        supply, stages: as for `_drain`.
+        supply, weightings: as for `_drain`.
     """
     rows = pace.rows(steps)
-    _, met, empty = _drain(supply, stages, rows)
-    wished = _wished(stages, rows)
+    _, met, empty = _drain(supply, weightings, rows)
+    wished = _wished(weightings, rows)
     for i, source in enumerate(sources):
         share = met[i] / max(1.0, sum(met))
         if empty.get(i, rows) < rows and share < _NEARLY * wished[i]:
@@ -195,7 +195,7 @@ def _counted_rows(source: Source, config: DataConfig, lanes: int, maker: WindowM
     lengths = [np.full(shard.index.num_records, -1, np.int64) for shard in source.shards]  # -1: no document
     # Reading as a single lane of version 1 unpacks each cell once; each of many lanes would need most cells
     as_read = config.model_copy(update={"plan_version": 1, "sources": (*config.sources, source.config)})
-    in_a_row = Source(as_read, len(config.sources), source.shards, 0, {0: Dealing(1, 1)})
+    in_a_row = Source(as_read, len(config.sources), source.shards, 0, {0: DealRule(1, 1)})
     for name in _windows(in_a_row, 0, in_a_row.plan.num_segments):
         task = msgspec.structs.replace(in_a_row.task(name), source=source.number)
         found = maker.documents(task, skip_bad=True)
@@ -299,24 +299,24 @@ def _last_step(rows: Figures, global_batch_size: int) -> int:
 
 
 def _drain(
-    supply: Sequence[float], stages: Sequence[tuple[float, Sequence[float]]], rows: float
+    supply: Sequence[float], weightings: Sequence[tuple[float, Sequence[float]]], rows: float
 ) -> tuple[float, list[float], dict[int, float]]:
     """Draw rows by weight, giving a source's share to the others once its supply is used up.
 
     Args:
         supply: rows that each source has.
-        stages: (row from which they apply, weights), in order.
+        weightings: (row from which they apply, weights), in order.
         rows: most rows to draw.
     Returns: the row at which drawing stops; rows drawn from each source; the row at which each exhausted one ran out.
     """
     at, drawn, empty = 0.0, [0.0] * len(supply), dict[int, float]()
-    ends = [float(start) for start, _ in stages[1:]] + [math.inf]
-    for (_, weights), end in zip(stages, ends, strict=True):
+    ends = [float(start) for start, _ in weightings[1:]] + [math.inf]
+    for (_, weights), end in zip(weightings, ends, strict=True):
         while at < min(end, rows):
             left = [i for i, weight in enumerate(weights) if weight > 0 and i not in empty]
             total = sum(weights[i] for i in left)
             if not left:
-                break  # nothing of this stage is left; a later stage begins without a step in between
+                break  # nothing that has a weight is left; later weights begin without a step in between
             lasts = {i: (supply[i] - drawn[i]) * total / weights[i] for i in left}
             step = min(min(end, rows) - at, *lasts.values())
             if math.isinf(step):
@@ -329,11 +329,11 @@ def _drain(
     return at, drawn, empty
 
 
-def _wished(stages: Sequence[tuple[float, Sequence[float]]], rows: float) -> list[float]:
+def _wished(weightings: Sequence[tuple[float, Sequence[float]]], rows: float) -> list[float]:
     """Return the share of the first `rows` rows that the weights ask of each source."""
-    shares = [0.0] * len(stages[0][1])
-    ends = [float(start) for start, _ in stages[1:]] + [math.inf]
-    for (start, weights), end in zip(stages, ends, strict=True):
+    shares = [0.0] * len(weightings[0][1])
+    ends = [float(start) for start, _ in weightings[1:]] + [math.inf]
+    for (start, weights), end in zip(weightings, ends, strict=True):
         part = max(0.0, min(end, rows) - start) / max(1.0, rows)
         for i, weight in enumerate(weights):
             shares[i] += part * weight / sum(weights)

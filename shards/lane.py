@@ -211,19 +211,19 @@ class Lane:
         left = tuple(0.0 if stream.exhausted else weight for stream, weight in zip(self.streams, weights, strict=True))
         return mix_of(left, self._version)
 
-    def is_dry(self, stages: Sequence[Sequence[float]]) -> bool:
-        """Return whether no source is left with a weight in any of these stages."""
-        return all(self._mix(weights) is None for weights in stages)
+    def is_dry(self, weightings: Sequence[Sequence[float]]) -> bool:
+        """Return whether no source is left with a weight in any of these weightings."""
+        return all(self._mix(weights) is None for weights in weightings)
 
-    def row_of_use(self, source: int, uses: int, stages: Sequence[tuple[int, Sequence[float]]]) -> int | None:
+    def row_of_use(self, source: int, uses: int, weightings: Sequence[tuple[int, Sequence[float]]]) -> int | None:
         """Find the row at which the lane has drawn `uses` more rows of a source and reaches the next; None = never.
 
         Args:
-            stages: (row of this lane from which they apply, weights), in order.
+            weightings: (row of this lane from which they apply, weights), in order.
         """
         row, mixing_rows = self.rows, self._mixing_rows
-        ends = [first for first, _ in stages[1:]]
-        for (first, weights), end in zip(stages, [*ends, sys.maxsize], strict=True):
+        ends = [first for first, _ in weightings[1:]]
+        for (first, weights), end in zip(weightings, [*ends, sys.maxsize], strict=True):
             if end <= row:
                 continue
             if first >= row:

@@ -67,10 +67,8 @@ class Leg:
         self.stage, self.sources = stage, sources
         self._ranks, self._num_lanes, self._first_row = ranks, state.num_lanes, state.first_row
         # From the stage's first step on; changes of weights up to then are in its sources already
-        self._mixes = [
-            (max(step, stage.step), weights)
-            for step, weights in stage.data.weight_stages()
-            if end is None or step < end
+        self._weightings = [
+            (max(step, stage.step), weights) for step, weights in stage.data.weightings() if end is None or step < end
         ]
         self.lanes: dict[int, Lane] = {}
         read = [self._records_before(state, i) for i in range(len(sources))]
@@ -81,7 +79,7 @@ class Leg:
                 for i, source in enumerate(sources)
             ]
             self.lanes[number] = Lane(number, streams, cursor.rows, cursor.mixing_rows, stage.data.plan)
-        mixes = [(self._row_of(step), weights) for step, weights in self._mixes]
+        mixes = [(self._row_of(step), weights) for step, weights in self._weightings]
         self._prefetcher = Prefetcher(pool, list(self.lanes.values()), state.num_lanes, mixes, stage.data)
         self._gap_announced: int | None = None  # step of weight_changes at which the last announced gap ends
 
@@ -131,13 +129,13 @@ class Leg:
 
     def is_dry(self, j: int) -> bool:
         """Return whether, from row j on, every lane of this rank is out of sources with a weight."""
-        left = [self._weights(j)[0], *(weights for step, weights in self._mixes if self._row_of(step) > j)]
+        left = [self._weights(j)[0], *(weights for step, weights in self._weightings if self._row_of(step) > j)]
         return all(lane.is_dry(left) for lane in self.lanes.values())
 
     def _weights(self, j: int) -> tuple[tuple[float, ...], int]:
         """Return the sources' weights at row j and the step from which they apply."""
         step = self._step_of(j)
-        return next((weights, start) for start, weights in reversed(self._mixes) if start <= step)
+        return next((weights, start) for start, weights in reversed(self._weightings) if start <= step)
 
     def _step_of(self, j: int) -> int:
         return self.stage.step + (j - self._first_row) // self.stage.global_batch_size
@@ -147,7 +145,7 @@ class Leg:
 
     def announce_gap(self, j: int) -> None:
         """Warn once per gap if, at row j, no lane of this rank has a row left before the weights change."""
-        change = next((step for step, _ in self._mixes if self._row_of(step) > j), None)
+        change = next((step for step, _ in self._weightings if self._row_of(step) > j), None)
         weights, _ = self._weights(j)
         if change in (None, self._gap_announced) or not all(lane.is_dry([weights]) for lane in self.lanes.values()):
             return

@@ -295,7 +295,7 @@ class Loader:
         before = None
         for number, (stage, lanes) in enumerate(zip(self._stages, self.plan.lanes_of, strict=True)):
             if lanes != before:
-                weights = stage.data.weight_stages()
+                weights = stage.data.weightings()
                 drawn = [i for i in range(len(stage.data.sources)) if any(mix[i] > 0 for _, mix in weights)]
                 sources = self.plan.sources_undivided(number, drawn)
                 announce_lanes(lanes, self._ranks, sources)

@@ -37,19 +37,19 @@ class Prefetcher:
         pool: Pool,
         lanes: Sequence[Lane],
         num_lanes: int,
-        stages: Sequence[tuple[int, Sequence[float]]],
+        weightings: Sequence[tuple[int, Sequence[float]]],
         config: DataConfig,
     ) -> None:
         """Request the first windows.
 
         Args:
             num_lanes: V, including the lanes of other ranks.
-            stages: (row of the run from which they apply, weights of the sources), in order.
+            weightings: (row of the run from which they apply, weights of the sources), in order.
             config: its `prefetch_bytes` bound the raw bytes of windows requested but not taken. `pool.ahead` windows
             are
                 always allowed, and never more than a few per stream, since small ones would not fill the bytes.
         """
-        self._pool, self._num_lanes, self._stages = pool, num_lanes, stages
+        self._pool, self._num_lanes, self._weightings = pool, num_lanes, weightings
         self._max_bytes, self._bytes_per_row = config.prefetch_bytes, _BYTES_PER_TOKEN * (config.seq_len + 1)
         self._queues = {(stream.number, lane.number): _Queue(lane, stream) for lane in lanes for stream in lane.streams}
         self._max_windows = _WINDOWS_PER_STREAM * len(self._queues)
@@ -99,8 +99,8 @@ class Prefetcher:
     def _schedule(self, queue: _Queue) -> None:
         """Record about when a queue's next window will be needed, if ever."""
         lane, stream = queue.lane, queue.stream
-        stages = [(-(-(row - lane.number) // self._num_lanes), weights) for row, weights in self._stages]
+        weightings = [(-(-(row - lane.number) // self._num_lanes), weights) for row, weights in self._weightings]
         guessed = sum(request.task.raw_bytes for request in queue.requests) // self._bytes_per_row
-        due = lane.row_of_use(stream.number, stream.rows_left + guessed, stages)
+        due = lane.row_of_use(stream.number, stream.rows_left + guessed, weightings)
         if due is not None:
             heapq.heappush(self._due, (due, stream.number, lane.number))

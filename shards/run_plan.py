@@ -12,7 +12,7 @@ from shards.carry import next_state
 from shards.errors import ConfigError
 from shards.index.manifest import Shard
 from shards.plan.cursor import EVERY_SEGMENT, LOADER_STATE_VERSION, Cursor, LaneCursor, LoaderState
-from shards.source import Dealing, Source
+from shards.source import DealRule, Source
 from shards.stages import Stage
 
 
@@ -72,7 +72,7 @@ class RunPlan:
             self._kept = (
                 key,
                 [
-                    Source(config, i, self.shards[i], self._seed, self._dealings(state, i), state.stage)
+                    Source(config, i, self.shards[i], self._seed, self._rules(state, i), state.stage)
                     for i in range(len(config.sources))
                 ],
             )
@@ -82,24 +82,22 @@ class RunPlan:
         """Plan some sources as a stage would deal all of their segments, whatever stages before have dealt."""
         config = self.stages[-1].data
         own = self.stages[number].data.model_copy(update={"sources": config.sources})
+        rules = [{number: DealRule(self.lanes_of[number], self._segment_lanes(i))} for i in sources]
         return [
-            Source(
-                own, i, self.shards[i], self._seed, {number: Dealing(self.lanes_of[number], self._cut_lanes(i))}, number
-            )
-            for i in sources
+            Source(own, i, self.shards[i], self._seed, rule, number) for i, rule in zip(sources, rules, strict=True)
         ]
 
-    def _dealings(self, state: LoaderState, number: int) -> dict[int, Dealing]:
+    def _rules(self, state: LoaderState, number: int) -> dict[int, DealRule]:
         """Return how each stage up to a state's has dealt a source since it was added."""
-        dealings = {}
+        rules = {}
         for stage in range(state.stage + 1):
             numberings = state.numberings[stage] if state.numberings else ()
             if number < len(self.stages[stage].data.sources):
                 numbering = numberings[number] if numberings else EVERY_SEGMENT
-                dealings[stage] = Dealing(self.lanes_of[stage], self._cut_lanes(number), numbering)
-        return dealings
+                rules[stage] = DealRule(self.lanes_of[stage], self._segment_lanes(number), numbering)
+        return rules
 
-    def _cut_lanes(self, number: int) -> int:
+    def _segment_lanes(self, number: int) -> int:
         """Return V of the stage that added a source."""
         stages = zip(self.stages, self.lanes_of, strict=True)
         return next(lanes for stage, lanes in stages if number < len(stage.data.sources))
@@ -107,7 +105,7 @@ class RunPlan:
     def _count_lanes(self) -> list[int]:
         """Return V of each stage: as many as its config says, else as before."""
         config = self.stages[0].data
-        weights = [weights for _, weights in config.weight_stages()]
+        weights = [weights for _, weights in config.weightings()]
         sizes = [sum(shard.index.raw_bytes for shard in found) for found in self.shards]
         drawn = [any(mix[i] > 0 for mix in weights) for i in range(len(config.sources))]
         counts = [config.num_lanes(self.stages[0].global_batch_size, sum(itertools.compress(sizes, drawn)))]

@@ -16,11 +16,11 @@ from shards.plan.segments import Deal, SourcePlan, WindowId, WindowPlan
 from shards.windows.window import SpanTask, WindowTask
 
 
-class Dealing(NamedTuple):
+class DealRule(NamedTuple):
     """How a stage deals a source."""
 
     lanes: int  # V
-    cut_lanes: int  # V of the stage that added the source
+    segment_lanes: int  # V of the stage that added the source
     numbering: Numbering = EVERY_SEGMENT
 
 
@@ -33,7 +33,7 @@ class Source:
         number: int,
         shards: list[Shard],
         seed: int,
-        dealings: Mapping[int, Dealing],
+        rules: Mapping[int, DealRule],
         stage: int = 0,
     ) -> None:
         """Plan a source.
@@ -43,28 +43,28 @@ class Source:
             number: the source's number in the config.
             shards: the source's shards, in order.
             seed: the run's seed.
-            dealings: how each stage deals it that has the source, up to this one, by the stages' numbers.
+            rules: how each stage deals it that has the source, up to this one, by the stages' numbers.
             stage: the stage's number.
         """
         self.config: SourceConfig = config.sources[number]
         self.shards = shards
         self.number, self.stage, self._seed = number, stage, seed
-        self.dealings, self.dealing = dealings, dealings[stage]
+        self.rules, self.rule = rules, rules[stage]
         tables = [shard.index.table() for shard in shards]
         plans = {
-            dealing: SourcePlan(
+            rule: SourcePlan(
                 self.config.name,
                 tables,
                 config.window_limit,
-                dealing.lanes,
+                rule.lanes,
                 seed,
                 config.plan,
-                dealing.cut_lanes,
-                dealing.numbering,
+                rule.segment_lanes,
+                rule.numbering,
             )
-            for dealing in set(dealings.values())
+            for rule in set(rules.values())
         }
-        self.plans = {number: plans[dealing] for number, dealing in dealings.items()}
+        self.plans = {number: plans[rule] for number, rule in rules.items()}
         self.plan = self.plans[stage]
 
     def segments_of_lane(self, lane: int) -> int | None:

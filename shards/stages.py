@@ -77,5 +77,5 @@ def stage_after(
 
 def weights_at(data: DataConfig, step: int) -> dict[str, float]:
     """Return the weights of a config's sources at a step, by name."""
-    weights = next(weights for first, weights in reversed(data.weight_stages()) if first <= step)
+    weights = next(weights for first, weights in reversed(data.weightings()) if first <= step)
     return dict(zip((source.name for source in data.sources), weights, strict=True))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from shards.arrays import Ints
 from shards.plan.cursor import Carried, LoaderState
 from shards.plan.segments import WindowId
-from shards.source import Dealing, Source
+from shards.source import DealRule, Source
 
 ALL = np.iinfo(np.int64).max  # rows drawn of a window of which none is left
 
@@ -41,9 +41,9 @@ class Whereabouts:
 
     def __init__(self, source: int, shards: Ints, records: Ints) -> None:
         self.source, self._shards, self._records = source, shards, records
-        self._places: dict[tuple[Dealing, int], Ints] = {}  # by dealing and epoch: [3, documents]
-        self._named: dict[Dealing, dict[Place, list[tuple[int, int]]]] = {}
-        self._num_named: dict[Dealing, int] = {}  # epochs whose windows are in `_named`
+        self._places: dict[tuple[DealRule, int], Ints] = {}  # by rule and epoch: [3, documents]
+        self._named: dict[DealRule, dict[Place, list[tuple[int, int]]]] = {}
+        self._num_named: dict[DealRule, int] = {}  # epochs whose windows are in `_named`
 
     def standing(self, state: LoaderState, sources: list[Source], epochs: int) -> Standing:
         """Return how far a state has come with the documents.
@@ -110,17 +110,17 @@ class Whereabouts:
         return int(plan.number_of(np.array(places)).max()) // plan.num_segments + 1
 
     def _places_in(self, source: Source, stage: int, epoch: int) -> Ints:
-        key = source.dealings[stage], epoch
+        key = source.rules[stage], epoch
         if key not in self._places:
             self._places[key] = np.stack(source.plans[stage].places_of(self._shards, self._records, epoch))
         return self._places[key]
 
     def _named_in(self, source: Source, stage: int, epochs: int) -> dict[Place, list[tuple[int, int]]]:
         """Return (epoch, document) of the documents of every window that has any, by its name in a stage."""
-        dealing = source.dealings[stage]
-        named = self._named.setdefault(dealing, {})
-        for epoch in range(self._num_named.get(dealing, 0), epochs):
+        rule = source.rules[stage]
+        named = self._named.setdefault(rule, {})
+        for epoch in range(self._num_named.get(rule, 0), epochs):
             for document, (lane, segment, window) in enumerate(self._places_in(source, stage, epoch).T.tolist()):
                 named.setdefault((lane, segment, window), []).append((epoch, document))
-        self._num_named[dealing] = max(epochs, self._num_named.get(dealing, 0))
+        self._num_named[rule] = max(epochs, self._num_named.get(rule, 0))
         return named

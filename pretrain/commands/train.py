@@ -17,7 +17,7 @@ from rich.console import Console
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.tables import domain_table
 from pretrain.faults.interrupt import STOPPED, Stopped
-from pretrain.optim import learning_rate_in
+from pretrain.optim import learning_rate_of_run
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, world_size_of
 from shards import ConfigError
@@ -45,7 +45,7 @@ def how_to_train_longer(config: RunConfig) -> str:
     steps, optim = config.train.steps, config.schedule[-1].optim
     if steps is None:
         return ""
-    last_rate = learning_rate_in(steps, config.schedule, steps)
+    last_rate = learning_rate_of_run(steps, config.schedule, steps)
     further = f"train.steps={2 * steps}"
     if optim.schedule == "constant":
         return f"the same command with {further} continues from here; "

@@ -102,7 +102,7 @@ class SourcePlan:
         lanes: int,
         seed: int,
         version: int,
-        cut_lanes: int | None = None,
+        segment_lanes: int | None = None,
         numbering: Numbering = EVERY_SEGMENT,
     ) -> None:
         """Cut a source into segments.
@@ -114,7 +114,7 @@ class SourcePlan:
             lanes: V.
             seed: the run's seed.
             version: plan version. Under version 1 a segment is at least a window, and each is a deal of its own.
-            cut_lanes: V of the stage that added the source, which decides its segments for good; None = `lanes`.
+            segment_lanes: V of the stage that added the source, which decides its segments for good; None = `lanes`.
             numbering: the segments to deal, without those that earlier stages have dealt.
         """
         self.name, self.num_lanes, self._seed = name, lanes, seed
@@ -127,7 +127,7 @@ class SourcePlan:
         records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
         self._records, self._shard_ends = records, ends
         self.num_records, self.raw_bytes = int(records[-1]), int(self._offsets[-1])
-        wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * (cut_lanes or lanes))
+        wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * (segment_lanes or lanes))
         least = min(_SMALL_SEGMENT_BYTES, self.raw_bytes // _SMALL_SEGMENTS) if version > 1 else window_limit
         self.segment_bytes = max(1, least, min(wanted, _MAX_SEGMENT_BYTES))
         self._cut(divide=version > 1)

@@ -74,7 +74,7 @@ def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, An
                 assert batch.tokens.shape == (ROWS // ranks, data.seq_len + 1)
                 found.append({key: value for key, value in vars(batch).items() if key not in ("tokens", "segment_ids")})
             assert feed.next(stop_requested=False) is None
-            return [*found, {"passed_over": feed.passed_over}]
+            return [*found, {"passed_over": feed.skipped_at_end}]
 
     return Ranks(ranks).run(work)
 

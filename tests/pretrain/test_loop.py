@@ -58,7 +58,7 @@ class Run:
                 train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES
             ),
             feed=SimpleNamespace(
-                next=self.next, state=lambda: None, cursors=lambda: None, origins=list, passed_over=([], []),
+                next=self.next, state=lambda: None, cursors=lambda: None, origins=list, skipped_at_end=([], []),
             ),
             journal=SimpleNamespace(
                 log_step=self.log_step, log_evals=lambda step, scores: self.evaluated.append(step),
