@@ -87,7 +87,7 @@ def test_windows_of_a_source_whose_weight_rises_are_requested_in_time(
     data = config(sources, lanes=4, num_workers=1, weight_changes=changes)
     monkeypatch.setattr("shards.loader.WorkerPool", Recording)
     with Loader(data, 10) as loader:
-        pool = loader._pool
+        pool = loader.pool
         assert isinstance(pool, Recording)
         drawn = [next(loader).source_tokens for _ in range(30)]
         assert drawn[5].keys() == {"a"}
@@ -107,7 +107,7 @@ def test_windows_without_rows_do_not_use_up_the_prefetch_budget(
     data = config([{"name": "a", "paths": [path]}], lanes=2, num_workers=1, on_bad_record="skip")
     monkeypatch.setattr("shards.loader.WorkerPool", Recording)
     with Loader(data, 2) as loader:
-        pool = loader._pool
+        pool = loader.pool
         assert isinstance(pool, Recording)
         batches = [next(loader) for _ in range(2000)]
         assert sum(len(batch.skipped) for batch in batches) > 200
