@@ -20,7 +20,8 @@ MIN_DECODER_BYTES = 1 << 18  # memory of an open decoder: its buffers and gzip's
 MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # more than enough of a file for `detect`
 
 _SHARD_START = Start()
-_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
+_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip"}
+_PARQUET_MAGIC = b"PAR1"
 
 
 class Peeked:
@@ -49,6 +50,8 @@ def detect(head: bytes, path: str) -> str:
         return "gzip"
     if zstd.starts_frame(head):
         return "zstd"
+    if head.startswith(_PARQUET_MAGIC):
+        raise ShardError(f"{path}: is Parquet, which is read under a name that ends in .parquet: rename it")
     if other := next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None):
         raise ShardError(
             f"{path}: is {other}; a shard is JSON lines, either plain or compressed by zstd or gzip: convert it"
