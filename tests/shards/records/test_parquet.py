@@ -217,5 +217,5 @@ def test_a_remote_file_gives_the_same_batches_and_only_its_columns_are_fetched(
     local = hashes(of(tmp_path / "a.parquet"))
     assert hashes(of("memory://a.parquet", index_dir=tmp_path)) == local
     assert len(data) > 4 << 20
-    assert sum(fetched) < 1 << 19
+    assert sum(fetched) < len(data) / 4
     system.rm("/a.parquet")
