@@ -38,6 +38,8 @@ from shards.storage.block_cache import open_cache
 
 _INTERRUPTED = 128 + signal.SIGINT  # as in shells
 _REPORT_BYTES = 4 << 20
+# What decoding can start at, by format
+_STARTS = {"zstd": "frames", "gzip": "members", "xz": "streams", "bzip2": "streams", "parquet": "row groups"}
 _REFRESH_SECONDS = 0.2
 
 Report = tuple[str, int | ShardIndex | HeadraceError]
@@ -199,11 +201,9 @@ def show(path: str, index: ShardIndex) -> None:
         f"  {index.compression}, {index.stat.size:,} bytes, {index.raw_bytes:,} raw, content hash {index.content_hash}"
     )
     print(f"  {index.num_documents:,} documents in {index.num_records:,} lines")
-    if index.compression == "parquet":
-        print(f"  row groups: {index.num_frames:,}")
+    if index.compression in _STARTS:
+        print(f"  {_STARTS[index.compression]}: {index.num_frames:,}")
     if index.compression in ("zstd", "gzip"):
-        starts = "frames" if index.compression == "zstd" else "members"
-        print(f"  {starts}: {index.num_frames:,}")
         print(
             "  splice points: "
             + explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splices, index.splice_counts)

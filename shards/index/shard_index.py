@@ -144,7 +144,7 @@ def build(
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
         splicer = None
-        if file_of_histories and compression != "plain":
+        if file_of_histories and compression in formats.WITH_SPLICES:
             splicer = Splicer(compression, before.size, verify_entries, file_of_histories)
         table, frames, decoder_bytes = _scan(formats.chunks(peeked, compression, path, max_window), cell_bytes, splicer)
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())

@@ -21,8 +21,8 @@ from shards.storage import ranges, remote
 from shards.storage.block_cache import BlockCache
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
-# Suffixes that a glob takes only if it ends in one, since a run may have begun with a glob that passed them over
-NAMED_SUFFIXES = (".parquet",)
+# Suffixes that a glob takes only if it ends as they do, since a run may have begun with one that passed them over
+NAMED_SUFFIXES = (".parquet", ".jsonl.xz", ".json.xz", ".jsonl.bz2", ".json.bz2")
 # Files that somebody may take for a shard, though a glob ignores them
 _LIKE_A_SHARD = re.compile(
     r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE
@@ -50,8 +50,8 @@ class Stat(msgspec.Struct, frozen=True):
 def expand(patterns: tuple[str, ...], source: str) -> list[str]:
     """List the shards that a source's patterns name: sorted within a pattern, patterns in order, each shard once.
 
-    A glob takes only names that end like a shard's, Parquet files only if it ends in .parquet; a name without wildcards
-    is taken literally. Files in a glob's folders that look like shards and are not read are logged.
+    A glob takes only names that end like a shard's, some only if it ends so itself; a name without wildcards is taken
+    literally. Files in a glob's folders that look like shards and are not read are logged.
     Raises: ShardError for a pattern that matches nothing, and for a name that is not UTF-8.
     """
     shards: dict[str, None] = {}
@@ -60,7 +60,8 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
         pattern = _local(os.path.expanduser(pattern))
         found = [pattern]
         if _has_wildcards(pattern) and not os.path.exists(pattern):
-            named = tuple(suffix for suffix in NAMED_SUFFIXES if pattern.endswith(suffix))
+            ending = os.path.splitext(pattern)[1]
+            named = tuple(suffix for suffix in NAMED_SUFFIXES if os.path.splitext(suffix)[1] == ending)
             found = [path for path in _matches(pattern) if path.endswith((*SHARD_SUFFIXES, *named))]
             if not found:
                 raise ShardError(
