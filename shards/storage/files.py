@@ -60,8 +60,8 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
         pattern = _local(os.path.expanduser(pattern))
         found = [pattern]
         if _has_wildcards(pattern) and not os.path.exists(pattern):
-            ending = os.path.splitext(pattern)[1]
-            named = tuple(suffix for suffix in NAMED_SUFFIXES if os.path.splitext(suffix)[1] == ending)
+            ending = "." + pattern.rpartition(".")[2]
+            named = tuple(suffix for suffix in NAMED_SUFFIXES if suffix.endswith(ending))
             found = [path for path in _matches(pattern) if path.endswith((*SHARD_SUFFIXES, *named))]
             if not found:
                 raise ShardError(

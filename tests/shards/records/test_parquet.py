@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
 import itertools
+import lzma
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import Loader, ShardError, document, merge_states
+from shards import Loader, ShardError, document, merge_states, preparation
 from shards.arrays import greedy_groups
 from shards.config import DataConfig
-from shards.index.shard_index import build
+from shards.index.shard_index import build, hash_tables
 from shards.records import parquet
 from shards.storage import files, remote
-from tests.shards.corpora import config, record, words
+from shards.suites.suite import find
+from tests.shards.corpora import ROOT, config, record, words, write_shard
 
 TEXTS = [words(i, 5 + i * 37 % 120) + "\nβ" * (i % 3) for i in range(300)]
 IDS = [f"d{i}" for i in range(300)]
@@ -219,3 +225,49 @@ def test_a_remote_file_gives_the_same_batches_and_only_its_columns_are_fetched(
     assert len(data) > 4 << 20
     assert sum(fetched) < len(data) / 4
     system.rm("/a.parquet")
+
+
+def test_a_data_set_of_the_same_file_gives_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold because both count texts alike, and hash the values alone."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write(tmp_path / "a.parquet")
+    listed = of(path)
+    source = {"name": "a", "dataset": str(path), "source_from": "meta.site"}
+    whole = config([source], lanes=8)
+    assert hashes(whole) == hashes(listed)
+    indexes = [preparation.source_shards(data, data.sources[0]) for data in (listed, whole)]
+    assert len({hash_tables(shard.index for shard in shards) for shards in indexes}) == 1
+
+
+def test_a_source_may_mix_formats_and_a_suite_may_be_parquet(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", TEXTS[:100])
+    write_shard(tmp_path / "b.jsonl.gz", b"".join(record(text) for text in TEXTS[100:200]))
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b"".join(record(text) for text in TEXTS[200:250])))
+    (tmp_path / "d.json.bz2").write_bytes(bz2.compress(b"".join(record(text) for text in TEXTS[250:])))
+    patterns = [f"{tmp_path}/*{ending}" for ending in (".parquet", ".gz", ".xz", ".bz2")]
+    data = of("", source={"paths": patterns, "max_epochs": 1}, lanes=4, seq_len=500)
+    with Loader(data, 4, seed=1) as loader:
+        found = sorted((Path(origin.shard).name, origin.line) for batch in loader for origin in batch.origins())
+    names = {"a.parquet#text": 100, "b.jsonl.gz": 100, "c.jsonl.xz": 50, "d.json.bz2": 50}
+    assert sorted(set(found)) == [(name, line) for name, count in names.items() for line in range(1, count + 1)]
+    (tmp_path / "suite.yaml").write_text("sources: [{name: a, path: a.parquet, domain_from: meta.site}]")
+    documents = list(find(tmp_path / "suite.yaml", "val").documents())
+    assert [document.text for document in documents] == TEXTS[:100]
+    assert [document.domain for document in documents] == [f"a/{site}" for site in SITES[:100]]
+
+
+def test_the_index_command_takes_the_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    command = [sys.executable, str(ROOT / "launch/index.py"), "--text-key", "body", "--workers", "1"]
+    done = subprocess.run([*command, f"{tmp_path}/*.parquet", "--show"], capture_output=True, text=True, check=True)
+    assert "row groups: 1" in done.stdout
+    data = of(f"{tmp_path}/*.parquet", source={"text_key": "body"}, max_index_at_start=0, window_bytes=1 << 20)
+    assert len(hashes(data, 3)) == 3, "what the command made is what a run looks for"
+    (tmp_path / "a.parquet#body.index.json").unlink()
+    (tmp_path / next(tmp_path.glob("*.manifest")).name).unlink()
+    with pytest.raises(ShardError, match=r"index them first: .*--text-key body"):
+        Loader(data, 8)
+    shown = subprocess.run(
+        [*command[:4], "--cat", str(tmp_path / "a.parquet"), "--document", "7"], capture_output=True, text=True
+    )
+    assert shown.stdout.rstrip("\n") == TEXTS[6].rstrip("\n")
