@@ -271,3 +271,9 @@ def test_the_index_command_takes_the_column(tmp_path: Path) -> None:
         [*command[:4], "--cat", str(tmp_path / "a.parquet"), "--document", "7"], capture_output=True, text=True
     )
     assert shown.stdout.rstrip("\n") == TEXTS[6].rstrip("\n")
+
+
+def test_reading_imports_no_pandas(tmp_path: Path) -> None:
+    """Each worker would hold it, and wait for it."""
+    code = "import sys, shards; shards.document(sys.argv[1], 7); assert 'pandas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(write(tmp_path / "a.parquet"))], cwd=ROOT, check=True)
