@@ -47,7 +47,9 @@ class ParquetFile:
         self._file: BinaryIO = files.open_seekable(path, cache)
         try:
             # Without a buffer, pyarrow would read a row group's column whole.
-            self._parquet = pq.ParquetFile(self._file, buffer_size=STREAM_BYTES, pre_buffer=False)
+            self._parquet = pq.ParquetFile(
+                self._file, buffer_size=STREAM_BYTES, pre_buffer=False, page_checksum_verification=True
+            )
             self.schema: pa.Schema = self._parquet.schema_arrow
         except (OSError, pa.ArrowException) as error:
             self._file.close()
@@ -72,8 +74,13 @@ class ParquetFile:
             if not rows:
                 continue
             size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, self._bytes_of(number, columns[0]))))
+            left = rows
             try:
-                yield from self._parquet.iter_batches(size, [number], list(columns), use_threads=False)
+                for batch in self._parquet.iter_batches(size, [number], list(columns), use_threads=False):
+                    left -= batch.num_rows
+                    yield batch
+                if left:
+                    raise pa.ArrowInvalid(f"it has {rows - left} rows, but its footer says {rows}")
             except (OSError, pa.ArrowException) as error:
                 raise _damaged(self.path, error, f"row group {number}") from None
 

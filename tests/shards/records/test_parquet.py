@@ -6,6 +6,7 @@ import bz2
 import itertools
 import lzma
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -277,3 +278,20 @@ def test_reading_imports_no_pandas(tmp_path: Path) -> None:
     """Each worker would hold it, and wait for it."""
     code = "import sys, shards; shards.document(sys.argv[1], 7); assert 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(write(tmp_path / "a.parquet"))], cwd=ROOT, check=True)
+
+
+def test_flipped_bits_are_an_error_or_the_texts_where_pages_have_checksums(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "a.parquet", [*TEXTS], 100)
+    pq.write_table(pq.read_table(path), path, row_group_size=100, compression="none", write_page_checksum=True)
+    raw, good = path.read_bytes(), parquet.measure(f"{path}#text", 2048)
+    draw, footer = random.Random(1), int.from_bytes(path.read_bytes()[-8:-4], "little") + 8
+    errors = 0
+    for _ in range(60):
+        broken = bytearray(raw)
+        broken[draw.randrange(4, len(raw) - footer)] ^= 1 << draw.randrange(8)
+        path.write_bytes(broken)
+        try:
+            assert parquet.measure(f"{path}#text", 2048) == good
+        except ShardError:
+            errors += 1
+    assert errors > 50
