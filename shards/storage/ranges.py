@@ -51,9 +51,12 @@ class RangedFile(io.RawIOBase):
         found = self._kept.get(number) or self._request(number)
         if not isinstance(found, bytes):
             found = self._kept[number] = self._blocks.wait(found, *self._range(number))
-        self._kept.move_to_end(number)
         if number - 1 in self._kept and number + 1 not in self._kept and self._range(number + 1)[0] < self._blocks.size:
             self._kept[number + 1] = self._request(number + 1)
+        # The one ahead stays as long as this one, or it would be the first to go, before it was ever read
+        for used in (number + 1, number):
+            if used in self._kept:
+                self._kept.move_to_end(used)
         while len(self._kept) > KEPT_BLOCKS:
             self._kept.popitem(last=False)
         return found
