@@ -29,6 +29,7 @@ _DEFAULT_MAX_LANES = 1024
 _LANE_BYTES = 64 * MIB  # minimum raw bytes of all sources per lane when the number of lanes is not given
 PLAN_VERSIONS = (1, 2)  # versions of the rules by which data is dealt; the newest last
 DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
+DEFAULT_TEXT_KEY = "text"  # as in the Pile and Dolma
 
 
 def _with_strict_scalars(schema: Any) -> Any:
@@ -100,7 +101,7 @@ class SourceConfig(Config):
     weight: float = Field(default=1.0, ge=0)  # share of the rows, relative to the other sources' weights
     # Passes over the source before it leaves the mix; None = no limit
     max_epochs: int | None = Field(default=None, ge=1)
-    text_key: Name = "text"  # key of the text in a record, as in the Pile and Dolma
+    text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, dotted for one in an object
     input_ids_key: Name | None = None  # column of token ids in a data set; None = the text is tokenized
     id_key: Name = "id"  # key of the record's id, if it has one (Dolma)
     source_from: str | None = None  # key of the sub-source to count separately in metrics, e.g. meta.pile_set_name

@@ -158,7 +158,9 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
 def shard_paths(source: SourceConfig) -> list[str]:
     """List the paths of a source's shards, in order. Raises: ShardError if a pattern or a data set has none."""
-    return files.expand(source.paths, source.name) if source.dataset is None else hf_datasets.shards_of(source)
+    if source.dataset is not None:
+        return hf_datasets.shards_of(source)
+    return files.with_columns(files.expand(source.paths, source.name), source.text_key)
 
 
 def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
@@ -184,10 +186,14 @@ def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
         else:
             (indexed if index.stat == stat else touched)[path] = index
     guess = sum(
-        stats[path].size * (1 if path.endswith(".jsonl") or files.is_column(path) else _RAW_PER_COMPRESSED)
+        stats[path].size * (1 if path.endswith(".jsonl") or _is_arrow(path) else _RAW_PER_COMPRESSED)
         for path in unindexed
     )
     return IndexStatus(stats, indexed, touched, unindexed, guess, whole)
+
+
+def _is_arrow(path: str) -> bool:
+    return files.is_column(path) and not files.is_parquet(path)
 
 
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
@@ -246,7 +252,8 @@ def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[s
         paths: the shards to name if the source is a data set, which has no patterns.
     """
     patterns = source.paths or paths
-    return index_command(patterns, config.index_dir, config.cell_bytes, config.max_decoder_window, verify)
+    limits = config.cell_bytes, config.max_decoder_window
+    return index_command(patterns, config.index_dir, *limits, verify, source.text_key)
 
 
 def describe_touched(found: IndexStatus) -> str:

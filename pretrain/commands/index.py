@@ -28,6 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from pretrain.config_file import read_tree
 from shards import ConfigError, DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
+from shards.config import DEFAULT_TEXT_KEY
 from shards.index import manifest
 from shards.index.shard_index import ShardIndex, obtain
 from shards.index.splice_points import explain
@@ -37,6 +38,8 @@ from shards.storage.block_cache import open_cache
 
 _INTERRUPTED = 128 + signal.SIGINT  # as in shells
 _REPORT_BYTES = 4 << 20
+# What decoding can start at, by format
+_STARTS = {"zstd": "frames", "gzip": "members", "xz": "streams", "bzip2": "streams", "parquet": "row groups"}
 _REFRESH_SECONDS = 0.2
 
 Report = tuple[str, int | ShardIndex | HeadraceError]
@@ -73,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", type=part, metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0"
     )
     parser.add_argument("--cell-bytes", type=int, help="only needed for a run that sets data.window_bytes below 1 MiB")
+    parser.add_argument(
+        "--text-key", default=DEFAULT_TEXT_KEY, metavar="COLUMN", help="column of Parquet files (text_key)"
+    )
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
 
 
@@ -97,7 +103,7 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
         "max_decoder_window": arguments.max_decoder_window,
     }
     return DataConfig(
-        sources=(SourceConfig(name="PATTERN", paths=tuple(arguments.patterns)),),
+        sources=(SourceConfig(name="PATTERN", paths=tuple(arguments.patterns), text_key=arguments.text_key),),
         tokenizer=Path(),  # an index depends neither on it nor on seq_len
         seq_len=1,
         **{key: value for key, value in given.items() if value is not None},
@@ -195,9 +201,9 @@ def show(path: str, index: ShardIndex) -> None:
         f"  {index.compression}, {index.stat.size:,} bytes, {index.raw_bytes:,} raw, content hash {index.content_hash}"
     )
     print(f"  {index.num_documents:,} documents in {index.num_records:,} lines")
+    if index.compression in _STARTS:
+        print(f"  {_STARTS[index.compression]}: {index.num_frames:,}")
     if index.compression in ("zstd", "gzip"):
-        starts = "frames" if index.compression == "zstd" else "members"
-        print(f"  {starts}: {index.num_frames:,}")
         print(
             "  splice points: "
             + explain(index.stat.size, index.raw_bytes, index.decoder_window, index.splices, index.splice_counts)
@@ -209,7 +215,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     try:
         if arguments.cat:
-            print(document(arguments.cat, arguments.document, index_dir=arguments.index_dir).text)
+            (shard,) = files.with_columns([arguments.cat], arguments.text_key)
+            print(document(shard, arguments.document, index_dir=arguments.index_dir).text)
         else:
             index_sources(arguments)
     except KeyboardInterrupt:

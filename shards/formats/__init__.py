@@ -1,6 +1,6 @@
 """Compressed shard -> raw bytes, from any entry.
 
-zstd_blocks, base -> zstd, gzip, plain -> formats -> decoders, shard_index. The file's first bytes decide the
+zstd_blocks, base -> zstd, gzip, streams, plain -> formats -> decoders, shard_index. The file's first bytes decide the
 compression, not its name.
 """
 
@@ -11,16 +11,19 @@ from pathlib import PurePath
 from typing import Protocol
 
 from shards.errors import ShardError
-from shards.formats import gzip, plain, zstd, zstd_blocks
+from shards.formats import gzip, plain, streams, zstd, zstd_blocks
 from shards.formats.base import DECODE_ERRORS, Chunk, Readable, Start
 
 __all__ = ["DECODE_ERRORS", "Chunk", "Peeked", "Readable", "Start", "chunks", "decode", "detect", "restart"]
 
 MIN_DECODER_BYTES = 1 << 18  # memory of an open decoder: its buffers and gzip's history
+WITH_SPLICES = ("zstd", "gzip")  # in which decoding can start inside a frame or member
 MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # more than enough of a file for `detect`
 
 _SHARD_START = Start()
-_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
+_FOREIGN = {b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip"}
+_SUFFIXES = (".zst", ".gz", ".xz", ".bz2")  # of names that promise compression
+_PARQUET_MAGIC = b"PAR1"
 
 
 class Peeked:
@@ -39,7 +42,7 @@ class Peeked:
 
 
 def detect(head: bytes, path: str) -> str:
-    """Detect a file's compression from its first bytes: "zstd", "gzip" or "plain".
+    """Detect a file's compression from its first bytes: "zstd", "gzip", "xz", "bzip2" or "plain".
 
     Raises: ShardError if the file is empty, in another format, or named as compressed but neither that nor JSON lines.
     """
@@ -49,15 +52,21 @@ def detect(head: bytes, path: str) -> str:
         return "gzip"
     if zstd.starts_frame(head):
         return "zstd"
+    if head.startswith(streams.XZ_MAGIC):
+        return "xz"
+    if head.startswith(streams.BZIP2_MAGIC):
+        return "bzip2"
+    if head.startswith(_PARQUET_MAGIC):
+        raise ShardError(f"{path}: is Parquet, which is read under a name that ends in .parquet: rename it")
     if other := next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None):
         raise ShardError(
-            f"{path}: is {other}; a shard is JSON lines, either plain or compressed by zstd or gzip: convert it"
+            f"{path}: is {other}; a shard is JSON lines, plain or compressed by zstd, gzip, xz or bzip2: convert it"
         )
     suffix = PurePath(path).suffix
-    if suffix in (".zst", ".gz") and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+    if suffix in _SUFFIXES and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         raise ShardError(
-            f"{path}: named {suffix}, but begins with the bytes {head[:4].hex(' ')}, which is neither zstd, gzip nor "
-            "JSON lines; the file is damaged, copy it again"
+            f"{path}: named {suffix}, but begins with the bytes {head[:4].hex(' ')}, which is neither zstd, gzip, xz, "
+            "bzip2 nor JSON lines; the file is damaged, copy it again"
         )
     return "plain"
 
@@ -71,7 +80,7 @@ def chunks(
         file: positioned at the start's compressed offset.
         compression: what `detect` returned for the file's first bytes.
         path: for error messages.
-        max_window: bytes of decoder window allowed (zstd only).
+        max_window: bytes of decoder window allowed (zstd and xz).
         start: the start of a frame or member, or a place inside one.
     Raises: ShardError where the bytes are damaged or end too soon, naming file and raw offset.
     """
@@ -79,6 +88,8 @@ def chunks(
         return zstd.chunks(file, path, max_window, start)
     if compression == "gzip":
         return gzip.chunks(file, path, start)
+    if compression in ("xz", "bzip2"):
+        return streams.chunks(file, compression, path, max_window, start)
     assert compression == "plain", compression
     return plain.chunks(file, start)
 

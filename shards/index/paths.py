@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shards import installation
-from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, DEFAULT_TEXT_KEY, MIB
 from shards.errors import ShardError
 from shards.storage import atomic, files, remote
 
@@ -56,13 +56,21 @@ def index_stamp(path: str, index_dir: Path | None) -> str:
 
 
 def index_command(
-    paths: Sequence[str], index_dir: Path | None, cell_bytes: int, max_window: int, verify: bool = False
+    paths: Sequence[str],
+    index_dir: Path | None,
+    cell_bytes: int,
+    max_window: int,
+    verify: bool = False,
+    text_key: str = DEFAULT_TEXT_KEY,
 ) -> str:
     """Return the shell command that makes indexes where, and in the form that, a run with these settings expects.
 
-    In a clone it is typed at the root. Args: `paths`: shards, or patterns of them.
+    In a clone it is typed at the root. Args: `paths`: shards, or patterns of them; `text_key`: the column of Parquet
+    files among them.
     """
     options = ["--verify"] if verify else []
+    if text_key != DEFAULT_TEXT_KEY and any(files.is_parquet(path) for path in paths):
+        options += ["--text-key", text_key]
     if index_dir is not None:
         options += ["--index-dir", str(index_dir)]
     if cell_bytes != MIB:

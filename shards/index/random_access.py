@@ -1,18 +1,20 @@
 """Random access to a shard: raw bytes from an offset, a document by its number.
 
-shard_index, decoders -> random_access.
+shard_index, decoders, parquet_rows -> random_access.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
 import numpy as np
 
-from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, DEFAULT_TEXT_KEY, MIB, SourceConfig
 from shards.errors import ShardError
 from shards.index.decoders import Decoders
+from shards.index.parquet_rows import ParquetRows
 from shards.index.shard_index import ShardIndex, find, obtain
 from shards.records.json_lines import Document, parser_for
 from shards.storage import files
@@ -54,26 +56,30 @@ def document(
     """Read one document of a shard from the nearest entry.
 
     Args:
-        path: a shard, local or remote.
-        n: line number in the unpacked shard, counted from 1.
+        path: a shard, local or remote; of a Parquet file FILE#COLUMN, or the file if the source names the column.
+        n: line number in the unpacked shard, or the row's, counted from 1.
         source: the keys to read and the document's source; None = keys of the Pile and Dolma, named after the shard.
         index_dir, max_decoder_window: as in `open_at`.
         cache: cache of remote shards.
         strict: as for a RecordParser.
     Raises: ShardError as `open_at`, and if there is no such line, or no document in it.
     """
-    path = str(path)
+    (path,) = files.with_columns([str(path)], source.text_key if source else DEFAULT_TEXT_KEY)
     index = _index(path, index_dir, max_decoder_window, cache)
     if not 1 <= n <= index.num_records:
         raise ShardError(f"{path}: has no line {n}; its lines are 1 to {index.num_records}")
     table = index.table()
     cell = int(np.searchsorted(table[:, 0], n - 1, side="right")) - 1
     (first, start), (_, stop) = table[cell].tolist(), table[cell + 1].tolist()
-    decoders = Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)
-    raw = decoders.read(index.raw_range(path, start, stop))
-    decoders.close()
-    parser = parser_for(source, strict)
-    records = parser.parse(raw, first + 1)
+    wanted = index.raw_range(path, start, stop)
+    if files.is_parquet(path):
+        of_column = source or SourceConfig(name="shard", paths=(path,), text_key=files.column_of(path))
+        with contextlib.closing(ParquetRows(cache)) as rows:
+            cells = (first, int(table[cell + 1, 0]) - first)
+            records = rows.records(wanted, cells, cells, of_column)
+    else:
+        with contextlib.closing(Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)) as decoders:
+            records = parser_for(source, strict).parse(decoders.read(wanted), first + 1)
     if n not in records.lines:
         reasons = [bad.reason for bad in records.bad if bad.line == n]
         raise ShardError(f"{path}, line {n}: {reasons[0] if reasons else 'blank'}")
@@ -87,6 +93,8 @@ class RawShard(io.RawIOBase):
 
     def __init__(self, path: str, index_dir: Path | None, max_decoder_window: int) -> None:
         """Open a shard. Args, Raises: as `open_at`."""
+        if files.is_parquet(path):
+            raise ShardError(f"{path}: a Parquet file has no raw bytes to read; read its documents by their numbers")
         self._path = path
         self._index = _index(path, index_dir, max_decoder_window, None)
         self._bounds = self._index.table()[:, 1]
@@ -129,8 +137,8 @@ class RawShard(io.RawIOBase):
 
 def _index(path: str, index_dir: Path | None, max_decoder_window: int, cache: BlockCache | None) -> ShardIndex:
     """Return a shard's index: the one that a run made, whatever its cell size, or a new one."""
-    if files.is_column(path):
-        raise ShardError(f"{path}: is a column of an Arrow file, which has no raw bytes")
+    if files.is_column(path) and not files.is_parquet(path):
+        raise ShardError(f"{path}: is a column of an Arrow file, which is read only as part of its data set")
     # An index of a touched shard will do, since each cell that is read is compared with its hash.
     stored = find(path, index_dir, files.stat(path))
     return stored or obtain(path, index_dir, MIB, max_decoder_window, cache=cache)

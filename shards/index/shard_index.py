@@ -16,14 +16,15 @@ import xxhash
 
 from shards import formats
 from shards.arrays import Ints, greedy_groups
+from shards.config import MIB
 from shards.errors import ShardError
 from shards.formats import Chunk
 from shards.index.decoders import CellCheck, RawRange
 from shards.index.paths import history_path, index_path, index_paths, store, written_meanwhile
 from shards.index.record_table import RecordTable
 from shards.index.splice_points import Splice, SpliceCounts, Splicer
-from shards.records import arrow
-from shards.storage import files
+from shards.records import arrow, parquet
+from shards.storage import files, remote
 from shards.storage.block_cache import BlockCache
 from shards.storage.content_hash import hash_stream
 
@@ -46,7 +47,8 @@ class ShardIndex(msgspec.Struct, frozen=True):
     num_documents: int  # number of records that are not blank; bad ones count, since nothing is parsed here
     cells: bytes  # [cells + 1]: (record, raw offset) where each begins, and the shard's end
     checks: bytes  # [cells]: xxh3-64 of each cell's raw bytes, one uint64 each; empty for a column
-    # [frames]: (compressed offset, raw offset) where frames or members begin, the shard's start first
+    # [frames]: (compressed offset, raw offset) where frames or members begin, the shard's start first; of a Parquet
+    # file (row, raw offset) where row groups begin
     frames: bytes = msgspec.field(name="entries")
     splices: tuple[Splice, ...] = ()  # entries inside them, in order
     splice_counts: SpliceCounts = SpliceCounts()
@@ -132,7 +134,7 @@ def build(
     Raises: ShardError if the shard is missing, empty, damaged or truncated, or changes while it is read.
     """
     if files.is_column(path):
-        return _build_of_column(path, cell_bytes, progress)
+        return (_build_of_parquet if files.is_parquet(path) else _build_of_column)(path, cell_bytes, progress, cache)
     before = files.stat(path, fresh=True)
     with (
         files.open_shard(path, cache=cache) as file,
@@ -142,7 +144,7 @@ def build(
         peeked = formats.Peeked(watched, formats.MAX_HEADER_BYTES)
         compression = formats.detect(peeked.head, path)
         splicer = None
-        if file_of_histories and compression != "plain":
+        if file_of_histories and compression in formats.WITH_SPLICES:
             splicer = Splicer(compression, before.size, verify_entries, file_of_histories)
         table, frames, decoder_bytes = _scan(formats.chunks(peeked, compression, path, max_window), cell_bytes, splicer)
         splices, counts = splicer.finish() if splicer else ((), SpliceCounts())
@@ -187,8 +189,35 @@ def _scan(
     return table, frames, decoder_bytes
 
 
-def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> ShardIndex:
+def _build_of_parquet(path: str, cell_bytes: int, progress: Progress | None, cache: BlockCache | None) -> ShardIndex:
+    """Index a column of a Parquet file, as `build` does a shard; lengths of texts stand in for raw bytes."""
+    before = files.stat(path, fresh=True)
+    # Shares of the file, since how many bytes were read depends on the columns
+    shares = (lambda share: progress(path, int(share * before.size))) if progress else None
+    found = parquet.measure(path, cell_bytes, cache, shares)
+    after = files.stat(path, fresh=True)
+    if after != before and (after.size != before.size or content_hash(path, cache) != found.content_hash):
+        raise ShardError(f"{path}: changed while it was indexed; start again when it is complete")
+    num_records, raw_bytes = found.cells[-1]
+    return ShardIndex(
+        version=INDEX_VERSION,
+        cell_bytes=cell_bytes,
+        stat=after,
+        content_hash=found.content_hash,
+        compression="parquet",
+        decoder_window=0,
+        raw_bytes=raw_bytes,
+        num_records=num_records,
+        num_documents=found.num_documents,
+        cells=np.array(found.cells, "<i8").tobytes(),
+        checks=np.array(found.checks, "<u8").tobytes(),
+        frames=np.array(found.groups or [(0, 0)], "<i8").tobytes(),
+    )
+
+
+def _build_of_column(path: str, cell_bytes: int, progress: Progress | None, cache: BlockCache | None) -> ShardIndex:
     """Index a column of an Arrow file, as `build` does a shard; lengths of values stand in for raw bytes."""
+    assert not remote.is_remote(path), path  # `datasets` keeps its Arrow files on this machine
     before = files.stat(path)
     found = arrow.measure(path)
     if progress:
@@ -214,6 +243,8 @@ def _build_of_column(path: str, cell_bytes: int, progress: Progress | None) -> S
 
 def content_hash(path: str, cache: BlockCache | None = None) -> str:
     """Hash a file's bytes (a column's values): xxh3-128, in hex. Raises: ShardError if it cannot be read."""
+    if files.is_parquet(path):
+        return parquet.measure(path, MIB, cache).content_hash
     if files.is_column(path):
         return arrow.measure(path).content_hash
     with files.open_shard(path, cache=cache) as file:

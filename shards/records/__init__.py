@@ -1,1 +1,1 @@
-"""Raw bytes, or rows of Arrow files -> documents."""
+"""Raw bytes, or rows of Arrow and Parquet files -> documents."""

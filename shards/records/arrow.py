@@ -1,8 +1,8 @@
 """Columns of Arrow files as shards: a row is a record, with a text or with token ids.
 
-hf_datasets -> arrow -> shard_index, arrow_rows. The path of such a shard is FILE.arrow#COLUMN. Rows are found by their
-number in the mapped file, so nothing is decoded on the way. Lengths stand in for raw bytes: a text counts its bytes in
-UTF-8, a token id 4, and each row 1 more, as a line feed would.
+hf_datasets -> arrow -> parquet, shard_index, arrow_rows. The path of such a shard is FILE.arrow#COLUMN. Rows are found
+by their number in the mapped file, so nothing is decoded on the way. Lengths stand in for raw bytes: a text counts its
+bytes in UTF-8, a token id 4, and each row 1 more, as a line feed would.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def num_rows(file: str) -> int:
 def holds_texts(path: str) -> bool:
     """Return True for a column of texts, False for one of token ids. Raises: ShardError as `measure`."""
     rows, column = _column(path)
-    return _is_text(rows.schema.field(column).type)
+    return is_text(rows.schema.field(column).type)
 
 
 def measure(path: str) -> Measure:
@@ -48,15 +48,15 @@ def measure(path: str) -> Measure:
     nulls = 0
     for chunk in rows.column(column).chunks:
         try:
-            lengths, values = _lengths_and_bytes(chunk)
+            lengths, values = _lengths_and_values(chunk)
         except pa.ArrowInvalid as error:  # 2^63 or more
             raise ShardError(f"{path}: holds a token id beyond any vocabulary: {error}") from None
         of_lengths.update(lengths.tobytes())
         of_values.update(values)
         nulls += chunk.null_count
-        parts.append(np.maximum(lengths, 0) * (1 if _is_text(chunk.type) else _BYTES_PER_TOKEN_ID) + 1)
+        parts.append(np.maximum(lengths, 0) * (1 if is_text(chunk.type) else _BYTES_PER_TOKEN_ID) + 1)
     row_bytes = np.concatenate(parts)
-    kind = b"text" if _is_text(rows.schema.field(column).type) else b"token ids"
+    kind = b"text" if is_text(rows.schema.field(column).type) else b"token ids"
     content_hash = xxhash.xxh3_128_hexdigest(kind + of_lengths.digest() + of_values.digest())
     return Measure(row_bytes, len(row_bytes) - nulls, content_hash)
 
@@ -92,13 +92,28 @@ def _column(path: str) -> tuple[pa.Table, str]:
             "text_key, or input_ids_key for token ids, to one of them"
         )
     kind = rows.schema.field(column).type
-    if not _is_text(kind) and not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+    if not is_text(kind) and not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
         raise ShardError(f"{files.file_of(path)}: column {column!r} holds {kind}, neither texts nor lists of token ids")
     return rows, column
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of a type holds texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def lengths_and_bytes(texts: pa.Array) -> tuple[Ints, bytes]:
+    """Return int64 [rows], the bytes of each text with -1 for null, and all their bytes. Args: texts: large_binary."""
+    if not len(texts):
+        return np.zeros(0, np.int64), b""
+    # From the buffers, since `to_numpy` imports pandas, which would take each worker 50 MB and a third of a second
+    validity, offsets, data = texts.buffers()
+    rows = slice(texts.offset, texts.offset + len(texts))
+    bounds = np.frombuffer(offsets, "<i8")[rows.start : rows.stop + 1]
+    lengths = np.diff(bounds)
+    if validity is not None:
+        lengths[np.unpackbits(np.frombuffer(validity, np.uint8), bitorder="little")[rows] == 0] = -1
+    return lengths, b"" if data is None else memoryview(data)[int(bounds[0]) : int(bounds[-1])].tobytes()
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -110,13 +125,9 @@ def _signed(ids: pa.Array) -> pa.Array:
     return ids.cast(pa.int64())
 
 
-def _lengths_and_bytes(chunk: pa.Array) -> tuple[Ints, bytes]:
+def _lengths_and_values(chunk: pa.Array) -> tuple[Ints, bytes]:
     """Return int64 [rows], the bytes or token ids of each with -1 for null, and the concatenated values."""
-    if not _is_text(chunk.type):
-        lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
-        return lengths, _signed(chunk.flatten()).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
-    lengths = pc.binary_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
-    wide = chunk.cast(pa.large_binary())
-    _, offsets, data = wide.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[wide.offset : wide.offset + len(wide) + 1]
-    return lengths, b"" if data is None else memoryview(data)[int(bounds[0]) : int(bounds[-1])].tobytes()
+    if is_text(chunk.type):
+        return lengths_and_bytes(chunk.cast(pa.large_binary()))
+    lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
+    return lengths, _signed(chunk.flatten()).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()

@@ -1,4 +1,4 @@
-"""Open columns of Arrow files: consecutive rows -> records. arrow -> arrow_rows -> window, provenance."""
+"""Open columns of Arrow files: consecutive rows -> records. arrow -> arrow_rows -> parquet_rows, window."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import pyarrow as pa
 
-from shards.arrays import Ints
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
@@ -39,27 +38,9 @@ class Columns:
         if rows.num_rows != count:
             raise ShardError(f"{path}: has fewer rows than its index says; put the old file back")
         name = files.column_of(path)
-        texts: list[str | None] = [""] * count
-        token_ids: list[Ints | None] = []
         if source.input_ids_key is None:
-            texts = rows.column(name).to_pylist()
-        else:
-            token_ids = arrow.token_ids(rows.column(name))
-        parser = parser_for(source)
-        outer = _values(rows, source.source_from.split(".")[0] if source.source_from else None)
-        found = Records([], [], [], [], [], [] if token_ids else None)
-        for i, (text, value, identity) in enumerate(zip(texts, outer, _values(rows, source.id_key), strict=True)):
-            line = first + i + 1
-            if text is None or (token_ids and token_ids[i] is None):
-                found.bad.append(BadRecord(line, f"{name!r} is null, or has a null in it"))
-                continue
-            found.texts.append(text)
-            found.lines.append(line)
-            found.sub_sources.append(parser.sub_source(value))
-            found.ids.append(None if identity is None else str(identity))
-            if found.token_ids is not None and (ids := token_ids[i]) is not None:
-                found.token_ids.append(ids)
-        return found
+            return records_of(rows, rows.column(name).cast(pa.large_binary()), first, source)
+        return records_of(rows, rows.column(name), first, source)
 
     def close(self) -> None:
         """Release all files."""
@@ -75,6 +56,39 @@ class Columns:
         while len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
         return self._open[path]
+
+
+def records_of(rows: pa.Table, column: pa.ChunkedArray, first: int, source: SourceConfig) -> Records:
+    """Return consecutive rows as records of their source.
+
+    Args:
+        rows: what has the source's `id_key` and `source_from`, where they exist.
+        column: the rows' token ids, if the source names them, else their texts, as bytes.
+        first: number of the first row, counted from 0.
+    """
+    token_ids = arrow.token_ids(column) if source.input_ids_key is not None else []
+    texts = [b""] * len(token_ids) or column.to_pylist()
+    name = source.input_ids_key or source.text_key
+    parser = parser_for(source)
+    outer = _values(rows, source.source_from.split(".")[0] if source.source_from else None)
+    found = Records([], [], [], [], [], [] if token_ids else None)
+    columns = texts, outer, _values(rows, source.id_key)
+    for i, (text, value, identity) in enumerate(zip(*columns, strict=True)):
+        line = first + i + 1
+        if text is None or (token_ids and token_ids[i] is None):
+            found.bad.append(BadRecord(line, f"{name!r} is null, or has a null in it"))
+            continue
+        try:
+            found.texts.append(text.decode())
+        except UnicodeDecodeError as error:
+            found.bad.append(BadRecord(line, f"{name!r} is not UTF-8 at its byte {error.start}"))
+            continue
+        found.lines.append(line)
+        found.sub_sources.append(parser.sub_source(value))
+        found.ids.append(None if identity is None else str(identity))
+        if found.token_ids is not None and (ids := token_ids[i]) is not None:
+            found.token_ids.append(ids)
+    return found
 
 
 def _values(rows: pa.Table, name: str | None) -> list[object]:

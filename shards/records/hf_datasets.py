@@ -33,7 +33,7 @@ def shards_of(source: SourceConfig) -> list[str]:
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             advice = (
                 "if its files differ in their keys or in the types of their values, they make no data set: read JSON "
-                "lines with paths: instead, or make each kind of file a source of its own"
+                "lines or Parquet with paths: instead, or make each kind of file a source of its own"
             )
         raise ShardError(f"{where}, split {source.split!r}: cannot be loaded: {_reason(error)}; {advice}") from None
     arrow_files = [str(part["filename"]) for part in data.cache_files]

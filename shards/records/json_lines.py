@@ -72,7 +72,7 @@ class RecordParser:
         """Prepare a parser for these keys.
 
         Args:
-            text_key, id_key, source_from: as in a SourceConfig; `source_from` may be dotted.
+            text_key, id_key, source_from: as in a SourceConfig; `text_key` and `source_from` may be dotted.
             strict: judge records by this module's rule. False is the rule of runs begun before it: fields that are not
                 read are not checked for UTF-8, and the parsers limit depth and digits.
         """
@@ -80,6 +80,8 @@ class RecordParser:
         self._sub_source = source_from.split(".") if source_from else []
         # Only these keys are built, once each; the parser skips everything else in a record.
         fields = {text_key: "text"}
+        self._inner_text = text_key.split(".") if "." in text_key else []
+        self._text_field = fields.setdefault(self._inner_text[0], "holder") if self._inner_text else "text"
         self._id_field = fields.setdefault(id_key, "id")
         self._outer_field = fields.setdefault(self._sub_source[0], "outer") if self._sub_source else None
         self._decoder: msgspec.json.Decoder[typing.Any] | None = None
@@ -89,7 +91,9 @@ class RecordParser:
                 (field, object, None) for field in fields.values() if field != "text"
             ]
             names = {field: key for key, field in fields.items()}
-            kind: typing.Any = msgspec.defstruct("Record", [("text", str), *optional], rename=names, gc=False)
+            text: tuple[str, typing.Any] | tuple[str, typing.Any, typing.Any]
+            text = ("text", object, msgspec.UNSET) if self._inner_text else ("text", str)
+            kind: typing.Any = msgspec.defstruct("Record", [text, *optional], rename=names, gc=False)
             self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:
@@ -128,8 +132,14 @@ class RecordParser:
             found = self._decoder.decode(record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
+        text = found.text
+        if text is msgspec.UNSET:
+            text = _value_under(getattr(found, self._text_field), self._inner_text[1:])
+        if not isinstance(text, str):
+            return None
         outer = getattr(found, self._outer_field) if self._outer_field else None
-        return found.text, getattr(found, self._id_field), outer
+        identity = getattr(found, self._id_field)
+        return text, None if identity is msgspec.UNSET else identity, outer
 
     def _parse_exactly(self, record: bytes) -> tuple[str, object, object]:
         """Parse any record, including NaN in a metadata field and escaped lone surrogates, both of which JSON allows.
@@ -146,9 +156,13 @@ class RecordParser:
             raise ValueError(f"not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"a JSON {type(found).__name__}, not an object")
-        if self._text_key not in found:
-            raise ValueError(f"has no key {self._text_key!r}; its keys are {', '.join(map(repr, list(found)[:10]))}")
-        text = found[self._text_key]
+        # A key that has the dots in its name comes first, as before a dot could mean a place inside
+        text = found.get(self._text_key, msgspec.UNSET)
+        if text is msgspec.UNSET and self._inner_text:
+            text = _value_under(found, self._inner_text)
+        if text is msgspec.UNSET:
+            keys = _keys_of(found) if self._inner_text else list(found)
+            raise ValueError(f"has no key {self._text_key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
         if not isinstance(text, str):
             raise ValueError(f"{self._text_key!r} is {json.dumps(text)[:40]}, not a string")
         outer = found.get(self._sub_source[0]) if self._sub_source else None
@@ -158,9 +172,24 @@ class RecordParser:
         """Return the sub-source under the dotted key, given the value of its first part; None if missing or empty."""
         if not self._sub_source:
             return None
-        for part in self._sub_source[1:]:
-            value = value.get(part) if isinstance(value, dict) else None
+        value = _value_under(value, self._sub_source[1:])
         return _without_surrogates(value) if isinstance(value, str) and value else None
+
+
+def _value_under(value: object, keys: list[str]) -> object:
+    """Return the value under keys, one inside the other; msgspec.UNSET if one is missing."""
+    for key in keys:
+        value = value.get(key, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
+    return value
+
+
+def _keys_of(found: dict[str, object]) -> list[str]:
+    """List the keys of an object and, dotted, those of objects in it."""
+    return [
+        name
+        for key, value in found.items()
+        for name in ([f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key])
+    ]
 
 
 def parser_for(source: SourceConfig | None, strict: bool = True) -> RecordParser:

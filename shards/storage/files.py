@@ -1,30 +1,37 @@
 """Access to shards' bytes: expanding the patterns of a config, opening files, and detecting changes.
 
-shard_index and json_lines -> files.
+remote, ranges -> files -> {shard_index, json_lines, parquet}.
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import logging
 import os
 import re
+from collections.abc import Iterable
 from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 import msgspec
 
 from shards.errors import ShardError
-from shards.storage import remote
+from shards.storage import ranges, remote
 from shards.storage.block_cache import BlockCache
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
+# Suffixes that a glob takes only if it ends as they do, since a run may have begun with one that passed them over
+NAMED_SUFFIXES = (".parquet", ".jsonl.xz", ".json.xz", ".jsonl.bz2", ".json.bz2")
 # Files that somebody may take for a shard, though a glob ignores them
 _LIKE_A_SHARD = re.compile(
     r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE
 )
-_COLUMN_MARK = ".arrow#"  # marks the path of a column of an Arrow file: FILE.arrow#COLUMN
+# Marks the path of a column, FILE.arrow#COLUMN or FILE.parquet#COLUMN; a web address may have a query in between
+_COLUMN_MARK = re.compile(r"\.(?:arrow|parquet)(?:\?[^#]*)?#")
+_PARQUET = ".parquet"
 _OURS = (".index.json", ".windows", ".manifest", ".texts")  # files that Headrace leaves beside shards
+_SEEKABLE_BUFFER = 1 << 13  # bytes; longer reads go past it
 _MAX_NAMED = 5  # names in a message, out of what may be thousands
 
 _logger = logging.getLogger(__name__)
@@ -43,8 +50,8 @@ class Stat(msgspec.Struct, frozen=True):
 def expand(patterns: tuple[str, ...], source: str) -> list[str]:
     """List the shards that a source's patterns name: sorted within a pattern, patterns in order, each shard once.
 
-    A glob takes only names that end like a shard's; a name without wildcards is taken literally. Files in a glob's
-    folders that look like shards and are not read are logged.
+    A glob takes only names that end like a shard's, some only if it ends so itself; a name without wildcards is taken
+    literally. Files in a glob's folders that look like shards and are not read are logged.
     Raises: ShardError for a pattern that matches nothing, and for a name that is not UTF-8.
     """
     shards: dict[str, None] = {}
@@ -53,11 +60,13 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
         pattern = _local(os.path.expanduser(pattern))
         found = [pattern]
         if _has_wildcards(pattern) and not os.path.exists(pattern):
-            found = [path for path in _matches(pattern) if path.endswith(SHARD_SUFFIXES)]
+            ending = "." + pattern.rpartition(".")[2]
+            named = tuple(suffix for suffix in NAMED_SUFFIXES if suffix.endswith(ending))
+            found = [path for path in _matches(pattern) if path.endswith((*SHARD_SUFFIXES, *named))]
             if not found:
                 raise ShardError(
-                    f"source {source!r}: no shard matches {pattern!r} (current folder: {os.getcwd()}; "
-                    f"names must end in one of {', '.join(SHARD_SUFFIXES)})"
+                    f"source {source!r}: no shard matches {pattern!r} (current folder: {os.getcwd()}; names must end "
+                    f"in one of {', '.join(SHARD_SUFFIXES)}, and {', '.join(NAMED_SUFFIXES)} where the pattern does)"
                 )
             passed_over.update(dict.fromkeys(_unread(pattern)))
         shards.update(dict.fromkeys(found))
@@ -69,10 +78,11 @@ def expand(patterns: tuple[str, ...], source: str) -> list[str]:
             )
     if unread := [path for path in passed_over if path not in shards]:
         _logger.warning(
-            "source %r: not read, since a glob takes only names that end in %s: %s; rename what is a shard, or name it "
-            "in paths without wildcards",
+            "source %r: not read, since a glob takes only names that end in %s, and in %s where the glob does: %s; "
+            "rename what is a shard, or name it in paths without wildcards",
             source,
             ", ".join(SHARD_SUFFIXES),
+            ", ".join(NAMED_SUFFIXES),
             listed(unread),
         )
     return list(shards)
@@ -105,9 +115,10 @@ def stat(path: str, fresh: bool = False) -> Stat:
 
     Raises: ShardError if it is missing, is a folder or a pipe, or may not be read.
     """
+    path = file_of(path)
     if remote.is_remote(path):
         return Stat(*remote.stat(path, fresh))
-    path = _local(file_of(path))
+    path = _local(path)
     try:
         found = os.stat(path)
     except OSError as error:
@@ -156,22 +167,36 @@ def open_shard(path: str, offset: int = 0, cache: BlockCache | None = None) -> B
 
 def is_column(path: str) -> bool:
     """Return True for the path of a column, False for that of a file."""
-    return _COLUMN_MARK in path
+    return _COLUMN_MARK.search(path) is not None
+
+
+def is_parquet(path: str) -> bool:
+    """Return True for a Parquet file, which its name says, and for a column of one."""
+    path = file_of(path)
+    return (path.partition("?")[0] if path.startswith(remote.WEB) else path).endswith(_PARQUET)
 
 
 def column_of(path: str) -> str:
     """Return the name of a column, from its path."""
-    return path.rpartition("#")[2]
+    mark = _COLUMN_MARK.search(path)
+    assert mark is not None, path
+    return path[mark.end() :]
 
 
 def column_path(file: str, column: str) -> str:
-    """Return the path of a column of an Arrow file."""
+    """Return the path of a column of an Arrow or a Parquet file."""
     return f"{file}#{column}"
+
+
+def with_columns(paths: Iterable[str], column: str) -> list[str]:
+    """Return the paths with a column's path in place of each Parquet file."""
+    return [column_path(path, column) if is_parquet(path) and not is_column(path) else path for path in paths]
 
 
 def file_of(path: str) -> str:
     """Return the file of a column's path; any other path unchanged."""
-    return path.rpartition("#")[0] if is_column(path) else path
+    mark = _COLUMN_MARK.search(path)
+    return path[: mark.end() - 1] if mark else path
 
 
 def place(path: str) -> tuple[str, str]:
@@ -185,6 +210,21 @@ def place(path: str) -> tuple[str, str]:
         return folder + mark + query, name
     folder, name = os.path.split(path if remote.is_remote(path) else os.path.abspath(_local(path)))
     return folder, name
+
+
+def open_seekable(path: str, cache: BlockCache | None = None) -> BinaryIO:
+    """Open a file for reads at any place, a remote one through `cache`; a column's path opens its file.
+
+    Raises: ShardError if it cannot be opened; reading a remote one raises it too.
+    """
+    path = file_of(path)
+    if remote.is_remote(path):
+        return io.BufferedReader(ranges.RangedFile(path, cache), _SEEKABLE_BUFFER)
+    path = _local(path)
+    try:
+        return open(path, "rb", buffering=_SEEKABLE_BUFFER)
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def _local(path: str) -> str:

@@ -95,6 +95,65 @@ def stat(url: str, fresh: bool = False) -> tuple[int, str]:
     return int(info["size"]), next((str(info[key]) for key in keys if info.get(key)), "")
 
 
+class RemoteBlocks:
+    """A remote file's bytes, fetched range by range in the background."""
+
+    def __init__(self, url: str, stall_seconds: float = _STALL_SECONDS, cache: BlockCache | None = None) -> None:
+        """Ask for the file's size.
+
+        Args:
+            stall_seconds: a range that takes longer is requested again.
+            cache: where ranges are looked up first and kept.
+        """
+        self._url, self._stall_seconds = url, stall_seconds
+        self._system, self._path = _system(url)
+        self.size, self._stamp = stat(url)
+        # Without a stamp, a cached block might come from an older version of the file.
+        self._cache = cache if self._stamp else None
+        self.is_cached = self._cache is not None
+
+    def request(self, start: int, stop: int) -> Call[bytes]:
+        """Begin to fetch bytes [start, stop), which may be none; `wait` returns them."""
+        return Call(lambda: self._fetch(start, stop) if start < stop else b"")
+
+    def wait(self, requested: Call[bytes], start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) that were requested. Raises: ShardError when all attempts have failed."""
+        wanted = stop - start
+        calls = [requested]
+
+        def attempt() -> bytes:
+            call = calls.pop() if calls else self.request(start, stop)
+            data = call.result(self._stall_seconds)
+            if len(data) > wanted:
+                raise ShardError(
+                    f"{self._url}: the server ignores byte ranges (asked for {wanted} bytes, got {len(data)}); "
+                    "download the shard and name the local file"
+                )
+            if len(data) < wanted:
+                raise OSError(f"got {len(data)} of {wanted} bytes")
+            return data
+
+        what = f"{self._url} at byte {start}"
+        try:
+            return _persist(what, attempt, None)
+        except (FileNotFoundError, PermissionError) as error:
+            raise _missing(what, error) from None
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        """Fetch bytes [start, stop), or whatever the server sends instead."""
+        if self._cache and (kept := self._cache.get(self._url, self.size, self._stamp, start, stop)) is not None:
+            return kept
+        # The hub's client opens a file for this, which by default reads ahead beyond the range.
+        options = {"cache_type": "none"} if self._system.protocol == "hf" else {}
+        # Passed by name, since S3's second argument is a different one.
+        data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
+        if self._cache and len(data) == stop - start:
+            unchanged = stat(self._url, fresh=True) == (self.size, self._stamp)
+            if unchanged:  # otherwise they may come from a newer file than the stamp's
+                self._cache.put(self._url, self.size, self._stamp, start, data)
+        return data
+
+
 class RemoteFile:
     """A remote file read forward from an offset, one block ahead."""
 
@@ -112,22 +171,20 @@ class RemoteFile:
             stall_seconds: a block that takes longer is requested again.
             cache: where blocks are looked up first and kept.
         """
-        self._url, self._next, self._stall_seconds = url, offset, stall_seconds
-        self._system, self._path = _system(url)
-        self._size, self._stamp = stat(url)
-        # Without a stamp, a cached block might come from an older version of the file.
-        self._cache = cache if self._stamp else None
+        self._next, self._blocks = offset, RemoteBlocks(url, stall_seconds, cache)
+        self._size = self._blocks.size
         self._block, self._taken = b"", 0
-        self._ahead = self._fetch()
+        self._ahead = self._blocks.request(*self._range())
 
     def read(self, size: int, /) -> bytes:
         """Read up to `size` bytes; none only at the file's end. Raises: ShardError when all attempts have failed."""
         if self._taken == len(self._block):
             if self._next >= self._size:
                 return b""
-            self._block, self._taken = self._await_block(), 0
+            start, stop = self._range()
+            self._block, self._taken = self._blocks.wait(self._ahead, start, stop)[self._next - start :], 0
             self._next += len(self._block)
-            self._ahead = self._fetch()
+            self._ahead = self._blocks.request(*self._range())
         data = self._block[self._taken : self._taken + size]
         self._taken += len(data)
         return data
@@ -142,55 +199,13 @@ class RemoteFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fetch(self) -> _Call[bytes]:
-        start, stop = self._range()
-        return _Call(lambda: self._block_of(start, stop) if start < stop else b"")
-
     def _range(self) -> tuple[int, int]:
         """Return the byte range to fetch for the next block, aligned if blocks are cached, so that offsets share it."""
-        start = self._next - (self._next % BLOCK_BYTES if self._cache else 0)
+        start = self._next - (self._next % BLOCK_BYTES if self._blocks.is_cached else 0)
         return start, min(start + BLOCK_BYTES, self._size)
 
-    def _block_of(self, start: int, stop: int) -> bytes:
-        """Fetch bytes [start, stop), or whatever the server sends instead."""
-        if self._cache and (kept := self._cache.get(self._url, self._size, self._stamp, start, stop)) is not None:
-            return kept
-        # The hub's client opens a file for this, which by default reads ahead beyond the range.
-        options = {"cache_type": "none"} if self._system.protocol == "hf" else {}
-        # Passed by name, since S3's second argument is a different one.
-        data = bytes(self._system.cat_file(self._path, start=start, end=stop, **options))
-        if self._cache and len(data) == stop - start:
-            unchanged = stat(self._url, fresh=True) == (self._size, self._stamp)
-            if unchanged:  # otherwise they may come from a newer file than the stamp's
-                self._cache.put(self._url, self._size, self._stamp, start, data)
-        return data
 
-    def _await_block(self) -> bytes:
-        """Return the bytes from `_next` to the end of its block."""
-        start, stop = self._range()
-        wanted = stop - start
-        calls = [self._ahead]
-
-        def attempt() -> bytes:
-            call = calls.pop() if calls else self._fetch()
-            data = call.result(self._stall_seconds)
-            if len(data) > wanted:
-                raise ShardError(
-                    f"{self._url}: the server ignores byte ranges (asked for {wanted} bytes, got {len(data)}); "
-                    "download the shard and name the local file"
-                )
-            if len(data) < wanted:
-                raise OSError(f"got {len(data)} of {wanted} bytes")
-            return data
-
-        what = f"{self._url} at byte {self._next}"
-        try:
-            return _persist(what, attempt, None)[self._next - start :]
-        except (FileNotFoundError, PermissionError) as error:
-            raise _missing(what, error) from None
-
-
-class _Call(Generic[Result]):
+class Call(Generic[Result]):
     """A function's result, computed in a thread that may hang without blocking anything else."""
 
     def __init__(self, function: Callable[[], Result]) -> None:
@@ -224,7 +239,7 @@ def _persist(what: str, attempt: Callable[[], Result], seconds: float | None) ->
     pause = FIRST_PAUSE_SECONDS
     for number in range(1, _ATTEMPTS + 1):
         try:
-            return attempt() if seconds is None else _Call(attempt).result(seconds)
+            return attempt() if seconds is None else Call(attempt).result(seconds)
         except ShardError:
             raise
         except Exception as error:  # each of fsspec's systems raises errors of its own library

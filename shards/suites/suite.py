@@ -169,7 +169,7 @@ def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[s
         return tuple(hf_datasets.shards_of(_as_training_source(source, split)))
     path = base / Path(source.path or "").expanduser()
     if path.is_file():
-        return (str(path),)
+        return tuple(files.with_columns([str(path)], source.text_key))
     if not path.is_dir():
         raise ConfigError(f"{key}: source {source.name!r}: {path} is neither a folder nor a file")
     if not (shards := _of_split(path, split)):

@@ -1,6 +1,6 @@
 """A window -> its rows: read, tokenize, shuffle, pack. Pure, so any process may make any window.
 
-decoders, cells, json_lines, recipe -> window -> worker, worker_pool.
+decoders, parquet_rows, cells, json_lines, recipe -> window -> worker, worker_pool.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from shards.arrays import Ints
 from shards.config import DataConfig
 from shards.errors import ShardError
 from shards.index.decoders import Decoders, RawRange
+from shards.index.parquet_rows import ParquetRows
 from shards.plan.cursor import Cut
 from shards.plan.segments import Span
 from shards.records.arrow_rows import Columns
@@ -97,7 +98,7 @@ class WindowMaker:
         self._tokenizer, self._filters, self._forgotten = tools
         cache = open_cache(config.remote_cache)
         self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
-        self._columns = Columns()
+        self._columns, self._parquet = Columns(), ParquetRows(cache)
         self._parsers = [parser_for(source, config.strict_records) for source in config.sources]
         self._cells = Cells(self._decoders)
 
@@ -192,8 +193,11 @@ class WindowMaker:
     def _read(self, item: SpanTask, source: int, skip_bad: bool) -> Records:
         """Read the records of a span."""
         span, path = item.span, item.raw.path
-        if files.is_column(path):
-            config = self._config.sources[source]
+        config = self._config.sources[source]
+        if files.is_parquet(path):
+            cells, rows = (span.cells_record, span.cells_records), (span.first_record, span.num_records)
+            records = self._parquet.records(item.raw, cells, rows, config)
+        elif files.is_column(path):
             records = self._columns.records(
                 path, item.raw.stat, span.first_record, span.num_records, config, item.raw.content_hash
             )
@@ -220,6 +224,7 @@ class WindowMaker:
         """Close open shards."""
         self._decoders.close()
         self._columns.close()
+        self._parquet.close()
 
 
 def _decontaminated(records: Records, decontaminator: Decontaminator | None) -> Records:

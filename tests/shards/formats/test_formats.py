@@ -126,15 +126,15 @@ def test_a_needed_dictionary_is_reported_and_the_printed_command_removes_the_nee
 
 
 def test_other_compressions_are_named(tmp_path: Path) -> None:
-    for data, name in ((bz2.compress(b"{}"), "bzip2"), (lzma.compress(b"{}"), "xz"), (b"PAR1....", "Parquet")):
-        with pytest.raises(ShardError, match=f"a.jsonl.more: is {name}; a shard is JSON lines"):
+    for data, name in ((b"\x04\x22\x4d\x18....", "lz4"), (b"PK\x03\x04....", "zip"), (b"PAR1....", "Parquet")):
+        with pytest.raises(ShardError, match=f"a.jsonl.more: is {name}[;,] .*(convert|rename) it"):
             decode(data, "a.jsonl.more")
 
 
 def test_compression_is_recognized_by_content_not_by_name() -> None:
     assert decode(gzip.compress(b'{"text": "a"}\n'), "named.jsonl.zst") == b'{"text": "a"}\n'
     assert decode(b'\xef\xbb\xbf {"text": "a"}\n', "named.jsonl.zst").endswith(b"}\n")
-    with pytest.raises(ShardError, match="neither zstd, gzip nor"):
+    with pytest.raises(ShardError, match="neither zstd, gzip, xz, bzip2 nor"):
         decode(b"\x00\x01\x02\x03", "named.jsonl.zst")
     with pytest.raises(ShardError, match="empty"):
         decode(b"")
@@ -146,3 +146,42 @@ def test_highly_compressed_gzip_is_unpacked_in_bounded_chunks() -> None:
     sizes = [len(chunk) for chunk in formats.decode(file, formats.detect(file.head, "x"), "x", MAX_WINDOW)]
     assert sum(sizes) == len(raw)
     assert max(sizes) <= formats.gzip.MAX_OUTPUT_BYTES
+
+
+@pytest.mark.parametrize("compression", ["xz", "bzip2"])
+def test_streams_are_entries_and_damage_is_named(compression: str) -> None:
+    """Hold for one stream and several, at presets of small and of large dictionaries, with padding in between."""
+    pack = {"xz": lambda raw, level: lzma.compress(raw, preset=level), "bzip2": bz2.compress}[compression]
+    parts = [b"".join(b"%d the quick brown fox %d\n" % (i, i * i) for i in range(n)) for n in (40_000, 1, 90_000)]
+    streams = [pack(part, level) for part, level in zip(parts, (6, 1, 9), strict=True)]
+    gap = bytes(8) if compression == "xz" else b""
+    data, raw = gap.join(streams), b"".join(parts)
+    name = f"a.jsonl.{compression}"
+    assert decode(data, name) == raw
+    starts = [
+        (chunk.offset, chunk.raw_offset)
+        for chunk in formats.chunks(io.BytesIO(data), compression, name, 1 << 27)
+        if chunk.begins
+    ]
+    assert len(starts) == 3
+    for offset, raw_offset in starts:
+        file = io.BytesIO(data)
+        file.seek(offset)
+        found = formats.decode(file, compression, name, 1 << 27, formats.Start(offset, raw_offset))
+        assert b"".join(found) == raw[raw_offset:]
+    for cut in (1, 9, len(streams[2]) // 2, len(streams[2]) - 5):
+        with pytest.raises(ShardError, match=rf"{name}: .*(truncated|damaged)"):
+            decode(data[:-cut], name)
+    broken = bytearray(data)
+    broken[len(streams[0]) // 2] ^= 1
+    with pytest.raises(ShardError, match=rf"{name}: damaged {compression} data near byte"):
+        decode(bytes(broken), name)
+
+
+def test_a_large_dictionary_of_xz_names_the_setting() -> None:
+    blob = lzma.compress(b"long\n" * 1000, preset=9)
+    assert decode(blob, "a.jsonl.xz") == b"long\n" * 1000
+    with pytest.raises(
+        ShardError, match=r"dictionary of 67108864 bytes; data\.max_decoder_window is 1048576; raise it"
+    ):
+        decode(blob, "a.jsonl.xz", max_window=1 << 20)

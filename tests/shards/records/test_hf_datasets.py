@@ -8,17 +8,20 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards import (
     ConfigError,
     Loader,
     ShardError,
+    SourceConfig,
     batch_after,
     check_fingerprint,
     merge_states,
 )
 from shards.config import DataConfig
+from shards.records import arrow
 from shards.records.arrow_rows import Columns
 from shards.storage import files
 from tests.shards.corpora import config, record, words
@@ -131,6 +134,27 @@ def test_token_ids_of_any_integer_type_give_the_same_tokens(tmp_path: Path, kind
     assert len(set(digests)) == 1, "contents are equal, however they are stored"
 
 
+@pytest.mark.parametrize("element", [pa.uint16(), pa.int64()])
+def test_token_ids_in_any_kind_of_list_are_the_same(tmp_path: Path, element: pa.DataType) -> None:
+    """Include lists of one length with nulls, whose places in the values a fixed size keeps."""
+    ids = [[3 + (i * 7 + j) % 100 for j in range(20)] if i % 17 else None for i in range(100)]
+    ids[5] = [7, None, *range(18)]  # type: ignore[list-item]
+    found = []
+    for number, kind in enumerate((pa.list_(element), pa.large_list(element), pa.list_(element, 20))):
+        path = tmp_path / f"{number}.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema({"ids": kind})) as stream:
+            stream.write_table(pa.table({"ids": pa.array(ids, kind)}), max_chunksize=33)
+        column = files.column_path(str(path), "ids")
+        source = SourceConfig(name="a", dataset=str(path), input_ids_key="ids")
+        records = Columns().records(column, files.stat(column), 3, 90, source)
+        assert records.token_ids is not None
+        measured = arrow.measure(column)
+        values = [part.tolist() for part in records.token_ids]
+        found.append((values, records.lines, records.bad, measured.row_bytes.tolist(), measured.content_hash))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == [row for i, row in enumerate(ids) if 3 <= i < 93 and row is not None and i != 5]
+
+
 def test_files_that_are_no_data_set_are_reported_with_the_cause(tmp_path: Path) -> None:
     for name, second, cause in (
         ("keys", {"text": "b", "extra": 1}, r"CastError: .*extra.*column names don't match"),
@@ -142,7 +166,11 @@ def test_files_that_are_no_data_set_are_reported_with_the_cause(tmp_path: Path) 
             (folder / f"train-{number}.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(ShardError, match=rf"source 'a'.*cannot be loaded: {cause}.*with paths: instead"):
             Loader(of(str(folder)), 8)
-        # The way around that the message suggests works
+        # The way around that the message suggests works, and for Parquet as for JSON lines
+        for file in folder.glob("*.jsonl"):
+            pq.write_table(pa.Table.from_pylist([json.loads(file.read_text())]), file.with_suffix(".parquet"))
+        with Loader(config([{"name": "a", "paths": [f"{folder}/*.parquet"], "max_epochs": 1}], lanes=1), 1) as loader:
+            assert sum(len(list(batch.origins())) for batch in loader) == 2
         with Loader(config([{"name": "a", "paths": [f"{folder}/*.jsonl"], "max_epochs": 1}], lanes=1), 1) as loader:
             assert sum(len(list(batch.origins())) for batch in loader) == 2
 

@@ -135,3 +135,22 @@ def test_names_that_no_file_could_hold_are_replaced(tmp_path: Path) -> None:
 def test_a_long_record_of_brackets_is_parsed() -> None:
     text = words(1, 100) + "[{" * 500_000
     assert RecordParser().parse(record(text), 1).texts == [text]
+
+
+@pytest.mark.parametrize("others", [{}, {"id_key": "content.text"}, {"source_from": "content.site"}])
+def test_a_dotted_key_finds_a_text_inside(others: dict[str, str]) -> None:
+    lines = {
+        b'{"content": {"site": "s", "text": "in"}, "id": 1}': "in",
+        b'{"content.text": "out", "content": {"text": "in", "site": "s"}}': "out",  # as before dots had a meaning
+        b'{"content": {"text": "\\ud800x"}}': "\ufffdx",
+        b'{"content": {"text": "in", "n": NaN}}': "in",
+        b'{"content.text": null, "content": {"text": "in"}}': "'content.text' is null, not a string",
+        b'{"content": {"text": null}}': "'content.text' is null, not a string",
+        b'{"content": "in"}': "has no key 'content.text'; its keys are 'content'",
+        b'{"content": {"body": "x"}, "id": 1}': "has no key 'content.text'; its keys are 'content.body', 'id'",
+    }
+    parser = RecordParser("content.text", **others)
+    for line, expected in lines.items():
+        found = parser.parse(line, 1)
+        assert [*found.texts, *(bad.reason for bad in found.bad)] == [expected], line
+        assert found.sub_sources in ([], ["s"], [None])
