@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.exchange.description import ModelDescription, refuse, required
+from pretrain.exchange.description import ModelDescription, read_specs, refuse, required
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
@@ -62,14 +62,17 @@ def hf_name(name: str) -> str:
 class HFModel:
     """A model in a Hugging Face folder; only the requested slices of weights are read, on request.
 
+    Args:
+        vocab_size: tokens whose rows are read, the first ones; None: all rows.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
         self.folder = folder
         self.description = read_config(folder / CONFIG)
-        self.specs = weight_specs(self.description.config)
+        self._stored = weight_specs(self.description.config)
+        self.specs = read_specs(self.description.config, vocab_size)
         self._files = self._find()
 
     def _find(self) -> dict[str, Path]:
@@ -101,13 +104,12 @@ class HFModel:
         spec, theirs = self.specs[name], hf_name(name)
         with _open_safetensors(self._files[theirs]) as file:
             stored = file.get_slice(theirs)
-            if tuple(stored.get_shape()) != spec.shape:
+            if tuple(stored.get_shape()) != self._stored[name].shape:
                 raise ConfigError(
                     f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, but {CONFIG} implies"
-                    f" {list(spec.shape)}"
+                    f" {list(self._stored[name].shape)}"
                 )
-            tensor: Tensor = stored[spec.bounds(index, count)]
-        return tensor
+            return spec.padded(stored[spec.bounds(index, count)], count)
 
 
 def _open_safetensors(path: Path) -> Any:
