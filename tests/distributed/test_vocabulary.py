@@ -40,12 +40,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(folder: Path, tokenizer: Path, tied: bool, layouts: list[tuple[int, int, int]], steps: int) -> list[dict]:
+def train(
+    folder: Path,
+    tokenizer: Path,
+    tied: bool,
+    layouts: list[tuple[int, int, int]],
+    steps: int,
+    precision: str = "fp32",
+) -> list[dict]:
     """Start a run once for each layout, for a number of steps each; return its metrics."""
     folder.mkdir()
     model = {"vocab_size": VOCABULARY, "n_kv_heads": 4, "qk_norm": True, "tie_embeddings": tied}
     changes = {"data": {"tokenizer": str(tokenizer)}, "train": {"weight_hash_every": 1}, "optim": {"z_loss": 1e-2}}
-    config = write_config(folder, "run", model=model, **changes)
+    config = write_config(folder, "run", model=model, precision=precision, **changes)
     starts = []
     for i, (tp, dp, stage) in enumerate(layouts):
         split = f"parallel.sequence_parallel={str(tp > 1).lower()}"
@@ -98,12 +105,7 @@ def test_a_run_has_the_losses_of_one_rank_and_an_export_without_padding(
         assert [m[key] for m in found] == pytest.approx(wanted, rel=1e-5 if key == "loss" else 1e-4), key
     run = RunFolder(tmp_path / "split" / "run")
     weights, engine = newest(run)
-    ranks, _ = read_partitions(engine)
-    for state in ("fp32", "exp_avg", "exp_avg_sq"):
-        last = whole(ranks[-1], "embedding.weight", state)
-        held = VOCABULARY - (tp_size - 1) * len(last)
-        assert 0 < held < len(last)
-        assert not last[held:].any()
+    assert_padding_is_zero(engine, "embedding.weight")
     export(weights, config.model, config.data, tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert theirs.get_input_embeddings().weight.shape == theirs.get_output_embeddings().weight.shape
@@ -115,6 +117,26 @@ def test_a_run_has_the_losses_of_one_rank_and_an_export_without_padding(
         for count, source in ((1, ("--run", str(run.root))), (tp_size, ("--model", str(tmp_path / "hf"))))
     ]
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1] != ""
+
+
+def assert_padding_is_zero(engine: Path, name: str) -> None:
+    """Read what pads the last rank's rows, and its moments, from a checkpoint's files."""
+    ranks, _ = read_partitions(engine)
+    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+        last = whole(ranks[-1], name, state)
+        held = VOCABULARY - (len(ranks) - 1) * len(last)
+        assert 0 < held < len(last)
+        assert last[:held].any()
+        assert not last[held:].any()
+
+
+def test_bf16_keeps_the_padding_at_zero_in_every_zero_stage(tokenizer: Path, tmp_path: Path) -> None:
+    found = train(tmp_path / "split", tokenizer, False, [(2, 1, 1), (2, 1, 2), (2, 1, 3)], 2, "bf16")
+    alone = train(tmp_path / "alone", tokenizer, False, [(1, 1, 1)], 6, "bf16")
+    assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in alone], rel=1e-2)
+    _, engine = newest(RunFolder(tmp_path / "split" / "run"))
+    for name in ("embedding.weight", "output.weight"):
+        assert_padding_is_zero(engine, name)
 
 
 def test_the_hash_of_a_state_is_that_of_its_whole_weights(runs: Path, tmp_path: Path) -> None:
