@@ -28,7 +28,7 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
 from pretrain.topology import ParallelConfig
-from shards import Config, ConfigError, DataConfig, Stage, installation
+from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan
 from shards.config_errors import explain, listed, multiples_near
 
@@ -265,12 +265,11 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         yield from _head_problems(model)
     if model and parallel:
         for key, value in model.split_sizes.items():
-            if key != "vocab_size":  # which a user cannot simply change
-                yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
-        if advice := how_to_split_vocabulary(model.vocab_size, parallel.tp_size):
+            yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
+        if not model.gives_each_rank_tokens(parallel.tp_size):
             yield (
-                f"model.vocab_size={model.vocab_size} cannot be split by parallel.tp_size={parallel.tp_size}, and must"
-                f" equal the tokenizer's number of tokens; {advice}"
+                f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
+                " a token; make parallel.tp_size smaller"
             )
     if train and data:
         yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
@@ -310,18 +309,6 @@ def _stage_problems(
         yield f"{last}: the run ends at train.steps={train.steps}, so that stage never begins"
     if train.steps and (beyond := [steps for steps in data.skip_steps if steps[1] > train.steps]):
         yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"
-
-
-def how_to_split_vocabulary(vocab_size: int, tp_size: int) -> str:
-    """Describe how to split a tokenizer with this many tokens by tensor parallelism; empty if it is splittable."""
-    if vocab_size % tp_size == 0:
-        return ""
-    divisors = listed([n for n in range(1, vocab_size + 1) if vocab_size % n == 0])
-    command = installation.typed("train-tokenizer", "--vocab-size")
-    return (
-        f"set parallel.tp_size to a divisor of {vocab_size}: {divisors}; or use a tokenizer whose number of tokens is a"
-        f" multiple of {tp_size}, such as {multiples_near(vocab_size, tp_size)} ({command})"
-    )
 
 
 def _head_problems(model: ModelConfig) -> Iterator[str]:

@@ -36,7 +36,7 @@ from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
-from pretrain.model.parallel import shard_dim
+from pretrain.model.parallel import shard_dim, size_without_padding
 from pretrain.model.transformer import Block, ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
@@ -239,7 +239,7 @@ class Engine:
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return this rank's slice [B, vocab / tp_size] of the logits after tokens [B, T] that follow a cache."""
+        """Return this rank's slice [B, vocab_size / tp_size] of the logits after tokens [B, T] that follow a cache."""
         self.deepspeed.eval()
         return self.deepspeed(tokens, head=last_logits, cache=cache)
 
@@ -275,7 +275,9 @@ class Engine:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             start, states = self._own_states(parameter)
             place = Place.in_slice(start, shape, dim, topology.tp_rank, topology.tp_size)
-            for key, values in states.items():
+            end = _size_without_padding(parameter, shape)
+            for key, own_values in states.items():
+                values = own_values[: max(0, end - start)]
                 if key == "fp32":
                     weights.append(hash_sum(values, name, place))
                 else:
@@ -361,6 +363,13 @@ class Engine:
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
+
+
+def _size_without_padding(parameter: Any, shape: tuple[int, ...]) -> int:
+    """Count the first elements of a slice of this shape that are no padding, which lies at its end."""
+    if shard_dim(parameter) != 0:
+        return math.prod(shape)  # only rows are padded
+    return size_without_padding(parameter) * math.prod(shape[1:])
 
 
 def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:

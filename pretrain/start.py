@@ -19,7 +19,7 @@ import torch
 import shards
 from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import RunConfig, how_to_split_vocabulary, load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
 from pretrain.exchange.folder import open_model
@@ -115,10 +115,9 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
     vocab_size = tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:
-        advice = how_to_split_vocabulary(vocab_size, config.parallel.tp_size)
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {vocab_size}"
-            f" tokens; set model.vocab_size={vocab_size}" + (f", and {advice}" if advice else "")
+            f" tokens; set model.vocab_size={vocab_size}"
         )
     if config.init_from and not checkpoints_of(config).steps():
         open_model(config.init_from, config.model)

@@ -9,7 +9,9 @@ DeepSpeed's universal layout, one file each; a rank reads its part of each file,
         COMPLETE                                                       written last, as in a checkpoint
 
 DeepSpeed's own converter writes everything twice, and its output for ZeRO-3 fits no other tp_size or stage. Since this
-one already cuts the weights for the new tp_size, DeepSpeed only has to divide them over dp ranks.
+one already cuts the weights for the new tp_size, DeepSpeed only has to divide them over dp ranks. What pads the
+vocabulary's slices is zero in weights and moments alike (`model/parallel.py`): it is dropped, and made anew where the
+new tp_size needs it.
 
 All ranks convert together, each the weights dealt to it, and finish at about the same time, so that no collective waits
 for long.
@@ -33,6 +35,7 @@ from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import Checkpoint, CheckpointFile, CheckpointStore, read_complete, write_complete
 from pretrain.checkpoint.write import Writer
 from pretrain.checkpoint.zero_files import Partition, Saved, read_partitions, whole
+from pretrain.model.parallel import slice_of
 from pretrain.topology import Topology
 from shards import CheckpointError
 from shards.storage.atomic import fsync_folder
@@ -103,7 +106,7 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
         CheckpointError: if files of the checkpoint are missing, or a file cannot be written.
     """
     partitions, metadata = read_partitions(checkpoint / "engine")
-    dims = _shard_dims(metadata)
+    dims, vocab_size = _shard_dims(metadata), _vocab_size(metadata)
     # A small weight may lie on a single dp rank.
     sizes = {name: fragment.shape.numel() for partition in partitions[0] for name, fragment in partition.items()}
     names = _dealt(sizes, rank, world_size)
@@ -118,7 +121,8 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
             for key in (*_STATES, "step"):
-                slices = _slices([whole(ranks, name, key) for ranks in partitions], dims.get(name), tp_size, key)
+                parts = [whole(ranks, name, key) for ranks in partitions]
+                slices = _slices(parts, dims.get(name), tp_size, key, vocab_size.get(name))
                 for tp_rank, part in enumerate(slices):
                     content = {"param": part} if key in _STATES else part
                     pending.append(writer.write(target, f"tp_{tp_rank}/engine/zero/{name}/{key}.pt", content))
@@ -147,26 +151,45 @@ def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
     return own
 
 
-def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str) -> Sequence[Tensor]:
-    """Recut the former tensor-parallel ranks' slices of a weight for the new ranks."""
+def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str, size: int | None) -> Sequence[Tensor]:
+    """Recut the former tensor-parallel ranks' slices of a weight for the new ranks.
+
+    Args:
+        dim: the dimension along which it is split; None if it is replicated.
+        size: what the whole weight has of that dimension without padding; None if there can be no padding.
+    """
     if dim is None or key == "step":
         return [parts[0]] * tp_size
+    joined = torch.cat(list(parts), dim)
+    if size is not None:
+        joined = joined.narrow(dim, 0, size)
     # Clone, since torch.save writes the whole storage behind a view.
     return [
-        part.clone(memory_format=torch.contiguous_format) for part in torch.cat(list(parts), dim).chunk(tp_size, dim)
+        slice_of(joined, dim, rank, tp_size).clone(memory_format=torch.contiguous_format) for rank in range(tp_size)
     ]
 
 
 def _shard_dims(metadata: Saved) -> dict[str, int]:
     """Return the dimension along which each sharded weight is split; replicated weights are omitted."""
-    info = metadata["universal_checkpoint_info"]
-    names = [name for group in metadata["param_shapes"] for name in group]
+    rows = _named_by(metadata, "parameter_with_row_parallelism_patterns")
+    replicated = _named_by(metadata, "tp_replicated_parameter_patterns")
+    return {name: int(name in rows) for name in _names(metadata) if name not in replicated}
 
-    def named_by(key: str) -> set[str]:
-        return {name for name in names for pattern in info[key] if re.fullmatch(pattern, name)}
 
-    rows = named_by("parameter_with_row_parallelism_patterns")
-    return {name: int(name in rows) for name in names if name not in named_by("tp_replicated_parameter_patterns")}
+def _vocab_size(metadata: Saved) -> dict[str, int]:
+    """Return the number of tokens for each weight that has a row for each: embedding and output projection."""
+    of_tokens = _named_by(metadata, "vocabulary_parameter_patterns")
+    return dict.fromkeys(of_tokens, metadata["universal_checkpoint_info"]["original_vocab_size"])
+
+
+def _names(metadata: Saved) -> list[str]:
+    return [name for group in metadata["param_shapes"] for name in group]
+
+
+def _named_by(metadata: Saved, key: str) -> set[str]:
+    """Return the weights that a list of patterns in DeepSpeed's description names."""
+    patterns = metadata["universal_checkpoint_info"][key]
+    return {name for name in _names(metadata) for pattern in patterns if re.fullmatch(pattern, name)}
 
 
 def _common(metadata: Saved, partitions: Sequence[Sequence[Partition]]) -> dict[str, object]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from pretrain.checkpoint.store import Checkpoint
@@ -41,13 +40,13 @@ class CheckpointWeights:
             CheckpointError: if its shape differs from its spec.
         """
         spec = self._specs[name]
-        if spec.shard_dim is None:
-            found = whole(self._tp_ranks[0], name, "fp32")
-        else:
-            found = torch.cat([whole(ranks, name, "fp32") for ranks in self._tp_ranks], spec.shard_dim)
-        if tuple(found.shape) != spec.shape:
+        parts = [whole(ranks, name, "fp32") for ranks in self._tp_ranks[: None if spec.shard_dim is not None else 1]]
+        found = spec.joined(parts)
+        if found is None:
+            shape = list(parts[0].shape)
+            if spec.shard_dim is not None:
+                shape[spec.shard_dim] *= len(parts)
             raise CheckpointError(
-                f"{self._folder}: {name} is {list(found.shape)}, not {list(spec.shape)};"
-                " its run's config.yaml names another model"
+                f"{self._folder}: {name} is {shape}, not {list(spec.shape)}; its run's config.yaml names another model"
             )
         return spec.slice_of(found, index, count)

@@ -135,7 +135,7 @@ def _bytes_moved(work: Workload) -> float:
     forward = 8 * stream + (2 * queries_and_keys + 3 * config.hidden_dim) / parallel.tp_size
     passes = 3 if parallel.activation_checkpointing == "none" else 4
     blocks = config.n_layers * passes * forward * (1 if parallel.compile else _UNFUSED)
-    head = _HEAD_PASSES * config.vocab_size / parallel.tp_size
+    head = _HEAD_PASSES * work.vocab_rows
     return work.tokens * work.bytes_per_weight * (blocks + head) + 12 * work.parameters
 
 

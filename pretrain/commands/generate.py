@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -61,11 +62,11 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
     """Find the model that the arguments name. Raises HeadraceError if there is none."""
     if arguments.model:
         model = open_model(arguments.model)
-        description = model.description
+        description, codec = model.description, open_codec(arguments.model)
         return ChosenModel(
             description.config,
             lambda forward, _: forward.set_weights(model),
-            open_codec(arguments.model),
+            dataclasses.replace(codec, size=min(codec.size, description.config.vocab_size)),
             description.context,
             arguments.precision or "fp32",
         )

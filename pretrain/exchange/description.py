@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import WeightSpec, weight_specs
 from shards import ConfigError, installation
 
 # The keys that decide what a model computes from its weights; the others concern initialization and training.
@@ -37,18 +38,27 @@ class ModelDescription:
     context: int
 
     def check(self, model: ModelConfig) -> None:
-        """Compare with our model's config. Raises ConfigError naming each key that differs, under both names."""
+        """Compare with our model's config, which may have fewer tokens than the embedding has rows.
+
+        Raises:
+            ConfigError: naming each key that differs, under both names.
+        """
         theirs, ours = architecture(self.config), architecture(model)
         differing = [
             f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
             for key in _ARCHITECTURE
-            if theirs[key] != ours[key]
+            if theirs[key] != ours[key] and not (key == "vocab_size" and self.config.vocab_size > model.vocab_size)
         ]
         if differing:
             raise ConfigError(
                 f"{self.file} describes another model: {'; '.join(differing)}. To print its `model:` section, run"
                 f" `{installation.typed('export', '--describe', str(self.file.parent))}`"
             )
+
+
+def read_specs(config: ModelConfig, vocab_size: int | None) -> dict[str, WeightSpec]:
+    """Return what to read of a model's weights: only the rows of the first `vocab_size` tokens; None: all rows."""
+    return weight_specs(config if vocab_size is None else config.model_copy(update={"vocab_size": vocab_size}))
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:

@@ -52,6 +52,11 @@ def export(
     with _atomic_folder(to) as folder:
         if layout == "meta":
             check_splits(model, tp_size, "--tp")
+            if model.vocab_size % tp_size:
+                raise ConfigError(
+                    f"--tp={tp_size} does not divide the model's vocab_size={model.vocab_size}, and Meta's files have"
+                    " no padding; choose a divisor, such as --tp 1"
+                )
             meta.write_params(folder, model)
             shutil.copyfile(data.tokenizer, folder / "tokenizer.model")
             meta.write_weights(folder, weights, specs, model.head_dim, dtype, tp_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pretrain.model.transformer import ModelConfig
 from shards import ConfigError, Tokenizer
 from shards.storage.content_hash import hash_file
 
+_logger = logging.getLogger(__name__)
+
 Model = hf.HFModel | meta.MetaModel
 
 
@@ -24,21 +27,28 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
     """Open the model in a folder of either layout.
 
     Args:
-        expected: the config that it will be used with.
+        expected: the config that it will be used with. If it has fewer tokens than the embedding has rows, which then
+            pad it, the rows after them are not read.
     Raises:
         ConfigError: if there is no model that Headrace can run, or it differs from `expected`.
     """
     model: Model
     if (folder / hf.CONFIG).exists():
-        model = hf.HFModel(folder)
+        model = hf.HFModel(folder, expected.vocab_size if expected else None)
     elif (folder / meta.PARAMS).exists():
-        model = meta.MetaModel(folder, expected.rope_scaling if expected else None)
+        given = (expected.rope_scaling, expected.vocab_size) if expected else ()
+        model = meta.MetaModel(folder, *given)
     else:
         raise ConfigError(
             f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
         )
     if expected:
         model.description.check(expected)
+        if left_out := model.description.config.vocab_size - expected.vocab_size:
+            _logger.info(
+                "%s: the last %d rows of its embedding have no token among model.vocab_size=%d, and are left out",
+                folder, left_out, expected.vocab_size,
+            )  # fmt: skip
     return model
 
 

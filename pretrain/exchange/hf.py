@@ -1,6 +1,7 @@
-"""Hugging Face folders of LLaMA models: config.json and safetensors, read lazily and written as a stream.
+"""Hugging Face folders of LLaMA and Qwen3 models: config.json and safetensors, read lazily and written as a stream.
 
-Queries and keys need no permutation: our RoPE rotates the two halves of a head, as transformers' does.
+Qwen3 is LLaMA with an RMSNorm on each query and key head before the rotation: our model with qk_norm. Queries and keys
+need no permutation: our RoPE rotates the two halves of a head, as transformers' does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.exchange.description import ModelDescription, refuse, required
+from pretrain.exchange.description import ModelDescription, read_specs, refuse, required
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
@@ -34,8 +35,17 @@ _NAMES = {
     "attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+    "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
 }  # fmt: skip
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+# qk_norm -> the model_type of config.json, and transformers' class
+_KINDS = {False: ("llama", "LlamaForCausalLM"), True: ("qwen3", "Qwen3ForCausalLM")}
+_QWEN3_HEAD_DIM, _QWEN3_CONTEXT = 128, 32_768  # defaults of transformers' Qwen3Config
+# model_type -> where its norms differ from ours, for models that are otherwise alike
+_OTHER_NORMS = dict.fromkeys(
+    ("olmo2", "olmo3"),
+    "norms before each branch, not after it, and qk_norm over each head, not over all of them together",
+)
 # Old files hold these tables beside the weights.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -52,14 +62,17 @@ def hf_name(name: str) -> str:
 class HFModel:
     """A model in a Hugging Face folder; only the requested slices of weights are read, on request.
 
+    Args:
+        vocab_size: tokens whose rows are read, the first ones; None: all rows.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
         self.folder = folder
         self.description = read_config(folder / CONFIG)
-        self.specs = weight_specs(self.description.config)
+        self._stored = weight_specs(self.description.config)
+        self.specs = read_specs(self.description.config, vocab_size)
         self._files = self._find()
 
     def _find(self) -> dict[str, Path]:
@@ -91,13 +104,12 @@ class HFModel:
         spec, theirs = self.specs[name], hf_name(name)
         with _open_safetensors(self._files[theirs]) as file:
             stored = file.get_slice(theirs)
-            if tuple(stored.get_shape()) != spec.shape:
+            if tuple(stored.get_shape()) != self._stored[name].shape:
                 raise ConfigError(
                     f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, but {CONFIG} implies"
-                    f" {list(spec.shape)}"
+                    f" {list(self._stored[name].shape)}"
                 )
-            tensor: Tensor = stored[spec.bounds(index, count)]
-        return tensor
+            return spec.padded(stored[spec.bounds(index, count)], count)
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -112,7 +124,7 @@ def _listed(names: list[str]) -> str:
 
 
 def read_config(path: Path) -> ModelDescription:
-    """Read a LLaMA model's config.json.
+    """Read the config.json of a LLaMA or Qwen3 model.
 
     Raises:
         ConfigError: naming the first key without a counterpart in our model.
@@ -121,14 +133,11 @@ def read_config(path: Path) -> ModelDescription:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    for key, wanted in (
-        ("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
-        ("quantization_config", None),
-    ):  # fmt: skip
-        if values.get(key, wanted) != wanted:
-            raise refuse(path, key, values[key], f"{key}={wanted!r}")
-    found = {key: values.get(theirs) for key, theirs in _KEYS.items()}
-    for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size"):
+    _check_kind(path, values)
+    qk_norm = values.get("model_type") == "qwen3"
+    found = {key: values.get(theirs) for key, theirs in _KEYS.items()} | {"qk_norm": qk_norm}
+    # A Qwen3 without key and value heads would get 32 of them, whatever its n_heads.
+    for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", *(["n_kv_heads"] if qk_norm else [])):
         required(path, values, _KEYS[key])
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
@@ -138,11 +147,28 @@ def read_config(path: Path) -> ModelDescription:
     if found["tie_embeddings"] is None:
         found["tie_embeddings"] = False  # likewise
     config = ModelConfig.parse(found, at=str(path))
-    head_dim = values.get("head_dim") or config.dim // config.n_heads
+    head_dim = values.get("head_dim") or (_QWEN3_HEAD_DIM if qk_norm else config.dim // config.n_heads)
     if head_dim * config.n_heads != config.dim:
         raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
-    context = values.get("max_position_embeddings", 2048)  # the default of LlamaConfig, as above
-    return ModelDescription(path, config, _KEYS, context)
+    # The default of LlamaConfig, as above.
+    context = values.get("max_position_embeddings", _QWEN3_CONTEXT if qk_norm else 2048)
+    return ModelDescription(path, config, _KEYS | {"qk_norm": "(model_type=qwen3)"}, context)
+
+
+def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse, by its key, whatever our model has no counterpart for."""
+    kind = values.get("model_type", "llama")
+    if kind not in (name for name, _ in _KINDS.values()):
+        raise refuse(path, "model_type", kind, _OTHER_NORMS.get(kind, "model_type='llama' or 'qwen3'"))
+    for key, wanted in (
+        ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("quantization_config", None),
+        ("use_sliding_window", False),
+    ):  # fmt: skip
+        if values.get(key, wanted) != wanted:
+            raise refuse(path, key, values[key], f"{key}={wanted!r}")
+    for layer in values.get("layer_types") or ():
+        if layer != "full_attention":
+            raise refuse(path, "layer_types", layer, "'full_attention' in every layer")
 
 
 def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -162,14 +188,11 @@ def write_config(
     Args:
         seq_len: context length of the training, in tokens.
         ids: bos_token_id and eos_token_id; None if there is none.
-    Raises:
-        ConfigError: if transformers' LlamaForCausalLM cannot represent this model.
     """
-    if config.qk_norm:
-        raise ConfigError("model.qk_norm=true cannot be exported: LlamaForCausalLM has no norm on queries and keys")
+    model_type, class_name = _KINDS[config.qk_norm]
     values = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [class_name],
+        "model_type": model_type,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.exchange.description import ModelDescription, required
+from pretrain.exchange.description import ModelDescription, read_specs, required
 from pretrain.model.rotary import RopeScaling
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, WeightSpec, weight_specs
@@ -52,18 +52,20 @@ class MetaModel:
 
     Args:
         rope_scaling: the scaling of a model that uses it, since params.json does not say how much.
+        vocab_size: tokens whose rows are read, the first ones; None: all rows.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
 
-    def __init__(self, folder: Path, rope_scaling: RopeScaling | None = None) -> None:
+    def __init__(self, folder: Path, rope_scaling: RopeScaling | None = None, vocab_size: int | None = None) -> None:
         self.folder = folder
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
             raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
         self._parts = [_load_part(path) for path in paths]
         self.description = self._describe(folder / PARAMS, rope_scaling)
-        self.specs = weight_specs(self.description.config)
+        self._stored = weight_specs(self.description.config)
+        self.specs = read_specs(self.description.config, vocab_size)
         wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
         if unknown := sorted(self._parts[0].keys() - wanted):
             raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
@@ -121,14 +123,14 @@ class MetaModel:
         spec, config = self.specs[name], self.description.config
         dim = self._embedding_dim(config.dim) if name == "embedding.weight" else spec.shard_dim
         whole = self._whole(meta_name(name), dim)
-        if tuple(whole.shape) != spec.shape:
+        if tuple(whole.shape) != self._stored[name].shape:
             raise ConfigError(
                 f"{self.folder}: {meta_name(name)} has the shape {list(whole.shape)} over all files, but {PARAMS}"
-                f" implies {list(spec.shape)}"
+                f" implies {list(self._stored[name].shape)}"
             )
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             whole = halved(whole, config.head_dim)
-        return spec.slice_of(whole, index, count)
+        return spec.slice_of(whole[spec.bounds(0, 1)], index, count)
 
 
 def _load_part(path: Path) -> dict[str, Tensor]:

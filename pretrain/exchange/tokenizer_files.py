@@ -151,7 +151,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
     Args:
         key: the config key, with its value, that names our tokenizer.
     Raises:
-        ConfigError: naming the first id that means something else.
+        ConfigError: naming the first id that means something else, or is missing in ours.
     """
     theirs = _pieces(folder)
     if theirs is None:
@@ -165,6 +165,11 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
                 f"{key} differs from the model's tokenizer: id {index} is {ours!r} there and"
                 f" {pieces.get(index)!r} in {file}; use the model's own SentencePiece model"
             )
+    if max(pieces, default=-1) >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"{key} lacks tokens of the model's tokenizer: it has {tokenizer.vocab_size}, and {file} has ids up to"
+            f" {max(pieces)}; use the model's own SentencePiece model"
+        )
 
 
 def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:

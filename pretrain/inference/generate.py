@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
-from shards import Config, Tokenizer
+from shards import Config, ConfigError, Tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Codec:
         encode: encodes a prompt as the beginning of a document.
         decode: decodes token ids to text.
         ends: ids that end a document.
-        size: number of meaningful ids; a model may have more rows, which were never trained.
+        size: number of ids that both tokenizer and model have; a model may have more rows, which were never trained.
         unknown: the id for what the tokenizer cannot spell; None if it can spell everything.
     """
 
@@ -84,8 +84,15 @@ def generate(
         next_logits: the model's forward pass with a cache.
         n_layers: number of the model's layers.
         max_length: maximum number of tokens of prompt and continuation together.
+    Raises:
+        ConfigError: if the tokenizer has more tokens than the model, and the prompt one of those.
     """
     ids = codec.encode(prompt) or [0]  # a model needs a token to start from
+    if max(ids) >= codec.size:
+        raise ConfigError(
+            f"the prompt has the token id {max(ids)}, but the model has only {codec.size} tokens; leave it out of the"
+            " prompt, or use the tokenizer of this model"
+        )
     if codec.unknown in ids:
         _logger.warning("the tokenizer cannot spell a part of the prompt, so the model does not see it")
     if len(ids) >= max_length:

@@ -3,7 +3,8 @@
 transformer -> loss -> {engine, scoring}. The logits of a batch would be the largest tensor of a step: tokens x
 vocabulary, in fp32 for the softmax. Here only those of a chunk exist. In training a chunk's gradients are computed
 right after its logits, so that nothing is projected twice; an evaluation walks through the same chunks without
-gradients. Each tp rank has its slice of the vocabulary, and the ranks exchange three figures a target.
+gradients. Each tp rank has its slice of the vocabulary, and the ranks exchange three figures a target. Rows of a slice
+that only pad it (`parallel.py`) get logits of minus infinity: no probability, no gradient, never the most likely token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.model.parallel import gather_over_tp, tp_rank
+from pretrain.model.parallel import gather_over_tp, size_without_padding, tp_rank
 from pretrain.model.pieces import valid_targets
 from pretrain.topology import copy_to
 
@@ -104,9 +105,21 @@ def target_scores(hidden: Tensor, weight: Tensor, targets: Targets) -> Scores:
     return Scores(nll, correct)
 
 
+def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return this rank's slice [..., vocab_size / tp_size] of the logits of positions [..., dim]."""
+    return _masked(F.linear(hidden, weight), size_without_padding(weight))
+
+
 def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Return this rank's slice [B, vocab_size / tp_size] of the logits of the last of positions [B, T, dim]."""
-    return F.linear(hidden[:, -1], weight)
+    return all_logits(hidden[:, -1], weight)
+
+
+def _masked(logits: Tensor, held: int) -> Tensor:
+    """Give the columns from `held` on, which belong to padding, a probability of zero; in place."""
+    if held < logits.shape[-1]:
+        logits[..., held:] = -torch.inf
+    return logits
 
 
 @torch.no_grad()
@@ -209,8 +222,10 @@ def _by_vocabulary(
         nll[place] = found.logsumexp - found.target
     of_states = torch.zeros_like(states, dtype=torch.float32)
     of_weight = torch.empty_like(weight)
-    first = tp_rank() * weight.shape[0]
-    for part in _even_slices(weight.shape[0], len(tokens), CHUNK_LOGITS):
+    first, held = tp_rank() * weight.shape[0], size_without_padding(weight)
+    of_weight[held:] = 0
+    weight = weight[:held]
+    for part in _even_slices(held, len(tokens), CHUNK_LOGITS):
         logits, columns = states @ weight[part].t(), tokens - first - part.start
         for rows in _blocks(logits):
             powers, figures = kernels.exponentials(logits[rows], columns[rows])
@@ -235,9 +250,9 @@ def _chunks(states: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[sl
 
     A column is negative, or not below the slice's width, where another tp rank's slice holds the target.
     """
-    width = weight.shape[0]
+    width, held = weight.shape[0], size_without_padding(weight)
     for chunk in _even_slices(len(tokens), width, CHUNK_LOGITS):
-        yield chunk, states[chunk] @ weight.t(), tokens[chunk] - tp_rank() * width
+        yield chunk, _masked(states[chunk] @ weight.t(), held), tokens[chunk] - tp_rank() * width
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

@@ -3,6 +3,13 @@
 Every sharded weight carries the dimension along which it is split. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere.
 
+The vocabulary is the one size that need not divide: each rank holds as many rows of embedding and output, and those
+that reach beyond the last token are padding. A whole weight never has any; padding exists only in the slices of a
+running model and of its checkpoints, and is zero in them: its logits are masked (`loss.py`), so it has no gradient,
+and AdamW's moments and weight decay leave zeros as they are. Dropping or adding it changes nothing, so a resume with
+another tp_size recuts the whole weight and stays exact, although the amount of padding follows from tp_size. A padding
+to a fixed multiple, the same for every tp_size, would change the shapes of runs that have begun without any.
+
 The layers themselves do not communicate. However many matrices read a branch's input, the branch enters the region that
 the tp ranks split once and leaves it once: a collective forward and one backward.
 """
@@ -25,12 +32,17 @@ from torch.overrides import TorchFunctionMode
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
-    """A layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], uninitialized."""
+    """A layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], uninitialized.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    Args:
+        padded: whether slices are rounded up where tp_size does not divide the outputs; else it has to.
+    """
+
+    def __init__(self, in_features: int, out_features: int, padded: bool = False) -> None:
+        held = _padded_size(out_features) if padded else out_features
         with _Untouched():
-            super().__init__(in_features, out_features, bias=False, gather_output=False, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0)
+            super().__init__(in_features, held, bias=False, gather_output=False, init_method=_undrawn)
+        _tag(self.weight, shard_dim=0, whole_size=out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -42,22 +54,22 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
     def __init__(self, in_features: int, out_features: int) -> None:
         with _Untouched():
             super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
-        _tag(self.weight, shard_dim=1)
+        _tag(self.weight, shard_dim=1, whole_size=in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """An embedding [...] -> [..., dim] of which each rank holds vocab_size / tp_size uninitialized rows.
+    """An embedding [...] -> [..., dim] of which each rank holds vocab_size / tp_size uninitialized rows, rounded up.
 
     Tokens whose rows another rank holds are zeros, which that rank's rows are to be added to.
     """
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         with _Untouched():
-            super().__init__(vocab_size, dim, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0)
+            super().__init__(_padded_size(vocab_size), dim, init_method=_undrawn)
+        _tag(self.weight, shard_dim=0, whole_size=vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if get_model_parallel_world_size() == 1:
@@ -87,8 +99,9 @@ class _Untouched(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tag(weight: nn.Parameter, shard_dim: int) -> None:
+def _tag(weight: nn.Parameter, shard_dim: int, whole_size: int) -> None:
     weight.shard_dim = shard_dim  # type: ignore[attr-defined]
+    weight.whole_size = whole_size  # type: ignore[attr-defined]  # along that dimension, without padding
     # DeepSpeed looks for this name; without it the norm would leave out the slices of tp ranks > 0.
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -103,16 +116,60 @@ def full_shape(parameter: nn.Parameter) -> list[int]:
     shape = list(parameter.shape)
     dim = shard_dim(parameter)
     if dim is not None:
-        shape[dim] *= get_model_parallel_world_size()
+        shape[dim] = parameter.whole_size  # type: ignore[attr-defined]
     return shape
 
 
 def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return this rank's slice of a whole weight, as a view."""
+    """Return this rank's slice of a whole weight: a view, or a copy with padding."""
     dim = shard_dim(parameter)
     if dim is None:
         return full
-    return full.chunk(get_model_parallel_world_size(), dim)[get_model_parallel_rank()]
+    return slice_of(full, dim, get_model_parallel_rank(), get_model_parallel_world_size())
+
+
+def slice_size(whole_size: int, count: int) -> int:
+    """Return the size of each of `count` equal slices, which reach beyond the end if the size does not divide."""
+    return -(-whole_size // count)
+
+
+def slice_bounds(whole_size: int, index: int, count: int) -> tuple[int, int]:
+    """Return the first position and the end of what slice `index` of `count` holds of a whole, without padding."""
+    size = slice_size(whole_size, count)
+    return min(index * size, whole_size), min((index + 1) * size, whole_size)
+
+
+def slice_of(whole: Tensor, dim: int, index: int, count: int) -> Tensor:
+    """Return slice `index` of `count` equal slices along a dimension: a view, or a copy padded with zeros."""
+    start, end = slice_bounds(whole.shape[dim], index, count)
+    return padded(whole.narrow(dim, start, end - start), dim, slice_size(whole.shape[dim], count))
+
+
+def padded(part: Tensor, dim: int, size: int) -> Tensor:
+    """Return a tensor with zeros after it up to a size along a dimension; itself if it has that size."""
+    missing = size - part.shape[dim]
+    if missing == 0:
+        return part
+    shape = list(part.shape)
+    shape[dim] = missing
+    return torch.cat((part, part.new_zeros(shape)), dim)
+
+
+def size_without_padding(weight: Tensor) -> int:
+    """Return what this rank's slice of a weight has of the dimension that is split, without padding.
+
+    A tensor that no layer here made has no padding.
+    """
+    whole_size = getattr(weight, "whole_size", None)
+    if whole_size is None:
+        return weight.shape[0]
+    start, end = slice_bounds(whole_size, get_model_parallel_rank(), get_model_parallel_world_size())
+    return end - start
+
+
+def _padded_size(size: int) -> int:
+    """Return the size of all tp ranks' slices together."""
+    return slice_size(size, get_model_parallel_world_size()) * get_model_parallel_world_size()
 
 
 def enter_branch(x: Tensor, split_tokens: bool) -> Tensor:
@@ -206,5 +263,9 @@ def gather_over_tp(x: Tensor) -> Tensor:
 
 
 def gather_vocab(logits: Tensor) -> Tensor:
-    """Gather the full logits [..., vocab_size] of a few positions, for sampling; never for training."""
+    """Gather the full logits of a few positions, for sampling; never for training.
+
+    Returns:
+        [..., vocab_size], followed by those of padding, if there is any.
+    """
     return torch.cat(list(gather_over_tp(logits)), dim=-1)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
+from pretrain.model.parallel import slice_size
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import Checkpointing, ParallelConfig
@@ -99,8 +100,14 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one tp rank's slice of the model."""
-        return parameter_count(self.model) // self.parallel.tp_size
+        """Parameters of one tp rank's slice of the model, with the padding of its vocabulary."""
+        padded = self.model.model_copy(update={"vocab_size": self.vocab_rows * self.parallel.tp_size})
+        return parameter_count(padded) // self.parallel.tp_size
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, and of the output projection, on one tp rank."""
+        return slice_size(self.model.vocab_size, self.parallel.tp_size)
 
     @property
     def reduce_bytes(self) -> int:
@@ -179,7 +186,7 @@ def _kept_by_block(work: Workload) -> float:
 def _loss_bytes(work: Workload) -> float:
     """Estimate what the loss takes: the gradients of states and weight, and the logits of a chunk in two types."""
     config, weight_bytes = work.model, work.bytes_per_weight
-    width = config.vocab_size / work.parallel.tp_size
+    width = work.vocab_rows
     states, weight = work.tokens * config.dim, width * config.dim
     logits = min(CHUNK_LOGITS, work.tokens * width)
     chunk = logits * weight_bytes + min(logits, CHUNK_LOGITS / 2) * 4  # exponentials of a quarter, and of that before

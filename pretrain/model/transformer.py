@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.checkpointing import checkpointed
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.loss import all_logits
 from pretrain.model.parallel import (
     ColumnLinear,
     RowLinear,
@@ -26,6 +27,7 @@ from pretrain.model.parallel import (
     leave_branch,
     on_sharded_activations,
     shard_of,
+    slice_bounds,
 )
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
@@ -36,7 +38,7 @@ from shards import Config
 T = TypeVar("T")
 
 # What to make of the final hidden states [B, T, dim] and this rank's slice [vocab_size / tp_size, dim] of the output
-# projection: logits, a loss, scores.
+# projection, rounded up: logits, a loss, scores.
 Head = Callable[[Tensor, Tensor], T]
 
 Use = Literal["training", "scoring", "generation"]  # of a forward pass
@@ -52,7 +54,7 @@ class ModelConfig(Config):
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
     n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
     ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 256
-    vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces
+    vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces; tp_size need not divide it
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
@@ -81,8 +83,12 @@ class ModelConfig(Config):
             "n_heads": self.n_heads,
             "n_kv_heads": self.kv_heads,
             "ffn_dim": self.hidden_dim,
-            "vocab_size": self.vocab_size,
         }
+
+    def gives_each_rank_tokens(self, tp_size: int) -> bool:
+        """Return whether every one of `tp_size` equal slices of the vocabulary, rounded up, has a token."""
+        start, end = slice_bounds(self.vocab_size, tp_size - 1, tp_size)
+        return start < end
 
 
 class RMSNorm(nn.Module):
@@ -177,6 +183,9 @@ class Block(nn.Module):
 class Output(ColumnLinear):
     """The projection to the vocabulary, which leaves it to a head whether any logits are ever made."""
 
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, padded=True)
+
     def forward(self, hidden: Tensor, head: Head[T]) -> T:  # type: ignore[override]
         """Return what the head makes of hidden states [B, T, dim]."""
         return head(hidden, self.weight)
@@ -212,7 +221,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         segment_ids: Tensor | None = None,
-        head: Head[Any] = F.linear,
+        head: Head[Any] = all_logits,
         cache: KVCache | None = None,
     ) -> Any:
         """Predict each next token.

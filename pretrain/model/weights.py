@@ -6,12 +6,14 @@ layout - uses these names and returns whole weights or slices of them, one at a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pretrain.model.parallel import padded, slice_bounds, slice_of, slice_size
 from pretrain.model.transformer import ModelConfig, Transformer
 from shards import ConfigError
 
@@ -24,23 +26,39 @@ class WeightSpec:
     shard_dim: int | None = None
 
     def slice_of(self, whole: Tensor, index: int, count: int) -> Tensor:
-        """Return the slice of tensor-parallel rank `index` of `count`, as a view."""
-        return whole if self.shard_dim is None else whole.chunk(count, self.shard_dim)[index]
+        """Return the slice of tensor-parallel rank `index` of `count`: a view, or a copy padded with zeros."""
+        return whole if self.shard_dim is None else slice_of(whole, self.shard_dim, index, count)
 
     def bounds(self, index: int, count: int) -> tuple[slice, ...]:
-        """Return the same slice as an index into the whole weight."""
+        """Return the same slice, without its padding, as an index into the whole weight."""
         bounds = [slice(0, size) for size in self.shape]
         if self.shard_dim is not None:
-            size = self.shape[self.shard_dim] // count
-            bounds[self.shard_dim] = slice(index * size, (index + 1) * size)
+            bounds[self.shard_dim] = slice(*slice_bounds(self.shape[self.shard_dim], index, count))
         return tuple(bounds)
+
+    def padded(self, part: Tensor, count: int) -> Tensor:
+        """Pad what `bounds` names to the size that each of `count` slices has."""
+        dim = self.shard_dim
+        return part if dim is None else padded(part, dim, slice_size(self.shape[dim], count))
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """Return the whole weight, given all ranks' slices with their padding; None if they are not of this shape."""
+        dim = self.shard_dim
+        whole = parts[0] if dim is None else torch.cat(list(parts), dim)
+        stored = list(self.shape)
+        if dim is not None:
+            stored[dim] = slice_size(stored[dim], len(parts)) * len(parts)
+        return whole[self.bounds(0, 1)] if list(whole.shape) == stored else None
 
 
 class Weights(Protocol):
     """A source of a model's weights, which are read one at a time."""
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
-        """Read the slice of a weight for tensor-parallel rank `index` of `count`, on the CPU, in its stored type."""
+        """Read the slice of a weight for tensor-parallel rank `index` of `count`, on the CPU, in its stored type.
+
+        Slices of a vocabulary that `count` does not divide are padded with zeros.
+        """
 
 
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
@@ -82,3 +100,5 @@ def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
     for name, value in config.split_sizes.items():
         if value % tp_size:
             raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")
+    if not config.gives_each_rank_tokens(tp_size):
+        raise ConfigError(f"{key}={tp_size} leaves ranks without any of the model's vocab_size={config.vocab_size}")

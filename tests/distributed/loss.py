@@ -1,8 +1,8 @@
 """Compare the loss of a vocabulary that is split over all ranks to that of a whole one, with its gradients and scores.
 
-Usage: python -m tests.distributed.loss TP_SIZE ORDER
+Usage: python -m tests.distributed.loss TP_SIZE ORDER VOCABULARY
 
-ORDER is that of the gradients, targets or vocabulary.
+ORDER is that of the gradients, targets or vocabulary; VOCABULARY the number of tokens, which TP_SIZE need not divide.
 """
 
 from __future__ import annotations
@@ -12,24 +12,34 @@ import sys
 import torch
 
 from pretrain.model import loss
-from pretrain.model.loss import Targets, argmax_over_tp, target_scores, training_loss
-from pretrain.model.parallel import enter_branch
+from pretrain.model.loss import Targets, all_logits, argmax_over_tp, target_scores, training_loss
+from pretrain.model.parallel import ColumnLinear, enter_branch, gather_vocab, shard_of, size_without_padding
 from pretrain.topology import ParallelConfig, started
 
-TARGETS, DIM, VOCABULARY, Z_LOSS = 40, 16, 96, 1e-2
+TARGETS, DIM, Z_LOSS = 40, 16, 1e-2
+
+
+def slice_with_noisy_padding(whole: torch.Tensor) -> torch.nn.Parameter:
+    """Return this rank's slice of an output projection, whose padding would be seen if anything read it."""
+    weight = ColumnLinear(DIM, len(whole), padded=True).weight
+    with torch.no_grad():
+        weight.copy_(shard_of(whole, weight))
+        weight[size_without_padding(weight) :] = 9.0
+    return weight
 
 
 def main() -> None:
-    tp_size = int(sys.argv[1])
+    tp_size, vocabulary = int(sys.argv[1]), int(sys.argv[3])
     if sys.argv[2] == "vocabulary":
         loss.SUMMED_WEIGHTS = 0
-    loss.CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * VOCABULARY // tp_size, 5 * VOCABULARY // tp_size
+    loss.CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * vocabulary // tp_size, 5 * vocabulary // tp_size
     generator = torch.Generator().manual_seed(4)
     # Small whole numbers, so that equal logits are equal to the last bit however they are summed
     hidden = torch.randint(-1, 2, (1, TARGETS, DIM), generator=generator).float().requires_grad_()
-    weight = torch.randint(-1, 2, (VOCABULARY, DIM), generator=generator).float()
-    weight[VOCABULARY // 2 :] = weight[: VOCABULARY // 2]  # each logit has an equal in another rank's slice
-    targets = Targets(torch.arange(TARGETS), torch.randint(VOCABULARY, (TARGETS,), generator=generator))
+    weight = torch.randint(-1, 2, (vocabulary, DIM), generator=generator).float()
+    half = vocabulary // 2
+    weight[-half:] = weight[:half]  # each logit has an equal in another rank's slice
+    targets = Targets(torch.arange(TARGETS), torch.randint(vocabulary, (TARGETS,), generator=generator))
     logits = (hidden[0].detach().double() @ weight.double().t()).requires_grad_()
     targets.tokens[::2] = logits.detach().argmax(-1)[::2]
     logsumexp = logits.logsumexp(-1)
@@ -37,7 +47,8 @@ def main() -> None:
     (nll.sum() + Z_LOSS * logsumexp.square().sum()).backward()
     assert logits.grad is not None
     with started(ParallelConfig(tp_size=tp_size)) as topology:
-        mine = weight.chunk(tp_size)[topology.tp_rank].clone().requires_grad_()
+        mine = slice_with_noisy_padding(weight)
+        held = size_without_padding(mine)
         found = training_loss(enter_branch(hidden, split_tokens=False), mine, targets, Z_LOSS)
         found.total.backward()
         close = {"rtol": 1e-6, "atol": 1e-5, "check_dtype": False}
@@ -45,12 +56,17 @@ def main() -> None:
         torch.testing.assert_close(found.logsumexp, logsumexp.detach(), **close)
         torch.testing.assert_close(hidden.grad, (logits.grad @ weight.double())[None], **close)
         of_weight = logits.grad.t() @ hidden[0].detach().double()
-        torch.testing.assert_close(mine.grad, of_weight.chunk(tp_size)[topology.tp_rank], **close)
+        torch.testing.assert_close(mine.grad[:held], of_weight.chunk(tp_size)[topology.tp_rank], **close)
+        assert not mine.grad[held:].any()
         scores = target_scores(hidden, mine, targets)
         torch.testing.assert_close(scores.nll, nll.detach(), **close)
         assert torch.equal(scores.correct, logits.argmax(-1) == targets.tokens)
-        slices = logits.detach().float().chunk(tp_size, dim=-1)
-        assert torch.equal(argmax_over_tp(slices[topology.tp_rank]), logits.argmax(-1))
+        slices = all_logits(hidden[0], mine).detach()
+        assert not slices[:, held:].isfinite().any() or held == len(mine)
+        assert torch.equal(argmax_over_tp(slices), logits.argmax(-1))
+        torch.testing.assert_close(gather_vocab(slices)[:, :vocabulary], logits.detach(), **close)
+        probabilities = gather_vocab(slices).softmax(-1)
+        assert not probabilities[:, vocabulary:].any()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
         for stage, offload in LAYOUTS:
             values = {"tp_size": tp_size, "zero_stage": stage, "offload": offload}
             overrides = [f"parallel.{key}={value}" for key, value in values.items()]
-            engine = make_engine(load_config(folder.config, overrides, begun=True), topology)
+            engine = make_engine(load_config(folder.config, overrides, begun=True), topology, step)
             wanted = Layout(tp_size, topology.dp_size, stage)
             engine.load_universal(find_or_convert(scratch, checkpoint, read_state(checkpoint).layout, wanted, topology))
             hashes = engine.state_hash()

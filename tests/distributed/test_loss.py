@@ -9,6 +9,8 @@ from tests.distributed.ranks import run_ranks
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("order", ["targets", "vocabulary"])
-@pytest.mark.parametrize("tp_size", [2, 4])
-def test_a_split_vocabulary_gives_the_whole_ones_loss_gradients_and_scores(tp_size: int, order: str) -> None:
-    run_ranks(tp_size, "tests.distributed.loss", str(tp_size), order)
+@pytest.mark.parametrize(("tp_size", "vocabulary"), [(2, 96), (4, 96), (2, 97), (4, 93)])
+def test_a_split_vocabulary_gives_the_whole_ones_loss_gradients_and_scores(
+    tp_size: int, vocabulary: int, order: str
+) -> None:
+    run_ranks(tp_size, "tests.distributed.loss", str(tp_size), order, str(vocabulary))

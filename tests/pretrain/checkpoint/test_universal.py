@@ -59,6 +59,7 @@ def test_a_conversion_that_does_not_fit_is_refused_with_sizes(store: CheckpointS
         store.check_room_for_universal(10**18)
 
 
+VOCABULARY = 509  # tokens of the output's rows; the rest is padding of a former tp_size
 SHAPES = {"rows.weight": (4096, 64), "columns.weight": (64, 4096), "output.weight": (512, 64), "norm.weight": (64,)}
 
 
@@ -92,6 +93,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     info = {
         "tp_replicated_parameter_patterns": [r"^norm\.weight$"],
         "parameter_with_row_parallelism_patterns": [r"^columns\.weight$"],
+        "vocabulary_parameter_patterns": [r"^output\.weight$"],
+        "original_vocab_size": VOCABULARY,
     }
     metadata = {
         "param_shapes": [{name: torch.Size(shape) for name, shape in SHAPES.items()}],
@@ -120,7 +123,11 @@ def test_a_conversion_holds_each_slice_once(checkpoint, tp_size: int, tmp_path: 
             files = [tmp_path / f"made/tp_{rank}/engine/zero/{name}/{kind}.pt" for rank in range(tp_size)]
             slices = [torch.load(file)["param"] for file in files]
             dim = {"columns.weight": 1, "norm.weight": None}.get(name, 0)
-            assert torch.equal(slices[0] if dim is None else torch.cat(slices, dim), state)
+            found = slices[0] if dim is None else torch.cat(slices, dim)
+            rows = VOCABULARY if name == "output.weight" else len(state)
+            assert torch.equal(found[:rows], state[:rows])
+            assert len(found) == -(-rows // tp_size) * tp_size
+            assert not found[rows:].any()
             for file, part in zip(files, slices, strict=True):
                 assert file.stat().st_size < part.nbytes + 2000, file  # the rest is torch.save's overhead
 

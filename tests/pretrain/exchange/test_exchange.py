@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pretrain.checkpoint.store import CheckpointFile, write_complete
 from pretrain.commands.export import export_run
 from pretrain.config import load_config
+from pretrain.exchange import hf
 from pretrain.exchange.export import export
 from pretrain.exchange.folder import describe, open_model
 from pretrain.exchange.meta import halved, interleaved
@@ -31,6 +40,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 SHORT = {"original_max_position_embeddings": 32}
 PLAIN = {"n_kv_heads": 4, "ffn_dim": 80}
 GROUPED = {"n_kv_heads": 2, "ffn_dim": None, "tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+NORMED = {"qk_norm": True}
 
 pytestmark = pytest.mark.usefixtures("topology")
 
@@ -49,6 +59,11 @@ def build(changes: dict[str, object]) -> Transformer:
     values = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 4096, "norm_eps": 1e-6, "init_std": 0.2}
     model = Transformer(ModelConfig.model_validate(values | changes))
     model.initialize(seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # drawn too, since ones would hide a norm that is left out or in another's place
+                parameter.uniform_(0.5, 1.5, generator=generator)
     return model
 
 
@@ -73,7 +88,7 @@ def same_files(first: Path, second: Path) -> bool:
     return names == sorted(path.name for path in second.iterdir()) and all(same)
 
 
-@pytest.mark.parametrize("changes", [PLAIN, GROUPED])
+@pytest.mark.parametrize("changes", [PLAIN, GROUPED, PLAIN | NORMED, GROUPED | NORMED])
 def test_an_export_has_our_logits_in_transformers_and_survives_a_round_trip(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
@@ -82,9 +97,13 @@ def test_an_export_has_our_logits_in_transformers_and_survives_a_round_trip(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto", attn_implementation="eager").eval()
     with torch.no_grad():
         torch.testing.assert_close(logits(ours, tokens_of()), theirs(tokens_of()).logits, rtol=1e-5, atol=1e-5)
+    assert type(theirs) is (Qwen3ForCausalLM if ours.config.qk_norm else LlamaForCausalLM)
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 2
     back = imported(tmp_path / "hf", ours.config)
     export(Memory(back), back.config, DATA, tmp_path / "again", max_shard_bytes=100_000)
+    other = ours.config.model_copy(update={"qk_norm": not ours.config.qk_norm})
+    with pytest.raises(ConfigError, match=rf"qwen3\)={ours.config.qk_norm}, but model.qk_norm={other.qk_norm}"):
+        open_model(tmp_path / "hf", other)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     assert same_files(tmp_path / "hf", tmp_path / "again")
 
@@ -165,6 +184,37 @@ def test_a_transformers_model_has_the_same_logits_in_ours(tied: bool, tmp_path: 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_qwen3_of_transformers_has_the_same_logits_in_ours(tied: bool, tmp_path: Path) -> None:
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
+            head_dim=8, vocab_size=4096, tie_word_embeddings=tied, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    for name, weight in theirs.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    theirs.save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    with torch.no_grad():
+        expected = theirs(tokens_of(100)).logits
+    found = logits(imported(tmp_path, model.description.config), tokens_of(100))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_shipped_config_with_qk_norm_exports_what_transformers_loads(tmp_path: Path) -> None:
+    """Compare every key and shape of the 1B model, without the memory of its weights."""
+    config = load_config(Path("configs/llama-1b-dolma.yaml")).model
+    hf.write_config(tmp_path, config, 2048, torch.bfloat16, {"bos_token_id": 1, "eos_token_id": 2})
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert config.qk_norm
+    assert type(theirs) is Qwen3ForCausalLM
+    found = {hf.hf_name(name): spec.shape for name, spec in weight_specs(config).items()}
+    assert found == {name: tuple(weight.shape) for name, weight in theirs.named_parameters()}
+
+
 def test_the_exported_tokenizer_gives_our_ids(tmp_path: Path) -> None:
     ours = build(PLAIN)
     export(Memory(ours), ours.config, DATA, tmp_path / "hf")
@@ -200,6 +250,9 @@ def with_config(folder: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is not the architecture"),
+        ({"model_type": "olmo2"}, "model_type='olmo2' is not the architecture that Headrace trains, which has norms"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 16}, "head_dim=16"),
@@ -227,9 +280,8 @@ def test_another_model_is_refused_by_the_key_that_differs(
 
 def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     ours = build(PLAIN | {"qk_norm": True})
-    for layout in ("hf", "meta"):
-        with pytest.raises(ConfigError, match="model.qk_norm=true cannot be exported"):
-            export(Memory(ours), ours.config, DATA, tmp_path / "out", layout)
+    with pytest.raises(ConfigError, match="model.qk_norm=true cannot be exported: Meta's LLaMA"):
+        export(Memory(ours), ours.config, DATA, tmp_path / "out", "meta")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):

@@ -76,3 +76,13 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
     assert estimate(2, 8).gradients == 4 * parameters // 8
     assert estimate(3, 8).weights == 2 * parameters // 8
     assert estimate(1, 8, tp_size=2).weights == parameters
+
+
+def test_a_ranks_parameters_include_the_padding_of_its_vocabulary() -> None:
+    config = ModelConfig(dim=64, n_layers=1, n_heads=4, vocab_size=4097)
+
+    def parameters(vocab_size: int) -> int:
+        model = config.model_copy(update={"vocab_size": vocab_size})
+        return Workload(model, ParallelConfig(tp_size=4), 1, 1, 128, 2).parameters
+
+    assert parameters(4097) == parameters(4100) > parameters(4096)

@@ -12,8 +12,8 @@ from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import ModelConfig, Transformer
-from pretrain.model.weights import WeightSpec, weight_specs
-from shards import CheckpointError
+from pretrain.model.weights import WeightSpec, check_splits, weight_specs
+from shards import CheckpointError, ConfigError
 
 
 @pytest.mark.usefixtures("topology")
@@ -35,6 +35,36 @@ def test_bounds_name_the_slice(dim: int | None) -> None:
         assert torch.equal(whole[spec.bounds(index, 3)], spec.slice_of(whole, index, 3))
     parts = [spec.slice_of(whole, index, 3) for index in range(3)]
     assert torch.equal(torch.cat(parts, dim or 0) if dim is not None else parts[1], whole)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(0, 5), (0, 4), (1, 4), (1, 2)])
+def test_slices_are_equal_and_hold_the_weight_and_then_zeros(dim: int, count: int) -> None:
+    whole = torch.arange(1, 15 * 9 + 1).view(15, 9)
+    spec = WeightSpec((15, 9), dim)
+    parts = [spec.slice_of(whole, index, count) for index in range(count)]
+    assert len({part.shape for part in parts}) == 1
+    joined = torch.cat(parts, dim)
+    assert torch.equal(joined.narrow(dim, 0, whole.shape[dim]), whole)
+    assert joined.sum() == whole.sum()
+    assert torch.equal(torch.cat([whole[spec.bounds(index, count)] for index in range(count)], dim), whole)
+    for index, part in enumerate(parts):
+        assert torch.equal(spec.padded(whole[spec.bounds(index, count)], count), part)
+    found = spec.joined(parts)
+    assert found is not None
+    assert torch.equal(found, whole)
+    assert WeightSpec((16 + (dim == 0) * count, 9 + (dim == 1) * count), dim).joined(parts) is None
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp_size", "fits"), [(9, 8, False), (4097, 8, True), (7, 8, False), (8, 8, True)]
+)
+def test_no_rank_is_left_without_tokens(vocab_size: int, tp_size: int, fits: bool) -> None:
+    config = ModelConfig(dim=64, n_layers=1, n_heads=8, ffn_dim=64, vocab_size=vocab_size)
+    if fits:
+        check_splits(config, tp_size, "--tp")
+    else:
+        with pytest.raises(ConfigError, match=f"--tp={tp_size} leaves ranks without any"):
+            check_splits(config, tp_size, "--tp")
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(2, False), (3, True), (4, False)])
