@@ -82,7 +82,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
     folder, config, store = open_run(arguments.run, overrides)
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    tokenizer = Tokenizer.of(config.data)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with started(config.parallel) as topology:

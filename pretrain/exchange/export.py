@@ -48,7 +48,7 @@ def export(
         ConfigError: if the folder exists already, or the layout cannot represent this model.
     """
     specs = weight_specs(model)
-    tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+    tokenizer = Tokenizer.of(data)
     with _atomic_folder(to) as folder:
         if layout == "meta":
             check_splits(model, tp_size, "--tp")
