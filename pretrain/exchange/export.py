@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from pretrain.exchange import hf, meta
-from pretrain.exchange.tokenizer_files import write_tokenizer
+from pretrain.exchange.tokenizer_files import is_json, write_tokenizer
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
@@ -53,7 +53,8 @@ def export(
         if layout == "meta":
             check_splits(model, tp_size, "--tp")
             meta.write_params(folder, model)
-            shutil.copyfile(data.tokenizer, folder / "tokenizer.model")
+            name = "tokenizer.json" if is_json(data.tokenizer) else "tokenizer.model"
+            shutil.copyfile(data.tokenizer, folder / name)
             meta.write_weights(folder, weights, specs, model.head_dim, dtype, tp_size)
         else:
             ids = {
@@ -61,7 +62,7 @@ def export(
                 "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
             }
             hf.write_config(folder, model, data.seq_len, dtype, ids)
-            write_tokenizer(data.tokenizer, folder, data.bos, data.seq_len)
+            write_tokenizer(tokenizer, folder, data.bos, data.seq_len)
             hf.write_weights(folder, weights, specs, dtype, max_shard_bytes)
 
 

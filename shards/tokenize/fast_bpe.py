@@ -1,4 +1,4 @@
-"""Byte-level BPE many times faster than the `tokenizers` library, with its ids. library_model -> fast_bpe.
+"""Byte-level BPE many times faster than the `tokenizers` library, with its ids. library_model -> fast_bpe -> joined.
 
 The ids are those of the library; gigatoken computes them where it is known to agree. It is asked only for vocabularies
 whose every part is of a form that was compared (`_obstacle`), and never for texts with a character on which the two may
@@ -19,7 +19,7 @@ import json
 import random
 import string
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,12 @@ import numpy.typing as npt
 import psutil
 import tokenizers
 
+from shards.arrays import Ints
+from shards.tokenize.joined import encode_each
 from shards.tokenize.rank_file import PATTERN, byte_symbols
 
-MAX_GROWTH = 256 << 20  # bytes by which gigatoken's caches, which have no limit, may grow before it is loaded anew
+# Bytes by which gigatoken's caches, which have no limit, may grow before it is loaded anew, between two calls
+MAX_GROWTH = 256 << 20
 _CODES = 0x110000
 _QWEN2_PATTERN = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -47,7 +50,7 @@ _ODD = [
     " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\r", "\0", "\x04", "\x1c", "\x85", "\xa0", "\u2028", "\u3000",
     "\ufeff", "a", "the", " The", "'s", "'S", "'ll", "'\u017f", "don't", "_", "--", "==", "1", "12", "123456", "\u00bd",
     "\u00b2", "\u0663", "e\u0301", "\u0301", "\ufb01", "\u65e5\u672c", "\u1100\u1161", "\uac01", "\u212b",
-    "=\u0338", "\u037e", "\U0001f642", "\U0001f469\u200d\U0001f4bb", "\U0001d4b3", "\ue000", "\U0010ffff", "\ufffd",
+    "=\u0338", "\u037e", "\U0001f642", "\U0001f469\u200d\U0001f4bb", "\U0001d4b3", "\ue000", "\ufffd",
     "\u200b", "K\u0323\u0307",
 ]  # fmt: skip
 _SAMPLED = 500  # hostile texts
@@ -90,16 +93,22 @@ class FastBPE:
         self._unsure = np.zeros(_CODES, bool)  # characters whose texts the library encodes
         self._compare(content)
 
-    def encode(self, text: str) -> npt.NDArray[np.integer]:
-        """Return the ids of a text."""
-        if not text.isascii() and self._unsure.take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any():
-            return library_ids(self._library, text)
+    def encode_documents(
+        self, texts: Sequence[str], prefix: Sequence[int], suffix: Sequence[int], dtype: npt.DTypeLike
+    ) -> tuple[npt.NDArray[np.integer], Ints]:
+        """Return the ids of all documents in one array, and the length of each, as `joined.encode_each` does."""
         before = self._process.memory_info().rss
-        ids: npt.NDArray[np.integer] = self._fast.encode(text)
+        found = encode_each(texts, self._encode, prefix, suffix, dtype)
         self._growth += max(self._process.memory_info().rss - before, 0)
         if self._growth > MAX_GROWTH:
             self._load()
-        # A byte for which the vocabulary has no token, and which the library passes over
+        return found
+
+    def _encode(self, text: str) -> npt.NDArray[np.integer]:
+        if not text.isascii() and self._unsure.take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any():
+            return library_ids(self._library, text)
+        ids: npt.NDArray[np.integer] = self._fast.encode(text)
+        # An id from there on is a byte for which the vocabulary has no token, and which the library passes over
         return library_ids(self._library, text) if len(ids) and ids.max() >= self._size else ids
 
     def _load(self) -> None:
@@ -107,23 +116,25 @@ class FastBPE:
 
     def _compare(self, content: dict[str, Any]) -> None:
         """Find the characters on which the two differ. Raises: NotExact if they differ on anything else."""
+        runs = [run for run in _runs() if run[0] != "Cs"]  # a lone surrogate stands in no text
+        codes = [code for _, first, last in runs for code in (first, last)]
+        agreed = self._agree(["a{0}'s{0} {0}1{0}\n x{0}{0}".format(chr(code)) for code in codes])
         apart = _sets_digits_apart(content)
-        for category, first, last in _runs():
-            if category == "Cs":
-                continue  # a lone surrogate stands in no text
-            texts = ["a{0}'s{0} {0}1{0}\n x{0}{0}".format(chr(code)) for code in (first, last)]
+        for i, (category, first, last) in enumerate(runs):
             other_digit = apart and category in ("Nd", "Nl", "No") and first > 0x7F
-            if category == "Cn" or other_digit or not all(map(self._agree, texts)):
+            if category == "Cn" or other_digit or not all(agreed[2 * i : 2 * i + 2]):
                 self._unsure[first : last + 1] = True
         if self._unsure[:0x80].any():
             raise NotExact("gigatoken splits texts in ASCII otherwise than the tokenizers library")
-        added = [token["content"] for token in content.get("added_tokens", [])]
-        for text in _hostile(added):
-            if not self._agree(text):
+        texts = list(_hostile([token["content"] for token in content.get("added_tokens", [])]))
+        for text, same in zip(texts, self._agree(texts), strict=True):
+            if not same:
                 raise NotExact(f"gigatoken {self.libraries['gigatoken']} gives other ids for {text!a}")
 
-    def _agree(self, text: str) -> bool:
-        return np.array_equal(self.encode(text), library_ids(self._library, text))
+    def _agree(self, texts: list[str]) -> list[bool]:
+        """Return for each text whether its ids are the library's."""
+        encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._encode(text).tolist() == one.ids for text, one in zip(texts, encoded, strict=True)]
 
 
 def library_ids(library: tokenizers.Tokenizer, text: str) -> npt.NDArray[np.integer]:
@@ -180,11 +191,9 @@ def _sets_digits_apart(content: dict[str, Any]) -> bool:
 @functools.cache
 def _runs() -> list[tuple[str, int, int]]:
     """Return the category, first and last code of each run of characters of one category."""
-    found = []
-    for category, codes in itertools.groupby(range(_CODES), lambda code: unicodedata.category(chr(code))):
-        run = list(codes)
-        found.append((category, run[0], run[-1]))
-    return found
+    names = "".join(map(unicodedata.category, map(chr, range(_CODES)))).encode()  # two letters each
+    firsts = [0, *(1 + np.flatnonzero(np.diff(np.frombuffer(names, "<u2")))).tolist(), _CODES]
+    return [(names[2 * a : 2 * a + 2].decode(), a, b - 1) for a, b in itertools.pairwise(firsts)]
 
 
 def _hostile(added: list[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,9 @@ class Kind(Protocol):
 
     def normalize(self, text: str) -> str:
         """Return a text as the model's own normalizer leaves it."""
+
+    def library_json(self) -> dict[str, Any] | None:
+        """Return the content of a tokenizer.json that gives the same ids; None for a SentencePiece model."""
 
 
 def open_kind(path: Path, content: bytes) -> Kind:

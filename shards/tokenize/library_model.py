@@ -86,8 +86,9 @@ class LibraryModel:
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Return the ids of all documents in one array, and the length of each."""
-        encode = self._fast.encode if self._fast else self._encode
-        return encode_each(texts, encode, self._prefix, self._suffix, self._dtype)
+        if self._fast:
+            return self._fast.encode_documents(texts, self._prefix, self._suffix, self._dtype)
+        return encode_each(texts, self._encode, self._prefix, self._suffix, self._dtype)
 
     def _encode(self, text: str) -> npt.NDArray[np.integer]:
         return library_ids(self._library, text)
@@ -111,6 +112,6 @@ class LibraryModel:
         normalizer = self._library.normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
-    def tokenizer_json(self) -> dict[str, Any]:
+    def library_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json that gives the same ids."""
         return self._content

@@ -89,3 +89,6 @@ class SentencePieceModel:
         """Return a text as the model's own normalizer leaves it."""
         normalized: str = self._processor.Normalize(text)
         return normalized
+
+    def library_json(self) -> None:
+        """Return None: the file is written as it is, since not every model has an equal in the library's terms."""

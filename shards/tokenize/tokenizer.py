@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Return the text of token ids; control tokens such as BOS have none."""
         return self._kind.decode([int(i) for i in ids])
+
+    def library_json(self) -> dict[str, Any] | None:
+        """Return the content of a tokenizer.json that gives the same ids; None for a SentencePiece model."""
+        return self._kind.library_json()
 
     def difference(self, text: str, ids: npt.NDArray[np.integer]) -> tuple[str, str] | None:
         """Compare a document with what its ids decode to; return both from the first difference on, or None if equal.
