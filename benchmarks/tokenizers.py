@@ -96,9 +96,8 @@ def main() -> None:
     paths = [path for pattern in arguments.shards for path in sorted(glob.glob(pattern))]
     texts = [document.text for path in paths for document in read_documents(Path(path))]
     print(f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / MB:.1f} MB\n")
-    print(
-        "| file | open, s | ours, first | ours, again | libraries | computed by |\n| --- | --: | --: | --: | --- | --- |"
-    )
+    print("| file | open, s | ours, first | ours, again | libraries | computed by |")
+    print("| --- | ---: | ---: | ---: | --- | --- |")
     for path in arguments.tokenizer:
         measure(path, texts, arguments.every)
 

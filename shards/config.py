@@ -162,8 +162,10 @@ class DataConfig(Config):
     plan_version: Literal[1, 2] | None = None
     bos: bool = True  # begin each document with the tokenizer's BOS
     eos: bool = True  # end each document with the tokenizer's EOS
-    bos_token: Name | None = None  # the token that is BOS; None = the one that the tokenizer's file names
-    eos_token: Name | None = None  # the token that is EOS; None = the one that the tokenizer's file names
+    # The token that is BOS; None = the one that the tokenizer's file names
+    bos_token: str | None = Field(default=None, min_length=1)
+    # The token that is EOS; None = the one that the tokenizer's file names
+    eos_token: str | None = Field(default=None, min_length=1)
     weight_changes: tuple[WeightChange, ...] = ()  # ordered by step
 
     on_bad_record: Literal["fail", "skip"] = "fail"  # a bad record is a line that is not a JSON object with a text

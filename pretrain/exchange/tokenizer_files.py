@@ -1,9 +1,9 @@
 """A tokenizer as the files that `transformers.AutoTokenizer` reads, giving the same ids for every text.
 
 Of a tokenizer.json or a rank file it is that file's content, but for the tokens at a text's ends. Of a SentencePiece
-model, tokenizer.json expresses in terms of the `tokenizers` library what the SentencePiece model does: normalization, merges
-in order of their scores, bytes for unknown characters, BOS. It is written by hand, since transformers guesses when it
-loads a `tokenizer.model`: it drops the space that SentencePiece puts before a text that begins with one.
+model, tokenizer.json expresses in terms of the `tokenizers` library what the model does: normalization, merges in order
+of their scores, bytes for unknown characters, BOS. It is written by hand, since transformers guesses when it loads a
+`tokenizer.model`: it drops the space that SentencePiece puts before a text that begins with one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, bos: bool, max_length: i
     if content is None:
         content = _from_sentencepiece(tokenizer.path, folder, bos)
     else:
-        content = {
-            **content,
-            "post_processor": _begin(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id) if bos else None,
-        }
+        begin = _begin(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id) if bos else None
+        content = {**content, "post_processor": begin}
     if content is None:
         return
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
@@ -93,7 +91,7 @@ def _inexpressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
 
 
 def _tokenizer_json(proto: sentencepiece_model_pb2.ModelProto, bos: bool) -> Json:
-    special = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL)
+    special, first = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL), proto.trainer_spec.bos_id
     return {
         "version": "1.0",
         "truncation": None,
@@ -105,7 +103,7 @@ def _tokenizer_json(proto: sentencepiece_model_pb2.ModelProto, bos: bool) -> Jso
         ],
         "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(proto.normalizer_spec))},
         "pre_tokenizer": None,
-        "post_processor": _begin(proto.pieces[proto.trainer_spec.bos_id].piece, proto.trainer_spec.bos_id) if bos else None,
+        "post_processor": _begin(proto.pieces[first].piece, first) if bos else None,
         "decoder": {"type": "Sequence", "decoders": list(_decoders(proto.normalizer_spec))},
         "model": _merges(proto),
     }  # fmt: skip
