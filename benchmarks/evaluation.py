@@ -55,7 +55,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, [*arguments.overrides, f"evaluation.suite={arguments.suite}"])
     seq_len, batch_size = config.data.seq_len, config.evaluation.batch_size or 8
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    tokenizer = Tokenizer.of(config.data)
     with started(config.parallel) as here:
         model = ForwardModel(config.model, config.parallel, config.precision, here)
         model.set_weights(Drawn(config.model))

@@ -33,7 +33,7 @@ Tokenized = tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], int]  # tokens
 def tokenized_windows(config: DataConfig) -> Iterator[Tokenized]:
     """Yield all windows of one epoch of the first source."""
     source = Source(config, 0, preparation.source_shards(config, config.sources[0]), lanes=1, seed=0)
-    maker = WindowMaker([config], Tools(Tokenizer(config.tokenizer, config.bos, config.eos)))
+    maker = WindowMaker([config], Tools(Tokenizer.of(config)))
     segment = 0
     while segment < source.plan.num_segments:
         deal = source.deal(0, segment)

@@ -45,7 +45,7 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
 
 def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
     """Decode each piece of a global batch, in the order of `batch.origins()`; only its tokens in the row count."""
-    tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+    tokenizer = Tokenizer.of(data)
     for slot, origins in itertools.groupby(batch.origins(), key=lambda origin: origin.slot):
         tokens, segment_ids = batch.tokens[slot], batch.segment_ids[slot]
         for piece, _ in enumerate(origins, 1):

@@ -112,7 +112,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     Raises:
         ConfigError, ShardError: if something is missing or does not fit.
     """
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    tokenizer = Tokenizer.of(config.data)
     vocab_size = tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:
         raise ConfigError(

@@ -153,7 +153,8 @@ class DataConfig(Config):
     )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    tokenizer: Path  # a SentencePiece model
+    # A SentencePiece model, a tokenizer.json of the tokenizers library or a rank file of tiktoken (Llama 3)
+    tokenizer: Path
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
     # Streams of rows, which only a stage changes; None = the most that divide a batch and have 64 MiB each, up to 1024
@@ -162,6 +163,10 @@ class DataConfig(Config):
     plan_version: Literal[1, 2] | None = None
     bos: bool = True  # begin each document with the tokenizer's BOS
     eos: bool = True  # end each document with the tokenizer's EOS
+    # The token that is BOS; None = the one that the tokenizer's file names
+    bos_token: str | None = Field(default=None, min_length=1)
+    # The token that is EOS; None = the one that the tokenizer's file names
+    eos_token: str | None = Field(default=None, min_length=1)
     weight_changes: tuple[WeightChange, ...] = ()  # ordered by step
 
     on_bad_record: Literal["fail", "skip"] = "fail"  # a bad record is a line that is not a JSON object with a text

@@ -14,6 +14,7 @@ from shards.index.manifest import Shard
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
 from shards.stages import Stage
+from shards.tokenize.tokenizer import describe
 from shards.windows.packing import PACKER_VERSION
 from shards.windows.recipe import Tools
 
@@ -52,6 +53,8 @@ def fingerprint(
     found = {
         **first,
         "tokenizer": tools.tokenizer.content_hash,
+        # Runs with SentencePiece have always been known by the model's file alone
+        **({"tokenizer_libraries": tools.tokenizer.libraries} if tools.tokenizer.libraries else {}),
         "packer_version": PACKER_VERSION,
         "table_version": TABLE_VERSION,  # not the index's version: better entries give the same batches
     }
@@ -88,6 +91,7 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step
         )
     if old.get("tokenizer") != new.get("tokenizer"):
         raise ConfigError("data.tokenizer: not the model that the run was begun with; put the old one back")
+    _check_libraries(old.get("tokenizer_libraries", {}), new.get("tokenizer_libraries", {}))
     _check_config("data", _settings(old), _settings(new))
     _check_config("data.decontaminate", old_rule, new_rule)
     _check_stage(old, new, "data")
@@ -110,6 +114,20 @@ def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step
         ):
             _check_config(f"stages.{i}.{at}", before.get(key), after.get(key))
         _check_stage(before, after, f"stages.{i}.data")
+
+
+def _check_libraries(before: object, after: object) -> None:
+    """Compare the versions that compute the tokenizer's ids. Raises: ConfigError naming what to install."""
+    assert isinstance(before, Mapping)
+    assert isinstance(after, Mapping)
+    if before == after:
+        return
+    needed = " ".join(f"{name}=={version}" for name, version in sorted(before.items()))
+    extra = " ".join(sorted(set(after) - set(before)))
+    raise ConfigError(
+        f"data.tokenizer: the run was begun with ids by {describe(before)}, now they are by {describe(after)}, and a"
+        f" run keeps what computes its ids: pip install {needed}{extra and f'; pip uninstall {extra}'}"
+    )
 
 
 def _check_stage(old: Mapping[str, object], new: Mapping[str, object], key: str) -> None:

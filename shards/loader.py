@@ -76,7 +76,7 @@ class Loader:
         for stage in self._stages:
             check_split(stage.global_batch_size, dp_size)
         self._config, self._seed, self._ranks = config, seed, Ranks(dp_rank, dp_size)
-        tokenizer = Tokenizer(config.tokenizer, config.bos, config.eos)
+        tokenizer = Tokenizer.of(config)
         if tokenizer.obstacle and dp_rank == 0:
             slower = "encodes documents whole, several times slower than word by word"
             _logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own task files")
     parser.add_argument("--limit", type=int, help="number of documents per task")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
-    parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model or tokenizer.json")
     parser.add_argument("--seq-len", type=int, help="tokens per window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {_DEFAULT_PLOT}, with matplotlib")
@@ -82,7 +82,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
     folder, config, store = open_run(arguments.run, overrides)
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    tokenizer = Tokenizer.of(config.data)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with started(config.parallel) as topology:
@@ -153,8 +153,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     """Score a model in another program's layout. Raises HeadraceError if there is no such model or suite."""
     weights = open_model(arguments.model)
     config = weights.description.config
-    path = arguments.tokenizer or arguments.model / "tokenizer.model"
-    tokenizer = Tokenizer(path)
+    names = (arguments.model / name for name in ("tokenizer.model", "tokenizer.json"))
+    path = arguments.tokenizer or next((name for name in names if name.exists()), arguments.model / "tokenizer.model")
+    bare = Tokenizer(path, bos=False, eos=False)
+    tokenizer = Tokenizer(path, bos=bare.bos_id >= 0, eos=bare.eos_id >= 0)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"--tokenizer {path} has {tokenizer.vocab_size} tokens, but {arguments.model} was made for"

@@ -50,7 +50,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     checkpoint = checkpoints.find(arguments.step)
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, config.data.eos)
+    tokenizer = Tokenizer.of(config.data)
     check_tokenizer(checkpoint, tokenizer, config.data.tokenizer)
     weights = CheckpointWeights(checkpoint, weight_specs(config.model))
     dtype = DTYPES[arguments.dtype or config.precision]

@@ -71,7 +71,7 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
             arguments.precision or "fp32",
         )
     _, config, checkpoints = open_run(arguments.run)
-    tokenizer = Tokenizer(config.data.tokenizer, config.data.bos, eos=False)
+    tokenizer = Tokenizer.of(config.data)
     check_tokenizer(checkpoints.find(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
     return ChosenModel(

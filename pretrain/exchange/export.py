@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from pretrain.exchange import hf, meta
-from pretrain.exchange.tokenizer_files import write_tokenizer
+from pretrain.exchange.tokenizer_files import is_json, write_tokenizer
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
@@ -48,7 +48,7 @@ def export(
         ConfigError: if the folder exists already, or the layout cannot represent this model.
     """
     specs = weight_specs(model)
-    tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+    tokenizer = Tokenizer.of(data)
     with _atomic_folder(to) as folder:
         if layout == "meta":
             check_splits(model, tp_size, "--tp")
@@ -58,7 +58,8 @@ def export(
                     " no padding; choose a divisor, such as --tp 1"
                 )
             meta.write_params(folder, model)
-            shutil.copyfile(data.tokenizer, folder / "tokenizer.model")
+            name = "tokenizer.json" if is_json(data.tokenizer) else "tokenizer.model"
+            shutil.copyfile(data.tokenizer, folder / name)
             meta.write_weights(folder, weights, specs, model.head_dim, dtype, tp_size)
         else:
             ids = {
@@ -66,7 +67,7 @@ def export(
                 "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
             }
             hf.write_config(folder, model, data.seq_len, dtype, ids)
-            write_tokenizer(data.tokenizer, folder, data.bos, data.seq_len)
+            write_tokenizer(tokenizer, folder, data.bos, data.seq_len)
             hf.write_weights(folder, weights, specs, dtype, max_shard_bytes)
 
 

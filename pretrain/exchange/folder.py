@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
 import xxhash
 
 from pretrain.config_file import dump
@@ -59,7 +60,7 @@ def describe(folder: Path) -> str:
 
 
 def open_codec(folder: Path) -> Codec:
-    """Open the tokenizer in a model's folder: a SentencePiece model, otherwise a tokenizer.json (`tokenizers` library).
+    """Open the tokenizer in a model's folder: a tokenizer.model of any kind, otherwise a tokenizer.json.
 
     Raises:
         ConfigError: if there is neither.
@@ -67,15 +68,11 @@ def open_codec(folder: Path) -> Codec:
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     config = json.loads((folder / hf.CONFIG).read_text()) if (folder / hf.CONFIG).exists() else {}
     if model.exists():
-        with contextlib.suppress(ConfigError):  # Llama 3 uses this name for a list of byte sequences
+        with contextlib.suppress(ConfigError):  # a file of a kind that cannot be read may have tokenizer.json beside it
             tokenizer = Tokenizer(model, bos=False, eos=False)
             return codec_of(tokenizer, bos=tokenizer.bos_id >= 0 and config.get("bos_token_id", 1) is not None)
     if not library.exists():
-        raise ConfigError(f"{folder} has neither a SentencePiece model tokenizer.model nor a tokenizer.json")
-    try:
-        import tokenizers
-    except ImportError:
-        raise ConfigError(f"reading {library} needs the tokenizers library: pip install tokenizers") from None
+        raise ConfigError(f"{folder} has neither a tokenizer.model that can be read nor a tokenizer.json")
     loaded = tokenizers.Tokenizer.from_file(str(library))
     ends = config.get("eos_token_id")
     return Codec(

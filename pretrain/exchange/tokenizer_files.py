@@ -1,8 +1,9 @@
-"""A SentencePiece model as the files that `transformers.AutoTokenizer` reads, giving the same ids for every text.
+"""A tokenizer as the files that `transformers.AutoTokenizer` reads, giving the same ids for every text.
 
-tokenizer.json expresses in terms of the `tokenizers` library what the SentencePiece model does: normalization, merges
-in order of their scores, bytes for unknown characters, BOS. It is written by hand, since transformers guesses when it
-loads a `tokenizer.model`: it drops the space that SentencePiece puts before a text that begins with one.
+Of a tokenizer.json or a rank file it is that file's content, but for the tokens at a text's ends. Of a SentencePiece
+model, tokenizer.json expresses in terms of the `tokenizers` library what the model does: normalization, merges in order
+of their scores, bytes for unknown characters, BOS. It is written by hand, since transformers guesses when it loads a
+`tokenizer.model`: it drops the space that SentencePiece puts before a text that begins with one.
 """
 
 from __future__ import annotations
@@ -23,34 +24,49 @@ _logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
-def write_tokenizer(path: Path, folder: Path, bos: bool, max_length: int) -> None:
-    """Write tokenizer.model, tokenizer.json and tokenizer_config.json.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, bos: bool, max_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, if the tokenizer is a SentencePiece model, tokenizer.model.
 
     Args:
-        path: the SentencePiece model.
         bos: whether a prompt begins with BOS, as a training document does.
         max_length: context length of the training, in tokens.
     """
+    content = tokenizer.library_json()
+    if content is None:
+        content = _from_sentencepiece(tokenizer.path, folder, bos)
+    else:
+        begin = _begin(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id) if bos else None
+        content = {**content, "post_processor": begin}
+    if content is None:
+        return
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    config: Json = {
+        # This class uses tokenizer.json unchanged; LlamaTokenizer would build its own normalization.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: tokenizer.piece(index) for key, index in special.items() if index >= 0},
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "<s>" in a text is text, as in training
+        "model_max_length": max_length,
+    }
+    _write_json(folder / "tokenizer.json", content)
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _from_sentencepiece(path: Path, folder: Path, bos: bool) -> Json | None:
+    """Write tokenizer.model; return the content of a tokenizer.json with its ids, None if there is no such."""
     model = path.read_bytes()
     (folder / "tokenizer.model").write_bytes(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     reason = _inexpressible(proto)
     if reason:
         _logger.warning("%s: no tokenizer.json, since %s; load tokenizer.model with sentencepiece", path, reason)
-        return
-    pieces = [piece.piece for piece in proto.pieces]
-    special = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
-    special["unk_token"] = proto.trainer_spec.unk_id
-    config: Json = {
-        # This class uses tokenizer.json unchanged; LlamaTokenizer would build its own normalization.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key: pieces[index] for key, index in special.items() if index >= 0},
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<s>" in a text is text, as in training
-        "model_max_length": max_length,
-    }
-    _write_json(folder / "tokenizer.json", _tokenizer_json(proto, bos))
-    _write_json(folder / "tokenizer_config.json", config)
+        return None
+    return _tokenizer_json(proto, bos)
+
+
+def is_json(path: Path) -> bool:
+    """Return whether a tokenizer's file is a tokenizer.json, whatever its name."""
+    return path.read_bytes().lstrip()[:1] == b"{"
 
 
 def _write_json(path: Path, content: Json) -> None:
@@ -75,7 +91,7 @@ def _inexpressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
 
 
 def _tokenizer_json(proto: sentencepiece_model_pb2.ModelProto, bos: bool) -> Json:
-    special = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL)
+    special, first = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL), proto.trainer_spec.bos_id
     return {
         "version": "1.0",
         "truncation": None,
@@ -87,7 +103,7 @@ def _tokenizer_json(proto: sentencepiece_model_pb2.ModelProto, bos: bool) -> Jso
         ],
         "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(proto.normalizer_spec))},
         "pre_tokenizer": None,
-        "post_processor": _begin(proto) if bos else None,
+        "post_processor": _begin(proto.pieces[first].piece, first) if bos else None,
         "decoder": {"type": "Sequence", "decoders": list(_decoders(proto.normalizer_spec))},
         "model": _merges(proto),
     }  # fmt: skip
@@ -107,14 +123,14 @@ def _decoders(spec: sentencepiece_model_pb2.NormalizerSpec) -> Iterator[Json]:
         yield {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
-def _begin(proto: sentencepiece_model_pb2.ModelProto) -> Json:
-    begin = proto.pieces[proto.trainer_spec.bos_id].piece
+def _begin(begin: str, index: int) -> Json:
+    """Return a post-processor that begins each text with BOS, whose piece and id are given."""
     bos, first, second = ({"SpecialToken": {"id": begin, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1))
     return {
         "type": "TemplateProcessing",
         "single": [bos, first],
         "pair": [bos, first, {"SpecialToken": {"id": begin, "type_id": 1}}, second],
-        "special_tokens": {begin: {"id": begin, "ids": [proto.trainer_spec.bos_id], "tokens": [begin]}},
+        "special_tokens": {begin: {"id": begin, "ids": [index], "tokens": [begin]}},
     }
 
 
@@ -160,10 +176,10 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
     file, pieces = theirs
     for index in range(tokenizer.vocab_size):
         ours = tokenizer.piece(index)
-        if pieces.get(index) != ours:
+        if pieces.get(index, "") != ours:
             raise ConfigError(
                 f"{key} differs from the model's tokenizer: id {index} is {ours!r} there and"
-                f" {pieces.get(index)!r} in {file}; use the model's own SentencePiece model"
+                f" {pieces.get(index)!r} in {file}; use the model's own tokenizer"
             )
     if max(pieces, default=-1) >= tokenizer.vocab_size:
         raise ConfigError(
@@ -180,7 +196,7 @@ def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
             tokenizer = Tokenizer(model, bos=False, eos=False)
             return model, {index: tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
         except HeadraceError:
-            _logger.info("%s is not a SentencePiece model", model)  # Llama 3's is a list of byte sequences
+            _logger.info("%s is no tokenizer that can be read", model)
     if library.exists():
         content = json.loads(library.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

@@ -58,7 +58,7 @@ class Codec:
 
 
 def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
-    """Return a codec for a SentencePiece model; `bos` says whether documents begin with BOS."""
+    """Return a codec for a tokenizer; `bos` says whether documents begin with BOS."""
     prefix = [tokenizer.bos_id] if bos else []
     return Codec(
         encode=lambda prompt: [*prefix, *tokenizer.encode(prompt)],

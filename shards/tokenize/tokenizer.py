@@ -1,85 +1,89 @@
-"""Text -> token ids with a SentencePiece model, exactly as the model says.
+"""Text -> token ids with a tokenizer of any kind, exactly as its file says.
 
-window, evaluation and generation -> tokenizer -> word_encoder.
+window, evaluation and generation -> tokenizer -> kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 import xxhash
-from sentencepiece import sentencepiece_model_pb2
 
 from shards.arrays import Ints
+from shards.config import DataConfig
 from shards.errors import ConfigError
-from shards.tokenize.long_words import LongWords
-from shards.tokenize.split_points import SPACE, Cuts
-from shards.tokenize.word_encoder import WordEncoder
+from shards.tokenize.kinds import Kind, open_kind
+from shards.tokenize.split_points import SPACE
 
 _MAX_UINT16_VOCABULARY = 1 << 16
 
 
 class Tokenizer:
-    """A SentencePiece model, and the tokens it adds at a document's ends."""
+    """A tokenizer's file, and the tokens it adds at a document's ends."""
 
-    def __init__(self, path: Path | str, bos: bool = True, eos: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        bos: bool = True,
+        eos: bool = True,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
         """Load a model.
 
         Args:
-            path: path of the .model file.
-            bos, eos: begin and end each document with the model's BOS and EOS.
-        Raises: ConfigError if the file is missing or no SentencePiece model, or lacks a requested BOS or EOS.
+            path: path of a SentencePiece model, a tokenizer.json or a rank file of tiktoken.
+            bos, eos: begin and end each document with BOS and EOS.
+            bos_token, eos_token: pieces to use as BOS and EOS; None = those that the file names.
+        Raises: ConfigError if the file is missing or no tokenizer, or lacks a requested BOS or EOS.
         """
         try:
-            model = Path(path).read_bytes()
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(
-                f"data.tokenizer={path}: cannot be read: {error.strerror}; name a SentencePiece .model file"
+                f"data.tokenizer={path}: cannot be read: {error.strerror}; name a SentencePiece .model file, a "
+                "tokenizer.json or a rank file of tiktoken"
             ) from None
         self.path = Path(path)
-        self.marks = (bos, eos)  # whether documents begin with BOS and end with EOS
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise ConfigError(f"data.tokenizer={path}: not a SentencePiece model") from None
-        self.content_hash: str = xxhash.xxh3_128_hexdigest(model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self.unk_id: int = self._processor.unk_id()
-        for key, wanted, found in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
-            if wanted and found < 0:
-                raise ConfigError(
-                    f"data.{key}=true, but the tokenizer {path} has no {key.upper()}; set data.{key}: false"
-                )
+        self.content_hash: str = xxhash.xxh3_128_hexdigest(content)
+        self._kind: Kind = open_kind(self.path, content)
+        self.vocab_size = self._kind.vocab_size
+        self.libraries = self._kind.libraries  # versions that a run must keep
+        self.unk_id = self._kind.unk_id
+        self.bos_id = self._id_of("bos", bos, bos_token, self._kind.bos_id)
+        self.eos_id = self._id_of("eos", eos, eos_token, self._kind.eos_id)
+        # Whether documents begin with BOS and end with EOS, and with which if the config says it
+        self.marks = (bos_token if bos and bos_token else bos, eos_token if eos and eos_token else eos)
         self._prefix = [self.bos_id] if bos else []
         self._suffix = [self.eos_id] if eos else []
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= _MAX_UINT16_VOCABULARY else np.int32)
-        self._prepare_words(sentencepiece_model_pb2.ModelProto.FromString(model))
+        self._kind.prepare(self._prefix, self._suffix, self.dtype)
+        self.obstacle = self._kind.obstacle  # the reason why documents are encoded slowly; None = they are not
 
-    def _prepare_words(self, model: sentencepiece_model_pb2.ModelProto) -> None:
-        """Decide how documents are encoded: word by word if that is exact, else whole."""
-        self._cuts = Cuts(model)
-        # The reason why documents are encoded whole, several times slower; None = they are not
-        self.obstacle = self._cuts.obstacle
-        normalizer = model.normalizer_spec
-        # An identity normalizer is replaced by code here; any other is called.
-        self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
-        self._normalizes |= model.trainer_spec.treat_whitespace_as_suffix
-        self._space = " " if normalizer.add_dummy_prefix else ""
-        self._words: WordEncoder | None = None
-        if self.obstacle is None:
-            normalizer.precompiled_charsmap = b""
-            normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
-            verbatim = sentencepiece.SentencePieceProcessor()
-            verbatim.LoadFromSerializedProto(model.SerializeToString())
-            long_words = LongWords(verbatim, self._cuts, model, self.dtype)
-            self._words = WordEncoder(verbatim, self._cuts, long_words, self._prefix, self._suffix, self.dtype)
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        """Open the tokenizer that a data config names. Raises: ConfigError as the class does."""
+        return cls(data.tokenizer, data.bos, data.eos, data.bos_token, data.eos_token)
+
+    def _id_of(self, key: str, wanted: bool, named: str | None, found: int) -> int:
+        """Return the id of BOS or EOS, -1 if there is none. Raises: ConfigError if it is wanted and there is none."""
+        if named is not None:
+            index = self._kind.index(named)
+            if index is None:
+                raise ConfigError(
+                    f"data.{key}_token={named!r}: the tokenizer {self.path} has no such token; name one that it has"
+                )
+            return index
+        if wanted and found < 0:
+            raise ConfigError(
+                f"data.{key}=true, but the tokenizer {self.path} has no {key.upper()}; set data.{key}: false, or name"
+                f" one of its tokens in data.{key}_token"
+            )
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without BOS and EOS."""
@@ -92,30 +96,19 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Return the ids of all documents in one array, uint16 if the vocabulary fits, and the length of each."""
-        if self._words is not None:
-            return self._words.encode([self._spell(text).encode() for text in texts])
-        prefix, suffix = np.array(self._prefix, self.dtype), np.array(self._suffix, self.dtype)
-        parts = [np.zeros(0, self.dtype)]
-        for text in texts:
-            parts += (prefix, self._processor.EncodeAsNumpy(text).astype(self.dtype), suffix)
-        ends = np.cumsum([0, *map(len, parts[1:])])[::3]
-        return np.concatenate(parts), np.diff(ends)
-
-    def _spell(self, text: str) -> str:
-        """Normalize a text and spell it as `Cuts.spell` does."""
-        if self._normalizes:
-            return self._cuts.spell(self._processor.Normalize(text))
-        return self._cuts.spell(self._space + text) if text else ""
+        return self._kind.encode_documents(texts)
 
     def piece(self, index: int) -> str:
-        """Return the piece of a token id, as the model's vocabulary spells it."""
-        piece: str = self._processor.IdToPiece(index)
-        return piece
+        """Return the piece of a token id, as the model's vocabulary spells it; empty if the id has none."""
+        return self._kind.piece(index)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Return the text of token ids; control tokens such as BOS have none."""
-        text: str = self._processor.DecodeIds([int(i) for i in ids])
-        return text
+        return self._kind.decode([int(i) for i in ids])
+
+    def library_json(self) -> dict[str, Any] | None:
+        """Return the content of a tokenizer.json that gives the same ids; None for a SentencePiece model."""
+        return self._kind.library_json()
 
     def difference(self, text: str, ids: npt.NDArray[np.integer]) -> tuple[str, str] | None:
         """Compare a document with what its ids decode to; return both from the first difference on, or None if equal.
@@ -127,12 +120,17 @@ class Tokenizer:
             ids: ids without UNK, with BOS and EOS as configured.
         """
         body = ids[len(self._prefix) : len(ids) - len(self._suffix)]
-        expected, found = (_plain(spelled) for spelled in (self._processor.Normalize(text), self.decode(body)))
+        expected, found = (_plain(spelled) for spelled in (self._kind.normalize(text), self.decode(body)))
         if expected == found:
             return None
         pairs = enumerate(zip(expected, found, strict=False))
         start = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(expected), len(found)))
         return expected[start:], found[start:]
+
+
+def describe(libraries: Mapping[str, str]) -> str:
+    """Name libraries and their versions, for messages."""
+    return " and ".join(f"{name} {version}" for name, version in sorted(libraries.items())) or "SentencePiece"
 
 
 def _plain(spelled: str) -> str:

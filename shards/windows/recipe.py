@@ -19,7 +19,7 @@ from shards.config import DataConfig
 from shards.errors import ConfigError, ShardError
 from shards.records.document_list import DocumentList
 from shards.suites.decontaminate import Decontaminator
-from shards.tokenize.tokenizer import Tokenizer
+from shards.tokenize.tokenizer import Tokenizer, describe
 
 _PACKAGE = Path(__file__).parents[1]  # shards/
 
@@ -36,6 +36,7 @@ class Tools(NamedTuple):
         """Describe the tools of this process for others."""
         return Recipe(
             tokenizer=self.tokenizer.content_hash,
+            libraries=self.tokenizer.libraries,
             program=program(),
             filters=tuple(_file_of(found) for found in self.filters),
             forgotten=tuple(_file_of(found) for found in self.forgotten),
@@ -57,6 +58,7 @@ class Recipe(msgspec.Struct, frozen=True):
     # Of each stage of the run:
     filters: tuple[ToolFile | None, ...] = (None,)  # the decontamination's
     forgotten: tuple[ToolFile | None, ...] = (None,)  # lists of data.forget
+    libraries: dict[str, str] = {}  # versions of those that compute the tokenizer's ids
 
     def open(self, stages: Sequence[DataConfig]) -> Tools:
         """Open the same tools in this process.
@@ -66,8 +68,13 @@ class Recipe(msgspec.Struct, frozen=True):
         Raises: ConfigError if files are missing, or differ from the loading process's.
         """
         data = stages[0]
-        tokenizer = Tokenizer(data.tokenizer, data.bos, data.eos)
+        tokenizer = Tokenizer.of(data)
         _check_file("data.tokenizer", str(data.tokenizer), tokenizer.content_hash, self.tokenizer)
+        if tokenizer.libraries != self.libraries:
+            raise ConfigError(
+                f"data.tokenizer={data.tokenizer}: its ids are computed by {describe(tokenizer.libraries)} here, but "
+                f"the loading process began with {describe(self.libraries)}; put the old versions back, or start again"
+            )
         filters = {
             file: Decontaminator(stage.decontaminate, Path(file.path))
             for stage, file in zip(stages, self.filters, strict=True)

@@ -32,6 +32,8 @@ data:
   lanes: 4
   plan_version: 2
   bos: false
+  bos_token: b
+  eos_token: e
   eos: true
   weight_changes: [{step: 3, weights: {a: 0.5}}]
   on_bad_record: skip

@@ -49,7 +49,7 @@ def words(seed: int, count: int) -> str:
 
 def tools_of(data: DataConfig) -> Tools:
     """Open the tools with which a loader of this config makes windows."""
-    return Tools(Tokenizer(data.tokenizer, data.bos, data.eos), (prepared_filter(data, None),))
+    return Tools(Tokenizer.of(data), (prepared_filter(data, None),))
 
 
 def config(sources: Sequence[dict[str, object]], **changes: object) -> DataConfig:

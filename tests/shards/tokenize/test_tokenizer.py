@@ -132,12 +132,12 @@ def test_a_long_word_is_encoded_in_bounded_parts_each_once(unit: str) -> None:
     model = Model(TOKENIZER)
     text = unit * (400_000 // len(unit))
     seen: list[int] = []
-    encode = model.ours._words._long_words._processor.EncodeAsNumpy
+    encode = model.ours._kind._words._long_words._processor.EncodeAsNumpy
     with (
         mock.patch.object(long_words, "PART_BYTES", 1 << 13),
         mock.patch.object(word_encoder, "BLOCK_BYTES", 1 << 13),
         mock.patch.object(
-            model.ours._words._long_words._processor,
+            model.ours._kind._words._long_words._processor,
             "EncodeAsNumpy",
             lambda data: seen.append(len(data)) or encode(data),
         ),
@@ -158,8 +158,8 @@ def test_a_full_table_is_cleared(limit: str, value: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(word_encoder, limit, value)
     model = Model(TOKENIZER)
     texts = [document.text for document in read_documents(sorted(SAMPLE.glob("*.gz"))[0])][:60]
-    clear = mock.Mock(wraps=model.ours._words._clear)
-    monkeypatch.setattr(model.ours._words, "_clear", clear)
+    clear = mock.Mock(wraps=model.ours._kind._words._clear)
+    monkeypatch.setattr(model.ours._kind._words, "_clear", clear)
     model.check(texts)
     assert clear.call_count > 3
 

@@ -1,0 +1,106 @@
+"""Measure how fast each kind of tokenizer encodes, beside the libraries, and that ids are equal.
+
+    pip install 'headrace[fast]' tiktoken
+    python benchmarks/tokenizers.py 'corpus/*.zst' 'corpus/*.gz' --tokenizer NEOX.json --tokenizer LLAMA3.model
+
+One process, one thread; MB/s of text in UTF-8 by the time of the CPU, which other work on the machine does not change
+much. Ours is measured on all texts once, from empty caches (first) and once more (again); the libraries, whose rate
+hardly changes, on every Nth document, whose ids are compared. tiktoken reads rank files only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import glob
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read when the library encodes its first batch
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from shards import Tokenizer, read_documents
+from shards.tokenize.rank_file import PATTERN, is_rank_file
+
+MB = 1e6
+BATCH = 100  # documents, about those of a window
+
+
+def rate(encode: Callable[[list[str]], object], texts: Sequence[str]) -> float:
+    """Return the MB/s of encoding texts, in batches."""
+    spent = 0.0
+    for i in range(0, len(texts), BATCH):
+        batch = list(texts[i : i + BATCH])
+        begun = time.process_time()
+        encode(batch)
+        spent += time.process_time() - begun
+    return sum(len(text.encode()) for text in texts) / MB / spent
+
+
+def peers(path: Path, ours: Tokenizer) -> dict[str, Callable[[str], list[int]]]:
+    """Return what encodes a text as the file says, by the library's name."""
+    content = ours.library_json()
+    if content is None:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return {"SentencePiece": processor.encode}
+    if not is_rank_file(path.read_bytes()):
+        library = tokenizers.Tokenizer.from_file(str(path))
+        library.encode_special_tokens = True
+        return {"tokenizers": lambda text: library.encode_batch_fast([text], add_special_tokens=False)[0].ids}
+
+    import tiktoken
+
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    library.encode_special_tokens = True
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    encoding = tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return {
+        "tokenizers": lambda text: library.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+        "tiktoken": encoding.encode_ordinary,
+    }
+
+
+def measure(path: Path, texts: list[str], every: int) -> None:
+    """Print one row for a file. Raises: AssertionError if an id differs."""
+    begun = time.process_time()
+    ours = Tokenizer(path, bos=False, eos=False)
+    opened = time.process_time() - begun
+    first, again = (rate(ours.encode_documents, texts) for _ in range(2))
+    sample = texts[::every]
+    found = peers(path, ours)
+    rates = {name: rate(lambda batch, one=one: [one(text) for text in batch], sample) for name, one in found.items()}
+    for text in sample:
+        ids = ours.encode(text)
+        assert all(np.array_equal(ids, one(text)) for one in found.values()), ascii(text[:200])
+    beside = ", ".join(f"{name} {value:.2f} ({first / value:.0f}x)" for name, value in rates.items())
+    how = ", ".join(f"{name} {version}" for name, version in ours.libraries.items())
+    print(f"| {path.name} | {opened:.1f} | {first:.1f} | {again:.1f} | {beside} | {ours.obstacle or how} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help="patterns of shards, whose texts are read into memory")
+    parser.add_argument("--tokenizer", type=Path, action="append", required=True)
+    parser.add_argument("--every", type=int, default=10, help="the libraries encode one document in this many")
+    arguments = parser.parse_args()
+    paths = [path for pattern in arguments.shards for path in sorted(glob.glob(pattern))]
+    texts = [document.text for path in paths for document in read_documents(Path(path))]
+    print(f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / MB:.1f} MB\n")
+    print("| file | open, s | ours, first | ours, again | libraries | computed by |")
+    print("| --- | ---: | ---: | ---: | --- | --- |")
+    for path in arguments.tokenizer:
+        measure(path, texts, arguments.every)
+
+
+if __name__ == "__main__":
+    main()

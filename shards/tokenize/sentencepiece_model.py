@@ -1,0 +1,94 @@
+"""Text -> token ids as a SentencePiece model says. kinds -> sentencepiece_model -> {word_encoder, joined}."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from shards.arrays import Ints
+from shards.errors import ConfigError
+from shards.tokenize.joined import encode_each
+from shards.tokenize.long_words import LongWords
+from shards.tokenize.split_points import Cuts
+from shards.tokenize.word_encoder import WordEncoder
+
+
+class SentencePieceModel:
+    """A SentencePiece model; the attributes are those of `kinds.Kind`."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        """Load a model. Raises: ConfigError if the content is no SentencePiece model."""
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise ConfigError(
+                f"data.tokenizer={path}: not a SentencePiece model, nor a tokenizer.json or a rank file of tiktoken"
+            ) from None
+        self._content = content
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
+        self.obstacle: str | None = None
+        self.libraries: dict[str, str] = {}  # runs of this kind have always been known by their file alone
+
+    def prepare(self, prefix: Sequence[int], suffix: Sequence[int], dtype: npt.DTypeLike) -> None:
+        """Decide how documents are encoded: word by word if that is exact, else whole."""
+        self._prefix, self._suffix, self._dtype = list(prefix), list(suffix), np.dtype(dtype)
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._content)
+        self._cuts = Cuts(model)
+        self.obstacle = self._cuts.obstacle
+        normalizer = model.normalizer_spec
+        # An identity normalizer is replaced by code here; any other is called.
+        self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
+        self._normalizes |= model.trainer_spec.treat_whitespace_as_suffix
+        self._space = " " if normalizer.add_dummy_prefix else ""
+        self._words: WordEncoder | None = None
+        if self.obstacle is None:
+            normalizer.precompiled_charsmap = b""
+            normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+            verbatim = sentencepiece.SentencePieceProcessor()
+            verbatim.LoadFromSerializedProto(model.SerializeToString())
+            long_words = LongWords(verbatim, self._cuts, model, dtype)
+            self._words = WordEncoder(verbatim, self._cuts, long_words, self._prefix, self._suffix, dtype)
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
+        """Return the ids of all documents in one array, and the length of each."""
+        if self._words is not None:
+            return self._words.encode([self._spell(text).encode() for text in texts])
+        return encode_each(texts, self._processor.EncodeAsNumpy, self._prefix, self._suffix, self._dtype)
+
+    def _spell(self, text: str) -> str:
+        """Normalize a text and spell it as `Cuts.spell` does."""
+        if self._normalizes:
+            return self._cuts.spell(self.normalize(text))
+        return self._cuts.spell(self._space + text) if text else ""
+
+    def piece(self, index: int) -> str:
+        """Return the piece of a token id, as the model's vocabulary spells it."""
+        piece: str = self._processor.IdToPiece(index)
+        return piece
+
+    def index(self, piece: str) -> int | None:
+        """Return the id of a piece; None if there is no such piece."""
+        found: int = self._processor.PieceToId(piece)
+        return found if self.piece(found) == piece else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; control tokens such as BOS have none."""
+        text: str = self._processor.DecodeIds(ids)
+        return text
+
+    def normalize(self, text: str) -> str:
+        """Return a text as the model's own normalizer leaves it."""
+        normalized: str = self._processor.Normalize(text)
+        return normalized
+
+    def library_json(self) -> None:
+        """Return None: the file is written as it is, since not every model has an equal in the library's terms."""
