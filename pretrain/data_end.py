@@ -48,6 +48,11 @@ def log_forecast(steps: int | None, forecast: Forecast) -> None:
     elif forecast.share_read is not None:
         share = 100 * forecast.share_read
         _logger.info("train.steps=%d will read about %.3g %% of the rows that max_epochs allows", steps, share)
+    if forecast.unreached is not None:
+        _logger.warning(
+            "the sources in use will have run out before the stage at step %d begins, and the run will end there with"
+            " an error: let it begin earlier, or raise max_epochs", forecast.unreached,
+        )  # fmt: skip
     for short in forecast.shortfalls:
         _logger.warning(
             "source %r runs out at about step %d, when it has been read max_epochs times: it gives %.3g %% of the run's"

@@ -53,12 +53,14 @@ class Forecast(NamedTuple):
         is_exact: True if last_step was counted, not estimated from a sample.
         share_read: fraction of the rows granted by max_epochs that the run reads; None if some source has no limit.
         shortfalls: the sources whose weight is not met, in the config's order.
+        unreached: the step of the first stage that never begins, since the data ends before; None if all do.
     """
 
     last_step: int | None
     is_exact: bool
     share_read: float | None
     shortfalls: tuple[Shortfall, ...]
+    unreached: int | None = None
 
 
 class _Pace:
@@ -128,7 +130,17 @@ def forecast(
         is_exact=is_counted and len(weightings) == 1 and lanes <= global_batch_size,
         share_read=None if math.isinf(granted) else min(1.0, sum(met) / max(1.0, granted)),
         shortfalls=tuple(_shortfalls(sources, supply, starts, total, pace)),
+        unreached=next((stage.step for stage in stages[1:] if _ends_before(stage.step, supply, starts, pace)), None),
     )
+
+
+def _ends_before(
+    step: int, supply: Sequence[float], weightings: Sequence[tuple[float, Sequence[float]]], pace: _Pace
+) -> bool:
+    """Return whether what is drawn before a stage begins has run out by then; the other arguments are `_drain`'s."""
+    begin = pace.rows(step)
+    end, _, _ = _drain(supply, [(row, weights) for row, weights in weightings if row < begin], math.inf)
+    return end < begin
 
 
 def _shortfalls(

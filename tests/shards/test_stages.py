@@ -376,6 +376,12 @@ def test_cursors_of_one_rank_do_not_suffice_for_other_lanes(corpus: Path) -> Non
 
 def test_data_that_ends_before_a_stage_begins_is_an_error(corpus: Path) -> None:
     run = staged(config([source(corpus, "a", max_epochs=1)], lanes=4), 8, (4000, {"seq_len": 64}, None))
+    with loaders(run, 1)[0] as loader:
+        assert loader.forecast(5000).unreached == 4000
+    for begin in (4, 10):
+        sooner = staged(config([source(corpus, "a", max_epochs=1)], lanes=4), 8, (begin, {"seq_len": 64}, None))
+        with loaders(sooner, 1)[0] as loader:
+            assert loader.forecast(20).unreached is None
     with loaders(run, 1)[0] as loader, pytest.raises(ShardError, match="end before the stage at step 4000 begins"):
         for _ in loader:
             pass
