@@ -30,15 +30,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Ranks(NamedTuple):
-    """A rank's place among the data-parallel ranks."""
+    """A rank's place among the data-parallel ranks, whose number divides every stage's batch and so its first row."""
 
     rank: int
     size: int
 
-    def lanes(self, num_lanes: int, first_row: int) -> range:
+    def lanes(self, num_lanes: int) -> range:
         """Return the lanes that this rank reads in a stage: those with the same remainder modulo `stride`."""
         stride = self.stride(num_lanes)
-        return range((self.rank + first_row) % stride, num_lanes, stride)
+        return range(self.rank % stride, num_lanes, stride)
 
     def stride(self, num_lanes: int) -> int:
         """Return the distance between the lanes that one rank reads."""
@@ -117,8 +117,7 @@ class Leg:
 
     def reported(self) -> Iterator[Lane]:
         """Yield the lanes that this rank reports on, so that lanes shared by several ranks are counted once."""
-        mine = (self._ranks.rank + self._first_row) % self._ranks.size
-        return (lane for number, lane in self.lanes.items() if number % self._ranks.size == mine)
+        return (lane for number, lane in self.lanes.items() if number % self._ranks.size == self._ranks.rank)
 
     def epochs(self) -> dict[str, float]:
         """Return how often each source has been read through, as far as the lanes go that this rank reports on."""

@@ -267,7 +267,7 @@ class Loader:
 
     def _lane_names(self, state: LoaderState) -> list[str]:
         """List the lanes that this rank reads in a state's stage, by their names in it."""
-        return [str(lane) for lane in self._ranks.lanes(state.num_lanes, state.first_row)]
+        return [str(lane) for lane in self._ranks.lanes(state.num_lanes)]
 
     def _mine(self, state: LoaderState) -> LoaderState:
         """Return a state with the lanes of this rank only."""
