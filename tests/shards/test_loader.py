@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -335,8 +336,12 @@ def test_a_fingerprint_shows_what_differs(corpus: Path, tmp_path: Path) -> None:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    living = [child for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if "shards.windows.worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+            if child.status() != psutil.STATUS_ZOMBIE and "shards.windows.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_lost_and_hung_workers_are_replaced(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Measure how fast each kind of tokenizer encodes, beside the libraries, and that ids are equal.
 
     pip install 'headrace[fast]' tiktoken
-    python benchmarks/tokenizers.py 'corpus/*.zst' 'corpus/*.gz' --tokenizer NEOX.json --tokenizer LLAMA3.model
+    python benchmarks/tokenizing.py 'corpus/*.zst' 'corpus/*.gz' --tokenizer NEOX.json --tokenizer LLAMA3.model
 
 One process, one thread; MB/s of text in UTF-8 by the time of the CPU, which other work on the machine does not change
 much. Ours is measured on all texts once, from empty caches (first) and once more (again); the libraries, whose rate
