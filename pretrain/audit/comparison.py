@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the run is what it says that it is, as far as this comparison goes."""
+        """Return whether the run is what it says that it is, as far as this comparison goes."""
         return not self.differences
 
     def differs(self, step: int, figure: str) -> bool:

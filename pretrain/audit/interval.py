@@ -67,7 +67,7 @@ class Interval:
 
     @property
     def described(self) -> str:
-        """The steps in words, such as "steps 9 to 12"."""
+        """Return the steps in words, such as "steps 9 to 12"."""
         first, last = self.steps[0].step, self.steps[-1].step
         return f"step {first}" if first == last else f"steps {first} to {last}"
 

@@ -18,13 +18,12 @@ from shards import (
     SourceConfig,
     batch_after,
     check_fingerprint,
-    merge_states,
 )
 from shards.config import DataConfig
 from shards.records import arrow
 from shards.records.arrow_rows import Columns
 from shards.storage import files
-from tests.shards.corpora import config, record, words
+from tests.shards.corpora import config, record, restarted_hashes, words
 
 TEXTS = [words(i, 5 + i * 37 % 120) for i in range(300)]
 IDS = [[3 + (i * 31 + j * j) % 4000 for j in range(i * 13 % 90)] for i in range(300)]
@@ -74,16 +73,7 @@ def test_batches_do_not_depend_on_ranks_workers_or_restarts(tmp_path: Path, key:
     straight = hashes(data)
     assert len(set(straight)) == 30
     assert hashes(data.model_copy(update={"num_workers": 1})) == straight
-    state: dict[str, object] = {}
-    got = []
-    for dp_size, count in ((2, 7), (8, 6), (1, 9), (4, 8)):
-        ranks = [Loader(data, 8, 3, rank, dp_size) for rank in range(dp_size)]
-        for rank in ranks:
-            if state:
-                rank.load_state_dict(state)
-        got += [sum(next(rank).row_hash for rank in ranks) % 2**64 for _ in range(count)]
-        state = merge_states([rank.state_dict() for rank in ranks])
-    assert got == straight
+    assert restarted_hashes(data) == straight
 
 
 def test_an_epoch_holds_the_ids_of_each_row_once_and_unchanged(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import Loader, ShardError, document, merge_states, preparation
+from shards import Loader, ShardError, document, preparation
 from shards.arrays import greedy_groups
 from shards.config import DataConfig
 from shards.index.shard_index import build, hash_tables
 from shards.records import parquet
 from shards.storage import files, remote
 from shards.suites.suite import find
-from tests.shards.corpora import ROOT, config, record, words, write_shard
+from tests.shards.corpora import ROOT, config, record, restarted_hashes, words, write_shard
 
 TEXTS = [words(i, 5 + i * 37 % 120) + "\nβ" * (i % 3) for i in range(300)]
 IDS = [f"d{i}" for i in range(300)]
@@ -56,16 +56,7 @@ def test_batches_do_not_depend_on_ranks_workers_or_restarts(tmp_path: Path) -> N
     straight = hashes(data)
     assert len(set(straight)) == 30
     assert hashes(data.model_copy(update={"num_workers": 1})) == straight
-    state: dict[str, object] = {}
-    got = []
-    for dp_size, count in ((2, 7), (8, 6), (1, 9), (4, 8)):
-        ranks = [Loader(data, 8, 3, rank, dp_size) for rank in range(dp_size)]
-        for rank in ranks:
-            if state:
-                rank.load_state_dict(state)
-        got += [sum(next(rank).row_hash for rank in ranks) % 2**64 for _ in range(count)]
-        state = merge_states([rank.state_dict() for rank in ranks])
-    assert got == straight
+    assert restarted_hashes(data) == straight
 
 
 def test_layout_changes_no_batch_and_no_hash(tmp_path: Path) -> None:
