@@ -25,9 +25,8 @@ class StageConfig(Config):
     step: int = Field(ge=1)  # optimizer steps that are done when the stage begins
     data: StageData = StageData()
     train: StageTrain = StageTrain()
-    optim: StageSchedule | None = (
-        None  # a schedule of its own, up to the next stage that has one; null: the old goes on
-    )
+    # A schedule of its own, up to the next stage that has one; null: the old goes on
+    optim: StageSchedule | None = None
 
 
 @dataclass(frozen=True)
