@@ -60,10 +60,13 @@ def test_a_signal_during_an_evaluation_an_error_and_a_hang_all_end_the_run_prope
     evaluated.append("train.stall_timeout=3")
     starts = [(2, evaluated, FAILING.format(step=step, fault=fault)) for step, fault in faults]
     codes, output = run_starts(config, [*starts, (2, evaluated, "")])
-    assert codes == [[1, 1], [1, -9], [75, 75], [0, 0]], output
+    # Rank 0 waits for the rank that hangs: it notices as well, unless that rank is gone before.
+    first = codes[2][0]
+    assert first in (75, 1), output
+    assert codes == [[1, 1], [1, -9], [first, 75], [0, 0]], output
     assert output.count("ValueError: out of luck") == 1
     assert output.count("Traceback (most recent call last)") == 1, output  # only the failed rank's
-    assert output.count("another rank is gone, so rank 0 exits too") == 2
+    assert output.count("another rank is gone, so rank 0 exits too") == 2 + (first == 1)
     assert output.index("out of luck") < output.index("another rank is gone")
     assert "rank 1: step 4 has taken more than train.stall_timeout=3 s" in output
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
