@@ -52,9 +52,14 @@ class _Reader:
         self.began_inside = False  # decoding began at a page inside a row group
         self._batches = self.file.batches(self._present)
         self._left: pa.RecordBatch | None = None
+        self._page_bytes = 0  # of the pages that are decoded, as far as they are known
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it holds, about."""
         per_column = parquet.STREAM_BYTES + parquet.BATCH_BYTES  # buffered, and a page of about that size
-        of_blocks = ranges.KEPT_BLOCKS * remote.BLOCK_BYTES if remote.is_remote(path) else 0
-        self.held_bytes = 2 * len(self._present) * per_column + of_blocks
+        of_blocks = ranges.KEPT_BLOCKS * remote.BLOCK_BYTES if remote.is_remote(self.path) else 0
+        return 2 * (len(self._present) * per_column + self._page_bytes) + of_blocks
 
     def entry(self, row: int) -> int:
         """Return the row from which decoding would begin to reach another."""
@@ -66,6 +71,7 @@ class _Reader:
             raise ShardError(f"{self.path}: has {self.file.num_rows} rows, fewer than its index says")
         if not self.entry(first) <= self.position <= first:
             self.position = first
+            self._page_bytes = self.file.page_bytes(self._present, first)
             self.began_inside = self.entry(first) not in self.file.firsts
             self._batches, self._left = self.file.batches(self._present, first), None
         parts = []

@@ -74,6 +74,14 @@ class ParquetFile:
         chunks = self._chunks(columns, row)
         return first if chunks is None else first + chunks[0].rows[chunks[0].page_of(row - first)]
 
+    def page_bytes(self, columns: Sequence[str], row: int) -> int:
+        """Return the mean decompressed size of a page of some columns together; 0 if pages are not looked up."""
+        group, chunks = self.group_of(row), self._chunks(columns, row) or []
+        return sum(
+            self._bytes_of(self._parquet, group, column) // max(1, len(chunk.offsets))
+            for column, chunk in zip(columns, chunks, strict=False)
+        )
+
     def batches(self, columns: Sequence[str], row: int = 0) -> Iterator[pa.RecordBatch]:
         """Yield rows to the file's end, at most MAX_BATCH_ROWS at a time.
 
