@@ -5,8 +5,8 @@
 For one row group of English-like text, a JSON-lines file of the same documents beside it: seconds of the index's pass,
 seconds until a process that starts at a place has the first window from there, MB/s of the windows that follow, of
 segments anywhere in the file, of windows taken in turn from 16 and from 64 places, as lanes take them, and the most
-memory that the process took. Seconds are the processor's, which other
-programs on the machine change least; the files are in the system's cache.
+memory that the process took. Seconds are the processor's, which other programs on the machine change least; the files
+are in the system's cache.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class ParquetRows:
         self._open: list[_Reader] = []  # least recently used first
         self._cells: OrderedDict[tuple[str, tuple[str, ...], int, int], Rows] = OrderedDict()
         self._cells_bytes = 0
-        # Of each file that was read, None = not to be used. A few thousand numbers for a row group of 1 GB
-        self._pages: dict[str, Pages | None] = {}
+        self._pages: OrderedDict[str, Pages] = OrderedDict()  # of the files that were opened last
+        self._distrusted: set[str] = set()  # files whose pages are not used
 
     def records(self, wanted: RawRange, cells: tuple[int, int], rows: tuple[int, int], source: SourceConfig) -> Records:
         """Return consecutive rows as records of their source.
@@ -155,17 +155,29 @@ class ParquetRows:
         """Remove and return the open reader nearest before a row, or open one."""
         columns = parquet.columns_of(source)
         same = [one for one in self._open if one.path == wanted.path and one.columns == columns]
-        usable = [one for one in same if same[0].entry(first) <= one.position <= first]
+        entry = same[0].entry(first) if same else 0
+        usable = [one for one in same if entry <= one.position <= first]
         if usable:
             reader = max(usable, key=lambda one: one.position)
             self._open.remove(reader)
             return reader
         files.check_size(wanted.path, wanted.stat)
-        return _Reader(wanted.path, source, self._cache, self._pages.setdefault(wanted.path, Pages()))
+        return _Reader(wanted.path, source, self._cache, self._pages_of(wanted.path))
+
+    def _pages_of(self, path: str) -> Pages | None:
+        """Return what is known of a file's pages; None if they are not used."""
+        if path in self._distrusted:
+            return None
+        # To walk through a remote file would be to fetch all of a column
+        pages = self._pages.setdefault(path, Pages(walk=not remote.is_remote(path)))
+        self._pages.move_to_end(path)
+        while len(self._pages) > MAX_OPEN:  # a few thousand numbers for each row group of 1 GB
+            self._pages.popitem(last=False)
+        return pages
 
     def _distrust(self, path: str, error: ShardError) -> None:
         """Decode a file's row groups from their beginnings from now on."""
-        self._pages[path] = None
+        self._distrusted.add(path)
         for one in [one for one in self._open if one.path == path]:
             self._open.remove(one)
             one.file.close()

@@ -110,7 +110,7 @@ class ParquetFile:
                     yield batch
                 if left:
                     raise pa.ArrowInvalid(f"its footer says that {left} rows follow where it ends")
-            except (OSError, pa.ArrowException, *parquet_pages.UNREADABLE) as error:
+            except (OSError, pa.ArrowException) as error:
                 raise _damaged(self.path, error, f"row group {number}") from None
 
     def _rows(self, parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

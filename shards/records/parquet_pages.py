@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+from bisect import bisect_right
 from typing import BinaryIO, NamedTuple
 
 _MAGIC = b"PAR1"
@@ -51,17 +52,15 @@ class Chunk(NamedTuple):
 
     def page_of(self, row: int) -> int:
         """Return the number of the page that holds a row of the group."""
-        low, high = 0, len(self.rows)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.rows[middle] <= row else (low, middle)
-        return low
+        return bisect_right(self.rows, row) - 1
 
 
 class Pages:
     """What is known of a file's pages, which its readers share."""
 
-    def __init__(self) -> None:
+    def __init__(self, walk: bool = True) -> None:
+        """Begin without knowing any. Args: walk: go through a column's headers where the file has no index of them."""
+        self._walk = walk
         self._footer: Footer | None = None
         self._chunks: dict[tuple[int, int], Chunk | None] = {}  # by row group and column
 
@@ -71,7 +70,7 @@ class Pages:
             found = None
             with contextlib.suppress(*UNREADABLE):
                 self._footer = self._footer or Footer(file)
-                found = self._footer.chunk(file, group, column, is_flat)
+                found = self._footer.chunk(file, group, column, is_flat, self._walk)
             self._chunks[group, column] = found
         return self._chunks[group, column]
 
@@ -92,11 +91,12 @@ class Footer:
         file.seek(self.file_size - 8 - size)
         self._fields, _ = _struct(file.read(size), 0)
 
-    def chunk(self, file: BinaryIO, group: int, column: int, is_flat: bool) -> Chunk | None:
+    def chunk(self, file: BinaryIO, group: int, column: int, is_flat: bool, walk: bool) -> Chunk | None:
         """Find the pages of a column.
 
         Args:
             is_flat: the column has one value a row, so that values count rows.
+            walk: go through the headers if there is no index.
         Returns: None if it is not known where rows begin.
         Raises: any of UNREADABLE.
         """
@@ -111,7 +111,7 @@ class Footer:
             pages = [_inner(page) for page in _elements(index[1])]
             offsets, firsts = ([_number(page[number]) for page in pages] for number in (1, 3))
             return Chunk(column, (start, offsets[0] - start), offsets, firsts, end)
-        return _walked(file, column, start, end, rows, is_flat)
+        return _walked(file, column, start, end, rows, is_flat) if walk else None
 
     def tail(self, file: BinaryIO, group: int, chunk: Chunk, page: int) -> Tail:
         """Return the file whose only row group has a column's rows from a page on. Raises: any of UNREADABLE."""
