@@ -107,7 +107,8 @@ class Trainer:
     def train_on(self, batch: StepBatch) -> None:
         """Make one optimizer step and record it."""
         parts = self._parts
-        made = self._stepper.step_on(batch, self.state, parts.recorder.meter)
+        measured = self._config.metrics.measures_layers(self.state.step + 1)
+        made = self._stepper.step_on(batch, self.state, parts.recorder.meter, measured)
         parts.saver.check_lease()  # before anything is written
         if not made.passed_over:
             parts.unapplied.note(made.state.step, made.stats, batch.n_targets, parts.feed.origins)
@@ -116,7 +117,8 @@ class Trainer:
         record = parts.recorder.record(made, batch, parts.saver.failed, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
-        parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
+        layers = made.stats.layers.as_record(made.state.step) if made.stats.layers else None
+        parts.journal.log_step(record, layers, evals_follow=self._is_evaluation_due())  # possibly at the next start
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()

@@ -41,7 +41,7 @@ T = TypeVar("T")
 # projection, rounded up: logits, a loss, scores.
 Head = Callable[[Tensor, Tensor], T]
 
-Use = Literal["training", "scoring", "generation"]  # of a forward pass
+Use = Literal["training", "scoring", "uncompiled"]  # of a forward pass
 
 Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
 
@@ -165,8 +165,8 @@ class Block(nn.Module):
         train, score = checkpointed(self._compute, parallel.activation_checkpointing), self._compute
         if parallel.compile:
             train, score = torch.compile(train, dynamic=False), torch.compile(score, dynamic=False)
-        # The shapes differ from call to call in generation, so that it would be compiled anew each time.
-        self._computations = {"training": train, "scoring": score, "generation": self._compute}
+        # Generation is not compiled, since its shapes differ from call to call; nor is a pass that is measured.
+        self._computations = {"training": train, "scoring": score, "uncompiled": self._compute}
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, use: Use) -> Tensor:
         """Process the residual stream x [B * T, dim]; of split tokens, this rank's [B * T / tp_size, dim]."""
@@ -237,7 +237,7 @@ class Transformer(nn.Module):
             The head's result.
         """
         config, split_tokens = self.config, self.sequence_parallel and self.training
-        use: Use = "training" if self.training else "scoring" if cache is None else "generation"
+        use: Use = "training" if self.training else "scoring" if cache is None else "uncompiled"
         if cache is None:
             assert segment_ids is not None
             pieces = pieces_of(segment_ids, tokens.device)
