@@ -18,6 +18,7 @@ from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
+from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.stepper import Stepper
 from pretrain.topology import Topology
@@ -45,6 +46,7 @@ class Parts:
     stop: StopPolicy
     watchdog: Watchdog
     unapplied: UnappliedSteps
+    profiler: StepProfiler
 
 
 class Trainer:
@@ -92,6 +94,7 @@ class Trainer:
         With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
         parts = self._parts
+        parts.profiler.begin_step(self.state.step + 1)
         parts.watchdog.begin("step", f"step {self.state.step + 1}")
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
@@ -122,6 +125,7 @@ class Trainer:
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
+        parts.profiler.end_step(self.state.step)
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""

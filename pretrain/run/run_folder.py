@@ -93,6 +93,11 @@ class RunFolder:
         return StepLog(self.wandb / "rows.jsonl")
 
     @property
+    def profiles(self) -> Path:
+        """Return the folder of the profiles of single steps; see `pretrain.profiling`."""
+        return self.root / "profiles"
+
+    @property
     def lease(self) -> Path:
         return self.root / "lease"
 
