@@ -1,6 +1,6 @@
 """DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its checkpoint files.
 
-The only importer of deepspeed, apart from the conversion of checkpoints. It works around DeepSpeed where the design
+With zero_pieces the only importer of deepspeed. It works around DeepSpeed where the design
 differs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
 """
 
@@ -122,10 +122,9 @@ class Engine:
         )
         self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
-        groups = parameter_groups(model.parameters(), optim_config.weight_decay)
-        self._weight_decays = [group["weight_decay"] for group in groups]
+        self._groups = parameter_groups(model.named_parameters(), optim_config.weight_decay, model_config.scale_of)
         optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
+            [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._groups],
             lr=optim_config.learning_rate,
             betas=optim_config.betas,
             eps=optim_config.eps,
@@ -201,8 +200,8 @@ class Engine:
         assert len(micro_batches) == self.deepspeed.gradient_accumulation_steps(), "or it would make several steps"
         measurement = self._measure_activations(micro_batches, meter) if measured else None
         self.deepspeed.train()
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate * own["learning_rate_scale"]
         sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
         # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
         scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
@@ -357,8 +356,8 @@ class Engine:
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
         # Loading restores the old config's hyperparameters, but this config's apply.
-        for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["weight_decay"] = own["weight_decay"]
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
