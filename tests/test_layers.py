@@ -63,6 +63,7 @@ LAYERS = (
         "pretrain.exposure",
     ),
     ("pretrain.stages", "pretrain.config", "pretrain.config_changes"),
+    ("pretrain.report",),
     ("pretrain.stepper", "pretrain.recorder"),
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly", "pretrain.fork", "pretrain.unlearning"),
     ("pretrain.start",),
@@ -81,7 +82,7 @@ OWNERS = {
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
     "datasets": {"shards.records.hf_datasets"},
     "lm_eval": {"pretrain.evaluation.harness"},
-    "matplotlib": {"pretrain.evaluation.compare"},
+    "matplotlib": {"pretrain.evaluation.compare", "pretrain.report.png"},
 }
 
 

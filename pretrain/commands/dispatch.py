@@ -32,6 +32,8 @@ COMMANDS = {
     "index": Command("index shards before a run reads them"),
     "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
+    "report": Command("make one page about a run, or about several side by side"),
+    "watch": Command("follow a run from another terminal"),
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
     "audit": Command("train an interval of a run again and compare it with what the run recorded", on_ranks=True),

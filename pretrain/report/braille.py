@@ -1,0 +1,70 @@
+"""Draw a curve with braille characters, each of which has two columns of four dots. thinning -> braille -> frame."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.report.chart import Axis, Floats, axis_of, needs_log, short
+from pretrain.report.thinning import thin
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a character, by row and column
+_BLANK = 0x2800
+_LABEL = 9  # letters of a label of the y axis
+
+
+def plot(x: Floats, y: Floats, width: int, height: int, from_zero: bool = False) -> list[str]:
+    """Draw a curve with its axes; it reaches from the least to the greatest value that a column of dots stands for.
+
+    Args:
+        x, y: [points], at least one of which is finite in y.
+        width, height: of the picture in characters, labels included.
+    Returns:
+        Lines of equal width, the last of which labels the x axis.
+    """
+    columns, rows = 2 * (width - _LABEL - 1), 4 * (height - 1)
+    found = thin(x, y, columns)
+    is_log = not from_zero and needs_log(y)
+    axis = axis_of(np.concatenate([found.low, found.high]), log=is_log, from_zero=from_zero, tight=True)
+    dots = np.zeros((rows, columns), bool)
+    for column, (low, high) in enumerate(_spans(found.x, found.low, found.high, columns)):
+        if np.isfinite(low):
+            top, bottom = _row(high, axis, rows), _row(low, axis, rows)
+            dots[top : bottom + 1, column] = True
+    lines = _characters(dots)
+    labels = {0: short(_rounded(axis.high)), len(lines) - 1: short(_rounded(axis.low))}
+    drawn = [f"{labels.get(i, ''):>{_LABEL}} {line}" for i, line in enumerate(lines)]
+    ends = f"{x[0]:,.0f}", f"step {x[-1]:,.0f}"
+    return [*drawn, " " * (_LABEL + 1) + ends[0] + ends[1].rjust(width - _LABEL - 1 - len(ends[0]))]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _spans(x: Floats, low: Floats, high: Floats, columns: int) -> list[tuple[float, float]]:
+    """Return the least and greatest value of each column; where points are fewer than columns, a line joins them."""
+    there = np.isfinite(low)
+    at = np.linspace(x[0], x[-1], columns) if x[-1] > x[0] else np.full(1, x[0])
+    lows, highs = (np.interp(at, x[there], values[there]) for values in (low, high))
+    spans = []
+    for column in range(len(at)):
+        before = max(column - 1, 0)
+        # Reaches halfway to the column before, so that steep parts have no holes.
+        middle = (lows[before] + lows[column]) / 2, (highs[before] + highs[column]) / 2
+        spans.append((min(lows[column], *middle), max(highs[column], *middle)))
+    return spans
+
+
+def _row(value: float, axis: Axis, rows: int) -> int:
+    place = float(axis.place(np.array([value]))[0])
+    return int(np.clip(round((1 - place) * (rows - 1)), 0, rows - 1))
+
+
+def _characters(dots: npt.NDArray[np.bool_]) -> list[str]:
+    rows, columns = dots.shape
+    codes = np.full((rows // 4, columns // 2), _BLANK)
+    for row, of_row in enumerate(_DOTS):
+        for column, bit in enumerate(of_row):
+            codes |= np.where(dots[row::4, column::2], bit, 0)
+    return ["".join(map(chr, line)) for line in codes]
