@@ -69,6 +69,7 @@ LAYERS = (
     ("pretrain.start",),
     ("pretrain.audit",),
     ("pretrain.cluster",),
+    ("pretrain.sweep",),
     ("pretrain.commands",),
     ("pretrain.__main__",),
 )

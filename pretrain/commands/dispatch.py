@@ -41,6 +41,7 @@ COMMANDS = {
     "exposure": Command("find out when a run was trained on a document or text"),
     "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),
+    "sweep": Command("train the runs of a sweep on this machine"),
     "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),
 }
 

@@ -10,7 +10,7 @@ from pretrain.report.thinning import thin
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a character, by row and column
 _BLANK = 0x2800
-_LABEL = 9  # letters of a label of the y axis
+_LABEL = 10  # letters of a label of the y axis
 
 
 def plot(x: Floats, y: Floats, width: int, height: int, from_zero: bool = False) -> list[str]:
@@ -32,14 +32,16 @@ def plot(x: Floats, y: Floats, width: int, height: int, from_zero: bool = False)
             top, bottom = _row(high, axis, rows), _row(low, axis, rows)
             dots[top : bottom + 1, column] = True
     lines = _characters(dots)
-    labels = {0: short(_rounded(axis.high)), len(lines) - 1: short(_rounded(axis.low))}
+    labels = {0: _label(axis.high), len(lines) - 1: _label(axis.low)}
     drawn = [f"{labels.get(i, ''):>{_LABEL}} {line}" for i, line in enumerate(lines)]
     ends = f"{x[0]:,.0f}", f"step {x[-1]:,.0f}"
     return [*drawn, " " * (_LABEL + 1) + ends[0] + ends[1].rjust(width - _LABEL - 1 - len(ends[0]))]
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def _label(value: float) -> str:
+    """Write a number in four digits, or three where the label would be too long."""
+    text = short(float(f"{value:.4g}"))
+    return text if len(text) <= _LABEL else short(float(f"{value:.3g}"))
 
 
 def _spans(x: Floats, low: Floats, high: Floats, columns: int) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""What a chart shows, and where its axes begin, end and have ticks. {curves, sweeps} -> chart -> {svg, png}."""
+"""What a chart shows, and where its axes begin, end and have ticks. {curves, side_by_side} -> chart -> {svg, png}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one run was, in words and tables. history, checkpoints -> facts -> {page, sweeps}."""
+"""What one run was, in words and tables. history, checkpoints -> facts -> {page, side_by_side}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that sum up a run. history -> figures -> {facts, sweeps, frame}. None of this needs torch."""
+"""Figures that sum up a run. history -> figures -> {facts, side_by_side, frame}. None of this needs torch."""
 
 from __future__ import annotations
 

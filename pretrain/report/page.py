@@ -1,4 +1,4 @@
-"""One page about one run or several: a single file that needs no network. {curves, facts, sweeps, svg} -> page."""
+"""One page about one run or several, in a single file. {curves, facts, side_by_side, svg} -> page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.config_file import dump
 from pretrain.evaluation.compare import Difference
-from pretrain.report import facts, sweeps
+from pretrain.report import facts, side_by_side
 from pretrain.report.chart import Chart, short
 from pretrain.report.curves import charts_of, marks_of
 from pretrain.report.facts import Cell, Table
@@ -68,14 +68,14 @@ def _one_run(history: History) -> Iterator[str]:
 
 
 def _several_runs(histories: Sequence[History]) -> Iterator[str]:
-    names = sweeps.names_of(histories)
+    names = side_by_side.names_of(histories)
     yield f"<h1>{len(histories)} runs</h1>"
     yield f'<p class="sub">{escape(", ".join(names))}</p>'
     yield _problems([(name, text) for name, one in zip(names, histories, strict=True) for text in one.problems()])
-    yield _section("Runs", [_table(sweeps.run_table(histories), is_sortable=True)])
-    yield _section("By setting", [_charts(list(sweeps.by_key(histories)))])
-    yield _section("Curves", [_charts(list(sweeps.overlaid(histories)))])
-    tables = [_table(table, is_sortable=True) for table in sweeps.difference_tables(histories)]
+    yield _section("Runs", [_table(side_by_side.run_table(histories), is_sortable=True)])
+    yield _section("By setting", [_charts(list(side_by_side.by_key(histories)))])
+    yield _section("Curves", [_charts(list(side_by_side.overlaid(histories)))])
+    tables = [_table(table, is_sortable=True) for table in side_by_side.difference_tables(histories)]
     yield _section("Differences on held-out text", tables)
     details = [
         f"<details><summary>{escape(name)}</summary>{_pairs(facts.facts_of(one))}{''.join(_provenance(one))}</details>"
@@ -89,7 +89,7 @@ def all_charts(histories: Sequence[History]) -> list[Chart]:
     """Return the charts of the page about runs."""
     if len(histories) == 1:
         return [chart for charts in charts_of(histories[0]).values() for chart in charts]
-    return [*sweeps.by_key(histories), *sweeps.overlaid(histories)]
+    return [*side_by_side.by_key(histories), *side_by_side.overlaid(histories)]
 
 
 def _section(title: str, parts: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ def figure(chart: Chart) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_spoken(chart))}">'
         f"{''.join(_frame(chart, x_axis, y_axis))}{''.join(_content(chart, x_axis, y_axis))}"
         f'<line class="cross" y1="{_TOP}" y2="{_TOP + _PLOT_HEIGHT}" visibility="hidden"/></svg>'
-        f'<div class="tip" hidden></div></div>{_legend(chart)}{note}'
+        f'<div class="tip" hidden=""></div></div>{_legend(chart)}{note}'
         f'<script type="application/json">{_values(chart, x_axis)}</script></figure>'
     )
 

@@ -63,7 +63,9 @@ def test_ticks_say_their_value(low: float, ratio: float) -> None:
     steps = np.diff([value for value, _ in axis.ticks])
     assert np.allclose(steps, steps[0])
     for value, text in axis.ticks:
-        assert float(text.replace(",", "").replace("k", "e3")) == pytest.approx(value, rel=1e-9, abs=1e-12)
+        assert float(text.replace(",", "").replace("k", "e3").replace("M", "e6")) == pytest.approx(
+            value, rel=1e-9, abs=1e-12
+        )
 
 
 def test_a_scale_is_logarithmic_only_where_it_has_to_be() -> None:

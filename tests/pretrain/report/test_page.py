@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -15,9 +16,10 @@ import pytest
 from pretrain.commands import dispatch
 from pretrain.commands.train import write_report
 from pretrain.evaluation.compare import compare
-from pretrain.report import facts, sweeps
+from pretrain.report import facts, side_by_side
 from pretrain.report.curves import POINTS, marks_of
-from pretrain.report.page import page
+from pretrain.report.page import all_charts, page
+from pretrain.report.png import draw_all
 from tests.pretrain.report.made_run import SUITE, make_run, read_run, scores_at
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -130,7 +132,7 @@ def grid(folder: Path) -> list:
 
 def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -> None:
     histories = grid(tmp_path)
-    assert set(sweeps.settings_of(histories)) == {"run.seed", "optim.learning_rate"}
+    assert set(side_by_side.settings_of(histories)) == {"run.seed", "optim.learning_rate"}
     drawn = charts(page(histories))
     loss = drawn["Training loss"]["series"]
     assert [one["name"] for one in loss] == ["learning_rate 0.0001", "learning_rate 0.001", "learning_rate 0.01"]
@@ -147,14 +149,14 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
 def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
     histories = [read_run(make_run(tmp_path / name, learning_rate=rate)) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     histories.append(read_run(make_run(tmp_path / "unscored", evals=())))
-    averages, *rest = sweeps.difference_tables(histories)
+    averages, *rest = side_by_side.difference_tables(histories)
     assert rest == [], "domain by domain only for two runs"
     macro, micro = compare(scores_at(40, 1e-3, 0), scores_at(40, 2e-3, 0))[-2:]
     ((name, step, figure, found_macro, found_micro, _, documents),) = averages.rows
     assert (name, step, figure, documents) == ("b", 40, macro.b, 30)
     assert (found_macro, found_micro) == (macro, micro)
     assert "unscored: " in averages.note
-    assert len(sweeps.difference_tables(histories[:2])[1].rows) == 5
+    assert len(side_by_side.difference_tables(histories[:2])[1].rows) == 5
 
 
 def test_a_report_that_fails_leaves_a_finished_run_finished(
@@ -167,13 +169,17 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(
     assert "no report was written: ZeroDivisionError" in caplog.text
 
 
-def test_every_chart_is_drawn_as_a_picture(tmp_path: Path) -> None:
+def test_charts_are_drawn_as_pictures_of_their_own_names(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    runs = [str(make_run(tmp_path / name, learning_rate=rate).root) for name, rate in (("a", 1e-3), ("b", 2e-3))]
-    assert dispatch.run("report", [*runs, "--to", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]) == 0
-    pictures = sorted(path.name for path in (tmp_path / "png").iterdir())
-    assert {"by_optim_learning_rate.png", "runs_loss.png", "runs_bits_per_byte.png"} <= set(pictures)
-    assert len(pictures) == len(charts((tmp_path / "r.html").read_text()))
+    folder = make_run(tmp_path / "one", steps=8, evals=(0, 8))
+    folder.root.joinpath("layers.jsonl").write_text('{"step": 1, "layers": {"rms": [1, 2, 3]}}\n')
+    charts_of_page = all_charts([read_run(folder)])
+    names = [chart.name for chart in charts_of_page]
+    assert len(set(names)) == len(names)
+    chosen = [chart for chart in charts_of_page if chart.name in ("step_parts", "layers_rms", "bits_per_byte")]
+    for path in draw_all(chosen, tmp_path / "png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "png").iterdir())) == 3
 
 
 # Works the page as a reader would, and leaves what it finds in the document.
@@ -204,11 +210,9 @@ def test_a_browser_shows_values_sorts_and_reports_no_error(tmp_path: Path) -> No
     ran = subprocess.run(
         [*command, f"--user-data-dir={tmp_path}/profile", path.as_uri()], capture_output=True, text=True, timeout=240
     )
-    output = re.search(r"<output>(.*?)</output>", ran.stdout)
-    assert output is not None, ran.stderr
-    import base64
-
-    found = json.loads(base64.b64decode(output[1]))
+    outputs = re.findall(r"<output>([^']*?)</output>", ran.stdout)
+    assert outputs, ran.stderr
+    found = json.loads(base64.b64decode(outputs[-1]))
     assert found["errors"] == []
     assert "optim.learning_rate" in found["tip"]
     assert found["up"] == sorted(found["up"])

@@ -1,6 +1,6 @@
 """Several runs side by side: what differs, curves over each other, figures by swept key, intervals of differences.
 
-histories -> sweeps -> {page, png}. The statistics are those of `headrace evaluate --compare`.
+histories -> side_by_side -> {page, png}. The statistics are those of `headrace evaluate --compare`.
 """
 
 from __future__ import annotations
