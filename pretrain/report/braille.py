@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,10 +29,8 @@ def plot(x: Floats, y: Floats, width: int, height: int, from_zero: bool = False)
     is_log = not from_zero and needs_log(y)
     axis = axis_of(np.concatenate([found.low, found.high]), log=is_log, from_zero=from_zero, tight=True)
     dots = np.zeros((rows, columns), bool)
-    for column, (low, high) in enumerate(_spans(found.x, found.low, found.high, columns)):
-        if np.isfinite(low):
-            top, bottom = _row(high, axis, rows), _row(low, axis, rows)
-            dots[top : bottom + 1, column] = True
+    for column, low, high in _spans(found.x, found.low, found.high, columns):
+        dots[_row(high, axis, rows) : _row(low, axis, rows) + 1, column] = True
     lines = _characters(dots)
     labels = {0: _label(axis.high), len(lines) - 1: _label(axis.low)}
     drawn = [f"{labels.get(i, ''):>{_LABEL}} {line}" for i, line in enumerate(lines)]
@@ -44,18 +44,22 @@ def _label(value: float) -> str:
     return text if len(text) <= _LABEL else short(float(f"{value:.3g}"))
 
 
-def _spans(x: Floats, low: Floats, high: Floats, columns: int) -> list[tuple[float, float]]:
-    """Return the least and greatest value of each column; where points are fewer than columns, a line joins them."""
+def _spans(x: Floats, low: Floats, high: Floats, columns: int) -> Iterator[tuple[int, float, float]]:
+    """Yield columns with their least and greatest value: of the points in it, and of the line that joins points."""
     there = np.isfinite(low)
-    at = np.linspace(x[0], x[-1], columns) if x[-1] > x[0] else np.full(1, x[0])
-    lows, highs = (np.interp(at, x[there], values[there]) for values in (low, high))
-    spans = []
-    for column in range(len(at)):
-        before = max(column - 1, 0)
-        # Reaches halfway to the column before, so that steep parts have no holes.
-        middle = (lows[before] + lows[column]) / 2, (highs[before] + highs[column]) / 2
-        spans.append((min(lows[column], *middle), max(highs[column], *middle)))
-    return spans
+    at = np.linspace(x[0], x[-1], columns)
+    # The nearest column of each point, since the line may pass a point between two columns and cut off its peak.
+    nearest = np.round((x - x[0]) / max(x[-1] - x[0], 1e-9) * (columns - 1)).astype(np.int64)[there]
+    x, low, high = x[there], low[there], high[there]
+    lows, highs = np.interp(at, x, low), np.interp(at, x, high)
+    # Reach halfway to the column before, so that steep parts have no holes.
+    before = np.maximum(np.arange(columns) - 1, 0)
+    least = np.minimum(lows, (lows[before] + lows) / 2)
+    greatest = np.maximum(highs, (highs[before] + highs) / 2)
+    np.minimum.at(least, nearest, low)
+    np.maximum.at(greatest, nearest, high)
+    for column in range(nearest[0], nearest[-1] + 1):  # before and after them there is no value
+        yield column, float(least[column]), float(greatest[column])
 
 
 def _row(value: float, axis: Axis, rows: int) -> int:

@@ -75,7 +75,7 @@ def _head(history: History, now: float) -> Text:
         figures.append(f"last step {duration(max(0.0, now - history.folder.metrics.path.stat().st_mtime))} ago")
     restarts = sum(int(start["step"]) > 0 for start in history.starts)
     if restarts:
-        figures.append(f"{restarts} restarts, {history.superseded} steps trained again")
+        figures.append(f"{restarts} restart{'s' * (restarts > 1)}, {history.superseded} steps trained again")
     return text.append("\n" + "  ".join(figures), style="not bold")
 
 

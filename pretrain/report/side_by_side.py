@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from pretrain.report.facts import Cell, Table
 from pretrain.report.figures import final_loss, last_eval, number, state_of, usual_speed
 from pretrain.report.thinning import thin
 from pretrain.run.history import History
-from shards import HeadraceError
+from shards import ConfigError, HeadraceError
 
 SEED = "run.seed"  # runs that differ in nothing else repeat one another
 _NOT_SETTINGS = ("run.name", "run.dir", "data.index_dir", "wandb.")
@@ -108,7 +109,7 @@ def run_table(histories: Sequence[History]) -> Table:
     settings = settings_of(histories)
     rows: list[tuple[Cell, ...]] = []
     for i, (name, history) in enumerate(zip(names_of(histories), histories, strict=True)):
-        values = [_cell(of_runs[i]) for of_runs in settings.values()]
+        values = [value_text(of_runs[i]) for of_runs in settings.values()]
         scored = last_eval(history)
         figures = (final_loss(history), scored[1] if scored else None, scored[0] if scored else None)
         rows.append((name, *values, state_of(history), *figures, usual_speed(history)))
@@ -117,12 +118,6 @@ def run_table(histories: Sequence[History]) -> Table:
     )  # fmt: skip
     note = "" if settings else "The configs do not differ, but for names and folders."
     return Table("Runs", head, tuple(rows), note=note)
-
-
-def _cell(value: object) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float | None):
-        return value_text(value)
-    return value
 
 
 def overlaid(histories: Sequence[History]) -> Iterator[Chart]:
@@ -264,31 +259,44 @@ class Compared:
 def compared_with_first(histories: Sequence[History]) -> list[Compared]:
     """Compare the last evaluation of every run with that of the first, document by document."""
     names, found = names_of(histories), []
-    reference = histories[0]
     for name, history in zip(names[1:], histories[1:], strict=True):
         try:
-            folders = [reference.folder, history.folder]
-            suites = compare.chosen_suites(folders, None)
-            steps = [compare.scored_step(*place, None) for place in zip(folders, suites, strict=True)]
-            scores = [
-                DocumentScores.load(folder.document_scores(step, suite))
-                for folder, step, suite in zip(folders, steps, suites, strict=True)
-            ]
-            differences = compare.compare(scores[0], scores[1])
+            pair = [_last_scores(histories[0]), _last_scores(history)]
+            differences = compare.compare(pair[0].scores, pair[1].scores)
         except HeadraceError as error:
             found.append(Compared(name, 0, (), str(error)))
             continue
-        doubts = [f"{names[0]} is of step {steps[0]}, {name} of step {steps[1]}"] if steps[0] != steps[1] else []
-        if suites[0] != suites[1]:
-            doubts.append(f"scored as {suites[0]} and {suites[1]}, which affects the comparison")
+        doubts = []
+        if pair[0].step != pair[1].step:
+            doubts.append(f"{names[0]} is of step {pair[0].step}, {name} of step {pair[1].step}")
+        labels = [one.scores.suite for one in pair]
+        if labels[0] != labels[1]:
+            doubts.append(
+                f"{names[0]} was scored as {labels[0]}, {name} as {labels[1]}: differences in seq_len, precision or"
+                " text affect the comparison"
+            )
         common = differences[-1].documents
         doubts += [
-            f"{len(one.key) - common} documents of {which} are not in both and are not counted"
-            for which, one in zip((names[0], name), scores, strict=True)
-            if len(one.key) > common
+            f"{len(one.scores.key) - common} documents of {which} are not in both and are not counted"
+            for which, one in zip((names[0], name), pair, strict=True)
+            if len(one.scores.key) > common
         ]
-        found.append(Compared(name, steps[1], tuple(differences), "; ".join(doubts)))
+        found.append(Compared(name, pair[1].step, tuple(differences), "; ".join(doubts)))
     return found
+
+
+class _Scored(NamedTuple):
+    step: int
+    scores: DocumentScores
+
+
+def _last_scores(history: History) -> _Scored:
+    """Read the sums of each document of the evaluation that the page shows. Raises HeadraceError if there are none."""
+    suite = history.suite()
+    if suite is None:
+        raise ConfigError("it has no evaluation")
+    step = max(max(of_steps) for of_steps in history.evals[suite].values())
+    return _Scored(step, DocumentScores.load(history.folder.document_scores(step, suite)))
 
 
 def difference_tables(histories: Sequence[History]) -> list[Table]:

@@ -33,7 +33,7 @@ def test_the_frame_follows_a_growing_run(tmp_path: Path) -> None:
     folder.cut_back(30, "test")
     history = History(folder.root)
     text = shown(history)
-    for what in ("x: stopped at step 30 of 60", "ETA 0:00:15", "1 restarts", "last step 7.0 s ago", "step 20", "macro"):
+    for what in ("x: stopped at step 30 of 60", "ETA 0:00:15", "1 restart,", "last step 7.0 s ago", "step 20", "macro"):
         assert what in text, text
     assert "30 steps trained again" in text
     folder.metrics.append({"step": 31, "loss": 1.25, "step_seconds": 0.5})
@@ -81,6 +81,14 @@ def test_a_spike_of_one_step_among_many_is_drawn() -> None:
     top = plot(np.arange(1.0, 10_001), values, 60, 6)[0]
     assert top.lstrip().startswith("9 ")
     assert sum(ord(letter) > 0x2800 for letter in top) == 1
+
+
+def test_what_has_no_value_is_blank() -> None:
+    values = np.array([math.nan] * 50 + [1.0, 2.0, 3.0] * 16 + [math.nan, math.nan])
+    lines = plot(np.arange(1.0, 101), values, 61, 5)[:-1]
+    drawn = [any(line[i] not in " \u2800" for line in lines) for i in range(11, 61)]
+    assert not any(drawn[:24])
+    assert all(drawn[26:48])
 
 
 def test_watching_needs_no_torch(tmp_path: Path) -> None:

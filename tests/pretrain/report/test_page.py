@@ -149,13 +149,18 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
 def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
     histories = [read_run(make_run(tmp_path / name, learning_rate=rate)) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     histories.append(read_run(make_run(tmp_path / "unscored", evals=())))
+    torn = make_run(tmp_path / "torn")
+    path = torn.document_scores(40, SUITE)
+    path.write_bytes(path.read_bytes()[:-100])
+    histories.append(read_run(torn))
     averages, *rest = side_by_side.difference_tables(histories)
     assert rest == [], "domain by domain only for two runs"
     macro, micro = compare(scores_at(40, 1e-3, 0), scores_at(40, 2e-3, 0))[-2:]
     ((name, step, figure, found_macro, found_micro, _, documents),) = averages.rows
     assert (name, step, figure, documents) == ("b", 40, macro.b, 30)
     assert (found_macro, found_micro) == (macro, micro)
-    assert "unscored: " in averages.note
+    assert "unscored: it has no evaluation" in averages.note
+    assert f"torn: {path}: cannot be read as sums of documents" in averages.note
     assert len(side_by_side.difference_tables(histories[:2])[1].rows) == 5
 
 
