@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import torch
 from pydantic import Field
 
+from pretrain.parametrization import Scale
 from shards import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -56,6 +57,7 @@ class ParameterGroup(TypedDict):
 
     params: list[torch.nn.Parameter]
     weight_decay: float
+    learning_rate_scale: float  # factor of the step's learning rate
 
 
 def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
@@ -105,11 +107,22 @@ def _height_at(step: int, config: OptimConfig, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
 
 
-def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[ParameterGroup]:
-    """Group matrices with weight decay, and vectors, which are the norms' weights, without."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[ParameterGroup] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float, scale_of: Callable[[str], Scale]
+) -> list[ParameterGroup]:
+    """Group matrices with weight decay, and vectors, which are the norms' weights, without; by their scales.
+
+    Args:
+        parameters: with their names.
+        scale_of: returns a weight's scale by its name.
+    Returns:
+        The groups, matrices first, in the order of the parameters.
+    """
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            scale, is_matrix = scale_of(name).learning_rate, parameter.dim() >= 2
+            decay = weight_decay / scale if is_matrix else 0.0
+            new = ParameterGroup(params=[], weight_decay=decay, learning_rate_scale=scale)
+            groups.setdefault((not is_matrix, scale), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]

@@ -129,12 +129,11 @@ class History:
         self.superseded = 0
         self._config_problem = ""
         self._odd_layers = 0
-        root_of = self.folder.root
         self._files = [
             _Followed(self.folder.metrics.path, self._clear_metrics, lambda record: self.metrics.add(record)),
             _Followed(self.folder.evals.path, self.evals.clear, self._add_eval),
-            _Followed(root_of / "layers.jsonl", self.layers.clear, self._add_layers),
-            _Followed(root_of / "events.jsonl", self.events.clear, self.events.append),
+            _Followed(self.folder.layers.path, self.layers.clear, self._add_layers),
+            _Followed(self.folder.root / "events.jsonl", self.events.clear, self.events.append),
             _Followed(self.folder.starts.path, self.starts.clear, self.starts.append),
             _Followed(self.folder.samples.path, self.samples.clear, self.samples.append),
             _Followed(self.folder.superseded / "metrics.jsonl", self._clear_superseded, self._count_superseded),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.optim import OptimConfig, learning_rate_at, parameter_groups
+from pretrain.parametrization import Scale
 
 STEPS = 101
 
@@ -61,5 +62,15 @@ def test_a_warm_up_longer_than_the_run_still_gives_a_rate() -> None:
 
 def test_only_matrices_decay() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    groups = parameter_groups([matrix, vector], weight_decay=0.3)
+    groups = parameter_groups([("v", vector), ("m", matrix)], weight_decay=0.3, scale_of=lambda name: Scale())
     assert [(group["params"], group["weight_decay"]) for group in groups] == [([matrix], 0.3), ([vector], 0.0)]
+
+
+def test_a_scaled_rate_decays_a_weight_as_fast() -> None:
+    weights = [(str(i), torch.nn.Parameter(torch.ones(2, 2))) for i in range(4)]
+    groups = parameter_groups(weights, weight_decay=0.3, scale_of=lambda name: Scale(learning_rate=1 + int(name) % 2))
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(weights[0][1]), id(weights[2][1])], [id(weights[1][1]), id(weights[3][1])],
+    ]  # fmt: skip
+    assert [group["learning_rate_scale"] for group in groups] == [1, 2]
+    assert {group["learning_rate_scale"] * group["weight_decay"] for group in groups} == {0.3}
