@@ -4,7 +4,7 @@ It shows curves of loss, gradient norm and tokens per second, the last evaluatio
 events, and what cannot be read. It only reads the run's files, so it works wherever these can be seen, such as on a
 cluster's login node, and the run need not have begun. Ctrl-C ends it. See docs/report.md.
 
-Exit codes: 0 ended, 2 with --once there is no run, 1 anything else.
+Exit codes: 0 ended, 2 bad input, or with --once there is no run, 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.live import Live
 
 from pretrain.report.frame import frame
 from pretrain.run.history import History
+from shards import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Show frames until Ctrl-C. Raises ConfigError with --once if there is no run."""
+    if arguments.every <= 0:
+        raise ConfigError(f"--every {arguments.every:g}: give seconds above 0, such as 2")
     history, console = History(arguments.run), Console()
     if arguments.once:
         history.folder.check_there()

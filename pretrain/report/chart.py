@@ -67,6 +67,7 @@ class Chart:
         note: a sentence below, such as how the curve was thinned.
         log_x, log_y: whether an axis is logarithmic.
         x_names: names of the places 0, 1, ... on the x axis, in place of numbers.
+        x_ticks: values of the ticks on the x axis; none to choose them.
         from_zero: whether the y axis has to show 0.
         ramp: series are colored by a ramp from the first to the last, such as layers, and have no legend of their own.
     """
@@ -81,6 +82,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     x_names: tuple[str, ...] = ()
+    x_ticks: tuple[float, ...] = ()
     from_zero: bool = False
     ramp: bool = False
 

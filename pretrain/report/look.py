@@ -81,6 +81,7 @@ th,td{padding:4px 12px 4px 0;text-align:left;border-bottom:1px solid var(--grid)
 th{color:var(--soft);font-weight:500;border-bottom-color:var(--rule)}
 .num{text-align:right;white-space:nowrap}
 td.text{overflow-wrap:anywhere;min-width:7em}
+.sortable td.text{white-space:nowrap;min-width:0}
 tr.strong{font-weight:600}
 .sortable th{cursor:pointer}
 .sortable th:focus-visible{outline:2px solid var(--link)}

@@ -53,6 +53,9 @@ def draw(chart: Chart, path: Path) -> None:
     axes.set_yscale("log" if chart.log_y else "linear")
     if chart.x_names:
         axes.set_xticks(range(len(chart.x_names)), chart.x_names)
+    if chart.x_ticks:
+        axes.set_xticks(chart.x_ticks, [f"{value:g}" for value in chart.x_ticks])
+        axes.minorticks_off()
     if chart.from_zero:
         axes.set_ylim(bottom=0)
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label, title=chart.title)

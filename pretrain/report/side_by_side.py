@@ -27,6 +27,7 @@ from shards import ConfigError, HeadraceError
 SEED = "run.seed"  # runs that differ in nothing else repeat one another
 _NOT_SETTINGS = ("run.name", "run.dir", "data.index_dir", "wandb.")
 _POINTS = 120  # of a curve among others
+_TICKS = 8  # values of a key that an axis has room for
 _CURVES = 16  # lines in a chart; more cannot be told apart
 _FIGURES = (
     ("loss", "Training loss", "nats per token"),
@@ -53,14 +54,36 @@ def names_of(histories: Sequence[History]) -> list[str]:
     ]
 
 
-def settings_of(histories: Sequence[History]) -> dict[str, list[object]]:
-    """Return the keys whose values differ between configs, and each run's value; None where a run lacks the key."""
+class Settings(NamedTuple):
+    """How configs differ.
+
+    Attributes:
+        differing: the keys whose values differ, and each run's value; None where a run lacks the key.
+        unknown: keys that only some configs have, all with the same value: others were written by a version of this
+            program that had no such key.
+    """
+
+    differing: dict[str, list[object]]
+    unknown: dict[str, object]
+
+
+def settings_of(histories: Sequence[History]) -> Settings:
+    """Compare the configs of runs, leaving out names, folders and what is sent to wandb."""
     flat = [dict(_leaves("", history.config)) for history in histories]
-    keys = dict.fromkeys(key for one in flat for key in one if not key.startswith(_NOT_SETTINGS))
-    table = {key: [one.get(key) for one in flat] for key in keys}
-    return {
-        key: values for key, values in table.items() if len({json.dumps(value, sort_keys=True) for value in values}) > 1
-    }
+    found = Settings({}, {})
+    for key in dict.fromkeys(key for one in flat for key in one if not key.startswith(_NOT_SETTINGS)):
+        kinds = {json.dumps(one[key], sort_keys=True): one[key] for one in flat if key in one}
+        is_everywhere = all(key in one for one in flat)
+        if len(kinds) > 1 or (not is_everywhere and _is_free(key)):
+            found.differing[key] = [one.get(key) for one in flat]
+        elif not is_everywhere:
+            found.unknown[key] = next(iter(kinds.values()))
+    return found
+
+
+def _is_free(key: str) -> bool:
+    """Return whether configs of one version may have a key or not: items of lists, and DeepSpeed's keys."""
+    return any(part.isdecimal() for part in key.split(".")) or key.startswith("deepspeed")
 
 
 def _leaves(prefix: str, tree: object) -> Iterator[tuple[str, object]]:
@@ -76,7 +99,7 @@ def _leaves(prefix: str, tree: object) -> Iterator[tuple[str, object]]:
 
 def groups_of(histories: Sequence[History]) -> list[Group]:
     """Put runs that differ in their seed only together, in the order of the first of each."""
-    settings = {key: values for key, values in settings_of(histories).items() if key != SEED}
+    settings = {key: values for key, values in settings_of(histories).differing.items() if key != SEED}
     names = names_of(histories)
     found: dict[str, list[int]] = {}
     for i in range(len(histories)):
@@ -106,7 +129,7 @@ def value_text(value: object) -> str:
 
 def run_table(histories: Sequence[History]) -> Table:
     """Show each run with what differs in its config, and its figures."""
-    settings = settings_of(histories)
+    settings, unknown = settings_of(histories)
     rows: list[tuple[Cell, ...]] = []
     for i, (name, history) in enumerate(zip(names_of(histories), histories, strict=True)):
         values = [value_text(of_runs[i]) for of_runs in settings.values()]
@@ -117,7 +140,10 @@ def run_table(histories: Sequence[History]) -> Table:
         "run", *settings, "state", "training loss, last 5 %", "bits per byte, macro", "at step", "tokens/s, median"
     )  # fmt: skip
     note = "" if settings else "The configs do not differ, but for names and folders."
-    return Table("Runs", head, tuple(rows), note=note)
+    if unknown:
+        listed = ", ".join(f"{key} ({value_text(value)})" for key, value in unknown.items())
+        note += f" Other versions of the program wrote some of the configs, without a value for {listed}."
+    return Table("Runs", head, tuple(rows), note=note.strip())
 
 
 def overlaid(histories: Sequence[History]) -> Iterator[Chart]:
@@ -202,7 +228,7 @@ def _overlaid_evals(groups: Sequence[Group], note: str) -> Iterator[Chart]:
 
 def by_key(histories: Sequence[History]) -> Iterator[Chart]:
     """Draw, for each swept key, where the runs ended over its values; a line for each choice of the other keys."""
-    settings = settings_of(histories)
+    settings = settings_of(histories).differing
     swept = [key for key in settings if key != SEED]
     has_evals = all(last_eval(history) for history in histories)
     what = "bits per byte, macro" if has_evals else "training loss, last 5 %"
@@ -243,6 +269,7 @@ def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], en
     return Chart(
         f"by_{key.replace('.', '_')}", f"By {key}", key, what, tuple(series), note=sentences(notes), log_x=is_log,
         log_y=needs_log(ends), x_names=() if is_number else tuple(map(str, kinds)),
+        x_ticks=tuple(map(float, kinds)) if is_number and len(kinds) <= _TICKS else (),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -44,6 +45,8 @@ def axes_of(chart: Chart) -> tuple[Axis, Axis]:
         xs = [one.x for one in chart.series] + [np.array([mark.x for mark in chart.marks], np.float64)]
         is_spread = any(one.style in ("dots", "points") for one in chart.series)
         x_axis = axis_of(np.concatenate(xs), log=chart.log_x, tight=not is_spread or chart.log_x)
+        if chart.x_ticks:
+            x_axis = replace(x_axis, ticks=tuple((value, f"{value:g}") for value in chart.x_ticks))
     return x_axis, axis_of(finite_of(chart.series), log=chart.log_y, from_zero=chart.from_zero)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rich.table import Column, Table
+from rich.table import Table
 
 from pretrain.report.chart import short
 from pretrain.report.figures import duration, final_loss, last_eval, seconds_left, usual_speed
@@ -21,20 +21,17 @@ def sweep_table(points: Sequence[Point]) -> Table:
         if (count := sum(point.state == state for point in points))
     )  # fmt: skip
     keys = list(dict.fromkeys(key for point in points for key in point.plan.settings))
-    table = Table(*(Column(key.rpartition(".")[2], justify="right") for key in keys), title=counts)
-    for head, justify in (
-        ("state", "left"), ("step", "right"), ("loss", "right"), ("bits per byte", "right"), ("tokens/s", "right"),
-        ("left", "right"),
-    ):  # fmt: skip
-        table.add_column(head, justify="right" if justify == "right" else "left")
+    table = Table(title=counts)
+    for key in keys:
+        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    table.add_column("state")
+    for head in ("step", "loss", "bits/byte", "at", "tokens/s", "left"):
+        table.add_column(head, justify="right", no_wrap=True)
     for point in points:
         values = [point.plan.settings.get(key, "") for key in keys]
-        table.add_row(*values, _state(point), *_figures(point), style=_STYLES.get(point.state))
+        note = "" if point.state == "failed" else point.note  # which names a file, for which a table has no room
+        table.add_row(*values, f"{point.state} {note}".strip(), *_figures(point), style=_STYLES.get(point.state))
     return table
-
-
-def _state(point: Point) -> str:
-    return f"{point.state}: {point.note}" if point.note else point.state
 
 
 def _figures(point: Point) -> Iterator[str]:
@@ -44,7 +41,8 @@ def _figures(point: Point) -> Iterator[str]:
     loss = final_loss(history)
     yield f"{loss:.4f}" if math.isfinite(loss) else ""
     scored = last_eval(history)
-    yield f"{scored[1]:.4f} at {scored[0]:,}" if scored else ""
+    yield f"{scored[1]:.4f}" if scored else ""
+    yield f"{scored[0]:,}" if scored else ""
     speed = usual_speed(history)
     yield short(speed) if math.isfinite(speed) else ""
     left = seconds_left(history) if point.state == "training" else None
@@ -53,6 +51,7 @@ def _figures(point: Point) -> Iterator[str]:
 
 def line_of(point: Point) -> str:
     """Describe a run in one line of a log."""
-    step, loss, scored, *_ = _figures(point)
-    figures = [f"step {step}", f"loss {loss}" if loss else "", f"bits per byte {scored}" if scored else ""]
-    return f"{point.plan.name}: {_state(point)}, {', '.join(filter(None, figures))}"
+    step, loss, scored, at, *_ = _figures(point)
+    figures = [f"step {step}", f"loss {loss}" if loss else "", f"bits per byte {scored} at {at}" if scored else ""]
+    state = f"{point.state}: {point.note}" if point.note else point.state
+    return f"{point.plan.name}: {state}, {', '.join(filter(None, figures))}"

@@ -105,3 +105,5 @@ def test_watching_needs_no_torch(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch.run("watch", [str(tmp_path), "--once"]) == 2
     assert "no run there" in capsys.readouterr().err
+    assert dispatch.run("watch", [str(tmp_path), "--every", "0"]) == 2
+    assert "--every 0: give seconds above 0" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def grid(folder: Path) -> list:
 
 def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -> None:
     histories = grid(tmp_path)
-    assert set(side_by_side.settings_of(histories)) == {"run.seed", "optim.learning_rate"}
+    assert set(side_by_side.settings_of(histories).differing) == {"run.seed", "optim.learning_rate"}
     drawn = charts(page(histories))
     loss = drawn["Training loss"]["series"]
     assert [one["name"] for one in loss] == ["learning_rate 0.0001", "learning_rate 0.001", "learning_rate 0.01"]
@@ -144,6 +144,20 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
     assert panel["log"]
     assert panel["series"][0]["x"] == [1e-4, 1e-3, 1e-2]
     np.testing.assert_allclose(panel["series"][0]["y"], np.reshape(ends, (3, 2)).mean(axis=1), rtol=1e-5)
+
+
+def test_a_key_that_an_older_program_did_not_write_is_no_setting(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("old", "new", "more")]
+    for folder in folders[1:]:
+        folder.config.write_text(folder.config.read_text() + "later: {key: 5}\n")
+    more = folders[2].config.read_text()
+    folders[2].config.write_text(
+        more.replace("  sources:\n", "  sources:\n  - {name: wiki, paths: [w], weight: 1.0}\n")
+    )
+    found = side_by_side.settings_of([read_run(folder) for folder in folders])
+    assert found.unknown == {"later.key": 5}
+    assert found.differing["data.sources.2.name"] == [None, None, "dolma"]
+    assert "without a value for later.key (5)" in side_by_side.run_table([read_run(folder) for folder in folders]).note
 
 
 def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
