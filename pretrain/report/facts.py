@@ -36,7 +36,7 @@ class Table:
         strong: numbers of the rows that are averages of others.
     """
 
-    title: str
+    title: str  # empty where the section's says it
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     bars: int | None = None

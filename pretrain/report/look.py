@@ -90,7 +90,7 @@ th[aria-sort=descending]::after{content:" ▼"}
 .bar{display:inline-block;width:90px;height:9px;background:var(--grid);border-radius:3px;margin-right:8px;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--c0)}
 .good{color:var(--good)}.bad{color:var(--bad)}
-svg.span{display:inline-block;width:150px;height:14px;vertical-align:middle;margin-right:8px}
+svg.span{display:inline-block;width:110px;height:14px;vertical-align:middle;margin-right:8px}
 .span .zero{stroke:var(--soft)}
 .span .reach{stroke:currentColor;stroke-width:3}
 .span circle{fill:currentColor}

@@ -21,7 +21,7 @@ from pretrain.run.history import History
 from shards import installation
 from shards.storage.atomic import write_atomically
 
-_SPAN = 150  # width of an interval in a table, in pixels
+_SPAN = 110  # width of an interval in a table, in pixels
 _EVENTS = 500  # lines of a list of events
 
 
@@ -157,7 +157,8 @@ def _table(table: Table | None, is_sortable: bool = False) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     kind = _class("sortable" if is_sortable else "")
     whole = f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<h3>{escape(table.title)}</h3>{whole if rows else ''}{note}"
+    title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
+    return f"{title}{whole if rows else ''}{note}"
 
 
 def _class(name: str) -> str:

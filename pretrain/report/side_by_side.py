@@ -143,7 +143,7 @@ def run_table(histories: Sequence[History]) -> Table:
     if unknown:
         listed = ", ".join(f"{key} ({value_text(value)})" for key, value in unknown.items())
         note += f" Other versions of the program wrote some of the configs, without a value for {listed}."
-    return Table("Runs", head, tuple(rows), note=note.strip())
+    return Table("", head, tuple(rows), note=note.strip())
 
 
 def overlaid(histories: Sequence[History]) -> Iterator[Chart]:

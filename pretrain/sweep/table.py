@@ -24,7 +24,7 @@ def sweep_table(points: Sequence[Point]) -> Table:
     table = Table(title=counts)
     for key in keys:
         table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
-    table.add_column("state")
+    table.add_column("state", min_width=8)
     for head in ("step", "loss", "bits/byte", "at", "tokens/s", "left"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
