@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pretrain.run.history import History
 POINTS = 300  # of a curve; longer ones are thinned
 _MARKS = 40  # vertical lines in a chart, beyond which they would be a wall
 _AVERAGES = ("macro", "micro")
+_SPIKES = ("spike", "explosion", "nonfinite")  # events that are about a loss which stands out
 _LINES = 12  # domains or sources in one chart
 _AVERAGE = 7  # color of the macro average: grey, the last of the palette
 PARTS = (
@@ -43,19 +44,26 @@ def marks_of(history: History) -> list[Mark]:
         if int(start["step"]) > 0:
             text = f"resumed after step {start['step']}, {start.get('time', 'time unknown')}"
             found.append(Mark(float(start["step"]), "restart", text))
+    told = {(int(event["step"]), str(event.get("kind"))) for event in history.events}
     steps = history.steps
-    for key, what in (
-        ("nonfinite", "loss or gradient not finite: the update was left out"),
-        ("passed_over", "passed over on purpose (data.skip_steps)"),
-        ("without_targets", "nothing to predict in the batch"),
+    for key, kind, what in (
+        ("nonfinite", "nonfinite", "loss or gradient not finite: the update was left out"),
+        ("passed_over", "", "passed over on purpose (data.skip_steps)"),
+        ("without_targets", "no_targets", "nothing to predict in the batch"),
     ):
         for step in steps[history.metrics[key] == 1]:
-            found.append(Mark(float(step), "spike" if key == "nonfinite" else "event", f"step {step}: {what}"))
+            if (int(step), kind) not in told:  # or it would be listed twice
+                found.append(Mark(float(step), _kind_of(kind), f"step {step}: {what}"))
     for event in history.events:
         kind = str(event.get("kind", "event"))
-        text = f"step {event['step']}, {kind}: {event.get('text', '')}"
-        found.append(Mark(float(event["step"]), "spike" if "spike" in kind else "event", text))
+        found.append(
+            Mark(float(event["step"]), _kind_of(kind), f"step {event['step']}, {kind}: {event.get('text', '')}")
+        )
     return found
+
+
+def _kind_of(event: str) -> Literal["spike", "event"]:
+    return "spike" if event in _SPIKES else "event"
 
 
 def _shown(marks: Sequence[Mark]) -> tuple[tuple[Mark, ...], str]:

@@ -101,7 +101,10 @@ def test_what_is_damaged_stands_on_the_page(tmp_path: Path) -> None:
     ):
         assert what in spoken, what
     assert "1 steps have no finite value." in spoken
-    assert [mark.x for mark in marks_of(history)] == [25, 45]
+    assert [(mark.x, mark.kind) for mark in marks_of(history)] == [(25, "restart"), (45, "spike")]
+    folder.root.joinpath("events.jsonl").write_text('{"step": 45, "kind": "nonfinite", "text": "told"}\n')
+    history.refresh()
+    assert [mark.text for mark in marks_of(history)][1:] == ["step 45, nonfinite: told"], "and not a second time"
     (tmp_path / "empty").mkdir()
     assert dispatch.run("report", [str(tmp_path / "empty")]) == 2
 
