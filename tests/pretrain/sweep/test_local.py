@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pretrain.commands.sweep import follow
 from pretrain.run.lease import Lease
 from pretrain.sweep.halving import Goal
 from pretrain.sweep.local import Halving, LocalSweep, Plan
@@ -119,6 +123,19 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None
         assert "rate-1" not in steps_of(tmp_path)
     run_until(sweep, lambda: sweep.is_done)
     assert sweep.points[0].state == "finished"
+
+
+def test_a_sweep_that_is_asked_to_stop_lets_its_runs_save(tmp_path: Path) -> None:
+    sweep, said = sweep_of(tmp_path, 2, steps=1000), io.StringIO()
+    timer = threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert not follow(sweep, Console(file=said, width=100))
+    timer.join()
+    assert "stopping: each run saves its state" in said.getvalue()
+    assert "rate-1: training" in said.getvalue()
+    assert [point.state for point in sweep.points] == ["waiting"] * 8
+    assert all(point.process is None for point in sweep.points)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
