@@ -43,6 +43,18 @@ def test_schedules_equal_values_computed_by_hand(schedule: str, at: dict[int, fl
     assert {step: rates[step] for step in at} == pytest.approx(at)
 
 
+@pytest.mark.parametrize(
+    ("shape", "heights"),
+    # A quarter, a half and three quarters of the decay
+    [("linear", [0.75, 0.5, 0.25]), ("cosine", [0.8536, 0.5, 0.1464]), ("sqrt", [0.5, 0.2929, 0.1340])],
+)
+def test_the_decay_of_wsd_has_its_shape(shape: str, heights: list[float]) -> None:
+    rates = curve(schedule="wsd", decay_steps=21, decay_shape=shape)
+    assert rates[79] == rates[80] == 2.0
+    assert rates[100] == pytest.approx(0.2)
+    assert [rates[step] for step in (85, 90, 95)] == pytest.approx([0.2 + 1.8 * height for height in heights], rel=1e-3)
+
+
 def test_the_cosine_schedule_equals_its_formula_everywhere() -> None:
     expected = [0.2 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) for step in range(10, STEPS)]
     assert curve(schedule="cosine")[10:] == pytest.approx(expected)
