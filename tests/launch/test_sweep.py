@@ -86,6 +86,7 @@ def test_the_best_run_comes_first(tmp_path: Path) -> None:
     assert [point.name for point in best_first(points)] == ["good", "poor", "early"]
 
 
+@pytest.mark.distributed
 def test_a_real_run_is_trained_once_and_reported(tmp_path: Path, sweep_file: Path) -> None:
     sweep_file.write_text("run.seed: [4]\n")
     config = write_config(tmp_path, "tiny", train={"steps": 2})
