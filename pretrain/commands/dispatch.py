@@ -30,7 +30,7 @@ COMMANDS = {
     "sample": Command("write the sample configs and their text into a folder, ready for training"),
     "train": Command("train a model, or continue training it", on_ranks=True),
     "index": Command("index shards before a run reads them"),
-    "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
+    "train-tokenizer": Command("train a tokenizer on a sample of shards"),
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),

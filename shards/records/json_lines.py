@@ -261,23 +261,33 @@ def read_documents(
         advice: what the error suggests about a bad record, if the caller has other options.
     Raises: ShardError if the shard is missing, damaged or truncated, or (with "fail") holds a bad record.
     """
-    path = str(path)
     name = source.name if source else Path(path).name.split(".")[0]
-    parser = parser_for(source)
-    files.stat(path)
-    line = 1
-    for block in _blocks(path, max_decoder_window):
-        records = parser.parse(block, line)
-        line += block.count(b"\n")
+    for records in read_records(path, source, max_decoder_window):
         first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
         for text, number, sub_source, identity in zip(
             records.texts, records.lines, records.sub_sources, records.ids, strict=True
         ):
             if first_bad and first_bad.line < number:
                 break
-            yield Document(text, sub_source or name, path, number, identity)
+            yield Document(text, sub_source or name, str(path), number, identity)
         if first_bad:
-            raise bad_record_error(path, first_bad, advice)
+            raise bad_record_error(str(path), first_bad, advice)
+
+
+def read_records(
+    path: str | Path, source: SourceConfig | None = None, max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW
+) -> Iterator[Records]:
+    """Yield a shard's records in order, from its beginning, a block at a time; the arguments are as above.
+
+    Raises: ShardError if the shard is missing, damaged or truncated.
+    """
+    path = str(path)
+    parser = parser_for(source)
+    files.stat(path)
+    line = 1
+    for block in _blocks(path, max_decoder_window):
+        yield parser.parse(block, line)
+        line += block.count(b"\n")
 
 
 def first_bad_record(

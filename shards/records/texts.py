@@ -1,6 +1,6 @@
 """The texts of a shard or of a data set's column, from its beginning, whatever its format.
 
-{json_lines, parquet, arrow_rows} -> texts -> {suite, tokenizer_check}.
+{json_lines, parquet, arrow_rows} -> texts -> {suite, tokenizer_check, training_sample}.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shards.config import DEFAULT_MAX_DECODER_WINDOW, DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow, parquet
 from shards.records.arrow_rows import Columns, records_of
-from shards.records.json_lines import Records, bad_record_error, first_bad_record, read_documents
+from shards.records.json_lines import Records, bad_record_error, first_bad_record, read_documents, read_records
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
@@ -39,10 +39,20 @@ def texts_of(
         for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
             yield document.source if document.source != source.name else None, document.text
         return
-    for records in _of_parquet(shard, source) if files.is_parquet(shard) else _of_arrow(shard, source):
+    for records in records_of_shard(shard, source):
         if records.bad and on_bad_record == "fail":
             raise bad_record_error(shard, records.bad[0], ADVICE)
         yield from zip(records.sub_sources, records.texts, strict=True)
+
+
+def records_of_shard(shard: str, source: SourceConfig) -> Iterator[Records]:
+    """Yield the records of a shard, which may be a column, a part at a time; bad ones are for the caller to judge.
+
+    Raises: ShardError if the shard is missing or damaged.
+    """
+    if not files.is_column(shard):
+        return read_records(shard, source)
+    return _of_parquet(shard, source) if files.is_parquet(shard) else _of_arrow(shard, source)
 
 
 def _of_parquet(shard: str, source: SourceConfig) -> Iterator[Records]:
