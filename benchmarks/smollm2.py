@@ -144,8 +144,9 @@ def losses_of(ours: ForwardModel, theirs: Any, tokens: Tensor) -> Tensor:
     """Return the negative log-likelihoods [2, T] of all tokens [1, T + 1] but the first, by our model and theirs."""
     pieces = torch.ones_like(tokens)
     found = ours.score(tokens[:, :-1], pieces[:, :-1], next_token_targets(tokens, pieces)).nll
-    logits = theirs(tokens[:, :-1]).logits[0]
-    return torch.stack((found, torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none"))).double()
+    logits = theirs(tokens[:, :-1]).logits[0].double()
+    expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    return torch.stack((found.double(), expected))
 
 
 def main() -> None:
