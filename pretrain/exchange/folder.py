@@ -36,10 +36,9 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
     """
     model: Model
     if (folder / hf.CONFIG).exists():
-        model = hf.HFModel(folder, expected.vocab_size if expected else None)
+        model = hf.HFModel(folder, expected)
     elif (folder / meta.PARAMS).exists():
-        given = (expected.rope_scaling, expected.vocab_size) if expected else ()
-        model = meta.MetaModel(folder, *given)
+        model = meta.MetaModel(folder, expected)
     else:
         raise ConfigError(
             f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
