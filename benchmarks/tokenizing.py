@@ -30,6 +30,7 @@ import tokenizers
 
 from shards import Tokenizer, read_documents
 from shards.tokenize.rank_file import PATTERN, is_rank_file
+from shards.tokenize.tokenizer import describe
 
 MB = 1e6
 BATCH = 100  # documents, about those of a window
@@ -70,6 +71,11 @@ def peers(path: Path, ours: Tokenizer) -> dict[str, Callable[[str], list[int]]]:
     }
 
 
+def computed_by(ours: Tokenizer) -> str:
+    """Return what computes ids, or why they are computed slowly."""
+    return ours.obstacle or describe(ours.libraries)
+
+
 def measure(path: Path, texts: list[str], every: int) -> None:
     """Print one row for a file. Raises: AssertionError if an id differs."""
     begun = time.process_time()
@@ -83,19 +89,42 @@ def measure(path: Path, texts: list[str], every: int) -> None:
         ids = ours.encode(text)
         assert all(np.array_equal(ids, one(text)) for one in found.values()), ascii(text[:200])
     beside = ", ".join(f"{name} {value:.2f} ({first / value:.0f}x)" for name, value in rates.items())
-    how = ", ".join(f"{name} {version}" for name, version in ours.libraries.items())
-    print(f"| {path.name} | {opened:.1f} | {first:.1f} | {again:.1f} | {beside} | {ours.obstacle or how} |", flush=True)
+    print(f"| {path.name} | {opened:.1f} | {first:.1f} | {again:.1f} | {beside} | {computed_by(ours)} |", flush=True)
+
+
+def prove(path: Path, texts: list[str]) -> int:
+    """Print a row of what is equal for a file. Return the number of documents with other ids than some library's."""
+    ours = Tokenizer(path, bos=False, eos=False)
+    found = peers(path, ours)
+    tokens, different = 0, dict.fromkeys(found, 0)
+    for i in range(0, len(texts), BATCH):
+        ids, lengths = ours.encode_documents(texts[i : i + BATCH])
+        tokens += len(ids)
+        for text, part in zip(texts[i : i + BATCH], np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+            for name, encode in found.items():
+                if not np.array_equal(part, encode(text)):
+                    different[name] += 1
+                    print(f"{path.name}, {name}: {text[:200]!a}", file=sys.stderr)
+    compared = ", ".join(f"{count} from {name}" for name, count in different.items())
+    print(f"| {path.name} | {len(texts):,} | {tokens:,} | {compared} | {computed_by(ours)} |", flush=True)
+    return sum(different.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="patterns of shards, whose texts are read into memory")
     parser.add_argument("--tokenizer", type=Path, action="append", required=True)
-    parser.add_argument("--every", type=int, default=10, help="the libraries encode one document in this many")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--every", type=int, default=10, help="the libraries encode one document in this many")
+    how.add_argument("--prove", action="store_true", help="compare the ids of all documents instead of timing")
     arguments = parser.parse_args()
     paths = [path for pattern in arguments.shards for path in sorted(glob.glob(pattern))]
     texts = [document.text for path in paths for document in read_documents(Path(path))]
     print(f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / MB:.1f} MB\n")
+    if arguments.prove:
+        print("| file | documents | tokens | documents with other ids | computed by |")
+        print("| --- | ---: | ---: | --- | --- |")
+        sys.exit(any([prove(path, texts) for path in arguments.tokenizer]))
     print("| file | open, s | ours, first | ours, again | libraries | computed by |")
     print("| --- | ---: | ---: | ---: | --- | --- |")
     for path in arguments.tokenizer:
