@@ -124,7 +124,7 @@ def main() -> None:
     if arguments.prove:
         print("| file | documents | tokens | documents with other ids | computed by |")
         print("| --- | ---: | ---: | --- | --- |")
-        sys.exit(any([prove(path, texts) for path in arguments.tokenizer]))
+        sys.exit(sum(prove(path, texts) for path in arguments.tokenizer) > 0)
     print("| file | open, s | ours, first | ours, again | libraries | computed by |")
     print("| --- | ---: | ---: | ---: | --- | --- |")
     for path in arguments.tokenizer:

@@ -134,6 +134,52 @@ def test_gigatoken_computes_what_it_was_made_for(vocabulary: Vocabulary) -> None
         vocabulary.check(["Plain text, in 2 parts.\n\n  And é 日本."])
 
 
+NUMBERS = st.lists(
+    st.one_of(
+        st.sampled_from([*"09", "10", "x1", " ", "\xb2", "\u0663", "\u00bd", "\u2167", "\U0001d7d8", "\u0f33"]), TEXTS
+    )
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def digits_apart(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[int]]:
+    """Return what encodes by a vocabulary that sets digits apart, and has a token with digits inside."""
+    pytest.importorskip("gigatoken")
+    folder = tmp_path_factory.mktemp("digits")
+    content = json.loads(kinds.write_json(folder, "smollm2").read_text())
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"].append({"id": 1498, "content": "x10", **kept})
+    path = kinds.write(folder / "kept.json", content)
+    ours, peer = Tokenizer(path, bos=False, eos=False), tokenizers.Tokenizer.from_file(str(path))
+    assert ours.obstacle is None
+    assert ours.encode("x10") == [1498]
+    peer.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        ids = ours.encode(text)
+        assert ids == peer.encode(text, add_special_tokens=False).ids, ascii(text)
+        return ids
+
+    return encode
+
+
+@settings(max_examples=examples(300))
+@given(text=NUMBERS)
+def test_numbers_of_any_script_are_set_apart(digits_apart: Callable[[str], list[int]], text: str) -> None:
+    digits_apart(text)
+
+
+def test_gigatoken_computes_texts_with_numbers(digits_apart: Callable[[str], list[int]]) -> None:
+    """Give the library no more than each number, once, unless a digit is a part of a token."""
+    with mock.patch.object(fast_bpe, "library_ids", wraps=fast_bpe.library_ids) as library:
+        for text in ("the \u3024 and 1\u30252\u3024", "\u3025\u3024 again"):
+            digits_apart(text)
+        assert sorted(call.args[1] for call in library.call_args_list) == ["\u3024", "\u3025"]
+        for text in ("x10 \u3024", "x1\u3024"):  # the second is shown as "x10"
+            digits_apart(text)
+            assert library.call_args.args[1] == text
+
+
 def test_without_gigatoken_ids_are_the_same_and_the_reason_is_given(vocabulary: Vocabulary) -> None:
     slow = without_gigatoken(vocabulary.path)
     assert slow.obstacle == "gigatoken is not installed: pip install 'headrace[fast]'"
