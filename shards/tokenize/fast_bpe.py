@@ -30,12 +30,12 @@ import tokenizers
 
 from shards.arrays import Ints
 from shards.tokenize.joined import encode_each
-from shards.tokenize.rank_file import PATTERN, byte_symbols
+from shards.tokenize.rank_file import CL100K, LLAMA3, O200K, byte_symbols
 
 # Bytes by which gigatoken's caches, which have no limit, may grow before it is loaded anew, between two calls
 MAX_GROWTH = 256 << 20
 _CODES = 0x110000
-_QWEN2_PATTERN = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _UNSPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -44,9 +44,14 @@ _SPLITS = [
     [_DIGITS, _LEVEL],  # SmolLM2
     *(
         [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, _UNSPLIT]
-        for pattern in (PATTERN, _QWEN2_PATTERN)  # Llama 3, OLMo 2; Qwen 2
+        for pattern in (LLAMA3, _QWEN2, CL100K, O200K)  # Llama 3, OLMo 2; Qwen 2; cl100k_base; o200k_base
     ),
 ]
+# gigatoken knows patterns by their spelling
+_RESPELLED = {
+    CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+"
+}
 _ODD = [
     " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\r", "\0", "\x04", "\x1c", "\x85", "\xa0", "\u2028", "\u3000",
     "\ufeff", "a", "the", " The", "'s", "'S", "'ll", "'\u017f", "don't", "_", "--", "==", "1", "12", "123456", "\u00bd",
@@ -139,10 +144,12 @@ class FastBPE:
         """
         shown = np.where(numbers, np.uint32(ord("0")), codes)
         ids = self._fast_ids(shown.tobytes().decode("utf-32-le"))
+        if ids is None:
+            return None
         digits = numbers[(shown >= ord("0")) & (shown <= ord("9"))]
-        places = np.flatnonzero(np.isin(ids, self._digit_ids)) if ids is not None else []
+        places = np.flatnonzero(np.isin(ids, self._digit_ids))
         # The id of a digit arises from a digit alone: with as many of them as digits, they are those, in their order
-        if ids is None or len(places) != len(digits):
+        if len(places) != len(digits):
             return None
         first, *others = np.split(ids, places[digits])
         parts = [first]
@@ -224,6 +231,11 @@ def _adapted(content: dict[str, Any], size: int) -> dict[str, Any]:
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
         found["added_tokens"] += [{"id": filled[digit], "content": digit, **plain} for digit in string.digits]
         found["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
+    split, *others = content["pre_tokenizer"].get("pretokenizers", [{}])
+    pattern = split.get("pattern", {}).get("Regex")
+    if pattern in _RESPELLED:
+        respelled = {**split, "pattern": {"Regex": _RESPELLED[pattern]}}
+        found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [respelled, *others]}
     return found
 
 
