@@ -35,6 +35,7 @@ from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_of_run
+from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
@@ -129,6 +130,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
         watchdog=watchdog,
         unapplied=UnappliedSteps(config.train.max_nonfinite, config.train.nonfinite_limit, folder, topology),
+        profiler=stack.enter_context(StepProfiler(config.metrics.profile, folder.profiles, topology)),
     )
     return Trainer(config, parts, topology, steps, state)
 

@@ -1,6 +1,6 @@
 """DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its checkpoint files.
 
-The only importer of deepspeed, apart from the conversion of checkpoints. It works around DeepSpeed where the design
+With zero_pieces the only importer of deepspeed. It works around DeepSpeed where the design
 differs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
 """
 
@@ -11,7 +11,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,14 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.host_memory import keep_freed_memory
+from pretrain.layer_figures import LayerFigures, LayerMeasurement
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
@@ -43,9 +39,8 @@ from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from pretrain.zero_pieces import OwnPiece
 from shards import CheckpointError
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -59,12 +54,14 @@ class StepStats:
         grad_norm: L2 norm of the gradient of the whole model before clipping; infinite if it is NaN.
         applied: False if loss or gradient was not finite, or there was no target; weights and optimizer are then
             unchanged.
+        layers: figures of each layer, if they were to be measured.
     """
 
     loss: float
     z_loss: float
     grad_norm: float
     applied: bool
+    layers: LayerFigures | None = None
 
 
 class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -125,10 +122,9 @@ class Engine:
         )
         self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
-        groups = parameter_groups(model.parameters(), optim_config.weight_decay)
-        self._weight_decays = [group["weight_decay"] for group in groups]
+        self._groups = parameter_groups(model.named_parameters(), optim_config.weight_decay, model_config.scale_of)
         optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
+            [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._groups],
             lr=optim_config.learning_rate,
             betas=optim_config.betas,
             eps=optim_config.eps,
@@ -161,7 +157,14 @@ class Engine:
         self.deepspeed.micro_steps = 0  # from which it counts to a step's last micro-step
 
     def train_step(
-        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor,
+        n_targets: int,
+        step: int,
+        learning_rate: float,
+        meter: Meter,
+        measured: bool = False,
     ) -> StepStats:
         """Make one optimizer step.
 
@@ -174,25 +177,34 @@ class Engine:
             step: from 0; seeds the dropout.
             learning_rate: learning rate of this step.
             meter: times "forward_backward" and "optimizer".
+            measured: whether to measure the layers' figures.
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
         with self._compilations.step(step + 1):
-            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter)
+            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, measured)
 
     def _train_step(
-        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor,
+        n_targets: int,
+        step: int,
+        learning_rate: float,
+        meter: Meter,
+        measured: bool,
     ) -> StepStats:
-        self.deepspeed.train()
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
-        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
-        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
         assert len(micro_batches) == self.deepspeed.gradient_accumulation_steps(), "or it would make several steps"
+        measurement = self._measure_activations(micro_batches, meter) if measured else None
+        self.deepspeed.train()
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate * own["learning_rate_scale"]
+        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
+        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
+        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
@@ -204,12 +216,27 @@ class Engine:
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         with meter.device_part("optimizer"):
+            if measurement:
+                measurement.before_update()
             self.deepspeed.step()
+            layers = measurement.finish() if measurement else None
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
         applied = not self.deepspeed.optimizer.overflow
         if not applied:
             self._forget_gradients()
-        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied)
+        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied, layers)
+
+    @torch.no_grad()
+    def _measure_activations(self, micro_batches: Sequence[tuple[Tensor, Tensor]], meter: Meter) -> LayerMeasurement:
+        """Begin to measure the layers by passes without dropout, of which the step's time knows nothing."""
+        measurement = LayerMeasurement(self.model, self.deepspeed.optimizer, self.topology)
+        self.deepspeed.eval()
+        with meter.paused():
+            for ids, segments in micro_batches:
+                with measurement.activations.of(segments[:, :-1]):
+                    self.deepspeed(ids[:, :-1], segments[:, :-1], head=lambda hidden, _: hidden)
+            measurement.end_activations()
+        return measurement
 
     def _forget_gradients(self) -> None:
         """Drop the gradients that DeepSpeed keeps of a skipped step.
@@ -273,42 +300,13 @@ class Engine:
             if dim is None and topology.tp_rank > 0:
                 continue  # every tensor-parallel rank has a copy, which counts once
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            start, states = self._own_states(parameter)
-            place = Place.in_slice(start, shape, dim, topology.tp_rank, topology.tp_size)
-            end = _size_without_padding(parameter, shape)
-            for key, own_values in states.items():
-                values = own_values[: max(0, end - start)]
-                if key == "fp32":
-                    weights.append(hash_sum(values, name, place))
-                else:
-                    moments.append(hash_sum(values, f"{name}/{key}", place))
+            piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.dp_rank)
+            place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
+            size = max(0, _size_without_padding(parameter, shape) - piece.start)
+            weights.append(hash_sum(piece.weights[:size], name, place))
+            moments += [hash_sum(values[:size], f"{name}/{key}", place) for key, values in piece.moments.items()]
         own = [int(torch.stack(sums).sum()) if sums else 0 for sums in (weights, moments)]
         return StateHash(*map(digits, topology.sum_int64(own)))
-
-    def _own_states(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
-        """Return the part of a weight that this rank optimizes: its start, and its values and moments in fp32, flat.
-
-        Moments that do not exist before the first step are returned as the zeros that they begin as.
-        """
-        base = self.deepspeed.optimizer.optimizer
-        if hasattr(parameter, "ds_id"):
-            size = parameter.ds_tensor.numel()  # including the padding
-            start = min(size * self.topology.dp_rank, parameter.ds_numel)
-            place = slice(0, min(size, parameter.ds_numel - start))
-            states = {"fp32": safe_get_local_fp32_param(parameter)}
-            if base.state:
-                states |= {key: safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS}
-        elif parameter._hp_mapping is None:
-            return 0, {}
-        else:
-            # The mapping has views of the moments too, but they go stale when a checkpoint is loaded.
-            mapping = parameter._hp_mapping
-            start, address = mapping.lp_fragment_address.start, mapping.get_hp_fragment_address()
-            place = slice(address.start, address.start + address.numel)
-            flat = base.param_groups[mapping.param_group_index]["params"][0]
-            states = {"fp32": flat} | {key: base.state[flat][key] for key in _MOMENTS if flat in base.state}
-        own = {key: values[place] for key, values in states.items()}
-        return start, own if len(own) > 1 else own | {key: torch.zeros_like(own["fp32"]) for key in _MOMENTS}
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Pass on the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
@@ -358,8 +356,8 @@ class Engine:
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
         # Loading restores the old config's hyperparameters, but this config's apply.
-        for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["weight_decay"] = own["weight_decay"]
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip

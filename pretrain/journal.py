@@ -46,15 +46,18 @@ class Journal:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def log_step(self, record: StepRecord, evals_follow: bool) -> None:
+    def log_step(self, record: StepRecord, layers: Mapping[str, object] | None, evals_follow: bool) -> None:
         """Log one trained step.
 
         Args:
+            layers: its line of layers.jsonl, if the layers were measured.
             evals_follow: whether the same step is evaluated next; wandb shows both in one row.
         """
         if self._tracker:
+            if layers:
+                self._folder.layers.append(layers)
             self._folder.metrics.append(record.as_json())
-            self._tracker.log_step(record.as_json(), more=evals_follow)
+            self._tracker.log_step(record.as_json(), layers, more=evals_follow)
             self._progress.show(record)
 
     def log_evals(self, step: int, scores: DocumentScores) -> None:

@@ -48,8 +48,13 @@ class Stepper:
         self._skipped = config.data.skip_steps
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
 
-    def step_on(self, batch: StepBatch, state: RunState, meter: Meter) -> Step:
-        """Make one optimizer step. Args: state: the run's state before it."""
+    def step_on(self, batch: StepBatch, state: RunState, meter: Meter, measured: bool = False) -> Step:
+        """Make one optimizer step.
+
+        Args:
+            state: the run's state before it.
+            measured: whether to measure the layers' figures, unless the step is passed over.
+        """
         if batch.stage != self._stage:
             self._begin_stage(batch.stage, state.step)
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
@@ -57,7 +62,9 @@ class Stepper:
         if passed_over:
             stats = StepStats(math.nan, math.nan, math.nan, applied=False)
         else:
-            stats = self._engine.train_step(batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter)
+            stats = self._engine.train_step(
+                batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured
+            )
         return Step(after(state, batch, passed_over), stats, rate, passed_over)
 
     def _begin_stage(self, number: int, step: int) -> None:
