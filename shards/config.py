@@ -24,6 +24,9 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 Step = Annotated[int, Field(ge=1)]  # of an optimizer: the first is step 1
 
+# What rank files are made like: shards/tokenize/rank_file.py says what each is
+RankEncoding = Literal["llama3", "r50k_base", "cl100k_base", "o200k_base"]
+
 MIB = 1 << 20
 _DEFAULT_MAX_LANES = 1024
 _LANE_BYTES = 64 * MIB  # minimum raw bytes of all sources per lane when the number of lanes is not given
@@ -102,16 +105,20 @@ class SourceConfig(Config):
     # Passes over the source before it leaves the mix; None = no limit
     max_epochs: int | None = Field(default=None, ge=1)
     text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, dotted for one in an object
-    input_ids_key: Name | None = None  # column of token ids in a data set; None = the text is tokenized
-    id_key: Name = "id"  # key of the record's id, if it has one (Dolma)
+    # Column of token ids in a data set or in Parquet files; None = the text is tokenized
+    input_ids_key: Name | None = None
+    id_key: Name = "id"  # key of the record's id, if it has one (Dolma); dotted as text_key
     source_from: str | None = None  # key of the sub-source to count separately in metrics, e.g. meta.pile_set_name
+
+    @property
+    def column(self) -> str:
+        """The column of a data set or a Parquet file that holds the source's texts or token ids."""
+        return self.input_ids_key or self.text_key
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError(f"source {self.name!r}: needs either paths or dataset")
-        if self.dataset is None and self.input_ids_key is not None:
-            raise ValueError(f"source {self.name!r}: input_ids_key is for a dataset; shards hold texts")
         return self
 
 
@@ -153,8 +160,10 @@ class DataConfig(Config):
     )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    # A SentencePiece model, a tokenizer.json of the tokenizers library or a rank file of tiktoken (Llama 3)
+    # A SentencePiece model, a tokenizer.json of the tokenizers library or a rank file of tiktoken
     tokenizer: Path
+    # The encoding whose pattern and special tokens a rank file goes with; None = the file is the published one of some
+    rank_encoding: RankEncoding | None = None
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
     # Streams of rows, which only a stage changes; None = the most that divide a batch and have 64 MiB each, up to 1024

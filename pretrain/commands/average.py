@@ -22,7 +22,7 @@ from shards import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="the checkpoints' steps, at least two")
-    add_output_arguments(parser)
+    add_output_arguments(parser, required=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
-    add_output_arguments(parser)
+    add_output_arguments(parser, required=False)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say where a model is written and how, and the overrides."""
-    parser.add_argument("--to", type=Path, metavar="DIR", help="a folder that does not exist yet")
+def add_output_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
+    parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf")
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pretrain.exchange.folder import open_codec, open_tokenizer
 from pretrain.exchange.tokenizer_files import check_tokenizer, is_json, write_tokenizer
 from pretrain.inference.generate import codec_of
 from shards import ConfigError, Tokenizer, read_documents
+from shards.tokenize import rank_file
 from tests.shards.corpora import SAMPLE, TOKENIZER
 from tests.shards.tokenize import kinds
 
@@ -21,12 +24,22 @@ TEXTS = [
 ]  # fmt: skip
 
 
+def published_ranks(path: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Write a rank file that is known as if it were Llama 3's own."""
+    written = kinds.write_ranks(path, kinds.ranks())
+    digest = hashlib.sha256(written.read_bytes()).hexdigest()
+    patch.setitem(rank_file.ENCODINGS, "llama3", rank_file.ENCODINGS["llama3"]._replace(sha256=digest))
+    return written
+
+
 @pytest.fixture(scope="module", params=["neox", "smollm2", "llama3", "qwen2", "ranks"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("kinds")
-    if request.param == "ranks":
-        return kinds.write_ranks(folder / "ranks.model", kinds.ranks())
-    return kinds.write_json(folder, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "ranks":
+            yield published_ranks(folder / "ranks.model", patch)
+        else:
+            yield kinds.write_json(folder, request.param)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -51,8 +64,8 @@ def test_the_exported_tokenizer_gives_our_ids(path: Path, bos: bool, tmp_path: P
         check_tokenizer(tmp_path, Tokenizer(TOKENIZER), "data.tokenizer=x")
 
 
-def test_a_rank_file_opens_as_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
-    written = kinds.write_ranks(tmp_path / "tokenizer.model", kinds.ranks())
+def test_a_rank_file_opens_as_the_tokenizer_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = published_ranks(tmp_path / "tokenizer.model", monkeypatch)
     ours, codec = Tokenizer(written), open_codec(tmp_path)
     assert codec.encode("the text") == [ours.bos_id, *ours.encode("the text")]
     assert codec.ends == {ours.eos_id}
