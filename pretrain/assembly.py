@@ -85,7 +85,6 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     """
     config, topology = start.config, start.topology
     folder, store = config.folder, checkpoints_of(config)
-    watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = open_loader(config, topology, start.prepared, stack)
     choice = choose(store, topology, start.from_step)
     engine = make_engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
@@ -117,18 +116,20 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     topology.barrier()
     suite = eval_set.suite if eval_set else ""
     tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
-    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps))
+    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
     parts = Parts(
         engine=engine,
         feed=Feed(loader, stages, topology),
         journal=journal,
         recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
-        saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease)),
+        saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
         held_out=_held_out(config, eval_set, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
-        watchdog=watchdog,
-        unapplied=UnappliedSteps(config.train.max_nonfinite, config.train.nonfinite_limit, folder, topology),
+        watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell)),
+        unapplied=UnappliedSteps(
+            config.train.max_nonfinite, config.train.nonfinite_limit, folder, topology, journal.tell
+        ),
     )
     return Trainer(config, parts, topology, steps, state)
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, record_scores
+from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import Tracker
@@ -25,18 +26,24 @@ class Journal:
     Args:
         folder: the run's folder, cut back to the step that the run resumes from.
         tracker: not yet entered; None on all ranks but rank 0.
-        config: settings of the console's progress.
+        config: settings of the console's progress, and the command that is told of events.
         steps: length of the whole run.
+        name: the run's name.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int) -> None:
+    def __init__(
+        self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int, name: str
+    ) -> None:
         self._folder = folder
         self._tracker = tracker
         self._progress = StepProgress(steps, config)
+        self._hook = Hook(config.on_event, name)
+        self._events = Events(folder.events, tracker.alert, self._hook) if tracker else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Journal:
         if self._tracker:
+            self._stack.enter_context(self._hook)
             self._stack.enter_context(self._tracker)
             self._stack.enter_context(self._progress)
         return self
@@ -45,6 +52,15 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def tell(self, event: Event) -> None:
+        """Tell of something that happened; from any thread."""
+        if self._events:
+            self._events.tell(event)
+
+    def has_told(self, step: int, kind: Kind) -> bool:
+        """Return whether an event of a kind was told of a step, in this start or one before."""
+        return any((record["step"], record["kind"]) == (step, kind) for record in self._folder.events.read(step - 1))
 
     def log_step(self, record: StepRecord, evals_follow: bool) -> None:
         """Log one trained step.

@@ -23,4 +23,5 @@ def train(trainer: Trainer) -> bool:
         trainer.save_if_due()
         trainer.evaluate_if_due()
     trainer.save_before_stopping()
+    trainer.tell_outcome()
     return trainer.finished

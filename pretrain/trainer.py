@@ -19,6 +19,7 @@ from pretrain.feed import Feed, StepBatch
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.recorder import StepRecorder
+from pretrain.run.events import Event
 from pretrain.stepper import Stepper
 from pretrain.topology import Topology
 from shards import CheckpointError
@@ -92,7 +93,7 @@ class Trainer:
         With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
         parts = self._parts
-        parts.watchdog.begin("step", f"step {self.state.step + 1}")
+        parts.watchdog.begin("step", f"step {self.state.step + 1}", self.state.step)
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
         with parts.recorder.meter.part("data_wait"):
@@ -154,6 +155,16 @@ class Trainer:
         except CheckpointError:
             return
 
+    def tell_outcome(self) -> None:
+        """Tell how this start ends."""
+        step, journal = self.state.step, self._parts.journal
+        self._parts.saver.check_lease()
+        if not self.finished:
+            text = f"stopped after step {step}; the same command continues from there"
+            journal.tell(Event(step, "stopped", text, {}))
+        elif not journal.has_told(step, "finished"):  # a finished run may be started again
+            journal.tell(Event(step, "finished", f"the run is finished, at step {step}", {}))
+
     def evaluate_if_due(self) -> None:
         """Score the suite and record the results, if an evaluation is due.
 
@@ -178,7 +189,8 @@ class Trainer:
     def _before_evaluation_batch(self) -> None:
         """Let all ranks abandon the evaluation together, and complete a save that was started just before it."""
         parts = self._parts
-        parts.watchdog.begin("evaluation", f"a batch of the evaluation of step {self.state.step}")
+        step = self.state.step
+        parts.watchdog.begin("evaluation", f"a batch of the evaluation of step {step}", step)
         parts.stop.note_save(parts.saver.seconds)
         parts.stop.agree(self._topology.any(parts.stop.wanted()))
         if parts.stop.agreed:

@@ -276,17 +276,20 @@ class CheckpointStore:
         left_behind = sum(self._size_of(step) for step in self.all_steps() if not self.is_complete(step))
         self._to_remove(left_behind)
 
-    def make_room(self) -> None:
+    def make_room(self) -> list[int]:
         """Make room for the next checkpoint by removing the oldest ones if the disk is short of space.
 
         The newest checkpoint and those that `keep_every` keeps stay; if that cannot free enough, nothing is removed.
 
+        Returns:
+            The steps of the checkpoints that had to go.
         Raises:
             ConfigError: if it does not fit, with the sizes and a remedy.
         """
-        for step in self._to_remove():
-            _logger.warning("the disk has too little room for the next checkpoint: removing that of step %d", step)
+        removed = self._to_remove()
+        for step in removed:
             self.try_to_discard(step)
+        return removed
 
     def _to_remove(self, left_behind: int = 0) -> list[int]:
         """Return the fewest of the oldest checkpoints whose removal lets the next one fit.

@@ -103,9 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
         reason = str(error).strip().partition("\n")[0]
         _logger.error("another rank is gone, so rank %d exits too: %s", rank, reason)
         return 1
-    if rank == 0:
-        if report.finished:
-            print_report(config, report)
-        else:
-            _logger.info("stopped after step %d; the same command continues from there", report.step)
+    if rank == 0 and report.finished:
+        print_report(config, report)
     return 0 if report.finished else STOPPED

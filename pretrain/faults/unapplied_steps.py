@@ -7,16 +7,14 @@ nothing is learned. All ranks decide from the same figures whether to continue, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 from pretrain.engine import StepStats
+from pretrain.run.events import Event, Kind, Tell
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import HeadraceError, Origin
 from shards.storage.atomic import write_atomically
-
-_logger = logging.getLogger(__name__)
 
 _NAMED = 3  # documents listed in the message; the file lists all
 
@@ -27,12 +25,14 @@ class UnappliedSteps:
     Args:
         limit: steps in a row that end the run.
         nonfinite_limit: the same, if the last of them was not finite.
+        tell: tells of such steps, on rank 0.
     """
 
-    def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology) -> None:
+    def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology, tell: Tell) -> None:
         self._limit, self._nonfinite_limit = limit, nonfinite_limit
         self._folder = folder
         self._topology = topology
+        self._tell = tell
         self._in_a_row = 0
 
     def note(self, step: int, stats: StepStats, n_targets: int, origins: Callable[[], Sequence[Origin]]) -> None:
@@ -50,6 +50,8 @@ class UnappliedSteps:
             return
         self._in_a_row += 1
         pieces = origins()
+        kind: Kind = "nonfinite" if n_targets else "no_targets"
+        figures = {"loss": stats.loss, "grad_norm": stats.grad_norm, "in_a_row": self._in_a_row}
         if n_targets:
             found, limit = self._nonfinite(step, stats, pieces), self._nonfinite_limit
             advice = "lower optim.learning_rate, leave documents out, or see train.on_nonfinite"
@@ -57,12 +59,14 @@ class UnappliedSteps:
             found, limit = _without_targets(step, pieces), self._limit
             advice = "check the sources' texts, data.text_key, data.bos and data.eos"
         if self._in_a_row >= limit:
-            raise HeadraceError(
+            text = (
                 f"{found}. That is {self._in_a_row} in a row that changed nothing: the run ends without saving, and the"
                 f" last checkpoint is kept; {advice}"
             )
-        if self._topology.is_main and (n_targets or self._in_a_row == 1):
-            _logger.warning("%s; it changed nothing", found)
+            self._tell(Event(step, kind, text, figures))
+            raise HeadraceError(text)
+        if n_targets or self._in_a_row == 1:
+            self._tell(Event(step, kind, f"{found}; it changed nothing", figures))
 
     def _nonfinite(self, step: int, stats: StepStats, pieces: Sequence[Origin]) -> str:
         """List the documents of a non-finite step in the run's folder; return a description."""

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import logging
 import resource
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -20,7 +22,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -38,6 +40,20 @@ class MetricsConfig(Config):
     log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, if the output is not a terminal
     # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
+    # A command that is run at each event (spikes, stops, failed saves, the end), with the event as one line of JSON on
+    # its standard input. It is split into words, and no shell runs it; training goes on meanwhile. None: no command
+    on_event: str | None = None
+
+    @field_validator("on_event")
+    @classmethod
+    def _is_a_command(cls, command: str | None) -> str | None:
+        if command is not None:
+            words = shlex.split(command)  # raises ValueError: No closing quotation
+            if not words or shutil.which(words[0]) is None:
+                raise ValueError(
+                    f"on_event: {command!r} must begin with a program that can be run, such as /usr/bin/mail"
+                )
+        return command
 
 
 @dataclass(frozen=True)

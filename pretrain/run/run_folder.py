@@ -74,6 +74,11 @@ class RunFolder:
         return StepLog(self.root / "cursors.jsonl.zst")
 
     @property
+    def events(self) -> StepLog:
+        """Return the log of what was worth telling; see `pretrain.run.events`."""
+        return StepLog(self.root / "events.jsonl")
+
+    @property
     def starts(self) -> StepLog:
         """Return the log of the run's starts; see `pretrain.run.starts`."""
         return StepLog(self.root / "starts.jsonl")
@@ -280,7 +285,7 @@ class RunFolder:
     @property
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
-        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors, self.starts
+        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors, self.starts, self.events
 
     def cut_back(self, step: int, why: str) -> None:
         """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""

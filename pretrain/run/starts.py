@@ -5,7 +5,6 @@ Bits can only be expected to repeat where all of this is the same, so an audit h
 
 from __future__ import annotations
 
-import datetime
 import platform
 import socket
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import git_commit
 from pretrain.topology import Topology
@@ -80,11 +80,6 @@ def describe_start(
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
     )
-
-
-def now() -> str:
-    """Return the time in UTC, to the second, in ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def environment_of(topology: Topology, attention: str) -> Environment:

@@ -19,6 +19,7 @@ from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import StepBatch
 from pretrain.loop import train
 from pretrain.optim import OptimConfig, SchedulePart
+from pretrain.run.events import Event
 from pretrain.run.metrics import Meter
 from pretrain.stepper import Step
 from pretrain.trainer import Trainer
@@ -42,6 +43,7 @@ class Run:
         self.data_end: int | None = None
         self.saves_fail = False
         self.hashed: list[int] = []
+        self.told: list[Event] = []
 
     def start(self, looks: int = 10**9) -> bool:
         """Train until the run is finished, or has checked this many times whether to stop."""
@@ -63,6 +65,7 @@ class Run:
             journal=SimpleNamespace(
                 log_step=self.log_step, log_evals=lambda step, scores: self.evaluated.append(step),
                 log_data_end=self.end_data, log_cursors=lambda *arguments: None, log_skipped=lambda *arguments: None,
+                tell=self.told.append, has_told=self.has_told,
             ),
             recorder=SimpleNamespace(
                 meter=Meter(), note_save=lambda seconds: None,
@@ -74,7 +77,7 @@ class Run:
             ),
             held_out=SimpleNamespace(score=self.score, evaluated=max(self.evaluated, default=-1)),
             stop=StopPolicy(Interrupt(), deadline, save_seconds=0.0),
-            watchdog=Watchdog(None, 0),
+            watchdog=Watchdog(None, 0, self.told.append),
             unapplied=SimpleNamespace(note=lambda *arguments: None),
         )  # fmt: skip
         if not self.with_suite:
@@ -115,6 +118,9 @@ class Run:
         self.trained.append(self.trainer.state.step)
         assert evals_follow == (self.with_suite and (self.at % EVALUATED_EVERY == 0 or self.at == self.steps))
 
+    def has_told(self, step: int, kind: str) -> bool:
+        return any((event.step, event.kind) == (step, kind) for event in self.told)
+
     def end_data(self, step: int) -> None:
         self.data_end = step
 
@@ -148,6 +154,7 @@ def test_a_run_stopped_anywhere_is_completed_by_its_next_start(steps: int | None
             assert starts < 2, "an undisturbed start finishes the run"
         assert run.trained == list(range(1, last + 1)), looks
         assert run.evaluated == wanted, looks
+        assert [event.kind for event in run.told] == [*["stopped"] * starts, "finished"], looks
         assert run.state.step == last
         assert run.data_end == (None if steps == 7 or steps == DATA_END else last)
 
