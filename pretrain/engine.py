@@ -11,7 +11,8 @@ import functools
 import io
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The loss and the gradient norm above which a step is refused: its update is not made."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class StepStats:
     """The results of one optimizer step, the same on every rank.
 
@@ -57,14 +69,20 @@ class StepStats:
             like the other two, if there was no target.
         z_loss: mean squared logsumexp of the logits times its weight; 0 if it is off.
         grad_norm: L2 norm of the gradient of the whole model before clipping; infinite if it is NaN.
-        applied: False if loss or gradient was not finite, or there was no target; weights and optimizer are then
-            unchanged.
+        applied: False if loss or gradient was not finite or refused, or there was no target; weights and optimizer are
+            then unchanged.
+        refused: whether that is so because of the step's limits.
     """
 
     loss: float
     z_loss: float
     grad_norm: float
     applied: bool
+    refused: bool = False
+
+    def exceeds(self, limits: Limits) -> bool:
+        """Return whether loss or gradient norm is above its limit; one that is not finite is another fault."""
+        return limits.loss < self.loss < math.inf or limits.grad_norm < self.grad_norm < math.inf
 
 
 class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -161,7 +179,14 @@ class Engine:
         self.deepspeed.micro_steps = 0  # from which it counts to a step's last micro-step
 
     def train_step(
-        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor,
+        n_targets: int,
+        step: int,
+        learning_rate: float,
+        meter: Meter,
+        limits: Limits = NO_LIMITS,
     ) -> StepStats:
         """Make one optimizer step.
 
@@ -174,14 +199,22 @@ class Engine:
             step: from 0; seeds the dropout.
             learning_rate: learning rate of this step.
             meter: times "forward_backward" and "optimizer".
+            limits: the same on every rank, so that all refuse the same steps.
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
         with self._compilations.step(step + 1):
-            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter)
+            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, limits)
 
     def _train_step(
-        self, tokens: Tensor, segment_ids: Tensor, n_targets: int, step: int, learning_rate: float, meter: Meter
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor,
+        n_targets: int,
+        step: int,
+        learning_rate: float,
+        meter: Meter,
+        limits: Limits,
     ) -> StepStats:
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
@@ -203,13 +236,44 @@ class Engine:
                 self.deepspeed.backward(scaled, scale_wrt_gas=False)
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
-        with meter.device_part("optimizer"):
-            self.deepspeed.step()
+        # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
+        with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
+            self.deepspeed.step()
         applied = not self.deepspeed.optimizer.overflow
         if not applied:
             self._forget_gradients()
-        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied)
+        norm = refused[0] if refused else float(self.deepspeed.get_global_grad_norm())
+        return StepStats(loss, z_loss_mean, norm, applied, bool(refused))
+
+    @contextlib.contextmanager
+    def _refusing(self, loss: float, limits: Limits) -> Iterator[list[float]]:
+        """Let DeepSpeed skip a step above its limits as it skips one whose gradient is not finite.
+
+        All its optimizers ask one function, by its name in their module, whether the norm of the whole gradient is
+        valid, and clear what they keep of the step if it is not.
+
+        Yields:
+            A list, which then has the gradient norm if the step was refused.
+        """
+        refused: list[float] = []
+        if limits == NO_LIMITS:
+            yield refused
+            return
+        module: Any = sys.modules[type(self.deepspeed.optimizer).__module__]
+        is_invalid = module.is_invalid_grad_norm
+
+        def is_refused(norm: Any) -> bool:
+            invalid = bool(is_invalid(norm))
+            if not invalid and StepStats(loss, 0.0, float(norm), applied=False).exceeds(limits):
+                refused.append(float(norm))
+            return invalid or bool(refused)
+
+        module.is_invalid_grad_norm = is_refused
+        try:
+            yield refused
+        finally:
+            module.is_invalid_grad_norm = is_invalid
 
     def _forget_gradients(self) -> None:
         """Drop the gradients that DeepSpeed keeps of a skipped step.

@@ -73,8 +73,9 @@ class Journal:
             self._tracker.log_step(record.as_json(), more=evals_follow)
             self._progress.show(record)
 
-    def log_evals(self, step: int, scores: DocumentScores) -> None:
-        """Log one evaluation: a line for each domain and average, and the sums per document."""
+    def log_evals(self, step: int, scores: DocumentScores) -> list[dict[str, object]]:
+        """Log one evaluation: a line for each domain and average, which it returns, and the sums per document."""
+        records: list[dict[str, object]] = []
         if self._tracker:
             records = record_scores(self._folder, step, scores)
             self._tracker.log_evals(records)
@@ -83,6 +84,7 @@ class Journal:
                 "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
                 macro["step"], macro["bits_per_byte"], macro["perplexity"],
             )  # fmt: skip
+        return records
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
         """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""

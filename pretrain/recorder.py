@@ -64,7 +64,9 @@ class StepRecorder:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
-            nonfinite=True if batch.n_targets and not stats.applied and not made.passed_over else None,
+            nonfinite=True if batch.n_targets and not (stats.applied or stats.refused or made.passed_over) else None,
+            spike=made.spike or None,
+            skipped_update=stats.refused or None,
             without_targets=None if batch.n_targets else True,
             trained_hash=state.trained_hash or None,
             forgotten_tokens=batch.n_forgotten or None,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
+
+from msgspec import to_builtins
 
 from pretrain import data_end
 from pretrain.checkpoint.save import Saver
@@ -11,7 +14,7 @@ from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.evaluation.plausibility import warn_of_doubts
-from pretrain.evaluation.scores import eval_records
+from pretrain.faults.spikes import SpikeWatch, spike_event
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
@@ -19,8 +22,11 @@ from pretrain.feed import Feed, StepBatch
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.recorder import StepRecorder
-from pretrain.run.events import Event
-from pretrain.stepper import Stepper
+from pretrain.rewind import Rewinder
+from pretrain.run.events import Event, log_event
+from pretrain.run.run_folder import Rewind
+from pretrain.standing import Standing
+from pretrain.stepper import Step, Stepper
 from pretrain.topology import Topology
 from shards import CheckpointError
 
@@ -46,6 +52,9 @@ class Parts:
     stop: StopPolicy
     watchdog: Watchdog
     unapplied: UnappliedSteps
+    spikes: SpikeWatch
+    rewinder: Rewinder
+    standing: Standing
 
 
 class Trainer:
@@ -54,6 +63,8 @@ class Trainer:
     Args:
         steps: length of the whole run, forecast if its data ends it; the schedule has this length.
         state: the run's state.
+    Attributes:
+        rewind: set if the run is to go back before the step that it has just made.
     """
 
     def __init__(self, config: RunConfig, parts: Parts, topology: Topology, steps: int, state: RunState) -> None:
@@ -62,7 +73,8 @@ class Trainer:
         self._parts = parts
         self._topology = topology
         self._steps = steps
-        self._stepper = Stepper(config, parts.engine, steps, state.step)
+        self._stepper = Stepper(config, parts.engine, steps, state.step, parts.spikes)
+        self.rewind: Rewind | None = None
         self._data_is_used_up = False
         if state.step == 0:
             self._log_cursors()
@@ -75,7 +87,12 @@ class Trainer:
     @property
     def at_end(self) -> bool:
         """Return whether there is no further step to train."""
-        return self._data_is_used_up or self._is_last(self.state.step)
+        return self._data_is_used_up or self._is_last(self.state.step) or self.ending is not None
+
+    @property
+    def ending(self) -> Event | None:
+        """Return why the run ends before its last step; None if it does not."""
+        return self._parts.standing.ending
 
     @property
     def stopping(self) -> bool:
@@ -113,6 +130,8 @@ class Trainer:
         if not made.passed_over:
             parts.unapplied.note(made.state.step, made.stats, batch.n_targets, parts.feed.origins)
         self.state = made.state
+        if made.spike_begins:
+            self._answer_spike(made)
         hashes = parts.engine.state_hash() if self._is_hash_due() else None
         record = parts.recorder.record(made, batch, parts.saver.failed, hashes)
         parts.stop.note_step(record.step_seconds)
@@ -121,6 +140,23 @@ class Trainer:
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
+
+    def _answer_spike(self, made: Step) -> None:
+        """Tell of a step that stands out, and go back before it if the config says so."""
+        step, action = made.state.step, "its update was not made" if made.stats.refused else "training goes on"
+        if self._config.train.on_spike == "rewind":
+            self._settle_save()
+            decision = self._parts.rewinder.decide(step)
+            if isinstance(decision, Rewind):
+                self.rewind = decision
+                first, last = decision.passed_over
+                action = f"the run goes back to step {decision.step} and passes steps {first} to {last} over"
+            else:
+                action = decision
+        self._parts.journal.tell(spike_event(step, made.stats, made.limits, self._config.folder, action))
+        if self.rewind:  # once more at the step gone back to, where no going back removes it
+            text = f"step {step} stood out: {action} (train.on_spike=rewind)"
+            self._parts.journal.tell(Event(self.rewind.step, "rewind", text, to_builtins(self.rewind)))
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""
@@ -150,10 +186,12 @@ class Trainer:
         if self.at_end or self.state.step == 0:
             return
         self._save()
-        try:
+        self._settle_save()
+
+    def _settle_save(self) -> None:
+        """Wait for a save in progress; if it fails, the error is in the log."""
+        with suppress(CheckpointError):
             self._parts.saver.finish()
-        except CheckpointError:
-            return
 
     def tell_outcome(self) -> None:
         """Tell how this start ends."""
@@ -164,6 +202,8 @@ class Trainer:
             journal.tell(Event(step, "stopped", text, {}))
         elif not journal.has_told(step, "finished"):  # a finished run may be started again
             journal.tell(Event(step, "finished", f"the run is finished, at step {step}", {}))
+        if self.finished and self.ending:
+            log_event(self.ending)  # last, and again at every start, which does not go on
 
     def evaluate_if_due(self) -> None:
         """Score the suite and record the results, if an evaluation is due.
@@ -180,11 +220,15 @@ class Trainer:
             return
         finally:
             self._parts.watchdog.end()
-        self._parts.journal.log_evals(step, scores)
+        records = self._parts.journal.log_evals(step, scores)
         held_out.evaluated = step
-        if self._topology.is_main:
+        if records:  # on rank 0
             drawn = step == 0 and self._config.init_from is None
-            warn_of_doubts(eval_records(step, scores), self._config.model, drawn)
+            warn_of_doubts(records, self._config.model, drawn)
+        self._parts.standing.note(records)
+        if self.ending:
+            self._parts.journal.tell(self.ending)
+            self.save_if_due()  # which it was not while the run seemed to go on
 
     def _before_evaluation_batch(self) -> None:
         """Let all ranks abandon the evaluation together, and complete a save that was started just before it."""

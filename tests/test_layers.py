@@ -59,6 +59,8 @@ LAYERS = (
         "pretrain.held_out",
         "pretrain.data_end",
         "pretrain.journal",
+        "pretrain.rewind",
+        "pretrain.standing",
         "pretrain.provenance",
         "pretrain.exposure",
     ),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
+from pretrain.checkpoint.store import wanted_step
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.exchange.export import DTYPES, export
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--describe", type=Path, metavar="DIR", help="print the `model:` section for a model and export nothing"
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
+    parser.add_argument("--step", type=wanted_step, help="the checkpoint's step, or best; default: the newest")
     parser.add_argument("--to", type=Path, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf")
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")

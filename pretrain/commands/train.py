@@ -74,6 +74,9 @@ def print_report(config: RunConfig, report: Report) -> None:
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
     if config.wandb.mode == "offline":
         console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
+    if report.ending:
+        console.print(f"Ended       {report.ending}", highlight=False)
+        return
     console.print(
         f"Next        {how_to_train_longer(config)}copy the config, set data.sources to your shards, and start it the"
         " same way",

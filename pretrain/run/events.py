@@ -31,7 +31,8 @@ _LAST_HOOKS_SECONDS = 10.0  # that the end of a process waits for commands that 
 _WAITING_HOOKS = 100  # events that wait for the command; further ones are dropped, which is logged
 
 Kind = Literal[
-    "nonfinite", "no_targets", "stall", "disk", "save_failed", "stopped", "finished",
+    "spike", "rewind", "patience", "explosion", "nonfinite", "no_targets", "stall", "disk",
+    "save_failed", "stopped", "finished",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 

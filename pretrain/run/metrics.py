@@ -90,6 +90,8 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
+    spike: bool | None = None  # True if its loss or gradient norm stands out against the steps before
+    skipped_update: bool | None = None  # True if its update was not made because of that (train.on_spike)
     # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
     weight_hash: str | None = None  # of the fp32 weights
     optimizer_hash: str | None = None  # of their moments

@@ -50,6 +50,7 @@ class StartRecord(msgspec.Struct, frozen=True):
         tp_size, dp_size, zero_stage: the layout.
         environment: the same on all ranks, but for the device.
         hosts: names of the nodes.
+        suite: the label of its evaluations; empty if it makes none, or an older program did not record it.
     """
 
     step: int
@@ -62,10 +63,11 @@ class StartRecord(msgspec.Struct, frozen=True):
     zero_stage: int
     environment: Environment
     hosts: list[str]
+    suite: str = ""
 
 
 def describe_start(
-    step: int, config_hash: str, zero_stage: int, environment: Environment, topology: Topology
+    step: int, config_hash: str, zero_stage: int, environment: Environment, topology: Topology, suite: str = ""
 ) -> StartRecord:
     """Describe a start that resumes from a step; every rank calls it."""
     return StartRecord(
@@ -79,6 +81,7 @@ def describe_start(
         zero_stage=zero_stage,
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
+        suite=suite,
     )
 
 

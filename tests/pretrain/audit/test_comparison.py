@@ -140,7 +140,7 @@ def obstacles(
     start: StartRecord = START, config: RunConfig = CONFIG, starts: list[StartRecord] | None = None
 ) -> list[str]:
     starts = [START] if starts is None else starts
-    training = Training(CONFIG, starts, [CONFIG] * len(starts))
+    training = Training(CONFIG, starts, [CONFIG] * len(starts), [])
     return obstacles_to_equality(training, Replay(config, start, interval(), {}))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
-from pretrain.run.events import Event, Events, Hook
+from pretrain.run.events import KINDS, Event, Events, Hook
 from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 from tests.tiny_run import write_config
@@ -83,6 +83,11 @@ def test_a_command_that_cannot_be_run_is_refused(tmp_path: Path) -> None:
         path = write_config(tmp_path, "a", metrics={"on_event": command})
         with pytest.raises(ConfigError, match=problem):
             load_config(path)
+
+
+def test_the_page_names_every_kind() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "health.md").read_text()
+    assert [kind for kind in KINDS if f"`{kind}`" not in page] == []
 
 
 def test_events_are_cut_back_with_the_other_records(tmp_path: Path) -> None:
