@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
 from pretrain.faults.spikes import SpikeWatch, last_figures, unapplied_in_a_row
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import StragglerWatch
+from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
@@ -153,6 +156,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         spikes=SpikeWatch(train.spike_window, train.spike_score, figures),
         rewinder=Rewinder(store, folder, topology, train.rewind_steps, train.max_rewinds),
         standing=Standing(train.stop, store, folder, suite, topology),
+        stragglers=StragglerWatch(topology.gather_objects(socket.gethostname())),
+        tripwires=Tripwires(config.model, drawn=config.init_from is None),
     )
     return Trainer(config, parts, topology, steps, state)
 

@@ -59,7 +59,7 @@ class TrainConfig(Config):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     # A step or evaluation batch that takes longer ends the process with exit code 75 and its stacks in the log
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    # This many such steps in a row end the run even if they are skipped; so do batches without any target
+    # This many such steps in a row end the run even if they are skipped; so do batches without a target, and spikes
     max_nonfinite: int = Field(10, ge=1)
     # A step whose loss or gradient norm stands out against those before is marked in metrics.jsonl, and an event tells.
     # skip: its update is not made; rewind: the run goes back to a checkpoint before it and passes its batches over

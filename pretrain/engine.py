@@ -46,6 +46,7 @@ from pretrain.run.metrics import Meter
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from shards import CheckpointError
 
+_COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")  # DeepSpeed's
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
@@ -130,6 +131,7 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        self._phase = "optimizer"  # of the step: forward, backward or this
         if topology.device.type == "cpu":
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
@@ -198,12 +200,13 @@ class Engine:
                 weight decay would still move the weights.
             step: from 0; seeds the dropout.
             learning_rate: learning rate of this step.
-            meter: times "forward_backward" and "optimizer".
+            meter: times "forward_backward", "forward" as a part of it, and "optimizer"; and DeepSpeed's collectives, in
+                which a rank waits for others, as "forward_communication" and so on.
             limits: the same on every rank, so that all refuse the same steps.
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
-        with self._compilations.step(step + 1):
+        with self._compilations.step(step + 1), self._timed_communication(meter):
             return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, limits)
 
     def _train_step(
@@ -230,10 +233,12 @@ class Engine:
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
             with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
-                loss = self._forward(ids, segments)
+                with meter.device_part("forward"), self._in_phase("forward"):
+                    loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
                 scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
-                self.deepspeed.backward(scaled, scale_wrt_gas=False)
+                with self._in_phase("backward"):
+                    self.deepspeed.backward(scaled, scale_wrt_gas=False)
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
@@ -245,6 +250,34 @@ class Engine:
             self._forget_gradients()
         norm = refused[0] if refused else float(self.deepspeed.get_global_grad_norm())
         return StepStats(loss, z_loss_mean, norm, applied, bool(refused))
+
+    @contextlib.contextmanager
+    def _in_phase(self, phase: str) -> Iterator[None]:
+        self._phase = phase
+        try:
+            yield
+        finally:
+            self._phase = "optimizer"
+
+    @contextlib.contextmanager
+    def _timed_communication(self, meter: Meter) -> Iterator[None]:
+        """Charge DeepSpeed's blocking collectives inside the block to the meter, by the phase in which they are."""
+        backend = deepspeed.comm.comm.cdb
+
+        def timed(collective: Callable[..., object]) -> Callable[..., object]:
+            def call(*arguments: object, **named: object) -> object:
+                with meter.device_part(f"{self._phase}_communication"):
+                    return collective(*arguments, **named)
+
+            return call
+
+        for name in _COLLECTIVES:
+            setattr(backend, name, timed(getattr(backend, name)))  # of the instance; the class keeps its own
+        try:
+            yield
+        finally:
+            for name in _COLLECTIVES:
+                delattr(backend, name)
 
     @contextlib.contextmanager
     def _refusing(self, loss: float, limits: Limits) -> Iterator[list[float]]:

@@ -86,6 +86,11 @@ class Journal:
             )  # fmt: skip
         return records
 
+    def earlier_evals(self, records: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        """Return the lines of the evaluations before one, on the same suite."""
+        step, suite = int(str(records[0]["step"])), records[0]["suite"]
+        return [r for r in self._folder.evals.read() if r["suite"] == suite and int(str(r["step"])) < step]
+
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
         """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""
         if self._tracker:

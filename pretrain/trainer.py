@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
-from pretrain.evaluation.plausibility import warn_of_doubts
+from pretrain.evaluation.plausibility import doubts
 from pretrain.faults.spikes import SpikeWatch, spike_event
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import StragglerWatch
+from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch
@@ -55,6 +58,8 @@ class Parts:
     spikes: SpikeWatch
     rewinder: Rewinder
     standing: Standing
+    stragglers: StragglerWatch
+    tripwires: Tripwires
 
 
 class Trainer:
@@ -114,7 +119,7 @@ class Trainer:
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
         with parts.recorder.meter.part("data_wait"):
-            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy)
+            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy, parts.recorder.seconds)
         if batch is None:
             parts.watchdog.end()
             return None
@@ -133,10 +138,13 @@ class Trainer:
         if made.spike_begins:
             self._answer_spike(made)
         hashes = parts.engine.state_hash() if self._is_hash_due() else None
-        record = parts.recorder.record(made, batch, parts.saver.failed, hashes)
+        slow = parts.stragglers.note(made.state.step, batch.rank_seconds)
+        record = parts.recorder.record(made, batch, parts.saver.failed, parts.stragglers.straggler, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
+        for event in [*([slow] if slow else []), *parts.tripwires.note(record)]:
+            parts.journal.tell(event)
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
@@ -223,12 +231,19 @@ class Trainer:
         records = self._parts.journal.log_evals(step, scores)
         held_out.evaluated = step
         if records:  # on rank 0
-            drawn = step == 0 and self._config.init_from is None
-            warn_of_doubts(records, self._config.model, drawn)
+            self._tell_doubts(records)
         self._parts.standing.note(records)
         if self.ending:
             self._parts.journal.tell(self.ending)
             self.save_if_due()  # which it was not while the run seemed to go on
+
+    def _tell_doubts(self, records: Sequence[Mapping[str, object]]) -> None:
+        """Tell what cannot be right in an evaluation; on rank 0."""
+        config, journal, step = self._config, self._parts.journal, self.state.step
+        drawn = step == 0 and config.init_from is None
+        before, training_loss = journal.earlier_evals(records), self._parts.spikes.median_loss()
+        for doubt in doubts(records, config.model, drawn, training_loss, before):
+            journal.tell(Event(step, "doubt", doubt, {}))
 
     def _before_evaluation_batch(self) -> None:
         """Let all ranks abandon the evaluation together, and complete a save that was started just before it."""

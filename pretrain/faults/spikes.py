@@ -95,6 +95,11 @@ class SpikeWatch:
             grad_norm=_exp(self._limit(norms, _LEAST_NORM_SPREAD)),
         )
 
+    def median_loss(self) -> float:
+        """Return the median of the last steps' losses; NaN if there is none."""
+        losses = [step.loss for step in self._recent if math.isfinite(step.loss)]
+        return statistics.median(losses) if losses else math.nan
+
     def note(self, stage: int, stats: StepStats, limits: Limits, passed_over: bool) -> bool:
         """Record a step; return whether it stands out and the step before did not, so that it is worth telling.
 

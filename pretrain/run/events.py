@@ -32,7 +32,7 @@ _WAITING_HOOKS = 100  # events that wait for the command; further ones are dropp
 
 Kind = Literal[
     "spike", "rewind", "patience", "explosion", "nonfinite", "no_targets", "stall", "disk",
-    "save_failed", "stopped", "finished",
+    "save_failed", "straggler", "slowdown", "no_gradient", "doubt", "stopped", "finished",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 

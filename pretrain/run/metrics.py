@@ -92,6 +92,8 @@ class StepRecord:
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
     spike: bool | None = None  # True if its loss or gradient norm stands out against the steps before
     skipped_update: bool | None = None  # True if its update was not made because of that (train.on_spike)
+    straggler: int | None = None  # a rank that holds the others up for long; None for most steps
+    straggler_seconds: float | None = None  # that it works longer than the typical rank, in a step
     # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
     weight_hash: str | None = None  # of the fp32 weights
     optimizer_hash: str | None = None  # of their moments

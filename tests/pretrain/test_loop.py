@@ -16,6 +16,7 @@ from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.interrupt import Interrupt
 from pretrain.faults.spikes import SpikeWatch
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import RankSeconds, StragglerWatch
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import StepBatch
 from pretrain.loop import train
@@ -70,7 +71,7 @@ class Run:
                 tell=self.told.append, has_told=self.has_told,
             ),
             recorder=SimpleNamespace(
-                meter=Meter(), note_save=lambda seconds: None,
+                meter=Meter(), note_save=lambda seconds: None, seconds=RankSeconds(),
                 record=self.record,
             ),
             saver=SimpleNamespace(
@@ -82,6 +83,8 @@ class Run:
             watchdog=Watchdog(None, 0, self.told.append),
             unapplied=SimpleNamespace(note=lambda *arguments: None),
             spikes=SpikeWatch(4, 8.0, []),
+            stragglers=StragglerWatch(["node"]),
+            tripwires=SimpleNamespace(note=lambda record: []),
             standing=SimpleNamespace(note=self.judge, ending=self.ending),
         )  # fmt: skip
         if not self.with_suite:
@@ -100,7 +103,7 @@ class Run:
         self.at = self.state.step
         return train(self.trainer)
 
-    def next(self, stop_requested: bool, saving: bool) -> StepBatch | None:
+    def next(self, stop_requested: bool, saving: bool, seconds: RankSeconds) -> StepBatch | None:
         if self.at >= DATA_END:
             return None
         self.at += 1

@@ -35,7 +35,7 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
     )  # fmt: skip
     with recorder.meter.part("data_wait"):
         pass
-    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves).as_json()
+    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves, None).as_json()
 
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
