@@ -39,6 +39,7 @@ from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_of_run
+from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.rewind import Rewinder
 from pretrain.run.lease import Lease
@@ -158,6 +159,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         standing=Standing(train.stop, store, folder, suite, topology),
         stragglers=StragglerWatch(topology.gather_objects(socket.gethostname())),
         tripwires=Tripwires(config.model, drawn=config.init_from is None),
+        profiler=stack.enter_context(StepProfiler(config.metrics.profile, folder.profiles, topology)),
     )
     return Trainer(config, parts, topology, steps, state)
 

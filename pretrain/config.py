@@ -194,6 +194,7 @@ class RunConfig(Config):
             micro_batch_size=stage.micro_batch_size(dp_size),
             seq_len=stage.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
+            layers_measured=self.metrics.layers_every is not None,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 

@@ -1,6 +1,6 @@
 """DeepSpeed, wrapped: one optimizer step over a rank's rows, forward passes for evaluation, its checkpoint files.
 
-The only importer of deepspeed, apart from the conversion of checkpoints. It works around DeepSpeed where the design
+With zero_pieces the only importer of deepspeed. It works around DeepSpeed where the design
 differs: its loss is a mean of means, its ZeRO-0 is unusable, its optimizers compile at first use.
 """
 
@@ -11,9 +11,8 @@ import functools
 import io
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,14 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.host_memory import keep_freed_memory
+from pretrain.layer_figures import LayerMeasurement
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
@@ -43,47 +38,11 @@ from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
+from pretrain.step_hooks import CommunicationTimer, refusing
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from pretrain.zero_pieces import OwnPiece
 from shards import CheckpointError
-
-_COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")  # DeepSpeed's
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The loss and the gradient norm above which a step is refused: its update is not made."""
-
-    loss: float = math.inf
-    grad_norm: float = math.inf
-
-
-NO_LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """The results of one optimizer step, the same on every rank.
-
-    Attributes:
-        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. NaN,
-            like the other two, if there was no target.
-        z_loss: mean squared logsumexp of the logits times its weight; 0 if it is off.
-        grad_norm: L2 norm of the gradient of the whole model before clipping; infinite if it is NaN.
-        applied: False if loss or gradient was not finite or refused, or there was no target; weights and optimizer are
-            then unchanged.
-        refused: whether that is so because of the step's limits.
-    """
-
-    loss: float
-    z_loss: float
-    grad_norm: float
-    applied: bool
-    refused: bool = False
-
-    def exceeds(self, limits: Limits) -> bool:
-        """Return whether loss or gradient norm is above its limit; one that is not finite is another fault."""
-        return limits.loss < self.loss < math.inf or limits.grad_norm < self.grad_norm < math.inf
 
 
 class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -131,7 +90,6 @@ class Engine:
         self.topology = topology
         self.seed = seed
         self.micro_batch_size = micro_batch_size
-        self._phase = "optimizer"  # of the step: forward, backward or this
         if topology.device.type == "cpu":
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
@@ -145,10 +103,9 @@ class Engine:
         )
         self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
-        groups = parameter_groups(model.parameters(), optim_config.weight_decay)
-        self._weight_decays = [group["weight_decay"] for group in groups]
+        self._groups = parameter_groups(model.named_parameters(), optim_config.weight_decay, model_config.scale_of)
         optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
+            [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._groups],
             lr=optim_config.learning_rate,
             betas=optim_config.betas,
             eps=optim_config.eps,
@@ -168,6 +125,7 @@ class Engine:
                 dist_init_required=False,
             )
 
+        self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
@@ -188,6 +146,7 @@ class Engine:
         step: int,
         learning_rate: float,
         meter: Meter,
+        measured: bool = False,
         limits: Limits = NO_LIMITS,
     ) -> StepStats:
         """Make one optimizer step.
@@ -202,12 +161,13 @@ class Engine:
             learning_rate: learning rate of this step.
             meter: times "forward_backward", "forward" as a part of it, and "optimizer"; and DeepSpeed's collectives, in
                 which a rank waits for others, as "forward_communication" and so on.
+            measured: whether to measure the layers' figures.
             limits: the same on every rank, so that all refuse the same steps.
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
-        with self._compilations.step(step + 1), self._timed_communication(meter):
-            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, limits)
+        with self._compilations.step(step + 1), self._communication.charging(meter):
+            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, measured, limits)
 
     def _train_step(
         self,
@@ -217,96 +177,63 @@ class Engine:
         step: int,
         learning_rate: float,
         meter: Meter,
+        measured: bool,
         limits: Limits,
     ) -> StepStats:
-        self.deepspeed.train()
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
-        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
-        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
         assert len(micro_batches) == self.deepspeed.gradient_accumulation_steps(), "or it would make several steps"
+        measurement = self._measure_activations(micro_batches, meter) if measured else None
+        self.deepspeed.train()
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate * own["learning_rate_scale"]
+        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
+        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
+        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
             with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
-                with meter.device_part("forward"), self._in_phase("forward"):
+                with meter.device_part("forward"), self._communication.phase("forward"):
                     loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
                 scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
-                with self._in_phase("backward"):
+                with self._communication.phase("backward"):
                     self.deepspeed.backward(scaled, scale_wrt_gas=False)
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
         loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
         with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
+            if measurement:
+                measurement.before_update()
             self.deepspeed.step()
+            layers = measurement.finish() if measurement else None
         applied = not self.deepspeed.optimizer.overflow
         if not applied:
             self._forget_gradients()
         norm = refused[0] if refused else float(self.deepspeed.get_global_grad_norm())
-        return StepStats(loss, z_loss_mean, norm, applied, bool(refused))
+        return StepStats(loss, z_loss_mean, norm, applied, layers, bool(refused))
 
-    @contextlib.contextmanager
-    def _in_phase(self, phase: str) -> Iterator[None]:
-        self._phase = phase
-        try:
-            yield
-        finally:
-            self._phase = "optimizer"
-
-    @contextlib.contextmanager
-    def _timed_communication(self, meter: Meter) -> Iterator[None]:
-        """Charge DeepSpeed's blocking collectives inside the block to the meter, by the phase in which they are."""
-        backend = deepspeed.comm.comm.cdb
-
-        def timed(collective: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **named: object) -> object:
-                with meter.device_part(f"{self._phase}_communication"):
-                    return collective(*arguments, **named)
-
-            return call
-
-        for name in _COLLECTIVES:
-            setattr(backend, name, timed(getattr(backend, name)))  # of the instance; the class keeps its own
-        try:
-            yield
-        finally:
-            for name in _COLLECTIVES:
-                delattr(backend, name)
-
-    @contextlib.contextmanager
-    def _refusing(self, loss: float, limits: Limits) -> Iterator[list[float]]:
-        """Let DeepSpeed skip a step above its limits as it skips one whose gradient is not finite.
-
-        All its optimizers ask one function, by its name in their module, whether the norm of the whole gradient is
-        valid, and clear what they keep of the step if it is not.
-
-        Yields:
-            A list, which then has the gradient norm if the step was refused.
-        """
-        refused: list[float] = []
+    def _refusing(self, loss: float, limits: Limits) -> contextlib.AbstractContextManager[list[float]]:
+        """Let DeepSpeed refuse the step's update above its limits; see `step_hooks.refusing`."""
         if limits == NO_LIMITS:
-            yield refused
-            return
-        module: Any = sys.modules[type(self.deepspeed.optimizer).__module__]
-        is_invalid = module.is_invalid_grad_norm
+            return contextlib.nullcontext([])
+        step = StepStats(loss, 0.0, 0.0, applied=False)
+        return refusing(self.deepspeed.optimizer, lambda norm: replace(step, grad_norm=norm).exceeds(limits))
 
-        def is_refused(norm: Any) -> bool:
-            invalid = bool(is_invalid(norm))
-            if not invalid and StepStats(loss, 0.0, float(norm), applied=False).exceeds(limits):
-                refused.append(float(norm))
-            return invalid or bool(refused)
-
-        module.is_invalid_grad_norm = is_refused
-        try:
-            yield refused
-        finally:
-            module.is_invalid_grad_norm = is_invalid
+    @torch.no_grad()
+    def _measure_activations(self, micro_batches: Sequence[tuple[Tensor, Tensor]], meter: Meter) -> LayerMeasurement:
+        """Begin to measure the layers by passes without dropout, of which the step's time knows nothing."""
+        measurement = LayerMeasurement(self.model, self.deepspeed.optimizer, self.topology)
+        self.deepspeed.eval()
+        with meter.paused():
+            for ids, segments in micro_batches:
+                with measurement.activations.of(segments[:, :-1]):
+                    self.deepspeed(ids[:, :-1], segments[:, :-1], head=lambda hidden, _: hidden)
+            measurement.end_activations()
+        return measurement
 
     def _forget_gradients(self) -> None:
         """Drop the gradients that DeepSpeed keeps of a skipped step.
@@ -370,42 +297,13 @@ class Engine:
             if dim is None and topology.tp_rank > 0:
                 continue  # every tensor-parallel rank has a copy, which counts once
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            start, states = self._own_states(parameter)
-            place = Place.in_slice(start, shape, dim, topology.tp_rank, topology.tp_size)
-            end = _size_without_padding(parameter, shape)
-            for key, own_values in states.items():
-                values = own_values[: max(0, end - start)]
-                if key == "fp32":
-                    weights.append(hash_sum(values, name, place))
-                else:
-                    moments.append(hash_sum(values, f"{name}/{key}", place))
+            piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.dp_rank)
+            place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
+            size = max(0, _size_without_padding(parameter, shape) - piece.start)
+            weights.append(hash_sum(piece.weights[:size], name, place))
+            moments += [hash_sum(values[:size], f"{name}/{key}", place) for key, values in piece.moments.items()]
         own = [int(torch.stack(sums).sum()) if sums else 0 for sums in (weights, moments)]
         return StateHash(*map(digits, topology.sum_int64(own)))
-
-    def _own_states(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
-        """Return the part of a weight that this rank optimizes: its start, and its values and moments in fp32, flat.
-
-        Moments that do not exist before the first step are returned as the zeros that they begin as.
-        """
-        base = self.deepspeed.optimizer.optimizer
-        if hasattr(parameter, "ds_id"):
-            size = parameter.ds_tensor.numel()  # including the padding
-            start = min(size * self.topology.dp_rank, parameter.ds_numel)
-            place = slice(0, min(size, parameter.ds_numel - start))
-            states = {"fp32": safe_get_local_fp32_param(parameter)}
-            if base.state:
-                states |= {key: safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS}
-        elif parameter._hp_mapping is None:
-            return 0, {}
-        else:
-            # The mapping has views of the moments too, but they go stale when a checkpoint is loaded.
-            mapping = parameter._hp_mapping
-            start, address = mapping.lp_fragment_address.start, mapping.get_hp_fragment_address()
-            place = slice(address.start, address.start + address.numel)
-            flat = base.param_groups[mapping.param_group_index]["params"][0]
-            states = {"fp32": flat} | {key: base.state[flat][key] for key in _MOMENTS if flat in base.state}
-        own = {key: values[place] for key, values in states.items()}
-        return start, own if len(own) > 1 else own | {key: torch.zeros_like(own["fp32"]) for key in _MOMENTS}
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Pass on the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
@@ -455,8 +353,8 @@ class Engine:
         if path is None:
             raise CheckpointError(f"{folder / 'engine'} has no DeepSpeed checkpoint for this topology")
         # Loading restores the old config's hyperparameters, but this config's apply.
-        for group, weight_decay in zip(self.deepspeed.optimizer.param_groups, self._weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
+            group["weight_decay"] = own["weight_decay"]
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip

@@ -62,15 +62,18 @@ class Journal:
         """Return whether an event of a kind was told of a step, in this start or one before."""
         return any((record["step"], record["kind"]) == (step, kind) for record in self._folder.events.read(step - 1))
 
-    def log_step(self, record: StepRecord, evals_follow: bool) -> None:
+    def log_step(self, record: StepRecord, layers: Mapping[str, object] | None, evals_follow: bool) -> None:
         """Log one trained step.
 
         Args:
+            layers: its line of layers.jsonl, if the layers were measured.
             evals_follow: whether the same step is evaluated next; wandb shows both in one row.
         """
         if self._tracker:
+            if layers:
+                self._folder.layers.append(layers)
             self._folder.metrics.append(record.as_json())
-            self._tracker.log_step(record.as_json(), more=evals_follow)
+            self._tracker.log_step(record.as_json(), layers, more=evals_follow)
             self._progress.show(record)
 
     def log_evals(self, step: int, scores: DocumentScores) -> list[dict[str, object]]:

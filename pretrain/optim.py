@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import torch
 from pydantic import Field
 
+from pretrain.parametrization import Scale
 from shards import Config
+
+Decay = Literal["linear", "cosine", "sqrt"]  # the shape of a curve from 1 to 0
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,6 +24,7 @@ class OptimConfig(Config):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
+    decay_shape: Decay = "linear"  # of wsd's decay; sqrt: 1 - sqrt(t), which falls fast at first
     floor: float = Field(0.1, ge=0, le=1)  # lowest learning rate after the warm-up, as a share of the peak
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of the gradient and its square
     eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
@@ -36,6 +40,7 @@ class StageSchedule(Config):
     schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None  # its shape, over the steps of the stage
     warmup_steps: int = Field(0, ge=0)  # optimizer steps of a warm-up from 0; it does not follow from `optim`
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay
+    decay_shape: Decay | None = None  # its shape
     floor: float | None = Field(None, ge=0, le=1)  # lowest learning rate, as a share of the peak
 
     def over(self, optim: OptimConfig) -> OptimConfig:
@@ -56,6 +61,7 @@ class ParameterGroup(TypedDict):
 
     params: list[torch.nn.Parameter]
     weight_decay: float
+    learning_rate_scale: float  # factor of the step's learning rate
 
 
 def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
@@ -67,8 +73,8 @@ def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
         steps: optimizer steps of the whole run; the schedule reaches its floor at the last one.
     Returns:
         The learning rate. During the warm-up it grows linearly and step 0 already has 1/warmup_steps of the peak.
-    Source: cosine, Loshchilov and Hutter 2017, arXiv 1608.03983; WSD with a linear decay, Hu et al. 2024,
-        arXiv 2404.06395 and Haegele et al. 2024, arXiv 2405.18392.
+    Source: cosine, Loshchilov and Hutter 2017, arXiv 1608.03983; WSD, Hu et al. 2024, arXiv 2404.06395; its decay by
+        1 - sqrt(t), Haegele et al. 2024, arXiv 2405.18392.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -102,14 +108,28 @@ def _height_at(step: int, config: OptimConfig, steps: int) -> float:
     if step >= last:
         return 0.0
     done = max(0.0, (step - decay_start) / (last - decay_start)) if last > decay_start else 0.0
-    return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    shape = config.decay_shape if config.schedule == "wsd" else config.schedule
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - (math.sqrt(done) if shape == "sqrt" else done)
 
 
-def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[ParameterGroup]:
-    """Group matrices with weight decay, and vectors, which are the norms' weights, without."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[ParameterGroup] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float, scale_of: Callable[[str], Scale]
+) -> list[ParameterGroup]:
+    """Group matrices with weight decay, and vectors, which are the norms' weights, without; by their scales.
+
+    Args:
+        parameters: with their names.
+        scale_of: returns a weight's scale by its name.
+    Returns:
+        The groups, matrices first, in the order of the parameters.
+    """
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            scale, is_matrix = scale_of(name).learning_rate, parameter.dim() >= 2
+            decay = weight_decay / scale if is_matrix else 0.0
+            new = ParameterGroup(params=[], weight_decay=decay, learning_rate_scale=scale)
+            groups.setdefault((not is_matrix, scale), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]

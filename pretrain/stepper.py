@@ -10,11 +10,12 @@ import msgspec
 
 from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
-from pretrain.engine import NO_LIMITS, Engine, Limits, StepStats
+from pretrain.engine import Engine
 from pretrain.faults.spikes import SpikeWatch
 from pretrain.feed import PASSED_OVER, StepBatch, chain_hash
 from pretrain.optim import learning_rate_of_run
 from pretrain.run.metrics import Meter
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +57,13 @@ class Stepper:
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
 
-    def step_on(self, batch: StepBatch, state: RunState, meter: Meter) -> Step:
-        """Make one optimizer step. Args: state: the run's state before it."""
+    def step_on(self, batch: StepBatch, state: RunState, meter: Meter, measured: bool = False) -> Step:
+        """Make one optimizer step.
+
+        Args:
+            state: the run's state before it.
+            measured: whether to measure the layers' figures, unless the step is passed over.
+        """
         if batch.stage != self._stage:
             self._begin_stage(batch.stage, state.step)
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
@@ -68,7 +74,7 @@ class Stepper:
         else:
             refused_above = limits if self._refuses else NO_LIMITS
             stats = self._engine.train_step(
-                batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, refused_above
+                batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured, refused_above
             )
         begins = self._spikes.note(batch.stage, stats, limits, passed_over)
         return Step(after(state, batch, passed_over), stats, rate, passed_over, limits, stats.exceeds(limits), begins)

@@ -115,6 +115,21 @@ class Topology:
         dist.all_reduce(values, group=self.dp_group)
         return values
 
+    def sum_over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def max_over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each value over all ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def max_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each value over the dp ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.dp_group)
+        return values
+
     def any(self, value: bool) -> bool:
         """Return whether a value is true on any rank."""
         return self.sum_int64([int(value)])[0] > 0

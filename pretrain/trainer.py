@@ -24,6 +24,7 @@ from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
+from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.rewind import Rewinder
 from pretrain.run.events import Event, log_event
@@ -60,6 +61,7 @@ class Parts:
     standing: Standing
     stragglers: StragglerWatch
     tripwires: Tripwires
+    profiler: StepProfiler
 
 
 class Trainer:
@@ -115,6 +117,7 @@ class Trainer:
         With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
         parts = self._parts
+        parts.profiler.begin_step(self.state.step + 1)
         parts.watchdog.begin("step", f"step {self.state.step + 1}", self.state.step)
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
@@ -130,7 +133,8 @@ class Trainer:
     def train_on(self, batch: StepBatch) -> None:
         """Make one optimizer step and record it."""
         parts = self._parts
-        made = self._stepper.step_on(batch, self.state, parts.recorder.meter)
+        measured = self._config.metrics.measures_layers(self.state.step + 1)
+        made = self._stepper.step_on(batch, self.state, parts.recorder.meter, measured)
         parts.saver.check_lease()  # before anything is written
         if not made.passed_over:
             parts.unapplied.note(made.state.step, made.stats, batch.n_targets, parts.feed.origins)
@@ -142,12 +146,14 @@ class Trainer:
         record = parts.recorder.record(made, batch, parts.saver.failed, parts.stragglers.straggler, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
-        parts.journal.log_step(record, evals_follow=self._is_evaluation_due())  # possibly at the next start
+        layers = made.stats.layers.as_record(made.state.step) if made.stats.layers else None
+        parts.journal.log_step(record, layers, evals_follow=self._is_evaluation_due())  # possibly at the next start
         for event in [*([slow] if slow else []), *parts.tripwires.note(record)]:
             parts.journal.tell(event)
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
+        parts.profiler.end_step(self.state.step)
 
     def _answer_spike(self, made: Step) -> None:
         """Tell of a step that stands out, and go back before it if the config says so."""

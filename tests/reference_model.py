@@ -6,12 +6,15 @@ It follows the papers' formulas, on a dict of whole weights, one piece of a row 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Observe = Callable[[str, int, Tensor], None]  # what is observed, the block's number, the values
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
 
 
-def piece_logits(w: Weights, shape: Shape, tokens: Tensor) -> Tensor:
+def piece_logits(
+    w: Weights, shape: Shape, tokens: Tensor, observe: Observe = lambda what, block, values: None
+) -> Tensor:
     """Return the logits [T, vocab_size] of one piece [T] by itself."""
     x = w["embedding.weight"][tokens]
     length = len(tokens)
@@ -61,11 +66,15 @@ def piece_logits(w: Weights, shape: Shape, tokens: Tensor) -> Tensor:
         for head in range(shape.n_heads):
             group = head * shape.n_kv_heads // shape.n_heads
             scores = q[head] @ k[group].T / math.sqrt(q.shape[-1])
+            observe("scores", i, scores)
             heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, group])
         x = x + torch.cat(heads, dim=-1) @ w[b + "attention.wo.weight"].T
         h = rms_norm(x, w[b + "ffn_norm.weight"], shape.eps)
         gate, up = h @ w[b + "feed_forward.w1.weight"].T, h @ w[b + "feed_forward.w3.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[b + "feed_forward.w2.weight"].T
+        hidden = gate * torch.sigmoid(gate) * up
+        observe("hidden", i, hidden)
+        x = x + hidden @ w[b + "feed_forward.w2.weight"].T
+        observe("residual", i, x)
     x = rms_norm(x, w["norm.weight"], shape.eps)
     return x @ w["embedding.weight" if shape.tied else "output.weight"].T
 
@@ -94,6 +103,27 @@ def batch_loss(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor, z_
     return nll / n_targets, z_loss * squares / n_targets
 
 
+def layer_figures(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor) -> dict[str, list[float]]:
+    """Return figures of each block over the pieces of rows, by their definitions."""
+    seen: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    for piece in pieces(tokens, segment_ids):
+        piece_logits(w, shape, piece, lambda what, block, values: seen[what, block].append(values.detach()))
+    figures = defaultdict(list)
+    for block in range(shape.n_layers):
+        residual = torch.cat(seen["residual", block]).flatten()
+        scores = [torch.tensor(row[: t + 1]) for s in seen["scores", block] for t, row in enumerate(s.tolist())]
+        hidden = torch.cat(seen["hidden", block])
+        largest, rms = hidden.abs().max(0).values, float(hidden.square().mean()) ** 0.5
+        figures["residual_rms"].append(float(residual.square().mean()) ** 0.5)
+        figures["residual_max"].append(float(residual.abs().max()))
+        figures["residual_kurtosis"].append(float((residual**4).mean() / (residual**2).mean() ** 2))
+        figures["attention_logit_max"].append(max(float(row.max()) for row in scores))
+        entropies = [float(torch.distributions.Categorical(logits=row).entropy()) for row in scores]
+        figures["attention_entropy"].append(sum(entropies) / len(entropies))
+        figures["dead_units"].append(sum(float(unit) <= 0.01 * rms for unit in largest) / len(largest))
+    return dict(figures)
+
+
 def train(
     weights: Weights,
     shape: Shape,
@@ -105,8 +135,13 @@ def train(
     eps: float,
     grad_clip: float,
     z_loss: float,
+    observe: Callable[[Weights, Weights, Weights], None] = lambda before, gradients, after: None,
 ) -> tuple[list[tuple[float, float]], Weights]:
-    """Train with AdamW (Loshchilov and Hutter 2019); return (loss, gradient norm) per step, and the weights."""
+    """Train with AdamW (Loshchilov and Hutter 2019); return (loss, gradient norm) per step, and the weights.
+
+    Args:
+        observe: gets each step's weights before it, gradients before clipping, and weights after it.
+    """
     w = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     first = {name: torch.zeros_like(weight) for name, weight in w.items()}
     second = {name: torch.zeros_like(weight) for name, weight in w.items()}
@@ -117,6 +152,7 @@ def train(
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         clip = min(1.0, grad_clip / norm)
         history.append((loss.item(), norm))
+        before = {name: weight.detach().clone() for name, weight in w.items()}
         with torch.no_grad():
             for name, weight in w.items():
                 g = gradients[name] * clip
@@ -125,4 +161,5 @@ def train(
                 update = first[name] / (1 - betas[0] ** t) / ((second[name] / (1 - betas[1] ** t)).sqrt() + eps)
                 decay = weight_decay if weight.dim() >= 2 else 0.0
                 weight -= lr * (update + decay * weight)
+        observe(before, gradients, w)
     return history, {name: weight.detach() for name, weight in w.items()}

@@ -42,6 +42,7 @@ LAYERS = (
         "pretrain.config_file",
         "pretrain.rng",
         "pretrain.log",
+        "pretrain.parametrization",
         "pretrain.optim",
         "pretrain.host_memory",
         "pretrain.devices",
@@ -49,7 +50,14 @@ LAYERS = (
     ("pretrain.run",),
     ("pretrain.model",),
     ("pretrain.checkpoint", "pretrain.deepspeed_keys"),
-    ("pretrain.engine",),
+    (
+        "pretrain.zero_pieces",
+        "pretrain.weight_norms",
+        "pretrain.layer_figures",
+        "pretrain.step_stats",
+        "pretrain.step_hooks",
+        "pretrain.engine",
+    ),
     ("pretrain.inference",),
     ("pretrain.exchange", "pretrain.evaluation"),
     ("pretrain.faults",),
@@ -66,6 +74,7 @@ LAYERS = (
     ),
     ("pretrain.stages", "pretrain.config", "pretrain.config_changes"),
     ("pretrain.stepper", "pretrain.recorder"),
+    ("pretrain.profiling",),
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly", "pretrain.fork", "pretrain.unlearning"),
     ("pretrain.start",),
     ("pretrain.audit",),
@@ -77,7 +86,7 @@ LAYERS = (
 # Third-party engines, and the only modules that may import them.
 OWNERS = {
     "wandb": {"pretrain.run.wandb_tracker"},
-    "deepspeed": {"pretrain.engine"},
+    "deepspeed": {"pretrain.engine", "pretrain.zero_pieces"},
     # Forming the groups, and asking for them in the sharded layers.
     "fairscale.nn.model_parallel.initialize": {"pretrain.topology", "pretrain.model.parallel"},
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},

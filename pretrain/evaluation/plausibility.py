@@ -26,12 +26,14 @@ _NO_MOVE = 1e-3  # of what the average over all tokens has moved
 def drawn_loss(config: ModelConfig) -> float:
     """Return the expected loss of initialized weights, in nats: ln(vocab_size), and more for widely spread logits.
 
-    The last norm leaves activations of length sqrt(dim), so logits are independent and normally distributed with
-    variance dim * init_std^2. The mean of the logsumexp of such logits is that of the random energy model.
+    The last norm leaves activations of length sqrt(dim) times its weight, so logits are independent and normally
+    distributed with variance dim * (weight * init_std)^2. The mean of the logsumexp of such logits is that of the
+    random energy model.
 
     Source: Derrida 1981, Phys. Rev. B 24, 2613.
     """
-    uniform, variance = math.log(config.vocab_size), config.dim * config.init_std**2
+    uniform, weight = math.log(config.vocab_size), config.scale_of("norm.weight").init
+    variance = config.dim * (weight * config.init_std) ** 2
     return uniform + variance / 2 if variance < 2 * uniform else math.sqrt(2 * uniform * variance)
 
 

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pretrain.engine import Limits, StepStats
 from pretrain.run.events import Event
 from pretrain.run.run_folder import RunFolder
+from pretrain.step_stats import Limits, StepStats
 from shards import installation
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution

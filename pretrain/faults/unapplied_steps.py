@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pretrain.engine import StepStats
 from pretrain.run.events import Event, Kind, Tell
 from pretrain.run.run_folder import RunFolder
+from pretrain.step_stats import StepStats
 from pretrain.topology import Topology
 from shards import HeadraceError, Origin
 from shards.storage.atomic import write_atomically

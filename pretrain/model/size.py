@@ -92,6 +92,7 @@ class Workload:
     bytes_per_weight: int  # in the forward pass: 2 for bf16, 4 for fp32
     reduce_bucket: int = 500_000_000  # elements of DeepSpeed's reduce_bucket_size; this is its default
     gathered_weights: int = 1_000_000_000  # elements of DeepSpeed's stage3_max_live_parameters; this is its default
+    layers_measured: bool = False  # at some steps
 
     @property
     def tokens(self) -> int:
@@ -149,13 +150,18 @@ def _buffers(work: Workload) -> int:
 def _activations(work: Workload) -> float:
     """Estimate the most bytes that activations and what is computed from them take.
 
-    Three moments can be the fullest: the loss, when all blocks have run; the last block's backward pass; and the
-    reduction of gradients.
+    Four moments can be the fullest: the loss, when all blocks have run; the last block's backward pass; the reduction
+    of gradients; and an update that is measured, from a copy of the rank's fp32 weights.
     """
     config, weight_bytes = work.model, work.bytes_per_weight
     blocks = config.n_layers * work.tokens * weight_bytes * _kept_by_block(work)
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
-    return max(blocks + ends + _loss_bytes(work), blocks + _backward_bytes(work), _reduction_bytes(work, blocks))
+    return max(
+        blocks + ends + _loss_bytes(work),
+        blocks + _backward_bytes(work),
+        _reduction_bytes(work, blocks),
+        4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0,
+    )
 
 
 def _kept_by_block(work: Workload) -> float:

@@ -7,11 +7,11 @@ Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
@@ -31,6 +31,7 @@ from pretrain.model.parallel import (
 )
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
+from pretrain.parametrization import BaseModel, Scale, Size, scale_of
 from pretrain.rng import derive_seed
 from pretrain.topology import ParallelConfig
 from shards import Config
@@ -41,7 +42,7 @@ T = TypeVar("T")
 # projection, rounded up: logits, a loss, scores.
 Head = Callable[[Tensor, Tensor], T]
 
-Use = Literal["training", "scoring", "generation"]  # of a forward pass
+Use = Literal["training", "scoring", "uncompiled"]  # of a forward pass
 
 Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
 
@@ -63,6 +64,18 @@ class ModelConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
     init: Literal["trunc_normal", "normal"] = "trunc_normal"  # trunc_normal: cut at three standard deviations
     init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
+    # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
+    parametrization: Literal["standard", "mup"] = "standard"
+    base: BaseModel | None = None  # needed for mup
+
+    @model_validator(mode="after")
+    def _has_base(self) -> Self:
+        if (self.parametrization == "mup") != (self.base is not None):
+            raise ValueError(
+                "parametrization: mup needs base, the small model whose settings this one is to share, and standard has"
+                " none; set base.dim and base.n_layers, or leave out both"
+            )
+        return self
 
     @property
     def kv_heads(self) -> int:
@@ -75,6 +88,13 @@ class ModelConfig(Config):
     @property
     def hidden_dim(self) -> int:
         return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
+
+    def scale_of(self, name: str) -> Scale:
+        """Return how a weight begins and learns relative to the standard parametrization, by its name."""
+        if self.base is None:
+            return Scale()
+        base = Size(self.base.dim, self.base.n_layers, self.base.head_dim or self.head_dim)
+        return scale_of(name, Size(self.dim, self.n_layers, self.head_dim), base, self.qk_norm)
 
     @property
     def split_sizes(self) -> dict[str, int]:
@@ -165,8 +185,8 @@ class Block(nn.Module):
         train, score = checkpointed(self._compute, parallel.activation_checkpointing), self._compute
         if parallel.compile:
             train, score = torch.compile(train, dynamic=False), torch.compile(score, dynamic=False)
-        # The shapes differ from call to call in generation, so that it would be compiled anew each time.
-        self._computations = {"training": train, "scoring": score, "generation": self._compute}
+        # Generation is not compiled, since its shapes differ from call to call; nor is a pass that is measured.
+        self._computations = {"training": train, "scoring": score, "uncompiled": self._compute}
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, use: Use) -> Tensor:
         """Process the residual stream x [B * T, dim]; of split tokens, this rank's [B * T / tp_size, dim]."""
@@ -237,7 +257,7 @@ class Transformer(nn.Module):
             The head's result.
         """
         config, split_tokens = self.config, self.sequence_parallel and self.training
-        use: Use = "training" if self.training else "scoring" if cache is None else "generation"
+        use: Use = "training" if self.training else "scoring" if cache is None else "uncompiled"
         if cache is None:
             assert segment_ids is not None
             pieces = pieces_of(segment_ids, tokens.device)
@@ -257,12 +277,15 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
+        layers = self.config.base.n_layers if self.config.base else self.config.n_layers
         for name, parameter in self.named_parameters():
+            scale = self.config.scale_of(name).init
             if parameter.dim() < 2:
-                continue  # the norms' weights are ones
-            std = self.config.init_std
+                parameter.fill_(scale)
+                continue
+            std = self.config.init_std * scale
             if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
-                std /= (2 * self.config.n_layers) ** 0.5
+                std /= (2 * layers) ** 0.5
             generator = torch.Generator(parameter.device).manual_seed(derive_seed(seed, "init", name))
             full = torch.empty(full_shape(parameter), device=parameter.device)
             if self.config.init == "trunc_normal":

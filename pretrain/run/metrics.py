@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -34,10 +34,27 @@ from shards import Config
 _logger = logging.getLogger(__name__)
 
 
+class ProfileConfig(Config):
+    """Which steps to profile with PyTorch's profiler."""
+
+    steps: tuple[int, int]  # the first and the last, counted as in metrics.jsonl
+    ranks: tuple[int, ...] = (0,)  # each rank that profiles writes files of its own
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileConfig:
+        first, last = self.steps
+        if not 1 <= first <= last:
+            raise ValueError(f"steps: [{first}, {last}] are no steps; set the first, at least 1, and the last")
+        return self
+
+
 class MetricsConfig(Config):
     """How progress is shown during a run. Every step is recorded in metrics.jsonl, whatever is set here."""
 
     log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, if the output is not a terminal
+    # optimizer steps between records of each layer's figures in layers.jsonl, besides that of step 1; None: none
+    layers_every: int | None = Field(100, ge=1)
+    profile: ProfileConfig | None = None  # None: no steps, until a rank gets SIGUSR2 and profiles its next five
     # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
     # A command that is run at each event (spikes, stops, failed saves, the end), with the event as one line of JSON on
@@ -54,6 +71,10 @@ class MetricsConfig(Config):
                     f"on_event: {command!r} must begin with a program that can be run, such as /usr/bin/mail"
                 )
         return command
+
+    def measures_layers(self, step: int) -> bool:
+        """Return whether the layers' figures of a step are recorded."""
+        return self.layers_every is not None and (step == 1 or step % self.layers_every == 0)
 
 
 @dataclass(frozen=True)
@@ -160,6 +181,13 @@ class Meter:
         yield
         end.record()
         self._on_device.append((name, start, end))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block out of the step; what the device is asked for in it has to be waited for."""
+        start = self._clock()
+        yield
+        self._step_start += self._clock() - start
 
     def end_step(self) -> dict[str, float]:
         """Return each part's seconds since the step began, and the whole step's under `step`; begin the next step."""

@@ -65,6 +65,11 @@ class RunFolder:
         return self.root / "evals" / suite / f"step_{step:08d}.npz"
 
     @property
+    def layers(self) -> StepLog:
+        """Return the log of each layer's figures; see `pretrain.layer_figures`."""
+        return StepLog(self.root / "layers.jsonl")
+
+    @property
     def bad_records(self) -> StepLog:
         return StepLog(self.root / "bad_records.jsonl")
 
@@ -99,6 +104,11 @@ class RunFolder:
     def wandb_rows(self) -> StepLog:
         """Return the log of what was sent to wandb for each step; see `pretrain.run.wandb_rows`."""
         return StepLog(self.wandb / "rows.jsonl")
+
+    @property
+    def profiles(self) -> Path:
+        """Return the folder of the profiles of single steps; see `pretrain.profiling`."""
+        return self.root / "profiles"
 
     @property
     def lease(self) -> Path:
@@ -309,7 +319,8 @@ class RunFolder:
     @property
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
-        return self.metrics, self.evals, self.bad_records, self.contaminated, self.cursors, self.starts, self.events
+        logs = self.metrics, self.evals, self.layers, self.bad_records, self.contaminated, self.cursors, self.starts
+        return *logs, self.events
 
     def cut_back(self, step: int, why: str) -> None:
         """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""

@@ -100,16 +100,45 @@ def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float 
     for row in eval_rows(evals, eval_prefix(folder, suite)):
         evaluated.setdefault(step_of(row), {}).update(row)
     waiting = deque(sorted(evaluated))
+    measured = _Following(folder.layers.read(after))
     for record in folder.metrics.read(after):
         if (step := step_of(record)) > until:
             break
         while waiting and waiting[0] < step:  # for example, the evaluation before the first step
             yield evaluated[waiting.popleft()]
-        yield step_row(record) | evaluated.get(step, {})
+        yield step_row(record) | layer_figures(measured.at(step)) | evaluated.get(step, {})
         if waiting and waiting[0] == step:
             waiting.popleft()
     for step in waiting:
         yield evaluated[step]
+
+
+class _Following:
+    """Reads a log beside another one: at each of the other's steps, this one's record, if there is one."""
+
+    def __init__(self, records: Iterator[dict[str, object]]) -> None:
+        self._records = records
+        self._next = next(records, None)
+
+    def at(self, step: int) -> dict[str, object] | None:
+        """Return the record of a step. Args: step: larger than in the last call."""
+        while self._next is not None and step_of(self._next) < step:
+            self._next = next(self._records, None)
+        return self._next if self._next is not None and step_of(self._next) == step else None
+
+
+def layer_figures(record: Mapping[str, object] | None) -> Row:
+    """Return what wandb shows of a line of layers.jsonl: a section a figure, with a panel for each block.
+
+    The keys are `layers.<figure>/<block>`, numbered with as many digits as the last block has.
+    """
+    layers = record["layers"] if record else {}
+    assert isinstance(layers, Mapping)
+    return {
+        f"layers.{figure}/{block:0{len(str(len(values) - 1))}}": value
+        for figure, values in layers.items()
+        for block, value in enumerate(values)
+    }
 
 
 def eval_prefix(folder: RunFolder, suite: str | None) -> str:

@@ -31,7 +31,17 @@ import msgspec
 from pretrain.run.events import Event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import Ancestor, RunFolder
-from pretrain.run.wandb_rows import Row, SentRows, eval_prefix, eval_rows, last_local_step, rows_of, step_of, step_row
+from pretrain.run.wandb_rows import (
+    Row,
+    SentRows,
+    eval_prefix,
+    eval_rows,
+    last_local_step,
+    layer_figures,
+    rows_of,
+    step_of,
+    step_row,
+)
 from shards import Config, ConfigError, __version__, installation
 
 if TYPE_CHECKING:
@@ -202,16 +212,19 @@ class Tracker:
             with self._tolerated():
                 self._run.finish(exit_code=0 if kind is None else 1)
 
-    def log_step(self, record: Mapping[str, object], more: bool = False) -> None:
+    def log_step(
+        self, record: Mapping[str, object], layers: Mapping[str, object] | None = None, more: bool = False
+    ) -> None:
         """Send a line of metrics.jsonl.
 
         Args:
             record: includes `step`; a step that wandb already has is skipped.
+            layers: the step's line of layers.jsonl, if it has one.
             more: whether the step's evaluation follows; both then go out as one row, if need be from the next session.
                 A step that is evaluated without this, as at the data's end, is held until the next one too.
         """
         self._send_held()
-        self._held = step_row(record)
+        self._held = step_row(record) | layer_figures(layers)
         self._evals_follow = more
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:

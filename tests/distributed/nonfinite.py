@@ -23,10 +23,11 @@ import torch
 import xxhash
 
 from pretrain.deepspeed_keys import deepspeed_config
-from pretrain.engine import NO_LIMITS, Engine, Limits, StepStats
+from pretrain.engine import Engine
 from pretrain.model.loss import Loss
 from pretrain.model.pieces import valid_targets
 from pretrain.run.metrics import Meter
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 

@@ -26,6 +26,7 @@ from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 
 GLOBAL_ROWS, SEQ_LEN, STEPS, SEED = 8, 24, 5, 3
+MEASURED = (0, 3)  # steps of which the layers' figures are compared
 # Weights of ZeRO-3 are freed after each use, even of a model this small.
 RELEASED: dict[str, Any] = {
     "zero_optimization": {
@@ -85,17 +86,21 @@ def run_case(
     engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED)
     if topology.world_size == 1 and precision == "fp32" and layout == {"zero_stage": 1}:
         torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
-    history = []
+    history, layers = [], []
     for step, (tokens, segment_ids) in enumerate(global_batches()):
         tokens = tokens.to(topology.device)
         mine = slice(topology.dp_rank, None, topology.dp_size)
         n_targets = int(((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum())
-        stats = engine.train_step(tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter())
+        stats = engine.train_step(
+            tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter(), step in MEASURED
+        )
         history.append((stats.loss, stats.grad_norm))
+        if stats.layers:
+            layers.append(stats.layers.as_record(step))
     if parallel.zero_stage == 3 and topology.dp_size > 1:
         weights = [parameter for block in engine.model.blocks for parameter in block.parameters()]
         assert all(weight.ds_status.name == "NOT_AVAILABLE" for weight in weights), "they are freed after a step"
-    return {"history": history, "replicated_equal": replicated_equal(engine, topology)}
+    return {"history": history, "layers": layers, "replicated_equal": replicated_equal(engine, topology)}
 
 
 def replicated_equal(engine: Engine, topology: Topology) -> bool:

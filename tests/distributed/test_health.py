@@ -20,8 +20,8 @@ import os, signal
 from pretrain.journal import Journal
 log_step = Journal.log_step
 
-def killing(journal, record, evals_follow):
-    log_step(journal, record, evals_follow)
+def killing(journal, record, *others, **more):
+    log_step(journal, record, *others, **more)
     if record.step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 

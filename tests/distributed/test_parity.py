@@ -1,16 +1,17 @@
-"""Losses and gradient norms do not depend on how the work is split, and equal a plain PyTorch reference."""
+"""Losses, gradient norms and layers' figures do not depend on the layout, and equal a plain PyTorch reference."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.parity import LEARNING_RATES, OPTIM, global_batches, model_config
+from tests.distributed.parity import LEARNING_RATES, MEASURED, OPTIM, global_batches, model_config
 from tests.distributed.ranks import run_ranks
-from tests.reference_model import Shape, train
+from tests.reference_model import Shape, Weights, layer_figures, train
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +26,41 @@ def single(folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def references(folder: Path, single: dict[str, dict]) -> dict[bool, list[tuple[float, float]]]:
-    """Return (loss, gradient norm) of five steps in plain PyTorch, for tied and untied embeddings."""
-    histories = {}
+def references(folder: Path, single: dict[str, dict]) -> dict[bool, dict[str, Any]]:
+    """Return what `parity` does of five steps in plain PyTorch, for tied and untied embeddings."""
+    results = {}
     for tied in (False, True):
         config = model_config(tied)
         weights = torch.load(folder / f"weights-{'tied' if tied else 'untied'}.pt")
         if tied:
             del weights["output.weight"]
         shape = Shape(config.n_layers, config.n_heads, config.kv_heads, qk_norm=True, tied=tied)
-        histories[tied], _ = train(
+        layers: list[dict[str, Any]] = []
+
+        def observe(
+            before: Weights, gradients: Weights, after: Weights, shape: Shape = shape, layers: list = layers
+        ) -> None:
+            layers.append(_layers(before, gradients, after, shape, len(layers)))
+
+        history, _ = train(
             weights, shape, global_batches(), LEARNING_RATES,
             weight_decay=OPTIM.weight_decay, betas=OPTIM.betas, eps=OPTIM.eps,
-            grad_clip=OPTIM.grad_clip, z_loss=OPTIM.z_loss,
+            grad_clip=OPTIM.grad_clip, z_loss=OPTIM.z_loss, observe=observe,
         )  # fmt: skip
-    return histories
+        results[tied] = {"history": history, "layers": [layers[step] for step in MEASURED]}
+    return results
+
+
+def _layers(before: Weights, gradients: Weights, after: Weights, shape: Shape, step: int) -> dict[str, Any]:
+    """Return the figures of each block and the norms of each weight, by their definitions."""
+    tokens, segment_ids = global_batches()[step]
+    figures = layer_figures(before, shape, tokens[:, :-1], segment_ids[:, :-1])
+    vectors = (before, gradients, {name: after[name].detach() - weight for name, weight in before.items()})
+    for key, values in zip(("weight_norm", "gradient_norm", "update_norm"), vectors, strict=True):
+        parts = [[v for name, v in values.items() if name.startswith(f"blocks.{i}.")] for i in range(shape.n_layers)]
+        figures[key] = [float(torch.cat([v.flatten() for v in part]).norm()) for part in parts]
+    figures["update_ratio"] = [u / w for u, w in zip(figures["update_norm"], figures["weight_norm"], strict=True)]
+    return {"layers": figures, "weights": {name: [float(v[name].norm()) for v in vectors] for name in before}}
 
 
 def run_cases(tp_size: int, dp_size: int, folder: Path) -> dict[str, dict]:
@@ -54,12 +75,18 @@ def test_training_equals_the_reference(
     dp_size: int,
     folder: Path,
     single: dict[str, dict],
-    references: dict[bool, list[tuple[float, float]]],
+    references: dict[bool, dict[str, Any]],
 ) -> None:
     cases = single if tp_size * dp_size == 1 else run_cases(tp_size, dp_size, folder)
     for case, result in cases.items():
         tolerance = 1e-4 if case.startswith("fp32") else 2e-2
         expected = references["untied" not in case]
-        for step, (found, wanted) in enumerate(zip(result["history"], expected, strict=True)):
+        for step, (found, wanted) in enumerate(zip(result["history"], expected["history"], strict=True)):
             assert found == pytest.approx(wanted, rel=tolerance), f"{case}, step {step}: loss, grad_norm"
+        tolerance = 1e-4 if case.startswith("fp32") else 0.1  # the gradient of a single vector, in bf16
+        for found, wanted in zip(result["layers"], expected["layers"], strict=True):
+            for what in ("layers", "weights"):
+                assert found[what].keys() == wanted[what].keys()
+                for name, values in wanted[what].items():
+                    assert found[what][name] == pytest.approx(values, rel=tolerance), f"{case}: {what}, {name}"
         assert result["replicated_equal"], f"{case}: replicated weights differ between tp ranks"

@@ -56,6 +56,7 @@ class Run:
             optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "z_loss": 1e-4},
             parallel={"tp_size": tp_size, "zero_stage": zero_stage},
             checkpoint={"every": 6},
+            metrics={"layers_every": 4},
             precision=precision,
             evaluation={"every": 15, "suite": str(suite), "batch_size": 4},
         )
@@ -72,6 +73,10 @@ class Run:
     def metrics(self) -> list[dict]:
         lines = (self.folder / "resumed" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+    def layers(self) -> list[dict]:
+        lines = (self.folder / "resumed" / "layers.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
     def skipped(self) -> list[tuple[int, int]]:
         """Read the (step, line) of each bad record that was skipped."""
@@ -117,6 +122,8 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
     assert [m["step"] for m in run.metrics()] == list(range(1, STEPS + 1)), f"killed after step {step}"
     assert run.figures() == undisturbed.figures(), f"killed after step {step}"
     assert run.skipped() == undisturbed.skipped(), f"killed after step {step}"
+    assert run.layers() == undisturbed.layers(), f"killed after step {step}"
+    assert [record["step"] for record in run.layers()] == [1, *range(4, STEPS + 1, 4)]
     assert len({step for step, _ in run.skipped()}) > 5
     assert [m["skipped_records"] for m in run.metrics()] == [
         sum(at <= m["step"] for at, _ in run.skipped()) for m in run.metrics()

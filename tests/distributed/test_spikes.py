@@ -25,8 +25,8 @@ def spoilt(engine, tokens, segment_ids, n_targets, step, *others):
     hook.remove()
     return stats
 
-def killing(journal, record, evals_follow):
-    log_step(journal, record, evals_follow)
+def killing(journal, record, *others, **more):
+    log_step(journal, record, *others, **more)
     if record.step == {killed_after}:
         os.kill(os.getpid(), signal.SIGKILL)
 

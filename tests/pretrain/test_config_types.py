@@ -20,7 +20,8 @@ run: {name: a, dir: runs, seed: 1}
 model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, norm_eps: 0.5, rope_theta: 1.5,
   rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
     original_max_position_embeddings: 64},
-  qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5}
+  qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5,
+  parametrization: mup, base: {dim: 8, n_layers: 1, head_dim: 2}}
 init_from: a/folder
 data:
   sources:
@@ -51,14 +52,14 @@ data:
   worker_timeout: 1.5
 train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2,
   weight_hash_every: 2}
-optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, floor: 0.5, betas: [0.5, 0.25], eps: 0.5,
-  weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
+optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, decay_shape: sqrt, floor: 0.5,
+  betas: [0.5, 0.25], eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,
   compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true, timeout_minutes: 1.5}
 precision: fp32
 checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2}
 evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x}
-metrics: {log_every_seconds: 1.5, peak_flops: 1.5}
+metrics: {log_every_seconds: 1.5, peak_flops: 1.5, layers_every: 2, profile: {steps: [2, 3], ranks: [1]}}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
 deepspeed: {memory_breakdown: true}
 stages:
@@ -75,7 +76,7 @@ stages:
       decontaminate: {suite: t, splits: [val], match: ngram, min_tokens: 9}
       forget: g
     train: {global_batch_size: 16, micro_batch_size: 4}
-    optim: {learning_rate: 0.25, schedule: linear, warmup_steps: 1, decay_steps: 2, floor: 0.25}
+    optim: {learning_rate: 0.25, schedule: linear, warmup_steps: 1, decay_steps: 2, decay_shape: cosine, floor: 0.25}
 """)
 # Keys that exclude another one above, or whose values are of other types than the one above.
 OTHERS = {"train.epochs", "data.sources.input_ids_key", "stages.data.sources.input_ids_key"}

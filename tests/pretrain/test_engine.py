@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pretrain.deepspeed_keys import batch_sizes, deepspeed_config
 from pretrain.engine import Engine
+from pretrain.layer_figures import LayerFigures
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import next_token_targets
 from pretrain.model.pieces import valid_targets
@@ -23,16 +24,20 @@ from tests.distributed.nonfinite import fingerprint
 from tests.distributed.parity import OPTIM, global_batches, model_config
 
 
-def history(topology: Topology, precision: Precision = "bf16", **parallel: object) -> list[tuple[float, float]]:
-    """Return (loss, gradient norm) of three steps."""
+def history(
+    topology: Topology, precision: Precision = "bf16", layers: list[LayerFigures] | None = None, **parallel: object
+) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of three steps; add the layers' figures to a list, if there is one."""
     config = ParallelConfig.model_validate(parallel)
     derived = deepspeed_config(config, OPTIM, precision, {})
     engine = Engine(model_config(tied=True), OPTIM, config, derived, 2, 4, topology, seed=3)
     found = []
     for step, (tokens, segment_ids) in enumerate(global_batches()[:3]):
         n_targets = int(valid_targets(segment_ids).sum())
-        stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter())
+        stats = engine.train_step(tokens, segment_ids, n_targets, step, 1e-3, Meter(), measured=layers is not None)
         found.append((stats.loss, stats.grad_norm))
+        if layers is not None and stats.layers:
+            layers.append(stats.layers)
     return found
 
 
@@ -40,6 +45,23 @@ def history(topology: Topology, precision: Precision = "bf16", **parallel: objec
 def plain(topology: Topology) -> list[tuple[float, float]]:
     """Return (loss, gradient norm) of three steps without any savings of memory."""
     return history(topology, zero_stage=1)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2, "offload": "optimizer"},
+        {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": "full"},
+    ],
+)
+def test_measuring_the_layers_changes_no_figures(topology: Topology, parallel: dict[str, object]) -> None:
+    layers: list[LayerFigures] = []
+    found = history(topology, layers=layers, **parallel)
+    assert found == history(topology, **parallel)
+    assert len(layers) == 3
+    for (_, grad_norm), figures in zip(found, layers, strict=True):
+        assert math.hypot(*(norms.gradient for norms in figures.weights.values())) == pytest.approx(grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch
 from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.state_hash import StateHash
 from pretrain.checkpoint.store import CheckpointConfig
-from pretrain.engine import StepStats
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.interrupt import Interrupt
 from pretrain.faults.spikes import SpikeWatch
@@ -22,7 +21,8 @@ from pretrain.feed import StepBatch
 from pretrain.loop import train
 from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.events import Event
-from pretrain.run.metrics import Meter
+from pretrain.run.metrics import Meter, MetricsConfig
+from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
 from pretrain.trainer import Trainer
 from shards import CheckpointError
@@ -84,6 +84,7 @@ class Run:
             unapplied=SimpleNamespace(note=lambda *arguments: None),
             spikes=SpikeWatch(4, 8.0, []),
             stragglers=StragglerWatch(["node"]),
+            profiler=SimpleNamespace(begin_step=lambda step: None, end_step=lambda step: None),
             tripwires=SimpleNamespace(note=lambda record: []),
             standing=SimpleNamespace(note=self.judge, ending=self.ending),
         )  # fmt: skip
@@ -94,6 +95,7 @@ class Run:
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
             data=SimpleNamespace(skip_steps=()),
+            metrics=MetricsConfig(layers_every=None),
             all_stages=[None],
             stage_at=lambda step: None,
             schedule=[SchedulePart(0, OptimConfig(learning_rate=1.0))],
@@ -121,7 +123,7 @@ class Run:
             self.hashed.append(made.state.step)
         return SimpleNamespace(step_seconds=0.0)
 
-    def log_step(self, record: object, evals_follow: bool) -> None:
+    def log_step(self, record: object, layers: object, evals_follow: bool) -> None:
         self.trained.append(self.trainer.state.step)
         assert evals_follow == (self.with_suite and (self.at % EVALUATED_EVERY == 0 or self.at == self.steps))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.optim import OptimConfig, learning_rate_at, parameter_groups
+from pretrain.parametrization import Scale
 
 STEPS = 101
 
@@ -42,6 +43,18 @@ def test_schedules_equal_values_computed_by_hand(schedule: str, at: dict[int, fl
     assert {step: rates[step] for step in at} == pytest.approx(at)
 
 
+@pytest.mark.parametrize(
+    ("shape", "heights"),
+    # A quarter, a half and three quarters of the decay
+    [("linear", [0.75, 0.5, 0.25]), ("cosine", [0.8536, 0.5, 0.1464]), ("sqrt", [0.5, 0.2929, 0.1340])],
+)
+def test_the_decay_of_wsd_has_its_shape(shape: str, heights: list[float]) -> None:
+    rates = curve(schedule="wsd", decay_steps=21, decay_shape=shape)
+    assert rates[79] == rates[80] == 2.0
+    assert rates[100] == pytest.approx(0.2)
+    assert [rates[step] for step in (85, 90, 95)] == pytest.approx([0.2 + 1.8 * height for height in heights], rel=1e-3)
+
+
 def test_the_cosine_schedule_equals_its_formula_everywhere() -> None:
     expected = [0.2 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) for step in range(10, STEPS)]
     assert curve(schedule="cosine")[10:] == pytest.approx(expected)
@@ -61,5 +74,15 @@ def test_a_warm_up_longer_than_the_run_still_gives_a_rate() -> None:
 
 def test_only_matrices_decay() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    groups = parameter_groups([matrix, vector], weight_decay=0.3)
+    groups = parameter_groups([("v", vector), ("m", matrix)], weight_decay=0.3, scale_of=lambda name: Scale())
     assert [(group["params"], group["weight_decay"]) for group in groups] == [([matrix], 0.3), ([vector], 0.0)]
+
+
+def test_a_scaled_rate_decays_a_weight_as_fast() -> None:
+    weights = [(str(i), torch.nn.Parameter(torch.ones(2, 2))) for i in range(4)]
+    groups = parameter_groups(weights, weight_decay=0.3, scale_of=lambda name: Scale(learning_rate=1 + int(name) % 2))
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(weights[0][1]), id(weights[2][1])], [id(weights[1][1]), id(weights[3][1])],
+    ]  # fmt: skip
+    assert [group["learning_rate_scale"] for group in groups] == [1, 2]
+    assert {group["learning_rate_scale"] * group["weight_decay"] for group in groups} == {0.3}

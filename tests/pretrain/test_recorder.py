@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pretrain.checkpoint.state import RunState
-from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
+from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
 from shards import Skipped, Stage
 from tests.shards.corpora import config

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import load_config
-from pretrain.engine import Limits, StepStats
 from pretrain.faults.spikes import SpikeWatch, figures_of, last_figures, spike_event, unapplied_in_a_row
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.step_log import StepLog
+from pretrain.step_stats import Limits, StepStats
 from tests.tiny_run import write_config
 
 WINDOW, SCORE = 8, 5.0

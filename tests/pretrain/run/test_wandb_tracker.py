@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.wandb_rows import eval_rows, last_local_step, step_row
+from pretrain.run.wandb_rows import eval_rows, last_local_step, rows_of, step_row
 from pretrain.run.wandb_tracker import Tracker, WandbConfig, git_commit
 from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
@@ -174,6 +174,21 @@ def test_a_changed_suite_is_shown_under_its_own_name(tmp_path: Path) -> None:
     own = {int(str(row["step"])): key for row in rows for key in row if key.startswith("eval")}
     changed = "eval/s@2/wiki/perplexity"
     assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
+
+
+def test_the_rows_of_a_run_have_the_figures_of_its_layers(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in range(1, 6):
+        folder.metrics.append({"step": step, "loss": 2.0})
+    for step in (1, 4):
+        layers = {"update_ratio": [step / 10 + block / 100 for block in range(12)]}
+        folder.layers.append({"step": step, "layers": layers, "weights": {"norm.weight": [1, 2, 3]}, "seconds": 1})
+    for after in (-1, 2):
+        rows = {int(str(row.pop("step"))): row for row in rows_of(folder, None, after)}
+        assert sorted(rows) == [step for step in range(1, 6) if step > after]
+        for step, row in rows.items():
+            wanted = {f"layers.update_ratio/{block:02}": step / 10 + block / 100 for block in range(12)}
+            assert row == {"loss": 2.0} | (wanted if step in (1, 4) else {})
 
 
 def test_rows_are_flattened() -> None:

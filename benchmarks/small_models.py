@@ -1,0 +1,49 @@
+"""Small models on the bundled text, of any width and depth, for experiments with the parametrization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import OptimConfig
+from pretrain.topology import ParallelConfig, Topology
+from shards import DataConfig, Loader
+
+BASE_DIM, BASE_LAYERS, HEAD = 64, 2, 16
+SAMPLE = Path(__file__).resolve().parents[1] / "shards" / "sample"
+PARAMETRIZATIONS = ("standard", "mup")
+
+
+def model_config(dim: int, n_layers: int, parametrization: str) -> ModelConfig:
+    """Return a model with heads of 16; mup's base is 64 wide and 2 layers deep."""
+    values = {"dim": dim, "n_layers": n_layers, "n_heads": dim // HEAD, "ffn_dim": 8 * dim // 3, "vocab_size": 4096}
+    if parametrization == "mup":
+        values |= {"parametrization": "mup", "base": {"dim": BASE_DIM, "n_layers": BASE_LAYERS}}
+    return ModelConfig.model_validate(values)
+
+
+def make_engine(config: ModelConfig, optim: OptimConfig, rows: int, topology: Topology, seed: int) -> Engine:
+    """Return an engine in fp32 for steps of one forward pass."""
+    parallel = ParallelConfig()
+    ds_config = deepspeed_config(parallel, optim, "fp32", {"zero_optimization": {"reduce_bucket_size": 10_000_000}})
+    return Engine(config, optim, parallel, ds_config, rows, 1, topology, seed)
+
+
+def batches(rows: int, seq_len: int, seed: int, index: Path) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the tokens, segment ids and number of targets of batches of the bundled training text, without end."""
+    config = DataConfig.parse(
+        {
+            "tokenizer": str(SAMPLE / "tokenizer-4k.model"), "seq_len": seq_len, "lanes": 8, "num_workers": 0,
+            "window_bytes": 131072, "index_dir": str(index),
+            "sources": [{"name": "pile", "paths": [str(SAMPLE / "train" / "pile-*")]}],
+        }
+    )  # fmt: skip
+    with Loader(config, rows, seed) as loader:
+        for batch in loader:
+            yield torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.segment_ids).long(), batch.n_targets

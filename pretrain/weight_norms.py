@@ -1,0 +1,66 @@
+"""Measure what one optimizer step does to each weight. engine, zero_pieces -> weight_norms -> layer_record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model.parallel import shard_dim
+from pretrain.topology import Topology
+from pretrain.zero_pieces import OwnPiece
+
+
+@dataclass(frozen=True)
+class WeightNorms:
+    """L2 norms of a whole weight at one step, the same in every layout.
+
+    Attributes:
+        weight: of its fp32 values before the step.
+        gradient: of its gradient before clipping.
+        update: of the change that the step made; 0 if it was not applied.
+    """
+
+    weight: float
+    gradient: float
+    update: float
+
+
+class WeightMeasurement:
+    """Measures the `WeightNorms` of one step.
+
+    Every rank makes one between the last backward pass and the optimizer's step. Until `finish`, it holds a copy of the
+    rank's pieces of the fp32 weights, which fits where the activations have just been freed.
+
+    Args:
+        optimizer: DeepSpeed's.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, topology: Topology) -> None:
+        self._topology = topology
+        self._names = []
+        self._pieces = []
+        self._counts = []
+        for name, parameter in model.named_parameters():
+            self._names.append(name)
+            self._pieces.append(OwnPiece(parameter, optimizer, topology.dp_rank))
+            # A weight of which every tensor-parallel rank has a copy counts once.
+            self._counts.append(topology.tp_rank == 0 or shard_dim(parameter) is not None)
+        self._before = [piece.weights.clone() for piece in self._pieces]
+        self._gradients = [_squares(piece.gradient) for piece in self._pieces]
+
+    def finish(self) -> dict[str, WeightNorms]:
+        """Return the norms, by the weights' names, after the optimizer's step. Every rank must call it."""
+        sums = [
+            torch.stack((_squares(before), gradient, _squares(piece.weights - before)))
+            for piece, before, gradient in zip(self._pieces, self._before, self._gradients, strict=True)
+        ]
+        counted = torch.stack(sums).cpu() * torch.tensor(self._counts).unsqueeze(1)
+        norms = self._topology.sum_over_all(counted).sqrt().tolist()
+        return {name: WeightNorms(*values) for name, values in zip(self._names, norms, strict=True)}
+
+
+def _squares(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
