@@ -28,6 +28,7 @@ from pretrain.faults.interrupt import Interrupt
 from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
 from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.run.events import check_command
 from pretrain.run.lease import Lease
 from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
@@ -176,6 +177,7 @@ def claim_run(
         ShardError: if a shard is missing or damaged.
         HeadraceError: if another process is using the folder.
     """
+    check_command(config.metrics.on_event)
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
     once = Once(folder.root, "--fresh")

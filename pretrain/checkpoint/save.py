@@ -29,7 +29,7 @@ from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointFile, CheckpointStore
 from pretrain.checkpoint.write import Writer
-from pretrain.run.events import Event, Tell
+from pretrain.run.events import Event, Tell, log_event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
@@ -315,9 +315,11 @@ class Saver:
             seconds = time.monotonic() - writing.begun
             self._store.complete(writing.step, files, seconds)
         except (OSError, HeadraceError) as error:
-            self._report(writing.step, str(error))
-            if isinstance(error, OSError):  # otherwise the folder may belong to another process by now
+            if isinstance(error, OSError):
+                self._report(writing.step, str(error))
                 self._store.try_to_discard(writing.step)
+            else:  # the folder may belong to another process by now
+                log_event(_failed(writing.step, str(error)))
             raise
         size = sum(file.size for file in files)
         _logger.info(
@@ -328,7 +330,11 @@ class Saver:
         return seconds
 
     def _report(self, step: int, failure: str) -> None:
-        self._tell(Event(step, "save_failed", f"step {step} is not saved: {failure}", {}))
+        self._tell(_failed(step, failure))
+
+
+def _failed(step: int, failure: str) -> Event:
+    return Event(step, "save_failed", f"step {step} is not saved: {failure}", {})
 
 
 def _outcome(file: Future[CheckpointFile]) -> CheckpointFile | str:

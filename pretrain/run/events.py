@@ -12,6 +12,7 @@ import datetime
 import logging
 import queue
 import shlex
+import shutil
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Literal, get_args
 import msgspec
 
 from pretrain.run.step_log import StepLog
+from shards import ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +70,12 @@ Tell = Callable[[Event], None]
 def now() -> str:
     """Return the time in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def check_command(command: str | None) -> None:
+    """Raise ConfigError if `metrics.on_event` names a program that cannot be run here, where the run starts."""
+    if command is not None and shutil.which(program := shlex.split(command)[0]) is None:
+        raise ConfigError(f"metrics.on_event={command!r}: there is no program {program!r} that can be run")
 
 
 class Hook:

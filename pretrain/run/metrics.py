@@ -10,7 +10,6 @@ import functools
 import logging
 import resource
 import shlex
-import shutil
 import sys
 import time
 from collections import deque
@@ -64,12 +63,8 @@ class MetricsConfig(Config):
     @field_validator("on_event")
     @classmethod
     def _is_a_command(cls, command: str | None) -> str | None:
-        if command is not None:
-            words = shlex.split(command)  # raises ValueError: No closing quotation
-            if not words or shutil.which(words[0]) is None:
-                raise ValueError(
-                    f"on_event: {command!r} must begin with a program that can be run, such as /usr/bin/mail"
-                )
+        if command is not None and not shlex.split(command):  # which itself raises ValueError: No closing quotation
+            raise ValueError(f"on_event: {command!r} names no program")
         return command
 
     def measures_layers(self, step: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
-from pretrain.run.events import KINDS, Event, Events, Hook
+from pretrain.run.events import KINDS, Event, Events, Hook, check_command
 from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 from tests.tiny_run import write_config
@@ -75,14 +75,15 @@ def test_an_event_that_cannot_be_written_is_still_told(tmp_path: Path, caplog: p
 
 
 def test_a_command_that_cannot_be_run_is_refused(tmp_path: Path) -> None:
-    for command, problem in (
-        ("no-such-program -x", "no-such-program"),
-        ("mail 'x", "closing quotation"),
-        (" ", "on_event"),
-    ):
+    for command, problem in (("mail 'x", "closing quotation"), (" ", "names no program")):
         path = write_config(tmp_path, "a", metrics={"on_event": command})
         with pytest.raises(ConfigError, match=problem):
             load_config(path)
+    # Only where the run starts, since its folder is read on other machines too
+    path = write_config(tmp_path, "a", metrics={"on_event": "no-such-program -x"})
+    with pytest.raises(ConfigError, match="no program 'no-such-program'"):
+        check_command(load_config(path).metrics.on_event)
+    check_command(f"{sys.executable} -x")
 
 
 def test_the_page_names_every_kind() -> None:
