@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import shutil
 import socket
@@ -12,6 +14,7 @@ import pytest
 
 from pretrain.commands.begun_run import open_run
 from pretrain.run.run_folder import RunFolder
+from shards import read_documents
 from tests.distributed.ranks import run_starts
 from tests.tiny_run import write_config
 
@@ -45,12 +48,18 @@ ABSURD = ["optim.learning_rate=0.3"]
 
 
 def explosive_config(tmp_path: Path) -> Path:
+    documents = itertools.islice(read_documents("shards/sample/train/pile-00.jsonl.zst"), 4)
+    for number, document in enumerate(documents):
+        domain = tmp_path / "suite" / f"domain-{number % 2}"
+        domain.mkdir(parents=True, exist_ok=True)
+        with (domain / "val.jsonl").open("a") as file:
+            file.write(json.dumps({"text": document.text[:400]}) + "\n")
     return write_config(
         tmp_path,
         "whole",
         train={"steps": 60, "spike_window": 20, "stop": {"metric": METRIC, "patience": 15, "explode": 10.0}},
         checkpoint={"every": 2, "keep": 1, "best": METRIC},
-        evaluation={"suite": "shards/sample/eval", "every": 2, "max_documents": 1},
+        evaluation={"suite": str(tmp_path / "suite"), "every": 2},
     )
 
 
