@@ -20,6 +20,8 @@ def train(trainer: Trainer) -> bool:
         else:
             trainer.train_on(batch)
             if trainer.rewind:
+                if trainer.stopping:
+                    trainer.tell_outcome()
                 return False
         # First what cannot be recomputed.
         trainer.save_if_due()

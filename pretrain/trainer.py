@@ -109,7 +109,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Return whether the run has ended and its end has been evaluated."""
-        return self.at_end and not self._is_evaluation_due()
+        return self.at_end and not self._is_evaluation_due() and self.rewind is None
 
     def next_batch(self) -> StepBatch | None:
         """Return the next global batch, or None on all ranks when the data is used up.
@@ -159,6 +159,7 @@ class Trainer:
         """Tell of a step that stands out, and go back before it if the config says so."""
         step, action = made.state.step, "its update was not made" if made.stats.refused else "training goes on"
         if self._config.train.on_spike == "rewind":
+            self._parts.watchdog.end()  # to wait for a save and to verify a checkpoint is no step
             self._settle_save()
             decision = self._parts.rewinder.decide(step)
             if isinstance(decision, Rewind):
@@ -212,7 +213,8 @@ class Trainer:
         step, journal = self.state.step, self._parts.journal
         self._parts.saver.check_lease()
         if not self.finished:
-            text = f"stopped after step {step}; the same command continues from there"
+            where = f"goes back to step {self.rewind.step}" if self.rewind else "continues from there"
+            text = f"stopped after step {step}; the same command {where}"
             journal.tell(Event(step, "stopped", text, {}))
         elif not journal.has_told(step, "finished"):  # a finished run may be started again
             journal.tell(Event(step, "finished", f"the run is finished, at step {step}", {}))
