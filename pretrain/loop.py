@@ -20,9 +20,7 @@ def train(trainer: Trainer) -> bool:
         else:
             trainer.train_on(batch)
             if trainer.rewind:
-                if trainer.stopping:
-                    trainer.tell_outcome()
-                return False
+                break
         # First what cannot be recomputed.
         trainer.save_if_due()
         trainer.evaluate_if_due()

@@ -194,11 +194,11 @@ class Trainer:
             self._parts.saver.finish()
 
     def save_before_stopping(self) -> None:
-        """Save a run that stops early, unless it is saved already or nothing has been trained.
+        """Save a run that stops early, unless it is saved already, goes back, or nothing has been trained.
 
         If that fails, the error is in the log, and the run resumes from its previous checkpoint.
         """
-        if self.at_end or self.state.step == 0:
+        if self.at_end or self.rewind or self.state.step == 0:
             return
         self._save()
         self._settle_save()
@@ -209,9 +209,11 @@ class Trainer:
             self._parts.saver.finish()
 
     def tell_outcome(self) -> None:
-        """Tell how this start ends."""
+        """Tell how this start ends; if it goes back, it does not."""
         step, journal = self.state.step, self._parts.journal
         self._parts.saver.check_lease()
+        if self.rewind and not self.stopping:
+            return
         if not self.finished:
             where = f"goes back to step {self.rewind.step}" if self.rewind else "continues from there"
             text = f"stopped after step {step}; the same command {where}"
