@@ -6,10 +6,12 @@ and how long it waits: a slow rank's loading, forward or backward pass is longer
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from pretrain.run.events import Event
 
@@ -33,10 +35,8 @@ class RankSeconds(NamedTuple):
     backward: float = 0.0
     communication: float = 0.0
 
-    @property
-    def work(self) -> float:
-        """Seconds in which it does not wait for others."""
-        return self.loading + self.forward + self.backward
+
+_WORK = ("loading", "forward", "backward")  # the first fields of RankSeconds: in them a rank does not wait for others
 
 
 class Straggler(NamedTuple):
@@ -61,38 +61,45 @@ class StragglerWatch:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
-        self._recent: deque[Sequence[RankSeconds]] = deque(maxlen=_STEPS)
+        self._recent: deque[npt.NDArray[np.float64]] = deque(maxlen=_STEPS)  # of each step: [ranks, RankSeconds]
         self.straggler: Straggler | None = None
 
     def note(self, step: int, seconds: Sequence[RankSeconds]) -> Event | None:
         """Take in what all ranks did in a step; return an event if one of them begins to be slow for long."""
-        self._recent.append(seconds)
+        self._recent.append(np.array(seconds))
         if len(self._hosts) < 2 or len(self._recent) < _STEPS:
             return None
-        work = [statistics.median(step[rank].work for step in self._recent) for rank in range(len(self._hosts))]
-        slowest = max(range(len(work)), key=work.__getitem__)
-        typical = statistics.median_low(work)
-        found = Straggler(slowest, work[slowest] - typical)
+        recent = np.stack(self._recent)
+        work = np.median(recent[:, :, : len(_WORK)].sum(2), axis=0)
+        slowest = int(work.argmax())
+        # Of an even number of ranks the lower of the two in the middle, so of two ranks the faster
+        other = int(work.argsort(kind="stable")[(len(work) - 1) // 2])
+        found = Straggler(slowest, float(work[slowest] - work[other]))
         told = self.straggler.rank if self.straggler else None
-        share = found.seconds / max(statistics.median(sum(step[slowest]) for step in self._recent), 1e-9)
+        share = found.seconds / max(float(np.median(recent[:, slowest].sum(1))), 1e-9)
         if share < (_RECOVERED if told == slowest else _SLOW):
             self.straggler = None
             return None
         self.straggler = found
-        return None if told == slowest else self._event(step, found, work, typical)
+        return None if told == slowest else self._event(step, recent, work, slowest, other)
 
-    def _event(self, step: int, found: Straggler, work: Sequence[float], typical: float) -> Event:
-        other = work.index(typical)
-        parts = {
-            name: statistics.median(getattr(s[found.rank], name) - getattr(s[other], name) for s in self._recent)
-            for name in ("loading", "forward", "backward")
-        }
+    def _event(
+        self, step: int, recent: npt.NDArray[np.float64], work: npt.NDArray[np.float64], slow: int, other: int
+    ) -> Event:
+        """Describe that a rank is slow.
+
+        Args:
+            recent: [steps, ranks, RankSeconds].
+            work: [ranks], the seconds of each in a step.
+            slow, other: the rank and a typical one.
+        """
+        parts = dict(zip(_WORK, np.median(recent[:, slow] - recent[:, other], axis=0).tolist(), strict=False))
         most = max(parts, key=parts.__getitem__)
-        host = self._hosts[found.rank]
+        host, seconds, typical = self._hosts[slow], float(work[slow]), float(work[other])
         text = (
-            f"rank {found.rank} on {host} holds the others up: in the last {_STEPS} steps it worked"
-            f" {work[found.rank]:.3g} s a step without waiting for others, the typical rank {typical:.3g} s; most of"
-            f" the difference is {most} ({parts[most]:.3g} s)"
+            f"rank {slow} on {host} holds the others up: in the last {_STEPS} steps it worked {seconds:.3g} s a step"
+            f" without waiting for others, the typical rank {typical:.3g} s; most of the difference is {most}"
+            f" ({parts[most]:.3g} s)"
         )
-        figures = {"rank": found.rank, "host": host, "seconds": work[found.rank], "typical": typical, "most": most}
+        figures = {"rank": slow, "host": host, "seconds": seconds, "typical": typical, "most": most}
         return Event(step, "straggler", text, figures)
