@@ -64,7 +64,7 @@ def step(engine: Engine, here: Topology, number: int, limits: Limits = NO_LIMITS
     tokens, segment_ids = global_batches()[number]
     mine = slice(here.dp_rank, None, here.dp_size)
     n_targets = int(valid_targets(segment_ids).sum())
-    return engine.train_step(tokens[mine], segment_ids[mine], n_targets, number, 1e-3, Meter(), limits)
+    return engine.train_step(tokens[mine], segment_ids[mine], n_targets, number, 1e-3, Meter(), limits=limits)
 
 
 @contextlib.contextmanager
