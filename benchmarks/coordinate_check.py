@@ -2,7 +2,7 @@
 
 Trains models of several widths for a few steps on the same batch, with the standard parametrization and with mup.
 Prints how far the residual stream after the last block and the logits have moved from those of the initial weights, as
-a root mean square, and the exponent of the width that they grow with; with mup it is near 0. `--png FILE` draws it.
+a root mean square, and the exponent of the width that they grow with; with mup they do not. `--png FILE` draws it.
 
 Source: Yang et al. 2022, arXiv 2203.03466, appendix D.1.
 """

@@ -4,8 +4,9 @@
 
 For one row group of English-like text, a JSON-lines file of the same documents beside it: seconds of the index's pass,
 seconds until a process that starts at a place has the first window from there, MB/s of the windows that follow, of
-windows dealt over all the file, and the most memory that the process took. Seconds are the processor's, which other
-programs on the machine change least; the files are in the system's cache.
+segments anywhere in the file, of windows taken in turn from 16 and from 64 places, as lanes take them, and the most
+memory that the process took. Seconds are the processor's, which other programs on the machine change least; the files
+are in the system's cache.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from shards.storage import files
 _FOLLOWING = 16  # windows of 1 MiB that are timed after the first
 _SCATTERED = 12  # places
 _PER_PLACE = 16  # MiB read at each, as a segment of a large source has
+_ROUNDS = 4  # windows of 1 MiB from each of the places that are read in turn; the first round opens them
 
 
 def documents(size: int) -> Iterator[str]:
@@ -109,7 +111,21 @@ def measure(path: str, what: str) -> None:
         reader = Reader(path)
         cells = len(reader.table) - 1
         begun = time.process_time()
-        if what == "scattered":
+        if what.endswith("lanes"):
+            lanes = int(what.removesuffix("lanes"))
+            for turn in range(_ROUNDS):
+                if turn == 1:
+                    opened = time.process_time()
+                size = sum(
+                    reader.read(first + turn, first + turn + 1)
+                    for first in (lane * (cells - _ROUNDS) // lanes for lane in range(lanes))
+                )
+            rate = size * (_ROUNDS - 1) / 1e6 / (time.process_time() - opened)
+            print(
+                f"  from {lanes} places in turn: first windows after {opened - begun:.1f} s, then {rate:.0f} MB/s",
+                end="",
+            )
+        elif what == "scattered":
             draw = random.Random(3)
             size = sum(
                 reader.read(cell, cell + 4)
@@ -151,7 +167,7 @@ def main() -> None:
             shards += files.with_columns([str(make(folder, size, codec, arguments.rows))], "text")
         for shard in shards:
             print(f"{Path(shard).name}: {files.stat(shard).size / 1e6:.0f} MB", flush=True)
-            for what in ("index", "0", "0.5", "0.95", "scattered"):
+            for what in ("index", "0", "0.5", "0.95", "scattered", "16lanes", "64lanes"):
                 subprocess.run([sys.executable, __file__, "--one", shard, what], check=True)
 
 

@@ -300,8 +300,9 @@ class Engine:
             piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.dp_rank)
             place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
             size = max(0, _size_without_padding(parameter, shape) - piece.start)
-            weights.append(hash_sum(piece.weights[:size], name, place))
-            moments += [hash_sum(values[:size], f"{name}/{key}", place) for key, values in piece.moments.items()]
+            weights.append(hash_sum(piece.weights[:size].to(topology.device), name, place))
+            for key, values in piece.moments.items():
+                moments.append(hash_sum(values[:size].to(topology.device), f"{name}/{key}", place))
         own = [int(torch.stack(sums).sum()) if sums else 0 for sums in (weights, moments)]
         return StateHash(*map(digits, topology.sum_int64(own)))
 

@@ -24,10 +24,11 @@ _INTO_BRANCH = re.compile(r"(attention\.w[qkv]|feed_forward\.w[13])\.weight$")
 _OUT_OF_BRANCH = re.compile(r"(attention\.wo|feed_forward\.w2)\.weight$")
 
 
-class BaseModel(Config):
+class MupBase(Config):
     """The small model whose settings are to hold for this one; at its own size, mup is the standard parametrization."""
 
-    dim: int = Field(ge=1)  # its width; ffn_dim and the number of heads are taken to be in the same proportion
+    dim: int = Field(ge=1)  # its width
+    ffn_dim: int | None = Field(None, ge=1)  # its width of SwiGLU; None: in the same proportion to dim as this model's
     n_layers: int = Field(ge=1)  # its depth
     head_dim: int | None = Field(None, ge=1)  # size of its heads; None: the same as this model's
 
@@ -37,6 +38,7 @@ class Size:
     """What the scales of a model's weights depend on."""
 
     dim: int
+    ffn_dim: float
     n_layers: int
     head_dim: int
 
@@ -68,7 +70,8 @@ def scale_of(name: str, model: Size, base: Size, qk_norm: bool) -> Scale:
     if name == "norm.weight":
         return Scale(1 / width, 1 / width)  # of the output's multiplier, which is thus on tied embeddings too
     if _OUT_OF_BRANCH.search(name):
-        return Scale(width**-0.5 / depth, 1 / (width * depth))  # of the branch's multiplier, 1 / depth
+        summed = model.ffn_dim / base.ffn_dim if name.endswith("w2.weight") else width
+        return Scale(summed**-0.5 / depth, 1 / (summed * depth))  # of the branch's multiplier, 1 / depth
     if _INTO_BRANCH.search(name):
         multiplier = logits if name.endswith("wq.weight") and not qk_norm else 1.0
         return Scale(width**-0.5 * multiplier, multiplier / width)

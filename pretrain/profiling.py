@@ -51,7 +51,7 @@ class StepProfiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGUSR2, self._previous)
-        if self._profile:
+        if self._profile and kind is None:  # after an error, the device may wait for a rank that is gone
             self._write(self._step)
 
     def begin_step(self, step: int) -> None:
@@ -80,7 +80,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+            torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS, stacks="python")
         self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
         self._profile.start()
 
@@ -98,8 +98,10 @@ class StepProfiler:
             path.with_name(f"{path.name}.txt").write_text(done.key_averages().table(by, _TABLE_ROWS))
             if self._device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")  # type: ignore[no-untyped-call]
-                torch.cuda.memory._record_memory_history(enabled=None)
         except (OSError, RuntimeError) as error:
             _logger.error("rank %d: the profile %s could not be written: %s", self._rank, path, error)
         else:
             _logger.info("rank %d: profile of steps %d to %d in %s.*", self._rank, self._first, last, path)
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)

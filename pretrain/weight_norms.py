@@ -1,4 +1,4 @@
-"""Measure what one optimizer step does to each weight. engine, zero_pieces -> weight_norms -> layer_record."""
+"""Measure what one optimizer step does to each weight. engine, zero_pieces -> weight_norms -> layer_figures."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ class WeightMeasurement:
     """Measures the `WeightNorms` of one step.
 
     Every rank makes one between the last backward pass and the optimizer's step. Until `finish`, it holds a copy of the
-    rank's pieces of the fp32 weights, which fits where the activations have just been freed.
+    rank's pieces of the fp32 weights, where they are: on the host if they are offloaded, else where the activations
+    have just been freed.
 
     Args:
         optimizer: DeepSpeed's.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, topology: Topology) -> None:
+        if topology.device.type == "cuda":
+            torch.cuda.synchronize(topology.device)  # offloaded gradients may still be on their way to the host
         self._topology = topology
         self._names = []
         self._pieces = []
@@ -49,7 +52,7 @@ class WeightMeasurement:
             # A weight of which every tensor-parallel rank has a copy counts once.
             self._counts.append(topology.tp_rank == 0 or shard_dim(parameter) is not None)
         self._before = [piece.weights.clone() for piece in self._pieces]
-        self._gradients = [_squares(piece.gradient) for piece in self._pieces]
+        self._gradients = [_squares(piece.gradient).to(piece.weights.device) for piece in self._pieces]
 
     def finish(self) -> dict[str, WeightNorms]:
         """Return the norms, by the weights' names, after the optimizer's step. Every rank must call it."""

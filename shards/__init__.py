@@ -12,7 +12,8 @@ from shards.loader import Loader
 from shards.plan.cursor import LoaderState, merge_states
 from shards.preparation import Prepared, prepare
 from shards.provenance import batch_after
-from shards.records.json_lines import Document, read_documents
+from shards.records.json_lines import Document
+from shards.records.texts import read_documents
 from shards.stages import Stage, StageData, stage_after
 from shards.tokenize.tokenizer import Tokenizer
 from shards.windows.packing import Rows

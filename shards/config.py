@@ -102,16 +102,20 @@ class SourceConfig(Config):
     # Passes over the source before it leaves the mix; None = no limit
     max_epochs: int | None = Field(default=None, ge=1)
     text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, dotted for one in an object
-    input_ids_key: Name | None = None  # column of token ids in a data set; None = the text is tokenized
-    id_key: Name = "id"  # key of the record's id, if it has one (Dolma)
+    # Column of token ids in a data set or in Parquet files; None = the text is tokenized
+    input_ids_key: Name | None = None
+    id_key: Name = "id"  # key of the record's id, if it has one (Dolma); dotted as text_key
     source_from: str | None = None  # key of the sub-source to count separately in metrics, e.g. meta.pile_set_name
+
+    @property
+    def column(self) -> str:
+        """The column of a data set or a Parquet file that holds the source's texts or token ids."""
+        return self.input_ids_key or self.text_key
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError(f"source {self.name!r}: needs either paths or dataset")
-        if self.dataset is None and self.input_ids_key is not None:
-            raise ValueError(f"source {self.name!r}: input_ids_key is for a dataset; shards hold texts")
         return self
 
 

@@ -160,7 +160,13 @@ def shard_paths(source: SourceConfig) -> list[str]:
     """List the paths of a source's shards, in order. Raises: ShardError if a pattern or a data set has none."""
     if source.dataset is not None:
         return hf_datasets.shards_of(source)
-    return files.with_columns(files.expand(source.paths, source.name), source.text_key)
+    shards = files.with_columns(files.expand(source.paths, source.name), source.column)
+    if source.input_ids_key is not None and (others := [path for path in shards if not files.is_column(path)]):
+        raise ShardError(
+            f"source {source.name!r}: input_ids_key is for a data set or Parquet files, which JSON lines are not: "
+            f"{files.listed(others)}; leave it out, or make them a source of their own"
+        )
+    return shards
 
 
 def index_status(config: DataConfig, source: SourceConfig) -> IndexStatus:
@@ -253,7 +259,7 @@ def indexing_command(config: DataConfig, source: SourceConfig, paths: Sequence[s
     """
     patterns = source.paths or paths
     limits = config.cell_bytes, config.max_decoder_window
-    return index_command(patterns, config.index_dir, *limits, verify, source.text_key)
+    return index_command(patterns, config.index_dir, *limits, verify, source.column)
 
 
 def describe_touched(found: IndexStatus) -> str:

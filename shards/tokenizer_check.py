@@ -91,10 +91,9 @@ def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
     has its text_key.
     """
     for source in config.sources:
-        if source.input_ids_key is not None:
-            continue
         found = Soundness(tokenizer, f"source {source.name!r}")
-        for path in sample_of(config, source, shard_paths(source)):
+        sample = sample_of(config, source, shard_paths(source))
+        for path in sample if source.input_ids_key is None else ():
             for text in _beginning(path, source, config.max_decoder_window):
                 found.add(path, text, tokenizer.encode_documents([text])[0])
         found.check()

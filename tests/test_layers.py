@@ -73,12 +73,14 @@ LAYERS = (
         "pretrain.exposure",
     ),
     ("pretrain.stages", "pretrain.config", "pretrain.config_changes"),
+    ("pretrain.report",),
     ("pretrain.stepper", "pretrain.recorder"),
     ("pretrain.profiling",),
     ("pretrain.trainer", "pretrain.loop", "pretrain.assembly", "pretrain.fork", "pretrain.unlearning"),
     ("pretrain.start",),
     ("pretrain.audit",),
     ("pretrain.cluster",),
+    ("pretrain.sweep",),
     ("pretrain.commands",),
     ("pretrain.__main__",),
 )
@@ -92,7 +94,7 @@ OWNERS = {
     "fairscale.nn.model_parallel.initialize.initialize_model_parallel": {"pretrain.topology"},
     "datasets": {"shards.records.hf_datasets"},
     "lm_eval": {"pretrain.evaluation.harness"},
-    "matplotlib": {"pretrain.evaluation.compare"},
+    "matplotlib": {"pretrain.evaluation.compare", "pretrain.report.png"},
 }
 
 

@@ -5,13 +5,14 @@ No process group or GPU is needed: the files are mapped, and each weight is asse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.zero_files import read_partitions, whole
-from pretrain.model.weights import WeightSpec
+from pretrain.model.weights import Weights, WeightSpec
 from shards import CheckpointError
 
 
@@ -50,3 +51,17 @@ class CheckpointWeights:
                 f"{self._folder}: {name} is {shape}, not {list(spec.shape)}; its run's config.yaml names another model"
             )
         return spec.slice_of(found, index, count)
+
+
+class AveragedWeights:
+    """The mean of the weights of several models of the same shape; a `pretrain.model.weights.Weights`."""
+
+    def __init__(self, sources: Sequence[Weights]) -> None:
+        self._sources = sources
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """Read the mean of a weight, or of its slice for tensor-parallel rank `index` of `count`, in fp32."""
+        total = torch.zeros((), dtype=torch.float64)
+        for source in self._sources:
+            total = total + source.read(name, index, count)
+        return (total / len(self._sources)).float()

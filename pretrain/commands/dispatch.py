@@ -32,13 +32,17 @@ COMMANDS = {
     "index": Command("index shards before a run reads them"),
     "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
+    "report": Command("make one page about a run, or about several side by side"),
+    "watch": Command("follow a run from another terminal"),
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
+    "average": Command("average checkpoints of a run into one model"),
     "audit": Command("train an interval of a run again and compare it with what the run recorded", on_ranks=True),
     "provenance": Command("list every document of a step"),
     "exposure": Command("find out when a run was trained on a document or text"),
     "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),
+    "sweep": Command("train the runs of a sweep on this machine"),
     "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),
 }
 

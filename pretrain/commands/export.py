@@ -16,14 +16,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
-from pretrain.checkpoint.store import wanted_step
+from pretrain.checkpoint.store import Checkpoint, wanted_step
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
+from pretrain.config import RunConfig
 from pretrain.exchange.export import DTYPES, export
 from pretrain.exchange.folder import describe
-from pretrain.model.weights import weight_specs
+from pretrain.model.weights import Weights, weight_specs
 from shards import CheckpointError, ConfigError, Tokenizer
 
 
@@ -33,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=wanted_step, help="the checkpoint's step, or best; default: the newest")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="a folder that does not exist yet")
+    add_output_arguments(parser, required=False)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
+    parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf")
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
@@ -49,11 +57,20 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Export a checkpoint of a run. Raises HeadraceError if there is none, or it cannot be exported."""
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
+    dtype = write(open_weights(checkpoint, config), config, arguments)
+    print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
+
+
+def open_weights(checkpoint: Checkpoint, config: RunConfig) -> CheckpointWeights:
+    """Open a checkpoint's weights. Raises HeadraceError if a file is damaged or the tokenizer is not the run's."""
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
-    tokenizer = Tokenizer.of(config.data)
-    check_tokenizer(checkpoint, tokenizer, config.data.tokenizer)
-    weights = CheckpointWeights(checkpoint, weight_specs(config.model))
+    check_tokenizer(checkpoint, Tokenizer.of(config.data), config.data.tokenizer)
+    return CheckpointWeights(checkpoint, weight_specs(config.model))
+
+
+def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> torch.dtype:
+    """Write a model as the arguments of `add_output_arguments` say; return the type of its weights."""
     dtype = DTYPES[arguments.dtype or config.precision]
     export(
         weights,
@@ -65,7 +82,7 @@ def export_run(arguments: argparse.Namespace) -> None:
         arguments.tp,
         int(arguments.max_shard_gb * 1e9),
     )
-    print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
+    return dtype
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -18,9 +18,12 @@ from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.tables import domain_table
 from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.optim import learning_rate_of_run
+from pretrain.report.page import write_page
+from pretrain.run.history import History
+from pretrain.run.run_folder import RunFolder
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, world_size_of
-from shards import ConfigError
+from shards import ConfigError, installation
 
 _logger = logging.getLogger("headrace")
 
@@ -56,6 +59,13 @@ def how_to_train_longer(config: RunConfig) -> str:
     return advice
 
 
+def note_sample(config: RunConfig, report: Report) -> None:
+    """Record the continuation of a finished run, once for each step."""
+    samples = report.folder.samples
+    if all(sample["step"] != report.step for sample in samples.read()):
+        samples.append({"step": report.step, "prompt": config.evaluation.prompt, "text": report.continuation})
+
+
 def print_report(config: RunConfig, report: Report) -> None:
     """Print a finished run's summary: figures before and after, a continuation, and what to do next."""
     console = Console(soft_wrap=True)
@@ -72,6 +82,8 @@ def print_report(config: RunConfig, report: Report) -> None:
     console.print(report.continuation, markup=False, highlight=False)
     root = report.folder.root
     console.print(f"\nRun folder  {root}\nFigures     {root}/metrics.jsonl, {root}/evals.jsonl", highlight=False)
+    if page := write_report(report.folder):
+        console.print(f"Report      {page}", highlight=False)
     if config.wandb.mode == "offline":
         console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
     if report.ending:
@@ -82,6 +94,19 @@ def print_report(config: RunConfig, report: Report) -> None:
         " same way",
         highlight=False,
     )
+
+
+def write_report(folder: RunFolder) -> Path | None:
+    """Write the page about a finished run, and return where it is; None, with a warning, if that fails."""
+    try:
+        history = History(folder.root)
+        history.refresh()
+        write_page([history], folder.report)
+    except Exception as error:  # the run is finished and saved, and no page about it is worth an exit code
+        again = installation.typed("report", str(folder.root))
+        _logger.warning("no report was written: %r; try again with %s", error, again)
+        return None
+    return folder.report
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,5 +132,6 @@ def run(arguments: argparse.Namespace) -> int:
         _logger.error("another rank is gone, so rank %d exits too: %s", rank, reason)
         return 1
     if rank == 0 and report.finished:
+        note_sample(config, report)
         print_report(config, report)
     return 0 if report.finished else STOPPED

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -111,12 +113,12 @@ class DocumentScores:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: if the file is missing or was written by another version.
+            CheckpointError: if the file is missing, damaged, or was written by another version.
         """
         try:
             with np.load(path) as arrays:
                 values = {field.name: arrays[field.name] for field in fields(DocumentScores)}
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise CheckpointError(f"{path}: cannot be read as sums of documents: {error}") from None
         names = {key: tuple(values[key].tolist()) for key in ("domains", "sources")}
         return DocumentScores(**(values | names | {"suite": str(values["suite"])}))

@@ -61,6 +61,8 @@ class Interrupt:
         self._previous_fd = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._in_main_thread)
+        # Asks for a profile of steps, which there are none of before and after the training; by default it would kill.
+        self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._left.clear()
         threading.Thread(target=self._listen, args=(self._listener,), name="signals", daemon=True).start()
         threading.Thread(target=self._watch_launcher, name="launcher-watch", daemon=True).start()

@@ -18,6 +18,8 @@ from pretrain.model.pieces import Pieces, pieces_of
 from pretrain.model.transformer import Block, Transformer
 from pretrain.topology import Topology, copy_to
 
+# Queries of a row whose attention is measured; of a longer row, so many that are evenly spaced
+_QUERIES = 4096
 # Attention logits computed at once; in fp32 with their exponentials and masks, about half a gigabyte
 _LOGITS_AT_ONCE = 1 << 25
 # A unit of SwiGLU whose value exceeds this share of the layer's rms at no token is dead.
@@ -40,9 +42,9 @@ class ActivationMeasurement:
     def __init__(self, model: Transformer, topology: Topology) -> None:
         blocks, width = model.config.n_layers, model.config.hidden_dim // topology.tp_size
         self._model, self._topology = model, topology
-        self._residual = torch.zeros(blocks, 3, dtype=torch.float64, device=topology.device)  # x^2, x^4, count
-        self._hidden = torch.zeros(blocks, 2, dtype=torch.float64, device=topology.device)  # x^2, count
-        self._entropy = torch.zeros(blocks, 2, dtype=torch.float64, device=topology.device)  # sum, count
+        self._residual = torch.zeros(blocks, 3, dtype=torch.float64, device=topology.device)  # count, x^2, x^4
+        self._hidden = torch.zeros(blocks, 2, dtype=torch.float64, device=topology.device)  # count, x^2
+        self._entropy = torch.zeros(blocks, 2, dtype=torch.float64, device=topology.device)  # count, sum
         self._largest = torch.full((blocks, 2), -torch.inf, device=topology.device)  # |residual|, attention logit
         self._units = torch.zeros(blocks, width, device=topology.device)  # largest |x| of each unit
 
@@ -65,15 +67,15 @@ class ActivationMeasurement:
             topology.sum_over_all(sums)
         topology.max_over_all(self._largest)
         topology.max_over_dp(self._units)
-        square, fourth = (self._residual[:, :2] / self._residual[:, 2:]).unbind(1)
-        rms = (self._hidden[:, 0] / self._hidden[:, 1]).sqrt()
+        square, fourth = (self._residual[:, 1:] / self._residual[:, :1]).unbind(1)
+        rms = (self._hidden[:, 1] / self._hidden[:, 0]).sqrt()
         dead = topology.sum_over_all((self._units <= _DEAD * rms.unsqueeze(1)).double().mean(1))
         figures = {
             "residual_rms": square.sqrt(),
             "residual_max": self._largest[:, 0],
             "residual_kurtosis": fourth / square.square(),
             "attention_logit_max": self._largest[:, 1],
-            "attention_entropy": self._entropy[:, 0] / self._entropy[:, 1],
+            "attention_entropy": self._entropy[:, 1] / self._entropy[:, 0],
             "dead_units": dead / topology.world_size,
         }
         return {name: values.tolist() for name, values in figures.items()}
@@ -86,13 +88,14 @@ class ActivationMeasurement:
             return x, cos, sin, self._measured_attention(number, attend, pieces, real), "uncompiled"
 
         def after(_block: Block, _inputs: tuple[Any, ...], x: Tensor) -> None:
-            x = x[tokens].double()
-            self._residual[number] += _sums(x.square(), x.square().square(), torch.ones_like(x))
-            self._largest[number, 0] = torch.maximum(self._largest[number, 0], x.abs().max().float())
+            x = x[tokens].float()
+            square = x.square()
+            self._residual[number] += _sums(x.numel(), square, square.square())
+            self._largest[number, 0] = torch.maximum(self._largest[number, 0], square.max().sqrt())
 
         def hidden(_layer: torch.nn.Module, inputs: tuple[Tensor]) -> None:
             x = inputs[0][tokens].float()
-            self._hidden[number] += _sums(x.square(), torch.ones_like(x))
+            self._hidden[number] += _sums(x.numel(), x.square())
             self._units[number] = torch.maximum(self._units[number], x.abs().amax(0))
 
         hooks.enter_context(block.register_forward_pre_hook(before))
@@ -103,7 +106,7 @@ class ActivationMeasurement:
         def measured(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for largest, entropies in _attention_rows(q, k, pieces.numbers, real):
                 self._largest[number, 1] = torch.maximum(self._largest[number, 1], largest)
-                self._entropy[number] += _sums(entropies, torch.ones_like(entropies))
+                self._entropy[number] += _sums(entropies.numel(), entropies)
             return attend(q, k, v)
 
         return measured
@@ -122,18 +125,23 @@ def _attention_rows(q: Tensor, k: Tensor, numbers: Tensor, real: Tensor) -> Iter
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     at_once = max(1, _LOGITS_AT_ONCE // (rows * heads * length))
-    positions = torch.arange(length, device=q.device)
-    for start in range(0, length, at_once):
-        end = min(start + at_once, length)
-        queries = q[:, start:end].float().view(rows, end - start, kv_heads, heads // kv_heads, size)
-        logits = torch.einsum("bqkgd,btkd->bqkgt", queries, k[:, :end].float()) / size**0.5
-        seen = (numbers[:, start:end, None] == numbers[:, None, :end]) & (positions[:end] <= positions[start:end, None])
-        logits = logits[real[:, start:end]].masked_fill(~seen[real[:, start:end]][:, None, None], -torch.inf)
+    k, columns = k.float(), torch.arange(length, device=q.device)
+    asked = torch.linspace(0, length - 1, min(length, _QUERIES)).round().long()  # on the host
+    for places in torch.split(asked, at_once):
+        end = int(places[-1]) + 1
+        places = places.to(q.device)
+        queries = q[:, places].float().view(rows, len(places), kv_heads, heads // kv_heads, size)
+        logits = torch.einsum("bqkgd,btkd->bqkgt", queries, k[:, :end]) / size**0.5
+        seen = (numbers[:, places, None] == numbers[:, None, :end]) & (columns[:end] <= places[:, None])
+        counts = real[:, places]
+        logits = logits[counts].masked_fill(~seen[counts][:, None, None], -torch.inf)
         log_shares = logits.log_softmax(-1)
         entropies = -(log_shares.exp() * log_shares.masked_fill(log_shares.isinf(), 0)).sum(-1)
         if logits.numel():
             yield logits.max(), entropies
 
 
-def _sums(*values: Tensor) -> Tensor:
-    return torch.stack([v.sum(dtype=torch.float64) for v in values])
+def _sums(count: int, *values: Tensor) -> Tensor:
+    """Return a count and the sums of tensors, in float64."""
+    sums = [v.sum(dtype=torch.float64) for v in values]
+    return torch.stack([sums[0].new_tensor(float(count)), *sums])

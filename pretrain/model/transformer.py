@@ -31,7 +31,7 @@ from pretrain.model.parallel import (
 )
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
-from pretrain.parametrization import BaseModel, Scale, Size, scale_of
+from pretrain.parametrization import MupBase, Scale, Size, scale_of
 from pretrain.rng import derive_seed
 from pretrain.topology import ParallelConfig
 from shards import Config
@@ -66,7 +66,7 @@ class ModelConfig(Config):
     init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
     parametrization: Literal["standard", "mup"] = "standard"
-    base: BaseModel | None = None  # needed for mup
+    base: MupBase | None = None  # needed for mup
 
     @model_validator(mode="after")
     def _has_base(self) -> Self:
@@ -93,8 +93,9 @@ class ModelConfig(Config):
         """Return how a weight begins and learns relative to the standard parametrization, by its name."""
         if self.base is None:
             return Scale()
-        base = Size(self.base.dim, self.base.n_layers, self.base.head_dim or self.head_dim)
-        return scale_of(name, Size(self.dim, self.n_layers, self.head_dim), base, self.qk_norm)
+        ffn_dim = self.base.ffn_dim or self.hidden_dim * self.base.dim / self.dim
+        base = Size(self.base.dim, ffn_dim, self.base.n_layers, self.base.head_dim or self.head_dim)
+        return scale_of(name, Size(self.dim, self.hidden_dim, self.n_layers, self.head_dim), base, self.qk_norm)
 
     @property
     def split_sizes(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Annotated, Protocol, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +37,7 @@ class ProfileConfig(Config):
     """Which steps to profile with PyTorch's profiler."""
 
     steps: tuple[int, int]  # the first and the last, counted as in metrics.jsonl
-    ranks: tuple[int, ...] = (0,)  # each rank that profiles writes files of its own
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # each rank that profiles writes files of its own
 
     @model_validator(mode="after")
     def _check(self) -> ProfileConfig:

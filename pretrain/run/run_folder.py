@@ -96,6 +96,16 @@ class RunFolder:
         """Return the log of the run's starts; see `pretrain.run.starts`."""
         return StepLog(self.root / "starts.jsonl")
 
+    @property
+    def samples(self) -> StepLog:
+        """Return the log of what the run has written as continuations of a prompt."""
+        return StepLog(self.root / "samples.jsonl")
+
+    @property
+    def report(self) -> Path:
+        """Return the page about the run; see `pretrain.report`."""
+        return self.root / "report.html"
+
     def config_of(self, config_hash: str) -> Path:
         """Return the copy of a config that the run was started with, by its hash."""
         return self.root / "configs" / f"{config_hash}.yaml"
@@ -319,8 +329,8 @@ class RunFolder:
     @property
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
-        logs = self.metrics, self.evals, self.layers, self.bad_records, self.contaminated, self.cursors, self.starts
-        return *logs, self.events
+        logs = (self.metrics, self.evals, self.layers, self.bad_records, self.contaminated, self.cursors, self.starts)
+        return (*logs, self.samples, self.events)
 
     def cut_back(self, step: int, why: str) -> None:
         """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""

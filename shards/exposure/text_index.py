@@ -75,7 +75,8 @@ class TextIndex:
 def key_for(data: DataConfig, source: SourceConfig, shard: Shard) -> int:
     """Compute the key of all that a shard's text index depends on, its content hash among them."""
     rules = VERSION, decontaminate.VERSION, grams.GRAM_WORDS, grams.STRIDE, int(data.strict_records)
-    return key_of(*rules, shard.index.content_hash, source.text_key, source.id_key)
+    # An index that was made before an id_key could be dotted lacks the ids that lie inside objects
+    return key_of(*rules, shard.index.content_hash, source.text_key, *source.id_key.split("."))
 
 
 def places_for(data: DataConfig, source: SourceConfig, shard: Shard) -> list[Path]:

@@ -11,19 +11,20 @@ from pathlib import PurePath
 from typing import Protocol
 
 from shards.errors import ShardError
-from shards.formats import gzip, plain, streams, zstd, zstd_blocks
+from shards.formats import gzip, plain, streams, zstd
 from shards.formats.base import DECODE_ERRORS, Chunk, Readable, Start
 
 __all__ = ["DECODE_ERRORS", "Chunk", "Peeked", "Readable", "Start", "chunks", "decode", "detect", "restart"]
 
 MIN_DECODER_BYTES = 1 << 18  # memory of an open decoder: its buffers and gzip's history
 WITH_SPLICES = ("zstd", "gzip")  # in which decoding can start inside a frame or member
-MAX_HEADER_BYTES = zstd_blocks.MAX_HEADER_BYTES  # more than enough of a file for `detect`
+MAX_HEADER_BYTES = 512  # of a file, which `detect` needs: a header of tar; others are shorter
 
 _SHARD_START = Start()
 _FOREIGN = {b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip"}
-_SUFFIXES = (".zst", ".gz", ".xz", ".bz2")  # of names that promise compression
+_SUFFIXES = (".zst", ".zstd", ".gz", ".xz", ".bz2")  # of names that promise compression
 _PARQUET_MAGIC = b"PAR1"
+_TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 
 
 class Peeked:
@@ -62,8 +63,14 @@ def detect(head: bytes, path: str) -> str:
         raise ShardError(
             f"{path}: is {other}; a shard is JSON lines, plain or compressed by zstd, gzip, xz or bzip2: convert it"
         )
+    is_json = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    if head[_TAR_MAGIC_OFFSET:].startswith(_TAR_MAGIC) and not is_json:
+        raise ShardError(
+            f"{path}: is a tar archive, whose files are not read: unpack it, and write its documents as JSON lines, an "
+            'object with a "text" a line'
+        )
     suffix = PurePath(path).suffix
-    if suffix in _SUFFIXES and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+    if suffix in _SUFFIXES and not is_json:
         raise ShardError(
             f"{path}: named {suffix}, but begins with the bytes {head[:4].hex(' ')}, which is neither zstd, gzip, xz, "
             "bzip2 nor JSON lines; the file is damaged, copy it again"

@@ -17,6 +17,7 @@ from shards.index.decoders import Decoders
 from shards.index.parquet_rows import ParquetRows
 from shards.index.shard_index import ShardIndex, find, obtain
 from shards.records.json_lines import Document, parser_for
+from shards.records.texts import source_of_column
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
@@ -62,9 +63,11 @@ def document(
         index_dir, max_decoder_window: as in `open_at`.
         cache: cache of remote shards.
         strict: as for a RecordParser.
-    Raises: ShardError as `open_at`, and if there is no such line, or no document in it.
+    Raises: ShardError as `open_at`, and if there is no such line, or no document in it, or only token ids.
     """
-    (path,) = files.with_columns([str(path)], source.text_key if source else DEFAULT_TEXT_KEY)
+    (path,) = files.with_columns([str(path)], source.column if source else DEFAULT_TEXT_KEY)
+    if source and source.input_ids_key is not None:
+        raise ShardError(f"{path}: holds token ids, no texts to read")
     index = _index(path, index_dir, max_decoder_window, cache)
     if not 1 <= n <= index.num_records:
         raise ShardError(f"{path}: has no line {n}; its lines are 1 to {index.num_records}")
@@ -73,10 +76,9 @@ def document(
     (first, start), (_, stop) = table[cell].tolist(), table[cell + 1].tolist()
     wanted = index.raw_range(path, start, stop)
     if files.is_parquet(path):
-        of_column = source or SourceConfig(name="shard", paths=(path,), text_key=files.column_of(path))
         with contextlib.closing(ParquetRows(cache)) as rows:
             cells = (first, int(table[cell + 1, 0]) - first)
-            records = rows.records(wanted, cells, cells, of_column)
+            records = rows.records(wanted, cells, cells, source or source_of_column(path))
     else:
         with contextlib.closing(Decoders(max_decoder_window, cache, index_dir, index.cell_bytes)) as decoders:
             records = parser_for(source, strict).parse(decoders.read(wanted), first + 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
-from shards.records.json_lines import BadRecord, Records, parser_for
+from shards.records.json_lines import BadRecord, Records, name_of
 from shards.storage import files
 
 MAX_OPEN = 32  # files kept mapped
@@ -37,10 +38,7 @@ class Columns:
         rows = self._table(path, indexed, content_hash).slice(first, count)
         if rows.num_rows != count:
             raise ShardError(f"{path}: has fewer rows than its index says; put the old file back")
-        name = files.column_of(path)
-        if source.input_ids_key is None:
-            return records_of(rows, rows.column(name).cast(pa.large_binary()), first, source)
-        return records_of(rows, rows.column(name), first, source)
+        return records_of(rows.to_batches(), first, source, path)
 
     def close(self) -> None:
         """Release all files."""
@@ -58,42 +56,48 @@ class Columns:
         return self._open[path]
 
 
-def records_of(rows: pa.Table, column: pa.ChunkedArray, first: int, source: SourceConfig) -> Records:
+def records_of(rows: Sequence[pa.RecordBatch], first: int, source: SourceConfig, path: str) -> Records:
     """Return consecutive rows as records of their source.
 
     Args:
-        rows: what has the source's `id_key` and `source_from`, where they exist.
-        column: the rows' token ids, if the source names them, else their texts, as bytes.
+        rows: what has the source's column, and its `id_key` and `source_from`, where they exist.
         first: number of the first row, counted from 0.
+        path: path of the column.
+    Raises: ShardError for a token id that no vocabulary can have.
     """
-    token_ids = arrow.token_ids(column) if source.input_ids_key is not None else []
-    texts = [b""] * len(token_ids) or column.to_pylist()
-    name = source.input_ids_key or source.text_key
-    parser = parser_for(source)
-    outer = _values(rows, source.source_from.split(".")[0] if source.source_from else None)
-    found = Records([], [], [], [], [], [] if token_ids else None)
-    columns = texts, outer, _values(rows, source.id_key)
-    for i, (text, value, identity) in enumerate(zip(*columns, strict=True)):
-        line = first + i + 1
-        if text is None or (token_ids and token_ids[i] is None):
-            found.bad.append(BadRecord(line, f"{name!r} is null, or has a null in it"))
-            continue
-        try:
-            found.texts.append(text.decode())
-        except UnicodeDecodeError as error:
-            found.bad.append(BadRecord(line, f"{name!r} is not UTF-8 at its byte {error.start}"))
-            continue
-        found.lines.append(line)
-        found.sub_sources.append(parser.sub_source(value))
-        found.ids.append(None if identity is None else str(identity))
-        if found.token_ids is not None and (ids := token_ids[i]) is not None:
-            found.token_ids.append(ids)
+    found = Records([], [], [], [], [], None if source.input_ids_key is None else [])
+    for batch in rows:
+        _add(found, batch, first, source, path)
+        first += batch.num_rows
     return found
 
 
-def _values(rows: pa.Table, name: str | None) -> list[object]:
+def _add(found: Records, rows: pa.RecordBatch, first: int, source: SourceConfig, path: str) -> None:
+    """Add rows to records; the arguments are those of `records_of`."""
+    column = arrow.column_of(rows, source.column)
+    of_texts = found.token_ids is None
+    values = column.cast(pa.large_binary()).to_pylist() if of_texts else arrow.token_ids(column, path)
+    columns = values, _optional(rows, source.source_from), _optional(rows, source.id_key)
+    for line, (value, sub_source, identity) in enumerate(zip(*columns, strict=True), first + 1):
+        if value is None:
+            found.bad.append(BadRecord(line, f"{source.column!r} is null, or has a null in it"))
+            continue
+        try:
+            text = value.decode() if of_texts else ""
+        except UnicodeDecodeError as error:
+            found.bad.append(BadRecord(line, f"{source.column!r} is not UTF-8 at its byte {error.start}"))
+            continue
+        found.texts.append(text)
+        found.lines.append(line)
+        found.sub_sources.append(name_of(sub_source))
+        found.ids.append(None if identity is None else str(identity))
+        if found.token_ids is not None:
+            found.token_ids.append(value)
+
+
+def _optional(rows: pa.RecordBatch, column: str | None) -> list[object]:
     """Return the values of an optional column, all None if it is missing."""
-    if name is None or name not in rows.column_names:
+    if column is None or arrow.type_of(rows.schema, column) is None:
         return [None] * int(rows.num_rows)
-    found: list[object] = rows.column(name).to_pylist()
+    found: list[object] = arrow.column_of(rows, column).to_pylist()
     return found

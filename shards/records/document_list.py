@@ -2,7 +2,8 @@
 
 A list is a file with one JSON object a line, in any of these forms:
 
-    {"shard": "wiki-0003.jsonl.zst", "line": 4711}    the end of the shard's path, from any "/" on, suffices
+    {"shard": "wiki-0003.jsonl.zst", "line": 4711}    the end of the shard's path, from any "/" on, suffices, and of a
+                                                      column's FILE.parquet#COLUMN that of FILE.parquet
     {"source": "wiki", "id": "Q42"}                   the record's own id, under the source's id_key
     {"text_hash": "0f3c..."}                          xxh3-128 of the text in UTF-8, 32 hex digits
 """
@@ -20,6 +21,7 @@ import xxhash
 
 from shards.errors import ConfigError
 from shards.records.json_lines import Records
+from shards.storage import files
 from shards.storage.content_hash import hash_file
 
 _FORMS = 'write {"shard": ..., "line": ...}, {"source": ..., "id": ...} or {"text_hash": ...}'
@@ -126,7 +128,7 @@ class DocumentList:
 
 
 def _base(path: str) -> str:
-    return path.rpartition("/")[2]
+    return files.file_of(path).rpartition("/")[2]
 
 
 def find_shard(written: str, line: int, records_of: Mapping[str, int], at: str) -> str:
@@ -148,4 +150,4 @@ def find_shard(written: str, line: int, records_of: Mapping[str, int], at: str) 
 
 
 def _names(written: str, path: str) -> bool:
-    return path == written or path.endswith(f"/{written}")
+    return any(name == written or name.endswith(f"/{written}") for name in (path, files.file_of(path)))

@@ -37,19 +37,17 @@ def shards_of(source: SourceConfig) -> list[str]:
             )
         raise ShardError(f"{where}, split {source.split!r}: cannot be loaded: {_reason(error)}; {advice}") from None
     arrow_files = [str(part["filename"]) for part in data.cache_files]
-    column = source.input_ids_key or source.text_key
-    if column not in data.column_names:
-        key = "input_ids_key" if source.input_ids_key else "text_key"
-        raise ShardError(f"{where}: has no column {column!r} ({key}); its columns are {', '.join(data.column_names)}")
+    schema = data.features.arrow_schema
+    if arrow.type_of(schema, source.column) is None:
+        key, names = "input_ids_key" if source.input_ids_key else "text_key", ", ".join(arrow.column_names(schema))
+        raise ShardError(f"{where}: has no column {source.column!r} ({key}); its columns are {names}")
     if sum(arrow.num_rows(file) for file in arrow_files) != len(data):
         raise ShardError(
             f"{where}: split {source.split!r} covers only part of its files; name whole splits, e.g. train+test"
         )
-    shards = [files.column_path(file, column) for file in arrow_files]
-    for shard in shards:
-        if arrow.holds_texts(shard) != (source.input_ids_key is None):
-            wrong, right = ("texts", "text_key") if source.input_ids_key else ("token ids", "input_ids_key")
-            raise ShardError(f"{where}: column {column!r} holds {wrong}; name it with {right}")
+    shards = [files.column_path(file, source.column) for file in arrow_files]
+    for shard, file in zip(shards, arrow_files, strict=True):
+        arrow.check_column(arrow.table(file).schema, shard, source)
     return shards
 
 

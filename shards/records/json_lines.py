@@ -12,7 +12,6 @@ import contextlib
 import json
 import typing
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -63,6 +62,31 @@ class Records(NamedTuple):
     token_ids: list[Ints] | None = None  # one array each, if the source has ids instead of texts, which are then empty
 
 
+class _Place:
+    """Where a value lies in a record: under a key or, with dots, inside objects unless there is a key of that name."""
+
+    def __init__(self, key: str, role: str, fields: dict[str, str]) -> None:
+        """Add the keys that lead to it to the fields that a parser builds. Args: role: names the fields."""
+        self.key = key
+        first, *self.inner = key.split(".")
+        self._field = fields.setdefault(key, role)
+        self._holder = fields.setdefault(first, f"{role}_holder") if self.inner else ""
+
+    def of_struct(self, record: object) -> object:
+        """Return its value in a record with those fields, msgspec.UNSET if it has none."""
+        value = getattr(record, self._field)
+        if value is msgspec.UNSET and self.inner:
+            return _value_under(getattr(record, self._holder), self.inner)
+        return value
+
+    def of_object(self, record: dict[str, object]) -> object:
+        """Return its value in any JSON object, msgspec.UNSET if it has none."""
+        value = record.get(self.key, msgspec.UNSET)
+        if value is msgspec.UNSET and self.inner:
+            return _value_under(record, self.key.split("."))
+        return value
+
+
 class RecordParser:
     """A parser of records by the keys that a source names."""
 
@@ -72,27 +96,24 @@ class RecordParser:
         """Prepare a parser for these keys.
 
         Args:
-            text_key, id_key, source_from: as in a SourceConfig; `text_key` and `source_from` may be dotted.
+            text_key, id_key, source_from: as in a SourceConfig; all may be dotted.
             strict: judge records by this module's rule. False is the rule of runs begun before it: fields that are not
                 read are not checked for UTF-8, and the parsers limit depth and digits.
         """
-        self._text_key, self._id_key, self._strict = text_key, id_key, strict
-        self._sub_source = source_from.split(".") if source_from else []
+        self._strict = strict
         # Only these keys are built, once each; the parser skips everything else in a record.
-        fields = {text_key: "text"}
-        self._inner_text = text_key.split(".") if "." in text_key else []
-        self._text_field = fields.setdefault(self._inner_text[0], "holder") if self._inner_text else "text"
-        self._id_field = fields.setdefault(id_key, "id")
-        self._outer_field = fields.setdefault(self._sub_source[0], "outer") if self._sub_source else None
+        fields: dict[str, str] = {}
+        self._text, self._id = _Place(text_key, "text", fields), _Place(id_key, "id", fields)
+        self._sub_source = _Place(source_from, "source", fields) if source_from else None
         self._decoder: msgspec.json.Decoder[typing.Any] | None = None
         # The fast parser compares keys with the line's bytes, so it cannot look for one that JSON must escape.
         if all(json.dumps(key, ensure_ascii=False) == f'"{key}"' for key in fields):
             optional: list[tuple[str, typing.Any, typing.Any]] = [
-                (field, object, None) for field in fields.values() if field != "text"
+                (field, object, msgspec.UNSET) for field in fields.values() if field != "text"
             ]
             names = {field: key for key, field in fields.items()}
             text: tuple[str, typing.Any] | tuple[str, typing.Any, typing.Any]
-            text = ("text", object, msgspec.UNSET) if self._inner_text else ("text", str)
+            text = ("text", object, msgspec.UNSET) if self._text.inner else ("text", str)
             kind: typing.Any = msgspec.defstruct("Record", [text, *optional], rename=names, gc=False)
             self._decoder = msgspec.json.Decoder(kind)
 
@@ -110,19 +131,20 @@ class RecordParser:
             try:
                 if self._strict:
                     _check(record)
-                text, identity, outer = self._parse_fast(record) or self._parse_exactly(record)
+                text, identity, sub_source = self._parse_fast(record) or self._parse_exactly(record)
             except ValueError as error:
                 if record.strip():
                     records.bad.append(BadRecord(line, str(error)))
                 continue
             records.texts.append(text)
             records.lines.append(line)
-            records.sub_sources.append(self.sub_source(outer))
-            records.ids.append(None if identity is None else _without_surrogates(str(identity)))
+            records.sub_sources.append(name_of(sub_source))
+            known = identity is not None and identity is not msgspec.UNSET
+            records.ids.append(_without_surrogates(str(identity)) if known else None)
         return records
 
     def _parse_fast(self, record: bytes) -> tuple[str, object, object] | None:
-        """Return (text, id, value that holds the sub-source); None if only the exact parser can judge the record.
+        """Return (text, id, sub-source); None if only the exact parser can judge the record.
 
         Once `_check` has passed a record, the exact parser accepts whatever this one does; it is only slower.
         """
@@ -132,14 +154,10 @@ class RecordParser:
             found = self._decoder.decode(record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        text = found.text
-        if text is msgspec.UNSET:
-            text = _value_under(getattr(found, self._text_field), self._inner_text[1:])
+        text = self._text.of_struct(found)
         if not isinstance(text, str):
             return None
-        outer = getattr(found, self._outer_field) if self._outer_field else None
-        identity = getattr(found, self._id_field)
-        return text, None if identity is msgspec.UNSET else identity, outer
+        return text, self._id.of_struct(found), self._sub_source.of_struct(found) if self._sub_source else None
 
     def _parse_exactly(self, record: bytes) -> tuple[str, object, object]:
         """Parse any record, including NaN in a metadata field and escaped lone surrogates, both of which JSON allows.
@@ -156,24 +174,19 @@ class RecordParser:
             raise ValueError(f"not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"a JSON {type(found).__name__}, not an object")
-        # A key that has the dots in its name comes first, as before a dot could mean a place inside
-        text = found.get(self._text_key, msgspec.UNSET)
-        if text is msgspec.UNSET and self._inner_text:
-            text = _value_under(found, self._inner_text)
+        text, key = self._text.of_object(found), self._text.key
         if text is msgspec.UNSET:
-            keys = _keys_of(found) if self._inner_text else list(found)
-            raise ValueError(f"has no key {self._text_key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
+            keys = _keys_of(found) if self._text.inner else list(found)
+            raise ValueError(f"has no key {key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
         if not isinstance(text, str):
-            raise ValueError(f"{self._text_key!r} is {json.dumps(text)[:40]}, not a string")
-        outer = found.get(self._sub_source[0]) if self._sub_source else None
-        return _without_surrogates(text), found.get(self._id_key), outer
+            raise ValueError(f"{key!r} is {json.dumps(text)[:40]}, not a string")
+        sub_source = self._sub_source.of_object(found) if self._sub_source else None
+        return _without_surrogates(text), self._id.of_object(found), sub_source
 
-    def sub_source(self, value: object) -> str | None:
-        """Return the sub-source under the dotted key, given the value of its first part; None if missing or empty."""
-        if not self._sub_source:
-            return None
-        value = _value_under(value, self._sub_source[1:])
-        return _without_surrogates(value) if isinstance(value, str) and value else None
+
+def name_of(sub_source: object) -> str | None:
+    """Return the name that a record gives its sub-source; None if it is missing, empty or no string."""
+    return _without_surrogates(sub_source) if isinstance(sub_source, str) and sub_source else None
 
 
 def _value_under(value: object, keys: list[str]) -> object:
@@ -243,41 +256,22 @@ def _without_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def read_documents(
-    path: str | Path,
-    source: SourceConfig | None = None,
-    on_bad_record: typing.Literal["fail", "skip"] = "fail",
-    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
-    advice: str = "fix the line, or pass on_bad_record='skip'",
-) -> Iterator[Document]:
-    """Yield a shard's documents in order, from its beginning.
+def read_records(
+    path: str, source: SourceConfig | None = None, max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW
+) -> Iterator[Records]:
+    """Yield a shard's records in order, from its beginning, a block at a time.
 
     Args:
-        path: a shard, in any of the compressions.
-        source: the keys to read and the documents' source; None = keys of the Pile and Dolma, and the shard's name
-            without its suffixes.
-        on_bad_record: end with an error at a bad record, or skip it.
+        source: the keys to read; None = those of the Pile and Dolma.
         max_decoder_window: in bytes.
-        advice: what the error suggests about a bad record, if the caller has other options.
-    Raises: ShardError if the shard is missing, damaged or truncated, or (with "fail") holds a bad record.
+    Raises: ShardError if the shard is missing, damaged or truncated.
     """
-    path = str(path)
-    name = source.name if source else Path(path).name.split(".")[0]
     parser = parser_for(source)
     files.stat(path)
     line = 1
     for block in _blocks(path, max_decoder_window):
-        records = parser.parse(block, line)
+        yield parser.parse(block, line)
         line += block.count(b"\n")
-        first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
-        for text, number, sub_source, identity in zip(
-            records.texts, records.lines, records.sub_sources, records.ids, strict=True
-        ):
-            if first_bad and first_bad.line < number:
-                break
-            yield Document(text, sub_source or name, path, number, identity)
-        if first_bad:
-            raise bad_record_error(path, first_bad, advice)
 
 
 def first_bad_record(

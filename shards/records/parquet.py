@@ -1,8 +1,7 @@
-"""String columns of Parquet files as shards: a row is a record. files -> parquet -> shard_index, parquet_rows, texts.
+"""Columns of Parquet files as shards: a row is a record. arrow, files -> parquet -> shard_index, parquet_rows, texts.
 
-The path of such a shard is FILE.parquet#COLUMN, with dots for a column in a struct. Lengths stand in for raw bytes: a
-text counts its bytes in UTF-8, and each row 1 more, as a line feed would, just as in the Arrow files of a data set.
-Only the columns asked for are decoded, in batches, so that a row group of any size takes little memory.
+The path of such a shard is FILE.parquet#COLUMN. Its values are counted and hashed as those of the Arrow files of a data
+set. Only the columns asked for are decoded, in batches, so that a row group of any size takes little memory.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from shards.arrays import Ints, greedy_groups
 from shards.config import SourceConfig
 from shards.errors import ShardError
-from shards.records import arrow
+from shards.records import arrow, parquet_pages
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
 MAX_BATCH_ROWS = 1024
-BATCH_BYTES = 1 << 20  # text per batch, judging by the mean of its row group
+BATCH_BYTES = 1 << 20  # values per batch, judging by the mean of its row group
 STREAM_BYTES = 1 << 20  # compressed bytes read of a column at a time
+MIN_SKIPPED_BYTES = 8 << 20  # decompressed bytes before a place for which pages are looked up, which takes a while
 
 
 class Measure(NamedTuple):
@@ -34,22 +33,24 @@ class Measure(NamedTuple):
     cells: list[tuple[int, int]]  # (row, raw offset) where each begins, and the column's end
     checks: list[int]  # of each cell, as `check_of`
     num_documents: int  # rows that are not null
-    content_hash: str  # as that of an Arrow file with these texts
+    content_hash: str  # as that of an Arrow file with these values
     groups: list[tuple[int, int]]  # (row, raw offset) where each row group begins
 
 
 class ParquetFile:
     """An open Parquet file."""
 
-    def __init__(self, path: str, cache: BlockCache | None = None) -> None:
-        """Open the file of a column and read its footer. Raises: ShardError if it is missing or not Parquet."""
-        self.path = path
+    def __init__(self, path: str, cache: BlockCache | None = None, pages: parquet_pages.Pages | None = None) -> None:
+        """Open the file of a column and read its footer.
+
+        Args:
+            pages: what is known of its pages, so that decoding may begin inside a row group; None = it may not.
+        Raises: ShardError if it is missing or not Parquet.
+        """
+        self.path, self._pages = path, pages
         self._file: BinaryIO = files.open_seekable(path, cache)
         try:
-            # Without a buffer, pyarrow would read a row group's column whole.
-            self._parquet = pq.ParquetFile(
-                self._file, buffer_size=STREAM_BYTES, pre_buffer=False, page_checksum_verification=True
-            )
+            self._parquet = _open(self._file)
             self.schema: pa.Schema = self._parquet.schema_arrow
         except (OSError, pa.ArrowException) as error:
             self._file.close()
@@ -62,81 +63,145 @@ class ParquetFile:
     def num_rows(self) -> int:
         return int(self.firsts[-1])
 
-    def batches(self, columns: Sequence[str], group: int = 0) -> Iterator[pa.RecordBatch]:
-        """Yield rows from the beginning of a row group to the file's end, at most MAX_BATCH_ROWS at a time.
+    def group_of(self, row: int) -> int:
+        """Return the number of the row group that holds a row."""
+        return int(np.searchsorted(self.firsts, row, side="right")) - 1
+
+    def entry(self, columns: Sequence[str], row: int) -> int:
+        """Return the row at or before another from which `batches` would decode to reach it."""
+        group = self.group_of(row)
+        first = int(self.firsts[group])
+        chunks = self._chunks(columns, row)
+        return first if chunks is None else first + chunks[0].rows[chunks[0].page_of(row - first)]
+
+    def page_bytes(self, columns: Sequence[str], row: int) -> int:
+        """Return the mean decompressed size of a page of some columns together; 0 if pages are not looked up."""
+        group, chunks = self.group_of(row), self._chunks(columns, row) or []
+        return sum(
+            self._bytes_of(self._parquet, group, column) // max(1, len(chunk.offsets))
+            for column, chunk in zip(columns, chunks, strict=False)
+        )
+
+    def batches(self, columns: Sequence[str], row: int = 0) -> Iterator[pa.RecordBatch]:
+        """Yield rows to the file's end, at most MAX_BATCH_ROWS at a time.
 
         Args:
-            columns: the columns to decode, with dots for those in structs; the first is the text.
+            columns: the columns to decode, with dots for those in structs, by which the batches name them; that of the
+                texts or token ids first.
+            row: the first row; decoding begins at `entry`.
         Raises: ShardError if they cannot be decoded.
         """
-        for number in range(group, len(self.firsts) - 1):
-            rows = int(self.firsts[number + 1] - self.firsts[number])
-            if not rows:
-                continue
-            size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, self._bytes_of(number, columns[0]))))
-            left = rows
+        for number in range(self.group_of(row), len(self.firsts) - 1):
+            first, stop = int(self.firsts[number]), int(self.firsts[number + 1])
+            left = stop - max(row, first)
             try:
-                for batch in self._parquet.iter_batches(size, [number], list(columns), use_threads=False):
+                chunks = self._chunks(columns, row) if row > first else None
+                if chunks is None:
+                    found = _without(self._rows(self._parquet, number, columns), max(0, row - first))
+                else:
+                    found = _side_by_side(
+                        [
+                            self._tail(number, chunk, row - first, name)
+                            for name, chunk in zip(columns, chunks, strict=True)
+                        ]
+                    )
+                for batch in found:
                     left -= batch.num_rows
                     yield batch
                 if left:
-                    raise pa.ArrowInvalid(f"it has {rows - left} rows, but its footer says {rows}")
+                    raise pa.ArrowInvalid(f"its footer says that {left} rows follow where it ends")
             except (OSError, pa.ArrowException) as error:
                 raise _damaged(self.path, error, f"row group {number}") from None
 
+    def _rows(self, parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a row group. Args: parquet: this file, or one that begins with a page of the group."""
+        rows = int(parquet.metadata.row_group(group).num_rows)
+        if rows:
+            mean = max(1, self._bytes_of(parquet, group, columns[0])) / rows
+            size = max(1, min(MAX_BATCH_ROWS, int(BATCH_BYTES / mean)))
+            for batch in parquet.iter_batches(size, [group], list(columns), use_threads=False):
+                yield pa.RecordBatch.from_arrays([arrow.column_of(batch, name) for name in columns], list(columns))
+
+    def _tail(self, group: int, chunk: parquet_pages.Chunk, row: int, column: str) -> Iterator[pa.RecordBatch]:
+        """Yield one column from a row of a row group on, decoded from the page that holds the row."""
+        assert self._pages is not None
+        page = chunk.page_of(row)
+        file = self._pages.tail(self._file, group, chunk, page)
+        return _without(self._rows(_open(file), 0, [column]), row - chunk.rows[page])
+
+    def _chunks(self, columns: Sequence[str], row: int) -> list[parquet_pages.Chunk] | None:
+        """Return the pages of each column where decoding may begin to reach a row; None = at its row group's start."""
+        group = self.group_of(row)
+        rows = max(1, int(self.firsts[group + 1] - self.firsts[group]))
+        share = (row - int(self.firsts[group])) / rows
+        if self._pages is None or share * self._bytes_of(self._parquet, group, columns[0]) < MIN_SKIPPED_BYTES:
+            return None
+        found = []
+        for column in columns:
+            leaves = _leaves(self._parquet, column)
+            if len(leaves) != 1:  # bounds of pages differ among those of a struct
+                return None
+            is_flat = self._parquet.schema.column(leaves[0]).max_repetition_level == 0
+            chunk = self._pages.chunk(self._file, group, leaves[0], is_flat)
+            if chunk is None:
+                return None
+            found.append(chunk)
+        return found
+
     def present(self, columns: Sequence[str]) -> list[str]:
         """Return those of some columns that the file has, in their order."""
-        return [name for name in columns if type_of(self.schema, name) is not None]
+        return [name for name in columns if arrow.type_of(self.schema, name) is not None]
 
     def close(self) -> None:
         self._parquet.close(force=True)
         self._file.close()
 
-    def _bytes_of(self, group: int, column: str) -> int:
+    def _bytes_of(self, parquet: pq.ParquetFile, group: int, column: str) -> int:
         """Return the bytes that a row group's column takes when decompressed."""
-        meta = self._parquet.metadata.row_group(group)
-        chunks = (meta.column(number) for number in range(meta.num_columns))
-        return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+        meta = parquet.metadata.row_group(group)
+        return sum(meta.column(leaf).total_uncompressed_size for leaf in _leaves(parquet, column))
+
+
+def _open(file: BinaryIO | parquet_pages.Tail) -> pq.ParquetFile:
+    # Without a buffer, pyarrow would read a row group's column whole.
+    return pq.ParquetFile(file, buffer_size=STREAM_BYTES, pre_buffer=False, page_checksum_verification=True)
+
+
+def _leaves(parquet: pq.ParquetFile, column: str) -> list[int]:
+    """Return the numbers of the columns that Parquet makes of one: several of a struct, the elements of a list."""
+    paths = (parquet.schema.column(number).path for number in range(len(parquet.schema)))
+    return [number for number, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
+
+
+def _without(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Leave out the first rows."""
+    for batch in batches:
+        if rows < batch.num_rows:
+            yield batch.slice(rows)
+        rows = max(0, rows - batch.num_rows)
+
+
+def _side_by_side(columns: list[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """Join batches of single columns, whose bounds may differ; end with the column that ends first."""
+    heads: list[pa.RecordBatch | None] = [None] * len(columns)
+    while True:
+        heads = [
+            head if head is not None and head.num_rows else next(rows, None)
+            for head, rows in zip(heads, columns, strict=True)
+        ]
+        there = [head for head in heads if head is not None]
+        if len(there) < len(heads):
+            return
+        count = min(head.num_rows for head in there)
+        arrays = [head.column(0).slice(0, count) for head in there]
+        yield pa.RecordBatch.from_arrays(arrays, [head.schema.names[0] for head in there])
+        heads = [head.slice(count) for head in there]
 
 
 def columns_of(source: SourceConfig) -> tuple[str, ...]:
-    """Return the columns that a source reads, that of the texts first."""
-    names = source.text_key, source.id_key, source.source_from
+    """Return the columns that a source reads, that of the texts or token ids first."""
+    names = source.column, source.id_key, source.source_from
     return tuple(dict.fromkeys(name for name in names if name is not None))
-
-
-def check_column(schema: pa.Schema, path: str) -> None:
-    """Check that a file has the column of a path, and texts in it. Raises: ShardError naming what is there."""
-    column, file = files.column_of(path), files.file_of(path)
-    kind = type_of(schema, column)
-    if kind is None:
-        names = [name for field in schema for name in _names(field)]
-        raise ShardError(f"{file}: has no column {column!r}; its columns are {', '.join(names)}: set text_key to one")
-    if not _is_text(kind):
-        raise ShardError(f"{file}: column {column!r} holds {kind}, not texts; set text_key to a column of strings")
-
-
-def type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
-    """Return the type of a column, with dots for one in a struct; None if there is no such column."""
-    if column in schema.names:
-        return schema.field(column).type
-    first, *inner = column.split(".")
-    kind = schema.field(first).type if first in schema.names else None
-    for name in inner:
-        if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            return None
-        kind = kind.field(kind.get_field_index(name)).type
-    return kind
-
-
-def texts_of(rows: pa.RecordBatch, column: str) -> pa.Array:
-    """Return a column as bytes, large_binary [rows]; null where the text, or a struct around it, is null."""
-    if column in rows.schema.names:
-        found = rows.column(column)
-    else:
-        first, *inner = column.split(".")
-        found = pc.struct_field(rows.column(first), inner)
-    return found.cast(pa.large_binary())
 
 
 def measure(
@@ -150,31 +215,27 @@ def measure(
     Raises: ShardError if the file or the column is missing, or holds no texts, or is damaged.
     """
     file, column = ParquetFile(path, cache), files.column_of(path)
-    check_column(file.schema, path)
-    of_lengths, of_values = xxhash.xxh3_128(), xxhash.xxh3_128()
+    content_hash = arrow.ContentHash(arrow.kind_of(file.schema, path))
     cells, nulls = _CellsBuilder(cell_bytes), 0
     groups = []
     for batch in file.batches([column]):
         if cells.num_rows in file.firsts:
             groups.append((cells.num_rows, cells.raw_bytes))
-        texts = texts_of(batch, column)
-        lengths, values = arrow.lengths_and_bytes(texts)
-        of_lengths.update(lengths.tobytes())
-        of_values.update(values)
-        nulls += texts.null_count
-        cells.add(lengths, values)
+        values = arrow.values_of(arrow.column_of(batch, column), path)
+        content_hash.update(values)
+        nulls += int((values.lengths < 0).sum())
+        cells.add(values)
         if progress:
-            progress(len(lengths) / file.num_rows)
+            progress(batch.num_rows / file.num_rows)
     file.close()
     cells.finish()
-    digest = xxhash.xxh3_128_hexdigest(b"text" + of_lengths.digest() + of_values.digest())
-    return Measure(cells.cells, cells.checks, cells.num_rows - nulls, digest, groups)
+    return Measure(cells.cells, cells.checks, cells.num_rows - nulls, content_hash.hexdigest(), groups)
 
 
-def check_of(lengths: Ints, values: bytes | memoryview) -> int:
-    """Hash the texts of a cell, given as by `arrow.lengths_and_bytes`: xxh3-64."""
-    found = xxhash.xxh3_64(lengths.astype("<i8").tobytes())
-    found.update(values)
+def check_of(values: arrow.Values) -> int:
+    """Hash the rows of a cell: xxh3-64."""
+    found = xxhash.xxh3_64(values.lengths.astype("<i8").tobytes())
+    found.update(values.data)
     return found.intdigest()
 
 
@@ -187,54 +248,37 @@ class _CellsBuilder:
         self.cells: list[tuple[int, int]] = []
         self.checks: list[int] = []
         self._closed = (0, 0)  # (row, raw offset) where the open cell begins
-        self._lengths = np.zeros(0, np.int64)  # of the rows of the open cell
-        self._values = b""
+        self._open: arrow.Values | None = None  # the rows of the open cell
 
-    def add(self, lengths: Ints, values: bytes) -> None:
-        """Take in the next rows, given as by `arrow.lengths_and_bytes`."""
-        self._lengths, self._values = np.concatenate([self._lengths, lengths]), self._values + values
-        self.num_rows += len(lengths)
-        self.raw_bytes += int(np.maximum(lengths, 0).sum()) + len(lengths)
-        offsets = np.concatenate([[0], np.cumsum(np.maximum(self._lengths, 0) + 1)])
+    def add(self, values: arrow.Values) -> None:
+        """Take in the next rows."""
+        if self._open is not None:
+            values = arrow.joined([self._open, values])
+        offsets = values.offsets()
+        self.num_rows = self._closed[0] + len(values.lengths)
+        self.raw_bytes = self._closed[1] + int(offsets[-1])
         # All but the last group are full: what follows cannot change where they end.
+        stop = 0
         for first, stop in zip(*_groups(offsets, self._cell_bytes), strict=True):
-            self._close(offsets, first, stop)
-        kept = self._closed[0] - (self.num_rows - len(self._lengths))
-        self._values = self._values[int(offsets[kept]) - kept :]
-        self._lengths = self._lengths[kept:]
+            self._close(values.between(offsets, first, stop))
+        self._open = values.between(offsets, stop, len(values.lengths))
 
     def finish(self) -> None:
         """Close the last cell."""
-        if len(self._lengths):
-            self.cells.append(self._closed)
-            self.checks.append(check_of(self._lengths, self._values))
+        if self._open is not None and len(self._open.lengths):
+            self._close(self._open)
         self.cells.append((self.num_rows, self.raw_bytes))
 
-    def _close(self, offsets: Ints, first: int, stop: int) -> None:
-        values = memoryview(self._values)[int(offsets[first]) - first : int(offsets[stop]) - stop]
+    def _close(self, cell: arrow.Values) -> None:
         self.cells.append(self._closed)
-        self.checks.append(check_of(self._lengths[first:stop], values))
-        self._closed = self._closed[0] + stop - first, self._closed[1] + int(offsets[stop] - offsets[first])
+        self.checks.append(check_of(cell))
+        self._closed = self._closed[0] + len(cell.lengths), self._closed[1] + int(cell.row_bytes().sum())
 
 
 def _groups(offsets: Ints, limit: int) -> tuple[list[int], list[int]]:
     """Return where all groups but the last begin and end."""
     firsts = greedy_groups(offsets, np.array([0, len(offsets) - 1]), limit).tolist()
     return firsts[:-1], firsts[1:]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Return whether a type holds texts; bytes count, since older writers do not mark a column as UTF-8."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return arrow.is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _names(field: pa.Field) -> list[str]:
-    """List a field's columns as `text_key` would name them."""
-    if not pa.types.is_struct(field.type):
-        return [field.name]
-    return [f"{field.name}.{name}" for inner in field.type for name in _names(inner)]
 
 
 def _damaged(path: str, error: Exception, where: str = "") -> ShardError:

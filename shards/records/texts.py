@@ -1,4 +1,4 @@
-"""The texts of a shard or of a data set's column, from its beginning, whatever its format.
+"""The documents of a shard or of a data set's column, from its beginning, whatever its format.
 
 {json_lines, parquet, arrow_rows} -> texts -> {suite, tokenizer_check}.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-
-from shards.config import DEFAULT_MAX_DECODER_WINDOW, DataConfig, SourceConfig
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, DEFAULT_TEXT_KEY, DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow, parquet
 from shards.records.arrow_rows import Columns, records_of
-from shards.records.json_lines import Records, bad_record_error, first_bad_record, read_documents
+from shards.records.json_lines import Document, Records, bad_record_error, first_bad_record, read_records
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
@@ -25,34 +24,85 @@ _ROWS_AT_ONCE = 256  # rows read at a time from a data set's column
 _SAMPLED_SHARDS = 4  # shards per source, spread over all of them
 
 
+def read_documents(
+    path: str | Path,
+    source: SourceConfig | None = None,
+    on_bad_record: Literal["fail", "skip"] = "fail",
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
+    advice: str = "fix the line, or pass on_bad_record='skip'",
+) -> Iterator[Document]:
+    """Yield a shard's documents in order, from its beginning.
+
+    Args:
+        path: a shard in any of the formats; of a Parquet file FILE#COLUMN, or the file if the source names the column.
+        source: the keys to read and the documents' source; None = keys of the Pile and Dolma, and the shard's name
+            without its suffixes.
+        on_bad_record: end with an error at a bad record, or skip it.
+        max_decoder_window: in bytes.
+        advice: what the error suggests about a bad record, if the caller has other options.
+    Raises: ShardError if the shard is missing, damaged or truncated, holds token ids or (with "fail") a bad record.
+    """
+    (shard,) = files.with_columns([str(path)], source.column if source else DEFAULT_TEXT_KEY)
+    name = source.name if source else Path(shard).name.split(".")[0]
+    for records in records_of_shard(shard, source, max_decoder_window):
+        first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
+        for text, line, sub_source, identity in zip(
+            records.texts, records.lines, records.sub_sources, records.ids, strict=True
+        ):
+            if first_bad and first_bad.line < line:
+                break
+            yield Document(text, sub_source or name, shard, line, identity)
+        if first_bad:
+            raise bad_record_error(shard, first_bad, advice)
+
+
 def texts_of(
     shard: str,
     source: SourceConfig,
     on_bad_record: Literal["fail", "skip"] = "fail",
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield (sub-source, text) for each document of a shard, which may be a column of an Arrow or a Parquet file.
-
-    Raises: ShardError if the shard is missing or damaged or, with "fail", holds a bad record.
-    """
+    """Yield (sub-source, text) for each document of a shard. Raises: as `read_documents`."""
     if not files.is_column(shard):
         for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
             yield document.source if document.source != source.name else None, document.text
         return
-    for records in _of_parquet(shard, source) if files.is_parquet(shard) else _of_arrow(shard, source):
+    for records in records_of_shard(shard, source):
         if records.bad and on_bad_record == "fail":
             raise bad_record_error(shard, records.bad[0], ADVICE)
         yield from zip(records.sub_sources, records.texts, strict=True)
 
 
+def source_of_column(shard: str) -> SourceConfig:
+    """Return a source of the texts of one column, with the other keys of the Pile and Dolma."""
+    return SourceConfig(name="shard", paths=(shard,), text_key=files.column_of(shard))
+
+
+def records_of_shard(
+    shard: str, source: SourceConfig | None = None, max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW
+) -> Iterator[Records]:
+    """Yield the records of a shard, which may be a column, a part at a time; bad ones are for the caller to judge.
+
+    Args:
+        source: the keys to read; None = those of the Pile and Dolma, and the shard's column.
+        max_decoder_window: in bytes.
+    Raises: ShardError if the shard is missing, damaged or truncated, or holds token ids.
+    """
+    if not files.is_column(shard):
+        return read_records(shard, source, max_decoder_window)
+    source = source or source_of_column(shard)
+    if source.input_ids_key is not None:
+        raise ShardError(f"{shard}: holds token ids, no texts to read")
+    return _of_parquet(shard, source) if files.is_parquet(shard) else _of_arrow(shard, source)
+
+
 def _of_parquet(shard: str, source: SourceConfig) -> Iterator[Records]:
     """Yield the records of a column of a Parquet file. Raises: ShardError if it is missing or damaged."""
     with contextlib.closing(parquet.ParquetFile(shard)) as file:
-        parquet.check_column(file.schema, shard)
+        arrow.check_column(file.schema, shard, source)
         first = 0
         for batch in file.batches(file.present(parquet.columns_of(source))):
-            texts = parquet.texts_of(batch, files.column_of(shard))
-            yield records_of(pa.Table.from_batches([batch]), texts, first, source)
+            yield records_of([batch], first, source, shard)
             first += batch.num_rows
 
 
@@ -60,9 +110,10 @@ def _of_arrow(shard: str, source: SourceConfig) -> Iterator[Records]:
     """Yield the records of a column of an Arrow file. Raises: ShardError if it is missing or damaged."""
     columns = Columns()
     indexed = files.stat(shard)
-    rows = arrow.num_rows(files.file_of(shard))
-    for first in range(0, rows, _ROWS_AT_ONCE):
-        yield columns.records(shard, indexed, first, min(_ROWS_AT_ONCE, rows - first), source)
+    rows = arrow.table(files.file_of(shard))
+    arrow.check_column(rows.schema, shard, source)
+    for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
+        yield columns.records(shard, indexed, first, min(_ROWS_AT_ONCE, rows.num_rows - first), source)
 
 
 def spread(paths: Sequence[str]) -> list[str]:
@@ -75,11 +126,14 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
 
     Args:
         paths: paths of all shards of the source.
-    Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong.
+    Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong; also if one of
+        them is a Parquet file without the source's column.
     """
     sample = spread(paths)
+    for path in filter(files.is_parquet, sample):
+        with contextlib.closing(parquet.ParquetFile(path, open_cache(config.remote_cache))) as file:
+            arrow.check_column(file.schema, path, source)
     options = source, config.max_decoder_window, config.strict_records, open_cache(config.remote_cache)
-    # A column was found by its name
     bad = {path: None if files.is_column(path) else first_bad_record(path, *options) for path in sample}
     good = [path for path in sample if bad[path] is None]
     first = bad[sample[0]]

@@ -22,7 +22,10 @@ from shards.storage.block_cache import BlockCache
 
 SHARD_SUFFIXES = (".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz", ".jsonl")
 # Suffixes that a glob takes only if it ends as they do, since a run may have begun with one that passed them over
-NAMED_SUFFIXES = (".parquet", ".jsonl.xz", ".json.xz", ".jsonl.bz2", ".json.bz2")
+NAMED_SUFFIXES = (
+    *(".parquet", ".jsonl.zstd", ".json.zstd"),
+    *(".jsonl.xz", ".json.xz", ".jsonl.bz2", ".json.bz2"),
+)
 # Files that somebody may take for a shard, though a glob ignores them
 _LIKE_A_SHARD = re.compile(
     r"\.((jsonl?|ndjson|jsonlines|parquet|arrow)(\.\w+)?|zstd?|gz|bz2|xz|lz4|br)$", re.IGNORECASE

@@ -7,7 +7,8 @@ A suite is recognised by its layout. A folder holds, for a split such as `val`,
     <split>/*.jsonl, <split>.jsonl a single source, named after the folder
     *.jsonl                        one domain per file, named after the file
 
-in any of a shard's compressions. A YAML file lists its sources, which may be data sets. A document's domain is
+in any of a shard's formats; those that a glob takes only by name, Parquet among them, where a folder has no other. A
+YAML file lists its sources, which may be data sets. A document's domain is
 `source/subdomain`, or the source if the record names no subdomain.
 """
 
@@ -21,7 +22,7 @@ import xxhash
 import yaml
 from pydantic import Field, model_validator
 
-from shards.config import Config, Name, SourceConfig
+from shards.config import DEFAULT_TEXT_KEY, Config, Name, SourceConfig
 from shards.errors import ConfigError
 from shards.index.shard_index import content_hash
 from shards.records import hf_datasets
@@ -41,7 +42,7 @@ class SuiteSource(Config):
     dataset_config: str | None = None  # the data set's configuration, if it has several
     revision: str | None = None  # revision of a data set on the hub; None = the newest
     split: str | None = None  # None = the split that the suite is read with
-    text_key: Name = "text"  # key of the text in a record, or the column of a data set
+    text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, or the column of a data set
     domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None = one domain
 
     @model_validator(mode="after")
@@ -75,7 +76,7 @@ class Part(NamedTuple):
     """A source and the shards that hold its documents."""
 
     source: SuiteSource
-    shards: tuple[str, ...]  # files, or columns of Arrow files
+    shards: tuple[str, ...]  # files, or columns of Arrow and Parquet files
 
     def as_training_source(self) -> SourceConfig:
         """Return the source in the form of `data.sources`, which readers expect."""
@@ -172,7 +173,7 @@ def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[s
         return tuple(files.with_columns([str(path)], source.text_key))
     if not path.is_dir():
         raise ConfigError(f"{key}: source {source.name!r}: {path} is neither a folder nor a file")
-    if not (shards := _of_split(path, split)):
+    if not (shards := _of_split(path, split, source.text_key)):
         raise ConfigError(_not_found(path, split, key, [path]))
     return shards
 
@@ -191,14 +192,26 @@ def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
     )
 
 
-def _of_split(folder: Path, split: str) -> tuple[str, ...]:
-    """List a folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like."""
+def _of_split(folder: Path, split: str, text_key: str = DEFAULT_TEXT_KEY) -> tuple[str, ...]:
+    """List a folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like.
+
+    Args:
+        text_key: the column of Parquet files.
+    """
     inside = _shards_in(folder / split) if (folder / split).is_dir() else []
-    return tuple(str(path) for path in inside or _shards_in(folder) if inside or _stem(path) == split)
+    found = inside or [path for path in _shards_in(folder) if _stem(path) == split]
+    return tuple(files.with_columns(map(str, found), text_key))
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(files.SHARD_SUFFIXES))
+    """List a folder's shards: those of `SHARD_SUFFIXES`, or if there are none, of `NAMED_SUFFIXES`.
+
+    The same texts often lie beside each other as JSON lines and as Parquet, and scores of suites that were read before
+    there was a choice stay comparable.
+    """
+    there = sorted(path for path in folder.iterdir() if path.is_file())
+    kinds = (files.SHARD_SUFFIXES, files.NAMED_SUFFIXES)
+    return next(filter(None, ([path for path in there if path.name.endswith(kind)] for kind in kinds)), [])
 
 
 def _stem(path: Path) -> str:
@@ -206,7 +219,8 @@ def _stem(path: Path) -> str:
 
 
 def _whole_stem(path: Path) -> str:
-    return next(path.name.removesuffix(suffix) for suffix in files.SHARD_SUFFIXES if path.name.endswith(suffix))
+    suffixes = files.SHARD_SUFFIXES + files.NAMED_SUFFIXES
+    return next(path.name.removesuffix(suffix) for suffix in suffixes if path.name.endswith(suffix))
 
 
 def _splits_in(folder: Path) -> list[str]:
@@ -221,7 +235,11 @@ def _file_each(folder: Path, key: str) -> list[Part]:
     if any(_stem(path) in _SPLITS for path in shards):
         return []
     return [
-        Part(SuiteSource.parse({"name": _whole_stem(path), "path": str(path)}, key), (str(path),)) for path in shards
+        Part(
+            SuiteSource.parse({"name": _whole_stem(path), "path": str(path)}, key),
+            tuple(files.with_columns([str(path)], DEFAULT_TEXT_KEY)),
+        )
+        for path in shards
     ]
 
 

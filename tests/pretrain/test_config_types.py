@@ -21,7 +21,7 @@ model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_siz
   rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
     original_max_position_embeddings: 64},
   qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5,
-  parametrization: mup, base: {dim: 8, n_layers: 1, head_dim: 2}}
+  parametrization: mup, base: {dim: 8, ffn_dim: 16, n_layers: 1, head_dim: 2}}
 init_from: a/folder
 data:
   sources:

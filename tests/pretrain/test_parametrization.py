@@ -15,8 +15,8 @@ from pretrain.topology import Topology
 from tests.reference_model import Shape, Weights, piece_logits
 
 SMALL = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 32, "vocab_size": 40}
-LARGE = {"dim": 64, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128, "vocab_size": 40}
-BASE = {"dim": 16, "n_layers": 2, "head_dim": 8}
+LARGE = {"dim": 64, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 160, "vocab_size": 40}
+BASE = {"dim": 16, "ffn_dim": 32, "n_layers": 2, "head_dim": 8}
 
 
 def drawn(config: ModelConfig) -> Weights:
@@ -47,6 +47,7 @@ def textbook(name: str, width: float, depth: float, qk_norm: bool) -> tuple[floa
     part = name.removesuffix(".weight").rpartition(".")[2]
     if part in ("wq", "wk", "wv", "w1", "w3", "wo", "w2"):
         multiplier = {"wo": 1 / depth, "w2": 1 / depth, "wq": 1 if qk_norm else logits}.get(part, 1)
+        width = LARGE["ffn_dim"] / BASE["ffn_dim"] if part == "w2" else width  # of what a unit sums
         return multiplier, 1 / math.sqrt(width), 1 / width
     if part == "q_norm":
         return logits, 1, 1

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ def test_a_needed_dictionary_is_reported_and_the_printed_command_removes_the_nee
 
 
 def test_other_compressions_are_named(tmp_path: Path) -> None:
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("0.json"))
+    with pytest.raises(ShardError, match=r"x\.tar: is a tar archive.*unpack it"):
+        decode(tar.getvalue(), "x.tar")
+    line = b'{"text": "' + b"a" * 247 + b'ustar"}\n'
+    assert decode(line, "x.jsonl") == line, "of a line with the letters where tar has them"
     for data, name in ((b"\x04\x22\x4d\x18....", "lz4"), (b"PK\x03\x04....", "zip"), (b"PAR1....", "Parquet")):
         with pytest.raises(ShardError, match=f"a.jsonl.more: is {name}[;,] .*(convert|rename) it"):
             decode(data, "a.jsonl.more")

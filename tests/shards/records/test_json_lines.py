@@ -38,6 +38,7 @@ KEYS: list[dict[str, str]] = [
     {"id_key": "meta"},
     {"source_from": "meta"},
     {"source_from": "meta.set.name", "id_key": "other"},
+    {"source_from": "meta.set", "id_key": "meta.set.name"},
     {"id_key": 'a "quoted" key'},  # the fast parser cannot look for such a key
 ]
 
@@ -154,3 +155,18 @@ def test_a_dotted_key_finds_a_text_inside(others: dict[str, str]) -> None:
         found = parser.parse(line, 1)
         assert [*found.texts, *(bad.reason for bad in found.bad)] == [expected], line
         assert found.sub_sources in ([], ["s"], [None])
+
+
+def test_dotted_keys_of_ids_and_sub_sources_find_values_inside() -> None:
+    lines = {
+        b'{"text": "x", "meta": {"id": 7, "set": "s"}}': ("7", "s"),
+        b'{"text": "x", "meta.id": 8, "meta.set": "out", "meta": {"id": 7, "set": "s"}}': ("8", "out"),
+        b'{"text": "x", "meta.id": null, "meta": {"id": 7, "set": "s", "n": NaN}}': (None, "s"),
+        b'{"text": "x", "meta": {"id": {"a": 1}, "set": 3}}': ("{'a': 1}", None),
+        b'{"text": "x", "meta": "id"}': (None, None),
+        b'{"text": "x", "id": 1, "set": "s"}': (None, None),
+    }
+    parser = RecordParser(id_key="meta.id", source_from="meta.set")
+    for line, expected in lines.items():
+        found = parser.parse(line, 1)
+        assert (found.ids, found.sub_sources) == ([expected[0]], [expected[1]]), line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import itertools
+import json
 import lzma
 import os
 import random
@@ -17,14 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
-from shards import Loader, ShardError, document, preparation
+from shards import ConfigError, Loader, ShardError, Tokenizer, batch_after, document, preparation, read_documents
 from shards.arrays import greedy_groups
 from shards.config import DataConfig
+from shards.exposure import naming, text_index
+from shards.exposure.search import TextSearch
 from shards.index.shard_index import build, hash_tables
 from shards.records import parquet
+from shards.records.document_list import DocumentList, hash_of_text
 from shards.storage import files, remote
 from shards.suites.suite import find
+from shards.tokenizer_check import check_sources
 from tests.shards.corpora import ROOT, config, record, restarted_hashes, words, write_shard
 
 TEXTS = [words(i, 5 + i * 37 % 120) + "\nβ" * (i % 3) for i in range(300)]
@@ -83,14 +89,114 @@ def test_layout_changes_no_batch_and_no_hash(tmp_path: Path) -> None:
         assert hashes(data) == expected[0], name  # type: ignore[index]
 
 
+@pytest.mark.parametrize("plan", [1, 2])
 @pytest.mark.parametrize("alone", [True, False])
-def test_json_lines_of_the_same_documents_give_the_same_batches(tmp_path: Path, alone: bool) -> None:
-    """Hold where record bounds are alike: if each record is a cell, or one window holds all of them."""
+def test_json_lines_of_the_same_documents_give_the_same_batches(tmp_path: Path, alone: bool, plan: int) -> None:
+    """Hold where record bounds are alike: if each record is a segment and a window, or one window holds all of them."""
     texts = [text for text in TEXTS if len(text.encode()) > 100][: 300 if alone else 40]
     (tmp_path / "a.jsonl").write_bytes(b"".join(record(text) for text in texts))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=9)
-    shape = {"window_bytes": 100 if alone else 1 << 20, "lanes": 1, "plan_version": 1}
+    lanes = 1 if plan == 1 else 16 if alone else 4  # of plan version 2 each lane has 64 segments
+    shape = {"window_bytes": 100 if alone else 1 << 20, "lanes": lanes, "plan_version": plan}
     assert hashes(of(tmp_path / "a.parquet", **shape)) == hashes(of(tmp_path / "a.jsonl", **shape))
+
+
+def test_json_lines_of_the_same_documents_give_the_same_epoch_wherever_bounds_fall(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(record(text) for text in TEXTS))
+    of_lines, of_rows = (
+        epoch(of(path, lanes=3, source={"max_epochs": 1}, seq_len=1000))
+        for path in (tmp_path / "a.jsonl", write_texts(tmp_path / "a.parquet", [*TEXTS], 50))
+    )
+    assert of_lines == of_rows
+    assert len(of_rows) == 300
+
+
+def epoch(data: DataConfig) -> dict[int, list[list[int]]]:
+    """Return the tokens of each line, once for each time that it is read."""
+    found: dict[int, list[list[int]]] = {}
+    with Loader(data, 3, seed=1) as loader:
+        for batch in loader:
+            origins = iter(batch.origins())
+            for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
+                for piece in range(1, int(ids.max()) + 1):
+                    found.setdefault(next(origins).line, []).append(tokens[ids == piece].tolist())
+    return found
+
+
+TOKEN_IDS = [None if i == 7 else [3 + (i * 31 + j * j) % 200 for j in range(i * 13 % 40)] for i in range(300)]
+
+
+def write_ids(path: Path, kind: pa.DataType = pa.list_(pa.int32()), **options: object) -> Path:  # noqa: B008
+    """Write token ids, with a list that holds a null, beside texts."""
+    ids: list[object] = [*TOKEN_IDS]
+    ids[9] = [7, None, *range(3, 21)]
+    columns = {"text": TEXTS, "input_ids": pa.array(ids, kind), "id": IDS}
+    pq.write_table(pa.table(columns), path, **({"row_group_size": 70} | options))
+    return path
+
+
+def of_ids(path: Path | str, **changes: object) -> DataConfig:
+    source = {"name": "a", "paths": [str(path)], "input_ids_key": "input_ids", **changes.pop("source", {})}  # type: ignore[dict-item]
+    return config([source], **({"lanes": 4, "on_bad_record": "skip"} | changes))
+
+
+def test_token_ids_give_the_batches_of_a_data_set_of_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write_ids(tmp_path / "a.parquet")
+    listed = of_ids(path)
+    whole = of_ids("", source={"paths": [], "dataset": str(path)})
+    expected = hashes(whole)
+    assert hashes(listed) == expected
+    assert restarted_hashes(listed) == expected
+    indexes = [preparation.source_shards(data, data.sources[0]) for data in (listed, whole)]
+    assert len({hash_tables(shard.index for shard in shards) for shards in indexes}) == 1
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64()])
+def test_token_ids_of_any_type_and_layout_give_the_same_batches(tmp_path: Path, kind: pa.DataType) -> None:
+    expected = hashes(of_ids(write_ids(tmp_path / "a.parquet")), 8)
+    path = write_ids(tmp_path / "b.parquet", pa.large_list(kind), row_group_size=300, data_page_size=100)
+    assert hashes(of_ids(path), 8) == expected
+    tokens = pa.table({"tokens": [{"ids": ids} for ids in pq.read_table(path)["input_ids"].to_pylist()]})
+    pq.write_table(tokens.cast(pa.schema({"tokens": pa.struct({"ids": pa.list_(kind)})})), tmp_path / "c.parquet")
+    assert hashes(of_ids(tmp_path / "c.parquet", source={"input_ids_key": "tokens.ids"}), 8) == expected
+
+
+def test_an_epoch_holds_the_ids_of_each_row_unchanged_also_from_lists_of_one_size(tmp_path: Path) -> None:
+    ids = [[3 + (i + j) % 200 for j in range(20)] if i != 5 else None for i in range(60)]
+    fixed = pa.array(ids, pa.list_(pa.uint16(), 20))
+    pq.write_table(pa.table({"input_ids": fixed}), tmp_path / "a.parquet", row_group_size=13)
+    found = epoch(of_ids(tmp_path / "a.parquet", source={"max_epochs": 1}, seq_len=50))
+    assert found == {line: [row] for line, row in enumerate(ids, 1) if row is not None}
+
+
+def test_mistakes_with_token_ids_are_named(tmp_path: Path) -> None:
+    path = write_ids(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(record("text"))
+    with pytest.raises(
+        ShardError, match=r"source 'a': input_ids_key is for a data set or Parquet .*a\.jsonl; leave it"
+    ):
+        Loader(of_ids(tmp_path / "a.jsonl"), 8)
+    with pytest.raises(ShardError, match=r"a\.parquet#input_ids, line (8|10): 'input_ids' is null"):
+        hashes(of_ids(path, on_bad_record="fail", lanes=1))
+    for source, message in (
+        ({"input_ids_key": "text"}, r"column 'text' holds texts; name it with text_key"),
+        ({"input_ids_key": None, "text_key": "input_ids"}, r"'input_ids' holds token ids; name it with input_ids_key"),
+    ):
+        data = of_ids(path, source=source)
+        with pytest.raises(ShardError, match=message):
+            hashes(data)
+        with pytest.raises(ShardError, match=message):  # before a run begins
+            check_sources(data, Tokenizer.of(data))
+    for ids, message in (([3, 70_000], "line 1: token id 70000, but data.tokenizer has"), ([2**63], "beyond any")):
+        pq.write_table(pa.table({"input_ids": pa.array([ids], pa.list_(pa.uint64()))}), tmp_path / "b.parquet")
+        with pytest.raises(ShardError, match=message):
+            hashes(of_ids(tmp_path / "b.parquet"))
+    for read in (lambda data: document(path, 1, data), lambda data: next(read_documents(path, data))):
+        with pytest.raises(ShardError, match="holds token ids, no texts to read"):
+            read(of_ids(path).sources[0])
 
 
 def test_cells_are_those_of_the_lengths_and_hashed_as_read(tmp_path: Path) -> None:
@@ -105,8 +211,8 @@ def test_cells_are_those_of_the_lengths_and_hashed_as_read(tmp_path: Path) -> No
     assert index.num_frames == -(-len(texts) // 33)
     for first, stop, check in zip(firsts, firsts[1:], np.frombuffer(index.checks, "<u8").tolist(), strict=False):
         part = texts[first:stop]
-        sizes = np.array([-1 if text is None else len(text.encode()) for text in part])
-        assert parquet.check_of(sizes, "".join(text or "" for text in part).encode()) == check
+        sizes = np.array([-1 if text is None else len(text.encode()) for text in part], "<i8")
+        assert xxhash.xxh3_64_intdigest(sizes.tobytes() + "".join(text or "" for text in part).encode()) == check
 
 
 def write_texts(path: Path, texts: list[str | None], rows: int = 1000) -> Path:
@@ -132,6 +238,83 @@ def test_documents_keep_their_row_id_and_sub_source(tmp_path: Path) -> None:
         document(path, 301, data.sources[0])
 
 
+def test_documents_are_read_from_the_beginning(tmp_path: Path) -> None:
+    """By the file, the column, or a source that names the column, which may lie in a struct."""
+    path, nested = write(tmp_path / "a.parquet"), tmp_path / "b.parquet"
+    plain = list(read_documents(path))
+    assert [(one.text, one.id, one.line) for one in plain] == list(zip(TEXTS, IDS, range(1, 301), strict=True))
+    assert {(one.source, one.shard) for one in plain} == {("a", f"{path}#text")}
+    assert list(read_documents(f"{path}#text")) == plain
+    pq.write_table(pa.table({"content": [{"text": text} for text in TEXTS], "meta": [{"id": i} for i in IDS]}), nested)
+    source = of(nested, source={"text_key": "content.text", "id_key": "meta.id"}).sources[0]
+    found = list(read_documents(nested, source))
+    assert [(one.text, one.id) for one in found] == list(zip(TEXTS, IDS, strict=True))
+    assert document(nested, 7, source) == found[6]
+    write_texts(path, [TEXTS[0], None, TEXTS[2]])
+    assert [one.line for one in read_documents(path, on_bad_record="skip")] == [1, 3]
+    documents = read_documents(path)
+    assert next(documents).line == 1
+    with pytest.raises(ShardError, match="line 2: 'text' is null.*on_bad_record='skip'"):
+        next(documents)
+
+
+def test_dotted_keys_mean_the_same_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"content": {"text": TEXTS[i]}, "meta": {"id": i, "site": SITES[i]}} for i in range(9)]
+    flat = [{"content.text": TEXTS[i], "meta.id": i, "meta.site": SITES[i]} for i in range(9)]
+    keys = {"text_key": "content.text", "id_key": "meta.id", "source_from": "meta.site"}
+    for name, table in (("nested", rows), ("flat", flat)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+        for source in (
+            {"paths": [str(tmp_path / f"{name}.jsonl")]},
+            {"paths": [str(tmp_path / f"{name}.parquet")]},
+            {"dataset": str(tmp_path / f"{name}.parquet")},
+        ):
+            (parsed,) = config([{"name": "a", **source, **keys}]).sources
+            (shard,) = preparation.shard_paths(parsed)
+            found = [(one.text, one.id, one.source) for one in read_documents(shard, parsed)]
+            assert found == [(TEXTS[i], str(i), SITES[i]) for i in range(9)], (name, source)
+
+
+def test_documents_are_named_searched_and_forgotten_as_those_of_json_lines(tmp_path: Path) -> None:
+    """By the file or the column, by an id inside a struct, and by text; ids of tokens by their rows."""
+    texts = [words(i, 40) for i in range(50)]
+    ids = [{"key": f"d{i}"} for i in range(50)]
+    pq.write_table(pa.table({"text": texts, "meta": ids, "input_ids": [[5] * 9] * 50}), tmp_path / "a.parquet")
+    data = of(tmp_path / "a.parquet", source={"id_key": "meta.key", "max_epochs": 1}, lanes=1, seq_len=400)
+    shards = [preparation.source_shards(data, data.sources[0])]
+    documents = naming.Documents(data, shards)
+    (place,) = documents.at("a.parquet:7")
+    assert documents.at(f"{tmp_path}/a.parquet#text:7") == [place]
+    assert documents.read([place])[place].text == texts[6]
+    text_index.obtain(data, data.sources[0], shards[0][0])
+    search = TextSearch(data, shards)
+    assert [(match.place, match.id) for match in search.texts([texts[6]])[0]] == [(place, "d6")]
+    assert search.ids(["d6"]) == [[place]]
+    with pytest.raises(ConfigError, match="has no line 51; it has 50"):
+        documents.at("a.parquet:51")
+    with Loader(data, 1, seed=1) as loader:
+        all_learned = sum(batch.n_targets for batch in loader)
+    for line in (
+        {"shard": "a.parquet", "line": 7},
+        {"shard": "a.parquet#text", "line": 7},
+        {"source": "a", "id": "d6"},
+        {"text_hash": hash_of_text(texts[6])},
+    ):
+        (tmp_path / "list.jsonl").write_text(json.dumps(line))
+        listed = DocumentList(tmp_path / "list.jsonl", "--file")
+        assert documents.listed(listed, lambda: search) == [place], line
+        with Loader(data.model_copy(update={"forget": tmp_path / "list.jsonl"}), 1, seed=1) as loader:
+            assert sum(batch.n_targets for batch in loader) < all_learned, line
+    tokens = of_ids(tmp_path / "a.parquet", source={"id_key": "meta.key"})
+    shards = [preparation.source_shards(tokens, tokens.sources[0])]
+    (place,) = naming.Documents(tokens, shards).at("a.parquet:7")
+    assert naming.Documents(tokens, shards).path(place) == f"{tmp_path}/a.parquet#input_ids"
+    origin = next(batch_after(tokens, 8, 3, None, 5).origins())
+    assert origin.shard == f"{tmp_path}/a.parquet#input_ids"
+
+
 def test_bad_rows_are_named_by_their_number(tmp_path: Path) -> None:
     raw = pa.array([b"good one", None, b"bad \xff here", b"", b"last"])
     # Written as a string column, as some writers do without looking
@@ -153,8 +336,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
             {"text_key": "body"},
             r"no column 'body'; its columns are noise, id, meta\.site, meta\.long, text: set",
         ),
-        ({"text_key": "meta"}, r"column 'meta' holds struct<.*not texts"),
-        ({"text_key": "noise"}, r"column 'noise' holds int64, not texts"),
+        ({"text_key": "meta"}, r"column 'meta' holds struct<.*neither texts nor lists of token ids"),
+        ({"text_key": "noise"}, r"column 'noise' holds int64, neither texts nor lists"),
         ({"text_key": "meta.size"}, r"no column 'meta\.size'"),
         ({"paths": [str(tmp_path / "none-*.parquet")]}, r"no shard matches"),
     ):
@@ -236,11 +419,14 @@ def test_a_source_may_mix_formats_and_a_suite_may_be_parquet(tmp_path: Path) -> 
     write_shard(tmp_path / "b.jsonl.gz", b"".join(record(text) for text in TEXTS[100:200]))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b"".join(record(text) for text in TEXTS[200:250])))
     (tmp_path / "d.json.bz2").write_bytes(bz2.compress(b"".join(record(text) for text in TEXTS[250:])))
-    patterns = [f"{tmp_path}/*{ending}" for ending in (".parquet", ".gz", ".xz", ".bz2")]
+    write_shard(tmp_path / "e.jsonl.zst", b"".join(record(text) for text in TEXTS[:10])).rename(
+        tmp_path / "e.jsonl.zstd"
+    )
+    patterns = [f"{tmp_path}/*{ending}" for ending in (".parquet", ".gz", ".xz", ".bz2", ".zstd")]
     data = of("", source={"paths": patterns, "max_epochs": 1}, lanes=4, seq_len=500)
     with Loader(data, 4, seed=1) as loader:
         found = sorted((Path(origin.shard).name, origin.line) for batch in loader for origin in batch.origins())
-    names = {"a.parquet#text": 100, "b.jsonl.gz": 100, "c.jsonl.xz": 50, "d.json.bz2": 50}
+    names = {"a.parquet#text": 100, "b.jsonl.gz": 100, "c.jsonl.xz": 50, "d.json.bz2": 50, "e.jsonl.zstd": 10}
     assert sorted(set(found)) == [(name, line) for name, count in names.items() for line in range(1, count + 1)]
     (tmp_path / "suite.yaml").write_text("sources: [{name: a, path: a.parquet, domain_from: meta.site}]")
     documents = list(find(tmp_path / "suite.yaml", "val").documents())
@@ -267,8 +453,17 @@ def test_the_index_command_takes_the_column(tmp_path: Path) -> None:
 
 def test_reading_imports_no_pandas(tmp_path: Path) -> None:
     """Each worker would hold it, and wait for it."""
-    code = "import sys, shards; shards.document(sys.argv[1], 7); assert 'pandas' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(write(tmp_path / "a.parquet"))], cwd=ROOT, check=True)
+    paths = [str(write(tmp_path / "a.parquet")), f"{write_ids(tmp_path / 'b.parquet')}#input_ids"]
+    code = """if True:
+        import sys, shards
+        from shards.records import arrow, parquet
+        text, ids = sys.argv[1:]
+        shards.document(text, 7)
+        for batch in parquet.ParquetFile(ids).batches(["input_ids"]):
+            arrow.values_of(batch.column(0), ids), arrow.token_ids(batch.column(0), ids)
+        assert 'pandas' not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code, *paths], cwd=ROOT, check=True)
 
 
 def test_flipped_bits_are_an_error_or_the_texts_where_pages_have_checksums(tmp_path: Path) -> None:

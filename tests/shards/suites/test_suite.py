@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards import ConfigError, Loader
@@ -44,6 +48,36 @@ def domains(path: Path, split: str = "val") -> dict[str, list[str]]:
 def test_palomas_layout_is_read(tmp_path: Path) -> None:
     assert domains(paloma(tmp_path)) == TEXTS
     assert {d.source for d in find(tmp_path, "val").documents()} == set(PALOMA)
+
+
+@pytest.mark.parametrize("name", ["{}/val/x.{}", "{}/val.0.{}", "{}.{}"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl.xz", "json.bz2"])
+def test_formats_that_a_glob_takes_only_by_name_are_read_where_a_folder_has_no_other(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    for domain in "ab":
+        path = tmp_path / name.format(domain, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [f"{domain} one", f"{domain} two"]
+        lines = b"".join(map(record, texts))
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": texts}), path)
+        else:
+            path.write_bytes(lzma.compress(lines) if kind == "jsonl.xz" else bz2.compress(lines))
+    expected = {domain: [f"{domain} one", f"{domain} two"] for domain in "ab"}
+    assert domains(tmp_path) == expected
+    assert len(find(tmp_path, "val").content_hashes()) == 2
+    beside = path.parent / "val.jsonl"  # the same suite once more, as hubs convert it
+    beside.write_bytes(record("b of JSON lines"))
+    if name != "{}.{}":
+        assert domains(tmp_path) == {**expected, "b": ["b of JSON lines"]}
+
+
+def test_a_suite_file_names_the_column_of_parquet_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"body": ["x", "y"], "of": ["s", None]}), tmp_path / "a/val.parquet")
+    (tmp_path / "suite.yaml").write_text("sources: [{name: a, path: a, text_key: body, domain_from: of}]")
+    assert domains(tmp_path / "suite.yaml") == {"a/s": ["x"], "a": ["y"]}
 
 
 @pytest.mark.parametrize("name", ["{}/val.jsonl.zst", "{}/val.0.json.gz", "{}/val/x.jsonl", "{}.jsonl"])

@@ -1,0 +1,9 @@
+"""Follow a run from another terminal: `python launch/watch.py runs/quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from runpy import run_path
+
+if __name__ == "__main__":
+    run_path(str(Path(__file__).with_name("_run.py")))["run"]("watch")

@@ -1,0 +1,75 @@
+"""Figures that sum up a run. history -> figures -> {facts, side_by_side, frame}. None of this needs torch."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from pretrain.run.history import History
+
+_FRESH_SECONDS = 120.0  # a lease without a heartbeat for so long is not held any more
+_LAST = 20  # the last 1/20 of a run's steps, over which its final loss is averaged
+_RECENT = 200  # steps from which the rest of the run is estimated
+
+
+def number(value: object) -> float:
+    """Return a number of a record; NaN for null or what is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def state_of(history: History) -> str:
+    """Say how far a run is: finished, training, or stopped."""
+    step, length = history.last_step, history.length
+    if length is not None and step >= length:
+        return f"finished after {step:,} steps"
+    of = f" of {length:,}" if length is not None else ""
+    try:
+        is_held = time.time() - history.folder.lease.stat().st_mtime < _FRESH_SECONDS
+    except OSError:
+        is_held = False
+    return f"training, step {step:,}{of}" if is_held else f"stopped at step {step:,}{of}"
+
+
+def final_loss(history: History) -> float:
+    """Return the mean training loss of the last 5 % of the steps; NaN if there is none."""
+    losses = history.metrics["loss"]
+    last = losses[len(losses) - max(1, len(losses) // _LAST) :]
+    finite = last[np.isfinite(last)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def usual_speed(history: History) -> float:
+    """Return the median of the steps' tokens per second; NaN without a step."""
+    speeds = history.metrics["tokens_per_second"]
+    finite = speeds[np.isfinite(speeds)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
+def last_eval(history: History, domain: str = "macro") -> tuple[int, float] | None:
+    """Return the step of the last evaluation, and its bits per byte in a domain or average; None without one."""
+    of_steps = history.evals.get(history.suite() or "", {}).get(domain, {})
+    return (max(of_steps), number(of_steps[max(of_steps)].get("bits_per_byte"))) if of_steps else None
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 60:
+        return f"{minutes:.1f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def seconds_left(history: History) -> float | None:
+    """Estimate the seconds that the remaining steps take, at the pace of the last ones and with their saves."""
+    length = history.length
+    seconds = history.metrics["step_seconds"][-_RECENT:]
+    if length is None or not np.isfinite(seconds).any():
+        return None
+    saves = np.nan_to_num(history.metrics["checkpoint_seconds"][-_RECENT:])
+    return float(np.nanmean(seconds + saves)) * max(0, length - history.last_step)

@@ -1,0 +1,228 @@
+"""Train the runs of a sweep in processes on this machine, and go on where a killed sweep was. submission -> local.
+
+A run's folder holds all that it is; of the sweep itself only the names of those that have finished are kept. A killed
+sweep takes its processes along: each is asked to save and stop when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pretrain.faults.interrupt import STOPPED
+from pretrain.report.figures import number
+from pretrain.run.history import History
+from pretrain.run.lease import Lease
+from pretrain.sweep.halving import Goal, rungs_of, standings
+from shards.storage.atomic import is_there, write_atomically
+
+_FRUITLESS = 3  # stops in a row without a new step, after which a run has failed
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+
+State = Literal["waiting", "training", "stopping", "held", "resting", "finished", "out", "failed"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for one run.
+
+    Attributes:
+        name: of the run.
+        settings: the values that the sweep gives it, by key.
+        folder: the run's.
+        identity: differs whenever the run's config does.
+        steps: its length; None if its data decides.
+        command: words that train it, or go on with it.
+    """
+
+    name: str
+    settings: dict[str, str]
+    folder: Path
+    identity: str
+    steps: int | None
+    command: tuple[str, ...]
+
+
+@dataclass
+class Point:
+    """A run of the sweep as it stands.
+
+    It may be held by another process, rest at a rung of the halving until others are there, or be out of it.
+    """
+
+    plan: Plan
+    history: History
+    state: State = "waiting"
+    note: str = ""  # why it failed or waits
+    process: subprocess.Popen[bytes] | None = None
+    slot: int = 0
+    step_at_start: int = 0
+    fruitless: int = 0
+
+
+@dataclass(frozen=True)
+class Halving:
+    """How to stop runs early: by which figure, at which steps, out of how many."""
+
+    goal: Goal
+    rungs: list[int]
+    steps: int
+
+    @staticmethod
+    def of(goal: Goal, n_runs: int, steps: int, every: int) -> Halving:
+        """Return the halving of runs of the same length, evaluated at the same steps."""
+        return Halving(goal, rungs_of(n_runs, steps, every), steps)
+
+
+class LocalSweep:
+    """The sweep's processes.
+
+    Args:
+        root: the sweep's own folder, for logs and the list of finished runs.
+        plans: of the runs, in order.
+        jobs: number of runs at once.
+        environment: of the process in a slot, counted from 0.
+        halving: None to train every run to its end.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        plans: Sequence[Plan],
+        jobs: int,
+        environment: Callable[[int], dict[str, str]],
+        halving: Halving | None = None,
+    ) -> None:
+        self._root, self._jobs, self._environment, self._halving = root, jobs, environment, halving
+        self.points = [Point(plan, History(plan.folder)) for plan in plans]
+        self._finished: dict[str, str] = {}
+        self._logs.mkdir(parents=True, exist_ok=True)
+        if is_there(self._list):
+            self._finished = msgspec.json.decode(self._list.read_bytes(), type=dict[str, str])
+        for point in self.points:
+            point.history.refresh()
+            if self._finished.get(point.plan.name) == point.plan.identity:
+                point.state = "finished"
+
+    @property
+    def _logs(self) -> Path:
+        return self._root / "logs"
+
+    @property
+    def _list(self) -> Path:
+        return self._root / "finished.json"
+
+    def log_of(self, point: Point) -> Path:
+        """Return the file with what a run's processes have printed."""
+        return self._logs / f"{point.plan.name}.log"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(point.state in ("finished", "out", "failed") for point in self.points)
+
+    def advance(self) -> list[Point]:
+        """Take note of what has ended, stop what is to rest, start what can go on; return the runs that changed."""
+        before = [(point.state, point.note) for point in self.points]
+        for point in self.points:
+            point.history.refresh()
+            if point.process is not None and (code := point.process.poll()) is not None:
+                self._note_end(point, code)
+        self._apply_limits()
+        for point in self._startable():
+            self._start(point)
+        return [point for point, was in zip(self.points, before, strict=True) if (point.state, point.note) != was]
+
+    def stop(self) -> None:
+        """Ask all processes to save and stop, and wait for them."""
+        running = [point for point in self.points if point.process is not None]
+        for point in running:
+            assert point.process is not None
+            point.process.send_signal(signal.SIGTERM)
+        for point in running:
+            assert point.process is not None
+            self._note_end(point, point.process.wait())
+
+    def _note_end(self, point: Point, code: int) -> None:
+        point.process = None
+        point.history.refresh()
+        if code == 0:
+            point.state, point.note = "finished", ""
+            self._finished[point.plan.name] = point.plan.identity
+            write_atomically(self._list, msgspec.json.format(msgspec.json.encode(self._finished)))
+            return
+        point.fruitless = 0 if point.history.last_step > point.step_at_start else point.fruitless + 1
+        if code in (STOPPED, -signal.SIGTERM) and point.fruitless < _FRUITLESS:
+            point.state = "waiting"
+            return
+        point.state = "failed"
+        point.note = f"exit code {code}, see {self.log_of(point)}"
+
+    def _apply_limits(self) -> None:
+        """Let runs rest that have come to a rung, and those go on that have passed it."""
+        if self._halving is None:
+            return
+        costs = [self._costs(point) for point in self.points]
+        failed = [i for i, point in enumerate(self.points) if point.state == "failed"]
+        found = standings(costs, self._halving.rungs, self._halving.steps, failed)
+        for point, cost, (limit, is_out) in zip(self.points, costs, found, strict=True):
+            is_there_yet = limit < self._halving.steps and limit in cost
+            if point.state == "training" and is_there_yet and point.process is not None:
+                point.process.send_signal(signal.SIGTERM)
+                point.state, point.note = "stopping", f"at step {limit}"
+            elif point.state in ("waiting", "held", "resting", "out") and is_there_yet:
+                point.state = "out" if is_out else "resting"
+                point.note = f"stopped at step {limit}" if is_out else f"waits at step {limit} for others"
+            elif point.state in ("resting", "out"):
+                point.state, point.note = "waiting", ""
+
+    def _costs(self, point: Point) -> dict[int, float]:
+        assert self._halving is not None
+        goal = self._halving.goal
+        of_steps = point.history.evals.get(point.history.suite() or "", {}).get(goal.domain, {})
+        return {step: goal.cost(number(record.get(goal.figure))) for step, record in of_steps.items()}
+
+    def _startable(self) -> Iterator[Point]:
+        """Yield runs to start, as long as there is a free slot."""
+        for point in self.points:
+            if sum(other.process is not None for other in self.points) >= self._jobs:
+                return
+            if point.state in ("waiting", "held"):
+                if not Lease(point.history.folder.lease, os.environ.get("SLURM_JOB_ID")).is_free():
+                    point.state, point.note = "held", "another process is training it"
+                    continue
+                yield point
+
+    def _start(self, point: Point) -> None:
+        taken = {other.slot for other in self.points if other.process is not None}
+        point.slot = next(slot for slot in range(self._jobs) if slot not in taken)
+        point.state, point.note = "training", ""
+        point.step_at_start = point.history.last_step
+        parent = os.getpid()
+        with self.log_of(point).open("ab") as log:
+            point.process = subprocess.Popen(
+                point.plan.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(point.slot),
+                start_new_session=True,  # or Ctrl-C would reach it beside the sweep's own request to stop
+                preexec_fn=lambda: _die_with(parent),
+            )
+
+
+def _die_with(parent: int) -> None:
+    """Have this process asked to stop when its parent is gone, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before
+            os.kill(os.getpid(), signal.SIGTERM)
