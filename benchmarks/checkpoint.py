@@ -38,6 +38,7 @@ from pretrain.model.pieces import valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
+from pretrain.run.events import log_event
 from pretrain.run.metrics import Meter
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import ParallelConfig, Topology, started
@@ -93,7 +94,7 @@ class Ours:
         root.mkdir()
         config = CheckpointConfig(keep=1, asynchronous=asynchronous)
         self.store = CheckpointStore(root, config, checkpoint_bytes(MODEL, 2))
-        self._saver = Saver(self.store, training.engine, here, RunFolder(root), lease=None)
+        self._saver = Saver(self.store, training.engine, here, RunFolder(root), lease=None, tell=log_event)
 
     def save(self) -> dict[str, float]:
         step = self._training.steps

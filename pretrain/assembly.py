@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_s
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
+from pretrain.faults.spikes import SpikeWatch, last_figures, unapplied_in_a_row
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import StragglerWatch
+from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
@@ -37,12 +41,14 @@ from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_of_run
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
+from pretrain.rewind import Rewinder
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
 from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker, describe
+from pretrain.standing import Standing, check_figures
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
@@ -64,6 +70,7 @@ class Start:
     Attributes:
         lease: rank 0's lease on the run's folder; None on other ranks.
         from_step: the checkpoint to go back to; None: the newest.
+        engine: that of a training which goes back, whatever its state; None: it is made.
         prepared: what `shards.prepare` returned on rank 0.
     """
 
@@ -74,6 +81,7 @@ class Start:
     prepared: Prepared | None
     lease: Lease | None
     from_step: int | None = None
+    engine: Engine | None = None
 
 
 def assemble(start: Start, stack: ExitStack) -> Trainer:
@@ -86,10 +94,9 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     """
     config, topology = start.config, start.topology
     folder, store = config.folder, checkpoints_of(config)
-    watchdog = stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank))
     loader = open_loader(config, topology, start.prepared, stack)
     choice = choose(store, topology, start.from_step)
-    engine = make_engine(config, topology, choice.checkpoint.step if choice.checkpoint else 0)
+    engine = _engine(start, choice.checkpoint.step if choice.checkpoint else 0)
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
     stages = [stage.of_loader for stage in config.all_stages]
@@ -101,9 +108,17 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         topology.dp_rank,
         topology.dp_size,
     )
+    check_figures(
+        {
+            "train.stop.metric": rule.metric if (rule := config.train.stop) else None,
+            "checkpoint.best": config.checkpoint.best,
+        },
+        eval_set,
+    )
+    suite = eval_set.suite if eval_set else ""
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
-    begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
+    begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology, suite)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
@@ -116,20 +131,34 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
             Once(folder.root, f"--from-step {start.from_step}").note_done()
         folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
     topology.barrier()
-    suite = eval_set.suite if eval_set else ""
+    train = config.train
+    looking_back = max(train.spike_window, train.max_nonfinite)
+    figures = topology.broadcast_object(last_figures(folder, state.step, looking_back) if topology.is_main else [])
     tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
-    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps))
+    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
     parts = Parts(
         engine=engine,
         feed=Feed(loader, stages, topology),
         journal=journal,
         recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
-        saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease)),
+        saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
         held_out=_held_out(config, eval_set, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
-        watchdog=watchdog,
-        unapplied=UnappliedSteps(config.train.max_nonfinite, config.train.nonfinite_limit, folder, topology),
+        watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell)),
+        unapplied=UnappliedSteps(
+            train.max_nonfinite,
+            train.nonfinite_limit,
+            folder,
+            topology,
+            journal.tell,
+            unapplied_in_a_row(figures),
+        ),
+        spikes=SpikeWatch(train.spike_window, train.spike_score, figures),
+        rewinder=Rewinder(store, folder, topology, train.rewind_steps, train.max_rewinds),
+        standing=Standing(train.stop, store, folder, suite, topology),
+        stragglers=StragglerWatch(topology.gather_objects(socket.gethostname())),
+        tripwires=Tripwires(config.model, drawn=config.init_from is None),
         profiler=stack.enter_context(StepProfiler(config.metrics.profile, folder.profiles, topology)),
     )
     return Trainer(config, parts, topology, steps, state)
@@ -158,6 +187,15 @@ def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None
     if loader and fingerprint is not None:
         check_fingerprint(fingerprint, loader.fingerprint)  # nodes may see different files under the same names
     return loader
+
+
+def _engine(start: Start, step: int) -> Engine:
+    """Return the engine of a start, for the stage in which the run goes on; every rank calls it."""
+    if start.engine is None:
+        return make_engine(start.config, start.topology, step)
+    stage, dp_size = start.config.stage_at(step), start.topology.dp_size
+    start.engine.set_batches(stage.micro_batch_size(dp_size), stage.micro_steps(dp_size))
+    return start.engine
 
 
 def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:

@@ -19,12 +19,13 @@ from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.evaluation.eval_set import EvaluationConfig
+from pretrain.faults.patience import StopRule
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
-from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
 from pretrain.topology import ParallelConfig
@@ -58,8 +59,17 @@ class TrainConfig(Config):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     # A step or evaluation batch that takes longer ends the process with exit code 75 and its stacks in the log
     stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    # This many such steps in a row end the run even if they are skipped; so do batches without any target
+    # This many such steps in a row end the run even if they are skipped; so do batches without a target, and spikes
     max_nonfinite: int = Field(10, ge=1)
+    # A step whose loss or gradient norm stands out against those before is marked in metrics.jsonl, and an event tells.
+    # skip: its update is not made; rewind: the run goes back to a checkpoint before it and passes its batches over
+    on_spike: Literal["mark", "skip", "rewind"] = "mark"
+    spike_window: int = Field(128, ge=4)  # steps that a step is compared with
+    # Deviations above the median at which a step stands out; the deviation is 1.4826 times the median absolute one
+    spike_score: float = Field(8.0, gt=0)
+    rewind_steps: int = Field(10, ge=1)  # steps that a rewind passes over, of which the spike is the last
+    max_rewinds: int = Field(3, ge=0)  # how often a run goes back; afterwards spikes are only marked
+    stop: StopRule | None = None  # ends the run before its last step, by its evaluations; null: never
     # Optimizer steps between hashes of all weights and moments in metrics.jsonl; steps with a checkpoint have one too.
     # An audit compares them. null: never
     weight_hash_every: int | None = Field(100, ge=1)
@@ -147,6 +157,11 @@ class RunConfig(Config):
         version = self.data.plan_version or (begun or self).data.plan
         return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
+    def passing_over(self, rewinds: Sequence[Rewind]) -> RunConfig:
+        """Return this config with the steps that the run itself has decided to pass over."""
+        skipped = _joined(self.data.skip_steps, [rewind.passed_over for rewind in rewinds])
+        return self.model_copy(update={"data": self.data.model_copy(update={"skip_steps": skipped})})
+
     def to_yaml(self) -> str:
         """Return all values, including defaults, as YAML that `load_config` reads back to an equal config."""
         return dump(self.model_dump(mode="json"))
@@ -199,6 +214,19 @@ class RunConfig(Config):
         """Return 16 hex digits that differ whenever a value differs."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _joined(skipped: tuple[tuple[int, int], ...], more: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return `data.skip_steps` with more steps; without any, as it was written."""
+    if not more:
+        return skipped
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted([*skipped, *more]):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return tuple(joined)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) -> RunConfig:
@@ -277,6 +305,17 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from _not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
+    evaluation: EvaluationConfig | None = parts.get("evaluation")
+    if evaluation and train and train.stop and not (evaluation.suite and evaluation.every):
+        yield "train.stop: needs evaluations to judge by; set evaluation.suite and evaluation.every"
+    if evaluation and checkpoint and checkpoint.best:
+        if not (evaluation.suite and evaluation.every):
+            yield f"checkpoint.best={checkpoint.best}: set evaluation.suite and evaluation.every, or there is no figure"
+        elif checkpoint.every % evaluation.every:
+            yield (
+                f"checkpoint.best={checkpoint.best}: every checkpoint needs an evaluation, so make checkpoint.every="
+                f"{checkpoint.every} a multiple of evaluation.every={evaluation.every}"
+            )
     if parallel:
         yield from parallel.problems()
     if {"parallel", "optim", "precision", "deepspeed"} <= parts.keys():

@@ -12,7 +12,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.host_memory import keep_freed_memory
-from pretrain.layer_figures import LayerFigures, LayerMeasurement
+from pretrain.layer_figures import LayerMeasurement
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
@@ -38,30 +38,11 @@ from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
+from pretrain.step_hooks import CommunicationTimer, refusing
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from pretrain.zero_pieces import OwnPiece
 from shards import CheckpointError
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """The results of one optimizer step, the same on every rank.
-
-    Attributes:
-        loss: mean negative log-likelihood of the global batch's valid targets, in nats; without the z-loss. NaN,
-            like the other two, if there was no target.
-        z_loss: mean squared logsumexp of the logits times its weight; 0 if it is off.
-        grad_norm: L2 norm of the gradient of the whole model before clipping; infinite if it is NaN.
-        applied: False if loss or gradient was not finite, or there was no target; weights and optimizer are then
-            unchanged.
-        layers: figures of each layer, if they were to be measured.
-    """
-
-    loss: float
-    z_loss: float
-    grad_norm: float
-    applied: bool
-    layers: LayerFigures | None = None
 
 
 class _CallbackCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -144,6 +125,7 @@ class Engine:
                 dist_init_required=False,
             )
 
+        self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
@@ -165,6 +147,7 @@ class Engine:
         learning_rate: float,
         meter: Meter,
         measured: bool = False,
+        limits: Limits = NO_LIMITS,
     ) -> StepStats:
         """Make one optimizer step.
 
@@ -176,13 +159,15 @@ class Engine:
                 weight decay would still move the weights.
             step: from 0; seeds the dropout.
             learning_rate: learning rate of this step.
-            meter: times "forward_backward" and "optimizer".
+            meter: times "forward_backward", "forward" as a part of it, and "optimizer"; and DeepSpeed's collectives, in
+                which a rank waits for others, as "forward_communication" and so on.
             measured: whether to measure the layers' figures.
+            limits: the same on every rank, so that all refuse the same steps.
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
-        with self._compilations.step(step + 1):
-            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, measured)
+        with self._compilations.step(step + 1), self._communication.charging(meter):
+            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, measured, limits)
 
     def _train_step(
         self,
@@ -193,6 +178,7 @@ class Engine:
         learning_rate: float,
         meter: Meter,
         measured: bool,
+        limits: Limits,
     ) -> StepStats:
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
@@ -209,22 +195,33 @@ class Engine:
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
             with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
-                loss = self._forward(ids, segments)
+                with meter.device_part("forward"), self._communication.phase("forward"):
+                    loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
                 scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
-                self.deepspeed.backward(scaled, scale_wrt_gas=False)
+                with self._communication.phase("backward"):
+                    self.deepspeed.backward(scaled, scale_wrt_gas=False)
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
-        with meter.device_part("optimizer"):
+        # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
+        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
+        with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
             if measurement:
                 measurement.before_update()
             self.deepspeed.step()
             layers = measurement.finish() if measurement else None
-        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
         applied = not self.deepspeed.optimizer.overflow
         if not applied:
             self._forget_gradients()
-        return StepStats(loss, z_loss_mean, float(self.deepspeed.get_global_grad_norm()), applied, layers)
+        norm = refused[0] if refused else float(self.deepspeed.get_global_grad_norm())
+        return StepStats(loss, z_loss_mean, norm, applied, layers, bool(refused))
+
+    def _refusing(self, loss: float, limits: Limits) -> contextlib.AbstractContextManager[list[float]]:
+        """Let DeepSpeed refuse the step's update above its limits; see `step_hooks.refusing`."""
+        if limits == NO_LIMITS:
+            return contextlib.nullcontext([])
+        step = StepStats(loss, 0.0, 0.0, applied=False)
+        return refusing(self.deepspeed.optimizer, lambda norm: replace(step, grad_norm=norm).exceeds(limits))
 
     @torch.no_grad()
     def _measure_activations(self, micro_batches: Sequence[tuple[Tensor, Tensor]], meter: Meter) -> LayerMeasurement:

@@ -7,6 +7,7 @@ collective, with everything else that they exchange once a step, such as a reque
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,13 @@ import xxhash
 from torch import Tensor
 
 from pretrain.checkpoint.state import DataState
-from pretrain.topology import Topology, copy_to
+from pretrain.faults.stragglers import RankSeconds
+from pretrain.topology import Topology, copy_to, signed
 from shards import Batch, HeadraceError, Loader, Origin, ShardError, Skipped, Stage, merge_states
 
 _EPOCH_UNIT = 10**12  # epochs are sent as integers, like everything else
+_SECONDS_UNIT = 1e-6  # seconds are sent as integers too
+_NO_SECONDS = RankSeconds()
 _EPOCH_DIGITS = 9  # fewer decimals than are sent, so that thirds of an epoch on three ranks add up to 1
 
 # Sums over all ranks in each step, besides the tokens and epochs of each source.
@@ -55,6 +59,7 @@ class StepBatch:
         contaminated: documents that all ranks dropped on the way because they share text with a suite.
         stop_requested: whether any rank was asked to stop.
         saving: whether any rank is still writing its part of a checkpoint.
+        rank_seconds: what each rank did in the step before, and how long it has loaded for this one.
     """
 
     tokens: Tensor
@@ -75,6 +80,7 @@ class StepBatch:
     contaminated: list[Skipped]
     stop_requested: bool
     saving: bool
+    rank_seconds: tuple[RankSeconds, ...] = ()
 
 
 @dataclass
@@ -121,12 +127,13 @@ class Feed:
         # Bad records and contaminated documents of all ranks after the last row of the data, once that was reached.
         self.skipped_at_end: tuple[list[Skipped], list[Skipped]] = ([], [])
 
-    def next(self, stop_requested: bool, saving: bool = False) -> StepBatch | None:
+    def next(self, stop_requested: bool, saving: bool = False, seconds: RankSeconds = _NO_SECONDS) -> StepBatch | None:
         """Return the next global batch that has any rows, or None on all ranks once all lanes have run dry.
 
         Args:
             stop_requested: whether this rank wants to stop.
             saving: whether this rank is still writing its part of a checkpoint.
+            seconds: what this rank did in the step before; its loading is added here.
         Raises:
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
@@ -134,8 +141,10 @@ class Feed:
             self._begin_stage()
         skipped_records = _SkippedRecords()
         while True:
+            begun = time.perf_counter()
             batch, failure = self._draw()
-            own = self._totals_of(batch)
+            seconds = seconds._replace(loading=seconds.loading + time.perf_counter() - begun)
+            own = self._totals_of(batch) | self._slots(seconds)
             own |= {"stop_requests": int(stop_requested), "saving": int(saving), "failures": int(failure is not None)}
             totals = dict(zip(own, self._topology.sum_int64(list(own.values())), strict=True))
             if totals["failures"]:
@@ -179,6 +188,19 @@ class Feed:
             contaminated=contaminated,
             stop_requested=totals["stop_requests"] > 0,
             saving=totals["saving"] > 0,
+            rank_seconds=self._seconds_of_ranks(totals),
+        )
+
+    def _slots(self, seconds: RankSeconds) -> dict[str, int]:
+        """Return this rank's seconds at its own places among those of all ranks, which are summed like all the rest."""
+        slots = {f"{name}/{rank}": 0 for rank in range(self._topology.world_size) for name in RankSeconds._fields}
+        own = {f"{name}/{self._topology.rank}": round(part / _SECONDS_UNIT) for name, part in seconds._asdict().items()}
+        return slots | own
+
+    def _seconds_of_ranks(self, totals: Mapping[str, int]) -> tuple[RankSeconds, ...]:
+        return tuple(
+            RankSeconds(*(signed(totals[f"{name}/{rank}"]) * _SECONDS_UNIT for name in RankSeconds._fields))
+            for rank in range(self._topology.world_size)
         )
 
     @property

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, record_scores
+from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import Tracker
@@ -25,18 +26,24 @@ class Journal:
     Args:
         folder: the run's folder, cut back to the step that the run resumes from.
         tracker: not yet entered; None on all ranks but rank 0.
-        config: settings of the console's progress.
+        config: settings of the console's progress, and the command that is told of events.
         steps: length of the whole run.
+        name: the run's name.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int) -> None:
+    def __init__(
+        self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int, name: str
+    ) -> None:
         self._folder = folder
         self._tracker = tracker
         self._progress = StepProgress(steps, config)
+        self._hook = Hook(config.on_event, name)
+        self._events = Events(folder.events, tracker.alert, self._hook) if tracker else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Journal:
         if self._tracker:
+            self._stack.enter_context(self._hook)
             self._stack.enter_context(self._tracker)
             self._stack.enter_context(self._progress)
         return self
@@ -45,6 +52,15 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def tell(self, event: Event) -> None:
+        """Tell of something that happened; from any thread."""
+        if self._events:
+            self._events.tell(event)
+
+    def has_told(self, step: int, kind: Kind) -> bool:
+        """Return whether an event of a kind was told of a step, in this start or one before."""
+        return any((record["step"], record["kind"]) == (step, kind) for record in self._folder.events.read(step - 1))
 
     def log_step(self, record: StepRecord, layers: Mapping[str, object] | None, evals_follow: bool) -> None:
         """Log one trained step.
@@ -60,8 +76,9 @@ class Journal:
             self._tracker.log_step(record.as_json(), layers, more=evals_follow)
             self._progress.show(record)
 
-    def log_evals(self, step: int, scores: DocumentScores) -> None:
-        """Log one evaluation: a line for each domain and average, and the sums per document."""
+    def log_evals(self, step: int, scores: DocumentScores) -> list[dict[str, object]]:
+        """Log one evaluation: a line for each domain and average, which it returns, and the sums per document."""
+        records: list[dict[str, object]] = []
         if self._tracker:
             records = record_scores(self._folder, step, scores)
             self._tracker.log_evals(records)
@@ -70,6 +87,12 @@ class Journal:
                 "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
                 macro["step"], macro["bits_per_byte"], macro["perplexity"],
             )  # fmt: skip
+        return records
+
+    def earlier_evals(self, records: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        """Return the lines of the evaluations before one, on the same suite."""
+        step, suite = int(str(records[0]["step"])), records[0]["suite"]
+        return [r for r in self._folder.evals.read() if r["suite"] == suite and int(str(r["step"])) < step]
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
         """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""

@@ -10,7 +10,7 @@ def train(trainer: Trainer) -> bool:
 
     Returns:
         Whether the run is finished: all steps are done, or the data is used up, and the end is saved and evaluated.
-        Otherwise the run continues when it is started again.
+        Otherwise the run continues when it is started again, or goes back at once if `trainer.rewind` is set.
     """
     trainer.evaluate_if_due()  # for a resumed step, only if a kill or a signal prevented it
     while not trainer.at_end and not trainer.stopping:
@@ -19,8 +19,11 @@ def train(trainer: Trainer) -> bool:
             trainer.end_data()
         else:
             trainer.train_on(batch)
+            if trainer.rewind:
+                break
         # First what cannot be recomputed.
         trainer.save_if_due()
         trainer.evaluate_if_due()
     trainer.save_before_stopping()
+    trainer.tell_outcome()
     return trainer.finished

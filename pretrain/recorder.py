@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pretrain.checkpoint.state_hash import StateHash
+from pretrain.faults.stragglers import RankSeconds, Straggler
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
@@ -25,6 +26,7 @@ class StepRecorder:
         peak_flops: FLOP/s of all devices together; None if unknown.
     Attributes:
         meter: times the parts of the current step.
+        seconds: what this rank did in the last step, without its loading, which `feed` times.
     """
 
     def __init__(
@@ -43,20 +45,30 @@ class StepRecorder:
         self._peak_flops = peak_flops
         self._device = topology.device
         self._saving_seconds: float | None = None  # since the last step
+        self.seconds = RankSeconds()
 
     def note_save(self, seconds: float) -> None:
         """Record how long training was paused for a save, for the next step's record."""
         self._saving_seconds = seconds
 
-    def record(self, made: Step, batch: StepBatch, failed_saves: int, hashes: StateHash | None = None) -> StepRecord:
+    def record(
+        self,
+        made: Step,
+        batch: StepBatch,
+        failed_saves: int,
+        straggler: Straggler | None,
+        hashes: StateHash | None = None,
+    ) -> StepRecord:
         """Make the record of a step that has just ended.
 
         Args:
             failed_saves: number of failed saves in a row, up to now.
+            straggler: the rank that holds the others up, if one does.
             hashes: of weights and moments after the step, if they are due.
         """
         state, stats = made.state, made.stats
         seconds = self.meter.end_step()
+        self.seconds = _of_this_rank(seconds)
         saving_seconds, self._saving_seconds = self._saving_seconds, None
         tokens_per_second = batch.n_tokens / seconds["step"]
         n_tokens = max(1, batch.n_tokens)  # 0 if all documents of a batch are forgotten
@@ -64,7 +76,11 @@ class StepRecorder:
         return StepRecord(
             step=state.step,
             loss=stats.loss,
-            nonfinite=True if batch.n_targets and not stats.applied and not made.passed_over else None,
+            nonfinite=True if batch.n_targets and not (stats.applied or stats.refused or made.passed_over) else None,
+            spike=made.spike or None,
+            skipped_update=stats.refused or None,
+            straggler=straggler.rank if straggler else None,
+            straggler_seconds=straggler.seconds if straggler else None,
             without_targets=None if batch.n_targets else True,
             trained_hash=state.trained_hash or None,
             forgotten_tokens=batch.n_forgotten or None,
@@ -94,6 +110,13 @@ class StepRecorder:
             mfu=mfu(self._flops_per_token[batch.stage], tokens_per_second, self._peak_flops),
             mfu_documents=mfu(flops_in_documents, tokens_per_second, self._peak_flops),
         )
+
+
+def _of_this_rank(seconds: Mapping[str, float]) -> RankSeconds:
+    """Return what this rank did in a step, given the meter's parts, without the loading."""
+    forward, both = seconds.get("forward", 0.0), seconds.get("forward_backward", 0.0)
+    in_forward, in_backward = (seconds.get(f"{phase}_communication", 0.0) for phase in ("forward", "backward"))
+    return RankSeconds(0.0, forward - in_forward, both - forward - in_backward, in_forward + in_backward)
 
 
 def _contaminated(batch: StepBatch) -> dict[str, int]:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -28,9 +28,11 @@ from pretrain.faults.interrupt import Interrupt
 from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
 from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.run.events import check_command
 from pretrain.run.lease import Lease
 from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
+from pretrain.standing import learn_from_records
 from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import Topology, dp_size_of, started, world_size_of
 from shards import ConfigError, Prepared, Tokenizer, installation, tokenizer_check
@@ -52,12 +54,14 @@ class Report:
         step: optimizer steps done.
         folder: the run's folder.
         continuation: the model's, of evaluation.prompt, if the run is finished.
+        ending: why it is finished before its last step, if it is, and how to go on.
     """
 
     finished: bool
     step: int
     folder: RunFolder
     continuation: str
+    ending: str | None
 
 
 def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Report:
@@ -92,10 +96,22 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
         if topology.is_main:
             announce(config, topology)
         lease = claim.lease if claim else None
-        trainer = assemble(Start(config, topology, tokenizer, interrupt, prepared, lease, from_step), stack)
-        finished = train(trainer)
-        continuation = continuation_of(trainer.engine, config, tokenizer, topology) if finished else ""
-    return Report(finished, trainer.state.step, folder, continuation)
+        return _train(Start(config, topology, tokenizer, interrupt, prepared, lease, from_step))
+
+
+def _train(begun: Start) -> Report:
+    """Train to the run's end, a stop, or again from a checkpoint wherever the run goes back before a spike."""
+    config, tokenizer, topology = begun.config, begun.tokenizer, begun.topology
+    while True:
+        with ExitStack() as stack:
+            trainer = assemble(begun, stack)
+            finished = train(trainer)
+            if trainer.rewind is None or trainer.stopping:  # a start that is stopped leaves it to the next one
+                continuation = continuation_of(trainer.engine, config, tokenizer, topology) if finished else ""
+                ending = trainer.ending.text if trainer.ending else None
+                return Report(finished, trainer.state.step, config.folder, continuation, ending)
+        config = config.passing_over([trainer.rewind])
+        begun = replace(begun, config=config, from_step=trainer.rewind.step, engine=trainer.engine)
 
 
 def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
@@ -161,6 +177,7 @@ def claim_run(
         ShardError: if a shard is missing or damaged.
         HeadraceError: if another process is using the folder.
     """
+    check_command(config.metrics.on_event)
     folder.create()
     job_id = os.environ.get("SLURM_JOB_ID")
     once = Once(folder.root, "--fresh")
@@ -172,6 +189,8 @@ def claim_run(
     store = checkpoints_of(config)
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
+    if not replaced:
+        config = config.passing_over(folder.rewinds())
     if begun:
         steps = store.steps()
         done = from_step if from_step is not None else steps[-1] if steps else 0
@@ -183,6 +202,8 @@ def claim_run(
         holding.close()  # the lease has moved with the folder
         folder.create()
         lease = holding.enter_context(Lease(folder.lease, job_id))
+    if begun:
+        learn_from_records(store, folder)  # what it must not remove
     store.check_room()
     if fresh:
         once.note_done()

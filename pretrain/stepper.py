@@ -10,10 +10,12 @@ import msgspec
 
 from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
-from pretrain.engine import Engine, StepStats
+from pretrain.engine import Engine
+from pretrain.faults.spikes import SpikeWatch
 from pretrain.feed import PASSED_OVER, StepBatch, chain_hash
 from pretrain.optim import learning_rate_of_run
 from pretrain.run.metrics import Meter
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 
 _logger = logging.getLogger(__name__)
 
@@ -25,12 +27,17 @@ class Step:
     Attributes:
         state: the run's state after it.
         passed_over: whether data.skip_steps names it, so that its batch was read and nothing changed.
+        limits: those above which it stands out against the steps before.
+        spike, spike_begins: whether it does, and the step before did not.
     """
 
     state: RunState
     stats: StepStats
     learning_rate: float
     passed_over: bool
+    limits: Limits = NO_LIMITS
+    spike: bool = False
+    spike_begins: bool = False
 
 
 class Stepper:
@@ -40,12 +47,14 @@ class Stepper:
         engine: made for the stage in which the run goes on.
         steps: length of the whole run, on which schedules are based.
         step: optimizer steps done.
+        spikes: knows the last of them.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
         self._skipped = config.data.skip_steps
+        self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
 
     def step_on(self, batch: StepBatch, state: RunState, meter: Meter, measured: bool = False) -> Step:
@@ -59,13 +68,16 @@ class Stepper:
             self._begin_stage(batch.stage, state.step)
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
         passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
+        limits = self._spikes.limits(batch.stage)
         if passed_over:
             stats = StepStats(math.nan, math.nan, math.nan, applied=False)
         else:
+            refused_above = limits if self._refuses else NO_LIMITS
             stats = self._engine.train_step(
-                batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured
+                batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured, refused_above
             )
-        return Step(after(state, batch, passed_over), stats, rate, passed_over)
+        begins = self._spikes.note(batch.stage, stats, limits, passed_over)
+        return Step(after(state, batch, passed_over), stats, rate, passed_over, limits, stats.exceeds(limits), begins)
 
     def _begin_stage(self, number: int, step: int) -> None:
         """Prepare the engine for the batches of a stage."""

@@ -106,7 +106,7 @@ class Topology:
 
         Values may be unsigned or signed 64-bit; the sums come back unsigned.
         """
-        tensor = torch.tensor([_signed(v) for v in values], dtype=torch.int64)  # on the host: waits for no device
+        tensor = torch.tensor([signed(v) for v in values], dtype=torch.int64)  # on the host: waits for no device
         dist.all_reduce(tensor)
         return [v % 2**64 for v in tensor.tolist()]
 
@@ -205,7 +205,8 @@ def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """Return a sum mod 2^64 as the signed 64-bit number that it stands for."""
     value %= 2**64
     return value - 2**64 if value >= 2**63 else value
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+from msgspec import to_builtins
 
 from pretrain import data_end
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
-from pretrain.evaluation.plausibility import warn_of_doubts
-from pretrain.evaluation.scores import eval_records
+from pretrain.evaluation.plausibility import doubts
+from pretrain.faults.spikes import SpikeWatch, spike_event
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import StragglerWatch
+from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch
@@ -20,7 +26,11 @@ from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
-from pretrain.stepper import Stepper
+from pretrain.rewind import Rewinder
+from pretrain.run.events import Event, log_event
+from pretrain.run.run_folder import Rewind
+from pretrain.standing import Standing
+from pretrain.stepper import Step, Stepper
 from pretrain.topology import Topology
 from shards import CheckpointError
 
@@ -46,6 +56,11 @@ class Parts:
     stop: StopPolicy
     watchdog: Watchdog
     unapplied: UnappliedSteps
+    spikes: SpikeWatch
+    rewinder: Rewinder
+    standing: Standing
+    stragglers: StragglerWatch
+    tripwires: Tripwires
     profiler: StepProfiler
 
 
@@ -55,6 +70,8 @@ class Trainer:
     Args:
         steps: length of the whole run, forecast if its data ends it; the schedule has this length.
         state: the run's state.
+    Attributes:
+        rewind: set if the run is to go back before the step that it has just made.
     """
 
     def __init__(self, config: RunConfig, parts: Parts, topology: Topology, steps: int, state: RunState) -> None:
@@ -63,7 +80,8 @@ class Trainer:
         self._parts = parts
         self._topology = topology
         self._steps = steps
-        self._stepper = Stepper(config, parts.engine, steps, state.step)
+        self._stepper = Stepper(config, parts.engine, steps, state.step, parts.spikes)
+        self.rewind: Rewind | None = None
         self._data_is_used_up = False
         if state.step == 0:
             self._log_cursors()
@@ -76,7 +94,12 @@ class Trainer:
     @property
     def at_end(self) -> bool:
         """Return whether there is no further step to train."""
-        return self._data_is_used_up or self._is_last(self.state.step)
+        return self._data_is_used_up or self._is_last(self.state.step) or self.ending is not None
+
+    @property
+    def ending(self) -> Event | None:
+        """Return why the run ends before its last step; None if it does not."""
+        return self._parts.standing.ending
 
     @property
     def stopping(self) -> bool:
@@ -86,7 +109,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Return whether the run has ended and its end has been evaluated."""
-        return self.at_end and not self._is_evaluation_due()
+        return self.at_end and not self._is_evaluation_due() and self.rewind is None
 
     def next_batch(self) -> StepBatch | None:
         """Return the next global batch, or None on all ranks when the data is used up.
@@ -95,11 +118,11 @@ class Trainer:
         """
         parts = self._parts
         parts.profiler.begin_step(self.state.step + 1)
-        parts.watchdog.begin("step", f"step {self.state.step + 1}")
+        parts.watchdog.begin("step", f"step {self.state.step + 1}", self.state.step)
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
         with parts.recorder.meter.part("data_wait"):
-            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy)
+            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy, parts.recorder.seconds)
         if batch is None:
             parts.watchdog.end()
             return None
@@ -116,16 +139,39 @@ class Trainer:
         if not made.passed_over:
             parts.unapplied.note(made.state.step, made.stats, batch.n_targets, parts.feed.origins)
         self.state = made.state
+        if made.spike_begins:
+            self._answer_spike(made)
         hashes = parts.engine.state_hash() if self._is_hash_due() else None
-        record = parts.recorder.record(made, batch, parts.saver.failed, hashes)
+        slow = parts.stragglers.note(made.state.step, batch.rank_seconds)
+        record = parts.recorder.record(made, batch, parts.saver.failed, parts.stragglers.straggler, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
         layers = made.stats.layers.as_record(made.state.step) if made.stats.layers else None
         parts.journal.log_step(record, layers, evals_follow=self._is_evaluation_due())  # possibly at the next start
+        for event in [*([slow] if slow else []), *parts.tripwires.note(record)]:
+            parts.journal.tell(event)
         if self.state.step % _CURSORS_EVERY == 0:
             self._log_cursors()
         parts.watchdog.end()
         parts.profiler.end_step(self.state.step)
+
+    def _answer_spike(self, made: Step) -> None:
+        """Tell of a step that stands out, and go back before it if the config says so."""
+        step, action = made.state.step, "its update was not made" if made.stats.refused else "training goes on"
+        if self._config.train.on_spike == "rewind":
+            self._parts.watchdog.end()  # to wait for a save and to verify a checkpoint is no step
+            self._settle_save()
+            decision = self._parts.rewinder.decide(step)
+            if isinstance(decision, Rewind):
+                self.rewind = decision
+                first, last = decision.passed_over
+                action = f"the run goes back to step {decision.step} and passes steps {first} to {last} over"
+            else:
+                action = decision
+        self._parts.journal.tell(spike_event(step, made.stats, made.limits, self._config.folder, action))
+        if self.rewind:  # once more at the step gone back to, where no going back removes it
+            text = f"step {step} stood out: {action} (train.on_spike=rewind)"
+            self._parts.journal.tell(Event(self.rewind.step, "rewind", text, to_builtins(self.rewind)))
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""
@@ -148,17 +194,34 @@ class Trainer:
             self._parts.saver.finish()
 
     def save_before_stopping(self) -> None:
-        """Save a run that stops early, unless it is saved already or nothing has been trained.
+        """Save a run that stops early, unless it is saved already, goes back, or nothing has been trained.
 
         If that fails, the error is in the log, and the run resumes from its previous checkpoint.
         """
-        if self.at_end or self.state.step == 0:
+        if self.at_end or self.rewind or self.state.step == 0:
             return
         self._save()
-        try:
+        self._settle_save()
+
+    def _settle_save(self) -> None:
+        """Wait for a save in progress; if it fails, the error is in the log."""
+        with suppress(CheckpointError):
             self._parts.saver.finish()
-        except CheckpointError:
+
+    def tell_outcome(self) -> None:
+        """Tell how this start ends; if it goes back, it does not."""
+        step, journal = self.state.step, self._parts.journal
+        self._parts.saver.check_lease()
+        if self.rewind and not self.stopping:
             return
+        if not self.finished:
+            where = f"goes back to step {self.rewind.step}" if self.rewind else "continues from there"
+            text = f"stopped after step {step}; the same command {where}"
+            journal.tell(Event(step, "stopped", text, {}))
+        elif not journal.has_told(step, "finished"):  # a finished run may be started again
+            journal.tell(Event(step, "finished", f"the run is finished, at step {step}", {}))
+        if self.finished and self.ending:
+            log_event(self.ending)  # last, and again at every start, which does not go on
 
     def evaluate_if_due(self) -> None:
         """Score the suite and record the results, if an evaluation is due.
@@ -175,16 +238,28 @@ class Trainer:
             return
         finally:
             self._parts.watchdog.end()
-        self._parts.journal.log_evals(step, scores)
+        records = self._parts.journal.log_evals(step, scores)
         held_out.evaluated = step
-        if self._topology.is_main:
-            drawn = step == 0 and self._config.init_from is None
-            warn_of_doubts(eval_records(step, scores), self._config.model, drawn)
+        if records:  # on rank 0
+            self._tell_doubts(records)
+        self._parts.standing.note(records)
+        if self.ending:
+            self._parts.journal.tell(self.ending)
+            self.save_if_due()  # which it was not while the run seemed to go on
+
+    def _tell_doubts(self, records: Sequence[Mapping[str, object]]) -> None:
+        """Tell what cannot be right in an evaluation; on rank 0."""
+        config, journal, step = self._config, self._parts.journal, self.state.step
+        drawn = step == 0 and config.init_from is None
+        before, training_loss = journal.earlier_evals(records), self._parts.spikes.median_loss()
+        for doubt in doubts(records, config.model, drawn, training_loss, before):
+            journal.tell(Event(step, "doubt", doubt, {}))
 
     def _before_evaluation_batch(self) -> None:
         """Let all ranks abandon the evaluation together, and complete a save that was started just before it."""
         parts = self._parts
-        parts.watchdog.begin("evaluation", f"a batch of the evaluation of step {self.state.step}")
+        step = self.state.step
+        parts.watchdog.begin("evaluation", f"a batch of the evaluation of step {step}", step)
         parts.stop.note_save(parts.saver.seconds)
         parts.stop.agree(self._topology.any(parts.stop.wanted()))
         if parts.stop.agreed:

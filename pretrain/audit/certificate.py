@@ -12,8 +12,9 @@ from pretrain.audit.comparison import Comparison, layout_of_start
 from pretrain.audit.interval import Training
 from pretrain.audit.replay import Replay
 from pretrain.audit.verdict import verdict
+from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.starts import StartRecord, now
+from pretrain.run.starts import StartRecord
 from shards import ConfigError
 from shards.fingerprint import without_paths
 from shards.storage.atomic import write_atomically

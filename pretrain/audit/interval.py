@@ -12,6 +12,7 @@ from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.state_hash import StateHash
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import may_change
+from pretrain.faults.spikes import StepFigures, last_figures
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import StartRecord, read_starts, start_of
 from pretrain.stepper import Step
@@ -80,11 +81,13 @@ class Training:
         config: the run's, of the start that trained the interval, with what the audit changes.
         starts: those that trained its steps, each once; empty if the run did not record all of them.
         recorded: the run's configs, those of `starts` or, without these, that of its newest start.
+        figures: of the steps before, from which the run tells spikes.
     """
 
     config: RunConfig
     starts: list[StartRecord]
     recorded: list[RunConfig]
+    figures: list[StepFigures]
 
 
 def read_interval(folder: RunFolder, from_step: int, steps: int) -> Interval:
@@ -151,9 +154,15 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
         if _schedule(config) != _schedule(configs[0]):
             raise ConfigError(
                 f"{interval.described}: the start after step {start.step} changed optim or the run's length, on which"
-                f" the schedule is based; audit the steps up to {start.step} and those after it one by one"
+                f" the schedule is based, or what is skipped as a spike; audit the"
+                f" steps up to {start.step} and those after it one by one"
             )
-    return Training(load_config(paths[0], overrides, begun=True), starts, configs)
+    config = load_config(paths[0], overrides, begun=True)
+    # A later start knows all steps of the past that were passed over, and may not change them.
+    skipped = {"skip_steps": configs[-1].data.skip_steps}
+    config = config.model_copy(update={"data": config.data.model_copy(update=skipped)})
+    figures = last_figures(folder, interval.before.step, config.train.spike_window)
+    return Training(config, starts, configs, figures)
 
 
 def _schedule(config: RunConfig) -> dict[str, object]:
@@ -162,7 +171,9 @@ def _schedule(config: RunConfig) -> dict[str, object]:
     length = {key: plain["train"][key] for key in ("steps", "epochs")}
     stages = [{"step": stage["step"], "optim": stage["optim"]} for stage in plain["stages"]]
     is_constant = all(part.optim.schedule == "constant" for part in config.schedule)
-    return {"optim": plain["optim"], "stages": stages} | ({} if is_constant else length)
+    spikes = {key: plain["train"][key] for key in ("on_spike", "spike_window", "spike_score")}
+    refusing = spikes if config.train.on_spike == "skip" else {}
+    return {"optim": plain["optim"], "stages": stages} | ({} if is_constant else length) | refusing
 
 
 def _words(hashes: StateHash | None) -> tuple[str | None, str | None]:

@@ -19,6 +19,7 @@ from pretrain.checkpoint.state import RunState, read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
+from pretrain.faults.spikes import SpikeWatch
 from pretrain.feed import Feed
 from pretrain.run.metrics import Meter
 from pretrain.run.starts import StartRecord, describe_start, device_names, environment_of
@@ -93,7 +94,8 @@ def replay(
         start = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
         fingerprint = topology.broadcast_object(loader.fingerprint if loader else {})
         feed = Feed(loader, [stage.of_loader for stage in config.all_stages], topology)
-        stepper = Stepper(config, engine, length, state.step)
+        spikes = SpikeWatch(config.train.spike_window, config.train.spike_score, training.figures)
+        stepper = Stepper(config, engine, length, state.step, spikes)
         steps = list(_trained(stepper, engine, feed, state, recorded))
     return Replay(config, start, Interval(before, steps), fingerprint)
 

@@ -29,6 +29,7 @@ from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState
 from pretrain.checkpoint.store import CheckpointFile, CheckpointStore
 from pretrain.checkpoint.write import Writer
+from pretrain.run.events import Event, Tell, log_event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
@@ -90,16 +91,24 @@ class Saver:
         engine: the engine to save.
         folder: the run's folder; its records are made durable before a checkpoint is complete.
         lease: rank 0's lease on that folder, checked before every change. None on other ranks.
+        tell: tells of saves that fail and of a disk that fills up, on rank 0.
     """
 
     def __init__(
-        self, store: CheckpointStore, engine: SavableEngine, topology: Topology, folder: RunFolder, lease: Lease | None
+        self,
+        store: CheckpointStore,
+        engine: SavableEngine,
+        topology: Topology,
+        folder: RunFolder,
+        lease: Lease | None,
+        tell: Tell,
     ) -> None:
         self._store = store
         self._engine = engine
         self._topology = topology
         self._folder = folder
         self._lease = lease
+        self._tell = tell
         self._writer = Writer()
         self._staging = Staging(topology.device.type == "cuda") if store.config.asynchronous else None
         self._under_way: _Writing | _Closing | None = None
@@ -216,10 +225,15 @@ class Saver:
         try:
             if self._store.is_complete(step):  # true if a run stops right after resuming
                 return False, None
-            self._store.make_room()
+            for removed in self._store.make_room():
+                text = f"the disk has too little room for the next checkpoint: that of step {removed} was removed"
+                self._tell(Event(step, "disk", text, {"removed": removed}))
             self._store.prepare(step)
-        except (ConfigError, OSError) as error:
-            _report(step, str(error))
+        except ConfigError as error:
+            self._tell(Event(step, "disk", f"step {step} is not saved: {error}", {}))
+            return False, str(error)
+        except OSError as error:
+            self._report(step, str(error))
             return False, str(error)
         return True, None
 
@@ -260,7 +274,7 @@ class Saver:
         self._failure = "; ".join(failures[:_FAILURES_SHOWN]) + more if failures else None
         seconds: Future[float | None] | None = None
         if self._topology.is_main and self._failure:
-            _report(writing.step, self._failure)
+            self._report(writing.step, self._failure)
             seconds = self._writer.submit(self._store.try_to_discard, writing.step)
         elif self._topology.is_main:
             seconds = self._writer.submit(self._complete, writing, files)
@@ -301,9 +315,11 @@ class Saver:
             seconds = time.monotonic() - writing.begun
             self._store.complete(writing.step, files, seconds)
         except (OSError, HeadraceError) as error:
-            _report(writing.step, str(error))
-            if isinstance(error, OSError):  # otherwise the folder may belong to another process by now
+            if isinstance(error, OSError):
+                self._report(writing.step, str(error))
                 self._store.try_to_discard(writing.step)
+            else:  # the folder may belong to another process by now
+                log_event(_failed(writing.step, str(error)))
             raise
         size = sum(file.size for file in files)
         _logger.info(
@@ -313,9 +329,12 @@ class Saver:
         self._store.prune()
         return seconds
 
+    def _report(self, step: int, failure: str) -> None:
+        self._tell(_failed(step, failure))
 
-def _report(step: int, failure: str) -> None:
-    _logger.error("step %d is not saved: %s", step, failure)
+
+def _failed(step: int, failure: str) -> Event:
+    return Event(step, "save_failed", f"step {step} is not saved: {failure}", {})
 
 
 def _outcome(file: Future[CheckpointFile]) -> CheckpointFile | str:

@@ -12,13 +12,16 @@ import itertools
 import logging
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import xxhash
 from pydantic import Field
 
+from pretrain.run.eval_figure import EVAL_FIGURE, best_step
 from shards import CheckpointError, Config, ConfigError
 from shards.storage.atomic import fsync_folder, is_there, names_in, write_atomically
 from shards.storage.content_hash import hash_file
@@ -29,12 +32,23 @@ COMPLETE = "COMPLETE"
 _FOLDER = re.compile(r"step_(\d{8,})")
 
 
+WantedStep = int | Literal["best"] | None  # of a checkpoint; None: the newest
+
+
+def wanted_step(word: str) -> WantedStep:
+    """Read a command's --step. Raises ValueError, which argparse reports, if it is neither a step nor `best`."""
+    return "best" if word == "best" else int(word)
+
+
 class CheckpointConfig(Config):
     """When to save, and what to keep. The last step is always saved."""
 
     every: int = Field(1000, ge=1)  # optimizer steps
     keep: int = Field(2, ge=1)  # number of newest checkpoints to keep
     keep_every: int | None = Field(None, ge=1)  # also keep, forever, those of steps divisible by this
+    # Also keep the checkpoint whose evaluation is the best by this figure, eval/DOMAIN/FIGURE as in wandb, such as
+    # eval/macro/bits_per_byte; `--step best` then names it. None: none is kept for that
+    best: str | None = Field(None, pattern=EVAL_FIGURE)
     # Write while training continues, from a copy in host memory as large as what a rank saves
     asynchronous: bool = True
     max_failed_saves: int = Field(10, ge=1)  # failed saves in a row that end the run
@@ -122,6 +136,7 @@ class CheckpointStore:
         self.root = root
         self.config = config
         self.expected_bytes = expected_bytes
+        self._costs: dict[int, float] = {}  # of `config.best`, at each evaluated step
 
     def folder_of(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
@@ -133,6 +148,14 @@ class CheckpointStore:
             seconds: duration of the save so far.
         """
         write_complete(self.folder_of(step), files, seconds)
+
+    def learn(self, costs: Mapping[int, float]) -> None:
+        """Take in what the evaluations of steps cost by `config.best`; the lowest is the best."""
+        self._costs |= costs
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """Return the best of some steps that have a checkpoint; None if none was evaluated, or no best is asked for."""
+        return best_step(self._costs, steps)
 
     def is_complete(self, step: int) -> bool:
         """Return whether a step's checkpoint was completed; its files may have been damaged since.
@@ -174,18 +197,28 @@ class CheckpointStore:
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def find(self, step: int | None = None) -> Checkpoint:
-        """Open the checkpoint of a step, by default the newest one.
+    def find(self, step: WantedStep = None) -> Checkpoint:
+        """Open the checkpoint of a step, the best or, by default, the newest one.
 
         Raises:
             CheckpointError: if there is none; the message lists the steps that have one.
+            ConfigError: if the best is wanted, but the run's config does not say by which figure.
         """
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.root} has no complete checkpoint")
+        if step == "best":
+            step = self._best_of(steps)
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.root} has no complete checkpoint of step {step}; it has {steps}")
         return self.open(steps[-1] if step is None else step)
+
+    def _best_of(self, steps: list[int]) -> int:
+        if self.config.best is None:
+            raise ConfigError("--step best: checkpoint.best of the run's config names no figure to judge by")
+        if (found := self.best(steps)) is None:
+            raise CheckpointError(f"{self.root}: none of its checkpoints {steps} was evaluated by the training")
+        return found
 
     def prepare(self, step: int) -> Path:
         """Create an empty folder for a new checkpoint, replacing what a killed save may have left there."""
@@ -276,17 +309,21 @@ class CheckpointStore:
         left_behind = sum(self._size_of(step) for step in self.all_steps() if not self.is_complete(step))
         self._to_remove(left_behind)
 
-    def make_room(self) -> None:
+    def make_room(self) -> list[int]:
         """Make room for the next checkpoint by removing the oldest ones if the disk is short of space.
 
-        The newest checkpoint and those that `keep_every` keeps stay; if that cannot free enough, nothing is removed.
+        The newest checkpoint, the best and those that `keep_every` keeps stay; if that cannot free enough, nothing is
+        removed.
 
+        Returns:
+            The steps of the checkpoints that had to go.
         Raises:
             ConfigError: if it does not fit, with the sizes and a remedy.
         """
-        for step in self._to_remove():
-            _logger.warning("the disk has too little room for the next checkpoint: removing that of step %d", step)
+        removed = self._to_remove()
+        for step in removed:
             self.try_to_discard(step)
+        return removed
 
     def _to_remove(self, left_behind: int = 0) -> list[int]:
         """Return the fewest of the oldest checkpoints whose removal lets the next one fit.
@@ -322,8 +359,9 @@ class CheckpointStore:
             return sum(path.stat().st_size for path in self.folder_of(step).rglob("*") if path.is_file())
 
     def _kept_for_good(self, steps: list[int]) -> set[int]:
-        every = self.config.keep_every
-        return {step for step in steps if every and step % every == 0}
+        """Return the steps that `keep_every` keeps, and the best."""
+        every, best = self.config.keep_every, self.best(steps)
+        return {step for step in steps if (every and step % every == 0) or step == best}
 
     def try_to_discard(self, step: int) -> None:
         """Do what `discard` does, but only log a failure, which does no harm."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.run.run_folder import RunFolder
+from pretrain.standing import learn_from_records
 
 
 class BegunRun(NamedTuple):
@@ -30,4 +31,6 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> BegunRun:
     folder = RunFolder(root)
     folder.check_there()
     config = load_config(folder.config, overrides, begun=True)
-    return BegunRun(folder, config, CheckpointStore(folder.checkpoints, config.checkpoint))
+    store = CheckpointStore(folder.checkpoints, config.checkpoint)
+    learn_from_records(store, folder)
+    return BegunRun(folder, config, store)

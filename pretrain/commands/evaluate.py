@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pretrain.checkpoint.state import check_tokenizer, read_data
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.store import CheckpointStore, WantedStep
 from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
     parser.add_argument("--suite", type=Path, help="a folder or YAML file; default: the run's evaluation.suite")
     parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
-    parser.add_argument("--steps", default="newest", help="newest, all, or a list such as 1000,2000")
+    parser.add_argument("--steps", default="newest", help="newest, best, all, or a list such as 1000,2000")
     parser.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is finished")
     parser.add_argument("--poll-seconds", type=float, default=30.0, help="time between checks for new checkpoints")
     parser.add_argument("--tasks", help="comma-separated names of harness tasks")
@@ -99,7 +99,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         suite = evaluator.eval_set.suite
         steps = _steps(arguments, folder, store, suite, lease)
-        is_list = not arguments.follow and arguments.steps not in ("all", "newest")
+        is_list = not arguments.follow and arguments.steps not in ("all", "newest", "best")
         records = score_steps(evaluator, store, folder, steps, must_be_there=is_list)
         if topology.is_main and records:
             Console().print(step_table([record for record in records if record["step"] == records[-1]["step"]]))
@@ -123,8 +123,8 @@ def _steps(
         return
     if arguments.steps == "all":
         wanted = store.steps()
-    elif arguments.steps == "newest":
-        wanted = [store.find().step]
+    elif arguments.steps in ("newest", "best"):
+        wanted = [store.find(_one_step(arguments.steps)).step]
     else:
         wanted = [store.find(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
@@ -138,11 +138,13 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--steps {text}: name steps such as 1000,2000, or say all or newest") from None
+        raise ConfigError(f"--steps {text}: name steps such as 1000,2000, or say all, best or newest") from None
 
 
-def _one_step(text: str) -> int | None:
+def _one_step(text: str) -> WantedStep:
     """Return the requested step; None for the newest."""
+    if text == "best":
+        return "best"
     numbers = [] if text == "newest" else _numbers(text)
     if len(numbers) > 1:
         raise ConfigError(f"--steps {text}: name one step with --tasks or --compare")
@@ -218,6 +220,11 @@ def _run_tasks(
         Console().print(task_table(results))
 
 
+def _scored_step(folder: RunFolder, suite: str, wanted: WantedStep) -> int:
+    step = open_run(folder.root).checkpoints.find("best").step if wanted == "best" else wanted
+    return compare.scored_step(folder, suite, step)
+
+
 def compare_runs(arguments: argparse.Namespace) -> None:
     """Print and draw two evaluations. Raises HeadraceError if they cannot be compared."""
     folders = [RunFolder(root) for root in arguments.compare]
@@ -225,7 +232,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
         compare.check_can_draw()  # before anything is computed, since a picture was requested
     suites = compare.chosen_suites(folders, str(arguments.suite) if arguments.suite else None)
     places = list(zip(folders, suites, strict=True))
-    steps = [compare.scored_step(folder, suite, _one_step(arguments.steps)) for folder, suite in places]
+    steps = [_scored_step(folder, suite, _one_step(arguments.steps)) for folder, suite in places]
     a, b = (
         DocumentScores.load(folder.document_scores(step, suite))
         for (folder, suite), step in zip(places, steps, strict=True)

@@ -20,7 +20,7 @@ import torch
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
-from pretrain.checkpoint.store import Checkpoint
+from pretrain.checkpoint.store import Checkpoint, wanted_step
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--describe", type=Path, metavar="DIR", help="print the `model:` section for a model and export nothing"
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
+    parser.add_argument("--step", type=wanted_step, help="the checkpoint's step, or best; default: the newest")
     add_output_arguments(parser, required=False)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pretrain.checkpoint.store import wanted_step
 from pretrain.commands.begun_run import open_run
 from pretrain.fork import fork
 from shards import installation
@@ -27,7 +28,7 @@ from shards import installation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the parent's folder, e.g. runs/quickstart")
-    parser.add_argument("--step", type=int, required=True, help="of one of its checkpoints")
+    parser.add_argument("--step", type=wanted_step, required=True, help="of one of its checkpoints, or best")
     parser.add_argument("--name", required=True, help="run.name of the new run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="what the new run changes")
 
@@ -35,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make the fork and say how to train it."""
     parent = open_run(arguments.run)
-    config = fork(parent.folder, parent.checkpoints, arguments.step, arguments.name, arguments.overrides)
+    step = parent.checkpoints.find(arguments.step).step
+    config = fork(parent.folder, parent.checkpoints, step, arguments.name, arguments.overrides)
     path = config.folder.config
-    print(f"{config.folder.root} begins at step {arguments.step} of {arguments.run}. To train it:")
+    print(f"{config.folder.root} begins at step {step} of {arguments.run}. To train it:")
     print(f"deepspeed {installation.typed('train').removeprefix('python ')} --config {path}")
     return 0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.state import check_tokenizer
+from pretrain.checkpoint.store import wanted_step
 from pretrain.commands.begun_run import open_run
 from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="a run's folder, e.g. runs/quickstart")
     model.add_argument("--model", type=Path, help="a folder with an exported or downloaded model")
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
+    parser.add_argument("--step", type=wanted_step, help="step of the run's checkpoint, or best; default: the newest")
     parser.add_argument("--prompt", action="append", help="may be repeated; without it, lines are read")
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: the most likely token")

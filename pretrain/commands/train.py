@@ -86,6 +86,9 @@ def print_report(config: RunConfig, report: Report) -> None:
         console.print(f"Report      {page}", highlight=False)
     if config.wandb.mode == "offline":
         console.print(f"wandb       {root}/wandb (upload: wandb sync {root}/wandb/offline-run-*)", highlight=False)
+    if report.ending:
+        console.print(f"Ended       {report.ending}", highlight=False)
+        return
     console.print(
         f"Next        {how_to_train_longer(config)}copy the config, set data.sources to your shards, and start it the"
         " same way",
@@ -128,10 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         reason = str(error).strip().partition("\n")[0]
         _logger.error("another rank is gone, so rank %d exits too: %s", rank, reason)
         return 1
-    if rank == 0:
-        if report.finished:
-            note_sample(config, report)
-            print_report(config, report)
-        else:
-            _logger.info("stopped after step %d; the same command continues from there", report.step)
+    if rank == 0 and report.finished:
+        note_sample(config, report)
+        print_report(config, report)
     return 0 if report.finished else STOPPED

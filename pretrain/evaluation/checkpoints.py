@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pretrain.checkpoint.resume import open_verified
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.store import CheckpointStore, WantedStep
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.eval_set import EvalSet
 from pretrain.evaluation.plausibility import warn_of_doubts
@@ -59,7 +59,7 @@ class Evaluator:
         return evaluate(self.model.score, self.eval_set, self.topology, self.batch_size)
 
 
-def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: int | None, topology: Topology) -> int:
+def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: WantedStep, topology: Topology) -> int:
     """Load one checkpoint's weights into a model, the same one on every rank. Every rank must call it.
 
     The files are compared with their hashes first, each by one rank, so that not every rank reads all of them.

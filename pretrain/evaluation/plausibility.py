@@ -1,15 +1,16 @@
-"""Warn about evaluations that cannot be right. scores -> plausibility -> log.
+"""Doubt evaluations that cannot be right. scores -> plausibility -> {trainer, log}.
 
 A broken tokenizer, wrong weights or a diverged model give figures that look plausible to anyone who does not know what
-to expect. Two things are known: no model need be worse than a uniform guess over all tokens, whose perplexity is the
-number of tokens; and the loss of a model with randomly initialized weights can be computed.
+to expect. Some things are known: no model need be worse than a uniform guess over all tokens, whose perplexity is the
+number of tokens; the loss of a model with randomly initialized weights can be computed; held-out text is not much
+easier than the training's; and what is learned moves every domain.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pretrain.model.transformer import ModelConfig
 
@@ -17,6 +18,9 @@ _logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1.0  # nats; initialized models of many shapes were within 0.5 of the expected loss
 _NAMED = 5  # maximum number of domains in a message
+_FAR_BELOW = 0.6  # of the training loss
+_COURSE = 5  # evaluations, at the last of which a domain is looked at that has not moved
+_NO_MOVE = 1e-3  # of what the average over all tokens has moved
 
 
 def drawn_loss(config: ModelConfig) -> float:
@@ -33,29 +37,88 @@ def drawn_loss(config: ModelConfig) -> float:
     return uniform + variance / 2 if variance < 2 * uniform else math.sqrt(2 * uniform * variance)
 
 
-def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig, drawn: bool = False) -> None:
-    """Warn about results of an evaluation that cannot be right.
+def doubt_of_first_loss(loss: float, config: ModelConfig, where: str) -> str | None:
+    """Return what is to be said of the loss of weights that were just initialized, in nats; None if it is plausible."""
+    expected = drawn_loss(config)
+    if abs(loss - expected) <= _TOLERANCE:
+        return None
+    return (
+        f"{where}: the loss is {loss:.2f} nats per token, but untrained weights should give about {expected:.2f}"
+        f" (ln(vocab_size) is {math.log(config.vocab_size):.2f}): something is wrong with the model, its init_std or"
+        " the scoring"
+    )
+
+
+def doubts(
+    records: Sequence[Mapping[str, object]],
+    config: ModelConfig,
+    drawn: bool = False,
+    training_loss: float = math.nan,
+    before: Sequence[Mapping[str, object]] = (),
+) -> Iterator[str]:
+    """Yield what cannot be right in the results of an evaluation.
 
     Args:
         records: the lines of evals.jsonl of one evaluation.
         drawn: whether the weights were just initialized, not trained or taken from another model.
+        training_loss: of the last steps, in nats per token; NaN if it is not known.
+        before: the lines of the evaluations before, on the same suite.
     """
-    losses = {str(record["domain"]): float(str(record["nll_per_token"])) for record in records}
+    losses = _losses(records)
     evaluation = f"step {records[0]['step']}, {records[0]['suite']}"
     if drawn:
-        expected, found = drawn_loss(config), losses["micro"]
-        if not abs(found - expected) <= _TOLERANCE:
-            _logger.warning(
-                "%s: the loss is %.2f nats per token, but untrained weights should give about %.2f"
-                " (ln(vocab_size) is %.2f): something is wrong with the model, its init_std or the scoring",
-                evaluation, found, expected, math.log(config.vocab_size),
-            )  # fmt: skip
+        doubt = doubt_of_first_loss(losses["micro"], config, evaluation)
+        yield from [doubt] if doubt else []
         return
     worse = [domain for domain, loss in losses.items() if not loss <= math.log(config.vocab_size)]
     if worse:
-        _logger.warning(
-            "%s: the perplexity of %s is above %d, so worse than a uniform guess over all tokens; after"
-            " more than a few steps the model has diverged, or the weights, the tokenizer and the text do not"
-            " belong together",
-            evaluation, ", ".join(worse[:_NAMED]) + ", ..." * (len(worse) > _NAMED), config.vocab_size,
-        )  # fmt: skip
+        yield (
+            f"{evaluation}: the perplexity of {_listed(worse)} is above {config.vocab_size}, so worse than a uniform"
+            " guess over all tokens; after more than a few steps the model has diverged, or the weights, the tokenizer"
+            " and the text do not belong together"
+        )
+    if losses["micro"] < _FAR_BELOW * training_loss:
+        yield (
+            f"{evaluation}: the loss is {losses['micro']:.2f} nats per token, far below that of training,"
+            f" {training_loss:.2f}: the texts of the suite may be among those trained on (data.decontaminate), be much"
+            " easier, or be scored wrongly"
+        )
+    if unmoved := _unmoved(records, before):
+        yield (
+            f"{evaluation}: the loss of {_listed(unmoved)} has not moved in {_COURSE} evaluations, while the average"
+            " has: its text may be empty, constant, or not what the model is shown"
+        )
+
+
+def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig, drawn: bool = False) -> None:
+    """Warn about results of an evaluation that cannot be right; the arguments are those of `doubts`."""
+    for doubt in doubts(records, config, drawn):
+        _logger.warning("%s", doubt)
+
+
+def _unmoved(records: Sequence[Mapping[str, object]], before: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the domains whose loss has not moved since the first evaluation; only at the `_COURSE`th of them."""
+    steps = sorted({int(str(record["step"])) for record in before})
+    if len(steps) != _COURSE - 1:
+        return []  # too early, or said already
+    course = [_losses([r for r in before if r["step"] == step]) for step in steps] + [_losses(records)]
+    spread = {
+        domain: max(losses.get(domain, math.nan) for losses in course)
+        - min(losses.get(domain, math.nan) for losses in course)
+        for domain in course[-1]
+    }
+    if not spread["micro"] > 0:
+        return []
+    return [domain for domain, moved in spread.items() if moved <= _NO_MOVE * spread["micro"]]
+
+
+def _losses(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
+    """Return each line's loss in nats per token; null in the file stands for one that is not finite."""
+    return {
+        str(record["domain"]): math.nan if record["nll_per_token"] is None else float(str(record["nll_per_token"]))
+        for record in records
+    }
+
+
+def _listed(domains: Sequence[str]) -> str:
+    return ", ".join(domains[:_NAMED]) + ", ..." * (len(domains) > _NAMED)

@@ -11,7 +11,8 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
         for key in ("nll_per_token", "bits_per_byte", "accuracy")
     }
     return [*records, {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])}, micro]
+
+
+def line_names(domains: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Return the names of all lines of an evaluation, given each domain and its source."""
+    several = [source for source, count in Counter(sources).items() if count > 1]
+    return [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
 
 
 def record_scores(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:

@@ -1,22 +1,22 @@
 """Handle optimizer steps that changed nothing: report why and with which documents, and end a run with too many.
 
-trainer -> unapplied_steps. The engine skips two kinds of steps on every rank: those whose loss or gradient is not
-finite, and those whose global batch has no target, where weight decay and momentum would move the weights although
-nothing is learned. All ranks decide from the same figures whether to continue, so they decide alike.
+trainer -> unapplied_steps. The engine skips three kinds of steps on every rank: those whose loss or gradient is not
+finite; those whose global batch has no target, where weight decay and momentum would move the weights although nothing
+is learned; and, if the config says so, spikes. All ranks decide from the same figures whether to continue,
+so they decide alike.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from pretrain.engine import StepStats
+from pretrain.run.events import Event, Kind, Tell
 from pretrain.run.run_folder import RunFolder
+from pretrain.step_stats import StepStats
 from pretrain.topology import Topology
 from shards import HeadraceError, Origin
 from shards.storage.atomic import write_atomically
-
-_logger = logging.getLogger(__name__)
 
 _NAMED = 3  # documents listed in the message; the file lists all
 
@@ -27,13 +27,18 @@ class UnappliedSteps:
     Args:
         limit: steps in a row that end the run.
         nonfinite_limit: the same, if the last of them was not finite.
+        tell: tells of such steps, on rank 0.
+        in_a_row: how many of them a resumed run has just made.
     """
 
-    def __init__(self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology) -> None:
+    def __init__(
+        self, limit: int, nonfinite_limit: int, folder: RunFolder, topology: Topology, tell: Tell, in_a_row: int = 0
+    ) -> None:
         self._limit, self._nonfinite_limit = limit, nonfinite_limit
         self._folder = folder
         self._topology = topology
-        self._in_a_row = 0
+        self._tell = tell
+        self._in_a_row = in_a_row
 
     def note(self, step: int, stats: StepStats, n_targets: int, origins: Callable[[], Sequence[Origin]]) -> None:
         """Record a step's outcome; every rank calls it.
@@ -49,7 +54,12 @@ class UnappliedSteps:
             self._in_a_row = 0
             return
         self._in_a_row += 1
+        if stats.refused:
+            self._check_refused(step)
+            return
         pieces = origins()
+        kind: Kind = "nonfinite" if n_targets else "no_targets"
+        figures = {"loss": stats.loss, "grad_norm": stats.grad_norm, "in_a_row": self._in_a_row}
         if n_targets:
             found, limit = self._nonfinite(step, stats, pieces), self._nonfinite_limit
             advice = "lower optim.learning_rate, leave documents out, or see train.on_nonfinite"
@@ -57,12 +67,22 @@ class UnappliedSteps:
             found, limit = _without_targets(step, pieces), self._limit
             advice = "check the sources' texts, data.text_key, data.bos and data.eos"
         if self._in_a_row >= limit:
-            raise HeadraceError(
-                f"{found}. That is {self._in_a_row} in a row that changed nothing: the run ends without saving, and the"
-                f" last checkpoint is kept; {advice}"
-            )
-        if self._topology.is_main and (n_targets or self._in_a_row == 1):
-            _logger.warning("%s; it changed nothing", found)
+            self._end(step, kind, f"{found}. That is {self._in_a_row} in a row that changed nothing", advice)
+        if n_targets or self._in_a_row == 1:
+            self._tell(Event(step, kind, f"{found}; it changed nothing", figures))
+
+    def _check_refused(self, step: int) -> None:
+        """End the run if too many steps were refused as spikes, each of which was told as one."""
+        if self._in_a_row >= self._limit:
+            found = f"step {step} is the last of {self._in_a_row} in a row that changed nothing, and stands out"
+            advice = "lower optim.learning_rate, raise train.spike_score, or set train.on_spike=mark"
+            self._end(step, "spike", found, advice)
+
+    def _end(self, step: int, kind: Kind, found: str, advice: str) -> NoReturn:
+        """Tell that the run ends, and raise HeadraceError, which says more."""
+        text = f"step {step}: {self._in_a_row} steps in a row have changed nothing, so the run ends without saving"
+        self._tell(Event(step, kind, text, {"in_a_row": self._in_a_row}))
+        raise HeadraceError(f"{found}: the run ends without saving, and the last checkpoint is kept; {advice}")
 
     def _nonfinite(self, step: int, stats: StepStats, pieces: Sequence[Origin]) -> str:
         """List the documents of a non-finite step in the run's folder; return a description."""

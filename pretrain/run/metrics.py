@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import resource
+import shlex
 import sys
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import Annotated, Protocol, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -55,6 +56,16 @@ class MetricsConfig(Config):
     profile: ProfileConfig | None = None  # None: no steps, until a rank gets SIGUSR2 and profiles its next five
     # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
+    # A command that is run at each event (spikes, stops, failed saves, the end), with the event as one line of JSON on
+    # its standard input. It is split into words, and no shell runs it; training goes on meanwhile. None: no command
+    on_event: str | None = None
+
+    @field_validator("on_event")
+    @classmethod
+    def _is_a_command(cls, command: str | None) -> str | None:
+        if command is not None and not shlex.split(command):  # which itself raises ValueError: No closing quotation
+            raise ValueError(f"on_event: {command!r} names no program")
+        return command
 
     def measures_layers(self, step: int) -> bool:
         """Return whether the layers' figures of a step are recorded."""
@@ -95,6 +106,10 @@ class StepRecord:
     z_loss: float | None = None  # its part of the training loss; None if it is off
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
+    spike: bool | None = None  # True if its loss or gradient norm stands out against the steps before
+    skipped_update: bool | None = None  # True if its update was not made because of that (train.on_spike)
+    straggler: int | None = None  # a rank that holds the others up for long; None for most steps
+    straggler_seconds: float | None = None  # that it works longer than the typical rank, in a step
     # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
     weight_hash: str | None = None  # of the fp32 weights
     optimizer_hash: str | None = None  # of their moments

@@ -34,6 +34,14 @@ class Ancestor(msgspec.Struct, frozen=True):
     batch_hash: str  # of that step
 
 
+class Rewind(msgspec.Struct, frozen=True):
+    """A decision of a run to go back before a spike; see `pretrain.rewind`."""
+
+    spike: int  # the step that stood out
+    step: int  # of the checkpoint
+    passed_over: tuple[int, int]  # steps, first and last
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths of everything that belongs to a run. Creating this object touches nothing on disk."""
@@ -77,6 +85,11 @@ class RunFolder:
     @property
     def cursors(self) -> StepLog:
         return StepLog(self.root / "cursors.jsonl.zst")
+
+    @property
+    def events(self) -> StepLog:
+        """Return the log of what was worth telling; see `pretrain.run.events`."""
+        return StepLog(self.root / "events.jsonl")
 
     @property
     def starts(self) -> StepLog:
@@ -219,6 +232,22 @@ class RunFolder:
         """Record that a start goes back to a step, which any other start has to bring to its end if this one cannot."""
         write_atomically(self._going_back, str(step))
 
+    @property
+    def _rewinds(self) -> Path:
+        return self.root / "rewinds.json"
+
+    def rewinds(self) -> list[Rewind]:
+        """Return how often the run went back before a spike, the oldest first; never for most runs."""
+        try:
+            return msgspec.json.decode(self._rewinds.read_bytes(), type=list[Rewind])
+        except FileNotFoundError:
+            return []
+
+    def note_rewind(self, rewind: Rewind) -> None:
+        """Record that the run goes back; what it passes over is passed over by every start from now on."""
+        rewinds = [*self.rewinds(), rewind]
+        write_atomically(self._rewinds, msgspec.json.format(msgspec.json.encode(rewinds)))
+
     def _retract_files(self, step: int) -> None:
         """Move files of single steps past one aside, which otherwise would pass for those of steps yet to come."""
         for path in [*self.root.glob("evals/*/step_*.npz"), *self.root.glob("nonfinite/step_*.tsv")]:
@@ -301,7 +330,7 @@ class RunFolder:
     def _records(self) -> tuple[StepLog, ...]:
         """Return the files that follow the checkpoints: durable before a save is complete, cut back at a resume."""
         logs = (self.metrics, self.evals, self.layers, self.bad_records, self.contaminated, self.cursors, self.starts)
-        return (*logs, self.samples)
+        return (*logs, self.samples, self.events)
 
     def cut_back(self, step: int, why: str) -> None:
         """Move aside what was written about steps past a checkpoint's, each record marked with why and when."""

@@ -5,7 +5,6 @@ Bits can only be expected to repeat where all of this is the same, so an audit h
 
 from __future__ import annotations
 
-import datetime
 import platform
 import socket
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import git_commit
 from pretrain.topology import Topology
@@ -50,6 +50,7 @@ class StartRecord(msgspec.Struct, frozen=True):
         tp_size, dp_size, zero_stage: the layout.
         environment: the same on all ranks, but for the device.
         hosts: names of the nodes.
+        suite: the label of its evaluations; empty if it makes none, or an older program did not record it.
     """
 
     step: int
@@ -62,10 +63,11 @@ class StartRecord(msgspec.Struct, frozen=True):
     zero_stage: int
     environment: Environment
     hosts: list[str]
+    suite: str = ""
 
 
 def describe_start(
-    step: int, config_hash: str, zero_stage: int, environment: Environment, topology: Topology
+    step: int, config_hash: str, zero_stage: int, environment: Environment, topology: Topology, suite: str = ""
 ) -> StartRecord:
     """Describe a start that resumes from a step; every rank calls it."""
     return StartRecord(
@@ -79,12 +81,8 @@ def describe_start(
         zero_stage=zero_stage,
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
+        suite=suite,
     )
-
-
-def now() -> str:
-    """Return the time in UTC, to the second, in ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def environment_of(topology: Topology, attention: str) -> Environment:

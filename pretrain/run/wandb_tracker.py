@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from pretrain.run.events import Event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import Ancestor, RunFolder
 from pretrain.run.wandb_rows import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_ALERT_SECONDS = 600  # between two alerts of a kind; those in between are in the log
+_TITLE_LENGTH = 63  # of an alert, at most
 _FLUSH_SECONDS = 0.2  # of the local file; with the default, a kill would lose 15 s
 _INIT_SECONDS = 30.0  # before a start without a server goes offline
 _FINISH_SECONDS = 30.0  # before giving up on the server at the end; the local file stays
@@ -180,6 +183,7 @@ class Tracker:
         self._late_rows = 0  # the server's rows for evaluations of old checkpoints
         self._held: Row | None = None
         self._evals_follow = False  # whether the held row waits for its evaluation
+        self._alerted: dict[str, float] = {}  # kind -> time.monotonic() of its last alert
 
     def __enter__(self) -> Tracker:
         """Open the session and bring wandb up to date.
@@ -231,6 +235,19 @@ class Tracker:
             self._held = {**(self._held or {}), **row}
         self._evals_follow = False
         self._send_held()
+
+    def alert(self, event: Event) -> None:
+        """Send an event as an alert of the run, online; one of a kind within `_ALERT_SECONDS`."""
+        since = time.monotonic() - self._alerted.get(event.kind, -math.inf)
+        if self._run is None or self._run.offline or since < _ALERT_SECONDS:
+            return
+        self._alerted[event.kind] = time.monotonic()
+        level = {logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}[event.level]
+        title = f"{event.kind.replace('_', ' ')}: {self._name}"[:_TITLE_LENGTH]
+        try:
+            self._run.alert(title, f"step {event.step}: {event.text}", level, _ALERT_SECONDS)
+        except Exception as error:  # it is in the log and in events.jsonl
+            _logger.warning("wandb was not told: %r", error)
 
     def _send_held(self) -> None:
         row, self._held = self._held, None

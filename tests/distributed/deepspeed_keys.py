@@ -17,7 +17,8 @@ import torch
 
 from pretrain.checkpoint.zero_files import read_partitions, whole
 from pretrain.deepspeed_keys import ALLOWED, deepspeed_config
-from pretrain.engine import Engine, StepStats
+from pretrain.engine import Engine
+from pretrain.step_stats import StepStats
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.nonfinite import step
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, model_config

@@ -3,8 +3,9 @@
 Usage: python -m tests.distributed.nonfinite TP_SIZE
 
 One engine takes bad steps between its good ones: before the first, one in which one micro-step's loss is infinite with
-a finite gradient, and one in which one rank's slice of a weight gets a gradient of NaN. Another engine takes only the
-good steps. Both must agree to the last bit, in their figures and in all that a checkpoint would hold.
+a finite gradient, one in which one rank's slice of a weight gets a gradient of NaN, and two that are refused as spikes,
+by loss and by gradient norm. Another engine takes only the good steps. Both must agree
+to the last bit, in their figures and in all that a checkpoint would hold.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 import xxhash
 
 from pretrain.deepspeed_keys import deepspeed_config
-from pretrain.engine import Engine, StepStats
+from pretrain.engine import Engine
 from pretrain.model.loss import Loss
 from pretrain.model.pieces import valid_targets
 from pretrain.run.metrics import Meter
+from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ParallelConfig, Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 
@@ -58,11 +60,11 @@ def fingerprint(engine: Engine) -> str:
     return found.hexdigest()
 
 
-def step(engine: Engine, here: Topology, number: int) -> StepStats:
+def step(engine: Engine, here: Topology, number: int, limits: Limits = NO_LIMITS) -> StepStats:
     tokens, segment_ids = global_batches()[number]
     mine = slice(here.dp_rank, None, here.dp_size)
     n_targets = int(valid_targets(segment_ids).sum())
-    return engine.train_step(tokens[mine], segment_ids[mine], n_targets, number, 1e-3, Meter())
+    return engine.train_step(tokens[mine], segment_ids[mine], n_targets, number, 1e-3, Meter(), limits=limits)
 
 
 @contextlib.contextmanager
@@ -105,7 +107,12 @@ def history(here: Topology, stage: int, offload: str, precision: str, micro: int
                     stats = step(engine, here, 3)
                 assert (stats.applied, math.isinf(stats.grad_norm)) == (False, True), stats
                 assert not found or fingerprint(engine) == found[-1], f"changed by {bad.__name__}"
-        stats = step(engine, here, number)
+            for limits in (Limits(loss=0.1), Limits(grad_norm=1e-6)):
+                refused = step(engine, here, 3, limits)
+                assert (refused.applied, refused.refused) == (False, True), refused
+                assert not found or fingerprint(engine) == found[-1], f"changed by {limits}"
+            assert 0 < refused.grad_norm < math.inf, "what was refused is known"
+        stats = step(engine, here, number, Limits(1e9, 1e9) if with_bad else NO_LIMITS)
         assert stats.applied, f"{stats} after a bad step: {with_bad}"
         found += [stats, fingerprint(engine)]
     return found

@@ -17,7 +17,8 @@ from shards.suites.suite import SuiteFile
 # Every key of a run's config with a non-null value of its type.
 FULL = yaml.safe_load("""
 run: {name: a, dir: runs, seed: 1}
-model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, norm_eps: 0.5, rope_theta: 1.5,
+model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, vocab_multiple: 2,
+  norm_eps: 0.5, rope_theta: 1.5,
   rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
     original_max_position_embeddings: 64},
   qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5,
@@ -52,15 +53,18 @@ data:
   prefetch_bytes: 1000
   worker_timeout: 1.5
 train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2,
-  weight_hash_every: 2}
+  weight_hash_every: 2, on_spike: skip, spike_window: 8, spike_score: 1.5, rewind_steps: 2, max_rewinds: 2,
+  stop: {metric: eval/a/perplexity, patience: 2, min_delta: 1.5, explode: 1.5}}
 optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, decay_shape: sqrt, floor: 0.5,
   betas: [0.5, 0.25], eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,
   compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true, timeout_minutes: 1.5}
 precision: fp32
-checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2}
+checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2,
+  best: eval/a/accuracy}
 evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x}
-metrics: {log_every_seconds: 1.5, peak_flops: 1.5, layers_every: 2, profile: {steps: [2, 3], ranks: [1]}}
+metrics: {log_every_seconds: 1.5, peak_flops: 1.5, layers_every: 2, profile: {steps: [2, 3], ranks: [1]},
+  on_event: x}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
 deepspeed: {memory_breakdown: true}
 stages:

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.faults.stragglers import RankSeconds
 from pretrain.feed import Feed
 from shards import DataConfig, HeadraceError, Loader, ShardError, Stage, prepare
 from tests.shards.corpora import config, record, words, write_shard
 
 ROWS = 4  # rows of a global batch
+
+
+UNLIKE = ("tokens", "segment_ids", "rank_seconds")  # on each rank, or at each time
 
 
 class Ranks:
@@ -44,7 +48,7 @@ class Place:
     device = torch.device("cpu")
 
     def __init__(self, ranks: Ranks, rank: int) -> None:
-        self._ranks, self.rank = ranks, rank
+        self._ranks, self.rank, self.world_size = ranks, rank, ranks.size
         self.is_main = rank == 0
 
     def gather_objects(self, own: Any) -> list[Any]:
@@ -70,9 +74,14 @@ def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, An
         with Loader(data, ROWS, seed, place.rank, ranks, prepared=prepared) as loader:
             feed = Feed(loader, [Stage(0, data, ROWS)], topology)
             found = []
-            while (batch := feed.next(stop_requested=place.rank == 1, saving=place.rank == 0)) is not None:
+            own = RankSeconds(0.0, *(place.rank + part / 4 for part in (1, 2, 3)))
+            while (batch := feed.next(stop_requested=place.rank == 1, saving=place.rank == 0, seconds=own)) is not None:
+                assert [each[1:] for each in batch.rank_seconds] == [
+                    (r + 0.25, r + 0.5, r + 0.75) for r in range(ranks)
+                ]
+                assert all(0 < each.loading < 60 for each in batch.rank_seconds)
                 assert batch.tokens.shape == (ROWS // ranks, data.seq_len + 1)
-                found.append({key: value for key, value in vars(batch).items() if key not in ("tokens", "segment_ids")})
+                found.append({key: value for key, value in vars(batch).items() if key not in UNLIKE})
             assert feed.next(stop_requested=False) is None
             return [*found, {"passed_over": feed.skipped_at_end}]
 

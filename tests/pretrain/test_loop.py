@@ -11,15 +11,18 @@ import torch
 from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.state_hash import StateHash
 from pretrain.checkpoint.store import CheckpointConfig
-from pretrain.engine import StepStats
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.interrupt import Interrupt
+from pretrain.faults.spikes import SpikeWatch
 from pretrain.faults.stop import StopPolicy
+from pretrain.faults.stragglers import RankSeconds, StragglerWatch
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import StepBatch
 from pretrain.loop import train
 from pretrain.optim import OptimConfig, SchedulePart
-from pretrain.run.metrics import Meter
+from pretrain.run.events import Event
+from pretrain.run.metrics import Meter, MetricsConfig
+from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
 from pretrain.trainer import Trainer
 from shards import CheckpointError
@@ -42,6 +45,8 @@ class Run:
         self.data_end: int | None = None
         self.saves_fail = False
         self.hashed: list[int] = []
+        self.told: list[Event] = []
+        self.ends_by_rule_at: int | None = None
 
     def start(self, looks: int = 10**9) -> bool:
         """Train until the run is finished, or has checked this many times whether to stop."""
@@ -61,11 +66,12 @@ class Run:
                 next=self.next, state=lambda: None, cursors=lambda: None, origins=list, skipped_at_end=([], []),
             ),
             journal=SimpleNamespace(
-                log_step=self.log_step, log_evals=lambda step, scores: self.evaluated.append(step),
+                log_step=self.log_step, log_evals=self.log_evals,
                 log_data_end=self.end_data, log_cursors=lambda *arguments: None, log_skipped=lambda *arguments: None,
+                tell=self.told.append, has_told=self.has_told,
             ),
             recorder=SimpleNamespace(
-                meter=Meter(), note_save=lambda seconds: None,
+                meter=Meter(), note_save=lambda seconds: None, seconds=RankSeconds(),
                 record=self.record,
             ),
             saver=SimpleNamespace(
@@ -74,16 +80,22 @@ class Run:
             ),
             held_out=SimpleNamespace(score=self.score, evaluated=max(self.evaluated, default=-1)),
             stop=StopPolicy(Interrupt(), deadline, save_seconds=0.0),
-            watchdog=Watchdog(None, 0),
+            watchdog=Watchdog(None, 0, self.told.append),
             unapplied=SimpleNamespace(note=lambda *arguments: None),
+            spikes=SpikeWatch(4, 8.0, []),
+            stragglers=StragglerWatch(["node"]),
+            profiler=SimpleNamespace(begin_step=lambda step: None, end_step=lambda step: None),
+            tripwires=SimpleNamespace(note=lambda record: []),
+            standing=SimpleNamespace(note=self.judge, ending=self.ending),
         )  # fmt: skip
         if not self.with_suite:
             parts.held_out = None
         config: Any = SimpleNamespace(
-            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY),
+            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY, on_spike="mark"),
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
             data=SimpleNamespace(skip_steps=()),
+            metrics=MetricsConfig(layers_every=None),
             all_stages=[None],
             stage_at=lambda step: None,
             schedule=[SchedulePart(0, OptimConfig(learning_rate=1.0))],
@@ -93,7 +105,7 @@ class Run:
         self.at = self.state.step
         return train(self.trainer)
 
-    def next(self, stop_requested: bool, saving: bool) -> StepBatch | None:
+    def next(self, stop_requested: bool, saving: bool, seconds: RankSeconds) -> StepBatch | None:
         if self.at >= DATA_END:
             return None
         self.at += 1
@@ -111,9 +123,26 @@ class Run:
             self.hashed.append(made.state.step)
         return SimpleNamespace(step_seconds=0.0)
 
-    def log_step(self, record: object, evals_follow: bool) -> None:
+    def log_step(self, record: object, layers: object, evals_follow: bool) -> None:
         self.trained.append(self.trainer.state.step)
         assert evals_follow == (self.with_suite and (self.at % EVALUATED_EVERY == 0 or self.at == self.steps))
+
+    def has_told(self, step: int, kind: str) -> bool:
+        return any((event.step, event.kind) == (step, kind) for event in self.told)
+
+    def log_evals(self, step: int, scores: object) -> list[dict[str, object]]:
+        self.evaluated.append(step)
+        return []
+
+    def judge(self, records: object) -> None:
+        standing = self.trainer._parts.standing
+        standing.ending = self.ending
+
+    @property
+    def ending(self) -> Event | None:
+        """What the evaluations so far say; a new start finds the same in the records."""
+        late = self.ends_by_rule_at is not None and max(self.evaluated, default=-1) >= self.ends_by_rule_at
+        return Event(self.ends_by_rule_at or 0, "patience", "no progress", {}) if late else None
 
     def end_data(self, step: int) -> None:
         self.data_end = step
@@ -148,6 +177,7 @@ def test_a_run_stopped_anywhere_is_completed_by_its_next_start(steps: int | None
             assert starts < 2, "an undisturbed start finishes the run"
         assert run.trained == list(range(1, last + 1)), looks
         assert run.evaluated == wanted, looks
+        assert [event.kind for event in run.told] == [*["stopped"] * starts, "finished"], looks
         assert run.state.step == last
         assert run.data_end == (None if steps == 7 or steps == DATA_END else last)
 
@@ -178,3 +208,20 @@ def test_only_the_last_save_of_a_finished_run_must_succeed() -> None:
     run.saves_fail = True
     with pytest.raises(CheckpointError, match="the disk is full"):
         run.start()
+
+
+def test_a_run_that_its_evaluations_end_is_saved_there_and_does_not_go_on() -> None:
+    for looks in range(1, 25):
+        run = Run(steps=100)
+        run.ends_by_rule_at = 6
+        starts = 0
+        while not run.start(looks if starts == 0 else 10**9):
+            starts += 1
+            assert starts < 2, "an undisturbed start finishes the run"
+        assert (run.trained, run.evaluated, run.state.step) == ([*range(1, 7)], [0, 3, 6], 6), looks
+        kinds = [event.kind for event in run.told if event.kind != "stopped"]
+        assert kinds == ["patience", "finished"], looks
+        assert run.start()
+        assert (run.trained, run.state.step, len(run.told)) == ([*range(1, 7)], 6, 2 + starts), (
+            "again, and no word more"
+        )

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pretrain.checkpoint.state import RunState
-from pretrain.engine import StepStats
 from pretrain.feed import StepBatch
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
+from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
 from shards import Skipped, Stage
 from tests.shards.corpora import config
@@ -35,7 +35,7 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
     )  # fmt: skip
     with recorder.meter.part("data_wait"):
         pass
-    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves).as_json()
+    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves, None).as_json()
 
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:

@@ -140,7 +140,7 @@ def obstacles(
     start: StartRecord = START, config: RunConfig = CONFIG, starts: list[StartRecord] | None = None
 ) -> list[str]:
     starts = [START] if starts is None else starts
-    training = Training(CONFIG, starts, [CONFIG] * len(starts))
+    training = Training(CONFIG, starts, [CONFIG] * len(starts), [])
     return obstacles_to_equality(training, Replay(config, start, interval(), {}))
 
 
@@ -174,7 +174,7 @@ def test_settings_that_change_bits_are_obstacles_and_others_are_not() -> None:
     for key, value in (("parallel.activation_checkpointing", "full"), ("train.micro_batch_size", 4)):
         assert [found.partition(":")[0] for found in obstacles(config=with_settings(key, value))] == [key]
     assert obstacles(config=with_settings("parallel.timeout_minutes", 5.0)) == []
-    changed = Training(CONFIG, [START, START], [CONFIG, with_settings("train.micro_batch_size", 4)])
+    changed = Training(CONFIG, [START, START], [CONFIG, with_settings("train.micro_batch_size", 4)], [])
     assert len(obstacles_to_equality(changed, Replay(CONFIG, START, interval(), {}))) == 1, "of the second start"
     # Of two data-parallel ranks, all rows of a rank are four.
     whole = with_settings("train.micro_batch_size", None)
@@ -187,5 +187,5 @@ def test_a_gpu_without_deterministic_kernels_is_an_obstacle() -> None:
     assert said.startswith("parallel.deterministic is off")
     parallel = CONFIG.parallel.model_copy(update={"deterministic": True})
     config = CONFIG.model_copy(update={"parallel": parallel})
-    training = Training(config, [start], [config])
+    training = Training(config, [start], [config], [])
     assert obstacles_to_equality(training, Replay(config, start, interval(), {})) == []

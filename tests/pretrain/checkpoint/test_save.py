@@ -22,6 +22,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import DataState, RunState, read_data, read_state
 from pretrain.checkpoint.store import COMPLETE, CheckpointConfig, CheckpointStore
+from pretrain.run.events import log_event
 from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, ConfigError
 from tests.pretrain.checkpoint.disk import KILLED, Disk, Moment, Operation, Recording
@@ -77,7 +78,7 @@ class Run:
     @contextmanager
     def saver(self) -> Iterator[Saver]:
         topology: Any = OneRank()
-        with Saver(self.store, self.model, topology, self.folder, lease=None) as saver:
+        with Saver(self.store, self.model, topology, self.folder, None, log_event) as saver:
             yield saver
 
     def begin(self, saver: Saver, step: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
-from pretrain.evaluation.plausibility import drawn_loss, warn_of_doubts
+from pretrain.evaluation.plausibility import doubts, drawn_loss, warn_of_doubts
 from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.loss import Scores, Targets, target_scores
@@ -83,3 +83,35 @@ def test_a_first_loss_that_random_weights_cannot_have_is_reported(caplog: pytest
         caplog.clear()
         warn_of_doubts(records(micro=loss), CONFIG, drawn=True)
         assert f"the loss is {loss:.2f} nats per token" in caplog.text
+
+
+def test_an_evaluation_far_below_training_is_reported() -> None:
+    assert list(doubts(records(micro=2.0), CONFIG, training_loss=3.0)) == []
+    assert list(doubts(records(micro=2.0), CONFIG)) == []
+    (said,) = doubts(records(micro=1.0), CONFIG, training_loss=3.0)
+    assert "far below that of training, 3.00" in said
+
+
+def test_a_domain_that_never_moves_is_reported_once() -> None:
+    def course(count: int, moved: float) -> list[dict[str, object]]:
+        return [
+            {**record, "step": step}
+            for step in range(count)
+            for record in records(wiki=5.0 - moved * step, code=4.0, micro=4.5 - moved * step / 2)
+        ]
+
+    last = records(wiki=3.0, code=4.0, micro=3.5)
+    assert [len(list(doubts(last, CONFIG, before=course(count, 0.3)))) for count in range(8)] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+    ]
+    (said,) = doubts(last, CONFIG, before=course(4, 0.3))
+    assert "the loss of code has not moved in 5 evaluations" in said
+    still = records(wiki=5.0, code=4.0, micro=4.5)
+    assert list(doubts(still, CONFIG, before=course(4, 0.0))) == [], "where nothing moves, no domain is the exception"

@@ -22,24 +22,24 @@ def the_culprit():
     pass_seconds(1.0)
     time.sleep(60)
 
-with module.Watchdog(0.04, rank=3) as watchdog:
-    watchdog.begin("step", "step 1")
+with module.Watchdog(0.04, 3, lambda event: print(event.step, event.kind, flush=True)) as watchdog:
+    watchdog.begin("step", "step 1", 0)
     pass_seconds(1.0)
     watchdog.end()
     pass_seconds(1.0)  # a save
     for step in range(2, 6):
-        watchdog.begin("step", f"step {step}")
+        watchdog.begin("step", f"step {step}", step - 1)
         pass_seconds(0.03)
     watchdog.end()
     print("alive", flush=True)
-    watchdog.begin("step", "step 6")
+    watchdog.begin("step", "step 6", 5)
     the_culprit()
 """
 
 
 def test_a_part_that_hangs_ends_the_process_and_shows_where() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50)
-    assert done.stdout == "alive\n", done.stderr
+    assert done.stdout == "alive\n5 stall\n", done.stderr
     assert done.returncode == 75
     assert "rank 3: step 6 has taken more than train.stall_timeout=0.04 s" in done.stderr
     assert "in the_culprit" in done.stderr

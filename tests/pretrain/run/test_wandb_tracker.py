@@ -103,6 +103,14 @@ def test_wandb_goes_back_with_a_run_at_once(tmp_path: Path, rewinds: bool) -> No
         assert rewinds or len(server.history["an-id"]) == 11
 
 
+def test_events_are_alerts_online_one_of_a_kind(tmp_path: Path) -> None:
+    with wandb_server(rewinds=True) as server:
+        session(tmp_path / "run", 0, 1, "finished", mode="online", **server.environment)
+    assert sorted(server.alerts) == [
+        ("disk: name", "step 1: about disk"), ("finished: name", "step 1: about finished"),
+    ]  # fmt: skip
+
+
 def test_the_wandb_run_has_its_config_and_its_axis(tmp_path: Path) -> None:
     root = tmp_path / "run"
     session(root, 0, 2, "finished")

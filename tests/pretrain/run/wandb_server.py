@@ -22,6 +22,7 @@ class WandbServer(ThreadingHTTPServer):
         rewinds: whether it supports rewinding a run; not every server does.
     Attributes:
         history: each run's rows by the run's id, as a wandb page would show them.
+        alerts: title and text of each.
     """
 
     def __init__(self, rewinds: bool) -> None:
@@ -30,6 +31,7 @@ class WandbServer(ThreadingHTTPServer):
         self.lines: dict[str, list[str]] = {}
         self.configs: dict[str, str] = {}
         self.names: dict[str, str] = {}
+        self.alerts: list[tuple[str, str]] = []
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore clients that disconnect."""
@@ -58,6 +60,9 @@ class WandbServer(ThreadingHTTPServer):
             self.configs[run] = given.get("config") or self.configs.get(run, "{}")
             self.names[run] = given.get("displayName") or self.names.get(run, run)
             return {"upsertBucket": {"bucket": self.bucket(run), "inserted": is_new}}
+        if operation == "NotifyScriptableRunAlert":
+            self.alerts.append((given["title"], given["text"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
         if operation == "RunResumeStatus":
             return {"model": {"id": "p", "name": "headrace", "entity": {"id": "e", "name": "lab"}} | self._tail(given)}
         if operation == "RewindRun" and self.rewinds:

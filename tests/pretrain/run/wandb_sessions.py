@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from pretrain.run.events import Event
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import Tracker, WandbConfig
 
@@ -108,6 +109,8 @@ def _train(
                 _evaluate(folder, tracker, step)
         if end == "finished":
             _evaluate(folder, tracker, last)  # as at the data's end, which the step before could not foresee
+            for kind in ("finished", "disk", "finished"):
+                tracker.alert(Event(last, kind, f"about {kind}", {}))
         if end == "killed":
             time.sleep(0.1)  # some of it is flushed to the file by now, some is not
             for process in [*psutil.Process().children(), psutil.Process()]:

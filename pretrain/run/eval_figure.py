@@ -1,0 +1,50 @@
+"""A figure of the held-out suite, named as in wandb: eval/macro/perplexity. evals.jsonl -> eval_figure -> {store, ...}.
+
+Figures are compared as costs, of which the lowest is the best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+_HIGHER_IS_BETTER = "accuracy"
+# Of a config's key: a domain, `source:NAME`, macro or micro, and the figure of its line in evals.jsonl
+EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|bits_per_byte|{_HIGHER_IS_BETTER})$"
+
+
+class EvalFigure(NamedTuple):
+    """A figure of a domain or an average."""
+
+    domain: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> EvalFigure:
+        """Read a name that matches `EVAL_FIGURE`."""
+        _, domain_and_name = text.split("/", 1)
+        return cls(*domain_and_name.rsplit("/", 1))
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether a lower value is better, so that its costs are its values."""
+        return self.name != _HIGHER_IS_BETTER
+
+    def cost(self, record: Mapping[str, object]) -> float:
+        """Return the cost in a line of evals.jsonl; infinite if the figure is not finite, which is null in the file."""
+        value = math.nan if record[self.name] is None else float(str(record[self.name]))
+        if not math.isfinite(value):
+            return math.inf
+        return value if self.is_loss else -value
+
+    def costs(self, records: Iterable[Mapping[str, object]], suite: str) -> dict[int, float]:
+        """Return the cost at each step that was evaluated on a suite, in the order of the steps."""
+        wanted = {"suite": suite, "domain": self.domain}
+        found = {int(str(r["step"])): self.cost(r) for r in records if all(r[key] == wanted[key] for key in wanted)}
+        return dict(sorted(found.items()))
+
+
+def best_step(costs: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """Return the step with the lowest cost, the first of equals; None if none of the steps has one."""
+    return min((step for step in steps if step in costs), key=lambda step: (costs[step], step), default=None)
