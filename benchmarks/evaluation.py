@@ -43,7 +43,7 @@ class Drawn:
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         spec = self._specs[name]
-        return spec.slice_of(torch.randn(spec.shape) * 0.02, index, count)
+        return (torch.randn(spec.shape) * 0.02)[spec.bounds(index, count)]
 
 
 def main() -> int:

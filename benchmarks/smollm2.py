@@ -4,11 +4,10 @@
     python benchmarks/smollm2.py FOLDER
     deepspeed launch/pretrain.py --config FOLDER/run.yaml
 
-The second command makes an HF folder of SmolLM2-135M-Instruct (Apache-2.0; the package holds it as GGUF, at 4 bits per
-weight), compares our perplexity on the sample's held-out text with that of `transformers` on the same weights, and
-writes what a run that begins with it needs: documents as token ids, a vocabulary, and a config. The third trains it.
-Our loader tokenizes text only with SentencePiece, and this model has another kind of BPE: hence the token ids, and a
-vocabulary that names them but encodes nothing.
+The second command makes an HF folder of SmolLM2-135M-Instruct (Apache-2.0; the package holds it as GGUF, at 4 bits a
+weight), compares our token ids and our perplexity on the sample's held-out text with those of `transformers` on the
+same weights, and writes a config for a run that begins with it. The third trains it further, on raw text, with its own
+tokenizer.
 """
 
 from __future__ import annotations
@@ -17,28 +16,27 @@ import argparse
 import importlib.util
 import itertools
 import json
-import math
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import gguf
+import tokenizers
 import torch
-from datasets import Dataset
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.exchange import hf, meta
 from pretrain.exchange.folder import describe, open_model
 from pretrain.inference.forward_model import ForwardModel
+from pretrain.model.loss import next_token_targets
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, started
-from shards import read_documents
+from shards import Tokenizer, read_documents
 
 SAMPLE = Path("shards/sample")
 DOMAINS = ("books", "code", "wiki")
@@ -53,12 +51,12 @@ RUN = """
 run: {{name: smollm2, dir: {folder}/runs}}
 {description}
 data:
-  tokenizer: {folder}/vocabulary.model
+  tokenizer: {folder}/model/tokenizer.json
   seq_len: 256
   bos: false
-  eos: false
+  eos_token: <|endoftext|>  # which separates documents in SmolLM2's pretraining; that of the chat model is another
   lanes: 4
-  sources: [{{name: sample, dataset: {folder}/sample.parquet, input_ids_key: input_ids}}]
+  sources: [{{name: sample, paths: [shards/sample/train/pile-00.jsonl.zst]}}]
 train: {{steps: 4, global_batch_size: 4, micro_batch_size: 1}}
 optim: {{learning_rate: 1.0e-5, warmup_steps: 2}}
 wandb: {{mode: disabled}}
@@ -106,61 +104,49 @@ def write_model(source: GGUFModel, folder: Path) -> None:
     hf.write_weights(folder, source, weight_specs(source.config), torch.float32, 5 * 10**9)
     tokens, types = source.field["tokenizer.ggml.tokens"], source.field["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in source.field["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3]
-    )
+    bpe = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in control])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[2], "bos_token": tokens[1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
 
 
-def nll_of(logits: Tensor, ids: Tensor) -> float:
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
-
-
 def compare(folder: Path) -> None:
-    """Print perplexities on held-out text, ours and those of transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Print perplexities on held-out text, ours and those of transformers. Raises: AssertionError if ids differ."""
+    tokenizer, peer = Tokenizer(folder / "tokenizer.json", bos=False, eos=False), AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     weights = open_model(folder)
-    print("| domain | tokens | perplexity, ours | transformers | largest difference of a logit |")
+    print("| domain | tokens | perplexity, ours | transformers | largest difference of a token's loss, nats |")
     print("| --- | --- | --- | --- | --- |")
     with started(ParallelConfig()) as here, torch.no_grad():
         ours = ForwardModel(weights.description.config, ParallelConfig(), "fp32", here)
         ours.set_weights(weights)
         for domain in DOMAINS:
-            count, sums, largest = 0, [0.0, 0.0], 0.0
+            losses = []  # of each document, [2, targets]: ours, theirs
             documents = read_documents(str(SAMPLE / "eval" / domain / "val.jsonl.zst"))
             for document in itertools.islice(documents, DOCUMENTS):
-                ids = torch.tensor([tokenizer(document.text).input_ids[:TOKENS]])
-                found, expected = ours.logits(ids, torch.ones_like(ids)), theirs(ids).logits
-                sums = [sums[0] + nll_of(found, ids), sums[1] + nll_of(expected, ids)]
-                count += ids.shape[1] - 1
-                largest = max(largest, float((found - expected).abs().max()))
-            perplexities = " | ".join(f"{math.exp(total / count):.4f}" for total in sums)
-            print(f"| {domain} | {count} | {perplexities} | {largest:.1e} |", flush=True)
+                ids = tokenizer.encode(document.text)
+                assert ids == peer(document.text).input_ids, f"{document.shard}, line {document.line}"
+                losses.append(losses_of(ours, theirs, torch.tensor([ids[: TOKENS + 1]])))
+            both = torch.cat(losses, dim=1)
+            perplexities = " | ".join(f"{value:.4f}" for value in both.mean(dim=1).exp().tolist())
+            difference = float((both[0] - both[1]).abs().max())
+            print(f"| {domain} | {both.shape[1]} | {perplexities} | {difference:.1e} |", flush=True)
 
 
-def write_run(source: GGUFModel, folder: Path) -> None:
-    """Write the sample as token ids, a vocabulary that names them, and a config that begins with the model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    documents = itertools.islice(read_documents(str(SAMPLE / "train" / "pile-00.jsonl.zst")), 400)
-    # As in SmolLM2's pretraining, <|endoftext|>, its id 0, separates documents
-    ids = [[*tokenizer(document.text).input_ids[:2000], 0] for document in documents]
-    Dataset.from_dict({"input_ids": ids}).to_parquet(folder / "sample.parquet")
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.trainer_spec.model_type = proto.trainer_spec.BPE
-    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
-    for i, token in enumerate(source.field["tokenizer.ggml.tokens"]):
-        kind = {0: proto.SentencePiece.UNKNOWN, 1: proto.SentencePiece.CONTROL, 2: proto.SentencePiece.CONTROL}
-        proto.pieces.add(piece=token, score=-float(i), type=kind.get(i, proto.SentencePiece.NORMAL))
-    (folder / "vocabulary.model").write_bytes(proto.SerializeToString())
-    (folder / "run.yaml").write_text(RUN.format(folder=folder, description=describe(folder / "model")))
+def losses_of(ours: ForwardModel, theirs: Any, tokens: Tensor) -> Tensor:
+    """Return the negative log-likelihoods [2, T] of all tokens [1, T + 1] but the first, by our model and theirs."""
+    pieces = torch.ones_like(tokens)
+    found = ours.score(tokens[:, :-1], pieces[:, :-1], next_token_targets(tokens, pieces)).nll
+    logits = theirs(tokens[:, :-1]).logits[0].double()
+    expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    return torch.stack((found.double(), expected))
 
 
 def main() -> None:
@@ -174,7 +160,7 @@ def main() -> None:
     if not (folder / "model").exists():
         write_model(source, folder / "model")
     compare(folder / "model")
-    write_run(source, folder)
+    (folder / "run.yaml").write_text(RUN.format(folder=folder, description=describe(folder / "model")))
 
 
 if __name__ == "__main__":

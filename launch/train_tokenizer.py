@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer: `python launch/train_tokenizer.py PATTERN --vocab-size 4096 --out FILE`."""
+"""Train a tokenizer: `python launch/train_tokenizer.py PATTERN --vocab-size 4096 --out FILE`."""
 
 from __future__ import annotations
 

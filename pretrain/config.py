@@ -270,7 +270,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         if not model.gives_each_rank_tokens(parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
-                " a token; make parallel.tp_size smaller"
+                f" a token; make parallel.tp_size or model.vocab_multiple={model.vocab_multiple} smaller"
             )
     if train and data:
         yield from _stage_problems(data, train, parts.get("stages") or (), parallel)

@@ -32,7 +32,7 @@ from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
-from pretrain.model.parallel import shard_dim, size_without_padding
+from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.transformer import Block, ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig, parameter_groups
@@ -279,7 +279,8 @@ class Engine:
         """
         topology = self.topology
         for name, parameter in self.model.named_parameters():
-            value = weights.read(name, topology.tp_rank, topology.tp_size).to(topology.device, torch.float32)
+            part = weights.read(name, topology.tp_rank, topology.tp_size)
+            value = padded_for(part, parameter).to(topology.device, torch.float32)
             # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
@@ -383,4 +384,5 @@ def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:
         "parameter_with_row_parallelism_patterns": names[1],
         "vocabulary_parameter_patterns": [n for n in names[0] if n.startswith(("^embedding", "^output"))],
         "original_vocab_size": model.config.vocab_size,
+        "vocab_multiple": model.config.vocab_multiple,  # for our own conversion; DeepSpeed ignores it
     }

@@ -24,6 +24,9 @@ Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 Step = Annotated[int, Field(ge=1)]  # of an optimizer: the first is step 1
 
+# What rank files are made like: shards/tokenize/rank_file.py says what each is
+RankEncoding = Literal["llama3", "r50k_base", "cl100k_base", "o200k_base"]
+
 MIB = 1 << 20
 _DEFAULT_MAX_LANES = 1024
 _LANE_BYTES = 64 * MIB  # minimum raw bytes of all sources per lane when the number of lanes is not given
@@ -157,8 +160,10 @@ class DataConfig(Config):
     )
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    # A SentencePiece model, a tokenizer.json of the tokenizers library or a rank file of tiktoken (Llama 3)
+    # A SentencePiece model, a tokenizer.json of the tokenizers library or a rank file of tiktoken
     tokenizer: Path
+    # The encoding whose pattern and special tokens a rank file goes with; None = the file is the published one of some
+    rank_encoding: RankEncoding | None = None
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
     # Streams of rows, which only a stage changes; None = the most that divide a batch and have 64 MiB each, up to 1024

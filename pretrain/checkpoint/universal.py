@@ -107,6 +107,7 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
     """
     partitions, metadata = read_partitions(checkpoint / "engine")
     dims, vocab_size = _shard_dims(metadata), _vocab_size(metadata)
+    multiple = metadata["universal_checkpoint_info"].get("vocab_multiple", 1)
     # A small weight may lie on a single dp rank.
     sizes = {name: fragment.shape.numel() for partition in partitions[0] for name, fragment in partition.items()}
     names = _dealt(sizes, rank, world_size)
@@ -122,7 +123,8 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
         for done, name in enumerate(names):
             for key in (*_STATES, "step"):
                 parts = [whole(ranks, name, key) for ranks in partitions]
-                slices = _slices(parts, dims.get(name), tp_size, key, vocab_size.get(name))
+                dim = None if key == "step" else dims.get(name)
+                slices = _slices(parts, dim, tp_size, vocab_size.get(name), multiple)
                 for tp_rank, part in enumerate(slices):
                     content = {"param": part} if key in _STATES else part
                     pending.append(writer.write(target, f"tp_{tp_rank}/engine/zero/{name}/{key}.pt", content))
@@ -151,22 +153,23 @@ def _dealt(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
     return own
 
 
-def _slices(parts: Sequence[Tensor], dim: int | None, tp_size: int, key: str, size: int | None) -> Sequence[Tensor]:
+def _slices(
+    parts: Sequence[Tensor], dim: int | None, tp_size: int, size: int | None, multiple: int
+) -> Sequence[Tensor]:
     """Recut the former tensor-parallel ranks' slices of a weight for the new ranks.
 
     Args:
         dim: the dimension along which it is split; None if it is replicated.
         size: what the whole weight has of that dimension without padding; None if there can be no padding.
+        multiple: what the new slices are rounded up to a multiple of, where there can be padding.
     """
-    if dim is None or key == "step":
+    if dim is None:
         return [parts[0]] * tp_size
     joined = torch.cat(list(parts), dim)
-    if size is not None:
-        joined = joined.narrow(dim, 0, size)
+    cut = (joined, 1) if size is None else (joined.narrow(dim, 0, size), multiple)
+    slices = [slice_of(cut[0], dim, rank, tp_size, cut[1]) for rank in range(tp_size)]
     # Clone, since torch.save writes the whole storage behind a view.
-    return [
-        slice_of(joined, dim, rank, tp_size).clone(memory_format=torch.contiguous_format) for rank in range(tp_size)
-    ]
+    return [part.clone(memory_format=torch.contiguous_format) for part in slices]
 
 
 def _shard_dims(metadata: Saved) -> dict[str, int]:

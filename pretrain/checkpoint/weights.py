@@ -50,7 +50,7 @@ class CheckpointWeights:
             raise CheckpointError(
                 f"{self._folder}: {name} is {shape}, not {list(spec.shape)}; its run's config.yaml names another model"
             )
-        return spec.slice_of(found, index, count)
+        return found[spec.bounds(index, count)]
 
 
 class AveragedWeights:

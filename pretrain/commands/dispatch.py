@@ -30,7 +30,7 @@ COMMANDS = {
     "sample": Command("write the sample configs and their text into a folder, ready for training"),
     "train": Command("train a model, or continue training it", on_ranks=True),
     "index": Command("index shards before a run reads them"),
-    "train-tokenizer": Command("train a SentencePiece tokenizer on shards"),
+    "train-tokenizer": Command("train a tokenizer on a sample of shards"),
     "evaluate": Command("score checkpoints or other models on held-out text", on_ranks=True),
     "report": Command("make one page about a run, or about several side by side"),
     "watch": Command("follow a run from another terminal"),

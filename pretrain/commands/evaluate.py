@@ -2,7 +2,7 @@
 
     --run DIR [--steps all|1000,2000]   a run's checkpoints, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
-    --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer.model
+    --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead of a suite (pip install -e '.[eval]')
     --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
@@ -35,7 +35,7 @@ from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_t
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, step_table, task_table
-from pretrain.exchange.folder import open_model
+from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import Precision
 from pretrain.run.lease import Lease
@@ -153,13 +153,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     """Score a model in another program's layout. Raises HeadraceError if there is no such model or suite."""
     weights = open_model(arguments.model)
     config = weights.description.config
-    names = (arguments.model / name for name in ("tokenizer.model", "tokenizer.json"))
-    path = arguments.tokenizer or next((name for name in names if name.exists()), arguments.model / "tokenizer.model")
-    bare = Tokenizer(path, bos=False, eos=False)
-    tokenizer = Tokenizer(path, bos=bare.bos_id >= 0, eos=bare.eos_id >= 0)
+    tokenizer = open_tokenizer(arguments.model, arguments.tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"--tokenizer {path} has {tokenizer.vocab_size} tokens, but {arguments.model} was made for"
+            f"--tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, but {arguments.model} was made for"
             f" {config.vocab_size}; name the tokenizer of this model"
         )
     values: dict[str, object] = {"suite": arguments.suite, "split": arguments.split}

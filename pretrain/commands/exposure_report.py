@@ -138,8 +138,7 @@ class Report:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        data = self._stages[0].data
-        return Tokenizer(data.tokenizer, data.bos, data.eos)
+        return Tokenizer.of(self._stages[0].data)
 
     def _source(self, place: DocumentPlace) -> str:
         return self._stages[-1].data.sources[place.source].name

@@ -1,111 +1,86 @@
-"""Train a SentencePiece BPE tokenizer on shards. This is how the bundled sample's was made.
+"""Train a tokenizer on a sample of the text of shards.
 
     headrace train-tokenizer 'shards/sample/train/*' --vocab-size 4096 --out shards/sample/tokenizer-4k.model
 
-It has byte fallback, split digits, identity normalization and no leading space, so decoding restores every text.
+is how the bundled sample's was made. Kinds:
+
+    sentencepiece   a SentencePiece BPE model with byte fallback, split digits, no normalization and no leading space
+    byte-level      a tokenizer.json: BPE over bytes, of words that are split by Llama 3's pattern
+
+Decoding restores every text. Of more than --max-bytes of text a sample is taken, stretch by stretch, by a hash of the
+text: the same texts make the same tokenizer, byte for byte, on any machine. The shards are read once, from beginning to
+end; no more than the sample is held in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-from collections.abc import Iterator, Sequence
+import sys
 from pathlib import Path
-from typing import Literal
 
-import sentencepiece
+from rich.console import Console
+from rich.progress import track
 
-from shards import ConfigError, read_documents
+from shards import ConfigError, SourceConfig
+from shards.config import DEFAULT_TEXT_KEY
 from shards.storage import files
 from shards.storage.atomic import write_atomically
+from shards.tokenize.training import train_byte_level, train_sentencepiece
+from shards.tokenize.training_sample import MAX_STRETCH_BYTES, TrainingSample
 
-# SentencePiece learns from sentences and skips long ones; stretches of this length split few pairs of words.
-_SENTENCE_CHARACTERS = 2000
-
-
-def sentences(shards: Sequence[str], on_bad_record: Literal["fail", "skip"] = "fail") -> Iterator[str]:
-    """Yield the documents of all shards in stretches that SentencePiece does not skip."""
-    advice = "correct the line, or pass --on-bad-record skip"
-    for shard in shards:
-        for document in read_documents(shard, on_bad_record=on_bad_record, advice=advice):
-            for start in range(0, len(document.text), _SENTENCE_CHARACTERS):
-                yield document.text[start : start + _SENTENCE_CHARACTERS]
-
-
-class _ErrorKeeper:
-    """An iterator over texts that keeps the error it ends with, since SentencePiece passes on only its message."""
-
-    def __init__(self, texts: Iterator[str]) -> None:
-        self._texts = texts
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            yield from self._texts
-        except Exception as error:
-            self.error = error
-
-
-def train(texts: Iterator[str], vocab_size: int, character_coverage: float) -> bytes:
-    """Return the model file of a BPE tokenizer with BOS 1, EOS 2, UNK 0 and no padding token.
-
-    Raises ConfigError if SentencePiece cannot make such a model from these texts, and any error of reading them.
-    """
-    model = io.BytesIO()
-    kept = _ErrorKeeper(texts)
-    try:
-        _train(iter(kept), model, vocab_size, character_coverage)
-    except RuntimeError as error:
-        if kept.error is None:
-            reason = str(error).rpartition("]")[2].strip() or "there is no text"
-            raise ConfigError(f"--vocab-size {vocab_size}: SentencePiece makes no such model: {reason}") from None
-    if kept.error is not None:
-        raise kept.error
-    return model.getvalue()
-
-
-def _train(texts: Iterator[str], model: io.BytesIO, vocab_size: int, character_coverage: float) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts,
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=character_coverage,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=4 * _SENTENCE_CHARACTERS,  # in bytes; a character has up to four
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
+_COVERAGE = 0.998
+_MAX_BYTES = 1 << 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="PATTERN", help="files or globs, in quotes")
+    parser.add_argument("--kind", choices=("sentencepiece", "byte-level"), default="sentencepiece")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument(
+        "--max-bytes", type=int, default=_MAX_BYTES, help=f"size of the sample, in UTF-8; default: {_MAX_BYTES:,}"
+    )
     parser.add_argument(
         "--character-coverage",
         type=float,
-        default=0.998,
-        help="share of the text to cover; other characters become bytes",
+        help=f"of sentencepiece: share of the text to cover, other characters become bytes; default: {_COVERAGE}",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the .model file")
+    parser.add_argument("--out", type=Path, required=True, help="the .model or .json file")
+    parser.add_argument(
+        "--text-key", default=DEFAULT_TEXT_KEY, help="as a source's text_key, dotted for one in an object"
+    )
     parser.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="as data.on_bad_record")
+
+
+def take_sample(arguments: argparse.Namespace) -> TrainingSample:
+    """Read all shards. Raises HeadraceError if there are none, or they cannot be read or hold no text."""
+    shards = files.with_columns(files.expand(tuple(arguments.shards), "PATTERN"), arguments.text_key)
+    source = SourceConfig.parse({"name": "PATTERN", "paths": shards, "text_key": arguments.text_key})
+    sample = TrainingSample(arguments.max_bytes)
+    console = Console(stderr=True)
+    for shard in track(shards, "reading", console=console, transient=True, disable=not sys.stderr.isatty()):
+        sample.add_shard(shard, source, arguments.on_bad_record)
+    if not sample.num_bytes:
+        bad = f": {sample.num_bad} bad records, the first at {sample.first_bad}" if sample.num_bad else ""
+        raise ConfigError(f"there is no text to learn from in {files.listed(shards)}{bad}")
+    return sample
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train the tokenizer and write its file. Raises HeadraceError if the shards or the arguments do not allow it."""
     if not arguments.out.parent.is_dir():  # checked now, not after an hour of training
         raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; create it first")
-    shards = files.expand(tuple(arguments.shards), "PATTERN")
-    texts = sentences(shards, arguments.on_bad_record)
-    model = train(texts, arguments.vocab_size, arguments.character_coverage)
-    write_atomically(arguments.out, model)
-    print(f"{arguments.out}: {arguments.vocab_size} tokens, learned from {len(shards)} shards")
+    if arguments.kind == "byte-level" and arguments.character_coverage is not None:
+        raise ConfigError("--character-coverage is of --kind sentencepiece; byte-level tokens cover every character")
+    if arguments.max_bytes < MAX_STRETCH_BYTES:
+        raise ConfigError(f"--max-bytes {arguments.max_bytes} is too small a sample; set it to {_MAX_BYTES} or so")
+    sample = take_sample(arguments)
+    learned = f"{sample.num_bytes:,} of {sample.read_bytes:,} bytes of text in {sample.num_documents:,} documents"
+    if arguments.kind == "byte-level":
+        content = train_byte_level(sample.drain(), arguments.vocab_size)
+    else:
+        content = train_sentencepiece(sample.drain(), arguments.vocab_size, arguments.character_coverage or _COVERAGE)
+    write_atomically(arguments.out, content)
+    print(f"{arguments.out}: {arguments.vocab_size} tokens, learned from {learned}")
+    if sample.num_bad:
+        print(f"{sample.num_bad} bad records were passed over, the first at {sample.first_bad}")
     return 0

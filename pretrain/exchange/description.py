@@ -56,9 +56,12 @@ class ModelDescription:
             )
 
 
-def read_specs(config: ModelConfig, vocab_size: int | None) -> dict[str, WeightSpec]:
-    """Return what to read of a model's weights: only the rows of the first `vocab_size` tokens; None: all rows."""
-    return weight_specs(config if vocab_size is None else config.model_copy(update={"vocab_size": vocab_size}))
+def read_specs(config: ModelConfig, expected: ModelConfig | None) -> dict[str, WeightSpec]:
+    """Return what to read of a model's weights: the rows of the tokens that the expected model has; None: all rows."""
+    if expected is None:
+        return weight_specs(config)
+    rows = {"vocab_size": expected.vocab_size, "vocab_multiple": expected.vocab_multiple}
+    return weight_specs(config.model_copy(update=rows))
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:

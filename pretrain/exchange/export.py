@@ -47,7 +47,7 @@ def export(
     Raises:
         ConfigError: if the folder exists already, or the layout cannot represent this model.
     """
-    specs = weight_specs(model)
+    specs = weight_specs(model.model_copy(update={"vocab_multiple": 1}))  # no other program has padding
     tokenizer = Tokenizer.of(data)
     with _atomic_folder(to) as folder:
         if layout == "meta":

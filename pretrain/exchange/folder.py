@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import xxhash
@@ -35,10 +36,9 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
     """
     model: Model
     if (folder / hf.CONFIG).exists():
-        model = hf.HFModel(folder, expected.vocab_size if expected else None)
+        model = hf.HFModel(folder, expected)
     elif (folder / meta.PARAMS).exists():
-        given = (expected.rope_scaling, expected.vocab_size) if expected else ()
-        model = meta.MetaModel(folder, *given)
+        model = meta.MetaModel(folder, expected)
     else:
         raise ConfigError(
             f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
@@ -66,21 +66,55 @@ def open_codec(folder: Path) -> Codec:
         ConfigError: if there is neither.
     """
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    config = json.loads((folder / hf.CONFIG).read_text()) if (folder / hf.CONFIG).exists() else {}
+    config = _read_json(folder / hf.CONFIG)
     if model.exists():
         with contextlib.suppress(ConfigError):  # a file of a kind that cannot be read may have tokenizer.json beside it
             tokenizer = Tokenizer(model, bos=False, eos=False)
-            return codec_of(tokenizer, bos=tokenizer.bos_id >= 0 and config.get("bos_token_id", 1) is not None)
+            return codec_of(tokenizer, bos=_begins_with_bos(tokenizer, config))
     if not library.exists():
         raise ConfigError(f"{folder} has neither a tokenizer.model that can be read nor a tokenizer.json")
     loaded = tokenizers.Tokenizer.from_file(str(library))
-    ends = config.get("eos_token_id")
+    # As transformers reads a prompt: of our own exports, the name of a special token in it is text
+    loaded.encode_special_tokens = bool(_read_json(folder / "tokenizer_config.json").get("split_special_tokens"))
     return Codec(
         encode=lambda prompt: list(loaded.encode(prompt).ids),
         decode=lambda ids: str(loaded.decode(list(ids))),
-        ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        ends=frozenset(_ends(config)),
         size=max(loaded.get_vocab().values()) + 1,
     )
+
+
+def open_tokenizer(folder: Path, path: Path | None = None) -> Tokenizer:
+    """Open the tokenizer of a model's folder, with BOS and EOS around documents as the model was trained with them.
+
+    A tokenizer.json often says only how a prompt begins. EOS is then the first that config.json names.
+
+    Args:
+        path: file of the tokenizer; None: the folder's tokenizer.model or tokenizer.json.
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    names = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
+    path = path or next((name for name in names if name.exists()), folder / "tokenizer.model")
+    config, bare = _read_json(folder / hf.CONFIG), Tokenizer(path, bos=False, eos=False)
+    named = None if bare.eos_id >= 0 else next((bare.piece(index) for index in _ends(config)), None) or None
+    return Tokenizer(path, _begins_with_bos(bare, config), bare.eos_id >= 0 or named is not None, eos_token=named)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a file, empty if there is none: Meta's layout has neither of those that are read here."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def _begins_with_bos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool:
+    return tokenizer.bos_id >= 0 and config.get("bos_token_id", tokenizer.bos_id) is not None
+
+
+def _ends(config: Mapping[str, Any]) -> list[int]:
+    """Return the ids that end a document, as config.json lists them."""
+    ends = config.get("eos_token_id")
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def file_hashes(folder: Path, part: int = 0, parts: int = 1) -> list[str]:

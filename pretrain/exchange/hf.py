@@ -63,16 +63,16 @@ class HFModel:
     """A model in a Hugging Face folder; only the requested slices of weights are read, on request.
 
     Args:
-        vocab_size: tokens whose rows are read, the first ones; None: all rows.
+        expected: the config of the model that the slices are for; None: one of the folder's.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
 
-    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
+    def __init__(self, folder: Path, expected: ModelConfig | None = None) -> None:
         self.folder = folder
         self.description = read_config(folder / CONFIG)
         self._stored = weight_specs(self.description.config)
-        self.specs = read_specs(self.description.config, vocab_size)
+        self.specs = read_specs(self.description.config, expected)
         self._files = self._find()
 
     def _find(self) -> dict[str, Path]:
@@ -109,7 +109,8 @@ class HFModel:
                     f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, but {CONFIG} implies"
                     f" {list(self._stored[name].shape)}"
                 )
-            return spec.padded(stored[spec.bounds(index, count)], count)
+            part: Tensor = stored[spec.bounds(index, count)]
+            return part
 
 
 def _open_safetensors(path: Path) -> Any:

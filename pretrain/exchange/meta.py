@@ -57,15 +57,15 @@ class MetaModel:
         ConfigError: if it has another architecture, or weights are missing.
     """
 
-    def __init__(self, folder: Path, rope_scaling: RopeScaling | None = None, vocab_size: int | None = None) -> None:
+    def __init__(self, folder: Path, expected: ModelConfig | None = None) -> None:
         self.folder = folder
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
             raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
         self._parts = [_load_part(path) for path in paths]
-        self.description = self._describe(folder / PARAMS, rope_scaling)
+        self.description = self._describe(folder / PARAMS, expected.rope_scaling if expected else None)
         self._stored = weight_specs(self.description.config)
-        self.specs = read_specs(self.description.config, vocab_size)
+        self.specs = read_specs(self.description.config, expected)
         wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
         if unknown := sorted(self._parts[0].keys() - wanted):
             raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
@@ -130,7 +130,7 @@ class MetaModel:
             )
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             whole = halved(whole, config.head_dim)
-        return spec.slice_of(whole[spec.bounds(0, 1)], index, count)
+        return whole[spec.bounds(index, count)]
 
 
 def _load_part(path: Path) -> dict[str, Tensor]:
@@ -207,8 +207,7 @@ def write_weights(
     for rank in range(tp_size):
         part = {}
         for name, spec in specs.items():
-            index, count = (0, 1) if spec.shard_dim is None else (rank, tp_size)
-            weight = weights.read(name, index, count).to(dtype)
+            weight = weights.read(name)[spec.bounds(rank, tp_size)].to(dtype)
             if name.endswith(("attention.wq.weight", "attention.wk.weight")):
                 weight = interleaved(weight, head_dim)
             part[meta_name(name)] = weight.contiguous().clone()  # a view would be saved with its whole storage

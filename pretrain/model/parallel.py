@@ -3,12 +3,12 @@
 Every sharded weight carries the dimension along which it is split. The gradient norm, the initialization, checkpoints
 and exports all read that one tag (`shard_dim`), so a weight is either sharded or replicated everywhere.
 
-The vocabulary is the one size that need not divide: each rank holds as many rows of embedding and output, and those
-that reach beyond the last token are padding. A whole weight never has any; padding exists only in the slices of a
-running model and of its checkpoints, and is zero in them: its logits are masked (`loss.py`), so it has no gradient,
-and AdamW's moments and weight decay leave zeros as they are. Dropping or adding it changes nothing, so a resume with
-another tp_size recuts the whole weight and stays exact, although the amount of padding follows from tp_size. A padding
-to a fixed multiple, the same for every tp_size, would change the shapes of runs that have begun without any.
+The vocabulary is the one size that need not divide: each rank holds as many rows of embedding and output, rounded up to
+a multiple of `model.vocab_multiple`, and those that reach beyond the last token are padding. A whole weight never has
+any; padding exists only in the slices of a running model and of its checkpoints, and is zero in them: its logits are
+masked (`loss.py`), so it has no gradient, and AdamW's moments and weight decay leave zeros as they are. Dropping or
+adding it changes nothing, so a resume with another tp_size recuts the whole weight and stays exact, although the amount
+of padding follows from tp_size.
 
 The layers themselves do not communicate. However many matrices read a branch's input, the branch enters the region that
 the tp ranks split once and leaves it once: a collective forward and one backward.
@@ -35,14 +35,14 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has
     """A layer x [..., in] -> this rank's slice of the outputs [..., out / tp_size], uninitialized.
 
     Args:
-        padded: whether slices are rounded up where tp_size does not divide the outputs; else it has to.
+        multiple: what each slice is rounded up to a multiple of; None: it is not, so tp_size has to divide the outputs.
     """
 
-    def __init__(self, in_features: int, out_features: int, padded: bool = False) -> None:
-        held = _padded_size(out_features) if padded else out_features
+    def __init__(self, in_features: int, out_features: int, multiple: int | None = None) -> None:
+        held = out_features if multiple is None else _padded_size(out_features, multiple)
         with _Untouched():
             super().__init__(in_features, held, bias=False, gather_output=False, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0, whole_size=out_features)
+        _tag(self.weight, shard_dim=0, whole_size=out_features, multiple=multiple or 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -54,7 +54,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
     def __init__(self, in_features: int, out_features: int) -> None:
         with _Untouched():
             super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
-        _tag(self.weight, shard_dim=1, whole_size=in_features)
+        _tag(self.weight, shard_dim=1, whole_size=in_features, multiple=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -64,12 +64,15 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     """An embedding [...] -> [..., dim] of which each rank holds vocab_size / tp_size uninitialized rows, rounded up.
 
     Tokens whose rows another rank holds are zeros, which that rank's rows are to be added to.
+
+    Args:
+        multiple: what each rank's rows are rounded up to a multiple of.
     """
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, multiple: int) -> None:
         with _Untouched():
-            super().__init__(_padded_size(vocab_size), dim, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0, whole_size=vocab_size)
+            super().__init__(_padded_size(vocab_size, multiple), dim, init_method=_undrawn)
+        _tag(self.weight, shard_dim=0, whole_size=vocab_size, multiple=multiple)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if get_model_parallel_world_size() == 1:
@@ -99,9 +102,10 @@ class _Untouched(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tag(weight: nn.Parameter, shard_dim: int, whole_size: int) -> None:
+def _tag(weight: nn.Parameter, shard_dim: int, whole_size: int, multiple: int) -> None:
     weight.shard_dim = shard_dim  # type: ignore[attr-defined]
     weight.whole_size = whole_size  # type: ignore[attr-defined]  # along that dimension, without padding
+    weight.slice_multiple = multiple  # type: ignore[attr-defined]  # what slices along it are rounded up to
     # DeepSpeed looks for this name; without it the norm would leave out the slices of tp ranks > 0.
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -125,27 +129,37 @@ def shard_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
     dim = shard_dim(parameter)
     if dim is None:
         return full
-    return slice_of(full, dim, get_model_parallel_rank(), get_model_parallel_world_size())
+    tp_rank, tp_size = get_model_parallel_rank(), get_model_parallel_world_size()
+    return slice_of(full, dim, tp_rank, tp_size, parameter.slice_multiple)  # type: ignore[attr-defined]
 
 
-def slice_size(whole_size: int, count: int) -> int:
-    """Return the size of each of `count` equal slices, which reach beyond the end if the size does not divide."""
-    return -(-whole_size // count)
+def padded_for(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this rank's slice of a whole weight, given what it has of it without padding."""
+    dim = shard_dim(parameter)
+    if dim is None:
+        return part
+    whole_size, multiple = parameter.whole_size, parameter.slice_multiple  # type: ignore[attr-defined]
+    return _padded(part, dim, slice_size(whole_size, get_model_parallel_world_size(), multiple))
 
 
-def slice_bounds(whole_size: int, index: int, count: int) -> tuple[int, int]:
+def slice_size(whole_size: int, count: int, multiple: int = 1) -> int:
+    """Return the size of each of `count` equal slices, a multiple of `multiple`, which may reach beyond the end."""
+    return -(-whole_size // (count * multiple)) * multiple
+
+
+def slice_bounds(whole_size: int, index: int, count: int, multiple: int = 1) -> tuple[int, int]:
     """Return the first position and the end of what slice `index` of `count` holds of a whole, without padding."""
-    size = slice_size(whole_size, count)
+    size = slice_size(whole_size, count, multiple)
     return min(index * size, whole_size), min((index + 1) * size, whole_size)
 
 
-def slice_of(whole: Tensor, dim: int, index: int, count: int) -> Tensor:
+def slice_of(whole: Tensor, dim: int, index: int, count: int, multiple: int = 1) -> Tensor:
     """Return slice `index` of `count` equal slices along a dimension: a view, or a copy padded with zeros."""
-    start, end = slice_bounds(whole.shape[dim], index, count)
-    return padded(whole.narrow(dim, start, end - start), dim, slice_size(whole.shape[dim], count))
+    start, end = slice_bounds(whole.shape[dim], index, count, multiple)
+    return _padded(whole.narrow(dim, start, end - start), dim, slice_size(whole.shape[dim], count, multiple))
 
 
-def padded(part: Tensor, dim: int, size: int) -> Tensor:
+def _padded(part: Tensor, dim: int, size: int) -> Tensor:
     """Return a tensor with zeros after it up to a size along a dimension; itself if it has that size."""
     missing = size - part.shape[dim]
     if missing == 0:
@@ -163,13 +177,15 @@ def size_without_padding(weight: Tensor) -> int:
     whole_size = getattr(weight, "whole_size", None)
     if whole_size is None:
         return weight.shape[0]
-    start, end = slice_bounds(whole_size, get_model_parallel_rank(), get_model_parallel_world_size())
+    multiple: int = weight.slice_multiple  # type: ignore[attr-defined]
+    start, end = slice_bounds(whole_size, get_model_parallel_rank(), get_model_parallel_world_size(), multiple)
     return end - start
 
 
-def _padded_size(size: int) -> int:
+def _padded_size(size: int, multiple: int) -> int:
     """Return the size of all tp ranks' slices together."""
-    return slice_size(size, get_model_parallel_world_size()) * get_model_parallel_world_size()
+    tp_size = get_model_parallel_world_size()
+    return slice_size(size, tp_size, multiple) * tp_size
 
 
 def enter_branch(x: Tensor, split_tokens: bool) -> Tensor:

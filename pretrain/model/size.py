@@ -108,7 +108,7 @@ class Workload:
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, and of the output projection, on one tp rank."""
-        return slice_size(self.model.vocab_size, self.parallel.tp_size)
+        return slice_size(self.model.vocab_size, self.parallel.tp_size, self.model.vocab_multiple)
 
     @property
     def reduce_bytes(self) -> int:

@@ -56,6 +56,9 @@ class ModelConfig(Config):
     n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
     ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 256
     vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces; tp_size need not divide it
+    # Each tp rank's rows of embedding and output are rounded up to a multiple of it, by padding that no token has; GPUs
+    # multiply some sizes faster, such as multiples of 64 or 128
+    vocab_multiple: int = Field(1, ge=1)
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
@@ -108,7 +111,7 @@ class ModelConfig(Config):
 
     def gives_each_rank_tokens(self, tp_size: int) -> bool:
         """Return whether every one of `tp_size` equal slices of the vocabulary, rounded up, has a token."""
-        start, end = slice_bounds(self.vocab_size, tp_size - 1, tp_size)
+        start, end = slice_bounds(self.vocab_size, tp_size - 1, tp_size, self.vocab_multiple)
         return start < end
 
 
@@ -204,8 +207,8 @@ class Block(nn.Module):
 class Output(ColumnLinear):
     """The projection to the vocabulary, which leaves it to a head whether any logits are ever made."""
 
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__(dim, vocab_size, padded=True)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.vocab_size, config.vocab_multiple)
 
     def forward(self, hidden: Tensor, head: Head[T]) -> T:  # type: ignore[override]
         """Return what the head makes of hidden states [B, T, dim]."""
@@ -229,11 +232,11 @@ class Transformer(nn.Module):
         self.config = config
         self.attention_backend: AttentionBackend = attention
         self.sequence_parallel = parallel.sequence_parallel
-        self.embedding = VocabEmbedding(config.vocab_size, config.dim)
+        self.embedding = VocabEmbedding(config.vocab_size, config.dim, config.vocab_multiple)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, parallel) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Output(config.dim, config.vocab_size)
+        self.output = Output(config)
         if config.tie_embeddings:
             # One parameter in two layers, since both split the vocabulary the same way
             self.output.weight = self.embedding.weight

@@ -13,33 +13,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pretrain.model.parallel import padded, slice_bounds, slice_of, slice_size
+from pretrain.model.parallel import padded_for, slice_bounds, slice_size
 from pretrain.model.transformer import ModelConfig, Transformer
 from shards import ConfigError
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight's full shape, and the dimension along which tensor-parallel ranks split it; None if it is replicated."""
+    """A weight's full shape, and how tensor-parallel ranks split it.
+
+    Attributes:
+        shard_dim: the dimension along which they do; None if it is replicated.
+        multiple: what their slices are rounded up to a multiple of.
+    """
 
     shape: tuple[int, ...]
     shard_dim: int | None = None
-
-    def slice_of(self, whole: Tensor, index: int, count: int) -> Tensor:
-        """Return the slice of tensor-parallel rank `index` of `count`: a view, or a copy padded with zeros."""
-        return whole if self.shard_dim is None else slice_of(whole, self.shard_dim, index, count)
+    multiple: int = 1
 
     def bounds(self, index: int, count: int) -> tuple[slice, ...]:
-        """Return the same slice, without its padding, as an index into the whole weight."""
+        """Return an index into the whole weight: the slice of rank `index` of `count`, without its padding."""
         bounds = [slice(0, size) for size in self.shape]
         if self.shard_dim is not None:
-            bounds[self.shard_dim] = slice(*slice_bounds(self.shape[self.shard_dim], index, count))
+            size = self.shape[self.shard_dim]
+            bounds[self.shard_dim] = slice(*slice_bounds(size, index, count, self.multiple))
         return tuple(bounds)
-
-    def padded(self, part: Tensor, count: int) -> Tensor:
-        """Pad what `bounds` names to the size that each of `count` slices has."""
-        dim = self.shard_dim
-        return part if dim is None else padded(part, dim, slice_size(self.shape[dim], count))
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor | None:
         """Return the whole weight, given all ranks' slices with their padding; None if they are not of this shape."""
@@ -47,7 +45,7 @@ class WeightSpec:
         whole = parts[0] if dim is None else torch.cat(list(parts), dim)
         stored = list(self.shape)
         if dim is not None:
-            stored[dim] = slice_size(stored[dim], len(parts)) * len(parts)
+            stored[dim] = slice_size(stored[dim], len(parts), self.multiple) * len(parts)
         return whole[self.bounds(0, 1)] if list(whole.shape) == stored else None
 
 
@@ -57,7 +55,7 @@ class Weights(Protocol):
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Read the slice of a weight for tensor-parallel rank `index` of `count`, on the CPU, in its stored type.
 
-        Slices of a vocabulary that `count` does not divide are padded with zeros.
+        A slice has no padding, so those of a vocabulary may be of different sizes.
         """
 
 
@@ -78,7 +76,7 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     }
     if config.qk_norm:
         block |= {"attention.q_norm": WeightSpec((head_dim,)), "attention.k_norm": WeightSpec((head_dim,))}
-    vocabulary = WeightSpec((config.vocab_size, dim), 0)
+    vocabulary = WeightSpec((config.vocab_size, dim), 0, config.vocab_multiple)
     specs = {"embedding": vocabulary}
     for layer in range(config.n_layers):
         specs |= {f"blocks.{layer}.{name}": spec for name, spec in block.items()}
@@ -92,7 +90,7 @@ def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
     """Copy the weights into every parameter of a model, rounding to the parameter's type."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights.read(name, tp_rank, tp_size))
+        parameter.copy_(padded_for(weights.read(name, tp_rank, tp_size), parameter))
 
 
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
@@ -101,4 +99,7 @@ def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
         if value % tp_size:
             raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")
     if not config.gives_each_rank_tokens(tp_size):
-        raise ConfigError(f"{key}={tp_size} leaves ranks without any of the model's vocab_size={config.vocab_size}")
+        raise ConfigError(
+            f"{key}={tp_size} leaves ranks without any of the model's vocab_size={config.vocab_size}, of which each"
+            f" holds a multiple of vocab_multiple={config.vocab_multiple}"
+        )

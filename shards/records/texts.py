@@ -1,6 +1,6 @@
 """The documents of a shard or of a data set's column, from its beginning, whatever its format.
 
-{json_lines, parquet, arrow_rows} -> texts -> {suite, tokenizer_check}.
+{json_lines, parquet, arrow_rows} -> texts -> {suite, tokenizer_check, training_sample}.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Texts -> token ids, with SentencePiece models."""
+"""Texts -> token ids, with tokenizers of any kind."""

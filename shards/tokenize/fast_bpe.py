@@ -7,7 +7,8 @@ a run of characters of one category at whose ends the two were found to differ w
 sample of hostile texts must have equal ids; if it has not, the library encodes everything.
 
 gigatoken cannot set every digit apart, as SmolLM2 does. There the digits are given to it as added tokens, which are set
-apart from the text around them just so; of texts with other digits than those of ASCII the library takes care.
+apart from the text around them just so. Other numbers, such as "²", are shown to it as the digit 0, whose id is then
+replaced by those that the library has for the number alone: what is set apart depends on nothing that stands beside it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ import tokenizers
 
 from shards.arrays import Ints
 from shards.tokenize.joined import encode_each
-from shards.tokenize.rank_file import PATTERN, byte_symbols
+from shards.tokenize.rank_file import CL100K, LLAMA3, O200K, byte_symbols
 
 # Bytes by which gigatoken's caches, which have no limit, may grow before it is loaded anew, between two calls
 MAX_GROWTH = 256 << 20
 _CODES = 0x110000
-_QWEN2_PATTERN = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _UNSPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -43,9 +44,14 @@ _SPLITS = [
     [_DIGITS, _LEVEL],  # SmolLM2
     *(
         [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, _UNSPLIT]
-        for pattern in (PATTERN, _QWEN2_PATTERN)  # Llama 3, OLMo 2; Qwen 2
+        for pattern in (LLAMA3, _QWEN2, CL100K, O200K)  # Llama 3, OLMo 2; Qwen 2; cl100k_base; o200k_base
     ),
 ]
+# gigatoken knows patterns by their spelling
+_RESPELLED = {
+    CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+"
+}
 _ODD = [
     " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\r", "\0", "\x04", "\x1c", "\x85", "\xa0", "\u2028", "\u3000",
     "\ufeff", "a", "the", " The", "'s", "'S", "'ll", "'\u017f", "don't", "_", "--", "==", "1", "12", "123456", "\u00bd",
@@ -54,6 +60,10 @@ _ODD = [
     "\u200b", "K\u0323\u0307",
 ]  # fmt: skip
 _SAMPLED = 500  # hostile texts
+_PLAIN, _NUMBER, _UNSURE = 0, 1, 2  # how a character is encoded: by gigatoken, as a digit, by the library
+
+
+Ids = npt.NDArray[np.integer]
 
 
 class NotExact(Exception):
@@ -90,12 +100,15 @@ class FastBPE:
             self._load()
         except Exception as error:  # it raises nothing more specific
             raise NotExact(f"gigatoken cannot read it: {str(error).splitlines()[0]}") from None
-        self._unsure = np.zeros(_CODES, bool)  # characters whose texts the library encodes
+        self._kinds = np.full(_CODES, _PLAIN, np.uint8)  # of characters
+        self._numbers: dict[int, Ids] = {}  # ids of a number, by its code
+        vocabulary = content["model"]["vocab"]
+        self._digit_ids = [vocabulary[digit] for digit in string.digits if digit in vocabulary]
         self._compare(content)
 
     def encode_documents(
         self, texts: Sequence[str], prefix: Sequence[int], suffix: Sequence[int], dtype: npt.DTypeLike
-    ) -> tuple[npt.NDArray[np.integer], Ints]:
+    ) -> tuple[Ids, Ints]:
         """Return the ids of all documents in one array, and the length of each, as `joined.encode_each` does."""
         before = self._process.memory_info().rss
         found = encode_each(texts, self._encode, prefix, suffix, dtype)
@@ -104,12 +117,47 @@ class FastBPE:
             self._load()
         return found
 
-    def _encode(self, text: str) -> npt.NDArray[np.integer]:
-        if not text.isascii() and self._unsure.take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any():
-            return library_ids(self._library, text)
-        ids: npt.NDArray[np.integer] = self._fast.encode(text)
+    def _encode(self, text: str) -> Ids:
+        ids: Ids | None
+        if text.isascii():
+            ids = self._fast_ids(text)
+        else:
+            codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+            kinds = self._kinds.take(codes)
+            kind = kinds.max()
+            ids = self._fast_ids(text) if kind == _PLAIN else None
+            if kind == _NUMBER:
+                ids = self._number_ids(codes, kinds == _NUMBER)
+        return library_ids(self._library, text) if ids is None else ids
+
+    def _fast_ids(self, text: str) -> Ids | None:
+        ids: Ids = self._fast.encode(text)
         # An id from there on is a byte for which the vocabulary has no token, and which the library passes over
-        return library_ids(self._library, text) if len(ids) and ids.max() >= self._size else ids
+        return None if len(ids) and ids.max() >= self._size else ids
+
+    def _number_ids(self, codes: npt.NDArray[np.uint32], numbers: npt.NDArray[np.bool_]) -> Ids | None:
+        """Return the ids of a text whose numbers are set apart; None if a digit is a part of some added token.
+
+        Args:
+            codes: the text's characters, uint32.
+            numbers: which of them are numbers other than the digits of ASCII.
+        """
+        shown = np.where(numbers, np.uint32(ord("0")), codes)
+        ids = self._fast_ids(shown.tobytes().decode("utf-32-le"))
+        if ids is None:
+            return None
+        digits = numbers[(shown >= ord("0")) & (shown <= ord("9"))]
+        places = np.flatnonzero(np.isin(ids, self._digit_ids))
+        # The id of a digit arises from a digit alone: with as many of them as digits, they are those, in their order
+        if len(places) != len(digits):
+            return None
+        first, *others = np.split(ids, places[digits])
+        parts = [first]
+        for code, after in zip(codes[numbers].tolist(), others, strict=True):
+            if code not in self._numbers:
+                self._numbers[code] = library_ids(self._library, chr(code))
+            parts += (self._numbers[code], after[1:])
+        return np.concatenate(parts)
 
     def _load(self) -> None:
         self._fast, self._growth = self._open(self._json), 0
@@ -117,14 +165,16 @@ class FastBPE:
     def _compare(self, content: dict[str, Any]) -> None:
         """Find the characters on which the two differ. Raises: NotExact if they differ on anything else."""
         runs = [run for run in _runs() if run[0] != "Cs"]  # a lone surrogate stands in no text
+        if _sets_digits_apart(content):
+            for category, first, last in runs:
+                if category in ("Nd", "Nl", "No") and first > 0x7F:
+                    self._kinds[first : last + 1] = _NUMBER if content.get("normalizer") is None else _UNSURE
         codes = [code for _, first, last in runs for code in (first, last)]
         agreed = self._agree(["a{0}'s{0} {0}1{0}\n x{0}{0}".format(chr(code)) for code in codes])
-        apart = _sets_digits_apart(content)
         for i, (category, first, last) in enumerate(runs):
-            other_digit = apart and category in ("Nd", "Nl", "No") and first > 0x7F
-            if category == "Cn" or other_digit or not all(agreed[2 * i : 2 * i + 2]):
-                self._unsure[first : last + 1] = True
-        if self._unsure[:0x80].any():
+            if category == "Cn" or not all(agreed[2 * i : 2 * i + 2]):
+                self._kinds[first : last + 1] = _UNSURE
+        if self._kinds[:0x80].any():
             raise NotExact("gigatoken splits texts in ASCII otherwise than the tokenizers library")
         texts = list(_hostile([token["content"] for token in content.get("added_tokens", [])]))
         for text, same in zip(texts, self._agree(texts), strict=True):
@@ -137,7 +187,7 @@ class FastBPE:
         return [self._encode(text).tolist() == one.ids for text, one in zip(texts, encoded, strict=True)]
 
 
-def library_ids(library: tokenizers.Tokenizer, text: str) -> npt.NDArray[np.integer]:
+def library_ids(library: tokenizers.Tokenizer, text: str) -> Ids:
     """Return the ids of a text as the library gives them, in this thread: a batch of several would take all cores."""
     (encoded,) = library.encode_batch_fast([text], add_special_tokens=False)
     return np.array(encoded.ids, np.int64)
@@ -181,6 +231,11 @@ def _adapted(content: dict[str, Any], size: int) -> dict[str, Any]:
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
         found["added_tokens"] += [{"id": filled[digit], "content": digit, **plain} for digit in string.digits]
         found["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
+    split, *others = content["pre_tokenizer"].get("pretokenizers", [{}])
+    pattern = split.get("pattern", {}).get("Regex")
+    if pattern in _RESPELLED:
+        respelled = {**split, "pattern": {"Regex": _RESPELLED[pattern]}}
+        found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [respelled, *others]}
     return found
 
 

@@ -2,7 +2,7 @@
 
 a SentencePiece model       as trained by `train-tokenizer`; LLaMA, Mistral
 tokenizer.json              of the `tokenizers` library: GPT-NeoX, OLMo, SmolLM2
-a rank file                 one token a line, in base64, with its rank, as tiktoken reads; Llama 3
+a rank file                 one token a line, in base64, with its rank, as tiktoken reads; Llama 3, GPT-4
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.arrays import Ints
+from shards.config import RankEncoding
 from shards.errors import ConfigError
 from shards.tokenize.library_model import LibraryModel
-from shards.tokenize.rank_file import is_rank_file, library_json
+from shards.tokenize.rank_file import encoding_of, is_rank_file, library_json
 from shards.tokenize.sentencepiece_model import SentencePieceModel
 
 
@@ -61,14 +62,22 @@ class Kind(Protocol):
         """Return the content of a tokenizer.json that gives the same ids; None for a SentencePiece model."""
 
 
-def open_kind(path: Path, content: bytes) -> Kind:
+def open_kind(path: Path, content: bytes, rank_encoding: RankEncoding | None = None) -> Kind:
     """Open a tokenizer of any kind.
 
     Args:
         path: path of the file, for messages.
         content: the file's bytes, by which its kind is recognized.
-    Raises: ConfigError if the file is of no kind, or damaged.
+        rank_encoding: what a rank file is made like; None = the file is a published one.
+    Raises: ConfigError if the file is of no kind, or damaged, or not as `rank_encoding` says.
     """
+    if is_rank_file(content):
+        return LibraryModel(path, library_json(path, content, encoding_of(path, content, rank_encoding)))
+    if rank_encoding:
+        raise ConfigError(
+            f"data.rank_encoding={rank_encoding}: {path} is no rank file, and says itself how texts are split; leave"
+            " the key out"
+        )
     if content.lstrip()[:1] == b"{":
         try:
             parsed = json.loads(content)
@@ -77,6 +86,4 @@ def open_kind(path: Path, content: bytes) -> Kind:
                 f"data.tokenizer={path}: damaged: it begins as JSON, but {error}; put a whole tokenizer.json there"
             ) from None
         return LibraryModel(path, parsed)
-    if is_rank_file(content):
-        return LibraryModel(path, library_json(path, content))
     return SentencePieceModel(path, content)

@@ -13,6 +13,8 @@ they are neighbours in its ids.)
 
 User-defined symbols are matched from left to right, the longest first, before all merges. A token boundary that is
 farther from the end of A than the longest symbol is between symbols in A + B, too.
+
+In a model with unused pieces, ids need not be what was merged: they prove nothing, and a word is encoded whole.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _TRIALS = 64  # places to divide at that are tried before a part is doubled in l
 
 
 class LongWords:
-    """An encoder of long words for a BPE model without unused pieces, spelled as in `split_points`."""
+    """An encoder of long words for a BPE model, spelled as in `split_points`."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class LongWords:
         ]
         symbols = [size for piece, size in zip(model.pieces, spelled, strict=True) if piece.type == kinds.USER_DEFINED]
         self._margin = max(symbols, default=0)
+        self._ids_prove = all(piece.type != kinds.UNUSED for piece in model.pieces)
 
     def encode(self, data: bytes, begin: int, end: int) -> list[npt.NDArray[np.integer]]:
         """Return the ids of data[begin:end], in consecutive arrays."""
@@ -86,7 +89,7 @@ class LongWords:
     def _places(self, data: bytes, ids: npt.NDArray[np.integer], stop: int) -> Iterator[tuple[int, int]]:
         """Yield (ids before it, offset) for places between tokens of the text that ends at `stop`, the last first."""
         place, count, trials = stop, len(ids), 0
-        while count and trials < _TRIALS and (size := self._sizes[ids[count - 1]]):
+        while self._ids_prove and count and trials < _TRIALS and (size := self._sizes[ids[count - 1]]):
             count, place = count - 1, place - size
             if count and place <= stop - self._margin and _begins_character(data, place):
                 trials += 1

@@ -1,7 +1,8 @@
 """A rank file, as tiktoken reads, in the terms of the `tokenizers` library. kinds -> rank_file.
 
 Each line is a token's bytes in base64 and its rank, which is its id and says how early it is merged. The file names
-neither the pattern by which texts are split first nor special tokens; those are here, of Llama 3.
+neither the pattern by which texts are split first nor special tokens. An `Encoding` has them: that of a published file
+is known by the file's hash, any other file must be said to be made like one of these.
 
 tiktoken merges the neighbours whose joined bytes have the lowest rank, the leftmost among equals. The library merges by
 a list of pairs instead: all pairs of tokens that join to a token, in the order of its rank. A word that is a token is
@@ -12,26 +13,74 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from shards.config import RankEncoding
 from shards.errors import ConfigError
 
-PATTERN = (
+LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-_NUM_SPECIAL = 256
-# Those of Llama 3.1 and later, whose file and ids are those of Llama 3, which calls more of them reserved
-_NAMED = (
-    BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
-    "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-)  # fmt: skip
+# Blanks that end a text are one word, even where a line ends within them
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BOS, EOS, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>"
+
+
+class Encoding(NamedTuple):
+    """What a rank file does not say."""
+
+    sha256: str  # of the published file
+    pattern: str | None  # by which texts are split; None = GPT-2's, which the library has
+    special: dict[str, int]  # name of a special token -> its id less the number of ranks
+    bos: str | None
+    eos: str
+
+
+def _llama3_special() -> dict[str, int]:
+    """Return the names of Llama 3.1 and later; Llama 3, with the same file and ids, calls more of them reserved."""
+    named = [
+        BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+        "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    ]  # fmt: skip
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(named) + 2)]
+    return {name: i for i, name in enumerate([*named, *reserved])}
+
+
+ENCODINGS: dict[RankEncoding, Encoding] = {
+    "llama3": Encoding(
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55", LLAMA3, _llama3_special(), BOS, EOS
+    ),
+    "r50k_base": Encoding(  # GPT-2, GPT-3
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", None, {END_OF_TEXT: 0}, None, END_OF_TEXT
+    ),
+    "cl100k_base": Encoding(  # GPT-4
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        CL100K,
+        {END_OF_TEXT: 1, "<|fim_prefix|>": 2, "<|fim_middle|>": 3, "<|fim_suffix|>": 4, "<|endofprompt|>": 20},
+        None,
+        END_OF_TEXT,
+    ),
+    "o200k_base": Encoding(  # GPT-4o
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        O200K,
+        {END_OF_TEXT: 1, "<|endofprompt|>": 20},
+        None,
+        END_OF_TEXT,
+    ),
+}
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|$)")
-# Number of ranks in files that are split by another pattern
-_OTHERS = {50256: "gpt2 or r50k_base", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
 
 
 def is_rank_file(content: bytes) -> bool:
@@ -39,46 +88,66 @@ def is_rank_file(content: bytes) -> bool:
     return _LINE.match(content) is not None
 
 
-def library_json(path: Path, content: bytes) -> dict[str, Any]:
-    """Return the content of the tokenizer.json that gives the ids of a rank file.
+def encoding_of(path: Path, content: bytes, named: RankEncoding | None) -> RankEncoding:
+    """Return the encoding that a rank file is of.
 
     Args:
         path: path of the file, for messages.
-    Raises: ConfigError if the file is damaged, or belongs to another pattern than Llama 3's.
+        named: the one that the config names, if any.
+    Raises: ConfigError if none is named and the file is none of the published ones, or it is that of another encoding.
     """
-    ranks = _ranks(path, content)
-    if len(ranks) in _OTHERS:
+    found = hashlib.sha256(content).hexdigest()
+    published = next((name for name, encoding in ENCODINGS.items() if encoding.sha256 == found), None)
+    if published and named and named != published:
         raise ConfigError(
-            f"data.tokenizer={path}: has the {len(ranks)} ranks of {_OTHERS[len(ranks)]}, but a rank file is read as "
-            "Llama 3's, which splits texts by another pattern; name a tokenizer.json of that vocabulary instead"
+            f"data.rank_encoding={named}: {path} is the published file of {published}; set it to that, or leave it out"
         )
+    if not (published or named):
+        raise ConfigError(
+            f"data.tokenizer={path}: a rank file that is none of the published ones, and such a file does not say how"
+            f" texts are split; set data.rank_encoding to what it was made like, one of {', '.join(ENCODINGS)}, or name"
+            " a tokenizer.json of that vocabulary"
+        )
+    return published or named  # type: ignore[return-value]
+
+
+def library_json(path: Path, content: bytes, name: RankEncoding) -> dict[str, Any]:
+    """Return the content of the tokenizer.json that gives the ids of a rank file of an encoding.
+
+    Args:
+        path: path of the file, for messages.
+    Raises: ConfigError if the file is damaged.
+    """
+    encoding, ranks = ENCODINGS[name], _ranks(path, content)
     symbols = byte_symbols()
     spell = {token: "".join(symbols[byte] for byte in token) for token in ranks}
-    special = [*_NAMED, *(f"<|reserved_special_token_{i}|>" for i in range(2, _NUM_SPECIAL - len(_NAMED) + 2))]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {token: len(ranks) + offset for token, offset in encoding.special.items()}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": encoding.pattern is None,
+    }
+    split = {"type": "Split", "pattern": {"Regex": encoding.pattern}, "behavior": "Isolated", "invert": False}
+    ends = [token for token in (encoding.bos, encoding.eos) if token]
+    document: list[dict[str, Any]] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ends]
+    document.insert(len(ends) - 1, {"Sequence": {"id": "A", "type_id": 0}})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": len(ranks) + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+            {"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}
-            for i, name in enumerate(special)
+            for token, index in special.items()
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if encoding.pattern else level,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": BOS, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": EOS, "type_id": 0}},
-            ],
+            "single": document,
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {
-                name: {"id": name, "ids": [len(ranks) + i], "tokens": [name]} for i, name in enumerate((BOS, EOS))
-            },
+            "special_tokens": {token: {"id": token, "ids": [special[token]], "tokens": [token]} for token in ends},
         },
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {

@@ -3,11 +3,13 @@
 word_encoder -> split_points. A BPE model begins with characters (a user-defined symbol counts as one) and merges
 neighbours, best score first, leftmost among equals, and only into pieces of its vocabulary. If no piece contains
 character a followed by b, no merge and no symbol ever reaches from a to b. Then each side is independent of the other,
-and the ids of a text are those of its parts, joined. Three things could still carry over from one part to the next:
+and the ids of a text are those of its parts, joined. Three things might still carry over from one part to the next:
 
-- Unused pieces. A merge into one is undone at the end, in the way it was last made anywhere in the text.
+- Unused pieces. A merge into one is undone at the end, in the way it was last proposed anywhere in the text. That way
+  is the same everywhere: if two neighbours spell the piece, no merge has crossed the bounds of their text, so it was
+  merged as if it stood alone; and alone, it is of two symbols just once, before the last merge.
 - Consecutive unknown characters, which become a single token unless the model spells them in bytes. A model that does
-  not is cut only beside a character that is a piece.
+  not is cut only beside a character that is a piece, and not an unused one.
 - The normalizer. So cuts apply to normalized text, and nothing is normalized again.
 
 A unigram model has no such cuts: SentencePiece sums scores in 32 bits from the beginning of the text, so which of two
@@ -46,13 +48,12 @@ class Cuts:
         self.obstacle: str | None = None  # the reason why no text may be cut
         if trainer.model_type != trainer.BPE:
             self.obstacle = f"it is a {trainer.ModelType.Name(trainer.model_type).lower()} model, not BPE"
-        elif any(piece.type == kinds.UNUSED for piece in model.pieces):
-            self.obstacle = "it has unused pieces"
-        if self.obstacle is not None:
             return
         # Pieces of other kinds never arise from text.
-        pieces = [self.spell(piece.piece) for piece in model.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)]
-        self._codes = _byte_codes(pieces, bool(trainer.byte_fallback))
+        arising = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
+        pieces = [self.spell(piece.piece) for piece in model.pieces if piece.type in arising]
+        known = {self.spell(piece.piece) for piece in model.pieces if piece.type in arising[:2]}
+        self._codes = _byte_codes(pieces, None if trainer.byte_fallback else known)
         self._seen = _seen_characters(pieces)
 
     def spell(self, normalized: str) -> str:
@@ -90,19 +91,23 @@ class Cuts:
         return self._seen.take(_slots(before, after))
 
 
-def _byte_codes(pieces: list[str], spells_unknown: bool) -> npt.NDArray[np.uint8]:
-    """Return uint8 [65536]: whether to cut between two bytes, indexed by their uint16, the first byte lowest."""
+def _byte_codes(pieces: list[str], known: set[str] | None) -> npt.NDArray[np.uint8]:
+    """Return uint8 [65536]: whether to cut between two bytes, indexed by their uint16, the first byte lowest.
+
+    Args:
+        known: pieces that are no unknown character where they stand alone; None = unknown ones are spelled in bytes.
+    """
     cut = np.ones((256, 256), bool)
     data = np.frombuffer(bytes([END]).join(piece.encode() for piece in pieces), np.uint8)
     cut[data[:-1], data[1:]] = False  # pairs with END, which stand in no piece, are set below
     codes = np.where(cut, np.uint8(_ALWAYS), np.uint8(_NEVER))
-    if spells_unknown:
+    if known is None:
         # A piece contains these two bytes, but perhaps not these two characters. That is checked for characters of
         # three bytes and more, since their scripts are the ones written without spaces.
         wide = codes[0x80:, 0xE0:]
         wide[wide == _NEVER] = _ASK
     else:
-        singles = {ord(piece) for piece in pieces if len(piece) == 1}
+        singles = {ord(piece) for piece in known if len(piece) == 1}
         unknown = np.array([byte not in singles or byte >= 0x80 for byte in range(256)])
         codes[np.ix_(unknown, unknown)] = _NEVER
     codes[:, 0x80:0xC0] = _NEVER  # inside a character

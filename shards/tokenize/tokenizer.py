@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards.arrays import Ints
-from shards.config import DataConfig
+from shards.config import DataConfig, RankEncoding
 from shards.errors import ConfigError
 from shards.tokenize.kinds import Kind, open_kind
 from shards.tokenize.split_points import SPACE
@@ -32,6 +32,7 @@ class Tokenizer:
         eos: bool = True,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        rank_encoding: RankEncoding | None = None,
     ) -> None:
         """Load a model.
 
@@ -39,6 +40,7 @@ class Tokenizer:
             path: path of a SentencePiece model, a tokenizer.json or a rank file of tiktoken.
             bos, eos: begin and end each document with BOS and EOS.
             bos_token, eos_token: pieces to use as BOS and EOS; None = those that the file names.
+            rank_encoding: what a rank file is made like; None = the file is a published one.
         Raises: ConfigError if the file is missing or no tokenizer, or lacks a requested BOS or EOS.
         """
         try:
@@ -50,7 +52,7 @@ class Tokenizer:
             ) from None
         self.path = Path(path)
         self.content_hash: str = xxhash.xxh3_128_hexdigest(content)
-        self._kind: Kind = open_kind(self.path, content)
+        self._kind: Kind = open_kind(self.path, content, rank_encoding)
         self.vocab_size = self._kind.vocab_size
         self.libraries = self._kind.libraries  # versions that a run must keep
         self.unk_id = self._kind.unk_id
@@ -67,7 +69,7 @@ class Tokenizer:
     @classmethod
     def of(cls, data: DataConfig) -> Self:
         """Open the tokenizer that a data config names. Raises: ConfigError as the class does."""
-        return cls(data.tokenizer, data.bos, data.eos, data.bos_token, data.eos_token)
+        return cls(data.tokenizer, data.bos, data.eos, data.bos_token, data.eos_token, data.rank_encoding)
 
     def _id_of(self, key: str, wanted: bool, named: str | None, found: int) -> int:
         """Return the id of BOS or EOS, -1 if there is none. Raises: ConfigError if it is wanted and there is none."""

@@ -1,8 +1,9 @@
 """Compare the loss of a vocabulary that is split over all ranks to that of a whole one, with its gradients and scores.
 
-Usage: python -m tests.distributed.loss TP_SIZE ORDER VOCABULARY
+Usage: python -m tests.distributed.loss TP_SIZE ORDER VOCABULARY MULTIPLE
 
-ORDER is that of the gradients, targets or vocabulary; VOCABULARY the number of tokens, which TP_SIZE need not divide.
+ORDER is that of the gradients, targets or vocabulary; VOCABULARY the number of tokens, which TP_SIZE need not divide;
+MULTIPLE what each rank's rows are rounded up to a multiple of.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pretrain.topology import ParallelConfig, started
 TARGETS, DIM, Z_LOSS = 40, 16, 1e-2
 
 
-def slice_with_noisy_padding(whole: torch.Tensor) -> torch.nn.Parameter:
+def slice_with_noisy_padding(whole: torch.Tensor, multiple: int) -> torch.nn.Parameter:
     """Return this rank's slice of an output projection, whose padding would be seen if anything read it."""
-    weight = ColumnLinear(DIM, len(whole), padded=True).weight
+    weight = ColumnLinear(DIM, len(whole), multiple).weight
     with torch.no_grad():
         weight.copy_(shard_of(whole, weight))
         weight[size_without_padding(weight) :] = 9.0
@@ -29,7 +30,7 @@ def slice_with_noisy_padding(whole: torch.Tensor) -> torch.nn.Parameter:
 
 
 def main() -> None:
-    tp_size, vocabulary = int(sys.argv[1]), int(sys.argv[3])
+    tp_size, vocabulary, multiple = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
     if sys.argv[2] == "vocabulary":
         loss.SUMMED_WEIGHTS = 0
     loss.CHUNK_LOGITS, loss._CACHED_LOGITS = 12 * vocabulary // tp_size, 5 * vocabulary // tp_size
@@ -47,7 +48,8 @@ def main() -> None:
     (nll.sum() + Z_LOSS * logsumexp.square().sum()).backward()
     assert logits.grad is not None
     with started(ParallelConfig(tp_size=tp_size)) as topology:
-        mine = slice_with_noisy_padding(weight)
+        mine = slice_with_noisy_padding(weight, multiple)
+        assert len(mine) % multiple == 0
         held = size_without_padding(mine)
         found = training_loss(enter_branch(hidden, split_tokens=False), mine, targets, Z_LOSS)
         found.total.backward()
@@ -56,7 +58,7 @@ def main() -> None:
         torch.testing.assert_close(found.logsumexp, logsumexp.detach(), **close)
         torch.testing.assert_close(hidden.grad, (logits.grad @ weight.double())[None], **close)
         of_weight = logits.grad.t() @ hidden[0].detach().double()
-        torch.testing.assert_close(mine.grad[:held], of_weight.chunk(tp_size)[topology.tp_rank], **close)
+        torch.testing.assert_close(mine.grad[:held], of_weight.split(len(mine))[topology.tp_rank], **close)
         assert not mine.grad[held:].any()
         scores = target_scores(hidden, mine, targets)
         torch.testing.assert_close(scores.nll, nll.detach(), **close)

@@ -23,6 +23,7 @@ from tests.tiny_run import write_config
 
 SAMPLE = Path("shards/sample/tokenizer-4k.model")
 VOCABULARY, STEPS = 4097, 2  # tokens; steps of each start
+MULTIPLES = {True: 1, False: 64}  # model.vocab_multiple of runs with and without tied embeddings
 # (tp_size, dp_size, ZeRO stage) of each start
 LAYOUTS = [(1, 1, 1), (2, 1, 3), (4, 1, 1), (2, 2, 2), (1, 1, 1)]
 
@@ -47,10 +48,12 @@ def train(
     layouts: list[tuple[int, int, int]],
     steps: int,
     precision: str = "fp32",
+    multiple: int | None = None,
 ) -> list[dict]:
     """Start a run once for each layout, for a number of steps each; return its metrics."""
     folder.mkdir()
     model = {"vocab_size": VOCABULARY, "n_kv_heads": 4, "qk_norm": True, "tie_embeddings": tied}
+    model["vocab_multiple"] = MULTIPLES[tied] if multiple is None else multiple
     changes = {"data": {"tokenizer": str(tokenizer)}, "train": {"weight_hash_every": 1}, "optim": {"z_loss": 1e-2}}
     config = write_config(folder, "run", model=model, precision=precision, **changes)
     starts = []
@@ -72,9 +75,12 @@ def newest(run: RunFolder) -> tuple[CheckpointWeights, Path]:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def runs(request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same steps on one rank (straight) and with a change of layout at each start (changed)."""
+    """Train the same steps on one rank (straight) and with a change of layout at each start (changed).
+
+    The first has no padding, whatever the vocab_multiple of the second.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    train(folder / "straight", tokenizer, request.param, LAYOUTS[:1], STEPS * len(LAYOUTS))
+    train(folder / "straight", tokenizer, request.param, LAYOUTS[:1], STEPS * len(LAYOUTS), multiple=1)
     train(folder / "changed", tokenizer, request.param, LAYOUTS, STEPS)
     return folder
 

@@ -33,6 +33,7 @@ data:
   lanes: 4
   plan_version: 2
   bos: false
+  rank_encoding: llama3
   bos_token: b
   eos_token: e
   eos: true

@@ -52,7 +52,7 @@ class Memory:
         self._state, self._specs = dict(model.named_parameters()), weight_specs(model.config)
 
     def read(self, name: str, index: int = 0, count: int = 1) -> torch.Tensor:
-        return self._specs[name].slice_of(self._state[name].detach(), index, count)
+        return self._state[name].detach()[self._specs[name].bounds(index, count)]
 
 
 def build(changes: dict[str, object]) -> Transformer:

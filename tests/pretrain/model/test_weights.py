@@ -10,7 +10,7 @@ import torch
 
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
-from pretrain.model.parallel import shard_dim
+from pretrain.model.parallel import full_shape, shard_dim, slice_of
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.model.weights import WeightSpec, check_splits, weight_specs
 from shards import CheckpointError, ConfigError
@@ -22,44 +22,76 @@ def test_specs_are_those_of_the_model(changes: dict[str, object]) -> None:
     values = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 80, "vocab_size": 97}
     config = ModelConfig.model_validate(values | changes)
     found = {
-        name: WeightSpec(tuple(parameter.shape), shard_dim(parameter))
+        name: WeightSpec(tuple(full_shape(parameter)), shard_dim(parameter), parameter.slice_multiple if rows else 1)
         for name, parameter in Transformer(config).named_parameters()
+        for rows in [shard_dim(parameter) is not None]
     }
     assert weight_specs(config) == found
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_padded_to_a_multiple_with_zeros_that_nothing_reads(tied: bool) -> None:
+    values = {"dim": 48, "n_layers": 1, "n_heads": 6, "ffn_dim": 80, "vocab_size": 97, "tie_embeddings": tied}
+    plain, padded = (
+        Transformer(ModelConfig.model_validate(values | {"vocab_multiple": multiple})) for multiple in (1, 64)
+    )
+    plain.initialize(3)
+    padded.initialize(3)
+    tokens = torch.arange(97)[None]
+    found, expected = (model(tokens, torch.ones_like(tokens)) for model in (padded, plain))
+    assert found.shape == (1, 97, 128)
+    assert torch.equal(found[..., :97], expected)
+    assert (found[..., 97:] == -torch.inf).all()
+    for name, parameter in padded.named_parameters():
+        wanted = plain.get_parameter(name)
+        assert torch.equal(parameter[: len(wanted)], wanted)
+        assert not parameter[len(wanted) :].any()
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
 def test_bounds_name_the_slice(dim: int | None) -> None:
     spec, whole = WeightSpec((12, 18), dim), torch.arange(216).view(12, 18)
-    for index in range(3):
-        assert torch.equal(whole[spec.bounds(index, 3)], spec.slice_of(whole, index, 3))
-    parts = [spec.slice_of(whole, index, 3) for index in range(3)]
+    parts = [whole[spec.bounds(index, 3)] for index in range(3)]
+    assert len({part.shape for part in parts}) == 1
     assert torch.equal(torch.cat(parts, dim or 0) if dim is not None else parts[1], whole)
 
 
-@pytest.mark.parametrize(("dim", "count"), [(0, 5), (0, 4), (1, 4), (1, 2)])
-def test_slices_are_equal_and_hold_the_weight_and_then_zeros(dim: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "count", "multiple"),
+    [(0, 5, 1), (0, 4, 1), (1, 4, 1), (1, 2, 1), (0, 1, 8), (0, 2, 4), (0, 3, 4), (1, 2, 6)],
+)
+def test_slices_are_equal_and_hold_the_weight_and_then_zeros(dim: int, count: int, multiple: int) -> None:
     whole = torch.arange(1, 15 * 9 + 1).view(15, 9)
-    spec = WeightSpec((15, 9), dim)
-    parts = [spec.slice_of(whole, index, count) for index in range(count)]
+    spec = WeightSpec((15, 9), dim, multiple)
+    parts = [slice_of(whole, dim, index, count, multiple) for index in range(count)]
     assert len({part.shape for part in parts}) == 1
+    assert parts[0].shape[dim] % multiple == 0
+    assert parts[0].shape[dim] < whole.shape[dim] / count + multiple, "no more padding than is needed"
     joined = torch.cat(parts, dim)
     assert torch.equal(joined.narrow(dim, 0, whole.shape[dim]), whole)
     assert joined.sum() == whole.sum()
     assert torch.equal(torch.cat([whole[spec.bounds(index, count)] for index in range(count)], dim), whole)
-    for index, part in enumerate(parts):
-        assert torch.equal(spec.padded(whole[spec.bounds(index, count)], count), part)
     found = spec.joined(parts)
     assert found is not None
     assert torch.equal(found, whole)
-    assert WeightSpec((16 + (dim == 0) * count, 9 + (dim == 1) * count), dim).joined(parts) is None
+    larger = (16 + (dim == 0) * count * multiple, 9 + (dim == 1) * count * multiple)
+    assert WeightSpec(larger, dim, multiple).joined(parts) is None
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "tp_size", "fits"), [(9, 8, False), (4097, 8, True), (7, 8, False), (8, 8, True)]
+    ("vocab_size", "multiple", "tp_size", "fits"),
+    [
+        (9, 1, 8, False),
+        (4097, 1, 8, True),
+        (7, 1, 8, False),
+        (8, 1, 8, True),
+        (300, 128, 4, False),
+        (400, 128, 4, True),
+    ],
 )
-def test_no_rank_is_left_without_tokens(vocab_size: int, tp_size: int, fits: bool) -> None:
-    config = ModelConfig(dim=64, n_layers=1, n_heads=8, ffn_dim=64, vocab_size=vocab_size)
+def test_no_rank_is_left_without_tokens(vocab_size: int, multiple: int, tp_size: int, fits: bool) -> None:
+    config = ModelConfig(dim=64, n_layers=1, n_heads=8, ffn_dim=64, vocab_size=vocab_size, vocab_multiple=multiple)
     if fits:
         check_splits(config, tp_size, "--tp")
     else:

@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import ConfigError, DataConfig, Loader, Tokenizer, check_fingerprint, read_documents
+from shards.config import RankEncoding
 from shards.tokenize import fast_bpe
 from shards.windows.recipe import Tools
 from tests.examples import examples
@@ -76,7 +78,8 @@ class Vocabulary:
             peer = tokenizers.Tokenizer.from_file(str(self.path))
             peer.encode_special_tokens = True
             self.encode = lambda text: peer.encode(text, add_special_tokens=False).ids
-        self.ours = Tokenizer(self.path)
+        self.encoding: RankEncoding | None = "llama3" if name == "ranks" else None
+        self.ours = Tokenizer(self.path, rank_encoding=self.encoding)
 
     def check(self, texts: Sequence[str], ours: Tokenizer | None = None) -> None:
         ours = ours or self.ours
@@ -97,7 +100,7 @@ def neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kinds.write_json(tmp_path_factory.mktemp("neox"), "neox")
 
 
-def without_gigatoken(path: Path) -> Tokenizer:
+def without_gigatoken(path: Path, **options: Any) -> Tokenizer:
     load = builtins.__import__
 
     def refuse(name: str, *rest: object) -> object:
@@ -106,7 +109,7 @@ def without_gigatoken(path: Path) -> Tokenizer:
         return load(name, *rest)
 
     with mock.patch.object(builtins, "__import__", refuse):
-        return Tokenizer(path)
+        return Tokenizer(path, **options)
 
 
 @settings(max_examples=examples(300))
@@ -134,8 +137,54 @@ def test_gigatoken_computes_what_it_was_made_for(vocabulary: Vocabulary) -> None
         vocabulary.check(["Plain text, in 2 parts.\n\n  And é 日本."])
 
 
+NUMBERS = st.lists(
+    st.one_of(
+        st.sampled_from([*"09", "10", "x1", " ", "\xb2", "\u0663", "\u00bd", "\u2167", "\U0001d7d8", "\u0f33"]), TEXTS
+    )
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def digits_apart(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[int]]:
+    """Return what encodes by a vocabulary that sets digits apart, and has a token with digits inside."""
+    pytest.importorskip("gigatoken")
+    folder = tmp_path_factory.mktemp("digits")
+    content = json.loads(kinds.write_json(folder, "smollm2").read_text())
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"].append({"id": 1498, "content": "x10", **kept})
+    path = kinds.write(folder / "kept.json", content)
+    ours, peer = Tokenizer(path, bos=False, eos=False), tokenizers.Tokenizer.from_file(str(path))
+    assert ours.obstacle is None
+    assert ours.encode("x10") == [1498]
+    peer.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        ids = ours.encode(text)
+        assert ids == peer.encode(text, add_special_tokens=False).ids, ascii(text)
+        return ids
+
+    return encode
+
+
+@settings(max_examples=examples(300))
+@given(text=NUMBERS)
+def test_numbers_of_any_script_are_set_apart(digits_apart: Callable[[str], list[int]], text: str) -> None:
+    digits_apart(text)
+
+
+def test_gigatoken_computes_texts_with_numbers(digits_apart: Callable[[str], list[int]]) -> None:
+    """Give the library no more than each number, once, unless a digit is a part of a token."""
+    with mock.patch.object(fast_bpe, "library_ids", wraps=fast_bpe.library_ids) as library:
+        for text in ("the \u3024 and 1\u30252\u3024", "\u3025\u3024 again"):
+            digits_apart(text)
+        assert sorted(call.args[1] for call in library.call_args_list) == ["\u3024", "\u3025"]
+        for text in ("x10 \u3024", "x1\u3024"):  # the second is shown as "x10"
+            digits_apart(text)
+            assert library.call_args.args[1] == text
+
+
 def test_without_gigatoken_ids_are_the_same_and_the_reason_is_given(vocabulary: Vocabulary) -> None:
-    slow = without_gigatoken(vocabulary.path)
+    slow = without_gigatoken(vocabulary.path, rank_encoding=vocabulary.encoding)
     assert slow.obstacle == "gigatoken is not installed: pip install 'headrace[fast]'"
     assert slow.libraries == {"tokenizers": tokenizers.__version__}
     vocabulary.check(["".join(HOSTILE), *HOSTILE, ""], slow)
@@ -249,10 +298,4 @@ def test_a_run_keeps_the_versions_that_compute_its_ids(neox: Path, tmp_path: Pat
 def test_a_file_of_no_kind_is_refused_by_what_is_wrong(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ConfigError, match=f"data.tokenizer={tmp_path / 'file'}.*{message}"):
-        Tokenizer(tmp_path / "file")
-
-
-def test_ranks_of_another_pattern_are_refused(tmp_path: Path) -> None:
-    tokens = [bytes([byte]) for byte in range(256)] + [b"%06d" % number for number in range(50256 - 256)]
-    with pytest.raises(ConfigError, match="50256 ranks of gpt2 or r50k_base"):
-        Tokenizer(kinds.write_ranks(tmp_path / "gpt2.tiktoken", tokens))
+        Tokenizer(tmp_path / "file", rank_encoding="llama3" if content.startswith(b"IQ") else None)

@@ -18,6 +18,7 @@ from shards import DataConfig, Loader, Tokenizer, read_documents
 from shards.tokenize import long_words, word_encoder
 from tests.examples import examples
 from tests.shards.corpora import SAMPLE, TOKENIZER
+from tests.vocabularies import write_model
 
 SYMBOLS = ["<|im_start|>", "<|im_end|>", "  x", "ab"]
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -30,7 +31,8 @@ KINDS = {  # how each model is trained, and whether its texts can be cut
     "suffix": (PLAIN | {"byte_fallback": True, "treat_whitespace_as_suffix": True}, True),
     "across_spaces": (PLAIN | {"split_by_whitespace": False}, True),
     "unescaped": (PLAIN | {"user_defined_symbols": SYMBOLS}, True),
-    "unused": (PLAIN | {"byte_fallback": True}, False),
+    "unused": (PLAIN | {"user_defined_symbols": SYMBOLS, "byte_fallback": True}, True),
+    "unused_unknown": (PLAIN, True),
     "unigram": ({"model_type": "unigram", "byte_fallback": True}, False),
 }
 ODD = [
@@ -65,8 +67,10 @@ def train(kind: str, path: Path) -> Path:
         **{"vocab_size": 700, "model_type": "bpe", "character_coverage": 0.999, "hard_vocab_limit": False} | options,
     )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    if kind == "unused":
-        next(piece for piece in proto.pieces if piece.piece == "\u2581the").type = proto.SentencePiece.UNUSED
+    if kind.startswith("unused"):
+        for piece in proto.pieces[5::3]:  # of all lengths, and of one character too
+            if piece.type == proto.SentencePiece.NORMAL:
+                piece.type = proto.SentencePiece.UNUSED
     proto.normalizer_spec.escape_whitespaces = kind != "unescaped"
     path.write_bytes(proto.SerializeToString())
     return path
@@ -125,6 +129,31 @@ def test_ids_of_words_of_any_length_equal_sentencepieces(
     text = "".join(unit * count for unit, count in parts) + "".join(mixed)
     with mock.patch.object(word_encoder, "BLOCK_BYTES", 10), mock.patch.object(long_words, "PART_BYTES", part):
         model.check([text, "a word", text[::-1]])
+
+
+@settings(max_examples=examples(200))
+@given(
+    pieces=st.lists(st.text("abc\u2581", min_size=1, max_size=6), min_size=1, max_size=20, unique=True),
+    kinds=st.lists(st.sampled_from(["NORMAL", "UNUSED", "UNUSED", "USER_DEFINED"]), min_size=20, max_size=20),
+    byte_fallback=st.booleans(),
+    texts=st.lists(st.text("aabbcc  x", max_size=60), min_size=1, max_size=5),
+)
+def test_texts_are_cut_whatever_pieces_are_unused(
+    tmp_path_factory: pytest.TempPathFactory,
+    pieces: list[str],
+    kinds: list[str],
+    byte_fallback: bool,
+    texts: list[str],
+) -> None:
+    path = write_model(tmp_path_factory.getbasetemp() / "unused.model", pieces, byte_fallback=byte_fallback)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for piece, kind in zip(proto.pieces[-len(pieces) :], kinds, strict=False):
+        piece.type = proto.SentencePiece.Type.Value(kind)
+    path.write_bytes(proto.SerializeToString())
+    made = Model(path)
+    assert made.ours.obstacle is None
+    with mock.patch.object(word_encoder, "BLOCK_BYTES", 16), mock.patch.object(long_words, "PART_BYTES", 8):
+        made.check(texts)
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "xyz", "Donaudampfschifffahrtsgesellschaft", "=-", "\u00e4\u00f6"])
