@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from shards.errors import ConfigError
-from shards.tokenize.rank_file import BOS, EOS, PATTERN, byte_symbols
+from shards.tokenize.rank_file import BOS, EOS, LLAMA3, byte_symbols
 from shards.tokenize.training_sample import MAX_STRETCH_BYTES
 
 
@@ -69,7 +69,7 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> bytes:
             f"--vocab-size {vocab_size} is too small for BOS, EOS and 256 bytes; set it to {smallest} or more"
         )
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split: Any = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    split: Any = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")
     level: Any = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
     made.decoder = tokenizers.decoders.ByteLevel()
