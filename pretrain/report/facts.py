@@ -31,7 +31,7 @@ class Table:
     Attributes:
         head: the columns' names.
         rows: texts are written to the left; numbers to the right, and None as a dash; a Difference as its interval.
-        bars: the column whose numbers, from 0 to 1, are shown as bars; None for none.
+        bars: numbers of the columns whose values, from 0 to 1, are shown as bars and percentages.
         note: a sentence below.
         strong: numbers of the rows that are averages of others.
     """
@@ -39,7 +39,7 @@ class Table:
     title: str  # empty where the section's says it
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    bars: int | None = None
+    bars: frozenset[int] = frozenset()
     note: str = ""
     strong: frozenset[int] = frozenset()
 
@@ -163,7 +163,9 @@ def time_table(history: History) -> Table | None:
     note += " Evaluations, starts and what was trained twice are not in it."
     if history.superseded:
         note += f" {history.superseded:,} steps were trained again after a restart or a return to a checkpoint."
-    return Table("Where the time went", ("part of a step", "time", "share"), tuple(rows), bars=2, note=note.strip())
+    return Table(
+        "Where the time went", ("part of a step", "time", "share"), tuple(rows), bars=frozenset({2}), note=note.strip()
+    )
 
 
 def source_table(history: History) -> Table | None:
@@ -189,7 +191,7 @@ def source_table(history: History) -> Table | None:
             "The mix is wished in rows; a source whose rows have more padding gets fewer tokens than its weight says."
         )
     head = ("source", "tokens", "share", "wished share", "off by, points", "epochs")
-    return Table("Tokens by source", head, tuple(rows), bars=2, note=note)
+    return Table("Tokens by source", head, tuple(rows), bars=frozenset({2, 3}), note=note)
 
 
 def _wished_tokens(history: History) -> dict[str, float]:

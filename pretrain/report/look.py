@@ -45,6 +45,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:10px 0
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:22px 26px}
+.note+.charts{margin-top:18px}
 figure{margin:0;min-width:0}
 figcaption{font-weight:600}
 .plot{position:relative}

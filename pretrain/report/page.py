@@ -150,7 +150,7 @@ def _table(table: Table | None, is_sortable: bool = False) -> str:
     span = max((_reach(cell) for row in table.rows for cell in row), default=0.0)
     rows = "".join(
         f"<tr{_class('strong' if i in table.strong else '')}>"
-        + "".join(_cell(cell, j == table.bars, span) for j, cell in enumerate(row))
+        + "".join(_cell(cell, j in table.bars, span) for j, cell in enumerate(row))
         + "</tr>"
         for i, row in enumerate(table.rows)
     )
