@@ -59,7 +59,10 @@ _logger = logging.getLogger(__name__)
 def checkpoints_of(config: RunConfig) -> CheckpointStore:
     """Return the checkpoint store of a config's run."""
     return CheckpointStore(
-        config.folder.checkpoints, config.checkpoint, checkpoint_bytes(config.model, config.bytes_per_weight)
+        config.folder.checkpoints,
+        config.checkpoint,
+        checkpoint_bytes(config.model, config.bytes_per_weight),
+        config.train.rewind_steps if config.train.on_spike == "rewind" else None,
     )
 
 
@@ -145,7 +148,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
         held_out=_held_out(config, eval_set, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
-        watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell)),
+        watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell_last)),
         unapplied=UnappliedSteps(
             train.max_nonfinite,
             train.nonfinite_limit,

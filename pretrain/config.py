@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -158,8 +159,11 @@ class RunConfig(Config):
         return self.model_copy(update={"data": self.data.model_copy(update={"plan_version": version})})
 
     def passing_over(self, rewinds: Sequence[Rewind]) -> RunConfig:
-        """Return this config with the steps that the run itself has decided to pass over."""
-        skipped = _joined(self.data.skip_steps, [rewind.passed_over for rewind in rewinds])
+        """Return this config with the steps that the run itself has decided to pass over, as far as the run goes."""
+        end = self.train.steps or sys.maxsize
+        decided = [rewind.passed_over for rewind in rewinds]
+        within = [(first, min(last, end)) for first, last in decided if first <= end]
+        skipped = _joined(self.data.skip_steps, within)
         return self.model_copy(update={"data": self.data.model_copy(update={"skip_steps": skipped})})
 
     def to_yaml(self) -> str:

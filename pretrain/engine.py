@@ -166,35 +166,36 @@ class Engine:
         """
         if n_targets == 0:
             return StepStats(math.nan, math.nan, math.nan, applied=False)
-        with self._compilations.step(step + 1), self._communication.charging(meter):
-            return self._train_step(tokens, segment_ids, n_targets, step, learning_rate, meter, measured, limits)
-
-    def _train_step(
-        self,
-        tokens: Tensor,
-        segment_ids: Tensor,
-        n_targets: int,
-        step: int,
-        learning_rate: float,
-        meter: Meter,
-        measured: bool,
-        limits: Limits,
-    ) -> StepStats:
         micro_batches = list(
             zip(*(torch.split(rows, self.micro_batch_size) for rows in (tokens, segment_ids)), strict=True)
         )
         assert len(micro_batches) == self.deepspeed.gradient_accumulation_steps(), "or it would make several steps"
+        # Before the step, which is not warned of what these passes compile
         measurement = self._measure_activations(micro_batches, meter) if measured else None
+        with self._compilations.step(step + 1), self._communication.charging(meter):
+            return self._train_step(micro_batches, n_targets, step, learning_rate, meter, measurement, limits)
+
+    def _train_step(
+        self,
+        micro_batches: Sequence[tuple[Tensor, Tensor]],
+        n_targets: int,
+        step: int,
+        learning_rate: float,
+        meter: Meter,
+        measurement: LayerMeasurement | None,
+        limits: Limits,
+    ) -> StepStats:
+        device = self.topology.device
         self.deepspeed.train()
         for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = learning_rate * own["learning_rate_scale"]
-        sums = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nll and z-loss
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll and z-loss
         # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.full((), self.topology.dp_size / n_targets, device=tokens.device)  # no copy from the host
+        scale = torch.full((), self.topology.dp_size / n_targets, device=device)  # no copy from the host
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
-            with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), tokens.device):
+            with meter.device_part("forward_backward"), seeded(self._dropout_seed(step, micro_step), device):
                 with meter.device_part("forward"), self._communication.phase("forward"):
                     loss = self._forward(ids, segments)
                 # DeepSpeed skips a step on all ranks if its gradient is not finite; that of an infinite loss may be
@@ -204,7 +205,9 @@ class Engine:
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
-        loss, z_loss_mean = (self.topology.sum_over_dp(sums) / n_targets).tolist()
+        # The same bits on all tensor-parallel ranks, so that they refuse together
+        sums = self.topology.broadcast_in_tp(self.topology.sum_over_dp(sums))
+        loss, z_loss_mean = (sums / n_targets).tolist()
         with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
             if measurement:
                 measurement.before_update()

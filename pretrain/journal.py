@@ -58,6 +58,11 @@ class Journal:
         if self._events:
             self._events.tell(event)
 
+    def tell_last(self, event: Event) -> None:
+        """Tell of what ends the process, and wait for the command that is told of events."""
+        self.tell(event)
+        self._hook.finish()
+
     def has_told(self, step: int, kind: Kind) -> bool:
         """Return whether an event of a kind was told of a step, in this start or one before."""
         return any((record["step"], record["kind"]) == (step, kind) for record in self._folder.events.read(step - 1))

@@ -83,6 +83,7 @@ class Trainer:
         self._stepper = Stepper(config, parts.engine, steps, state.step, parts.spikes)
         self.rewind: Rewind | None = None
         self._data_is_used_up = False
+        self._passed_over = False  # whether the last step was
         if state.step == 0:
             self._log_cursors()
 
@@ -142,7 +143,9 @@ class Trainer:
         if made.spike_begins:
             self._answer_spike(made)
         hashes = parts.engine.state_hash() if self._is_hash_due() else None
-        slow = parts.stragglers.note(made.state.step, batch.rank_seconds)
+        # The batch came with the seconds of the step before.
+        slow = None if self._passed_over else parts.stragglers.note(made.state.step, batch.rank_seconds)
+        self._passed_over = made.passed_over
         record = parts.recorder.record(made, batch, parts.saver.failed, parts.stragglers.straggler, hashes)
         parts.stop.note_step(record.step_seconds)
         parts.journal.log_skipped(self.state.step, batch.skipped, batch.contaminated)
@@ -160,7 +163,11 @@ class Trainer:
         step, action = made.state.step, "its update was not made" if made.stats.refused else "training goes on"
         if self._config.train.on_spike == "rewind":
             self._parts.watchdog.end()  # to wait for a save and to verify a checkpoint is no step
-            self._settle_save()
+            try:
+                self._parts.saver.finish()
+            except CheckpointError:  # the error is in the log
+                if self._parts.saver.failed >= self._config.checkpoint.max_failed_saves:
+                    raise
             decision = self._parts.rewinder.decide(step)
             if isinstance(decision, Rewind):
                 self.rewind = decision
@@ -201,10 +208,6 @@ class Trainer:
         if self.at_end or self.rewind or self.state.step == 0:
             return
         self._save()
-        self._settle_save()
-
-    def _settle_save(self) -> None:
-        """Wait for a save in progress; if it fails, the error is in the log."""
         with suppress(CheckpointError):
             self._parts.saver.finish()
 

@@ -130,12 +130,15 @@ class CheckpointStore:
         root: the folder that holds them.
         config: when to save and what to keep.
         expected_bytes: assumed size of a checkpoint until one exists to measure; only needed for saving.
+        reach: of the checkpoints that are so many steps older than the newest, the newest is kept too, since the run
+            may go back to it, or else the oldest of all, which will be that old; None: the run does not go back.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, expected_bytes: int = 0) -> None:
+    def __init__(self, root: Path, config: CheckpointConfig, expected_bytes: int = 0, reach: int | None = None) -> None:
         self.root = root
         self.config = config
         self.expected_bytes = expected_bytes
+        self._reach = reach
         self._costs: dict[int, float] = {}  # of `config.best`, at each evaluated step
 
     def folder_of(self, step: int) -> Path:
@@ -312,7 +315,7 @@ class CheckpointStore:
     def make_room(self) -> list[int]:
         """Make room for the next checkpoint by removing the oldest ones if the disk is short of space.
 
-        The newest checkpoint, the best and those that `keep_every` keeps stay; if that cannot free enough, nothing is
+        The newest checkpoint and those that `_kept_for_good` names stay; if that cannot free enough, nothing is
         removed.
 
         Returns:
@@ -359,9 +362,12 @@ class CheckpointStore:
             return sum(path.stat().st_size for path in self.folder_of(step).rglob("*") if path.is_file())
 
     def _kept_for_good(self, steps: list[int]) -> set[int]:
-        """Return the steps that `keep_every` keeps, and the best."""
+        """Return the steps that `keep_every` keeps, the best, and the one to which the run may go back."""
         every, best = self.config.keep_every, self.best(steps)
-        return {step for step in steps if (every and step % every == 0) or step == best}
+        back = None
+        if self._reach is not None and steps:
+            back = max((step for step in steps if step <= steps[-1] - self._reach), default=steps[0])
+        return {step for step in steps if (every and step % every == 0) or step in (best, back)}
 
     def try_to_discard(self, step: int) -> None:
         """Do what `discard` does, but only log a failure, which does no harm."""

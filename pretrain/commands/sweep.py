@@ -136,7 +136,7 @@ def follow(sweep: LocalSweep, console: Console) -> bool:
             if live:
                 live.update(sweep_table(sweep.points), refresh=True)
             for point in changed if live is None else ():
-                console.print(line_of(point), highlight=False, soft_wrap=True)
+                console.print(line_of(point), highlight=False, markup=False, soft_wrap=True)
             if sweep.is_done:
                 break
             time.sleep(_EVERY)
@@ -178,8 +178,10 @@ def run(arguments: argparse.Namespace) -> int:
     began = [point.history for point in best_first(sweep.points) if len(point.history.metrics)]
     if began:
         write_page(began, root / "report.html")
-        console.print(f"Report  {root / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"Report  {root / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     failed = [point for point in sweep.points if point.state == "failed"]
     for point in failed:
-        console.print(f"{point.plan.name} has failed: {point.note}", style="red", highlight=False, soft_wrap=True)
+        console.print(
+            f"{point.plan.name} has failed: {point.note}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
     return 1 if failed else 0

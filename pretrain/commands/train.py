@@ -23,7 +23,7 @@ from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, world_size_of
-from shards import ConfigError, installation
+from shards import ConfigError, HeadraceError, installation
 
 _logger = logging.getLogger("headrace")
 
@@ -60,10 +60,13 @@ def how_to_train_longer(config: RunConfig) -> str:
 
 
 def note_sample(config: RunConfig, report: Report) -> None:
-    """Record the continuation of a finished run, once for each step."""
+    """Record the continuation of a finished run, once for each step; a failure is only logged."""
     samples = report.folder.samples
-    if all(sample["step"] != report.step for sample in samples.read()):
-        samples.append({"step": report.step, "prompt": config.evaluation.prompt, "text": report.continuation})
+    try:
+        if all(sample["step"] != report.step for sample in samples.read()):
+            samples.append({"step": report.step, "prompt": config.evaluation.prompt, "text": report.continuation})
+    except (OSError, HeadraceError) as error:  # the run is finished and saved
+        _logger.warning("the continuation was not recorded: %s", error)
 
 
 def print_report(config: RunConfig, report: Report) -> None:

@@ -58,6 +58,8 @@ class Tripwires:
         if record.stage != self._stage:
             self._stage, self._best, self._slow = record.stage, 0.0, False
             self._speeds.clear()
+        if record.passed_over:
+            return None  # nothing was computed
         self._speeds.append(record.tokens_per_second)
         if len(self._speeds) < _STEPS:
             return None

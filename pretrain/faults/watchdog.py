@@ -16,7 +16,7 @@ from types import TracebackType
 from pretrain.faults.interrupt import STOPPED
 from pretrain.run.events import Event, Tell
 
-_TELLING_SECONDS = 5.0  # before a process that hangs ends without having told of it
+_TELLING_SECONDS = 15.0  # before a process that hangs ends without having told of it
 
 
 class Watchdog:

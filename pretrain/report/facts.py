@@ -207,9 +207,12 @@ def _wished_tokens(history: History) -> dict[str, float]:
         [StageConfig.parse(stage, at=f"stages.{i}") for i, stage in enumerate(later)],
     )
     periods: list[tuple[int, dict[str, float]]] = []  # steps done when the weights come into force
-    for stage in stages:
+    ends = [*(stage.step for stage in stages[1:]), math.inf]
+    for stage, end in zip(stages, ends, strict=True):
         names = [source.name for source in stage.data.sources]
         for step, in_order in stage.data.weightings():
+            if step >= end:
+                break  # the next stage comes before that
             periods.append((max(stage.step, step), dict(zip(names, in_order, strict=True))))
     wished: dict[str, float] = {}
     steps = history.steps

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -110,7 +111,9 @@ def _evaluation(history: History) -> Table | None:
         figure = number(of_steps[last].get("bits_per_byte"))
         change = "" if before is None else f"{figure - number(of_steps[before].get('bits_per_byte')):+.4f}"
         perplexity = number(of_steps[last].get("perplexity"))
-        table.add_row(domain, f"{figure:.4f}", change, short(perplexity), style="bold" if domain in averages else None)
+        table.add_row(
+            escape(domain), f"{figure:.4f}", change, short(perplexity), style="bold" if domain in averages else None
+        )
     if len(plain) > _DOMAINS:
         table.add_row(f"and {len(plain) - _DOMAINS} more domains", "", "", "", style="dim")
     return table

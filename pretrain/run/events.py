@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, get_args
@@ -129,24 +131,31 @@ class Hook:
     def _work(self) -> None:
         while (line := self._waiting.get()) is not None:
             try:
-                # A session of its own, so that Ctrl-C, which is told too, does not end it.
-                done = subprocess.run(
-                    self._words,
-                    input=line,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=_HOOK_SECONDS,
-                    start_new_session=True,
-                    check=False,
-                )
+                code, said = _run(self._words, line)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 _logger.warning("metrics.on_event: %s failed: %s", shlex.join(self._words), error)
                 continue
-            if done.returncode:
-                said = done.stdout.decode(errors="replace").strip()
+            if code:
                 _logger.warning(
-                    "metrics.on_event: %s exited with %d: %s", shlex.join(self._words), done.returncode, said[-500:]
+                    "metrics.on_event: %s exited with %d: %s", shlex.join(self._words), code, said.strip()[-500:]
                 )
+
+
+def _run(words: Sequence[str], line: bytes) -> tuple[int, str]:
+    """Run a command with a line as its input; return its exit code and output.
+
+    Raises:
+        subprocess.TimeoutExpired: if it took too long, and was ended with all that it had started.
+    """
+    pipe = subprocess.PIPE
+    # A session of its own, so that Ctrl-C, which is told too, does not end it.
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(line, timeout=_HOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said.decode(errors="replace")
 
 
 def log_event(event: Event) -> None:

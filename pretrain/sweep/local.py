@@ -7,6 +7,7 @@ sweep takes its processes along: each is asked to save and stop when its parent 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -189,7 +190,11 @@ class LocalSweep:
         assert self._halving is not None
         goal = self._halving.goal
         of_steps = point.history.evals.get(point.history.suite() or "", {}).get(goal.domain, {})
-        return {step: goal.cost(number(record.get(goal.figure))) for step, record in of_steps.items()}
+        costs = {step: goal.cost(number(record.get(goal.figure))) for step, record in of_steps.items()}
+        if point.state == "finished":  # perhaps before a rung, by train.stop or the data's end
+            last = costs[max(costs)] if costs else math.inf
+            return dict.fromkeys(self._halving.rungs, last) | costs
+        return costs
 
     def _startable(self) -> Iterator[Point]:
         """Yield runs to start, as long as there is a free slot."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from pretrain.report.chart import short
@@ -28,9 +29,11 @@ def sweep_table(points: Sequence[Point]) -> Table:
     for head in ("step", "loss", "bits/byte", "at", "tokens/s", "left"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
-        values = [point.plan.settings.get(key, "") for key in keys]
+        values = [escape(str(point.plan.settings.get(key, ""))) for key in keys]
         note = "" if point.state == "failed" else point.note  # which names a file, for which a table has no room
-        table.add_row(*values, f"{point.state} {note}".strip(), *_figures(point), style=_STYLES.get(point.state))
+        table.add_row(
+            *values, escape(f"{point.state} {note}".strip()), *_figures(point), style=_STYLES.get(point.state)
+        )
     return table
 
 

@@ -57,6 +57,20 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path, config: dict[s
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
 
 
+def test_a_run_that_may_go_back_keeps_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=1), reach=25)
+    kept = {}
+    for step in (10, 20, 30, 40, 60, 62):
+        make(checkpoints, step)
+        checkpoints.prune()
+        kept[step] = checkpoints.steps()
+    assert kept == {10: [10], 20: [10, 20], 30: [10, 30], 40: [10, 40], 60: [10, 60], 62: [10, 62]}
+    for step in (90, 120):
+        make(checkpoints, step)
+        checkpoints.prune()
+    assert checkpoints.steps() == [90, 120]
+
+
 def test_pruning_removes_what_killed_saves_left_but_not_a_save_in_progress(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=1)
     make(checkpoints, 10, complete=False)

@@ -113,3 +113,5 @@ def test_steps_that_a_run_passes_over_join_those_of_its_config(tmp_path: Path) -
     rewinds = [Rewind(12, 8, (10, 12)), Rewind(14, 8, (12, 14)), Rewind(39, 30, (30, 39))]
     assert config.passing_over(rewinds).data.skip_steps == ((3, 6), (10, 14), (30, 50))
     assert plain.passing_over(rewinds[:1]).data.skip_steps == ((10, 12),)
+    shorter = plain.model_copy(update={"train": plain.train.model_copy(update={"steps": 11})})
+    assert shorter.passing_over(rewinds).data.skip_steps == ((10, 11),), "those past its end are none of its steps"

@@ -48,5 +48,7 @@ def test_a_speed_that_falls_by_a_third_is_told_until_it_recovers() -> None:
     assert 30 < found[0][0] <= 50
     assert 90 < found[1][0] <= 110
     assert told(*fast, *[{"tokens_per_second": 610.0}] * 60) == []
+    passed_over = [{"tokens_per_second": 90_000.0, "passed_over": True}] * 30
+    assert told(*fast, *passed_over, *fast) == []
     assert told(*fast, *[{"tokens_per_second": 300.0, "stage": 1}] * 60) == [], "another stage has another speed"
     assert told(*fast, {"tokens_per_second": 1.0}, *fast) == []

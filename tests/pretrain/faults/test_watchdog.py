@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 HANGS = """
 import time
@@ -35,6 +37,36 @@ with module.Watchdog(0.04, 3, lambda event: print(event.step, event.kind, flush=
     watchdog.begin("step", "step 6", 5)
     the_culprit()
 """
+
+
+TOLD = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from pretrain.faults.watchdog import Watchdog
+from pretrain.journal import Journal
+from pretrain.run.metrics import MetricsConfig
+from pretrain.run.run_folder import RunFolder
+
+folder, command = Path(sys.argv[1]), sys.argv[2]
+config = MetricsConfig.model_validate({"on_event": command})
+tracker = SimpleNamespace(alert=lambda event: None)
+journal = Journal(RunFolder(folder), tracker, config, 9, "a")
+with journal._hook, Watchdog(0.1, 0, journal.tell_last) as watchdog:
+    for _ in range(2):
+        watchdog.begin("step", "step 1", 0)
+    time.sleep(60)
+"""
+
+
+def test_the_command_is_told_of_a_hang_before_the_process_ends(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    tell = 'import sys, time; time.sleep(1); open(sys.argv[1], "w").write(sys.stdin.read())'
+    command = f"{sys.executable} -c '{tell}' {told}"
+    words = [sys.executable, "-c", TOLD, str(tmp_path), command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75, done.stderr
+    assert json.loads(told.read_text())["kind"] == "stall"
 
 
 def test_a_part_that_hangs_ends_the_process_and_shows_where() -> None:
