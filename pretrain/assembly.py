@@ -27,7 +27,7 @@ from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_s
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
-from pretrain.faults.spikes import SpikeWatch, last_figures, unapplied_in_a_row
+from pretrain.faults.spikes import SpikeWatch, StepFigures, last_figures, unapplied_in_a_row
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.stragglers import StragglerWatch
 from pretrain.faults.tripwires import Tripwires
@@ -42,12 +42,13 @@ from pretrain.optim import learning_rate_of_run
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.rewind import Rewinder
+from pretrain.run.description import describe
 from pretrain.run.lease import Lease
 from pretrain.run.metrics import total_peak_flops
 from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.starts import describe_start, environment_of
-from pretrain.run.wandb_tracker import Tracker, describe
+from pretrain.run.starts import StartRecord, describe_start, environment_of
+from pretrain.run.wandb_tracker import Tracker
 from pretrain.standing import Standing, check_figures
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
@@ -103,21 +104,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
     stages = [stage.of_loader for stage in config.all_stages]
-    eval_set = load_suite(
-        config.evaluation,
-        start.tokenizer,
-        config.data.seq_len,  # in every stage, so that a run has one series of evaluations
-        config.precision,
-        topology.dp_rank,
-        topology.dp_size,
-    )
-    check_figures(
-        {
-            "train.stop.metric": rule.metric if (rule := config.train.stop) else None,
-            "checkpoint.best": config.checkpoint.best,
-        },
-        eval_set,
-    )
+    eval_set = _load_suite(start)
     suite = eval_set.suite if eval_set else ""
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
@@ -126,17 +113,9 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
         choice.set_damaged_aside(store)
-        if start.from_step is not None:
-            folder.note_going_back(state.step)
-            store.retract_after(state.step)
-        folder.begin(config.run.name, config.to_yaml(), state.step or -1, rewound=start.from_step is not None)
-        if start.from_step is not None:
-            Once(folder.root, f"--from-step {start.from_step}").note_done()
-        folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
+        _begin_folder(start, store, state.step, begun)
     topology.barrier()
-    train = config.train
-    looking_back = max(train.spike_window, train.max_nonfinite)
-    figures = topology.broadcast_object(last_figures(folder, state.step, looking_back) if topology.is_main else [])
+    train, figures = config.train, _last_figures(start, state.step)
     tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
@@ -165,6 +144,41 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         profiler=stack.enter_context(StepProfiler(config.metrics.profile, folder.profiles, topology)),
     )
     return Trainer(config, parts, topology, steps, state)
+
+
+def _load_suite(start: Start) -> EvalSet | None:
+    """Load a rank's part of the suite. Raises ConfigError if it lacks a figure by which something is decided."""
+    config, topology = start.config, start.topology
+    eval_set = load_suite(
+        config.evaluation,
+        start.tokenizer,
+        config.data.seq_len,  # in every stage, so that a run has one series of evaluations
+        config.precision,
+        topology.dp_rank,
+        topology.dp_size,
+    )
+    check_figures(config.judging_figures, eval_set)
+    return eval_set
+
+
+def _last_figures(start: Start, step: int) -> list[StepFigures]:
+    """Read the figures of the last steps up to one, from which spikes and repeated failures are told; on every rank."""
+    train, topology = start.config.train, start.topology
+    looking_back = max(train.spike_window, train.max_nonfinite)
+    figures = last_figures(start.config.folder, step, looking_back) if topology.is_main else []
+    return topology.broadcast_object(figures)
+
+
+def _begin_folder(start: Start, store: CheckpointStore, step: int, begun: StartRecord) -> None:
+    """Make the run's folder belong to this start, which continues after a step, and record it; on rank 0."""
+    config, folder, goes_back = start.config, start.config.folder, start.from_step is not None
+    if goes_back:
+        folder.note_going_back(step)
+        store.retract_after(step)
+    folder.begin(config.run.name, config.to_yaml(), step or -1, rewound=goes_back)
+    if goes_back:
+        Once(folder.root, f"--from-step {start.from_step}").note_done()
+    folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
 
 
 def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None, stack: ExitStack) -> Loader | None:

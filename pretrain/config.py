@@ -114,6 +114,12 @@ class RunConfig(Config):
         return self
 
     @property
+    def judging_figures(self) -> dict[str, str | None]:
+        """Return the figures of evaluations by which something is decided, by the keys that name them."""
+        rule = self.train.stop
+        return {"train.stop.metric": rule.metric if rule else None, "checkpoint.best": self.checkpoint.best}
+
+    @property
     def folder(self) -> RunFolder:
         """The folder of the run."""
         return RunFolder(self.run.dir / self.run.name)

@@ -90,7 +90,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs, metrics and the run folder."""
+        """Return whether this process writes logs, metrics and the run folder."""
         return self.rank == 0
 
     @property

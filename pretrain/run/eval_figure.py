@@ -28,7 +28,7 @@ class EvalFigure(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether a lower value is better, so that its costs are its values."""
+        """Return whether a lower value is better, so that its costs are its values."""
         return self.name != _HIGHER_IS_BETTER
 
     def cost(self, record: Mapping[str, object]) -> float:

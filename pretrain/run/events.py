@@ -62,7 +62,7 @@ class Event:
 
     @property
     def level(self) -> int:
-        """How loudly it is told, as a level of `logging`."""
+        """Return how loudly it is told, as a level of `logging`."""
         return _LEVELS.get(self.kind, logging.WARNING)
 
 

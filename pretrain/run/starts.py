@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pretrain.run.description import git_commit
 from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.wandb_tracker import git_commit
 from pretrain.topology import Topology
 from shards import __version__
 

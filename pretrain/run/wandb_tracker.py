@@ -18,19 +18,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
 from pretrain.run.events import Event
 from pretrain.run.lease import Lease
-from pretrain.run.run_folder import Ancestor, RunFolder
+from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import (
     Row,
     SentRows,
@@ -42,7 +37,7 @@ from pretrain.run.wandb_rows import (
     step_of,
     step_row,
 )
-from shards import Config, ConfigError, __version__, installation
+from shards import Config, ConfigError
 
 if TYPE_CHECKING:
     import wandb
@@ -102,47 +97,6 @@ def log_late_evals(
     tracker = Tracker(config, folder, name, folder.settle_run_id(name), {})
     with tracker._tolerated():
         tracker._log_late(suite, records)
-
-
-def describe(
-    config: Mapping[str, object],
-    config_hash: str,
-    fingerprint: Mapping[str, object],
-    init_hash: str,
-    ancestors: Sequence[Ancestor] = (),
-) -> dict[str, object]:
-    """Return the wandb run's description: the config, and what the run was trained with and on.
-
-    Args:
-        config: the whole config, as JSON-able values.
-        fingerprint: fingerprint of the data.
-        init_hash: hash of the files with the initial weights; empty if they were drawn.
-        ancestors: the runs that this one was forked from.
-    """
-    packages = ("torch", "deepspeed", "fairscale", "sentencepiece", "zstandard")
-    provenance = {
-        "version": __version__,
-        "git_commit": git_commit(),
-        "config_hash": config_hash,
-        "data": fingerprint,
-        "init_hash": init_hash,
-        "ancestors": msgspec.to_builtins(ancestors),
-        "packages": {name: version(name) for name in packages},
-    }
-    return {**config, "provenance": provenance}
-
-
-def git_commit() -> str:
-    """Return the commit that this program was started from, with "+" if files differ; empty outside a clone."""
-    if not installation.is_clone():
-        return ""  # a wheel may be unpacked inside another project's repository
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit + "+" * bool(changed)
 
 
 class Tracker:

@@ -128,7 +128,7 @@ class LocalSweep:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether nothing is left to do."""
         return all(point.state in ("finished", "out", "failed") for point in self.points)
 
     def advance(self) -> list[Point]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from pretrain.run.description import git_commit
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import eval_rows, last_local_step, rows_of, step_row
-from pretrain.run.wandb_tracker import Tracker, WandbConfig, git_commit
+from pretrain.run.wandb_tracker import Tracker, WandbConfig
 from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
 from tests.pretrain.run.wandb_sessions import records, session
