@@ -162,6 +162,17 @@ class Feed:
                 self._loader.check_end(totals["rows_drawn"])
             self.skipped_at_end = skipped, contaminated
             return None
+        return self._step_batch(batch, totals, skipped_records.replays, skipped, contaminated)
+
+    def _step_batch(
+        self,
+        batch: Batch | None,
+        totals: Mapping[str, int],
+        replays: int,
+        skipped: list[Skipped],
+        contaminated: list[Skipped],
+    ) -> StepBatch:
+        """Make the step's batch of this rank's rows and what all ranks have agreed on."""
         self._cursors = self._loader.state_dict() if self._loader else None
         self._batch = batch
         self._ends_stage = totals["ending_stage"] > 0
@@ -184,7 +195,7 @@ class Feed:
             },
             skipped=skipped,
             skipped_so_far=totals["skipped_so_far"],
-            replays=skipped_records.replays,
+            replays=replays,
             contaminated=contaminated,
             stop_requested=totals["stop_requests"] > 0,
             saving=totals["saving"] > 0,
