@@ -21,9 +21,8 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from pretrain.run.lease import Lease
 from pretrain.start import check_inputs
 from pretrain.sweep.halving import Goal
 from pretrain.sweep.local import Halving, LocalSweep, Plan, Point
+from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
 from shards import ConfigError, installation
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plans_of(config: Path, typed: Sequence[str], runs: Sequence[Run]) -> list[Plan]:
     """Say how to train each run."""
     script = installation.script("train")
-    start = [sys.executable, *([str(script)] if script else ["-m", "pretrain", "train"])]
+    start = [str(script)] if script else ["-m", "pretrain", "train"]
     plans = []
     for run in runs:
         settings = dict(override.partition("=")[::2] for override in run.overrides)
@@ -78,7 +78,7 @@ def plans_of(config: Path, typed: Sequence[str], runs: Sequence[Run]) -> list[Pl
                 folder=run.folder,
                 identity=run.config.hash(),
                 steps=run.config.train.steps,
-                command=(*start, "--config", str(config), *typed, *run.overrides),
+                words=(*start, "--config", str(config), *typed, *run.overrides),
             )
         )
     return plans
@@ -96,21 +96,20 @@ def halving_of(text: str, runs: Sequence[Run]) -> Halving:
     return Halving.of(Goal.parse(text), len(runs), steps, every)
 
 
-def environment_of(jobs: int) -> Callable[[int], dict[str, str]]:
-    """Return what gives the environment of the process in each slot: a share of the cores, and a GPU if there are."""
+def slots_of(jobs: int) -> list[Slot]:
+    """Return where runs are trained: each slot has a share of the cores, and a GPU if there are any."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     n_devices = torch.cuda.device_count()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     devices = listed if listed != [""] else [str(i) for i in range(n_devices)]
-
-    def environment(slot: int) -> dict[str, str]:
-        found = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    slots = []
+    for number in range(jobs):
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if n_devices:
-            found["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-            found.pop("DS_ACCELERATOR", None)  # set for this process, which needs none
-        return found
-
-    return environment
+            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+            environment.pop("DS_ACCELERATOR", None)  # set for this process, which needs none
+        slots.append(Slot(environment, is_warm=not n_devices))
+    return slots
 
 
 @contextmanager
@@ -169,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     with Lease(root / "lease", os.environ.get("SLURM_JOB_ID")):
         plans = plans_of(arguments.config, arguments.overrides, runs)
-        sweep = LocalSweep(root, plans, arguments.jobs, environment_of(arguments.jobs), halving)
+        sweep = LocalSweep(root, plans, slots_of(arguments.jobs), halving)
         if not follow(sweep, console):
             console.print("stopped; the same command continues from there", highlight=False)
             return STOPPED

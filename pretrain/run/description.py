@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def describe(
     return {**config, "provenance": provenance}
 
 
+@cache
 def git_commit() -> str:
-    """Return the commit that this program was started from, with "+" if files differ; empty outside a clone."""
+    """Return the commit that this program was started from, with "+" if files differ; empty outside a clone.
+
+    The answer is that of the first call: later, files may be others than those that were imported.
+    """
     if not installation.is_clone():
         return ""  # a wheel may be unpacked inside another project's repository
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -1,4 +1,4 @@
-"""Train the runs of a sweep in processes on this machine, and go on where a killed sweep was. submission -> local.
+"""Train the runs of a sweep in processes on this machine, and go on where a killed sweep was. slot -> local.
 
 A run's folder holds all that it is; of the sweep itself only the names of those that have finished are kept. A killed
 sweep takes its processes along: each is asked to save and stop when its parent is gone.
@@ -6,13 +6,10 @@ sweep takes its processes along: each is asked to save and stop when its parent 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,10 +21,10 @@ from pretrain.report.figures import number
 from pretrain.run.history import History
 from pretrain.run.lease import Lease
 from pretrain.sweep.halving import Goal, rungs_of, standings
+from pretrain.sweep.slot import Slot
 from shards.storage.atomic import is_there, write_atomically
 
 _FRUITLESS = 3  # stops in a row without a new step, after which a run has failed
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 State = Literal["waiting", "training", "stopping", "held", "resting", "finished", "out", "failed"]
 
@@ -42,7 +39,7 @@ class Plan:
         folder: the run's.
         identity: differs whenever the run's config does.
         steps: its length; None if its data decides.
-        command: words that train it, or go on with it.
+        words: what comes after `python` to train it, or go on with it.
     """
 
     name: str
@@ -50,7 +47,7 @@ class Plan:
     folder: Path
     identity: str
     steps: int | None
-    command: tuple[str, ...]
+    words: tuple[str, ...]
 
 
 @dataclass
@@ -64,8 +61,7 @@ class Point:
     history: History
     state: State = "waiting"
     note: str = ""  # why it failed or waits
-    process: subprocess.Popen[bytes] | None = None
-    slot: int = 0
+    slot: Slot | None = None  # where it is trained
     step_at_start: int = 0
     fruitless: int = 0
 
@@ -90,8 +86,7 @@ class LocalSweep:
     Args:
         root: the sweep's own folder, for logs and the list of finished runs.
         plans: of the runs, in order.
-        jobs: number of runs at once.
-        environment: of the process in a slot, counted from 0.
+        slots: where runs are trained, one in each at a time.
         halving: None to train every run to its end.
     """
 
@@ -99,11 +94,10 @@ class LocalSweep:
         self,
         root: Path,
         plans: Sequence[Plan],
-        jobs: int,
-        environment: Callable[[int], dict[str, str]],
+        slots: Sequence[Slot],
         halving: Halving | None = None,
     ) -> None:
-        self._root, self._jobs, self._environment, self._halving = root, jobs, environment, halving
+        self._root, self._slots, self._halving = root, slots, halving
         self.points = [Point(plan, History(plan.folder)) for plan in plans]
         self._finished: dict[str, str] = {}
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -136,25 +130,30 @@ class LocalSweep:
         before = [(point.state, point.note) for point in self.points]
         for point in self.points:
             point.history.refresh()
-            if point.process is not None and (code := point.process.poll()) is not None:
+            if point.slot is not None and (code := point.slot.poll()) is not None:
                 self._note_end(point, code)
         self._apply_limits()
         for point in self._startable():
             self._start(point)
+        if self.is_done:
+            self._close()
         return [point for point, was in zip(self.points, before, strict=True) if (point.state, point.note) != was]
 
     def stop(self) -> None:
-        """Ask all processes to save and stop, and wait for them."""
-        running = [point for point in self.points if point.process is not None]
-        for point in running:
-            assert point.process is not None
-            point.process.send_signal(signal.SIGTERM)
-        for point in running:
-            assert point.process is not None
-            self._note_end(point, point.process.wait())
+        """Ask all runs to save and stop, and wait for them."""
+        running = [(point, point.slot) for point in self.points if point.slot is not None]
+        for _, slot in running:
+            slot.ask_to_stop()
+        for point, slot in running:
+            self._note_end(point, slot.wait())
+        self._close()
+
+    def _close(self) -> None:
+        for slot in self._slots:
+            slot.close()
 
     def _note_end(self, point: Point, code: int) -> None:
-        point.process = None
+        point.slot = None
         point.history.refresh()
         if code == 0:
             point.state, point.note = "finished", ""
@@ -177,8 +176,8 @@ class LocalSweep:
         found = standings(costs, self._halving.rungs, self._halving.steps, failed)
         for point, cost, (limit, is_out) in zip(self.points, costs, found, strict=True):
             is_there_yet = limit < self._halving.steps and limit in cost
-            if point.state == "training" and is_there_yet and point.process is not None:
-                point.process.send_signal(signal.SIGTERM)
+            if point.state == "training" and is_there_yet and point.slot is not None:
+                point.slot.ask_to_stop()
                 point.state, point.note = "stopping", f"at step {limit}"
             elif point.state in ("waiting", "held", "resting", "out") and is_there_yet:
                 point.state = "out" if is_out else "resting"
@@ -199,7 +198,7 @@ class LocalSweep:
     def _startable(self) -> Iterator[Point]:
         """Yield runs to start, as long as there is a free slot."""
         for point in self.points:
-            if sum(other.process is not None for other in self.points) >= self._jobs:
+            if not any(slot.is_free for slot in self._slots):
                 return
             if point.state in ("waiting", "held"):
                 if not Lease(point.history.folder.lease, os.environ.get("SLURM_JOB_ID")).is_free():
@@ -208,26 +207,7 @@ class LocalSweep:
                 yield point
 
     def _start(self, point: Point) -> None:
-        taken = {other.slot for other in self.points if other.process is not None}
-        point.slot = next(slot for slot in range(self._jobs) if slot not in taken)
+        point.slot = next(slot for slot in self._slots if slot.is_free)
         point.state, point.note = "training", ""
         point.step_at_start = point.history.last_step
-        parent = os.getpid()
-        with self.log_of(point).open("ab") as log:
-            point.process = subprocess.Popen(
-                point.plan.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(point.slot),
-                start_new_session=True,  # or Ctrl-C would reach it beside the sweep's own request to stop
-                preexec_fn=lambda: _die_with(parent),
-            )
-
-
-def _die_with(parent: int) -> None:
-    """Have this process asked to stop when its parent is gone, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before
-            os.kill(os.getpid(), signal.SIGTERM)
+        point.slot.start(point.plan.words, self.log_of(point))

@@ -56,8 +56,17 @@ class Tokenizer:
         self.vocab_size = self._kind.vocab_size
         self.libraries = self._kind.libraries  # versions that a run must keep
         self.unk_id = self._kind.unk_id
-        self.bos_id = self._id_of("bos", bos, bos_token, self._kind.bos_id)
-        self.eos_id = self._id_of("eos", eos, eos_token, self._kind.eos_id)
+        self.bos_id = self._id_of("bos", bos_token, self._kind.bos_id)
+        self.eos_id = self._id_of("eos", eos_token, self._kind.eos_id)
+        missing = [key for key, wanted in (("bos", bos), ("eos", eos)) if wanted and getattr(self, f"{key}_id") < 0]
+        if missing:  # told at once: who has mended one should not meet the other
+            raise ConfigError(
+                "\n".join(
+                    f"data.{key}=true, but the tokenizer {self.path} has no {key.upper()}; set data.{key}: false, or "
+                    f"name one of its tokens in data.{key}_token"
+                    for key in missing
+                )
+            )
         # Whether documents begin with BOS and end with EOS, and with which if the config says it
         self.marks = (bos_token if bos and bos_token else bos, eos_token if eos and eos_token else eos)
         self._prefix = [self.bos_id] if bos else []
@@ -71,21 +80,16 @@ class Tokenizer:
         """Open the tokenizer that a data config names. Raises: ConfigError as the class does."""
         return cls(data.tokenizer, data.bos, data.eos, data.bos_token, data.eos_token, data.rank_encoding)
 
-    def _id_of(self, key: str, wanted: bool, named: str | None, found: int) -> int:
-        """Return the id of BOS or EOS, -1 if there is none. Raises: ConfigError if it is wanted and there is none."""
-        if named is not None:
-            index = self._kind.index(named)
-            if index is None:
-                raise ConfigError(
-                    f"data.{key}_token={named!r}: the tokenizer {self.path} has no such token; name one that it has"
-                )
-            return index
-        if wanted and found < 0:
+    def _id_of(self, key: str, named: str | None, found: int) -> int:
+        """Return the id of BOS or EOS, -1 if there is none. Raises: ConfigError if the named one is not there."""
+        if named is None:
+            return found
+        index = self._kind.index(named)
+        if index is None:
             raise ConfigError(
-                f"data.{key}=true, but the tokenizer {self.path} has no {key.upper()}; set data.{key}: false, or name"
-                f" one of its tokens in data.{key}_token"
+                f"data.{key}_token={named!r}: the tokenizer {self.path} has no such token; name one that it has"
             )
-        return found
+        return index
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without BOS and EOS."""

@@ -9,49 +9,26 @@ negative for a signal. The end of stdin ends all ranks.
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
-# What a rank would import, including what it imports at its first step.
-MODULES = (
-    "pretrain.commands.train",
-    "pretrain.commands.evaluate",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "deepspeed.runtime.zero.muon.original_muon",
-)
+from pretrain.sweep.forked import become, load, run_program
+
 LONGEST_WAIT = 0.02  # seconds until an exit code is written
 
 
-def run_rank(module: str, arguments: list[str], code: str, environment: dict[str, str], output: str) -> None:
-    """Become a rank in a session of its own, run, and exit."""
-    os.setsid()
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (file, 1), (file, 2)):
-        os.dup2(descriptor, target)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+def run_rank(module: str, arguments: list[str], code: str, environment: dict[str, str]) -> None:
+    """Run the rank's code, then its module."""
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *arguments]
-    status = 1
-    try:
-        exec(code, {"rank": int(environment["RANK"])})
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    exec(code, {"rank": int(environment["RANK"])})
+    run_program(["-m", module, *arguments])
 
 
 def reap(outputs: dict[int, str]) -> None:
@@ -65,9 +42,7 @@ def reap(outputs: dict[int, str]) -> None:
 
 
 def main() -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-    gc.freeze()  # DeepSpeed collects garbage again and again
+    load()
     requests, answers = os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
     outputs: dict[int, str] = {}  # by process
     pending = b""
@@ -80,10 +55,10 @@ def main() -> None:
             break
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
-            request = json.loads(line)
+            *request, output = json.loads(line)
             if (process := os.fork()) == 0:
-                run_rank(*request)
-            outputs[process] = request[-1]
+                become(output, partial(run_rank, *request))
+            outputs[process] = output
             print(process, file=answers)
     for process in outputs:
         with contextlib.suppress(ProcessLookupError):

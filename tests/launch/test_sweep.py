@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.cluster.submission import runs_of
 from pretrain.commands import dispatch
-from pretrain.commands.sweep import best_first, environment_of, plans_of
+from pretrain.commands.sweep import best_first, plans_of, slots_of
 from pretrain.config import load_config
 from tests.pretrain.report.made_run import make_run, read_run
 from tests.tiny_run import write_config
@@ -37,7 +37,7 @@ def test_the_runs_are_those_of_a_job_array(tmp_path: Path, sweep_file: Path) -> 
     assert [plan.folder for plan in plans] == [run.folder for run in runs]
     assert plans[1].settings == {"optim.learning_rate": "0.001", "run.seed": "5"}
     for plan, run in zip(plans, runs, strict=True):
-        words = plan.command[plan.command.index("--config") :]
+        words = plan.words[plan.words.index("--config") :]
         assert load_config(Path(words[1]), words[2:]) == run.config
     assert len({plan.identity for plan in plans}) == 4
     assert plans[0].identity != plans_of(config, [], runs_of(config, [], sweep_file))[0].identity
@@ -66,14 +66,15 @@ def test_each_slot_has_cores_and_a_device_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert "CUDA_VISIBLE_DEVICES" not in environment_of(3)(0)
-    assert environment_of(3)(0)["OMP_NUM_THREADS"] == "4"
-    assert environment_of(3)(0)["DS_ACCELERATOR"] == "cpu"
+    environments = [slot.environment for slot in slots_of(3)]
+    assert all("CUDA_VISIBLE_DEVICES" not in each and each["DS_ACCELERATOR"] == "cpu" for each in environments)
+    assert [each["OMP_NUM_THREADS"] for each in environments] == ["4"] * 3
+    assert all(slot.is_warm for slot in slots_of(3))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [environment_of(3)(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
-    assert "DS_ACCELERATOR" not in environment_of(3)(0)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(3)] == ["0", "1", "0"]
+    assert not any("DS_ACCELERATOR" in slot.environment or slot.is_warm for slot in slots_of(3))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [environment_of(3)(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "7", "5"]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(3)] == ["5", "7", "5"]
 
 
 def test_the_best_run_comes_first(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import io
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from pretrain.commands.sweep import follow
 from pretrain.run.lease import Lease
 from pretrain.sweep.halving import Goal
 from pretrain.sweep.local import Halving, LocalSweep, Plan
+from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
 
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -35,18 +36,15 @@ def plans_in(folder: Path, count: int, steps: int = 20, failing: int | None = No
             folder=folder / name,
             identity=f"config {i}",
             steps=steps,
-            command=(sys.executable, str(TRAINER), str(folder / name), str(steps), *(["fail"] if i == failing else [])),
+            words=(str(TRAINER), str(folder / name), str(steps), *(["fail"] if i == failing else [])),
         )
         for i, name in enumerate(names)
     ]
 
 
-def environment(slot: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(slot)}
-
-
 def sweep_of(folder: Path, jobs: int, halving: Halving | None = None, **changes: int) -> LocalSweep:
-    return LocalSweep(folder / "x.sweep", plans_in(folder, 8, **changes), jobs, environment, halving)
+    slots = [Slot({**os.environ, "OMP_NUM_THREADS": str(number)}, is_warm=False) for number in range(jobs)]
+    return LocalSweep(folder / "x.sweep", plans_in(folder, 8, **changes), slots, halving)
 
 
 def run_until(sweep: LocalSweep, condition: Callable[[], bool]) -> None:
@@ -54,7 +52,7 @@ def run_until(sweep: LocalSweep, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, [(point.plan.name, point.state, point.note) for point in sweep.points]
         sweep.advance()
-        assert sum(point.process is not None for point in sweep.points) <= 2
+        assert sum(point.slot is not None for point in sweep.points) <= 2
         time.sleep(0.01)
 
 
@@ -114,6 +112,19 @@ def test_a_failed_run_is_named_and_the_others_finish(tmp_path: Path) -> None:
     assert sweep_of(tmp_path, 2).points[3].state == "waiting", "a failed run is tried again by the next start"
 
 
+def test_a_run_whose_slots_server_is_killed_saves_and_goes_on(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, 2)
+    run_until(sweep, lambda: sum(steps_of(tmp_path).values()) > 20)
+    servers = {child.pid for child in psutil.Process().children()}
+    assert len(servers) == 2
+    os.kill(servers.pop(), signal.SIGKILL)
+    run_until(sweep, lambda: sweep.is_done)
+    assert [point.state for point in sweep.points] == ["finished"] * 8
+    assert steps_of(tmp_path) == {f"rate-{i + 1}": 20 for i in range(8)}
+    assert sum(len(of_run) for of_run in starts_of(tmp_path).values()) == 9, "one was interrupted"
+    assert not psutil.Process().children(), "the servers end with the sweep"
+
+
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "rate-1").mkdir()
     sweep = sweep_of(tmp_path, 2, steps=2)
@@ -134,7 +145,7 @@ def test_a_sweep_that_is_asked_to_stop_lets_its_runs_save(tmp_path: Path) -> Non
     assert "stopping: each run saves its state" in said.getvalue()
     assert "rate-1: training" in said.getvalue()
     assert [point.state for point in sweep.points] == ["waiting"] * 8
-    assert all(point.process is None for point in sweep.points)
+    assert all(point.slot is None for point in sweep.points)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

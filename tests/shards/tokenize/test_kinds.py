@@ -205,7 +205,8 @@ def test_bos_and_eos_are_those_of_the_post_processor_or_of_the_config(neox: Path
     assert (found.piece(found.bos_id), found.piece(found.eos_id)) == ("<|begin|>", kinds.END)
     content = json.loads(neox.read_text()) | {"post_processor": None}
     bare = kinds.write(tmp_path / "bare.json", content)
-    with pytest.raises(ConfigError, match="data.bos=true, but the tokenizer .* has no BOS; .* data.bos_token"):
+    both = "data.bos=true, but the tokenizer .* has no BOS; .* data.bos_token\\ndata.eos=true, .* data.eos_token"
+    with pytest.raises(ConfigError, match=both):
         Tokenizer(bare)
     assert Tokenizer(bare, bos=False, eos=False).eos_id == -1
     named = Tokenizer(bare, bos=False, eos_token=kinds.END)
