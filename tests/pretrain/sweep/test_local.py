@@ -113,14 +113,14 @@ def test_a_failed_run_is_named_and_the_others_finish(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_slots_server_is_killed_saves_and_goes_on(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, 2)
+    sweep = sweep_of(tmp_path, 2, steps=80)
     run_until(sweep, lambda: sum(steps_of(tmp_path).values()) > 20)
     servers = {child.pid for child in psutil.Process().children()}
     assert len(servers) == 2
     os.kill(servers.pop(), signal.SIGKILL)
     run_until(sweep, lambda: sweep.is_done)
     assert [point.state for point in sweep.points] == ["finished"] * 8
-    assert steps_of(tmp_path) == {f"rate-{i + 1}": 20 for i in range(8)}
+    assert steps_of(tmp_path) == {f"rate-{i + 1}": 80 for i in range(8)}
     assert sum(len(of_run) for of_run in starts_of(tmp_path).values()) == 9, "one was interrupted"
     assert not psutil.Process().children(), "the servers end with the sweep"
 
