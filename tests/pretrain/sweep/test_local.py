@@ -42,9 +42,12 @@ def plans_in(folder: Path, count: int, steps: int = 20, failing: int | None = No
     ]
 
 
+def slots_of(jobs: int) -> list[Slot]:
+    return [Slot({**os.environ, "OMP_NUM_THREADS": str(number)}, is_warm=False) for number in range(jobs)]
+
+
 def sweep_of(folder: Path, jobs: int, halving: Halving | None = None, **changes: int) -> LocalSweep:
-    slots = [Slot({**os.environ, "OMP_NUM_THREADS": str(number)}, is_warm=False) for number in range(jobs)]
-    return LocalSweep(folder / "x.sweep", plans_in(folder, 8, **changes), slots, halving)
+    return LocalSweep(folder / "x.sweep", plans_in(folder, 8, **changes), slots_of(jobs), halving)
 
 
 def run_until(sweep: LocalSweep, condition: Callable[[], bool]) -> None:
@@ -113,15 +116,15 @@ def test_a_failed_run_is_named_and_the_others_finish(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_slots_server_is_killed_saves_and_goes_on(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, 2, steps=80)
-    run_until(sweep, lambda: sum(steps_of(tmp_path).values()) > 20)
+    sweep = LocalSweep(tmp_path / "x.sweep", plans_in(tmp_path, 3, steps=60), slots_of(2))
+    run_until(sweep, lambda: all(point.history.last_step > 0 for point in sweep.points[:2]))
     servers = {child.pid for child in psutil.Process().children()}
     assert len(servers) == 2
     os.kill(servers.pop(), signal.SIGKILL)
     run_until(sweep, lambda: sweep.is_done)
-    assert [point.state for point in sweep.points] == ["finished"] * 8
-    assert steps_of(tmp_path) == {f"rate-{i + 1}": 80 for i in range(8)}
-    assert sum(len(of_run) for of_run in starts_of(tmp_path).values()) == 9, "one was interrupted"
+    assert [point.state for point in sweep.points] == ["finished"] * 3
+    assert steps_of(tmp_path) == {f"rate-{i + 1}": 60 for i in range(3)}
+    assert sum(len(of_run) for of_run in starts_of(tmp_path).values()) == 4, "one was interrupted"
     assert not psutil.Process().children(), "the servers end with the sweep"
 
 
