@@ -70,6 +70,7 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     split = {"sequence_parallel": topology.tp_size > 1}
     for stage, what in itertools.product((1, 3), ("none", "selective", "full")):
         yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split}
+    for stage, what in ((1, "none"), (3, "full")):  # with the last case, each stage and each way once
         yield "fp32", stage == 3, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, "compile": True}
     for stage in (1, 2, 3):
         yield "bf16", False, 2, {"zero_stage": stage, "reduce_dtype": "bf16"}
