@@ -55,6 +55,7 @@ from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
 
 _logger = logging.getLogger(__name__)
+_JUMP = 1.5  # a learning rate that grows by more from one step to the next can throw a model off
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointStore:
@@ -281,10 +282,14 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     before = learning_rate_of_run(step, old.schedule, old.train.steps or steps)
     after = learning_rate_of_run(step, config.schedule, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
+        gentler = (
+            f". To come to it gradually, warm up in a stage that begins here, or in a fork:"
+            f" 'stages=[{{step: {step}, optim: {{warmup_steps: 100}}}}]'"
+        )
         _logger.warning(
             "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim, that of a"
-            " stage, or train.steps has changed",
-            step + 1, after, before,
+            " stage, or train.steps has changed%s",
+            step + 1, after, before, gentler if after > _JUMP * before else "",
         )  # fmt: skip
 
 
