@@ -126,12 +126,16 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 
 def follow(sweep: LocalSweep, console: Console) -> bool:
-    """Train until all is done; return False if it was asked to stop before."""
+    """Train until all is done; return False if it was asked to stop before. Raises: ConfigError as the sweep does."""
     with ExitStack() as stack:
         asked = stack.enter_context(_asked_to_stop())
         live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         while not asked:
-            changed = sweep.advance()
+            try:
+                changed = sweep.advance()
+            except ConfigError:
+                sweep.stop()
+                raise
             if live:
                 live.update(sweep_table(sweep.points), refresh=True)
             for point in changed if live is None else ():

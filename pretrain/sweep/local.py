@@ -22,6 +22,7 @@ from pretrain.run.history import History
 from pretrain.run.lease import Lease
 from pretrain.sweep.halving import Goal, rungs_of, standings
 from pretrain.sweep.slot import Slot
+from shards import ConfigError
 from shards.storage.atomic import is_there, write_atomically
 
 _FRUITLESS = 3  # stops in a row without a new step, after which a run has failed
@@ -126,7 +127,10 @@ class LocalSweep:
         return all(point.state in ("finished", "out", "failed") for point in self.points)
 
     def advance(self) -> list[Point]:
-        """Take note of what has ended, stop what is to rest, start what can go on; return the runs that changed."""
+        """Take note of what has ended, stop what is to rest, start what can go on; return the runs that changed.
+
+        Raises: ConfigError if runs are compared by a domain on which they are not evaluated.
+        """
         before = [(point.state, point.note) for point in self.points]
         for point in self.points:
             point.history.refresh()
@@ -188,7 +192,13 @@ class LocalSweep:
     def _costs(self, point: Point) -> dict[int, float]:
         assert self._halving is not None
         goal = self._halving.goal
-        of_steps = point.history.evals.get(point.history.suite() or "", {}).get(goal.domain, {})
+        domains = point.history.evals.get(point.history.suite() or "", {})
+        if domains and goal.domain not in domains:
+            raise ConfigError(
+                f"--halve {goal.domain}/{goal.figure}: {point.plan.name} was evaluated on no such domain, but on"
+                f" {', '.join(domains)}"
+            )
+        of_steps = domains.get(goal.domain, {})
         costs = {step: goal.cost(number(record.get(goal.figure))) for step, record in of_steps.items()}
         if point.state == "finished":  # perhaps before a rung, by train.stop or the data's end
             last = costs[max(costs)] if costs else math.inf

@@ -21,6 +21,7 @@ from pretrain.sweep.halving import Goal
 from pretrain.sweep.local import Halving, LocalSweep, Plan
 from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
+from shards import ConfigError
 
 TRAINER = Path(__file__).with_name("trainer.py")
 DEADLINE = 120.0  # seconds
@@ -150,6 +151,13 @@ def test_a_sweep_that_is_asked_to_stop_lets_its_runs_save(tmp_path: Path) -> Non
     assert [point.state for point in sweep.points] == ["waiting"] * 8
     assert all(point.slot is None for point in sweep.points)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_halving_by_a_domain_that_is_not_there_is_refused_and_the_runs_save(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, 2, Halving.of(Goal.parse("wiki/bits_per_byte"), 8, 1000, 5), steps=1000)
+    with pytest.raises(ConfigError, match="--halve wiki/bits_per_byte: rate-. was evaluated on no such .* on macro"):
+        follow(sweep, Console(file=io.StringIO()))
+    assert [point.state for point in sweep.points] == ["waiting"] * 8
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
