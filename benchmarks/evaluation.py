@@ -61,7 +61,7 @@ def main() -> int:
         model.set_weights(Drawn(config.model))
         eval_set = load_suite(config.evaluation, tokenizer, seq_len, "bf16", here.dp_rank, here.dp_size)
         assert eval_set is not None
-        targets = int(eval_set.document_targets.sum())
+        targets = int(eval_set.targets.sum())
         passes = -(-eval_set.num_rows // (here.dp_size * batch_size))
         tokens = torch.randint(config.model.vocab_size, (batch_size, seq_len), device=here.device)
         segment_ids = torch.ones(tokens.shape, dtype=torch.int64)

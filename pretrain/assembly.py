@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_shards
+from pretrain.evaluation.tasks import TaskSet, load_tasks
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
@@ -105,8 +107,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
     stages = [stage.of_loader for stage in config.all_stages]
-    eval_set = _load_suite(start)
-    suite = eval_set.suite if eval_set else ""
+    eval_set, tasks = _load_suite(start), _load_tasks(start)
+    suite = eval_set.label if eval_set else ""
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
     begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology, suite)
@@ -117,7 +119,9 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         _begin_folder(start, store, state.step, begun)
     topology.barrier()
     train, figures = config.train, _last_figures(start, state.step)
-    tracker = _tracker(start, folder, suite, loader, state) if topology.is_main else None
+    parts_scored: list[EvalSet | TaskSet] = [*([eval_set] if eval_set else []), *tasks]
+    labels = [part.label for part in parts_scored]
+    tracker = _tracker(start, folder, labels, loader, state) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
     parts = Parts(
@@ -126,7 +130,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         journal=journal,
         recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
-        held_out=_held_out(config, eval_set, engine, topology, journal),
+        held_out=_held_out(config, parts_scored, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
         watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell_last)),
         unapplied=UnappliedSteps(
@@ -160,6 +164,20 @@ def _load_suite(start: Start) -> EvalSet | None:
     )
     check_figures(config.judging_figures, eval_set)
     return eval_set
+
+
+def _load_tasks(start: Start) -> list[TaskSet]:
+    """Load a rank's part of the tasks."""
+    config, topology = start.config, start.topology
+    return load_tasks(
+        config.evaluation.tasks,
+        config.evaluation.subset_seed,
+        start.tokenizer,
+        config.data.seq_len,
+        config.precision,
+        topology.dp_rank,
+        topology.dp_size,
+    )
 
 
 def _last_figures(start: Start, step: int) -> list[StepFigures]:
@@ -293,7 +311,7 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
         )  # fmt: skip
 
 
-def _tracker(start: Start, folder: RunFolder, suite: str, loader: Loader | None, state: RunState) -> Tracker:
+def _tracker(start: Start, folder: RunFolder, labels: Sequence[str], loader: Loader | None, state: RunState) -> Tracker:
     """Make the tracker on rank 0, which always has a loader."""
     assert loader is not None
     config = start.config
@@ -301,14 +319,17 @@ def _tracker(start: Start, folder: RunFolder, suite: str, loader: Loader | None,
     plain = config.model_dump(mode="json")
     described = describe(plain, config.hash(), loader.fingerprint, state.init_hash, folder.ancestors())
     rewound_to = None if start.from_step is None else state.step
-    return Tracker(config.wandb, folder, config.run.name, folder.run_id(), described, suite, rewound_to)
+    return Tracker(config.wandb, folder, config.run.name, folder.run_id(), described, labels, rewound_to)
 
 
 def _held_out(
-    config: RunConfig, eval_set: EvalSet | None, engine: Engine, topology: Topology, journal: Journal
+    config: RunConfig, parts: Sequence[EvalSet | TaskSet], engine: Engine, topology: Topology, journal: Journal
 ) -> HeldOut | None:
-    evaluated = topology.broadcast_object(journal.last_evaluated(eval_set.suite if eval_set else ""))
-    if eval_set is None:
+    if not parts:
         return None
+    last = {
+        part.label: journal.last_evaluated(part.label, part.name if isinstance(part, TaskSet) else None)
+        for part in parts
+    }
     batch_size = config.evaluation.batch_size or config.stage_at(0).micro_batch_size(topology.dp_size)
-    return HeldOut(eval_set, engine, topology, batch_size, evaluated)
+    return HeldOut(parts, engine, topology, batch_size, topology.broadcast_object(last))

@@ -1,43 +1,60 @@
-"""The held-out suite, scored between steps. engine, EvalSet -> held_out -> trainer."""
+"""The suite and the tasks that are scored between steps. engine, {EvalSet, TaskSet} -> held_out -> trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from pretrain.engine import Engine
-from pretrain.evaluation.eval_set import EvalSet
-from pretrain.evaluation.scores import DocumentScores
-from pretrain.evaluation.scoring import evaluate
-from pretrain.model.loss import Scores, Targets
+from pretrain.evaluation.scores import Scores
+from pretrain.evaluation.scoring import Part, evaluate
+from pretrain.model.loss import Scores as TokenScores
+from pretrain.model.loss import Targets
 from pretrain.topology import Topology
 
 
 class HeldOut:
-    """Scores a suite with the model in training, and remembers the last step for which it did.
+    """Scores a suite and tasks with the model in training, and remembers the last step for which it did.
 
     Args:
+        parts: the suite, if there is one, and the tasks; at least one of them.
         batch_size: rows that a rank scores at once.
-        evaluated: the last step whose evaluation was recorded; -1 if there is none.
+        evaluated: by label, the last step whose evaluation was recorded; -1 if there is none.
     """
 
-    def __init__(self, eval_set: EvalSet, engine: Engine, topology: Topology, batch_size: int, evaluated: int) -> None:
-        self.evaluated = evaluated
-        self._eval_set = eval_set
+    def __init__(
+        self,
+        parts: Sequence[Part[Scores]],
+        engine: Engine,
+        topology: Topology,
+        batch_size: int,
+        evaluated: Mapping[str, int],
+    ) -> None:
+        self._parts = parts
         self._engine = engine
         self._topology = topology
         self._batch_size = batch_size
+        self._evaluated = dict(evaluated)
 
-    def score(self, before_batch: Callable[[], None]) -> DocumentScores:
-        """Score every document; every rank calls it.
+    def is_done(self, step: int) -> bool:
+        """Return whether all of it was scored at a step, and recorded."""
+        return all(self._evaluated[part.label] == step for part in self._parts)
+
+    def note_done(self, step: int) -> None:
+        """Remember that all of it was scored at a step, and recorded."""
+        self._evaluated = {part.label: step for part in self._parts}
+
+    def score(self, step: int, before_batch: Callable[[], None]) -> list[Scores]:
+        """Score what was not yet scored at a step; every rank calls it.
 
         Args:
             before_batch: is called before each batch on all ranks; it may raise, if it does so on all of them.
         """
 
-        def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> Scores:
+        def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> TokenScores:
             before_batch()
             return self._engine.score(tokens, segment_ids, targets)
 
-        return evaluate(score, self._eval_set, self._topology, self._batch_size)
+        due = (part for part in self._parts if self._evaluated[part.label] != step)
+        return [evaluate(score, part, self._topology, self._batch_size) for part in due]

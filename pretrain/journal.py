@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, labels, record_scores
+from pretrain.evaluation.scores import Scores, evaluated_steps, labels, record_scores
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
@@ -81,17 +82,24 @@ class Journal:
             self._tracker.log_step(record.as_json(), layers, more=evals_follow)
             self._progress.show(record)
 
-    def log_evals(self, step: int, scores: DocumentScores) -> list[dict[str, object]]:
-        """Log one evaluation: a line for each domain and average, which it returns, and the sums per document."""
+    def log_evals(self, step: int, evaluation: Sequence[Scores]) -> list[dict[str, object]]:
+        """Log one evaluation, of the suite and the tasks: the lines of evals.jsonl, which it returns; on rank 0."""
         records: list[dict[str, object]] = []
         if self._tracker:
-            records = record_scores(self._folder, step, scores)
+            for scores in evaluation:
+                records += record_scores(self._folder, step, scores)
             self._tracker.log_evals(records)
-            macro = next(record for record in records if record["domain"] == "macro")
-            _logger.info(
-                "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
-                macro["step"], macro["bits_per_byte"], macro["perplexity"],
-            )  # fmt: skip
+            for record in records:
+                if is_of_task(record):
+                    _logger.info(
+                        "step %d: task %s: accuracy %.3f (%s), %.3f bits per byte",
+                        step, record["domain"], record["accuracy"], record["metric"], record["bits_per_byte"],
+                    )  # fmt: skip
+                elif record["domain"] == "macro":
+                    _logger.info(
+                        "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
+                        step, record["bits_per_byte"], record["perplexity"],
+                    )  # fmt: skip
         return records
 
     def earlier_evals(self, records: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -116,16 +124,19 @@ class Journal:
         if self._tracker and cursors is not None:
             self._folder.cursors.append({"step": step, **cursors})
 
-    def last_evaluated(self, suite: str) -> int:
-        """Return the last step whose evaluation on a suite is complete in evals.jsonl; -1 if there is none.
+    def last_evaluated(self, label: str, task: str | None = None) -> int:
+        """Return the last step whose evaluation under a label is complete in evals.jsonl; -1 if there is none.
 
         Warn if there are evaluations under other labels only, since training then begins a new series.
+
+        Args:
+            task: the task's name, if the label is that of a task.
         """
-        steps = evaluated_steps(self._folder, suite)
-        if self._tracker and suite and not steps and (others := labels(self._folder)):
+        steps = evaluated_steps(self._folder)[label]
+        if self._tracker and not steps and (others := labels(self._folder, task)):
             _logger.warning(
                 "%s has evaluations labelled %s; those of this start are labelled %s, since text, tokenizer, seq_len or"
                 " precision differ, or an older version wrote them: one series never mixes two",
-                self._folder.evals.path, ", ".join(others), suite,
+                self._folder.evals.path, ", ".join(others), label,
             )  # fmt: skip
         return max(steps, default=-1)

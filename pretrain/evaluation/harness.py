@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from pretrain.evaluation.eval_set import packed
-from pretrain.evaluation.scoring import scored_rows
+from pretrain.evaluation.rows import RowPacker
+from pretrain.evaluation.scoring import item_sums
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import gather_vocab
@@ -72,23 +72,16 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: object) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood in nats, and whether greedy decoding produces it."""
         self._check_spelled()
-        windows, targets = [], []
+        topology, targets = self._topology, []
+        packer = RowPacker(self._seq_len, topology.dp_rank, topology.dp_size)
         for number, (_, context, continuation) in enumerate(requests):
-            tokens = [*context, *continuation][-(self._seq_len + 1) :]
-            targets.append(min(len(continuation), len(tokens) - 1))
-            if len(tokens) > 1:
-                windows.append((number, np.array(tokens, np.int64)))
-        topology = self._topology
-        rows = list(packed(windows, self._seq_len))
-        sums = np.zeros((len(requests), 3))
-        rank_rows = rows[topology.dp_rank :: topology.dp_size]
-        for row, figures in scored_rows(
-            self._model.score, rank_rows, len(rows), self._seq_len, topology, self._batch_size
-        ):
-            for number, end in zip(row.documents.tolist(), np.cumsum(row.lengths).tolist(), strict=True):
-                # The last prediction of a piece is for its last token, one position before that token.
-                sums[number] += figures[:, end - 1 - targets[number] : end - 1].sum(axis=1, dtype=np.float64)
-        totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
+            tokens = np.array([*context, *continuation][-(self._seq_len + 1) :], np.int64)
+            targets.append(max(0, min(len(continuation), len(tokens) - 1)))
+            packer.add(number, tokens, given=len(tokens) - targets[-1])
+        packer.pack()
+        totals = item_sums(
+            self._model.score, packer.rows, packer.num_rows, len(requests), self._seq_len, topology, self._batch_size
+        )
         assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
         return [(-float(nll), bool(correct == count)) for nll, count, correct in totals]
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from pretrain.model.transformer import ModelConfig
+from pretrain.run.eval_figure import is_of_task
 
 _logger = logging.getLogger(__name__)
 
@@ -56,14 +57,17 @@ def doubts(
     training_loss: float = math.nan,
     before: Sequence[Mapping[str, object]] = (),
 ) -> Iterator[str]:
-    """Yield what cannot be right in the results of an evaluation.
+    """Yield what cannot be right in the results of an evaluation on a suite.
 
     Args:
-        records: the lines of evals.jsonl of one evaluation.
+        records: the lines of evals.jsonl of one evaluation; those of tasks are passed over.
         drawn: whether the weights were just initialized, not trained or taken from another model.
         training_loss: of the last steps, in nats per token; NaN if it is not known.
         before: the lines of the evaluations before, on the same suite.
     """
+    records = [record for record in records if not is_of_task(record)]
+    if not records:
+        return
     losses = _losses(records)
     evaluation = f"step {records[0]['step']}, {records[0]['suite']}"
     if drawn:

@@ -11,17 +11,21 @@ import io
 import math
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError
 from shards.storage.atomic import write_atomically
+
+Sums = npt.NDArray[np.float64]  # [items, 3]: each text's nll in nats, targets, and those that were most likely
 
 _SOURCE = "source:"  # prefix of a source's name in place of a domain's
 
@@ -100,6 +104,34 @@ class DocumentScores:
             for domain, nll, tokens, correct, text_bytes in zip(self.domains, *sums, strict=True)
         }
 
+    def records(self, step: int) -> list[dict[str, object]]:
+        """Return the lines of evals.jsonl for one evaluation: each domain, then the averages.
+
+        `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
+        `macro` averages over domains: the mean of each figure, and the perplexity of the mean loss, so that a large
+        domain weighs no more than a small one.
+        """
+        of_domains = self.by_domain()
+        records = [_record(step, self.suite, domain, score) for domain, score in of_domains.items()]
+        members: dict[str, list[Score]] = {}
+        for source, score in zip(self.sources, of_domains.values(), strict=True):
+            members.setdefault(source, []).append(score)
+        records += [
+            _record(step, self.suite, _SOURCE + source, total(parts))
+            for source, parts in members.items()
+            if len(parts) > 1
+        ]
+        micro = _record(step, self.suite, "micro", total(of_domains.values()))
+        macro = {
+            key: math.fsum(getattr(score, key) for score in of_domains.values()) / len(of_domains)
+            for key in ("nll_per_token", "bits_per_byte", "accuracy")
+        }
+        return [
+            *records,
+            {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])},
+            micro,
+        ]
+
     def save(self, path: Path) -> None:
         """Write all scores atomically: some 20 bytes per document."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,54 +156,50 @@ class DocumentScores:
         return DocumentScores(**(values | names | {"suite": str(values["suite"])}))
 
 
-def eval_records(step: int, scores: DocumentScores) -> list[dict[str, object]]:
-    """Return the lines of evals.jsonl for one evaluation: each domain, then the averages.
-
-    `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
-    `macro` averages over domains: the mean of each figure, and the perplexity of the mean loss, so that a large domain
-    weighs no more than a small one.
-    """
-    of_domains = scores.by_domain()
-    records = [_record(step, scores.suite, domain, score) for domain, score in of_domains.items()]
-    members: dict[str, list[Score]] = {}
-    for source, score in zip(scores.sources, of_domains.values(), strict=True):
-        members.setdefault(source, []).append(score)
-    records += [
-        _record(step, scores.suite, _SOURCE + source, total(parts))
-        for source, parts in members.items()
-        if len(parts) > 1
-    ]
-    micro = _record(step, scores.suite, "micro", total(of_domains.values()))
-    macro = {
-        key: math.fsum(getattr(score, key) for score in of_domains.values()) / len(of_domains)
-        for key in ("nll_per_token", "bits_per_byte", "accuracy")
-    }
-    return [*records, {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])}, micro]
-
-
 def line_names(domains: Sequence[str], sources: Sequence[str]) -> list[str]:
     """Return the names of all lines of an evaluation, given each domain and its source."""
     several = [source for source, count in Counter(sources).items() if count > 1]
     return [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
 
 
-def record_scores(folder: RunFolder, step: int, scores: DocumentScores) -> list[dict[str, object]]:
+class Scores(Protocol):
+    """The scores of a suite or a task; `suite` is their label."""
+
+    @property
+    def suite(self) -> str: ...
+
+    def records(self, step: int) -> list[dict[str, object]]:
+        """Return the lines of evals.jsonl for one evaluation."""
+        ...
+
+
+def record_scores(folder: RunFolder, step: int, scores: Scores) -> list[dict[str, object]]:
     """Record one evaluation in a run's or a model's folder, on rank 0 only; return the lines of evals.jsonl."""
-    scores.save(folder.document_scores(step, scores.suite))
-    records = eval_records(step, scores)
+    if isinstance(scores, DocumentScores):
+        scores.save(folder.document_scores(step, scores.suite))
+    records = scores.records(step)
     folder.evals.append(*records)
     return records
 
 
-def evaluated_steps(folder: RunFolder, suite: str) -> set[int]:
-    """Return the steps whose evaluation on a suite is complete in evals.jsonl."""
-    last = {"suite": suite, "domain": "micro"}
-    return {int(str(record["step"])) for record in folder.evals.read() if record.items() >= last.items()}
+def evaluated_steps(folder: RunFolder) -> dict[str, set[int]]:
+    """Return by label the steps whose evaluation on a suite or a task is complete in evals.jsonl; others have none."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for record in folder.evals.read():
+        if is_of_task(record) or record["domain"] == "micro":  # the last line of a suite's
+            found[str(record["suite"])].add(int(str(record["step"])))
+    return found
 
 
-def labels(folder: RunFolder) -> list[str]:
-    """List the labels in evals.jsonl, in the order of first appearance."""
-    return list(dict.fromkeys(str(record["suite"]) for record in folder.evals.read()))
+def labels(folder: RunFolder, task: str | None = None) -> list[str]:
+    """List the labels in evals.jsonl of suites, or of a task of a name, in the order of first appearance."""
+    return list(
+        dict.fromkeys(
+            str(record["suite"])
+            for record in folder.evals.read()
+            if is_of_task(record) == (task is not None) and task in (None, record["domain"])
+        )
+    )
 
 
 def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, object]:

@@ -1,64 +1,99 @@
-"""Score an EvalSet with a model, on all ranks together. engine, EvalSet -> scoring -> DocumentScores.
+"""Score a part of an evaluation with a model, on all ranks together. {engine, EvalSet, TaskSet} -> scoring -> scores.
 
-Rows are dealt to the dp ranks in turn, so each window is scored by exactly one; the sums of each document are added up
-over the ranks at the end, in float64. Neither training data nor any random state is touched.
+Rows are dealt to the dp ranks in turn, so each window is scored by exactly one; the sums of each text are added up over
+the ranks at the end, in float64. Neither training data nor any random state is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain.evaluation.eval_set import EvalSet, Row
-from pretrain.evaluation.scores import DocumentScores
-from pretrain.model.loss import Scores, Targets, next_token_targets
+from pretrain.evaluation.rows import Row, dense
+from pretrain.evaluation.scores import Sums
+from pretrain.model.loss import Scores, Targets
 from pretrain.topology import Topology, copy_to
 
 # tokens [B, T] on the device, segment ids [B, T] on the host, targets -> their scores, the same on every tp rank
 Score = Callable[[Tensor, Tensor, Targets], Scores]
 
+Result = TypeVar("Result", covariant=True)
 
-def evaluate(score: Score, eval_set: EvalSet, topology: Topology, batch_size: int) -> DocumentScores:
-    """Score every document. Every rank must call it, and each returns the complete result.
+
+class Part(Protocol[Result]):
+    """What can be scored: a suite or a task, as one dp rank holds it.
+
+    Attributes:
+        label: what its results are called in evals.jsonl.
+        targets: [items], predicted tokens of each of its texts.
+        rows: every dp_size-th row, starting from this rank's first.
+        num_rows: number of rows of all ranks.
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def targets(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def num_rows(self) -> int: ...
+
+    def scores_of(self, sums: Sums) -> Result:
+        """Return its scores, given [items, 3]: each text's nll in nats, targets, and those that were most likely."""
+
+
+def evaluate(score: Score, part: Part[Result], topology: Topology, batch_size: int) -> Result:
+    """Score a part. Every rank must call it, and each returns the complete result.
 
     Args:
         batch_size: rows that a rank scores at once.
     """
-    sums = np.zeros((len(eval_set.document_domain), 3))  # each document's nll, targets and correct targets
-    for row, figures in scored_rows(score, eval_set.rows, eval_set.num_rows, eval_set.seq_len, topology, batch_size):
+    sums = item_sums(score, part.rows, part.num_rows, len(part.targets), part.seq_len, topology, batch_size)
+    assert np.array_equal(sums[:, 1], part.targets), "each target is counted exactly once"
+    return part.scores_of(sums)
+
+
+@torch.no_grad()
+def item_sums(
+    score: Score,
+    rows: Sequence[Row],
+    num_rows: int,
+    num_items: int,
+    seq_len: int,
+    topology: Topology,
+    batch_size: int,
+) -> Sums:
+    """Score the rows of all ranks, and add up what belongs to each text. Every rank must call it.
+
+    Args:
+        rows: those of this dp rank: every dp_size-th of all.
+        num_rows: number of rows of all ranks.
+    Returns:
+        [num_items, 3]: each text's negative log-likelihood in nats, its targets, and how many were most likely.
+    """
+    sums = np.zeros((num_items, 3))
+    for row, figures in _scored_rows(score, rows, num_rows, seq_len, topology, batch_size):
         starts = np.cumsum(row.lengths) - row.lengths
         # A piece's targets end one before the next piece starts; the masked position between adds nothing. The sum is
         # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
-        np.add.at(sums, row.documents, of_pieces.T)
-    totals = topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
-    assert np.array_equal(totals[:, 1], eval_set.document_targets), "each target is counted exactly once"
-    return DocumentScores(
-        suite=eval_set.suite,
-        domains=eval_set.domains,
-        sources=eval_set.sources,
-        domain=eval_set.document_domain,
-        key=eval_set.document_key,
-        nll=totals[:, 0],
-        tokens=eval_set.document_targets,
-        correct=totals[:, 2].astype(np.int64),
-        text_bytes=eval_set.document_bytes,
-    )
+        np.add.at(sums, row.items, of_pieces.T)
+    return topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
 
 
-@torch.no_grad()
-def scored_rows(
+def _scored_rows(
     score: Score, rows: Sequence[Row], num_rows: int, seq_len: int, topology: Topology, batch_size: int
 ) -> Iterator[tuple[Row, npt.NDArray[np.float32]]]:
     """Score a rank's rows, batch by batch. All ranks must iterate to the end, together.
 
-    Args:
-        rows: rows of this dp rank: every dp_size-th of all.
-        num_rows: number of rows of all ranks.
     Yields:
         Each row, with float32 [3, seq_len]: for each next token its negative log-likelihood, 1, and whether it was the
         most likely one; 0 where there is no target.
@@ -67,21 +102,12 @@ def scored_rows(
     passes = -(-num_rows // (topology.dp_size * batch_size))
     for start in range(0, passes * batch_size, batch_size):
         batch = rows[start : start + batch_size]
-        tokens, segment_ids = dense(batch, batch_size, seq_len)
+        tokens, segment_ids, is_target = dense(batch, batch_size, seq_len)
         ids, segments = copy_to(topology.device, torch.from_numpy(tokens)), torch.from_numpy(segment_ids)
-        targets = next_token_targets(ids, segments)
+        positions = copy_to(topology.device, torch.from_numpy(np.flatnonzero(is_target)))
+        targets = Targets(positions, ids[:, 1:].flatten()[positions])
         scores = score(ids[:, :-1], segments[:, :-1], targets)
         figures = torch.zeros(3, batch_size * seq_len, device=topology.device)
         figures[:, targets.positions] = torch.stack((scores.nll, torch.ones_like(scores.nll), scores.correct.float()))
         by_row = figures.view(3, batch_size, seq_len).swapaxes(0, 1).cpu().numpy()
         yield from zip(batch, by_row, strict=False)  # the last batch is not full
-
-
-def dense(rows: Sequence[Row], batch_size: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return (tokens, segment_ids), int64 [batch_size, seq_len + 1]; a row's pieces count from 1, 0 is padding."""
-    tokens = np.zeros((batch_size, seq_len + 1), np.int64)
-    segment_ids = np.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
-        segment_ids[i, : len(row.tokens)] = np.repeat(np.arange(1, len(row.lengths) + 1), row.lengths)
-    return tokens, segment_ids

@@ -61,7 +61,30 @@ def difference_table(suite: str, names: tuple[str, str], differences: Sequence[D
     return table
 
 
-def task_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+def task_table(records: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()) -> Table:
+    """Show the figures of tasks at a step, and how they have changed.
+
+    Args:
+        records: lines of evals.jsonl of tasks, of one step.
+        before: those of an earlier step.
+    """
+    table = Table(Column("task", overflow="fold"), title=f"Tasks, step {records[0]['step']}")
+    for head in ("accuracy", *(["before"] if before else []), "by", "bits per byte", *(["before"] if before else [])):
+        table.add_column(head, justify="left" if head == "by" else "right")
+    table.add_column("questions", justify="right")
+    old = {record["suite"]: record for record in before}
+    for record in records:
+        shown = [record, *([old.get(record["suite"], {})] if before else [])]
+        accuracies, bits = ([_digits(one.get(key)) for one in shown] for key in ("accuracy", "bits_per_byte"))
+        table.add_row(record["domain"], *accuracies, record["metric"], *bits, f"{record['instances']:,}")
+    return table
+
+
+def _digits(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def harness_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show the harness's results by task and figure."""
     table = Table("task", "figure", "value")
     for task, figures in results.items():

@@ -1,4 +1,4 @@
-"""A figure of the held-out suite, named as in wandb: eval/macro/perplexity. evals.jsonl -> eval_figure -> {store, ...}.
+"""A line of evals.jsonl, and a figure of it, named as in wandb: eval/macro/perplexity. evals.jsonl -> {store, ...}.
 
 Figures are compared as costs, of which the lowest is the best.
 """
@@ -12,6 +12,11 @@ from typing import NamedTuple
 _HIGHER_IS_BETTER = "accuracy"
 # Of a config's key: a domain, `source:NAME`, macro or micro, and the figure of its line in evals.jsonl
 EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|bits_per_byte|{_HIGHER_IS_BETTER})$"
+
+
+def is_of_task(record: Mapping[str, object]) -> bool:
+    """Return whether a line of evals.jsonl is that of a task; otherwise it is of a domain or an average of a suite."""
+    return "metric" in record
 
 
 class EvalFigure(NamedTuple):

@@ -11,12 +11,13 @@ import math
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import xxhash
 
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import StepLog
 
@@ -26,14 +27,16 @@ Row = dict[str, object]
 _FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_hash", "nonfinite")
 # Figures of which older programs know nothing; rows without them keep the hash that those recorded
 _LATER_FIGURES = ("trained_hash",)
-_EVAL = "eval/"
+_EVAL, _TASKS = "eval/", "tasks/"
+_NOT_SHOWN = ("step", "suite", "domain", "metric")  # of a line of evals.jsonl
 
 
-class _Sent(msgspec.Struct, frozen=True):
+class _Sent(msgspec.Struct, frozen=True, omit_defaults=True):
     """The hashes recorded for one row."""
 
     figures: str  # hash of the keys in _FIGURES
-    evals: str | None  # hash of its evaluation; None without one
+    evals: str | None  # hash of its evaluation on a suite; None without one
+    tasks: dict[str, str] = {}  # hash of its evaluation on each task, by name or label
 
 
 class SentRows:
@@ -71,13 +74,21 @@ class SentRows:
         sent, own = self._sent.get(step_of(row)), _summary(row)
         if sent is None:
             return False
-        return sent.figures != own.figures or (sent.evals != own.evals and None not in (sent.evals, own.evals))
+        return (
+            sent.figures != own.figures
+            or (sent.evals != own.evals and None not in (sent.evals, own.evals))
+            or any(sent.tasks[task] != own.tasks[task] for task in sent.tasks.keys() & own.tasks.keys())
+        )
 
 
 def _summary(row: Row) -> _Sent:
     evals = {key: value for key, value in row.items() if key.startswith(_EVAL)}
     figures = [row.get(key) for key in _FIGURES] + [row[key] for key in _LATER_FIGURES if key in row]
-    return _Sent(_hash(figures), _hash(evals) if evals else None)
+    tasks: dict[str, Row] = {}
+    for key, value in row.items():
+        if key.startswith(_TASKS):
+            tasks.setdefault(key.split("/")[1], {})[key] = value
+    return _Sent(_hash(figures), _hash(evals) if evals else None, {task: _hash(tasks[task]) for task in tasks})
 
 
 def _hash(figures: object) -> str:
@@ -89,15 +100,17 @@ def step_of(row: Row) -> int:
     return int(str(row["step"]))
 
 
-def rows_of(folder: RunFolder, suite: str | None, after: int = -1, until: float = math.inf) -> Iterator[Row]:
+def rows_of(
+    folder: RunFolder, labels: Collection[str] | None, after: int = -1, until: float = math.inf
+) -> Iterator[Row]:
     """Make the rows of a run's files, past one step and up to another, in order; one per step.
 
     Args:
-        suite: the suite whose lines of evals.jsonl to include; None: all.
+        labels: those whose lines of evals.jsonl to include; None: all.
     """
-    evals = (r for r in folder.evals.read(after) if suite in (None, r["suite"]) and step_of(r) <= until)
+    evals = (r for r in folder.evals.read(after) if (labels is None or r["suite"] in labels) and step_of(r) <= until)
     evaluated: dict[int, Row] = {}
-    for row in eval_rows(evals, eval_prefix(folder, suite)):
+    for row in eval_rows(evals, eval_prefixes(folder, labels)):
         evaluated.setdefault(step_of(row), {}).update(row)
     waiting = deque(sorted(evaluated))
     measured = _Following(folder.layers.read(after))
@@ -141,12 +154,25 @@ def layer_figures(record: Mapping[str, object] | None) -> Row:
     }
 
 
-def eval_prefix(folder: RunFolder, suite: str | None) -> str:
-    """Return the prefix of a suite in wandb: `eval/` for the first in the file, `eval/<suite>/` for any other."""
-    first = next(folder.evals.read(), None)
-    if suite is None or first is None or first["suite"] == suite:
-        return _EVAL
-    return f"{_EVAL}{suite}/"
+def eval_prefixes(folder: RunFolder, labels: Collection[str] | None) -> dict[str, str]:
+    """Return the prefixes of a training's labels in wandb that are not the usual ones.
+
+    The usual ones, `eval/` and `tasks/<name>/`, belong to the first suite in the file, and to the first label of each
+    task; the figures of another suite or label go under `eval/<label>/` and `tasks/<label>/`.
+
+    Args:
+        labels: those of the training; None: all.
+    """
+    found: dict[str, str] = {}
+    first: dict[str, str] = {}  # by task, and "" for suites: the first label in the file
+    missing = set(labels or ())
+    records = folder.evals.read()
+    while missing and (record := next(records, None)) is not None:
+        label, task = str(record["suite"]), str(record["domain"]) if is_of_task(record) else ""
+        if first.setdefault(task, label) != label:
+            found[label] = f"{_TASKS if task else _EVAL}{label}/"
+        missing.discard(label)
+    return found
 
 
 def step_row(record: Mapping[str, object]) -> Row:
@@ -160,16 +186,24 @@ def step_row(record: Mapping[str, object]) -> Row:
     return row
 
 
-def eval_rows(records: Iterable[Mapping[str, object]], prefix: str = _EVAL) -> Iterator[Row]:
-    """Make one row from each run of lines of evals.jsonl with the same step, under `<prefix><domain>/<figure>`."""
+def eval_rows(records: Iterable[Mapping[str, object]], prefixes: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Make one row from each run of lines of evals.jsonl with the same step.
+
+    The keys are `eval/<domain>/<figure>` and `tasks/<task>/<figure>`.
+
+    Args:
+        prefixes: what stands for `eval/` or `tasks/<task>/`, by label, where it is another.
+    """
     row: Row = {}
     for record in records:
         if row and row["step"] != record["step"]:
             yield row
             row = {}
-        figures = {key: value for key, value in record.items() if key not in ("step", "suite", "domain")}
         row["step"] = record["step"]
-        row.update({f"{prefix}{record['domain']}/{key}": value for key, value in figures.items()})
+        task, own = is_of_task(record), (prefixes or {}).get(str(record["suite"]))
+        usual = f"{_TASKS}{record['domain']}/" if task else _EVAL
+        prefix = (own or usual) + ("" if task else f"{record['domain']}/")
+        row.update({f"{prefix}{key}": value for key, value in record.items() if key not in _NOT_SHOWN})
     if row:
         yield row
 

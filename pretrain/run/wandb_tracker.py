@@ -19,17 +19,18 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.events import Event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import (
     Row,
     SentRows,
-    eval_prefix,
+    eval_prefixes,
     eval_rows,
     last_local_step,
     layer_figures,
@@ -69,7 +70,6 @@ def log_late_evals(
     config: WandbConfig,
     folder: RunFolder,
     name: str,
-    suite: str,
     records: Sequence[Mapping[str, object]],
     lease: Lease,
     patience_seconds: float,
@@ -77,12 +77,13 @@ def log_late_evals(
     """Add evaluations of old checkpoints to the run's wandb run, unless a training is writing to it.
 
     Their axis is `eval_step`, and their rows have no `step`: wandb accepts no rows for past steps, and a resumed
-    training must not take them for its own. Figures go under `eval-<suite>/<domain>/<figure>`, and also into a table of
-    domains. A failure is logged, since evals.jsonl has everything.
+    training must not take them for its own. Figures go under `eval-<label>/<domain>/<figure>`, those of a task under
+    `eval-<label>/<figure>`; those of a suite also into a table of domains. A failure is logged, since evals.jsonl has
+    everything.
 
     Args:
         name: as in `Tracker`.
-        records: lines of evals.jsonl for one suite.
+        records: lines of evals.jsonl, those of a step together.
         lease: the run's lease, not yet entered.
         patience_seconds: how long to wait for a training to end.
     """
@@ -96,7 +97,7 @@ def log_late_evals(
         return
     tracker = Tracker(config, folder, name, folder.settle_run_id(name), {})
     with tracker._tolerated():
-        tracker._log_late(suite, records)
+        tracker._log_late(records)
 
 
 class Tracker:
@@ -109,7 +110,7 @@ class Tracker:
         name: str,
         run_id: str,
         described: Mapping[str, object],
-        suite: str | None = None,
+        labels: Collection[str] | None = None,
         rewound_to: int | None = None,
     ):
         """Prepare a session; `with` opens it.
@@ -120,12 +121,11 @@ class Tracker:
             name: the run's name in wandb.
             run_id: from the folder; at most 64 letters, digits, `-` and `_`.
             described: config and provenance, as JSON-able values.
-            suite: the training's own suite in evals.jsonl; None: all. The first in the file is shown under `eval/`, any
-                other, after the config changed, under `eval/<suite>/`.
+            labels: the training's own labels in evals.jsonl, of its suite and its tasks; None: all.
             rewound_to: the step that the run has gone back to on purpose; wandb's rows past it go at once.
         """
         self._rewound_to = rewound_to
-        self._suite = suite
+        self._labels = labels
         self._config = config
         self._folder = folder
         self._name = name
@@ -183,7 +183,7 @@ class Tracker:
 
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
         """Send one step's lines of evals.jsonl, with the step's own figures if they were held back for it."""
-        for row in eval_rows(records, eval_prefix(self._folder, self._suite)):
+        for row in eval_rows(records, eval_prefixes(self._folder, self._labels)):
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
             self._held = {**(self._held or {}), **row}
@@ -249,28 +249,35 @@ class Tracker:
             self._run, self._last_step = self._start()
         self._define_axis(self._run)
 
-    def _log_late(self, suite: str, records: Sequence[Mapping[str, object]]) -> None:
+    def _log_late(self, records: Sequence[Mapping[str, object]]) -> None:
         import wandb
 
         run, _ = self._start()
-        axis, prefix = "eval_step", f"eval-{suite}/"
+        axis = "eval_step"
         run.define_metric(axis, hidden=True)
-        run.define_metric(f"{prefix}*", step_metric=axis)
-        rows = list(eval_rows(records, prefix))
+        prefixes = {label: f"eval-{label}/" for label in dict.fromkeys(str(record["suite"]) for record in records)}
+        for prefix in prefixes.values():
+            run.define_metric(f"{prefix}*", step_metric=axis)
+        rows = list(eval_rows(records, prefixes))
+        of_suites = {
+            label: [record for record in records if record["suite"] == label and not is_of_task(record)]
+            for label in prefixes
+        }
+        tables = {label: found for label, found in of_suites.items() if found}
         # The count goes first: rows that are there but not counted would pass for steps of the training.
-        run.config.update({_LATE_ROWS: _late_rows(run) + len(rows) + 1}, allow_val_change=True)  # type: ignore[no-untyped-call]
+        late = _late_rows(run) + len(rows) + len(tables)
+        run.config.update({_LATE_ROWS: late}, allow_val_change=True)  # type: ignore[no-untyped-call]
         for row in rows:
             run.log({axis: row.pop("step"), **row})
-        columns = [key for key in records[0] if key != "suite"]
-        table = wandb.Table(
-            columns=list[str | int](columns), data=[[record[key] for key in columns] for record in records]
-        )
-        run.log({f"{prefix}domains": table})
+        for label, found in tables.items():
+            columns = [key for key in found[0] if key != "suite"]
+            data = [[record[key] for key in columns] for record in found]
+            run.log({f"{prefixes[label]}domains": wandb.Table(columns=list[str | int](columns), data=data)})
         run.finish()
 
     def _made_rows(self, until: float = math.inf) -> Iterator[Row]:
         """Make the rows from the JSONL files that wandb does not have: all past its last one, up to a step."""
-        return rows_of(self._folder, self._suite, after=self._last_step, until=until)
+        return rows_of(self._folder, self._labels, after=self._last_step, until=until)
 
     def _fill_gap(self) -> None:
         """Send the rows that wandb lacks; hold the last one, since its step may be evaluated only now."""
@@ -296,7 +303,7 @@ class Tracker:
         self._run, self._last_step = self._start()
         self._define_axis(self._run)
         self._sent = SentRows(self._folder.wandb_rows, self._id)
-        there = rows_of(self._folder, self._suite, until=self._last_step)
+        there = rows_of(self._folder, self._labels, until=self._last_step)
         if (wrong := next((row for row in there if self._sent.contradicts(row)), None)) is not None:
             self._rewind(step_of(wrong))
         elif self._rewound_to is not None and self._last_step > self._rewound_to:

@@ -274,6 +274,20 @@ def read_records(
         line += block.count(b"\n")
 
 
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file of JSON lines that are not blank, each with its number, counted from 1.
+
+    Raises: ShardError if the file is missing, damaged or truncated.
+    """
+    files.stat(path)
+    number = 0
+    for block in _blocks(path, DEFAULT_MAX_DECODER_WINDOW):
+        for line in block.removesuffix(b"\n").split(b"\n"):
+            number += 1
+            if line.strip():
+                yield number, line
+
+
 def first_bad_record(
     path: str, source: SourceConfig, max_decoder_window: int, strict: bool, cache: BlockCache | None
 ) -> BadRecord | None:

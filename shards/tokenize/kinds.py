@@ -46,6 +46,9 @@ class Kind(Protocol):
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Return the ids of all documents in one array, and the length of each."""
 
+    def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Return the ids of each text alone, as of one that follows another: nothing is put before it."""
+
     def piece(self, index: int) -> str:
         """Return the piece of an id, as the vocabulary spells it; empty if the id has none."""
 

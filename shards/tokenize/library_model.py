@@ -90,6 +90,16 @@ class LibraryModel:
             return self._fast.encode_documents(texts, self._prefix, self._suffix, self._dtype)
         return encode_each(texts, self._encode, self._prefix, self._suffix, self._dtype)
 
+    def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Return the ids of each text alone, without what the file puts before a document."""
+        library = self._library
+        if (content := _without_beginning(self._content)) != self._content:
+            library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            library.encode_special_tokens = True
+            library.no_truncation()
+            library.no_padding()
+        return [library_ids(library, text) for text in texts]
+
     def _encode(self, text: str) -> npt.NDArray[np.integer]:
         return library_ids(self._library, text)
 
@@ -115,3 +125,23 @@ class LibraryModel:
     def library_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json that gives the same ids."""
         return self._content
+
+
+def _without_beginning(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a tokenizer.json that puts nothing before a text."""
+    return {**content, **{part: _plain(content.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+
+
+def _plain(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a normalizer or pre-tokenizer that puts nothing before a text; None if it did nothing else."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    changed = dict(part)
+    for name in ("normalizers", "pretokenizers"):  # of a Sequence
+        if name in part:
+            changed[name] = [plain for inner in part[name] if (plain := _plain(inner)) is not None]
+    if "add_prefix_space" in part:
+        changed["add_prefix_space"] = False
+    if "prepend_scheme" in part:
+        changed["prepend_scheme"] = "never"
+    return changed

@@ -64,6 +64,15 @@ class SentencePieceModel:
             return self._words.encode([self._spell(text).encode() for text in texts])
         return encode_each(texts, self._processor.EncodeAsNumpy, self._prefix, self._suffix, self._dtype)
 
+    def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Return the ids of each text alone, without the space that the model puts before a document."""
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._content)
+        # The second would also drop the space with which a text begins, since it may not begin a document
+        model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+        following = sentencepiece.SentencePieceProcessor()
+        following.LoadFromSerializedProto(model.SerializeToString())
+        return [following.EncodeAsNumpy(text) for text in texts]
+
     def _spell(self, text: str) -> str:
         """Normalize a text and spell it as `Cuts.spell` does."""
         if self._normalizes:

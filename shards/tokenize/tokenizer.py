@@ -100,6 +100,24 @@ class Tokenizer:
         """Return a document's ids, with BOS and EOS as configured: int32 [tokens]."""
         return np.array([*self._prefix, *self.encode(text), *self._suffix], np.int32)
 
+    @property
+    def ending(self) -> list[int]:
+        """The ids at a document's end: EOS, or none, as configured."""
+        return list(self._suffix)
+
+    def encode_beginnings(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Return the ids of each text as of the beginning of a document: with BOS as configured, without EOS."""
+        ids, lengths = self.encode_documents(texts)
+        return [part[: len(part) - len(self._suffix)] for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+    def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Return the ids of each text as of one that follows another: without what a model puts before a document.
+
+        A SentencePiece model, for one, usually puts a space before a text; one that follows begins with a space only if
+        it says so. The text before it plays no part, so its own ids stay the same.
+        """
+        return [ids.astype(self.dtype) for ids in self._kind.encode_following(texts)]
+
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Return the ids of all documents in one array, uint16 if the vocabulary fits, and the length of each."""
         return self._kind.encode_documents(texts)

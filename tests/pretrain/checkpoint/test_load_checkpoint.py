@@ -134,7 +134,7 @@ def test_missing_steps_are_an_error_on_all_ranks(root: Path) -> None:
     store = CheckpointStore(root, CheckpointConfig())
 
     def work(here: Topology) -> object:
-        evaluator = SimpleNamespace(topology=here, eval_set=SimpleNamespace(suite="s"))
+        evaluator = SimpleNamespace(topology=here, labels=["s"])
         steps = (store.find(step).step for step in [3])
         return score_steps(evaluator, store, None, steps, must_be_there=True)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import torch
 
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
-from pretrain.evaluation.scores import DocumentScores, Score, eval_records
+from pretrain.evaluation.scores import DocumentScores, Score
 from pretrain.evaluation.scoring import evaluate
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
@@ -142,7 +142,7 @@ def test_a_bounded_suite_is_a_fixed_part_of_every_larger_one(many: Path) -> None
 def test_a_limit_in_tokens_is_met_by_whole_documents(many: Path, max_tokens: int) -> None:
     whole, part = loaded(many), loaded(many, max_tokens=max_tokens)
     for domain in (0, 1):
-        kept = part.document_targets[part.document_domain == domain]
+        kept = part.targets[part.document_domain == domain]
         assert len(kept) == 1 or (kept + 1).sum() <= max_tokens
     assert set(part.document_key) <= set(whole.document_key)
     assert set(part.document_key) <= set(loaded(many, max_tokens=max_tokens + 300).document_key)
@@ -153,7 +153,7 @@ def test_a_label_names_what_is_scored(many: Path) -> None:
         config = EvaluationConfig.model_validate({"suite": many, **changes})
         found = load_suite(config, Tokenizer(TOKENIZER, bos=bos), seq_len, precision)
         assert found is not None
-        return found.suite
+        return found.label
 
     named = label()
     name, _, digits = named.partition("@")
@@ -186,7 +186,7 @@ def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
         correct=np.array([4, 0, 3, 1]),
         text_bytes=np.array([30, 4, 6, 10]),
     )
-    records = {str(record["domain"]): record for record in eval_records(7, scores)}
+    records = {str(record["domain"]): record for record in scores.records(7)}
     assert list(records) == ["a", "s/x", "s/y", "source:s", "macro", "micro"]
     assert {(record["step"], record["suite"]) for record in records.values()} == {(7, "suite")}
     assert {tuple(sorted(record)) for record in records.values()} == {

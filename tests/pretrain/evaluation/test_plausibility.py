@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.plausibility import doubts, drawn_loss, warn_of_doubts
-from pretrain.evaluation.scores import eval_records
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.loss import Scores, Targets, target_scores
 from pretrain.model.transformer import ModelConfig, Transformer
@@ -61,7 +60,7 @@ def test_random_weights_raise_no_doubt_but_wrongly_scaled_logits_do(
             return model(tokens, segment_ids, lambda hidden, weight: target_scores(times * hidden, weight, targets))
 
         scores = evaluate(score, eval_set, topology, 8)
-        warn_of_doubts(eval_records(0, scores), config, drawn=True)
+        warn_of_doubts(scores.records(0), config, drawn=True)
         return caplog.text
 
     assert said(1.0) == ""
