@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ def charts_of(history: History) -> dict[str, list[Chart]]:
     """Make all charts of a run, by the section of the page that they belong to."""
     return {
         "training": list(training_charts(history)),
-        "evaluation": list(evaluation_charts(history)),
+        "evaluation": [*evaluation_charts(history), *task_charts(history)],
         "speed": list(speed_charts(history)),
         "layers": list(layer_charts(history)),
         "data": list(data_charts(history)),
@@ -126,14 +126,32 @@ def evaluation_charts(history: History) -> Iterator[Chart]:
         series = []
         for place, domain in enumerate(shown):
             color = _AVERAGE if domain in _AVERAGES else place + place // _AVERAGE  # passes over that color
-            of_steps = domains[domain]
-            steps = sorted(of_steps)
-            values = np.array([number(of_steps[step].get(key)) for step in steps])
-            series.append(Series(domain, np.array(steps, np.float64), values, color=color, style="dots"))
+            series.append(dots(domain, domains[domain], key, color))
         values = np.concatenate([one.y for one in series])
         if np.isfinite(values).any():
             is_log = key == "perplexity" or needs_log(values)
             yield Chart(key, title, "step", y_label, tuple(series), note=f"{label}. {note}".strip(), log_y=is_log)
+
+
+def dots(label: str, of_steps: Mapping[int, Mapping[str, Any]], key: str, color: int) -> Series:
+    """Make a series of a figure of evaluations, given their lines of evals.jsonl by step."""
+    steps = sorted(of_steps)
+    values = np.array([number(of_steps[step].get(key)) for step in steps])
+    return Series(label, np.array(steps, np.float64), values, color=color, style="dots")
+
+
+def task_charts(history: History) -> Iterator[Chart]:
+    """Draw the accuracy and the bits per byte of each task over the steps."""
+    tasks = history.tasks()
+    shown = list(tasks)[:_LINES]
+    note = f"The first {_LINES} of {len(tasks)} tasks; the table has all." if len(tasks) > _LINES else ""
+    for key, title, y_label in (
+        ("accuracy", "Tasks: accuracy", "share of the questions"),
+        ("bits_per_byte", "Tasks: the right answer", "bits per byte"),
+    ):
+        series = tuple(dots(name, tasks[name], key, color) for color, name in enumerate(shown))
+        if series:
+            yield Chart(f"tasks_{key}", title, "step", y_label, series, note=note, from_zero=key == "accuracy")
 
 
 def _chosen(domains: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[str], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +144,29 @@ def evaluation_table(history: History) -> Table | None:
     if others:
         note += f" Not shown are the evaluations labelled {', '.join(others)}."
     return Table("Held-out text", head, tuple(rows), note=note, strong=frozenset(strong))
+
+
+def task_table(history: History) -> Table | None:
+    """Show the first and the last evaluation of each task; None without one."""
+    tasks = history.tasks()
+    rows: list[tuple[Cell, ...]] = []
+    for name, of_steps in tasks.items():
+        first, last = of_steps[min(of_steps)], of_steps[max(of_steps)]
+        figures = [number(record.get(key)) for key in ("accuracy", "bits_per_byte") for record in (first, last)]
+        rows.append((name, str(last.get("metric")), *figures, max(of_steps), *map(_whole, _sizes(last))))
+    head = (
+        "task", "compared by", "accuracy, first", "last", "bits per byte, first", "last", "last step", "questions",
+        "contexts cut",
+    )  # fmt: skip
+    note = "Bits per byte are those of the right answer."
+    shown = {str(record["suite"]) for of_steps in tasks.values() for record in of_steps.values()}
+    if others := sorted(history.task_evals.keys() - shown):
+        note += f" Not shown are the evaluations labelled {', '.join(others)}."
+    return Table("Tasks", head, tuple(rows), note=note) if rows else None
+
+
+def _sizes(record: Mapping[str, object]) -> tuple[object, object]:
+    return record.get("instances"), record.get("contexts_cut")
 
 
 def _whole(value: object) -> int | None:

@@ -21,7 +21,7 @@ from pretrain.report.figures import duration, number, seconds_left, state_of
 from pretrain.run.history import History
 
 _EVENTS = 5  # lines of what happened last
-_DOMAINS = 12  # rows of the evaluation
+_DOMAINS = 12  # rows of the evaluation, and of the tasks
 _TALL = 44  # lines of a terminal that has room for larger pictures
 _WIDEST = 140  # columns; wider pictures tell no more
 
@@ -47,8 +47,7 @@ def frame(history: History, width: int, height: int, now: float | None = None) -
         )
         grid.add_row(*below)
         parts.append(grid)
-    if table := _evaluation(history):
-        parts.append(table)
+    parts += [table for table in (_evaluation(history), _tasks(history)) if table]
     parts += _events(history)
     return Group(*parts)
 
@@ -116,6 +115,24 @@ def _evaluation(history: History) -> Table | None:
         )
     if len(plain) > _DOMAINS:
         table.add_row(f"and {len(plain) - _DOMAINS} more domains", "", "", "", style="dim")
+    return table
+
+
+def _tasks(history: History) -> Table | None:
+    tasks = history.tasks()
+    if not tasks:
+        return None
+    last = max(max(of_steps) for of_steps in tasks.values())
+    table = Table(Column("task"), title=f"Tasks, step {last:,}", title_justify="left", box=None)
+    for head in ("accuracy", "change", "bits per byte"):
+        table.add_column(head, justify="right")
+    for name, of_steps in list(tasks.items())[:_DOMAINS]:
+        *before, newest = sorted(of_steps)
+        figure = number(of_steps[newest].get("accuracy"))
+        change = f"{figure - number(of_steps[before[-1]].get('accuracy')):+.4f}" if before else ""
+        table.add_row(escape(name), f"{figure:.4f}", change, f"{number(of_steps[newest].get('bits_per_byte')):.4f}")
+    if len(tasks) > _DOMAINS:
+        table.add_row(f"and {len(tasks) - _DOMAINS} more tasks", "", "", "", style="dim")
     return table
 
 

@@ -59,7 +59,8 @@ def _one_run(history: History) -> Iterator[str]:
     yield _section("What was trained on what", [_pairs(facts.facts_of(history))])
     charts = charts_of(history)
     yield _section("Training", [_charts(charts["training"]), _events(history)])
-    yield _section("Evaluation", [_charts(charts["evaluation"]), _table(facts.evaluation_table(history))])
+    tables = [_table(facts.evaluation_table(history)), _table(facts.task_table(history))]
+    yield _section("Evaluation", [_charts(charts["evaluation"]), *tables])
     yield _section("Speed", [_charts(charts["speed"]), _table(facts.time_table(history))])
     yield _section("Layers", [_charts(charts["layers"])])
     yield _section("Data", [_table(facts.source_table(history)), _charts(charts["data"])])

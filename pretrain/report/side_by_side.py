@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ SEED = "run.seed"  # runs that differ in nothing else repeat one another
 _NOT_SETTINGS = ("run.name", "run.dir", "data.index_dir", "wandb.")
 _POINTS = 120  # of a curve among others
 _TICKS = 8  # values of a key that an axis has room for
+_TASKS = 12  # charts
 _CURVES = 16  # lines in a chart; more cannot be told apart
 _FIGURES = (
     ("loss", "Training loss", "nats per token"),
@@ -206,24 +207,47 @@ def _spread(label: str, x: Floats, table: Floats) -> Series:
     return Series(label, x, mean, low, high)
 
 
+Lines = Mapping[int, Mapping[str, object]]  # of evals.jsonl, by step
+
+
 def _overlaid_evals(groups: Sequence[Group], note: str) -> Iterator[Chart]:
+    """Draw the macro average of held-out text, and the accuracy of each task."""
+    suites = [[history.suite() or "" for history in group.runs] for group in groups]
+    macro = [
+        [history.evals.get(history.suite() or "", {}).get("macro", {}) for history in group.runs] for group in groups
+    ]
+    if series := _of_groups(groups, macro, "bits_per_byte"):
+        labels = sorted({label for of_group in suites for label in of_group if label})
+        about = sentences([f"Macro average of {', '.join(labels)}.", note])
+        yield Chart("runs_bits_per_byte", "Held-out text", "step", "bits per byte", series, note=about)
+    tasks = [[history.tasks() for history in group.runs] for group in groups]
+    names = list(dict.fromkeys(name for of_group in tasks for of_run in of_group for name in of_run))
+    more = f"The first {_TASKS} of {len(names)} tasks have a chart." if len(names) > _TASKS else ""
+    for name in names[:_TASKS]:
+        lines = [[of_run.get(name, {}) for of_run in of_group] for of_group in tasks]
+        labels = sorted({str(line["suite"]) for of_group in lines for run in of_group for line in run.values()})
+        where = "".join(letter if letter.isalnum() else "_" for letter in name)
+        yield Chart(
+            f"runs_task_{where}", f"Task {name}", "step", "accuracy", _of_groups(groups, lines, "accuracy"),
+            note=sentences([f"{', '.join(labels)}.", note, more]), from_zero=True,
+        )  # fmt: skip
+
+
+def _of_groups(groups: Sequence[Group], lines: Sequence[Sequence[Lines]], key: str) -> tuple[Series, ...]:
+    """Make a series for each group of runs, of a figure of their evaluations; those without any have none.
+
+    Args:
+        lines: of each run of each group.
+    """
     series = []
-    for color, group in enumerate(groups):
-        of_runs = []
-        for history in group.runs:
-            of_steps = history.evals.get(history.suite() or "", {}).get("macro", {})
-            of_runs.append({step: number(record.get("bits_per_byte")) for step, record in of_steps.items()})
+    for color, (group, of_group) in enumerate(zip(groups, lines, strict=True)):
+        of_runs = [{step: number(record.get(key)) for step, record in of_run.items()} for of_run in of_group]
         steps = sorted({step for of_run in of_runs for step in of_run})
         if steps:
             table = np.array([[of_run.get(step, math.nan) for step in steps] for of_run in of_runs])
             one = _spread(group.label, np.array(steps, np.float64), table)
             series.append(Series(group.label, one.x, one.y, one.low, one.high, color, "dots"))
-    if series:
-        labels = {history.suite() for group in groups for history in group.runs if history.suite()}
-        about = f"Macro average of {', '.join(sorted(map(str, labels)))}."
-        yield Chart(
-            "runs_bits_per_byte", "Held-out text", "step", "bits per byte", tuple(series), note=sentences([about, note])
-        )
+    return tuple(series)
 
 
 def by_key(histories: Sequence[History]) -> Iterator[Chart]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config_file import Tree, read_tree
+from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.tail import Tail
 from shards import ConfigError
@@ -112,6 +113,7 @@ class History:
         config: config.yaml as it stands there, unchecked; empty if it cannot be read.
         metrics: of metrics.jsonl.
         evals: the figures by suite, domain and step; of several evaluations, the newest.
+        task_evals: those of tasks, by label and step.
         layers: by figure and step, one number for each layer.
         events, starts, samples: the records of events.jsonl, starts.jsonl and samples.jsonl.
         superseded: number of records of steps that were trained again.
@@ -122,6 +124,7 @@ class History:
         self.config: Tree = {}
         self.metrics = Columns()
         self.evals: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+        self.task_evals: dict[str, dict[int, dict[str, Any]]] = {}
         self.layers: dict[str, dict[int, list[float]]] = {}
         self.events: list[dict[str, Any]] = []
         self.starts: list[dict[str, Any]] = []
@@ -131,7 +134,7 @@ class History:
         self._odd_layers = 0
         self._files = [
             _Followed(self.folder.metrics.path, self._clear_metrics, lambda record: self.metrics.add(record)),
-            _Followed(self.folder.evals.path, self.evals.clear, self._add_eval),
+            _Followed(self.folder.evals.path, self._clear_evals, self._add_eval),
             _Followed(self.folder.layers.path, self.layers.clear, self._add_layers),
             _Followed(self.folder.root / "events.jsonl", self.events.clear, self.events.append),
             _Followed(self.folder.starts.path, self.starts.clear, self.starts.append),
@@ -178,6 +181,15 @@ class History:
         last = {label: max(max(of_steps) for of_steps in domains.values()) for label, domains in self.evals.items()}
         return max(last, key=lambda label: last[label]) if last else None
 
+    def tasks(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Return the figures of each task by step, under the label that it was scored with last."""
+        newest: dict[str, tuple[int, str]] = {}  # by task: its last step and the label
+        for label, of_steps in self.task_evals.items():
+            last = max(of_steps)
+            name = str(of_steps[last]["domain"])
+            newest[name] = max(newest.get(name, (-1, "")), (last, label))
+        return {name: self.task_evals[label] for name, (_, label) in newest.items()}
+
     def refresh(self) -> None:
         """Read what is new."""
         try:
@@ -208,7 +220,14 @@ class History:
     def _count_superseded(self, record: dict[str, object]) -> None:
         self.superseded += 1
 
+    def _clear_evals(self) -> None:
+        self.evals.clear()
+        self.task_evals.clear()
+
     def _add_eval(self, record: dict[str, Any]) -> None:
+        if is_of_task(record):
+            self.task_evals.setdefault(str(record.get("suite")), {})[int(record["step"])] = record
+            return
         of_suite = self.evals.setdefault(str(record.get("suite")), {})
         of_suite.setdefault(str(record.get("domain")), {})[int(record["step"])] = record
 

@@ -65,13 +65,22 @@ class SentencePieceModel:
         return encode_each(texts, self._processor.EncodeAsNumpy, self._prefix, self._suffix, self._dtype)
 
     def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """Return the ids of each text alone, without the space that the model puts before a document."""
+        """Return the ids of each text alone, without the space that the model may put before a document.
+
+        A model that squeezes spaces would drop the one with which a text begins, too: there the space that it puts
+        before a document stands for it.
+        """
+        plain, spaced = self._with_prefix(False), self._with_prefix(True)
+        squeezes = sentencepiece_model_pb2.ModelProto.FromString(self._content).normalizer_spec.remove_extra_whitespaces
+        return [(spaced if squeezes and text.startswith(" ") else plain).EncodeAsNumpy(text) for text in texts]
+
+    def _with_prefix(self, has_prefix: bool) -> sentencepiece.SentencePieceProcessor:
+        """Return the model with or without a space before a text."""
         model = sentencepiece_model_pb2.ModelProto.FromString(self._content)
-        # The second would also drop the space with which a text begins, since it may not begin a document
-        model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
-        following = sentencepiece.SentencePieceProcessor()
-        following.LoadFromSerializedProto(model.SerializeToString())
-        return [following.EncodeAsNumpy(text) for text in texts]
+        model.normalizer_spec.add_dummy_prefix = has_prefix
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model.SerializeToString())
+        return processor
 
     def _spell(self, text: str) -> str:
         """Normalize a text and spell it as `Cuts.spell` does."""

@@ -1,6 +1,6 @@
-"""Score a suite on every rank with several batch sizes and ZeRO stages; rank 0 writes the sums per document.
+"""Score a suite and tasks on every rank with several batch sizes and ZeRO stages; rank 0 writes what comes out.
 
-Usage: python -m tests.distributed.evaluation TP_SIZE SUITE FOLDER
+Usage: python -m tests.distributed.evaluation TP_SIZE SUITE TASKS FOLDER
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
 from pretrain.evaluation.scoring import evaluate
+from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology, started
@@ -37,6 +38,33 @@ def write_suite(folder: Path) -> Path:
     return folder
 
 
+def request(doc: int, idx: int, label: object, context: str, continuation: str) -> dict[str, object]:
+    return {"doc_id": doc, "idx": idx, "label": label, "request": {"context": context, "continuation": continuation}}
+
+
+def write_tasks(folder: Path) -> list[str]:
+    """Write a multiple choice with unconditional requests, and a completion; some of their texts are too long."""
+    folder.mkdir(parents=True)
+    questions = [
+        ("Question: two and two?\nAnswer:", [" four", " five or so", " 漢字とかな"], 0),
+        ("Long " * 60 + "\nAnswer:", [" yes", " no, not at all"], 1),
+        ("Which\nAnswer:", [" word " * 50, " x"], 0),
+        ("What is a cat?\nAnswer:", [" an animal", " a town in the north", " a"], 2),
+    ]
+    lines = [
+        request(doc + offset, idx, gold, "Answer:" if offset else context, choice)
+        for offset in (0, 1_000_000)
+        for doc, (context, choices, gold) in enumerate(questions)
+        for idx, choice in enumerate(choices)
+    ]
+    texts = [("The cat sat", " on the mat"), ("x" * 9, "y\n\n  z"), ("", " begins"), ("It", " " + "goes on " * 40)]
+    completions = [request(doc, 0, None, *text) for doc, text in enumerate(texts)]
+    files = {"choice.jsonl": lines, "completion.jsonl": completions}
+    for name, requests in files.items():
+        folder.joinpath(name).write_text("".join(json.dumps(line) + "\n" for line in requests))
+    return [str(folder / name) for name in files]
+
+
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4096, init_std=0.15)
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
@@ -45,15 +73,20 @@ def engine_of(topology: Topology, zero_stage: int) -> Engine:
 
 
 def main() -> None:
-    tp_size, suite, folder = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    tp_size, (suite, tasks, folder) = int(sys.argv[1]), map(Path, sys.argv[2:])
+    configs = [TaskConfig(requests=str(path)) for path in sorted(tasks.glob("*.jsonl"))]
     with started(ParallelConfig(tp_size=tp_size)) as topology:
-        own = (topology.dp_rank, topology.dp_size)
-        eval_set = load_suite(EvaluationConfig(suite=suite), Tokenizer(TOKENIZER), SEQ_LEN, "fp32", *own)
+        tokenizer, own = Tokenizer(TOKENIZER), (topology.dp_rank, topology.dp_size)
+        eval_set = load_suite(EvaluationConfig(suite=suite), tokenizer, SEQ_LEN, "fp32", *own)
         assert eval_set is not None
+        loaded = load_tasks(configs, 0, tokenizer, SEQ_LEN, "fp32", *own)
         for zero_stage, batch_size in ((1, 1), (1, 7), (3, 3)):
-            scores = evaluate(engine_of(topology, zero_stage).score, eval_set, topology, batch_size)
+            score = engine_of(topology, zero_stage).score
+            scores = evaluate(score, eval_set, topology, batch_size)
+            lines = [line for task in loaded for line in evaluate(score, task, topology, batch_size).records(0)]
             if topology.is_main:
                 scores.save(folder / f"zero{zero_stage}-rows{batch_size}.npz")
+                folder.joinpath(f"zero{zero_stage}-rows{batch_size}.json").write_text(json.dumps(lines))
 
 
 if __name__ == "__main__":

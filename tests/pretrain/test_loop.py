@@ -50,7 +50,7 @@ class Run:
 
     def start(self, looks: int = 10**9) -> bool:
         """Train until the run is finished, or has checked this many times whether to stop."""
-        looked = 0
+        looked, self.scored = 0, max(self.evaluated, default=-1)
 
         def is_over(step_seconds: float, save_seconds: float) -> bool:
             nonlocal looked
@@ -78,7 +78,9 @@ class Run:
                 save=self.save, finish=self.finish, check_lease=lambda: None, settle=lambda busy: None,
                 pulse=lambda: None, busy=False, seconds=None, failed=0,
             ),
-            held_out=SimpleNamespace(score=self.score, evaluated=max(self.evaluated, default=-1)),
+            held_out=SimpleNamespace(
+                score=self.score, is_done=lambda step: step == self.scored, note_done=self.note_done
+            ),
             stop=StopPolicy(Interrupt(), deadline, save_seconds=0.0),
             watchdog=Watchdog(None, 0, self.told.append),
             unapplied=SimpleNamespace(note=lambda *arguments: None),
@@ -157,7 +159,10 @@ class Run:
         self.state = self.under_way
         self.saved.append(self.state.step)
 
-    def score(self, before_batch: Any) -> None:
+    def note_done(self, step: int) -> None:
+        self.scored = step
+
+    def score(self, step: int, before_batch: Any) -> None:
         for _ in range(BATCHES):
             before_batch()
             assert not self.trainer.stopping, "no batch is scored once all ranks have agreed to stop"

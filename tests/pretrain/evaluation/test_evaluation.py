@@ -14,9 +14,10 @@ from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.scores import DocumentScores, Score
 from pretrain.evaluation.scoring import evaluate
+from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
-from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, write_suite
+from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, write_suite, write_tasks
 from tests.distributed.ranks import run_ranks
 from tests.reference_model import piece_logits
 
@@ -80,9 +81,25 @@ def test_scores_equal_those_of_one_document_at_a_time(
 @pytest.mark.distributed
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(2, 1), (1, 2), (2, 2)])
 def test_scores_do_not_depend_on_the_ranks(
-    suite: Path, tmp_path: Path, expected: dict[str, Score], tp_size: int, dp_size: int
+    suite: Path,
+    tmp_path: Path,
+    engine: Engine,
+    topology: Topology,
+    expected: dict[str, Score],
+    tp_size: int,
+    dp_size: int,
 ) -> None:
-    run_ranks(tp_size * dp_size, "tests.distributed.evaluation", str(tp_size), str(suite), str(tmp_path))
+    tasks = [TaskConfig(requests=path) for path in write_tasks(tmp_path / "tasks")]
+    alone = [
+        line
+        for task in load_tasks(tasks, 0, Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
+        for line in evaluate(engine.score, task, topology, 2).records(0)
+    ]
+    folders = (str(suite), str(tmp_path / "tasks"), str(tmp_path))
+    run_ranks(tp_size * dp_size, "tests.distributed.evaluation", str(tp_size), *folders)
+    for path in sorted(tmp_path.glob("*.json")):
+        for line, wanted in zip(json.loads(path.read_text()), alone, strict=True):
+            assert line == {key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()}, path.stem
     results = sorted(tmp_path.glob("*.npz"))
     assert len(results) == 3
     for path in results:
