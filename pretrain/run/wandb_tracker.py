@@ -184,6 +184,10 @@ class Tracker:
     def log_evals(self, records: Sequence[Mapping[str, object]]) -> None:
         """Send one step's lines of evals.jsonl, with the step's own figures if they were held back for it."""
         for row in eval_rows(records, eval_prefixes(self._folder, self._labels)):
+            if self._held is None and self._run is not None and step_of(row) <= self._last_step:
+                with self._tolerated():
+                    self._complete(step_of(row))
+                continue
             if self._held is not None and self._held["step"] != row["step"]:
                 self._send_held()
             self._held = {**(self._held or {}), **row}
@@ -214,6 +218,15 @@ class Tracker:
                 self._rewind(step_of(row))
                 for made in self._made_rows(until=step_of(row)):
                     self._send(made)
+
+    def _complete(self, step: int) -> None:
+        """Deal with a step that was sent before all of its evaluation was made, such as on a task added since."""
+        (whole,) = rows_of(self._folder, self._labels, after=step - 1, until=step)
+        if self._sent.contradicts(whole):
+            self._held = whole
+            self._send_held()
+        elif self._sent.differs(whole):
+            _logger.info("wandb has step %d already; what was evaluated since is in %s", step, self._folder.evals.path)
 
     def _send(self, row: Row) -> None:
         assert self._run is not None

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
@@ -63,6 +66,11 @@ def write_tasks(folder: Path) -> list[str]:
     for name, requests in files.items():
         folder.joinpath(name).write_text("".join(json.dumps(line) + "\n" for line in requests))
     return [str(folder / name) for name in files]
+
+
+def nearly(line: Mapping[str, object]) -> dict[str, object]:
+    """Return what a line of evals.jsonl is to equal up to the order of sums."""
+    return {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in line.items()}
 
 
 def engine_of(topology: Topology, zero_stage: int) -> Engine:

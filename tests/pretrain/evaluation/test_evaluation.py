@@ -17,7 +17,7 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
-from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, write_suite, write_tasks
+from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, nearly, write_suite, write_tasks
 from tests.distributed.ranks import run_ranks
 from tests.reference_model import piece_logits
 
@@ -99,7 +99,7 @@ def test_scores_do_not_depend_on_the_ranks(
     run_ranks(tp_size * dp_size, "tests.distributed.evaluation", str(tp_size), *folders)
     for path in sorted(tmp_path.glob("*.json")):
         for line, wanted in zip(json.loads(path.read_text()), alone, strict=True):
-            assert line == {key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()}, path.stem
+            assert line == nearly(wanted), path.stem
     results = sorted(tmp_path.glob("*.npz"))
     assert len(results) == 3
     for path in results:
