@@ -86,8 +86,7 @@ class Journal:
         """Log one evaluation, of the suite and the tasks: the lines of evals.jsonl, which it returns; on rank 0."""
         records: list[dict[str, object]] = []
         if self._tracker:
-            for scores in evaluation:
-                records += record_scores(self._folder, step, scores)
+            records = record_scores(self._folder, step, *evaluation)
             self._tracker.log_evals(records)
             for record in records:
                 if is_of_task(record):

@@ -102,7 +102,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
-                warn_of_training_shards(config.evaluation, read_data(store.find()).fingerprint)
+                warn_of_training_shards(evaluation, read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         steps = _steps(arguments, folder, store, evaluator.labels, lease)
         is_list = not arguments.follow and arguments.steps not in ("all", "newest", "best")
@@ -187,9 +187,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         if wanted.is_all_harness:
             return
         evaluator = _evaluator(wanted.applied_to(evaluation), model, tokenizer, seq_len, precision, topology)
-        found = evaluator.score(weights)
+        scores = evaluator.score(weights)
         if topology.is_main:
-            records = [line for scores in found for line in record_scores(RunFolder(arguments.model), 0, scores)]
+            records = record_scores(RunFolder(arguments.model), 0, *scores)
             warn_of_doubts(records, config)
             _print(records)
 

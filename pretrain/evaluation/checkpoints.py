@@ -125,23 +125,13 @@ def score_steps(
             _logger.warning("%s; it is skipped", error)
             continue
         if topology.is_main:
-            records += _recorded(folder, step, evaluation, evaluator)
+            still = missing_labels(folder, labels, step)  # the training may have scored some meanwhile
+            fresh = record_scores(folder, step, *(scores for scores in evaluation if scores.suite in still))
+            warn_of_doubts(fresh, evaluator.model.config)
+            records += fresh
             rate = evaluator.num_targets(labels) / (seconds := time.perf_counter() - begin)
             names = ", ".join(labels)
             _logger.info("step %d: %s scored in %.1f s, %.0f tokens/s with loading", step, names, seconds, rate)
-    return records
-
-
-def _recorded(
-    folder: RunFolder, step: int, evaluation: Sequence[Scores], evaluator: Evaluator
-) -> list[dict[str, object]]:
-    """Record the scores of a step, on rank 0; return their lines of evals.jsonl."""
-    records = []
-    for scores in evaluation:
-        if missing_labels(folder, [scores.suite], step):  # the training may have scored it meanwhile
-            fresh = record_scores(folder, step, scores)
-            warn_of_doubts(fresh, evaluator.model.config)
-            records += fresh
     return records
 
 

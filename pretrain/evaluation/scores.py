@@ -173,11 +173,12 @@ class Scores(Protocol):
         ...
 
 
-def record_scores(folder: RunFolder, step: int, scores: Scores) -> list[dict[str, object]]:
+def record_scores(folder: RunFolder, step: int, *evaluation: Scores) -> list[dict[str, object]]:
     """Record one evaluation in a run's or a model's folder, on rank 0 only; return the lines of evals.jsonl."""
-    if isinstance(scores, DocumentScores):
-        scores.save(folder.document_scores(step, scores.suite))
-    records = scores.records(step)
+    for scores in evaluation:
+        if isinstance(scores, DocumentScores):
+            scores.save(folder.document_scores(step, scores.suite))
+    records = [record for scores in evaluation for record in scores.records(step)]
     folder.evals.append(*records)
     return records
 

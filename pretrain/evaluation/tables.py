@@ -69,9 +69,9 @@ def task_table(records: Sequence[Mapping[str, Any]], before: Sequence[Mapping[st
         before: those of an earlier step.
     """
     table = Table(Column("task", overflow="fold"), title=f"Tasks, step {records[0]['step']}")
-    for head in ("accuracy", *(["before"] if before else []), "by", "bits per byte", *(["before"] if before else [])):
-        table.add_column(head, justify="left" if head == "by" else "right")
-    table.add_column("questions", justify="right")
+    also = ["before"] if before else []
+    for head in ("accuracy", *also, "by", "bits/byte", *also, "questions"):
+        table.add_column(head, justify="left" if head == "by" else "right", no_wrap=True)
     old = {record["suite"]: record for record in before}
     for record in records:
         shown = [record, *([old.get(record["suite"], {})] if before else [])]

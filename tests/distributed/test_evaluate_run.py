@@ -140,7 +140,7 @@ def test_a_changed_suite_begins_its_own_series(evaluated: Run) -> None:
     before = evals(folder)
     documents = evaluated.folder / "suite" / "wiki" / "val.jsonl"
     documents.write_text(documents.read_text().replace("the", "a"))
-    output = evaluated.finish("train.steps=8", *FAST[1:], *evaluated_on(evaluated))
+    output = evaluated.finish("train.steps=8", *FAST[1:], *evaluated_on(evaluated), "wandb.mode=disabled")
     after = evals(folder)
     assert before.items() <= after.items()
     (fresh,) = {key[1] for key in after} - {key[1] for key in before}

@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from pretrain.evaluation.scores import DocumentScores, record_scores
+from pretrain.evaluation.task_scores import GREEDY, TaskItems, TaskScores
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 
@@ -58,6 +59,21 @@ def make_run(
     folder.starts.append({"step": 0, **start})
     folder.starts.append({"step": 25, **start})
     return folder
+
+
+def add_tasks(folder: RunFolder, steps: tuple[int, ...] = (0, 20, 40), label: str = "seq64.fp32@12345678") -> None:
+    """Write the scores of two tasks, which get better with the steps."""
+    choices = TaskItems(np.full(4, 2), np.zeros(4, np.int64), np.full(8, 2), np.full(8, 6), np.full(8, 6))
+    single = TaskItems(np.full(4, 1), np.zeros(4, np.int64), np.full(4, 2), np.full(4, 6), np.full(4, 6))
+    for step in steps:
+        nll = np.full(8, 7.0)
+        nll[::2] = np.array([11.5, 10.5, 8.5, 6.5]) - step / 10
+        record_scores(
+            folder,
+            step,
+            TaskScores(f"choice.{label}", "choice", "acc_raw", choices, nll, np.zeros(8), 3),
+            TaskScores(f"words.{label}", "words", GREEDY, single, nll[::2], np.array([2, 0, 0, 1]), 0),
+        )
 
 
 def scores_at(step: int, learning_rate: float, seed: int) -> DocumentScores:

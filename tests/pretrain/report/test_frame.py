@@ -17,7 +17,7 @@ from pretrain.commands import dispatch
 from pretrain.report.braille import plot
 from pretrain.report.frame import frame
 from pretrain.run.history import History
-from tests.pretrain.report.made_run import make_run
+from tests.pretrain.report.made_run import add_tasks, make_run
 
 
 def shown(history: History, width: int = 100) -> str:
@@ -107,3 +107,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "no run there" in capsys.readouterr().err
     assert dispatch.run("watch", [str(tmp_path), "--every", "0"]) == 2
     assert "--every 0: give seconds above 0" in capsys.readouterr().err
+
+
+def test_the_frame_shows_tasks_and_how_they_have_changed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "x")
+    add_tasks(folder)
+    lines = shown(History(folder.root)).splitlines()
+    (choice,) = (line.split() for line in lines if line.split()[:1] == ["choice"])
+    assert choice[1:3] == ["0.7500", "+0.2500"]
+    assert any("Tasks, step 40" in line for line in lines)
+    assert any("Held-out text, step 40" in line for line in lines)

@@ -20,7 +20,7 @@ from pretrain.report import facts, side_by_side
 from pretrain.report.curves import POINTS, marks_of
 from pretrain.report.page import all_charts, page
 from pretrain.report.png import draw_all
-from tests.pretrain.report.made_run import SUITE, make_run, read_run, scores_at
+from tests.pretrain.report.made_run import SUITE, add_tasks, make_run, read_run, scores_at
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -64,6 +64,26 @@ def test_the_page_of_a_run_shows_its_records(tmp_path: Path) -> None:
     for what in ("finished after 40 steps", "resumed after step 25", "a <b> & c", "Once upon </pre><b>", f"{40:016x}"):
         assert what in spoken, what
     assert "Missing or damaged" not in spoken
+
+
+def test_tasks_have_charts_and_a_table_of_their_own(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3))]
+    for folder in folders:
+        add_tasks(folder, (0, 20), label="old@1")
+        add_tasks(folder)
+    histories = [read_run(folder) for folder in folders]
+    drawn = charts(page(histories[:1]))
+    found = {one["name"]: (one["x"], one["y"]) for one in drawn["Tasks: accuracy"]["series"]}
+    assert found == {"choice": ([0, 20, 40], [0.25, 0.5, 0.75]), "words": ([0, 20, 40], [0.25] * 3)}
+    assert {one["name"] for one in drawn["Held-out text by domain"]["series"]} == {"books", "code", "wiki", "macro"}
+    table = facts.task_table(histories[0])
+    assert table is not None
+    assert [row[:4] for row in table.rows] == [("choice", "acc_raw", 0.25, 0.75), ("words", "acc_greedy", 0.25, 0.25)]
+    assert [row[-2:] for row in table.rows] == [(4, 3), (4, 0)]
+    assert "Not shown are the evaluations labelled choice.old@1, words.old@1." in table.note
+    beside = charts(page(histories))
+    assert [one["y"] for one in beside["Task choice"]["series"]] == [[0.25, 0.5, 0.75]] * 2
+    assert facts.task_table(read_run(make_run(tmp_path / "without"))) is None
 
 
 def test_a_page_stands_by_itself(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.run.description import git_commit
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.wandb_rows import eval_rows, last_local_step, rows_of, step_row
+from pretrain.run.wandb_rows import SentRows, eval_rows, last_local_step, rows_of, step_row
 from pretrain.run.wandb_tracker import Tracker, WandbConfig
 from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
@@ -165,7 +165,7 @@ def test_a_changed_suite_is_shown_under_its_own_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     for first, last, suite in ((0, 2, "s@1"), (2, 3, "s@2")):
-        with Tracker(CONFIG, folder, "name", "an-id", {}, suite) as tracker:
+        with Tracker(CONFIG, folder, "name", "an-id", {}, [suite]) as tracker:
             for step in range(first + 1, last + 1):
                 tracker.log_step({"step": step}, more=True)
                 record = {"step": step, "suite": suite, "domain": "wiki", "perplexity": 2.0 * step}
@@ -175,6 +175,41 @@ def test_a_changed_suite_is_shown_under_its_own_name(tmp_path: Path) -> None:
     own = {int(str(row["step"])): key for row in rows for key in row if key.startswith("eval")}
     changed = "eval/s@2/wiki/perplexity"
     assert own == {1: "eval/wiki/perplexity", 2: "eval/wiki/perplexity", 3: changed}
+
+
+def of_task(step: int, name: str, label: str, accuracy: float) -> dict[str, object]:
+    return {"step": step, "suite": label, "domain": name, "metric": "acc_raw", "accuracy": accuracy}
+
+
+def test_tasks_are_shown_by_name_and_a_changed_one_under_its_label(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    suite = {"step": 1, "suite": "s@1", "domain": "macro", "perplexity": 2.0}
+    folder.evals.append(suite, of_task(1, "a", "a@1", 0.5), of_task(1, "b", "b@1", 0.25), of_task(2, "a", "a@2", 0.75))
+    (first,) = rows_of(folder, ["s@1", "a@1", "b@1"])
+    assert first == {"step": 1, "eval/macro/perplexity": 2.0, "tasks/a/accuracy": 0.5, "tasks/b/accuracy": 0.25}
+    assert list(rows_of(folder, ["a@2"])) == [{"step": 2, "tasks/a@2/accuracy": 0.75}]
+    assert list(rows_of(folder, [])) == []
+    assert [sorted(row) for row in rows_of(folder, None)][1] == ["step", "tasks/a/accuracy"]
+
+
+def test_a_task_that_was_scored_later_contradicts_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.wandb.mkdir()
+    sent = SentRows(folder.wandb_rows, "id")
+    row = {"step": 1, "loss": 2.0, "eval/macro/perplexity": 2.0, "tasks/a/accuracy": 0.5}
+    sent.note(row)
+    sent.note({key: value for key, value in row.items() if "tasks" not in key} | {"step": 2})
+    assert [set(record) for record in folder.wandb_rows.read()] == [
+        {"step", "run", "figures", "evals", "tasks"}, {"step", "run", "figures", "evals"},
+    ], "rows without tasks are recorded as ever"  # fmt: skip
+    again = SentRows(folder.wandb_rows, "id")
+    later = row | {"tasks/b/accuracy": 0.25}
+    assert not again.contradicts(row)
+    assert not again.contradicts(later)
+    assert not again.contradicts(later | {"step": 2})
+    assert again.differs(later)
+    assert again.contradicts(later | {"tasks/a/accuracy": 0.75})
+    assert again.contradicts({key: value for key, value in row.items() if "tasks" not in key} | {"loss": 3.0})
 
 
 def test_the_rows_of_a_run_have_the_figures_of_its_layers(tmp_path: Path) -> None:
