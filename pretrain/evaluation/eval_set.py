@@ -40,7 +40,7 @@ class EvaluationConfig(Config):
     max_documents: int | None = Field(None, ge=1)  # per domain; None: all
     max_tokens: int | None = Field(None, ge=1)  # per domain, in whole documents; None: all
     subset_seed: int = Field(0, ge=0)  # selects the documents and instances, if not all are scored
-    tasks: tuple[TaskConfig, ...] = ()  # multiple-choice and completion tasks that are scored too
+    tasks: tuple[TaskConfig, ...] = ()  # multiple-choice and completion tasks to score
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # a finished run prints a continuation of it
 

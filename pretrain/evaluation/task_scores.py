@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from pretrain.evaluation.scores import perplexity
 
-Metric = Literal["acc_raw", "acc_per_token", "acc_per_char", "acc_per_byte", "acc_uncond", "acc_greedy"]
+ChoiceMetric = Literal["acc_raw", "acc_per_token", "acc_per_char", "acc_per_byte", "acc_uncond"]
+Metric = ChoiceMetric | Literal["acc_greedy"]
+CHOICE_METRICS: tuple[ChoiceMetric, ...] = get_args(ChoiceMetric)
 GREEDY: Metric = "acc_greedy"  # of a completion: whether each of its tokens was the most likely one
-BY_CHOICE: tuple[Metric, ...] = tuple(metric for metric in get_args(Metric) if metric != GREEDY)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

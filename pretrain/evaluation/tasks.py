@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from pretrain.evaluation.rows import Row, RowPacker, Tokens
 from pretrain.evaluation.scores import Sums
-from pretrain.evaluation.task_scores import BY_CHOICE, GREEDY, Metric, TaskItems, TaskScores
+from pretrain.evaluation.task_scores import CHOICE_METRICS, GREEDY, ChoiceMetric, Metric, TaskItems, TaskScores
 from shards import Config, ConfigError, Tokenizer
 from shards.config import Name
 from shards.hashing import key_of
@@ -32,7 +32,7 @@ from shards.tokenizer_check import Soundness
 _logger = logging.getLogger(__name__)
 
 _LABEL_DIGITS = 8  # digits of the hash of what is scored
-_DEFAULT_METRIC: Metric = "acc_per_char"  # of a multiple choice whose file names none
+_DEFAULT_METRIC: ChoiceMetric = "acc_per_char"  # of a multiple choice whose file names none
 
 
 class TaskConfig(Config):
@@ -42,8 +42,8 @@ class TaskConfig(Config):
     requests: str = Field(min_length=1)
     name: Name | None = None  # of its figures; None: that of the package's task, or of the file
     # How the choices are compared, for `accuracy`; None: as the config.json beside the file says, else acc_per_char
-    metric: Metric | None = None
-    max_instances: int | None = Field(None, ge=1)  # questions, chosen by a hash and evaluation.subset_seed; None: all
+    metric: ChoiceMetric | None = None
+    max_instances: int | None = Field(None, ge=1)  # most questions, chosen by evaluation.subset_seed; None: all
 
     @model_validator(mode="before")
     @classmethod
@@ -185,19 +185,14 @@ def _load(
 def _metric(config: TaskConfig, requests: Requests) -> Metric:
     """Return how the choices are compared. Raises: ConfigError if they cannot be compared so."""
     if not requests.is_multiple_choice:
-        if config.metric not in (None, GREEDY):
+        if config.metric is not None:
             raise ConfigError(
                 f"evaluation.tasks: {config.called} has one continuation a question, so there is nothing to compare by"
                 f" metric {config.metric}; leave it out"
             )
         return GREEDY
-    named = next((metric for metric in BY_CHOICE if metric == requests.primary_metric), _DEFAULT_METRIC)
+    named = next((metric for metric in CHOICE_METRICS if metric == requests.primary_metric), _DEFAULT_METRIC)
     metric = config.metric or named
-    if metric == GREEDY:
-        raise ConfigError(
-            f"evaluation.tasks: {config.called} is a multiple choice, compared by one of {', '.join(BY_CHOICE)};"
-            f" {GREEDY} is for completions"
-        )
     if metric == "acc_uncond" and not requests.has_unconditional:
         raise ConfigError(
             f"evaluation.tasks: {config.called} cannot be compared by acc_uncond, since {requests.path} has no"
