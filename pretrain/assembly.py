@@ -107,8 +107,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     state = _state(start, choice, store, engine, loader)
     save_seconds = save_time(store, nodes=1).seconds
     stages = [stage.of_loader for stage in config.all_stages]
-    eval_set, tasks = _load_suite(start), _load_tasks(start)
-    suite = eval_set.label if eval_set else ""
+    scored = _load_scored(start)
+    suite = next((part.label for part in scored if isinstance(part, EvalSet)), "")
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
     begun = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology, suite)
@@ -119,8 +119,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         _begin_folder(start, store, state.step, begun)
     topology.barrier()
     train, figures = config.train, _last_figures(start, state.step)
-    parts_scored: list[EvalSet | TaskSet] = [*([eval_set] if eval_set else []), *tasks]
-    labels = [part.label for part in parts_scored]
+    labels = [part.label for part in scored]
     tracker = _tracker(start, folder, labels, loader, state) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
@@ -130,7 +129,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         journal=journal,
         recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
-        held_out=_held_out(config, parts_scored, engine, topology, journal),
+        held_out=_held_out(config, scored, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
         watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell_last)),
         unapplied=UnappliedSteps(
@@ -151,33 +150,18 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     return Trainer(config, parts, topology, steps, state)
 
 
-def _load_suite(start: Start) -> EvalSet | None:
-    """Load a rank's part of the suite. Raises ConfigError if it lacks a figure by which something is decided."""
-    config, topology = start.config, start.topology
-    eval_set = load_suite(
-        config.evaluation,
-        start.tokenizer,
-        config.data.seq_len,  # in every stage, so that a run has one series of evaluations
-        config.precision,
-        topology.dp_rank,
-        topology.dp_size,
-    )
+def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
+    """Load a rank's part of the suite, if there is one, and of the tasks.
+
+    Raises ConfigError if the suite lacks a figure by which something is decided.
+    """
+    config, tokenizer, topology = start.config, start.tokenizer, start.topology
+    # The row length is the same in every stage, so that a run has one series of evaluations.
+    how = (tokenizer, config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
+    eval_set = load_suite(config.evaluation, *how)
     check_figures(config.judging_figures, eval_set)
-    return eval_set
-
-
-def _load_tasks(start: Start) -> list[TaskSet]:
-    """Load a rank's part of the tasks."""
-    config, topology = start.config, start.topology
-    return load_tasks(
-        config.evaluation.tasks,
-        config.evaluation.subset_seed,
-        start.tokenizer,
-        config.data.seq_len,
-        config.precision,
-        topology.dp_rank,
-        topology.dp_size,
-    )
+    tasks = load_tasks(config.evaluation.tasks, config.evaluation.subset_seed, *how)
+    return [*([eval_set] if eval_set else []), *tasks]
 
 
 def _last_figures(start: Start, step: int) -> list[StepFigures]:

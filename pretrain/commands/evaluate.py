@@ -136,7 +136,7 @@ def _steps(
         wanted = [store.find(step).step for step in _numbers(arguments.steps)]
     for step in wanted:
         if step in done:
-            _logger.info("step %d: %s is already in %s", step, ", ".join(labels), folder.evals.path)
+            _logger.info("step %d: already in %s: %s", step, folder.evals.path, ", ".join(labels))
         else:
             yield step
 

@@ -100,6 +100,10 @@ def check_tasks(configs: Sequence[TaskConfig]) -> None:
         raise ConfigError(f"evaluation.tasks: there are several called {', '.join(twice)}; give each a name of its own")
     for i, config in enumerate(configs):
         find_requests(config.requests, _key(i))
+        if not config.called or any(letter.isspace() for letter in config.called):
+            raise ConfigError(
+                f"{_key(i)}={config.requests}: the file's name cannot be the task's; give the task a name"
+            )
 
 
 def load_tasks(

@@ -70,9 +70,10 @@ class SentencePieceModel:
         A model that squeezes spaces would drop the one with which a text begins, too: there the space that it puts
         before a document stands for it.
         """
-        plain, spaced = self._with_prefix(False), self._with_prefix(True)
         squeezes = sentencepiece_model_pb2.ModelProto.FromString(self._content).normalizer_spec.remove_extra_whitespaces
-        return [(spaced if squeezes and text.startswith(" ") else plain).EncodeAsNumpy(text) for text in texts]
+        plain = self._with_prefix(False)
+        spaced = self._with_prefix(True) if squeezes else plain
+        return [(spaced if text.startswith(" ") else plain).EncodeAsNumpy(text) for text in texts]
 
     def _with_prefix(self, has_prefix: bool) -> sentencepiece.SentencePieceProcessor:
         """Return the model with or without a space before a text."""

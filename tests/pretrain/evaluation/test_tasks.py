@@ -216,6 +216,11 @@ def test_what_cannot_be_scored_is_refused(files: list[str], tmp_path: Path) -> N
     twice = [TaskConfig(requests=files[0]), TaskConfig(requests=files[1], name="choice")]
     with pytest.raises(ConfigError, match="several called choice; give each a name of its own"):
         check_tasks(twice)
+    odd = tmp_path / "two words.jsonl"
+    odd.write_text(bare.read_text())
+    with pytest.raises(ConfigError, match="evaluation.tasks.0.requests=.*two words.jsonl: .*give the task a name"):
+        check_tasks([TaskConfig(requests=str(odd))])
+    check_tasks([TaskConfig(requests=str(odd), name="two")])
     with pytest.raises(ConfigError, match="evaluation.tasks.1.requests=nowhere.jsonl: there is no such file"):
         check_tasks([twice[0], TaskConfig.model_validate("nowhere.jsonl")])
 
