@@ -34,7 +34,7 @@ LAYERS = (
     ("shards.preparation", "shards.tokenizer_check", "shards.source"),
     ("shards.lane", "shards.prefetch", "shards.batch", "shards.fingerprint", "shards.forecast"),
     ("shards.leg", "shards.carry"),
-    ("shards.run_plan", "shards.whereabouts", "shards.sparing_pool"),
+    ("shards.run_plan", "shards.description", "shards.whereabouts", "shards.sparing_pool"),
     ("shards.loader", "shards.history"),
     ("shards.provenance", "shards"),
     (

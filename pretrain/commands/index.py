@@ -8,6 +8,11 @@ as a Slurm array: with `--part i/n` a task takes every n-th shard; run it once m
 manifests. With a config, all sources are indexed where its run will look for them, data sets too, and its remote_cache
 is filled.
 
+    headrace index --config configs/my-run.yaml --describe
+
+then tokenizes a sample and shows how long documents are, how many tokens each source has, and what each way of packing
+would cut, drop and pad.
+
 Exit codes: 0 all shards have an index, 2 a shard is missing or damaged, 130 interrupted, 1 anything else.
 """
 
@@ -26,9 +31,12 @@ from threading import Thread
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from pretrain.commands import data_report
 from pretrain.config_file import read_tree
+from pretrain.evaluation.compare import check_can_draw
 from shards import ConfigError, DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
 from shards.config import DEFAULT_TEXT_KEY
+from shards.description import describe
 from shards.index import manifest
 from shards.index.shard_index import ShardIndex, obtain
 from shards.index.splice_points import explain
@@ -80,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-key", default=DEFAULT_TEXT_KEY, metavar="COLUMN", help="column of Parquet files (text_key)"
     )
     parser.add_argument("--max-decoder-window", type=int, help="bytes (data.max_decoder_window)")
+    parser.add_argument("--describe", action="store_true", help="say what the run's data is like; needs --config")
+    parser.add_argument(
+        "--describe-bytes", type=float, default=64e6, metavar="N", help="raw bytes to tokenize for it; default 64e6"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --describe: draw the documents' lengths")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -88,6 +101,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--cat and --document belong together")
     if not arguments.config and not arguments.patterns and not arguments.cat:
         raise ConfigError("name shards, or a run's config with --config")
+    if arguments.describe and (not arguments.config or arguments.part):
+        raise ConfigError("--describe needs --config, which says the tokenizer and seq_len, and all shards: no --part")
+    if arguments.png:
+        if not arguments.describe:
+            raise ConfigError("--png draws what --describe shows: give both")
+        check_can_draw()
     if arguments.config and (arguments.index_dir or arguments.cell_bytes or arguments.max_decoder_window):
         raise ConfigError("with --config set data.index_dir=..., data.window_bytes=..., data.max_decoder_window=...")
 
@@ -243,3 +262,9 @@ def index_sources(arguments: argparse.Namespace) -> None:
             show(path, index)
     raw, documents = sum(index.raw_bytes for index in indexes), sum(index.num_documents for index in indexes)
     print(f"{len(paths)} shards indexed: {raw:,} raw bytes, {documents:,} documents")
+    if arguments.describe:
+        found = describe(data, int(arguments.describe_bytes))
+        data_report.print_report(Console(), found, data.seq_len)
+        if arguments.png:
+            data_report.draw(found, data.seq_len, arguments.png)
+            print(f"Picture  {arguments.png}")

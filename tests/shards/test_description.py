@@ -1,0 +1,87 @@
+"""What is said of a run's data equals what reading and tokenizing it document by document gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.commands import dispatch
+from pretrain.commands.data_report import histogram
+from shards import DataConfig, OverflowTolerance, Tokenizer, prepare, read_documents
+from shards.description import describe
+
+SAMPLE = Path(__file__).resolve().parents[2] / "shards/sample"
+SEQ_LEN = 128
+TOLERANCE = 20
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    paths = sorted((SAMPLE / "train").glob("dolma-*"))
+    config = DataConfig.model_validate(
+        {
+            "tokenizer": SAMPLE / "tokenizer-4k.model",
+            "seq_len": SEQ_LEN,
+            "window_bytes": 1 << 16,
+            "index_dir": tmp_path_factory.mktemp("index"),
+            "packing": {"overflow_tolerance": TOLERANCE},
+            "sources": [{"name": path.name, "paths": [str(path)], "weight": i + 1} for i, path in enumerate(paths[:2])],
+        }
+    )
+    prepare(config)
+    return config
+
+
+def test_a_whole_corpus_is_counted(config: DataConfig) -> None:
+    found = describe(config, 1 << 30)
+    tokenizer = Tokenizer.of(config)
+    lengths = []
+    for source, described in zip(config.sources, found.sources, strict=True):
+        texts = [document.text for document in read_documents(Path(source.paths[0]))]
+        of_source = [len(tokenizer.encode_document(text)) for text in texts]
+        assert sorted(described.lengths.tolist()) == sorted(of_source)
+        assert (described.tokens, described.num_documents) == (sum(of_source), len(texts))
+        assert (described.is_sample, described.num_skipped) == (False, 0)
+        lengths += of_source
+    packings = {each.name: each for each in found.packings}
+    beyond = [length - SEQ_LEN - 1 for length in lengths]
+    assert packings["pad"].rows == sum(-(-(length - 1) // SEQ_LEN) for length in lengths)
+    assert packings["truncate"].rows == len(lengths)
+    assert packings["truncate"].dropped == pytest.approx(sum(over for over in beyond if over > 0) / sum(lengths))
+    assert packings["best_fit"].rows < packings["pad"].rows
+    assert (packings["best_fit"].cut, packings["best_fit"].dropped) == (0, 0)
+    assert packings["concat"].cut > 0
+    assert isinstance(config.packing, OverflowTolerance)
+    short = sum(left for over in beyond if over > 0 and 0 < (left := over % SEQ_LEN) < TOLERANCE)
+    assert packings[f"overflow_tolerance: {TOLERANCE}"].dropped == pytest.approx(short / sum(lengths))
+
+
+def test_a_sample_is_bounded_and_spread(config: DataConfig) -> None:
+    whole, sample = describe(config, 1 << 30), describe(config, 400_000)
+    for of_all, part in zip(whole.sources, sample.sources, strict=True):
+        assert part.is_sample
+        assert part.read_bytes < 200_000 + config.window_limit
+        assert part.num_documents == of_all.num_documents
+        assert part.tokens == pytest.approx(of_all.tokens, rel=0.3)
+    again = describe(config, 400_000)
+    assert all(np.array_equal(a.lengths, b.lengths) for a, b in zip(sample.sources, again.sources, strict=True))
+
+
+def test_lengths_are_counted_between_powers_of_two() -> None:
+    bounds, documents, tokens = histogram(np.array([2, 3, 4, 7, 31]))
+    assert bounds.tolist() == [2, 4, 8, 16, 32]
+    assert documents.tolist() == [2, 2, 0, 1]
+    assert tokens.tolist() == [5, 11, 0, 31]
+
+
+def test_the_command_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "configs/quickstart.yaml", f"data.index_dir={tmp_path}", "--describe"]
+    assert dispatch.run("index", [*words, "--describe-bytes", "1e5", "--png", str(tmp_path / "lengths.png")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("pile", "dolma", "~", "best_fit", "Of pile, dolma, a sample was read"):
+        assert part in shown
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+    assert dispatch.run("index", [str(SAMPLE / "train" / "pile-*"), "--describe"]) == 2
+    assert "--describe needs --config" in capsys.readouterr().err
