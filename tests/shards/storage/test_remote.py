@@ -35,11 +35,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults: Iterator[str] = iter(())
         self.ranges = True
-        self.data, self.etag = DATA, '"one"'
+        self.content = DATA, '"one"'  # and its ETag, together, since they change between two requests
         self.bodies = 0
         self.query = ""  # nothing is served without it
         self.head_faults: Iterator[str] = iter(())  # for requests for the size, whatever their method
-        self.etags: Iterator[str] = iter(())  # used before `etag`, as mirrors differ in theirs
+        self.etags: Iterator[str] = iter(())  # used before the content's, as mirrors differ in theirs
         self.over = threading.Event()  # ends all stalls
 
     @property
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "drop" and not of_block:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        data = self.server.data
+        data, own_etag = self.server.content
         start, stop = 0, len(data)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and self.server.ranges:
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        if etag := next(self.server.etags, self.server.etag):
+        if etag := next(self.server.etags, own_etag):
             self.send_header("ETag", etag)
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
@@ -249,9 +249,9 @@ def test_cached_blocks_are_not_requested_again(server: Server, tmp_path: Path) -
 def test_a_changed_file_is_read_again(server: Server, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 10 * len(DATA))
     assert read_all(server.url, 0, cache) == DATA
-    server.data, server.etag = DATA[::-1], '"two"'
+    server.content = DATA[::-1], '"two"'
     assert read_all(server.url, 0, cache) == DATA[::-1]
-    server.data, server.etag = DATA, '"one"'
+    server.content = DATA, '"one"'
     assert read_all(server.url, 0, cache) == DATA
 
 
@@ -259,10 +259,10 @@ def test_bytes_of_a_file_that_changes_while_it_is_read_are_not_cached(server: Se
     cache = BlockCache(tmp_path, 10 * len(DATA))
     with remote.RemoteFile(server.url, cache=cache) as file:
         file.read(1)
-        server.data, server.etag = DATA[::-1], '"two"'
+        server.content = DATA[::-1], '"two"'
         while file.read(1 << 20):
             pass
-    server.data, server.etag = DATA, '"one"'
+    server.content = DATA, '"one"'
     assert read_all(server.url, 0, cache) == DATA
 
 
@@ -286,10 +286,10 @@ def test_the_index_command_fills_the_cache_that_the_run_reads(
 
 
 def test_without_a_stamp_nothing_is_cached(server: Server, tmp_path: Path) -> None:
-    server.etag = ""
+    server.content = DATA, ""
     cache = BlockCache(tmp_path, 10 * len(DATA))
     assert read_all(server.url, 0, cache) == DATA
-    server.data = DATA[::-1]
+    server.content = DATA[::-1], ""
     assert read_all(server.url, 0, cache) == DATA[::-1]
 
 
