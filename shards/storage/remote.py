@@ -200,7 +200,12 @@ class RemoteFile:
         self.close()
 
     def _range(self) -> tuple[int, int]:
-        """Return the byte range to fetch for the next block, aligned if blocks are cached, so that offsets share it."""
+        """Return the byte range to fetch for the next block, aligned if blocks are cached, so that offsets share it.
+
+        Behind the file's end it is empty, or its last block would be fetched twice.
+        """
+        if self._next >= self._size:
+            return self._size, self._size
         start = self._next - (self._next % BLOCK_BYTES if self._blocks.is_cached else 0)
         return start, min(start + BLOCK_BYTES, self._size)
 

@@ -285,6 +285,20 @@ def test_the_index_command_fills_the_cache_that_the_run_reads(
     assert server.bodies == bodies > 0
 
 
+def test_each_block_is_requested_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, asked = remote.RemoteBlocks.request, []
+
+    def noted(blocks: remote.RemoteBlocks, start: int, stop: int) -> remote.Call[bytes]:
+        asked.extend(range(start, stop))
+        return request(blocks, start, stop)
+
+    monkeypatch.setattr(remote.RemoteBlocks, "request", noted)
+    for cache in (None, BlockCache(tmp_path, 10 * len(DATA))):
+        asked.clear()
+        assert read_all(server.url, 0, cache) == DATA
+        assert asked == list(range(len(DATA)))
+
+
 def test_without_a_stamp_nothing_is_cached(server: Server, tmp_path: Path) -> None:
     server.content = DATA, ""
     cache = BlockCache(tmp_path, 10 * len(DATA))
