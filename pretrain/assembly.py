@@ -36,6 +36,7 @@ from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
+from pretrain.gradient_noise import NoiseScale, last_noise
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
@@ -123,11 +124,12 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     tracker = _tracker(start, folder, labels, loader, state) if topology.is_main else None
     journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
     peak_flops = total_peak_flops(config.metrics, topology)
+    noise_scale = NoiseScale(last_noise(folder, state.step) if topology.is_main else ())
     parts = Parts(
         engine=engine,
         feed=Feed(loader, stages, topology),
         journal=journal,
-        recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
+        recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology, noise_scale),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
         held_out=_held_out(config, scored, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
@@ -234,6 +236,7 @@ def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
         micro_steps=stage.micro_steps(topology.dp_size),
         topology=topology,
         seed=config.run.seed,
+        noise_scale=config.metrics.noise_scale,
     )
 
 

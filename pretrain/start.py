@@ -312,6 +312,11 @@ def announce(config: RunConfig, topology: Topology) -> None:
         config.parallel.applied_zero_stage, stages[0].micro_steps(topology.dp_size),
         stages[0].micro_batch_size(topology.dp_size),
     )  # fmt: skip
+    if config.metrics.noise_scale and any(s.micro_steps(topology.dp_size) * topology.dp_size == 1 for s in stages):
+        _logger.info(
+            "the gradient noise scale is not measured where a step is one micro-batch on one rank; a smaller"
+            " train.micro_batch_size makes several"
+        )
     for number, stage in enumerate(stages[1:], 1):
         _logger.info(
             "stage %d from step %d on: %d rows of %d tokens a step, %d sources",

@@ -54,6 +54,7 @@ LAYERS = (
         "pretrain.zero_pieces",
         "pretrain.weight_norms",
         "pretrain.layer_figures",
+        "pretrain.gradient_noise",
         "pretrain.step_stats",
         "pretrain.step_hooks",
         "pretrain.engine",

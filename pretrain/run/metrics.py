@@ -53,6 +53,9 @@ class MetricsConfig(Config):
     log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, if the output is not a terminal
     # optimizer steps between records of each layer's figures in layers.jsonl, besides that of step 1; None: none
     layers_every: int | None = Field(100, ge=1)
+    # Whether to estimate the gradient noise scale, by the norms of the micro-batches' gradients. A step of one
+    # micro-batch on one rank has no estimate; docs/training.md
+    noise_scale: bool = True
     profile: ProfileConfig | None = None  # None: no steps, until a rank gets SIGUSR2 and profiles its next five
     # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
@@ -104,6 +107,10 @@ class StepRecord:
     # Documents dropped on the way to this step's rows because they share text with data.decontaminate's suite
     contaminated_per_source: dict[str, int] | None = None
     z_loss: float | None = None  # its part of the training loss; None if it is off
+    # Gradient noise scale in targets, smoothed over some hundred steps; None while there is no estimate
+    noise_scale: float | None = None
+    gradient_signal: float | None = None  # this step's estimate of the true gradient's squared norm; may be negative
+    gradient_variance: float | None = None  # and of the variance of a single target's gradient
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
     spike: bool | None = None  # True if its loss or gradient norm stands out against the steps before

@@ -10,6 +10,7 @@ import torch
 
 from pretrain.checkpoint.state import RunState
 from pretrain.feed import StepBatch
+from pretrain.gradient_noise import GradientNoise, NoiseScale
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
@@ -40,7 +41,7 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
     topology: Any = type("Alone", (), {"device": torch.device("cpu")})
-    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology)
+    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology, NoiseScale())
 
 
 def test_the_record_of_a_trained_step() -> None:
