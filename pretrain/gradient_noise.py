@@ -1,7 +1,7 @@
 """Estimate the gradient noise scale from the gradients of micro-batches. engine -> gradient_noise -> recorder.
 
-It says how large a batch is worth its tokens. The gradient of every micro-batch passes through the backward pass anyway,
-so that only its norm is to be taken, before ZeRO reduces, splits or adds it to others.
+It says how large a batch is worth its tokens. The gradient of every micro-batch is computed anyway, so that only its
+norm is to be taken, before ZeRO reduces, splits or adds it to others.
 
 Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
 """
@@ -74,7 +74,7 @@ class MicroBatchNorms:
         for parameter in model.parameters() if is_on else ():
             # A weight of which every tensor-parallel rank has a copy counts once.
             if topology.tp_rank == 0 or shard_dim(parameter) is not None:
-                parameter.register_hook(self._note)
+                parameter.register_hook(self._note)  # type: ignore[no-untyped-call]
         self._is_on = is_on
 
     def begin(self, micro_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Losses, gradient norms, layers' figures and estimates of the noise do not depend on the layout, and equal a plain PyTorch reference."""
+"""Losses, gradient norms, layers' figures and the noise do not depend on the layout, and equal plain PyTorch's."""
 
 from __future__ import annotations
 
