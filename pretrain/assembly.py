@@ -40,7 +40,6 @@ from pretrain.gradient_noise import NoiseScale, last_noise
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
-from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_of_run
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
@@ -66,7 +65,7 @@ def checkpoints_of(config: RunConfig) -> CheckpointStore:
     return CheckpointStore(
         config.folder.checkpoints,
         config.checkpoint,
-        checkpoint_bytes(config.model, config.bytes_per_weight),
+        config.checkpoint_bytes,
         config.train.rewind_steps if config.train.on_spike == "rewind" else None,
     )
 
@@ -161,7 +160,7 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
     # The row length is the same in every stage, so that a run has one series of evaluations.
     how = (tokenizer, config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
     eval_set = load_suite(config.evaluation, *how)
-    check_figures(config.judging_figures, eval_set)
+    check_figures(config.judging_figures, eval_set, config.train.ema is not None)
     tasks = load_tasks(config.evaluation.tasks, config.evaluation.subset_seed, *how)
     return [*([eval_set] if eval_set else []), *tasks]
 
@@ -252,8 +251,21 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
         layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
+        state = _with_average(state, config, engine)
         return msgspec.structs.replace(state, config_hash=config.hash())
     return first_state(config, engine, topology)
+
+
+def _with_average(state: RunState, config: RunConfig, engine: Engine) -> RunState:
+    """Forget a moving average of the weights that the config has no more; say so, or that one begins only now."""
+    if config.train.ema and not state.average_total:
+        _logger.info("train.ema: the average of the weights begins with step %d", state.step + 1)
+    if config.train.ema is None and state.average_total:
+        _logger.warning("train.ema is null: the average of the weights up to step %d is dropped", state.step)
+    if config.train.ema and state.average_total:
+        return state
+    engine.average.drop()  # also that of an engine which goes back
+    return msgspec.structs.replace(state, average_total=0.0)
 
 
 def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunState:

@@ -42,7 +42,8 @@ from pretrain.run.metrics import Meter
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
-from pretrain.zero_pieces import OwnPiece
+from pretrain.weight_average import WeightAverage
+from pretrain.zero_pieces import OwnPiece, set_whole
 from shards import CheckpointError
 
 
@@ -75,6 +76,7 @@ class Engine:
         noise_scale: whether to estimate the gradient's noise in each step.
     Attributes:
         attention: the backend that computes the attention.
+        average: the moving average of the weights, if one is kept.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Engine:
                 dist_init_required=False,
             )
 
+        self.average = WeightAverage(model, self.deepspeed.optimizer, topology)
         self._norms = MicroBatchNorms(model, topology, noise_scale)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
@@ -288,9 +291,7 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             part = weights.read(name, topology.tp_rank, topology.tp_size)
             value = padded_for(part, parameter).to(topology.device, torch.float32)
-            # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(value)
+            set_whole(parameter, value)
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
                 padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
@@ -300,7 +301,10 @@ class Engine:
 
     @torch.no_grad()
     def state_hash(self) -> StateHash:
-        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it."""
+        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it.
+
+        The moving average of the weights counts as a moment.
+        """
         topology = self.topology
         weights, moments = [], []
         for name, parameter in self.model.named_parameters():
@@ -355,6 +359,7 @@ class Engine:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU.
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
+        self.average.load_universal(folder / f"tp_{topology.tp_rank}")
 
     def _load(self, folder: Path, universal: bool) -> None:
         self.deepspeed._config.load_universal_checkpoint = universal  # DeepSpeed reads it nowhere else

@@ -53,7 +53,7 @@ class Stepper:
     def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
-        self._skipped = config.data.skip_steps
+        self._skipped, self._ema = config.data.skip_steps, config.train.ema
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
 
@@ -77,7 +77,13 @@ class Stepper:
                 batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured, refused_above
             )
         begins = self._spikes.note(batch.stage, stats, limits, passed_over)
-        return Step(after(state, batch, passed_over), stats, rate, passed_over, limits, stats.exceeds(limits), begins)
+        made = after(state, batch, passed_over)
+        if self._ema and stats.applied:
+            total = self._ema.total_after(state.average_total, batch.n_tokens)
+            with meter.device_part("optimizer"):
+                self._engine.average.update(1 / total)
+            made = msgspec.structs.replace(made, average_total=total)
+        return Step(made, stats, rate, passed_over, limits, stats.exceeds(limits), begins)
 
     def _begin_stage(self, number: int, step: int) -> None:
         """Prepare the engine for the batches of a stage."""

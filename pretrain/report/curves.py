@@ -158,7 +158,8 @@ def task_charts(history: History) -> Iterator[Chart]:
 def _chosen(domains: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[str], str]:
     """Choose the domains to draw, the macro average last, and say which are left out."""
     averages = [name for name in domains if name == "macro"]
-    plain = [name for name in domains if name not in _AVERAGES and not name.startswith("source:")]
+    averages += [name for name in domains if name == "ema:macro"]  # of the moving average of the weights
+    plain = [name for name in domains if name not in _AVERAGES and not name.startswith(("source:", "ema:"))]
     if len(plain) <= _LINES:
         return [*plain, *averages], ""
 

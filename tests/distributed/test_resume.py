@@ -52,7 +52,7 @@ class Run:
             "resumed",
             model={"dropout": 0.1},
             data={"num_workers": 1, "on_bad_record": "skip", "sources": sources},
-            train={"steps": STEPS},
+            train={"steps": STEPS, "ema": {"half_life_tokens": 2000}},
             optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "z_loss": 1e-4},
             parallel={"tp_size": tp_size, "zero_stage": zero_stage},
             checkpoint={"every": 6},
@@ -77,6 +77,9 @@ class Run:
     def layers(self) -> list[dict]:
         lines = (self.folder / "resumed" / "layers.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+    def evals(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "resumed" / "evals.jsonl").read_text().splitlines()]
 
     def skipped(self) -> list[tuple[int, int]]:
         """Read the (step, line) of each bad record that was skipped."""
@@ -123,6 +126,8 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
     assert run.figures() == undisturbed.figures(), f"killed after step {step}"
     assert run.skipped() == undisturbed.skipped(), f"killed after step {step}"
     assert run.layers() == undisturbed.layers(), f"killed after step {step}"
+    assert run.evals() == undisturbed.evals(), f"killed after step {step}"
+    assert "ema:macro" in {record["domain"] for record in run.evals()}
     assert [record["step"] for record in run.layers()] == [1, *range(4, STEPS + 1, 4)]
     assert len({step for step, _ in run.skipped()}) > 5
     assert [m["skipped_records"] for m in run.metrics()] == [

@@ -93,7 +93,7 @@ class Run:
         if not self.with_suite:
             parts.held_out = None
         config: Any = SimpleNamespace(
-            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY, on_spike="mark"),
+            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY, on_spike="mark", ema=None),
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
             data=SimpleNamespace(skip_steps=()),
@@ -132,7 +132,7 @@ class Run:
     def has_told(self, step: int, kind: str) -> bool:
         return any((event.step, event.kind) == (step, kind) for event in self.told)
 
-    def log_evals(self, step: int, scores: object) -> list[dict[str, object]]:
+    def log_evals(self, step: int, scores: object, averaged: object) -> list[dict[str, object]]:
         self.evaluated.append(step)
         return []
 
