@@ -251,21 +251,8 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
         layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
-        state = _with_average(state, config, engine)
         return msgspec.structs.replace(state, config_hash=config.hash())
     return first_state(config, engine, topology)
-
-
-def _with_average(state: RunState, config: RunConfig, engine: Engine) -> RunState:
-    """Forget a moving average of the weights that the config has no more; say so, or that one begins only now."""
-    if config.train.ema and not state.average_total:
-        _logger.info("train.ema: the average of the weights begins with step %d", state.step + 1)
-    if config.train.ema is None and state.average_total:
-        _logger.warning("train.ema is null: the average of the weights up to step %d is dropped", state.step)
-    if config.train.ema and state.average_total:
-        return state
-    engine.average.drop()  # also that of an engine which goes back
-    return msgspec.structs.replace(state, average_total=0.0)
 
 
 def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunState:

@@ -77,13 +77,27 @@ class Stepper:
                 batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured, refused_above
             )
         begins = self._spikes.note(batch.stage, stats, limits, passed_over)
-        made = after(state, batch, passed_over)
-        if self._ema and stats.applied:
-            total = self._ema.total_after(state.average_total, batch.n_tokens)
-            with meter.device_part("optimizer"):
-                self._engine.average.update(1 / total)
-            made = msgspec.structs.replace(made, average_total=total)
+        total = self._average(state, batch.n_tokens, meter) if stats.applied else state.average_total
+        made = msgspec.structs.replace(after(state, batch, passed_over), average_total=total)
         return Step(made, stats, rate, passed_over, limits, stats.exceeds(limits), begins)
+
+    def _average(self, state: RunState, n_tokens: int, meter: Meter) -> float:
+        """Take the weights into their moving average; return the sum of the weights of the steps in it."""
+        average, is_main, before = self._engine.average, self._engine.topology.is_main, state.average_total
+        if self._ema is None:
+            if before:
+                average.drop()
+                if is_main:
+                    _logger.warning(
+                        "train.ema is null: the average of the weights up to step %d is dropped", state.step
+                    )
+            return 0.0
+        if not before and state.step and is_main:
+            _logger.info("train.ema: the average of the weights begins with step %d", state.step + 1)
+        total = self._ema.total_after(before, n_tokens)
+        with meter.device_part("optimizer"):
+            average.update(1 / total)
+        return total
 
     def _begin_stage(self, number: int, step: int) -> None:
         """Prepare the engine for the batches of a stage."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint.universal import read_piece
 from pretrain.checkpoint.zero_files import AVERAGE
 from pretrain.topology import Topology
 from pretrain.zero_pieces import OwnPiece, flat_partitions, set_whole
@@ -64,12 +63,13 @@ class WeightAverage:
         Args:
             folder: this tensor-parallel rank's.
         """
-        topology = self._topology
         for name, parameter in self._model.named_parameters():
             file = folder / "engine/zero" / name / f"{AVERAGE}.pt"
             if not file.exists():
+                self.drop()  # that of an engine which goes back
                 return
             for flat, state in self._partitions():
                 state.setdefault(AVERAGE, torch.zeros_like(flat))
-            own = OwnPiece(parameter, self._optimizer, topology.dp_rank).state(AVERAGE)
-            own.copy_(read_piece(file, topology.dp_rank, topology.dp_size)[: len(own)])
+            piece = OwnPiece(parameter, self._optimizer, self._topology.dp_rank)
+            own, saved = piece.state(AVERAGE), torch.load(file, map_location="cpu", mmap=True)["param"].view(-1)
+            own.copy_(saved[piece.start :][: len(own)])

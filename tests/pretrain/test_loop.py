@@ -60,7 +60,8 @@ class Run:
         deadline: Any = SimpleNamespace(reached=is_over)
         parts: Any = SimpleNamespace(
             engine=SimpleNamespace(
-                train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES
+                train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES,
+                average=None, topology=SimpleNamespace(is_main=False),
             ),
             feed=SimpleNamespace(
                 next=self.next, state=lambda: None, cursors=lambda: None, origins=list, skipped_at_end=([], []),
