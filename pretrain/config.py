@@ -144,7 +144,19 @@ class RunConfig(Config):
     @property
     def schedule(self) -> list[SchedulePart]:
         """The learning-rate schedules, each with the step at which it begins."""
-        return schedule_of(self.optim, self.stages)
+        return schedule_of(self.optim, self.stages, self.all_stages)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run, padding included; None if its data decides how many."""
+        if self.train.steps is None:
+            return None
+        stages = self.all_stages
+        ends = [*(stage.step for stage in stages[1:]), self.train.steps]
+        return sum(
+            (end - stage.step) * stage.global_batch_size * stage.data.seq_len
+            for stage, end in zip(stages, ends, strict=True)
+        )
 
     def check(self, dp_size: int) -> None:
         """Check what depends on the number of data-parallel ranks.

@@ -69,13 +69,9 @@ def _finished(roots: Sequence[Path], console: Console) -> Iterator[History]:
 def _target(config: RunConfig, tokens: float | None) -> Size:
     """Return the size of the run to come. Raises ConfigError if its number of tokens is not known."""
     if tokens is None:
-        if config.train.steps is None:
+        tokens = config.tokens
+        if tokens is None:
             raise ConfigError("train.epochs does not say how many tokens the run has; give --tokens")
-        ends = [stage.step for stage in config.all_stages[1:]] + [config.train.steps]
-        tokens = sum(
-            (end - stage.step) * stage.global_batch_size * stage.data.seq_len
-            for stage, end in zip(config.all_stages, ends, strict=True)
-        )
     return _size(config, int(tokens))
 
 
