@@ -121,7 +121,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     train, figures = config.train, _last_figures(start, state.step)
     labels = [part.label for part in scored]
     tracker = _tracker(start, folder, labels, loader, state) if topology.is_main else None
-    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
+    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name, config.tokens_until))
     peak_flops = total_peak_flops(config.metrics, topology)
     noise_scale = NoiseScale(last_noise(folder, state.step) if topology.is_main else ())
     parts = Parts(

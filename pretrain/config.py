@@ -146,15 +146,12 @@ class RunConfig(Config):
         """The learning-rate schedules, each with the step at which it begins."""
         return schedule_of(self.optim, self.stages, self.all_stages)
 
-    @property
-    def tokens(self) -> int | None:
-        """Tokens of the whole run, padding included; None if its data decides how many."""
-        if self.train.steps is None:
-            return None
+    def tokens_until(self, step: int) -> int:
+        """Return the tokens of the steps up to one, padding included."""
         stages = self.all_stages
-        ends = [*(stage.step for stage in stages[1:]), self.train.steps]
+        ends = [*(min(stage.step, step) for stage in stages[1:]), step]
         return sum(
-            (end - stage.step) * stage.global_batch_size * stage.data.seq_len
+            max(0, end - stage.step) * stage.global_batch_size * stage.data.seq_len
             for stage, end in zip(stages, ends, strict=True)
         )
 

@@ -304,7 +304,7 @@ def announce(config: RunConfig, topology: Topology) -> None:
     _logger.info(
         "model: %s parameters, %s FLOPs a token; %s tokens a step, %s",
         f"{parameter_count(model):,}", f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
-        f"{config.tokens:,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
+        f"{config.tokens_until(train.steps):,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
     )  # fmt: skip
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",

@@ -69,9 +69,9 @@ def _finished(roots: Sequence[Path], console: Console) -> Iterator[History]:
 def _target(config: RunConfig, tokens: float | None) -> Size:
     """Return the size of the run to come. Raises ConfigError if its number of tokens is not known."""
     if tokens is None:
-        tokens = config.tokens
-        if tokens is None:
+        if config.train.steps is None:
             raise ConfigError("train.epochs does not say how many tokens the run has; give --tokens")
+        tokens = config.tokens_until(config.train.steps)
     return _size(config, int(tokens))
 
 

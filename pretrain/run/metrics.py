@@ -252,19 +252,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None:
+def seconds_left(times: Sequence[tuple[float, float]], work: float) -> float | None:
     """Estimate how long the rest of a run will take at its recent speed.
 
     Args:
-        times: (seconds on some clock, step), in order; time between two steps, such as for an evaluation, counts.
-        steps: length of the whole run.
+        times: (seconds on some clock, work done), in order; time between two steps, such as for an evaluation, counts.
+        work: that of the whole run, in steps or tokens.
     Returns:
-        Seconds; None until there are two different steps.
+        Seconds; None until there are two different amounts.
     """
     if len(times) < 2 or times[-1][1] <= times[0][1]:
         return None
-    (first_time, first_step), (last_time, last_step) = times[0], times[-1]
-    return (last_time - first_time) / (last_step - first_step) * (steps - last_step)
+    (first_time, first_done), (last_time, last_done) = times[0], times[-1]
+    return (last_time - first_time) / (last_done - first_done) * (work - last_done)
 
 
 def step_line(record: StepRecord, steps: int, left: float | None) -> str:
@@ -303,6 +303,7 @@ class StepProgress:
         config: MetricsConfig,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        work_until: Callable[[int], float] = float,
     ):
         """Prepare the progress display; `with` shows it.
 
@@ -311,12 +312,14 @@ class StepProgress:
             config: sets the interval of plain lines.
             console: where the bar is drawn; the log's by default.
             clock: seconds, monotonic.
+            work_until: returns how much work the steps up to one are, where they differ.
         """
         console = console or log.console()
         self._steps = steps
         self._every = config.log_every_seconds
         self._clock = clock
-        self._times: deque[tuple[float, int]] = deque(maxlen=200)
+        self._work_until = work_until
+        self._times: deque[tuple[float, float]] = deque(maxlen=200)
         self._last_line = -float("inf")
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -338,8 +341,8 @@ class StepProgress:
     def show(self, record: StepRecord) -> None:
         """Show that a step is done."""
         now = self._clock()
-        self._times.append((now, record.step))
-        line = step_line(record, self._steps, seconds_left(self._times, self._steps))
+        self._times.append((now, self._work_until(record.step)))
+        line = step_line(record, self._steps, seconds_left(self._times, self._work_until(self._steps)))
         if self._bar is not None:
             figures = line.partition("  ")[2]  # the bar has its own count of steps
             self._bar.update(self._task, completed=record.step, figures=figures)

@@ -57,7 +57,10 @@ def test_rows_of_another_length_count_by_their_tokens(tmp_path: Path) -> None:
 
 
 def test_the_tokens_of_a_run_are_those_of_its_stages(tmp_path: Path) -> None:
-    assert config_of(tmp_path, "none", WARM_UP).tokens == (10 * 8 + 10 * 16 + 20 * 32) * 64
+    config, rows = config_of(tmp_path, "none", WARM_UP), [8] * 10 + [16] * 10 + [32] * 20
+    assert [config.tokens_until(step) for step in range(STEPS + 1)] == [
+        64 * sum(rows[:step]) for step in range(STEPS + 1)
+    ]
 
 
 def test_the_advice_at_the_end_keeps_the_last_rate(tmp_path: Path) -> None:
