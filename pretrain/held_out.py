@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import EvalSet
 from pretrain.evaluation.scores import Scores, ScoresOfAverage
 from pretrain.evaluation.scoring import Part, evaluate
 from pretrain.model.loss import Scores as TokenScores
@@ -54,7 +55,7 @@ class HeldOut:
 
         Args:
             before_batch: is called before each batch on all ranks; it may raise `EvaluationLeft`, on all of them.
-            averaged: whether to score the moving average of the weights as well, which the engine then has.
+            averaged: whether to score the suite with the moving average of the weights as well, which there then is.
         """
 
         def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> TokenScores:
@@ -67,7 +68,8 @@ class HeldOut:
             return scores
         self._engine.average.show(True)
         try:
-            of_average = [evaluate(score, part, self._topology, self._batch_size) for part in due]
+            suites = (part for part in due if isinstance(part, EvalSet))
+            of_average = [evaluate(score, part, self._topology, self._batch_size) for part in suites]
         except EvaluationLeft:  # any other error may be that of one rank, which then cannot wait for the others
             self._engine.average.show(False)
             raise
