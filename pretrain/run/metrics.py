@@ -119,7 +119,7 @@ class StepRecord:
     straggler_seconds: float | None = None  # that it works longer than the typical rank, in a step
     # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
     weight_hash: str | None = None  # of the fp32 weights
-    optimizer_hash: str | None = None  # of their moments
+    optimizer_hash: str | None = None  # of their moments, and of their moving average if train.ema keeps one
     # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
     # document, the convention of published figures
     mfu: float | None = None
