@@ -108,7 +108,7 @@ def power_law(compute: Sequence[float], loss: Sequence[float], at: float) -> Pow
     def fits(candidate: float) -> bool:
         return _least_squares(np.append(xs, new), np.append(ys, candidate))[3] <= allowed
 
-    low = _bisect(fits, 0.0, value)
+    low = 0.0 if fits(0.0) else _bisect(fits, 0.0, value)
     high = _bisect(lambda candidate: not fits(candidate), value, 10 * float(ys.max()))
     return PowerLaw(offset, exponent, Prediction(value, low, high), math.sqrt(squares / degrees))
 

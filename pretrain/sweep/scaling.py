@@ -169,11 +169,9 @@ def _rate_advice(sizes: Sequence[SizeFound], target: Size) -> str:
 def _loss_advice(sizes: Sequence[SizeFound], target: Size, figure: str) -> Iterator[str]:
     fit = power_law([found.size.flops for found in sizes], [found.loss for found in sizes], target.flops)
     points, ahead = f"{len(sizes)} points", target.flops / sizes[-1].size.flops
-    curve = (
-        f"{fit.offset:.3g} and a part that goes with the compute to the power {-fit.exponent:.3g}"
-        if len(sizes) > LEAST_SIZES
-        else f"with the compute to the power {-fit.exponent:.3g}, without an offset, for which {points} are too few"
-    )
+    offset = f"{fit.offset:.3g} and a part that goes" if fit.offset else "it goes"
+    few = f"; an offset cannot be told from {points}" if len(sizes) == LEAST_SIZES else ""
+    curve = f"{offset} with the compute to the power {-fit.exponent:.3g}{few}"
     yield f"{figure}: {fit.expected.value:.3f}, {_interval(fit.expected)}; {curve}"
     far = ", more a guess than a prediction" if ahead > _FAR else ""
     yield f"the target takes {target.flops:.3g} FLOPs, {ahead:.3g} times those of the largest of {points}{far}"

@@ -72,6 +72,6 @@ def test_nothing_is_extrapolated_from_two_sizes() -> None:
 def test_other_training_lengths_and_distances_are_pointed_out() -> None:
     sizes = sizes_of([small_run(width, 4e-3) for width in (32, 48, 64)])
     far = "\n".join(advice(sizes, size(512)._replace(tokens=10**10), "loss"))
-    assert "without an offset, for which 3 points are too few" in far
+    assert "an offset cannot be told from 3 points" in far
     assert "more a guess than a prediction" in far
     assert "trained for so much longer" in far
