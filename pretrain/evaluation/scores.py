@@ -212,8 +212,7 @@ def evaluated_steps(folder: RunFolder) -> dict[str, set[int]]:
     """Return by label the steps whose evaluation on a suite or a task is complete in evals.jsonl; others have none."""
     found: dict[str, set[int]] = defaultdict(set)
     for record in folder.evals.read():
-        is_last = is_of_task(record) or record["domain"] == "micro"
-        if is_last and not str(record["domain"]).startswith(AVERAGED):
+        if is_of_task(record) or record["domain"] == "micro":  # the last line of a suite's
             found[str(record["suite"])].add(int(str(record["step"])))
     return found
 

@@ -133,7 +133,7 @@ class Run:
     def has_told(self, step: int, kind: str) -> bool:
         return any((event.step, event.kind) == (step, kind) for event in self.told)
 
-    def log_evals(self, step: int, scores: object, averaged: object) -> list[dict[str, object]]:
+    def log_evals(self, step: int, scores: object) -> list[dict[str, object]]:
         self.evaluated.append(step)
         return []
 
@@ -163,7 +163,7 @@ class Run:
     def note_done(self, step: int) -> None:
         self.scored = step
 
-    def score(self, step: int, before_batch: Any) -> None:
+    def score(self, step: int, before_batch: Any, averaged: bool) -> None:
         for _ in range(BATCHES):
             before_batch()
             assert not self.trainer.stopping, "no batch is scored once all ranks have agreed to stop"
