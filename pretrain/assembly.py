@@ -36,10 +36,10 @@ from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
+from pretrain.gradient_noise import NoiseScale, last_noise
 from pretrain.held_out import HeldOut
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
-from pretrain.model.size import checkpoint_bytes
 from pretrain.optim import learning_rate_of_run
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
@@ -65,7 +65,7 @@ def checkpoints_of(config: RunConfig) -> CheckpointStore:
     return CheckpointStore(
         config.folder.checkpoints,
         config.checkpoint,
-        checkpoint_bytes(config.model, config.bytes_per_weight),
+        config.checkpoint_bytes,
         config.train.rewind_steps if config.train.on_spike == "rewind" else None,
     )
 
@@ -121,13 +121,14 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     train, figures = config.train, _last_figures(start, state.step)
     labels = [part.label for part in scored]
     tracker = _tracker(start, folder, labels, loader, state) if topology.is_main else None
-    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name))
+    journal = stack.enter_context(Journal(folder, tracker, config.metrics, steps, config.run.name, config.tokens_until))
     peak_flops = total_peak_flops(config.metrics, topology)
+    noise_scale = NoiseScale(last_noise(folder, state.step) if topology.is_main else ())
     parts = Parts(
         engine=engine,
         feed=Feed(loader, stages, topology),
         journal=journal,
-        recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology),
+        recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology, noise_scale),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
         held_out=_held_out(config, scored, engine, topology, journal),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
@@ -159,7 +160,7 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
     # The row length is the same in every stage, so that a run has one series of evaluations.
     how = (tokenizer, config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
     eval_set = load_suite(config.evaluation, *how)
-    check_figures(config.judging_figures, eval_set)
+    check_figures(config.judging_figures, eval_set, config.train.ema is not None)
     tasks = load_tasks(config.evaluation.tasks, config.evaluation.subset_seed, *how)
     return [*([eval_set] if eval_set else []), *tasks]
 
@@ -234,6 +235,7 @@ def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
         micro_steps=stage.micro_steps(topology.dp_size),
         topology=topology,
         seed=config.run.seed,
+        noise_scale=config.metrics.noise_scale,
     )
 
 

@@ -19,10 +19,11 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
+from pretrain.ema import EmaConfig
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.patience import StopRule
 from pretrain.model.attention_choice import AttentionShape
-from pretrain.model.size import Workload
+from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
@@ -71,6 +72,7 @@ class TrainConfig(Config):
     rewind_steps: int = Field(10, ge=1)  # steps that a rewind passes over, of which the spike is the last
     max_rewinds: int = Field(3, ge=0)  # how often a run goes back; afterwards spikes are only marked
     stop: StopRule | None = None  # ends the run before its last step, by its evaluations; null: never
+    ema: EmaConfig | None = None  # keeps a moving average of the weights and scores it too; null: no
     # Optimizer steps between hashes of all weights and moments in metrics.jsonl; steps with a checkpoint have one too.
     # An audit compares them. null: never
     weight_hash_every: int | None = Field(100, ge=1)
@@ -142,7 +144,16 @@ class RunConfig(Config):
     @property
     def schedule(self) -> list[SchedulePart]:
         """The learning-rate schedules, each with the step at which it begins."""
-        return schedule_of(self.optim, self.stages)
+        return schedule_of(self.optim, self.stages, self.all_stages)
+
+    def tokens_until(self, step: int) -> int:
+        """Return the tokens of the steps up to one, padding included."""
+        stages = self.all_stages
+        ends = [*(min(stage.step, step) for stage in stages[1:]), step]
+        return sum(
+            max(0, end - stage.step) * stage.global_batch_size * stage.data.seq_len
+            for stage, end in zip(stages, ends, strict=True)
+        )
 
     def check(self, dp_size: int) -> None:
         """Check what depends on the number of data-parallel ranks.
@@ -158,6 +169,11 @@ class RunConfig(Config):
     def bytes_per_weight(self) -> int:
         """Bytes of a weight in the forward and backward pass."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint of the whole model."""
+        return checkpoint_bytes(self.model, self.bytes_per_weight, averaged=self.train.ema is not None)
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
         """Return this config with its plan version: its own if set, else that of the run it continues."""
@@ -205,6 +221,7 @@ class RunConfig(Config):
             seq_len=stage.data.seq_len,
             bytes_per_weight=self.bytes_per_weight,
             layers_measured=self.metrics.layers_every is not None,
+            averaged=self.train.ema is not None,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 

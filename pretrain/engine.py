@@ -26,6 +26,7 @@ from torch import Tensor
 from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
+from pretrain.gradient_noise import MicroBatchNorms
 from pretrain.host_memory import keep_freed_memory
 from pretrain.layer_figures import LayerMeasurement
 from pretrain.model.attention_choice import attention_backend
@@ -41,7 +42,8 @@ from pretrain.run.metrics import Meter
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
-from pretrain.zero_pieces import OwnPiece
+from pretrain.weight_average import WeightAverage
+from pretrain.zero_pieces import OwnPiece, set_whole
 from shards import CheckpointError
 
 
@@ -71,8 +73,10 @@ class Engine:
         micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
         topology: this process's place among the ranks.
         seed: the run's seed; weights and dropout are drawn from it.
+        noise_scale: whether to estimate the gradient's noise in each step.
     Attributes:
         attention: the backend that computes the attention.
+        average: the moving average of the weights, if one is kept.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Engine:
         micro_steps: int,
         topology: Topology,
         seed: int,
+        noise_scale: bool = False,
     ) -> None:
         self.optim_config = optim_config
         self.topology = topology
@@ -125,6 +130,8 @@ class Engine:
                 dist_init_required=False,
             )
 
+        self.average = WeightAverage(model, self.deepspeed.optimizer, topology)
+        self._norms = MicroBatchNorms(model, topology, noise_scale)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
@@ -189,6 +196,7 @@ class Engine:
         self.deepspeed.train()
         for group, own in zip(self.deepspeed.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = learning_rate * own["learning_rate_scale"]
+        self._norms.begin(len(micro_batches))
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll and z-loss
         # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
         scale = torch.full((), self.topology.dp_size / n_targets, device=device)  # no copy from the host
@@ -202,6 +210,7 @@ class Engine:
                 scaled = loss.total * torch.where(loss.total.isfinite(), scale, torch.nan)
                 with self._communication.phase("backward"):
                     self.deepspeed.backward(scaled, scale_wrt_gas=False)
+                self._norms.end_micro_batch(len(loss.nll))
             z_loss = self.optim_config.z_loss * loss.logsumexp.square().sum()
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
@@ -217,7 +226,8 @@ class Engine:
         if not applied:
             self._forget_gradients()
         norm = refused[0] if refused else float(self.deepspeed.get_global_grad_norm())
-        return StepStats(loss, z_loss_mean, norm, applied, layers, bool(refused))
+        noise = self._norms.finish(norm, n_targets) if applied else None
+        return StepStats(loss, z_loss_mean, norm, applied, layers, bool(refused), noise)
 
     def _refusing(self, loss: float, limits: Limits) -> contextlib.AbstractContextManager[list[float]]:
         """Let DeepSpeed refuse the step's update above its limits; see `step_hooks.refusing`."""
@@ -281,9 +291,7 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             part = weights.read(name, topology.tp_rank, topology.tp_size)
             value = padded_for(part, parameter).to(topology.device, torch.float32)
-            # Under ZeRO-3, where each rank holds a part of the weight, all dp ranks get dp rank 0's value.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(value)
+            set_whole(parameter, value)
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
                 padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
@@ -293,7 +301,10 @@ class Engine:
 
     @torch.no_grad()
     def state_hash(self) -> StateHash:
-        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it."""
+        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it.
+
+        The moving average of the weights counts as a moment.
+        """
         topology = self.topology
         weights, moments = [], []
         for name, parameter in self.model.named_parameters():
@@ -348,6 +359,7 @@ class Engine:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU.
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
+        self.average.load_universal(folder / f"tp_{topology.tp_rank}")
 
     def _load(self, folder: Path, universal: bool) -> None:
         self.deepspeed._config.load_universal_checkpoint = universal  # DeepSpeed reads it nowhere else

@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from pretrain.engine import Engine
-from pretrain.evaluation.scores import Scores
+from pretrain.evaluation.eval_set import EvalSet
+from pretrain.evaluation.scores import Scores, ScoresOfAverage
 from pretrain.evaluation.scoring import Part, evaluate
 from pretrain.model.loss import Scores as TokenScores
 from pretrain.model.loss import Targets
 from pretrain.topology import Topology
+
+
+class EvaluationLeft(Exception):
+    """All ranks abandon an evaluation because they have agreed to stop."""
 
 
 class HeldOut:
@@ -45,16 +50,29 @@ class HeldOut:
         """Remember that all of it was scored at a step, and recorded."""
         self._evaluated = {part.label: step for part in self._parts}
 
-    def score(self, step: int, before_batch: Callable[[], None]) -> list[Scores]:
+    def score(self, step: int, before_batch: Callable[[], None], averaged: bool = False) -> list[Scores]:
         """Score what was not yet scored at a step; every rank calls it.
 
         Args:
-            before_batch: is called before each batch on all ranks; it may raise, if it does so on all of them.
+            before_batch: is called before each batch on all ranks; it may raise `EvaluationLeft`, on all of them.
+            averaged: whether to score the suite with the moving average of the weights as well, which there then is.
         """
 
         def score(tokens: Tensor, segment_ids: Tensor, targets: Targets) -> TokenScores:
             before_batch()
             return self._engine.score(tokens, segment_ids, targets)
 
-        due = (part for part in self._parts if self._evaluated[part.label] != step)
-        return [evaluate(score, part, self._topology, self._batch_size) for part in due]
+        due = [part for part in self._parts if self._evaluated[part.label] != step]
+        scores = [evaluate(score, part, self._topology, self._batch_size) for part in due]
+        if not averaged:
+            return scores
+        self._engine.average.show(True)
+        try:
+            suites = (part for part in due if isinstance(part, EvalSet))
+            of_average = [evaluate(score, part, self._topology, self._batch_size) for part in suites]
+        except EvaluationLeft:  # any other error may be that of one rank, which then cannot wait for the others
+            self._engine.average.show(False)
+            raise
+        self._engine.average.show(False)
+        # The last line of the weights' scores is the sign that an evaluation is complete.
+        return [*map(ScoresOfAverage, of_average), *scores]

@@ -6,7 +6,7 @@ Only rank 0 writes. trainer -> journal -> {run folder, wandb_tracker, console}.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -30,14 +30,21 @@ class Journal:
         config: settings of the console's progress, and the command that is told of events.
         steps: length of the whole run.
         name: the run's name.
+        work_until: returns how much work the steps up to one are, from which the time left is estimated.
     """
 
     def __init__(
-        self, folder: RunFolder, tracker: Tracker | None, config: MetricsConfig, steps: int, name: str
+        self,
+        folder: RunFolder,
+        tracker: Tracker | None,
+        config: MetricsConfig,
+        steps: int,
+        name: str,
+        work_until: Callable[[int], float] = float,
     ) -> None:
         self._folder = folder
         self._tracker = tracker
-        self._progress = StepProgress(steps, config)
+        self._progress = StepProgress(steps, config, work_until=work_until)
         self._hook = Hook(config.on_event, name)
         self._events = Events(folder.events, tracker.alert, self._hook) if tracker else None
         self._stack = ExitStack()

@@ -26,6 +26,9 @@ class OptimConfig(Config):
     decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
     decay_shape: Decay = "linear"  # of wsd's decay; sqrt: 1 - sqrt(t), which falls fast at first
     floor: float = Field(0.1, ge=0, le=1)  # lowest learning rate after the warm-up, as a share of the peak
+    # How the learning rate follows the tokens of a step where a stage changes them: times their ratio to those of the
+    # stage that sets the rate (linear), or its root (sqrt)
+    batch_size_rule: Literal["none", "sqrt", "linear"] = "none"
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of the gradient and its square
     eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
@@ -50,10 +53,19 @@ class StageSchedule(Config):
 
 
 class SchedulePart(NamedTuple):
-    """A learning-rate schedule and the step at which it begins, counted from 0."""
+    """A learning-rate schedule and the step at which it begins, counted from 0.
+
+    Attributes:
+        factors: of its learning rate, each with the step from which on it holds, in order; empty: always 1.
+    """
 
     step: int
     optim: OptimConfig
+    factors: tuple[tuple[int, float], ...] = ()
+
+    def factor(self, step: int) -> float:
+        """Return by what the learning rate of a step is multiplied."""
+        return next((factor for begin, factor in reversed(self.factors) if begin <= step), 1.0)
 
 
 class ParameterGroup(TypedDict):
@@ -92,9 +104,9 @@ def learning_rate_of_run(step: int, parts: Sequence[SchedulePart], steps: int) -
         steps: optimizer steps of the whole run.
     """
     number = max(i for i, part in enumerate(parts) if part.step <= step)
-    begin, optim = parts[number]
+    part = parts[number]
     end = parts[number + 1].step if 0 < number < len(parts) - 1 else steps
-    return learning_rate_at(step - begin, optim, end - begin)
+    return part.factor(step) * learning_rate_at(step - part.step, part.optim, end - part.step)
 
 
 def _height_at(step: int, config: OptimConfig, steps: int) -> float:

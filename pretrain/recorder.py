@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pretrain.checkpoint.state_hash import StateHash
 from pretrain.faults.stragglers import RankSeconds, Straggler
 from pretrain.feed import StepBatch
+from pretrain.gradient_noise import NoiseScale
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
@@ -24,6 +25,7 @@ class StepRecorder:
         stages: all stages of the run.
         with_z_loss: whether the training loss includes a z-loss.
         peak_flops: FLOP/s of all devices together; None if unknown.
+        noise_scale: knows the last steps.
     Attributes:
         meter: times the parts of the current step.
         seconds: what this rank did in the last step, without its loading, which `feed` times.
@@ -36,6 +38,7 @@ class StepRecorder:
         with_z_loss: bool,
         peak_flops: float | None,
         topology: Topology,
+        noise_scale: NoiseScale,
     ) -> None:
         self.meter = device_meter(topology.device)
         self._model, self._stages = model, stages
@@ -44,6 +47,7 @@ class StepRecorder:
         self._with_z_loss = with_z_loss
         self._peak_flops = peak_flops
         self._device = topology.device
+        self._noise_scale = noise_scale
         self._saving_seconds: float | None = None  # since the last step
         self.seconds = RankSeconds()
 
@@ -72,6 +76,7 @@ class StepRecorder:
         saving_seconds, self._saving_seconds = self._saving_seconds, None
         tokens_per_second = batch.n_tokens / seconds["step"]
         n_tokens = max(1, batch.n_tokens)  # 0 if all documents of a batch are forgotten
+        noise = None if made.spike else stats.noise  # one explosion would outweigh all other steps
         flops_in_documents = flops_of_documents(self._model, batch.n_tokens, batch.squared_lengths) / n_tokens
         return StepRecord(
             step=state.step,
@@ -90,6 +95,9 @@ class StepRecorder:
             checkpoint_seconds=saving_seconds,
             z_loss=stats.z_loss if self._with_z_loss else None,
             grad_norm=stats.grad_norm,
+            noise_scale=self._noise_scale.note(state.step, noise),
+            gradient_signal=noise.signal if noise else None,
+            gradient_variance=noise.variance if noise else None,
             learning_rate=made.learning_rate,
             tokens=state.tokens,
             tokens_per_second=tokens_per_second,

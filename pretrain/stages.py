@@ -77,10 +77,24 @@ def stages_of(data: DataConfig, train: StageTrain, later: Sequence[StageConfig])
     return stages
 
 
-def schedule_of(optim: OptimConfig, later: Sequence[StageConfig]) -> list[SchedulePart]:
-    """Return the schedules of a run, each with the step at which it begins."""
-    parts = [SchedulePart(0, optim)]
-    for stage in later:
-        if stage.optim is not None:
-            parts.append(SchedulePart(stage.step, stage.optim.over(optim)))
+def schedule_of(optim: OptimConfig, later: Sequence[StageConfig], stages: Sequence[RunStage]) -> list[SchedulePart]:
+    """Return the schedules of a run, each with the step at which it begins.
+
+    Args:
+        later: what the stages after the first change.
+        stages: all stages, by whose batches optim.batch_size_rule scales the learning rate.
+    """
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[optim.batch_size_rule]
+    tokens = [stage.global_batch_size * stage.data.seq_len for stage in stages]
+
+    def factors(base: int) -> tuple[tuple[int, float], ...]:
+        """Return the factors of a rate that is set for this many tokens a step."""
+        scaled = [(stage.step, (count / base) ** power) for stage, count in zip(stages, tokens, strict=True)]
+        return tuple(scaled) if power else ()
+
+    parts = [SchedulePart(0, optim, factors(tokens[0]))]
+    for changes, count in zip(later, tokens[1:], strict=True):
+        if changes.optim is not None:
+            base = tokens[0] if changes.optim.learning_rate is None else count
+            parts.append(SchedulePart(changes.step, changes.optim.over(optim), factors(base)))
     return parts

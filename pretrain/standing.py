@@ -67,15 +67,16 @@ def learn_from_records(store: CheckpointStore, folder: RunFolder) -> None:
     store.learn(costs_of_best(store, list(folder.evals.read()), suite))
 
 
-def check_figures(metrics: Mapping[str, str | None], eval_set: EvalSet | None) -> None:
+def check_figures(metrics: Mapping[str, str | None], eval_set: EvalSet | None, averaged: bool) -> None:
     """Check that a suite has the domains that a config names.
 
     Args:
         metrics: figures by the config's key.
+        averaged: whether the moving average of the weights is scored as well.
     Raises:
         ConfigError: if it does not, with the domains that there are.
     """
     for key, metric in metrics.items():
-        domains = line_names(eval_set.domains, eval_set.sources) if eval_set else []
+        domains = line_names(eval_set.domains, eval_set.sources, averaged) if eval_set else []
         if metric is not None and EvalFigure.parse(metric).domain not in domains:
             raise ConfigError(f"{key}={metric}: the suite has no such domain; it has {', '.join(domains) or 'none'}")

@@ -304,7 +304,7 @@ def announce(config: RunConfig, topology: Topology) -> None:
     _logger.info(
         "model: %s parameters, %s FLOPs a token; %s tokens a step, %s",
         f"{parameter_count(model):,}", f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
-        f"{tokens_per_step * train.steps:,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
+        f"{config.tokens_until(train.steps):,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
     )  # fmt: skip
     _logger.info(
         "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
@@ -312,6 +312,11 @@ def announce(config: RunConfig, topology: Topology) -> None:
         config.parallel.applied_zero_stage, stages[0].micro_steps(topology.dp_size),
         stages[0].micro_batch_size(topology.dp_size),
     )  # fmt: skip
+    if config.metrics.noise_scale and any(s.micro_steps(topology.dp_size) * topology.dp_size == 1 for s in stages):
+        _logger.info(
+            "the gradient noise scale is not measured where a step is one micro-batch on one rank; a smaller"
+            " train.micro_batch_size makes several"
+        )
     for number, stage in enumerate(stages[1:], 1):
         _logger.info(
             "stage %d from step %d on: %d rows of %d tokens a step, %d sources",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pretrain.gradient_noise import GradientNoise
 from pretrain.layer_figures import LayerFigures
 
 
@@ -32,6 +33,7 @@ class StepStats:
             then unchanged.
         layers: figures of each layer, if they were to be measured.
         refused: whether nothing was applied because of the step's limits.
+        noise: estimates by its micro-batches, if the update was made and there were several.
     """
 
     loss: float
@@ -40,6 +42,7 @@ class StepStats:
     applied: bool
     layers: LayerFigures | None = None
     refused: bool = False
+    noise: GradientNoise | None = None
 
     def exceeds(self, limits: Limits) -> bool:
         """Return whether loss or gradient norm is above its limit; one that is not finite is another fault."""

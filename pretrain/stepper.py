@@ -53,7 +53,7 @@ class Stepper:
     def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
-        self._skipped = config.data.skip_steps
+        self._skipped, self._ema = config.data.skip_steps, config.train.ema
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
 
@@ -77,7 +77,27 @@ class Stepper:
                 batch.tokens, batch.segment_ids, batch.n_targets, state.step, rate, meter, measured, refused_above
             )
         begins = self._spikes.note(batch.stage, stats, limits, passed_over)
-        return Step(after(state, batch, passed_over), stats, rate, passed_over, limits, stats.exceeds(limits), begins)
+        total = self._average(state, batch.n_tokens, meter) if stats.applied else state.average_total
+        made = msgspec.structs.replace(after(state, batch, passed_over), average_total=total)
+        return Step(made, stats, rate, passed_over, limits, stats.exceeds(limits), begins)
+
+    def _average(self, state: RunState, n_tokens: int, meter: Meter) -> float:
+        """Take the weights into their moving average; return the sum of the weights of the steps in it."""
+        average, is_main, before = self._engine.average, self._engine.topology.is_main, state.average_total
+        if self._ema is None:
+            if before:
+                average.drop()
+                if is_main:
+                    _logger.warning(
+                        "train.ema is null: the average of the weights up to step %d is dropped", state.step
+                    )
+            return 0.0
+        if not before and state.step and is_main:
+            _logger.info("train.ema: the average of the weights begins with step %d", state.step + 1)
+        total = self._ema.total_after(before, n_tokens)
+        with meter.device_part("optimizer"):
+            average.update(1 / total)
+        return total
 
     def _begin_stage(self, number: int, step: int) -> None:
         """Prepare the engine for the batches of a stage."""

@@ -15,6 +15,7 @@ from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.evaluation.plausibility import doubts
+from pretrain.evaluation.scores import AVERAGED
 from pretrain.faults.spikes import SpikeWatch, spike_event
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.stragglers import StragglerWatch
@@ -22,7 +23,7 @@ from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed, StepBatch
-from pretrain.held_out import HeldOut
+from pretrain.held_out import EvaluationLeft, HeldOut
 from pretrain.journal import Journal
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
@@ -37,10 +38,6 @@ from shards import CheckpointError
 _logger = logging.getLogger(__name__)
 
 _CURSORS_EVERY = 50  # optimizer steps between records of cursors.jsonl.zst; provenance computes from the nearest
-
-
-class _EvaluationLeft(Exception):
-    """All ranks abandon an evaluation because they have agreed to stop."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +232,8 @@ class Trainer:
         if held_out is None or not self._is_evaluation_due():
             return
         try:
-            scores = held_out.score(step, self._before_evaluation_batch)
-        except _EvaluationLeft:
+            scores = held_out.score(step, self._before_evaluation_batch, self.state.average_total > 0)
+        except EvaluationLeft:
             _logger.info("the evaluation of step %d was not finished; the next start makes it", step)
             return
         finally:
@@ -244,7 +241,7 @@ class Trainer:
         records = self._parts.journal.log_evals(step, scores)
         held_out.note_done(step)
         if records:  # on rank 0
-            self._tell_doubts(records)
+            self._tell_doubts([r for r in records if not str(r["domain"]).startswith(AVERAGED)])
         self._parts.standing.note(records)
         if self.ending:
             self._parts.journal.tell(self.ending)
@@ -266,7 +263,7 @@ class Trainer:
         parts.stop.note_save(parts.saver.seconds)
         parts.stop.agree(self._topology.any(parts.stop.wanted()))
         if parts.stop.agreed:
-            raise _EvaluationLeft
+            raise EvaluationLeft
         parts.saver.pulse()
 
     def _is_last(self, step: int) -> bool:

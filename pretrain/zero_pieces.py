@@ -7,11 +7,15 @@ ZeRO-3 and in another for the other stages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
+
+from pretrain.checkpoint.zero_files import AVERAGE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -52,11 +56,18 @@ class OwnPiece:
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """Return the optimizer's moments by name; before the first step, the zeros that they begin as."""
+        """Return the optimizer's moments by name; before the first step, the zeros that they begin as.
+
+        The moving average of the weights counts as one, if there is one.
+        """
         # Not those in the mapping, which go stale when a checkpoint is loaded
         if states := self._states.get(self._flat):
-            return {key: self._cut(states[key]) for key in _MOMENTS}
+            return {key: self._cut(states[key]) for key in (*_MOMENTS, AVERAGE) if key in states}
         return {key: torch.zeros_like(self.weights) for key in _MOMENTS}
+
+    def state(self, key: str) -> Tensor:
+        """Return what the optimizer keeps of this piece under a key, which must be there."""
+        return self._cut(self._states[self._flat][key])
 
     @property
     def gradient(self) -> Tensor:
@@ -75,3 +86,25 @@ class OwnPiece:
     def _cut(self, flat: Tensor) -> Tensor:
         """Return this piece of what holds those of other weights as well."""
         return flat[self._place : self._place + self._size]
+
+
+def flat_partitions(optimizer: Any) -> Sequence[Tensor]:
+    """Return the flat fp32 tensors that hold a rank's pieces, by which the optimizer's state is looked up.
+
+    Args:
+        optimizer: DeepSpeed's.
+    """
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3, which empties the groups between steps
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return [group["params"][0] for group in optimizer.optimizer.param_groups]
+
+
+def set_whole(parameter: Any, values: Tensor) -> None:
+    """Set what the forward pass uses of a weight, or of this tensor-parallel rank's slice; every dp rank must call it.
+
+    Args:
+        values: all of them, flat or in shape, of which ZeRO-3 keeps a part on each dp rank.
+    """
+    # Under ZeRO-3 all dp ranks get dp rank 0's.
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(values.view(parameter.shape))

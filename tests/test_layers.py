@@ -44,6 +44,7 @@ LAYERS = (
         "pretrain.log",
         "pretrain.parametrization",
         "pretrain.optim",
+        "pretrain.ema",
         "pretrain.host_memory",
         "pretrain.devices",
     ),
@@ -52,8 +53,10 @@ LAYERS = (
     ("pretrain.checkpoint", "pretrain.deepspeed_keys"),
     (
         "pretrain.zero_pieces",
+        "pretrain.weight_average",
         "pretrain.weight_norms",
         "pretrain.layer_figures",
+        "pretrain.gradient_noise",
         "pretrain.step_stats",
         "pretrain.step_hooks",
         "pretrain.engine",

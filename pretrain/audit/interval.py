@@ -154,7 +154,7 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
         if _schedule(config) != _schedule(configs[0]):
             raise ConfigError(
                 f"{interval.described}: the start after step {start.step} changed optim or the run's length, on which"
-                f" the schedule is based, or what is skipped as a spike; audit the"
+                f" the schedule is based, train.ema, or what is skipped as a spike; audit the"
                 f" steps up to {start.step} and those after it one by one"
             )
     config = load_config(paths[0], overrides, begun=True)
@@ -173,7 +173,8 @@ def _schedule(config: RunConfig) -> dict[str, object]:
     is_constant = all(part.optim.schedule == "constant" for part in config.schedule)
     spikes = {key: plain["train"][key] for key in ("on_spike", "spike_window", "spike_score")}
     refusing = spikes if config.train.on_spike == "skip" else {}
-    return {"optim": plain["optim"], "stages": stages} | ({} if is_constant else length) | refusing
+    always = {"optim": plain["optim"], "stages": stages, "ema": plain["train"]["ema"]}
+    return always | ({} if is_constant else length) | refusing
 
 
 def _words(hashes: StateHash | None) -> tuple[str | None, str | None]:

@@ -39,6 +39,7 @@ class RunState(msgspec.Struct, frozen=True):
         config_hash: hash of the config that it last ran with.
         tp_size, dp_size, zero_stage: the layout of the engine's files.
         init_hash: hash of the files in init_from; empty if the weights were initialized randomly.
+        average_total: sum of the weights of the steps in the moving average (train.ema); 0 if there is none.
     """
 
     step: int
@@ -52,6 +53,7 @@ class RunState(msgspec.Struct, frozen=True):
     zero_stage: int
     init_hash: str = ""
     trained_hash: str = ""
+    average_total: float = 0.0
     version: int = _CHECKPOINT_VERSION
 
     @property

@@ -34,7 +34,7 @@ from torch import Tensor
 from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import Checkpoint, CheckpointFile, CheckpointStore, read_complete, write_complete
 from pretrain.checkpoint.write import Writer
-from pretrain.checkpoint.zero_files import Partition, Saved, read_partitions, whole
+from pretrain.checkpoint.zero_files import AVERAGE, Partition, Saved, read_partitions, whole
 from pretrain.model.parallel import slice_of
 from pretrain.topology import Topology
 from shards import CheckpointError
@@ -111,6 +111,8 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
     # A small weight may lie on a single dp rank.
     sizes = {name: fragment.shape.numel() for partition in partitions[0] for name, fragment in partition.items()}
     names = _dealt(sizes, rank, world_size)
+    averaged = AVERAGE in next(iter(partitions[0][0].values())).states
+    states = (*_STATES, *([AVERAGE] if averaged else []), "step")
     written: list[CheckpointFile] = []
     pending: list[Future[CheckpointFile]] = []
     last_line = time.monotonic()
@@ -121,12 +123,12 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
             for name, content in _common(metadata, partitions).items() if rank == 0 else ():
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
-            for key in (*_STATES, "step"):
+            for key in states:
                 parts = [whole(ranks, name, key) for ranks in partitions]
                 dim = None if key == "step" else dims.get(name)
                 slices = _slices(parts, dim, tp_size, vocab_size.get(name), multiple)
                 for tp_rank, part in enumerate(slices):
-                    content = {"param": part} if key in _STATES else part
+                    content = part if key == "step" else {"param": part}
                     pending.append(writer.write(target, f"tp_{tp_rank}/engine/zero/{name}/{key}.pt", content))
             written += [file.result() for file in pending]  # one weight at a time: they may be large
             pending = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.store import Checkpoint
-from pretrain.checkpoint.zero_files import read_partitions, whole
+from pretrain.checkpoint.zero_files import AVERAGE, read_partitions, whole
 from pretrain.model.weights import Weights, WeightSpec
 from shards import CheckpointError
 
@@ -22,17 +22,21 @@ class CheckpointWeights:
     Args:
         checkpoint: its files are mapped unchecked; the caller has verified their hashes.
         specs: specs of all its weights.
+        averaged: whether to read their moving average.
     Raises:
-        CheckpointError: if the checkpoint's model lacks any of these weights.
+        CheckpointError: if the checkpoint's model lacks any of these weights, or there is no average.
     """
 
-    def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec]) -> None:
+    def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, WeightSpec], averaged: bool = False) -> None:
         self._specs = specs
+        self._key = AVERAGE if averaged else "fp32"
         self._folder = checkpoint.folder / "engine"
         self._tp_ranks, _ = read_partitions(self._folder)
         for name in specs:
             if not all(any(name in partition for partition in ranks) for ranks in self._tp_ranks):
                 raise CheckpointError(f"{self._folder} has no weight {name}; its run's config.yaml names another model")
+        if averaged and AVERAGE not in next(iter(self._tp_ranks[0][0].values())).states:
+            raise CheckpointError(f"{self._folder} has no average of the weights; train.ema was not set at its step")
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in fp32.
@@ -41,7 +45,8 @@ class CheckpointWeights:
             CheckpointError: if its shape differs from its spec.
         """
         spec = self._specs[name]
-        parts = [whole(ranks, name, "fp32") for ranks in self._tp_ranks[: None if spec.shard_dim is not None else 1]]
+        tp_ranks = self._tp_ranks[: None if spec.shard_dim is not None else 1]
+        parts = [whole(ranks, name, self._key) for ranks in tp_ranks]
         found = spec.joined(parts)
         if found is None:
             shape = list(parts[0].shape)

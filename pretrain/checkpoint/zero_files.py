@@ -21,6 +21,8 @@ from shards import CheckpointError
 
 _OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
+AVERAGE = "ema"  # key of the moving average of the weights, in the optimizer's state
+
 # DeepSpeed does not describe the types of what it saves.
 Saved = Mapping[str, Any]
 
@@ -30,7 +32,7 @@ class Fragment:
     """One rank's part of one weight: the flat states of its group, and the part's place in them."""
 
     shape: torch.Size  # the weight's shape on its tensor-parallel rank
-    states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq": flat; "step": the optimizer's count
+    states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq", AVERAGE if kept: flat; "step": a count
     start: int
     numel: int
 

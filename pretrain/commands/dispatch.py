@@ -43,6 +43,7 @@ COMMANDS = {
     "fork": Command("begin a run from a checkpoint of another"),
     "submit": Command("check a run and submit it to Slurm"),
     "sweep": Command("train the runs of a sweep on this machine"),
+    "scale": Command("tell a large run's learning rate, loss and time from small runs"),
     "check-nodes": Command("test the nodes of a Slurm job before training starts on them"),
 }
 

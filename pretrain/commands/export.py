@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run", type=Path, help="the run's folder, e.g. runs/quickstart")
     parser.add_argument("--step", type=wanted_step, help="the checkpoint's step, or best; default: the newest")
+    parser.add_argument(
+        "--weights", choices=("trained", "ema"), default="trained", help="ema: their moving average (train.ema)"
+    )
     add_output_arguments(parser, required=False)
 
 
@@ -57,16 +60,23 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Export a checkpoint of a run. Raises HeadraceError if there is none, or it cannot be exported."""
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
-    dtype = write(open_weights(checkpoint, config), config, arguments)
-    print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
+    averaged = arguments.weights == "ema"
+    dtype = write(open_weights(checkpoint, config, averaged), config, arguments)
+    of = "the average of the weights up to " if averaged else ""
+    print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
 
 
-def open_weights(checkpoint: Checkpoint, config: RunConfig) -> CheckpointWeights:
-    """Open a checkpoint's weights. Raises HeadraceError if a file is damaged or the tokenizer is not the run's."""
+def open_weights(checkpoint: Checkpoint, config: RunConfig, averaged: bool = False) -> CheckpointWeights:
+    """Open a checkpoint's weights.
+
+    Args:
+        averaged: whether to open their moving average.
+    Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer is not the run's.
+    """
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
     check_tokenizer(checkpoint, Tokenizer.of(config.data), config.data.tokenizer)
-    return CheckpointWeights(checkpoint, weight_specs(config.model))
+    return CheckpointWeights(checkpoint, weight_specs(config.model), averaged)
 
 
 def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> torch.dtype:

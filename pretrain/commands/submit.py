@@ -38,7 +38,6 @@ from pretrain.cluster.submission import (
 )
 from pretrain.config import RunConfig
 from pretrain.devices import slurm_names
-from pretrain.model.size import checkpoint_bytes
 from shards import ConfigError
 from shards.storage.atomic import write_atomically
 
@@ -183,7 +182,7 @@ def submit_training(arguments: argparse.Namespace, console: Console) -> int:
     (named,) = runs_of(arguments.config, arguments.overrides, None)  # a sweep's runs get their names from it
     base, logs = named.config, named.config.folder.logs
     partition, silent = partition_of(arguments.partition)
-    bytes_each = max(checkpoint_bytes(run.config.model, run.config.bytes_per_weight) for run in runs)
+    bytes_each = max(run.config.checkpoint_bytes for run in runs)
     store = CheckpointStore(runs[0].config.folder.checkpoints, base.checkpoint, bytes_each)
     save = save_time(store, arguments.nodes)
     cores = max(run.config.data.num_workers for run in runs) + 2

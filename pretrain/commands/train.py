@@ -47,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def how_to_train_longer(config: RunConfig) -> str:
     """Describe how to train a finished run longer without a jump of the learning rate."""
-    steps, optim = config.train.steps, config.schedule[-1].optim
+    steps, part = config.train.steps, config.schedule[-1]
     if steps is None:
         return ""
     last_rate = learning_rate_of_run(steps, config.schedule, steps)
     further = f"train.steps={2 * steps}"
-    if optim.schedule == "constant":
+    if part.optim.schedule == "constant":
         return f"the same command with {further} continues from here; "
     advice = f"the same command with run.name={config.run.name}-{2 * steps} {further} is a run with a longer schedule; "
     if last_rate > 0:
-        constant = f"optim.schedule=constant optim.learning_rate={last_rate:.6g}"
+        constant = f"optim.schedule=constant optim.learning_rate={last_rate / part.factor(steps):.6g}"
         advice += f"with {further} {constant} this one continues at its final rate; "
     return advice
 

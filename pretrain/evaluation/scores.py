@@ -28,6 +28,7 @@ from shards.storage.atomic import write_atomically
 Sums = npt.NDArray[np.float64]  # [items, 3]: each text's nll in nats, targets, and those that were most likely
 
 _SOURCE = "source:"  # prefix of a source's name in place of a domain's
+AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,15 @@ class DocumentScores:
         return DocumentScores(**(values | names | {"suite": str(values["suite"])}))
 
 
-def line_names(domains: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Return the names of all lines of an evaluation, given each domain and its source."""
+def line_names(domains: Sequence[str], sources: Sequence[str], averaged: bool = False) -> list[str]:
+    """Return the names of all lines of an evaluation, given each domain and its source.
+
+    Args:
+        averaged: whether the moving average of the weights is scored as well.
+    """
     several = [source for source, count in Counter(sources).items() if count > 1]
-    return [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
+    names = [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
+    return [*(AVERAGED + name for name in names if averaged), *names]
 
 
 class Scores(Protocol):
@@ -171,6 +177,25 @@ class Scores(Protocol):
     def records(self, step: int) -> list[dict[str, object]]:
         """Return the lines of evals.jsonl for one evaluation."""
         ...
+
+
+@dataclass(frozen=True)
+class ScoresOfAverage:
+    """The scores of the moving average of the weights, which stand among those of the weights under names of their own.
+
+    Sums per document are not kept of them.
+    """
+
+    scores: Scores
+
+    @property
+    def suite(self) -> str:
+        """The label of the suite or task."""
+        return self.scores.suite
+
+    def records(self, step: int) -> list[dict[str, object]]:
+        """Return the lines of evals.jsonl for one evaluation."""
+        return [record | {"domain": f"{AVERAGED}{record['domain']}"} for record in self.scores.records(step)]
 
 
 def record_scores(folder: RunFolder, step: int, *evaluation: Scores) -> list[dict[str, object]]:

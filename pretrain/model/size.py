@@ -51,13 +51,19 @@ def _block_matrices(config: ModelConfig) -> int:
     return attention + 3 * config.dim * config.hidden_dim
 
 
-def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
+def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int, averaged: bool = False) -> int:
     """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
+        averaged: whether there is a moving average of the weights.
     """
-    return (bytes_per_weight + 12) * parameter_count(config)  # fp32: the master weight and two moments
+    return (bytes_per_weight + _state_bytes(averaged)) * parameter_count(config)
+
+
+def _state_bytes(averaged: bool) -> int:
+    """Return the bytes of the optimizer's state of a weight, all fp32: master weight, two moments, the average."""
+    return 16 if averaged else 12
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Workload:
     reduce_bucket: int = 500_000_000  # elements of DeepSpeed's reduce_bucket_size; this is its default
     gathered_weights: int = 1_000_000_000  # elements of DeepSpeed's stage3_max_live_parameters; this is its default
     layers_measured: bool = False  # at some steps
+    averaged: bool = False  # there is a moving average of the weights
 
     @property
     def tokens(self) -> int:
@@ -119,7 +126,7 @@ class Workload:
 def memory_per_rank(work: Workload) -> MemoryEstimate:
     """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step.
 
-    The optimizer keeps three fp32 numbers per parameter (master weight, two moments), even of fp32 weights.
+    The optimizer's state is fp32, even of fp32 weights.
     """
     parallel, own = work.parallel, work.parameters // work.dp_size
     stage = parallel.applied_zero_stage
@@ -127,7 +134,7 @@ def memory_per_rank(work: Workload) -> MemoryEstimate:
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
         gradients=4 * (work.parameters if stage == 1 else own),
-        optimizer=0 if parallel.offload != "none" else 12 * own,
+        optimizer=0 if parallel.offload != "none" else _state_bytes(work.averaged) * own,
         buffers=_buffers(work),
         activations=int(_activations(work)),
     )

@@ -91,7 +91,7 @@ def sentences(notes: Iterable[str]) -> str:
 
 
 def training_charts(history: History) -> Iterator[Chart]:
-    """Draw the loss, the learning rate and the gradient norm."""
+    """Draw the loss, the learning rate, the gradient norm and the gradient noise scale."""
     if not len(history.metrics):
         return
     x = history.steps.astype(np.float64)
@@ -100,6 +100,7 @@ def training_charts(history: History) -> Iterator[Chart]:
         ("loss", "Training loss", "nats per token"),
         ("learning_rate", "Learning rate", "rate"),
         ("grad_norm", "Gradient norm", "L2 norm before clipping"),
+        ("noise_scale", "Gradient noise scale", "targets"),
     ):
         values = history.metrics[key]
         if not np.isfinite(values).any():
@@ -157,7 +158,8 @@ def task_charts(history: History) -> Iterator[Chart]:
 def _chosen(domains: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[str], str]:
     """Choose the domains to draw, the macro average last, and say which are left out."""
     averages = [name for name in domains if name == "macro"]
-    plain = [name for name in domains if name not in _AVERAGES and not name.startswith("source:")]
+    averages += [name for name in domains if name == "ema:macro"]  # of the moving average of the weights
+    plain = [name for name in domains if name not in _AVERAGES and not name.startswith(("source:", "ema:"))]
     if len(plain) <= _LINES:
         return [*plain, *averages], ""
 

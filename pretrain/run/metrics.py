@@ -53,6 +53,9 @@ class MetricsConfig(Config):
     log_every_seconds: float = Field(10.0, ge=0)  # between two plain lines, if the output is not a terminal
     # optimizer steps between records of each layer's figures in layers.jsonl, besides that of step 1; None: none
     layers_every: int | None = Field(100, ge=1)
+    # Whether to estimate the gradient noise scale, by the norms of the micro-batches' gradients. A step of one
+    # micro-batch on one rank has no estimate; docs/training.md
+    noise_scale: bool = True
     profile: ProfileConfig | None = None  # None: no steps, until a rank gets SIGUSR2 and profiles its next five
     # bf16 FLOP/s of one device, dense; None: from the table, if listed
     peak_flops: float | None = Field(None, gt=0)
@@ -104,6 +107,10 @@ class StepRecord:
     # Documents dropped on the way to this step's rows because they share text with data.decontaminate's suite
     contaminated_per_source: dict[str, int] | None = None
     z_loss: float | None = None  # its part of the training loss; None if it is off
+    # Gradient noise scale in targets, smoothed over some hundred steps; None while there is no estimate
+    noise_scale: float | None = None
+    gradient_signal: float | None = None  # this step's estimate of the true gradient's squared norm; may be negative
+    gradient_variance: float | None = None  # and of the variance of a single target's gradient
     nonfinite: bool | None = None  # True if loss or gradient was not finite, and the step changed nothing
     without_targets: bool | None = None  # True if the batch had nothing to predict: no loss, and nothing changed
     spike: bool | None = None  # True if its loss or gradient norm stands out against the steps before
@@ -112,7 +119,7 @@ class StepRecord:
     straggler_seconds: float | None = None  # that it works longer than the typical rank, in a step
     # 16 hex digits, equal in every layout for equal bits after this step; None where train.weight_hash_every gives none
     weight_hash: str | None = None  # of the fp32 weights
-    optimizer_hash: str | None = None  # of their moments
+    optimizer_hash: str | None = None  # of their moments, and of their moving average if train.ema keeps one
     # Model FLOP utilization, in [0, 1]; None if the device's peak is unknown. Attention counts as if each row were one
     # document, the convention of published figures
     mfu: float | None = None
@@ -245,19 +252,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def seconds_left(times: Sequence[tuple[float, int]], steps: int) -> float | None:
+def seconds_left(times: Sequence[tuple[float, float]], work: float) -> float | None:
     """Estimate how long the rest of a run will take at its recent speed.
 
     Args:
-        times: (seconds on some clock, step), in order; time between two steps, such as for an evaluation, counts.
-        steps: length of the whole run.
+        times: (seconds on some clock, work done), in order; time between two steps, such as for an evaluation, counts.
+        work: that of the whole run, in steps or tokens.
     Returns:
-        Seconds; None until there are two different steps.
+        Seconds; None until there are two different amounts.
     """
     if len(times) < 2 or times[-1][1] <= times[0][1]:
         return None
-    (first_time, first_step), (last_time, last_step) = times[0], times[-1]
-    return (last_time - first_time) / (last_step - first_step) * (steps - last_step)
+    (first_time, first_done), (last_time, last_done) = times[0], times[-1]
+    return (last_time - first_time) / (last_done - first_done) * (work - last_done)
 
 
 def step_line(record: StepRecord, steps: int, left: float | None) -> str:
@@ -296,6 +303,7 @@ class StepProgress:
         config: MetricsConfig,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        work_until: Callable[[int], float] = float,
     ):
         """Prepare the progress display; `with` shows it.
 
@@ -304,12 +312,14 @@ class StepProgress:
             config: sets the interval of plain lines.
             console: where the bar is drawn; the log's by default.
             clock: seconds, monotonic.
+            work_until: returns how much work the steps up to one are, where they differ.
         """
         console = console or log.console()
         self._steps = steps
         self._every = config.log_every_seconds
         self._clock = clock
-        self._times: deque[tuple[float, int]] = deque(maxlen=200)
+        self._work_until = work_until
+        self._times: deque[tuple[float, float]] = deque(maxlen=200)
         self._last_line = -float("inf")
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -331,8 +341,8 @@ class StepProgress:
     def show(self, record: StepRecord) -> None:
         """Show that a step is done."""
         now = self._clock()
-        self._times.append((now, record.step))
-        line = step_line(record, self._steps, seconds_left(self._times, self._steps))
+        self._times.append((now, self._work_until(record.step)))
+        line = step_line(record, self._steps, seconds_left(self._times, self._work_until(self._steps)))
         if self._bar is not None:
             figures = line.partition("  ")[2]  # the bar has its own count of steps
             self._bar.update(self._task, completed=record.step, figures=figures)

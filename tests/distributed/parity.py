@@ -77,6 +77,12 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective", **split, "compile": True}
 
 
+def micro_batches(dp_size: int, micro_batch_size: int) -> list[range]:
+    """Return the rows of each micro-batch of a step, on all dp ranks."""
+    of_ranks = [range(rank, GLOBAL_ROWS, dp_size) for rank in range(dp_size)]
+    return [rows[i : i + micro_batch_size] for rows in of_ranks for i in range(0, len(rows), micro_batch_size)]
+
+
 def run_case(
     topology: Topology, precision: str, tied: bool, micro_batch_size: int, layout: dict[str, Any], folder: Path
 ) -> dict[str, object]:
@@ -84,10 +90,10 @@ def run_case(
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, **layout})
     micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
     ds_config = deepspeed_config(parallel, OPTIM, precision, RELEASED if parallel.zero_stage == 3 else {})
-    engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED)
+    engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED, True)
     if topology.world_size == 1 and precision == "fp32" and layout == {"zero_stage": 1}:
         torch.save(engine.model.state_dict(), folder / f"weights-{'tied' if tied else 'untied'}.pt")
-    history, layers = [], []
+    history, layers, noise = [], [], []
     for step, (tokens, segment_ids) in enumerate(global_batches()):
         tokens = tokens.to(topology.device)
         mine = slice(topology.dp_rank, None, topology.dp_size)
@@ -96,12 +102,19 @@ def run_case(
             tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter(), step in MEASURED
         )
         history.append((stats.loss, stats.grad_norm))
+        noise.append(stats.noise)
         if stats.layers:
             layers.append(stats.layers.as_record(step))
     if parallel.zero_stage == 3 and topology.dp_size > 1:
         weights = [parameter for block in engine.model.blocks for parameter in block.parameters()]
         assert all(weight.ds_status.name == "NOT_AVAILABLE" for weight in weights), "they are freed after a step"
-    return {"history": history, "layers": layers, "replicated_equal": replicated_equal(engine, topology)}
+    return {
+        "history": history,
+        "layers": layers,
+        "noise": noise,
+        "micro_batches": [list(rows) for rows in micro_batches(topology.dp_size, micro_batch_size)],
+        "replicated_equal": replicated_equal(engine, topology),
+    }
 
 
 def replicated_equal(engine: Engine, topology: Topology) -> bool:

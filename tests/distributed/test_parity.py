@@ -1,4 +1,4 @@
-"""Losses, gradient norms and layers' figures do not depend on the layout, and equal a plain PyTorch reference."""
+"""Losses, gradient norms, layers' figures and the noise do not depend on the layout, and equal plain PyTorch's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.distributed.parity import LEARNING_RATES, MEASURED, OPTIM, global_batches, model_config
 from tests.distributed.ranks import run_ranks
-from tests.reference_model import Shape, Weights, layer_figures, train
+from tests.reference_model import Shape, Weights, batch_loss, layer_figures, train
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +37,25 @@ def references(folder: Path, single: dict[str, dict]) -> dict[bool, dict[str, An
             del weights["output.weight"]
         shape = Shape(config.n_layers, config.n_heads, config.kv_heads, qk_norm=True, tied=tied)
         layers: list[dict[str, Any]] = []
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def observe(
-            before: Weights, gradients: Weights, after: Weights, shape: Shape = shape, layers: list = layers
+            before: Weights,
+            gradients: Weights,
+            after: Weights,
+            shape: Shape = shape,
+            layers: list = layers,
+            rows: list = rows,
         ) -> None:
             layers.append(_layers(before, gradients, after, shape, len(layers)))
+            rows.append(_rows(before, shape, len(rows)))
 
         history, _ = train(
             weights, shape, global_batches(), LEARNING_RATES,
             weight_decay=OPTIM.weight_decay, betas=OPTIM.betas, eps=OPTIM.eps,
             grad_clip=OPTIM.grad_clip, z_loss=OPTIM.z_loss, observe=observe,
         )  # fmt: skip
-        results[tied] = {"history": history, "layers": [layers[step] for step in MEASURED]}
+        results[tied] = {"history": history, "layers": [layers[step] for step in MEASURED], "rows": rows}
     return results
 
 
@@ -61,6 +69,31 @@ def _layers(before: Weights, gradients: Weights, after: Weights, shape: Shape, s
         figures[key] = [float(torch.cat([v.flatten() for v in part]).norm()) for part in parts]
     figures["update_ratio"] = [u / w for u, w in zip(figures["update_norm"], figures["weight_norm"], strict=True)]
     return {"layers": figures, "weights": {name: [float(v[name].norm()) for v in vectors] for name in before}}
+
+
+def _rows(weights: Weights, shape: Shape, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each row of a step adds to the gradient [rows, weights] of the mean loss, and its targets [rows]."""
+    w = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    tokens, segment_ids = global_batches()[step]
+    counts = ((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum(1)
+    gradients = []
+    for row in range(len(tokens)):
+        loss = sum(batch_loss(w, shape, tokens[row : row + 1], segment_ids[row : row + 1], OPTIM.z_loss))
+        found = torch.autograd.grad(loss * counts[row] / counts.sum(), list(w.values()))
+        gradients.append(torch.cat([of_weight.flatten() for of_weight in found]).double())
+    return torch.stack(gradients), counts
+
+
+def _noise(rows: tuple[torch.Tensor, torch.Tensor], micro_batches: list[list[int]]) -> list[float] | None:
+    """Solve for signal and variance what the squared norms of batch and micro-batches are on average."""
+    gradients, counts = rows
+    if len(micro_batches) == 1:
+        return None
+    parts = sum(float(gradients[part].sum(0).square().sum()) for part in micro_batches)
+    n_targets = int(counts.sum())
+    share = sum(int(counts[part].sum()) ** 2 for part in micro_batches) / n_targets**2
+    means = [[1, 1 / n_targets], [share, 1 / n_targets]]
+    return np.linalg.solve(means, [float(gradients.sum(0).square().sum()), parts]).tolist()
 
 
 def run_cases(tp_size: int, dp_size: int, folder: Path) -> dict[str, dict]:
@@ -89,4 +122,13 @@ def test_training_equals_the_reference(
                 assert found[what].keys() == wanted[what].keys()
                 for name, values in wanted[what].items():
                     assert found[what][name] == pytest.approx(values, rel=tolerance), f"{case}: {what}, {name}"
+        for step, (found, rows) in enumerate(zip(result["noise"], expected["rows"], strict=True)):
+            wanted = _noise(rows, result["micro_batches"])
+            if wanted is None:
+                assert found is None, f"{case}: nothing follows from a single micro-batch"
+                continue
+            # The signal is a difference of squared norms, which may be far greater.
+            near = pytest.approx(wanted[0], abs=tolerance * expected["history"][step][1] ** 2)
+            assert found[0] == near, f"{case}, step {step}: signal"
+            assert found[1] == pytest.approx(wanted[1], rel=tolerance), f"{case}, step {step}: variance"
         assert result["replicated_equal"], f"{case}: replicated weights differ between tp ranks"

@@ -30,7 +30,13 @@ class Run:
     """One run folder, and commands that work on it."""
 
     def __init__(
-        self, folder: Path, world_size: int, tp_size: int = 1, zero_stage: int = 1, precision: str = "fp32"
+        self,
+        folder: Path,
+        world_size: int,
+        tp_size: int = 1,
+        zero_stage: int = 1,
+        precision: str = "fp32",
+        averaged: bool = False,
     ) -> None:
         self.folder, self.world_size = folder, world_size
         suite = folder / "suite"
@@ -52,7 +58,7 @@ class Run:
             "resumed",
             model={"dropout": 0.1},
             data={"num_workers": 1, "on_bad_record": "skip", "sources": sources},
-            train={"steps": STEPS},
+            train={"steps": STEPS, "ema": {"half_life_tokens": 2000} if averaged else None},
             optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "z_loss": 1e-4},
             parallel={"tp_size": tp_size, "zero_stage": zero_stage},
             checkpoint={"every": 6},
@@ -77,6 +83,9 @@ class Run:
     def layers(self) -> list[dict]:
         lines = (self.folder / "resumed" / "layers.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+    def evals(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "resumed" / "evals.jsonl").read_text().splitlines()]
 
     def skipped(self) -> list[tuple[int, int]]:
         """Read the (step, line) of each bad record that was skipped."""
@@ -105,14 +114,14 @@ def wait(ranks: list[Rank], codes: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("undisturbed"), world_size=1)
+    run = Run(tmp_path_factory.mktemp("undisturbed"), world_size=1, averaged=True)
     run.finish()
     return run
 
 
 @pytest.mark.distributed
 def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path) -> None:
-    run = Run(tmp_path, world_size=1)
+    run = Run(tmp_path, world_size=1, averaged=True)
     step = random.randint(1, STEPS - 1)
     processes = run.start()
     run.wait_for_step(step, processes)
@@ -123,6 +132,8 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed: Run, tmp_path: Path)
     assert run.figures() == undisturbed.figures(), f"killed after step {step}"
     assert run.skipped() == undisturbed.skipped(), f"killed after step {step}"
     assert run.layers() == undisturbed.layers(), f"killed after step {step}"
+    assert run.evals() == undisturbed.evals(), f"killed after step {step}"
+    assert "ema:macro" in {record["domain"] for record in run.evals()}
     assert [record["step"] for record in run.layers()] == [1, *range(4, STEPS + 1, 4)]
     assert len({step for step, _ in run.skipped()}) > 5
     assert [m["skipped_records"] for m in run.metrics()] == [

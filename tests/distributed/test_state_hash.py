@@ -1,4 +1,4 @@
-"""The hash of a run's state is that of its whole weights and moments, however these are laid out over ranks."""
+"""The hash of a run's state is that of its whole weights, average and moments, however they lie on the ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hashes_of_files(run: RunFolder) -> list[str]:
     sums = [0, 0]
     for name, spec in specs.items():
         sums[0] += reference(weights.read(name).numpy(), name)
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg", "exp_avg_sq", "ema"):
             slices = [whole(ranks, name, key) for ranks in tp_ranks]
             moments = slices[0] if spec.shard_dim is None else torch.cat(slices, spec.shard_dim)
             sums[1] += reference(moments.numpy(), f"{name}/{key}")
@@ -44,7 +44,12 @@ def test_every_layout_has_the_hash_of_the_whole_weights(
 ) -> None:
     parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
     config = write_config(
-        tmp_path, "run", model={"qk_norm": True, "tie_embeddings": False}, precision=precision, parallel=parallel
+        tmp_path,
+        "run",
+        model={"qk_norm": True, "tie_embeddings": False},
+        train={"ema": {"decay": 0.9}},
+        precision=precision,
+        parallel=parallel,
     )
     codes, output = run_starts(config, [(2, [f"train.steps={STEPS}"], "")])
     assert codes == [[0, 0]], output

@@ -54,17 +54,17 @@ data:
   worker_timeout: 1.5
 train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2,
   weight_hash_every: 2, on_spike: skip, spike_window: 8, spike_score: 1.5, rewind_steps: 2, max_rewinds: 2,
-  stop: {metric: eval/a/perplexity, patience: 2, min_delta: 1.5, explode: 1.5}}
+  stop: {metric: eval/a/perplexity, patience: 2, min_delta: 1.5, explode: 1.5}, ema: {half_life_steps: 1.5}}
 optim: {learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, decay_shape: sqrt, floor: 0.5,
-  betas: [0.5, 0.25], eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
+  batch_size_rule: sqrt, betas: [0.5, 0.25], eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,
   compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true, timeout_minutes: 1.5}
 precision: fp32
 checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2,
   best: eval/a/accuracy}
 evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x}
-metrics: {log_every_seconds: 1.5, peak_flops: 1.5, layers_every: 2, profile: {steps: [2, 3], ranks: [1]},
-  on_event: x}
+metrics: {log_every_seconds: 1.5, noise_scale: false, peak_flops: 1.5, layers_every: 2,
+  profile: {steps: [2, 3], ranks: [1]}, on_event: x}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
 deepspeed: {memory_breakdown: true}
 stages:
@@ -84,7 +84,13 @@ stages:
     optim: {learning_rate: 0.25, schedule: linear, warmup_steps: 1, decay_steps: 2, decay_shape: cosine, floor: 0.25}
 """)
 # Keys that exclude another one above, or whose values are of other types than the one above.
-OTHERS = {"train.epochs", "data.sources.input_ids_key", "stages.data.sources.input_ids_key"}
+OTHERS = {
+    "train.epochs",
+    "train.ema.decay",
+    "train.ema.half_life_tokens",
+    "data.sources.input_ids_key",
+    "stages.data.sources.input_ids_key",
+}
 SUITE = {"name": "a", "sources": [{"name": "b", "path": "p", "text_key": "t", "domain_from": "d", "split": "val"}]}
 
 

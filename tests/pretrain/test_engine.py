@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pretrain.model.transformer import Precision
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology
+from pretrain.zero_pieces import OwnPiece
 from shards import ConfigError
 from tests.distributed.nonfinite import fingerprint
 from tests.distributed.parity import OPTIM, global_batches, model_config
@@ -208,3 +210,44 @@ def test_deepspeed_keys_that_we_do_not_derive_pass_through() -> None:
     assert derived["memory_breakdown"] is True
     assert derived["gradient_clipping"] == 0.5
     assert batch_sizes(4, 2, 3)["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2, "offload": "optimizer"},
+        {"zero_stage": 3},
+    ],
+)
+def test_the_average_of_the_weights_is_shown_and_changes_no_figures(
+    topology: Topology, parallel: dict[str, object]
+) -> None:
+    config = ParallelConfig.model_validate(parallel)
+    model, derived = model_config(tied=True), deepspeed_config(config, OPTIM, "bf16", {})
+    engine = Engine(model, OPTIM, config, derived, 2, 4, topology, seed=3)
+    found, weights = [], []
+    tokens, segment_ids = global_batches()[4]
+    targets = next_token_targets(tokens, segment_ids)
+    for step, (ids, segments) in enumerate(global_batches()[:3]):
+        stats = engine.train_step(ids, segments, int(valid_targets(segments).sum()), step, 1e-3, Meter())
+        found.append((stats.loss, stats.grad_norm))
+        weights.append({name: piece_of(engine, weight) for name, weight in engine.model.named_parameters()})
+        engine.average.update([1.0, 0.5, 0.25][step])
+        engine.average.show(True)
+        averaged = engine.score(tokens[:, :-1], segment_ids[:, :-1], targets).nll
+        engine.average.show(False)
+    assert found == history(topology, **parallel)
+    first, second, third = weights
+    means = {name: 0.75 * (first[name] + second[name]) / 2 + 0.25 * third[name] for name in first}
+    trained = engine.score(tokens[:, :-1], segment_ids[:, :-1], targets).nll
+    engine.set_weights(SimpleNamespace(read=lambda name, index, count: means[name]))
+    expected = engine.score(tokens[:, :-1], segment_ids[:, :-1], targets).nll
+    assert torch.allclose(averaged, expected, rtol=2e-2)  # a weight may be rounded to the next bf16
+    assert (averaged - expected).norm() < 0.1 * (trained - expected).norm()
+
+
+def piece_of(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return a copy of the fp32 values of a whole weight; one rank has all of it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return OwnPiece(parameter, engine.deepspeed.optimizer, 0).weights.clone().view(shape)

@@ -60,7 +60,8 @@ class Run:
         deadline: Any = SimpleNamespace(reached=is_over)
         parts: Any = SimpleNamespace(
             engine=SimpleNamespace(
-                train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES
+                train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES,
+                average=None, topology=SimpleNamespace(is_main=False),
             ),
             feed=SimpleNamespace(
                 next=self.next, state=lambda: None, cursors=lambda: None, origins=list, skipped_at_end=([], []),
@@ -93,7 +94,7 @@ class Run:
         if not self.with_suite:
             parts.held_out = None
         config: Any = SimpleNamespace(
-            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY, on_spike="mark"),
+            train=SimpleNamespace(steps=self.steps, weight_hash_every=HASHED_EVERY, on_spike="mark", ema=None),
             checkpoint=CheckpointConfig(every=SAVED_EVERY),
             evaluation=EvaluationConfig(every=EVALUATED_EVERY),
             data=SimpleNamespace(skip_steps=()),
@@ -162,7 +163,7 @@ class Run:
     def note_done(self, step: int) -> None:
         self.scored = step
 
-    def score(self, step: int, before_batch: Any) -> None:
+    def score(self, step: int, before_batch: Any, averaged: bool) -> None:
         for _ in range(BATCHES):
             before_batch()
             assert not self.trainer.stopping, "no batch is scored once all ranks have agreed to stop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from pretrain.checkpoint.state import RunState
 from pretrain.feed import StepBatch
+from pretrain.gradient_noise import GradientNoise, NoiseScale
 from pretrain.model.size import flops_of_documents, flops_per_token
 from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
@@ -25,7 +27,9 @@ TRAINED = StepStats(loss=2.0, z_loss=0.5, grad_norm=1.0, applied=True)
 SKIPPED = StepStats(loss=math.nan, z_loss=math.nan, grad_norm=math.nan, applied=False)
 
 
-def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_saves: int = 0) -> dict[str, object]:
+def record(
+    n_targets: int, stats: StepStats, recorder: StepRecorder, failed_saves: int = 0, spike: bool = False
+) -> dict[str, object]:
     nothing = torch.zeros(0)
     batch = StepBatch(
         nothing, nothing, 0, n_targets, n_tokens=96, n_padding=32, squared_lengths=3000, row_hash=1,
@@ -35,12 +39,14 @@ def record(n_targets: int, stats: StepStats, recorder: StepRecorder, failed_save
     )  # fmt: skip
     with recorder.meter.part("data_wait"):
         pass
-    return recorder.record(Step(STATE, stats, 1e-3, passed_over=False), batch, failed_saves, None).as_json()
+    return recorder.record(
+        Step(STATE, stats, 1e-3, passed_over=False, spike=spike), batch, failed_saves, None
+    ).as_json()
 
 
 def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
     topology: Any = type("Alone", (), {"device": torch.device("cpu")})
-    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology)
+    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology, NoiseScale())
 
 
 def test_the_record_of_a_trained_step() -> None:
@@ -55,6 +61,16 @@ def test_the_record_of_a_trained_step() -> None:
     assert not {"nonfinite", "without_targets", "failed_saves", "checkpoint_seconds"} & set(found)
     assert "contaminated_per_source" not in found, "nothing is checked without data.decontaminate"
     assert not {"mfu", "mfu_documents", "z_loss"} & set(record(90, TRAINED, recorder()))
+
+
+def test_a_spike_has_no_estimate_of_the_noise() -> None:
+    steps, stats = recorder(), replace(TRAINED, noise=GradientNoise(2.0, 8.0))
+    keys = {"noise_scale", "gradient_signal", "gradient_variance"}
+    assert {key: record(90, stats, steps)[key] for key in keys} == {
+        "noise_scale": 4.0, "gradient_signal": 2.0, "gradient_variance": 8.0,
+    }  # fmt: skip
+    odd = record(90, replace(stats, noise=GradientNoise(1.0, 1e6)), steps, spike=True)
+    assert {key: odd[key] for key in keys if key in odd} == {"noise_scale": 4.0}
 
 
 def test_a_step_that_changed_nothing_says_why() -> None:

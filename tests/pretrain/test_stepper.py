@@ -1,12 +1,20 @@
-"""A run's state after a batch."""
+"""A run's state after a batch, and what becomes of the weights' moving average."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from pretrain.checkpoint.state import RunState
+from pretrain.ema import EmaConfig
+from pretrain.faults.spikes import SpikeWatch
 from pretrain.feed import StepBatch
-from pretrain.stepper import after
+from pretrain.optim import OptimConfig, SchedulePart
+from pretrain.run.metrics import Meter
+from pretrain.step_stats import StepStats
+from pretrain.stepper import Stepper, after
 
 
 def batch(tokens_per_source: dict[str, int]) -> StepBatch:
@@ -25,3 +33,25 @@ def test_a_sub_source_missing_from_a_batch_keeps_its_count() -> None:
         state = after(state, batch(counts))
     assert state.tokens_per_source == {"pile": 10, "pile/wiki": 7, "pile/code": 3}
     assert (state.step, state.tokens) == (3, 10)
+
+
+def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does_not() -> None:
+    done: list[object] = []
+    average = SimpleNamespace(update=done.append, drop=lambda: done.append("dropped"))
+    applied = iter([True, False, True, True, True, True])
+
+    def train_step(*arguments: object) -> StepStats:
+        return StepStats(1.0, 0.0, 1.0, applied=next(applied))
+
+    engine: Any = SimpleNamespace(average=average, train_step=train_step, topology=SimpleNamespace(is_main=False))
+    state = RunState(4, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
+    for ema, steps in ((EmaConfig(decay=0.5), 3), (None, 2), (EmaConfig(decay=0.5), 1)):
+        config: Any = SimpleNamespace(
+            train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=[None],
+            stage_at=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
+        )  # fmt: skip
+        stepper = Stepper(config, engine, 100, state.step, SpikeWatch(4, 8.0, []))
+        for _ in range(steps):
+            state = stepper.step_on(batch({"pile": 1}), state, Meter()).state
+    assert done == [1.0, 1 / 1.5, "dropped", 1.0]
+    assert state.average_total == 1

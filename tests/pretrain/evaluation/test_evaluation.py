@@ -12,9 +12,10 @@ import torch
 
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
-from pretrain.evaluation.scores import DocumentScores, Score
+from pretrain.evaluation.scores import DocumentScores, Score, ScoresOfAverage, line_names, record_scores
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
+from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, nearly, write_suite, write_tasks
@@ -216,6 +217,11 @@ def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
     assert records["micro"]["nll_per_token"] == pytest.approx(38 / 15)
     assert records["micro"]["bits_per_byte"] == pytest.approx(38 / math.log(2) / 50)
     assert records["micro"]["accuracy"] == pytest.approx(8 / 15)
+    lines = record_scores(RunFolder(tmp_path), 7, ScoresOfAverage(scores), scores)
+    assert lines[len(records) :] == list(records.values()), "the last line is the sign of a whole evaluation"
+    of_average = [line | {"domain": str(line["domain"]).removeprefix("ema:")} for line in lines[: len(records)]]
+    assert of_average == list(records.values())
+    assert [line["domain"] for line in lines] == line_names(scores.domains, scores.sources, averaged=True)
     scores.save(tmp_path / "evals" / "s.npz")
     assert DocumentScores.load(tmp_path / "evals" / "s.npz").by_domain() == scores.by_domain()
 

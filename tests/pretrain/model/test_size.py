@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.model.size import (
     Workload,
+    checkpoint_bytes,
     flops_of_documents,
     flops_per_token,
     memory_per_rank,
@@ -64,14 +65,16 @@ def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
 
 
 def test_memory_is_divided_as_zero_divides_it() -> None:
-    def estimate(stage: int, dp_size: int, tp_size: int = 1):
+    def estimate(stage: int, dp_size: int, tp_size: int = 1, averaged: bool = False):
         parallel = ParallelConfig.model_validate({"tp_size": tp_size, "zero_stage": stage})
-        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2))
+        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 2048, bytes_per_weight=2, averaged=averaged))
 
     parameters = parameter_count(LLAMA_7B)
     one = estimate(1, 1)
     assert (one.weights, one.gradients, one.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
     assert estimate(1, 8).optimizer == 12 * parameters // 8
+    assert estimate(1, 8, averaged=True).optimizer == 16 * parameters // 8
+    assert checkpoint_bytes(LLAMA_7B, 2, averaged=True) - checkpoint_bytes(LLAMA_7B, 2) == 4 * parameters
     assert estimate(1, 8).gradients == 4 * parameters
     assert estimate(2, 8).gradients == 4 * parameters // 8
     assert estimate(3, 8).weights == 2 * parameters // 8

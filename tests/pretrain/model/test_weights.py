@@ -111,7 +111,10 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, rows: int, fit
     }
     torch.save({"optimizer_state_dict": state}, tmp_path / "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt")
     torch.save({"param_shapes": [{"w": torch.Size((3, 4))}]}, tmp_path / "engine/mp_rank_00_model_states.pt")
-    weights = CheckpointWeights(Checkpoint(tmp_path, 1, [], 0.0), {"w": WeightSpec((rows, 4), 0)})
+    checkpoint, specs = Checkpoint(tmp_path, 1, [], 0.0), {"w": WeightSpec((rows, 4), 0)}
+    weights = CheckpointWeights(checkpoint, specs)
+    with pytest.raises(CheckpointError, match=r"no average of the weights; train\.ema was not set"):
+        CheckpointWeights(checkpoint, specs, averaged=True)
     if fits:
         assert torch.equal(weights.read("w"), flat.view(3, 4))
     else:

@@ -16,6 +16,7 @@ import pytest
 from pretrain.commands import dispatch
 from pretrain.commands.train import write_report
 from pretrain.evaluation.compare import compare
+from pretrain.evaluation.scores import ScoresOfAverage, record_scores
 from pretrain.report import facts, side_by_side
 from pretrain.report.curves import POINTS, marks_of
 from pretrain.report.page import all_charts, page
@@ -84,6 +85,16 @@ def test_tasks_have_charts_and_a_table_of_their_own(tmp_path: Path) -> None:
     beside = charts(page(histories))
     assert [one["y"] for one in beside["Task choice"]["series"]] == [[0.25, 0.5, 0.75]] * 2
     assert facts.task_table(read_run(make_run(tmp_path / "without"))) is None
+
+
+def test_a_page_shows_the_average_of_the_weights_beside_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one")
+    record_scores(folder, 60, ScoresOfAverage(scores_at(60, 1e-3, 1)), scores_at(60, 1e-3, 0))
+    history = read_run(folder)
+    drawn = {one["name"]: one["y"] for one in charts(page([history]))["Held-out text by domain"]["series"]}
+    assert set(drawn) == {"books", "code", "wiki", "macro", "ema:macro"}
+    np.testing.assert_allclose(drawn["ema:macro"], history.evals[SUITE]["ema:macro"][60]["bits_per_byte"], rtol=1e-5)
+    assert len(drawn["macro"]) == 4
 
 
 def test_a_page_stands_by_itself(tmp_path: Path) -> None:

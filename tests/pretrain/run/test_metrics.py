@@ -175,6 +175,18 @@ def test_plain_lines_are_printed_at_intervals_and_at_the_end(caplog: pytest.LogC
     assert caplog.messages[1].endswith("ETA 0:01:04")
 
 
+def test_the_time_left_counts_what_each_step_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    with StepProgress(
+        20, MetricsConfig(log_every_seconds=0), Console(file=io.StringIO()), clock, lambda s: s**2
+    ) as shown:
+        for step in (1, 2):
+            clock.now += 3
+            shown.show(dataclasses.replace(RECORD, step=step))
+    assert caplog.messages[1].endswith("ETA 0:06:36"), "3 seconds for 3 of 399, 396 to go"
+
+
 def test_a_terminal_shows_a_bar(caplog: pytest.LogCaptureFixture) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=140)

@@ -1,0 +1,125 @@
+"""Tell a large run from small ones: `headrace scale runs/a runs/b ... --config configs/large.yaml`.
+
+The small runs, such as those of a sweep over width and learning rate, must have finished. Shown are the best of each
+size, a fit of the loss over compute, one of the best learning rate over the width, what both say of the config's model,
+with intervals, and how long it takes at the speed that the runs had. Nothing is extrapolated from fewer than three
+sizes. See docs/sweeps.md.
+
+Exit codes: 0 told, 2 no such run, too few sizes, or runs that cannot be compared, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pretrain.config import RunConfig, load_config
+from pretrain.model.size import flops_per_token, parameter_count
+from pretrain.report.figures import final_loss, last_eval, state_of, usual_speed
+from pretrain.report.side_by_side import SEED, settings_of
+from pretrain.run.history import History
+from pretrain.run.run_folder import RunFolder
+from pretrain.sweep.scaling import Size, SmallRun, advice, size_table, sizes_of
+from shards import ConfigError
+
+_RATE = "optim.learning_rate"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
+    parser.add_argument("--config", type=Path, required=True, help="the config of the run to come")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key.path=value", help="overrides for that config")
+    parser.add_argument("--tokens", type=float, help="that it trains on; default: as train.steps says")
+    parser.add_argument(
+        "--training-loss", action="store_true", help="go by it, and not by the held-out bits per byte of the last step"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the runs say of the config's. Raises HeadraceError if they say nothing."""
+    console = Console()
+    histories = list(_finished(arguments.runs, console))
+    target = _target(load_config(arguments.config, arguments.set), arguments.tokens)
+    sizes = sizes_of(_small_runs(histories, arguments.training_loss))
+    figure = "training loss" if arguments.training_loss else "bits per byte"
+    console.print(size_table(sizes, figure))
+    described = f"target: width {target.width:,}, {target.parameters:,} parameters, {target.tokens:,} tokens"
+    for sentence in (described, *advice(sizes, target, figure)):
+        console.print(sentence, soft_wrap=True, highlight=False)
+    return 0
+
+
+def _finished(roots: Sequence[Path], console: Console) -> Iterator[History]:
+    """Read the runs that have finished, and name the others. Raises ConfigError if there is no such run."""
+    for root in dict.fromkeys(roots):
+        RunFolder(root).check_there()
+        history = History(root)
+        history.refresh()
+        if history.length is None or history.last_step < history.length:
+            console.print(f"left out: {root} is {state_of(history)}", soft_wrap=True, highlight=False)
+        else:
+            yield history
+
+
+def _target(config: RunConfig, tokens: float | None) -> Size:
+    """Return the size of the run to come. Raises ConfigError if its number of tokens is not known."""
+    if tokens is None:
+        if config.train.steps is None:
+            raise ConfigError("train.epochs does not say how many tokens the run has; give --tokens")
+        tokens = config.tokens_until(config.train.steps)
+    return _size(config, int(tokens))
+
+
+def _size(config: RunConfig, tokens: int) -> Size:
+    flops = float(flops_per_token(config.model, config.data.seq_len)) * tokens
+    return Size(config.model.dim, parameter_count(config.model), tokens, flops)
+
+
+def _small_runs(histories: list[History], by_training: bool) -> list[SmallRun]:
+    """Read what counts of each run.
+
+    Raises:
+        ConfigError: if a run was not scored at its end, or runs on other texts or with other tokenizers than the first.
+    """
+    differing = settings_of(histories).differing if histories else {}
+    if by_training and "data.tokenizer" in differing:
+        raise ConfigError("the runs have different tokenizers, so their training losses cannot be compared")
+    others = [values for key, values in differing.items() if key not in (_RATE, SEED)]
+    found = []
+    for i, history in enumerate(histories):
+        config = load_config(history.folder.config, begun=True)
+        loss = final_loss(history) if by_training else _held_out(history, histories[0])
+        speed = usual_speed(history) * flops_per_token(config.model, config.data.seq_len)
+        small = SmallRun(
+            size=_size(config, int(history.metrics["tokens"][-1])),
+            learning_rate=config.optim.learning_rate,
+            settings=json.dumps([values[i] for values in others]),
+            loss=loss if math.isfinite(loss) else math.inf,
+            flops_per_second=speed if math.isfinite(speed) else 0.0,
+            devices=_devices(history),
+        )
+        found.append(small)
+    return found
+
+
+def _held_out(history: History, first: History) -> float:
+    scored = last_eval(history)
+    if scored is None or scored[0] != history.last_step:
+        raise ConfigError(f"{history.folder.root} was not scored at its last step; give --training-loss")
+    if history.suite() != first.suite():
+        raise ConfigError(
+            f"{history.folder.root} was scored on {history.suite()}, {first.folder.root} on {first.suite()}; give"
+            " --training-loss, or score both on one suite"
+        )
+    return scored[1]
+
+
+def _devices(history: History) -> str:
+    start = history.starts[-1] if history.starts else {}
+    names = (start.get("environment") or {}).get("devices") or ["unknown devices"]
+    return f"{int(start.get('tp_size', 1)) * int(start.get('dp_size', 1))} x {', '.join(names)}"
