@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +25,8 @@ from small_models import PARAMETRIZATIONS, batches, make_engine, model_config
 from torch import Tensor
 
 from pretrain.engine import Engine
-from pretrain.optim import OptimConfig
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import OptimConfig, OptimizerName
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw")
     parser.add_argument("--png", type=Path, help="where to draw a picture")
     arguments = parser.parse_args()
     moves: Moves = defaultdict(dict)
@@ -47,7 +50,14 @@ def main() -> None:
         for parametrization in PARAMETRIZATIONS:
             for width in arguments.widths:
                 runs = [
-                    moved(parametrization, width, arguments.layers, arguments.steps, seed, batch, topology)
+                    moved(
+                        model_config(width, arguments.layers, parametrization),
+                        OptimConfig(name=arguments.optimizer, learning_rate=RATE, weight_decay=0.0),
+                        arguments.steps,
+                        seed,
+                        batch,
+                        topology,
+                    )
                     for seed in range(arguments.seeds)
                 ]
                 for key in runs[0]:
@@ -58,9 +68,8 @@ def main() -> None:
 
 
 def moved(
-    parametrization: str,
-    width: int,
-    layers: int,
+    config: ModelConfig,
+    optim: OptimConfig,
     steps: int,
     seed: int,
     batch: tuple[Tensor, Tensor, int],
@@ -68,8 +77,7 @@ def moved(
 ) -> dict[tuple[str, int], float]:
     """Train a model; return how far each figure has moved after each step."""
     tokens, segment_ids, n_targets = batch
-    optim = OptimConfig(learning_rate=RATE, weight_decay=0.0)
-    engine = make_engine(model_config(width, layers, parametrization), optim, ROWS, topology, seed)
+    engine = make_engine(config, optim, ROWS, topology, seed)
     first = activations(engine, tokens, segment_ids)
     found = {}
     for step in range(steps):

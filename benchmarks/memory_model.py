@@ -256,6 +256,8 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
         mock.patch.object(nn.Module, "_apply", _apply_in_place),
         mock.patch.object(F, "rms_norm", _norm),
         mock.patch.object(Tensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
+        # Other ranks' pieces of matrices are not known, so Muon can only be simulated on a single rank.
+        mock.patch.object(Topology, "gather_objects", lambda topology, value: [value] * topology.world_size),
         mock.patch.object(gc, "collect"),  # DeepSpeed does it thirty times at a start
         mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),

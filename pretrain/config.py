@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from pretrain.faults.patience import StopRule
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.model.transformer import ModelConfig, Precision
-from pretrain.optim import OptimConfig, SchedulePart
+from pretrain.model.weights import weight_specs
+from pretrain.optim import OptimConfig, SchedulePart, is_named
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
@@ -173,7 +175,7 @@ class RunConfig(Config):
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint of the whole model."""
-        return checkpoint_bytes(self.model, self.bytes_per_weight, averaged=self.train.ema is not None)
+        return checkpoint_bytes(self.model, self.bytes_per_weight, self.optim.name, self.train.ema is not None)
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
         """Return this config with its plan version: its own if set, else that of the run it continues."""
@@ -222,6 +224,7 @@ class RunConfig(Config):
             bytes_per_weight=self.bytes_per_weight,
             layers_measured=self.metrics.layers_every is not None,
             averaged=self.train.ema is not None,
+            optimizer=self.optim.name,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 
@@ -319,6 +322,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                 )
     if model:
         yield from _head_problems(model)
+        yield from _pattern_problems(model, parts.get("optim") or OptimConfig())
     if model and parallel:
         for key, value in model.split_sizes.items():
             yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
@@ -386,6 +390,18 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
             "rotary positions need an even head size"
         )
     yield from _not_divisible("model.n_heads", model.n_heads, "model.n_kv_heads", model.kv_heads)
+
+
+def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
+    """Yield patterns that match no weight."""
+    names = weight_specs(model)
+    for pattern in optim.learning_rate_groups:
+        if not any(is_named(name, pattern) for name in names):
+            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
+            yield (
+                f"optim.learning_rate_groups: no weight's name matches {pattern!r}; the names are {', '.join(kinds)},"
+                " with the number of a block, from 0, in place of *"
+            )
 
 
 def _not_divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:

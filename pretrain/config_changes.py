@@ -33,6 +33,8 @@ _MAY_CHANGE = (
     ("train.global_batch_size", False),  # decides which rows a step has
     ("train.epochs", False),  # decides which rows the run has
     ("train.*", True),
+    ("optim.name", False),  # the moments of one optimizer are not those of another
+    ("optim.learning_rate_groups*", False),  # weights lie on the ranks by groups of equal rates
     ("optim.*", True),  # a schedule may be changed on purpose
     ("precision", False),  # the optimizer's state differs in shape
     ("parallel.*", True),  # a checkpoint is converted to another layout

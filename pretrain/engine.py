@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_t
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.transformer import Block, ModelConfig, Transformer
 from pretrain.model.weights import Weights
+from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
@@ -108,16 +110,12 @@ class Engine:
         )
         self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
-        self._groups = parameter_groups(model.named_parameters(), optim_config.weight_decay, model_config.scale_of)
-        optimizer = torch.optim.AdamW(
-            [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self._groups],
-            lr=optim_config.learning_rate,
-            betas=optim_config.betas,
-            eps=optim_config.eps,
-            fused=True,  # one pass over ZeRO's flat partition, on CPU and GPU
-        )
+        self._groups = parameter_groups(model.named_parameters(), optim_config, model_config.scale_of)
+        optimizer = make_optimizer(self._groups, optim_config, dtype, topology)
         # On CPUs the first start would compile this op, which takes a minute and is only used for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it would refuse one that it does not know
         if parallel.applied_zero_stage == 3:
             # Hooks on a block rather than on each layer in it, so that a block is gathered at once and can be compiled.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -132,6 +130,8 @@ class Engine:
 
         self.average = WeightAverage(model, self.deepspeed.optimizer, topology)
         self._norms = MicroBatchNorms(model, topology, noise_scale)
+        if isinstance(optimizer, Muon):
+            optimizer.locate(self.deepspeed.optimizer)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
@@ -350,15 +350,22 @@ class Engine:
         Raises:
             CheckpointError: if it is not a checkpoint of this model.
         """
-        topology = self.topology
+        topology, optimizer = self.topology, self.deepspeed.optimizer.optimizer
+        under_muon = {id(weight) for group in self._groups if group["muon"] for weight in group["params"]}
+
+        def read(weight: str, key: str, param: object) -> Tensor:
+            if key == "exp_avg_sq" and id(param) in under_muon:
+                return torch.empty(0)
+            return read_piece(Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size)
+
         # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank.
-        self.deepspeed.optimizer.load_hp_checkpoint_state = lambda weight, key, param: read_piece(
-            Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size
-        )
+        self.deepspeed.optimizer.load_hp_checkpoint_state = read
         self._load(folder / f"tp_{topology.tp_rank}", universal=True)
-        for state in self.deepspeed.optimizer.optimizer.state.values():
+        for flat, state in optimizer.state.items():
             # The counter is updated in place, and DeepSpeed leaves one for all groups, on the CPU.
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
+            if isinstance(optimizer, Muon) and optimizer.has(flat):
+                state.pop("exp_avg_sq", None)  # ZeRO-3 expects AdamW's moments of every weight, and made zeros
         self.average.load_universal(folder / f"tp_{topology.tp_rank}")
 
     def _load(self, folder: Path, universal: bool) -> None:

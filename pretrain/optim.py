@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import torch
@@ -14,12 +15,18 @@ from shards import Config
 
 Decay = Literal["linear", "cosine", "sqrt"]  # the shape of a curve from 1 to 0
 
+ORTHOGONALIZATION_ITERATIONS = 5  # of Newton and Schulz, in each of Muon's updates
+
+OptimizerName = Literal["adamw", "muon"]
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    # muon: on the blocks' matrices; AdamW on embedding, output and vectors, with the same learning rate
+    name: OptimizerName = "adamw"
     learning_rate: float = Field(3e-4, gt=0)  # peak, reached at the end of the warm-up
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
@@ -30,10 +37,18 @@ class OptimConfig(Config):
     # stage that sets the rate (linear), or its root (sqrt)
     batch_size_rule: Literal["none", "sqrt", "linear"] = "none"
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates, per step, of the running means of the gradient and its square
+    # Factors of the learning rate by patterns of weights' names, such as "blocks.*.attention.w?.weight: 0.5"; of those
+    # that match a weight, all apply
+    learning_rate_groups: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    momentum: Beta = 0.95  # decay rate, per step, of Muon's running mean of the gradient; AdamW has betas
     eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
     grad_clip: float = Field(1.0, ge=0)  # largest global gradient norm; 0 disables clipping
     z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4
+
+    def factor_of(self, name: str) -> float:
+        """Return the factor that the patterns give a weight's learning rate."""
+        return math.prod(factor for key, factor in self.learning_rate_groups.items() if is_named(name, key))
 
 
 class StageSchedule(Config):
@@ -74,6 +89,7 @@ class ParameterGroup(TypedDict):
     params: list[torch.nn.Parameter]
     weight_decay: float
     learning_rate_scale: float  # factor of the step's learning rate
+    muon: bool  # whether Muon trains it, rather than AdamW
 
 
 def learning_rate_at(step: int, config: OptimConfig, steps: int) -> float:
@@ -127,21 +143,43 @@ def _height_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float, scale_of: Callable[[str], Scale]
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimConfig, scale_of: Callable[[str], Scale]
 ) -> list[ParameterGroup]:
     """Group matrices with weight decay, and vectors, which are the norms' weights, without; by their scales.
 
     Args:
         parameters: with their names.
+        optim: says which optimizer trains them, and their decay.
         scale_of: returns a weight's scale by its name.
     Returns:
         The groups, matrices first, in the order of the parameters.
     """
-    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    groups: dict[tuple[bool, bool, float, float], ParameterGroup] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            scale, is_matrix = scale_of(name).learning_rate, parameter.dim() >= 2
-            decay = weight_decay / scale if is_matrix else 0.0
-            new = ParameterGroup(params=[], weight_decay=decay, learning_rate_scale=scale)
-            groups.setdefault((not is_matrix, scale), new)["params"].append(parameter)
+            is_matrix = parameter.dim() >= 2
+            muon = optim.name == "muon" and is_hidden(name, parameter.dim())
+            scale = scale_of(name).muon_learning_rate if muon else scale_of(name).learning_rate
+            decay = optim.weight_decay / scale if is_matrix else 0.0
+            rate = scale * optim.factor_of(name)
+            new = ParameterGroup(params=[], weight_decay=decay, learning_rate_scale=rate, muon=muon)
+            groups.setdefault((not is_matrix, muon, rate, decay), new)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Return whether a weight's name matches a pattern, in which * and ? also stand for dots."""
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def is_hidden(name: str, dimensions: int) -> bool:
+    """Return whether a weight of this name and number of dimensions is a matrix between activations of the model.
+
+    Muon is for those. The rows of embedding and output belong to tokens, of which few occur in a batch.
+    """
+    return dimensions == 2 and name.startswith("blocks.")
+
+
+def moments_of(group: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the names of the moments that PyTorch's optimizer keeps of the weights in a parameter group."""
+    return ("exp_avg",) if group.get("muon") else ("exp_avg", "exp_avg_sq")

@@ -51,10 +51,23 @@ class Scale:
         init: factor of the standard deviation of its initial values; of a norm's weight, its initial value.
         learning_rate: factor of the learning rate. Weight decay is divided by it, so that a weight decays as fast as
             the base model's.
+        width: of a matrix in a block, its width relative to the base's.
     """
 
     init: float = 1.0
     learning_rate: float = 1.0
+    width: float = 1.0
+
+    @property
+    def muon_learning_rate(self) -> float:
+        """The factor of the learning rate if Muon trains the weight.
+
+        Muon's update has the root mean square of AdamW's, but spreads over as many singular values as the matrix is
+        wide, where AdamW's gathers in a few; so the largest of them, which decides what the update does to the
+        activations, grows with the root of the width and not with the width.
+        Source: Yang, Simon and Bernstein 2023, arXiv 2310.17813.
+        """
+        return self.learning_rate * self.width**0.5
 
 
 def scale_of(name: str, model: Size, base: Size, qk_norm: bool) -> Scale:
@@ -71,10 +84,10 @@ def scale_of(name: str, model: Size, base: Size, qk_norm: bool) -> Scale:
         return Scale(1 / width, 1 / width)  # of the output's multiplier, which is thus on tied embeddings too
     if _OUT_OF_BRANCH.search(name):
         summed = model.ffn_dim / base.ffn_dim if name.endswith("w2.weight") else width
-        return Scale(summed**-0.5 / depth, 1 / (summed * depth))  # of the branch's multiplier, 1 / depth
+        return Scale(summed**-0.5 / depth, 1 / (summed * depth), width)  # of the branch's multiplier, 1 / depth
     if _INTO_BRANCH.search(name):
         multiplier = logits if name.endswith("wq.weight") and not qk_norm else 1.0
-        return Scale(width**-0.5 * multiplier, multiplier / width)
+        return Scale(width**-0.5 * multiplier, multiplier / width, width)
     if name.endswith("q_norm.weight"):
         return Scale(logits, logits)
     return Scale()

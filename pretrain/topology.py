@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Literal, TypeVar
@@ -133,6 +133,19 @@ class Topology:
     def any(self, value: bool) -> bool:
         """Return whether a value is true on any rank."""
         return self.sum_int64([int(value)])[0] > 0
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Send a part to every rank and receive one from each. Every rank must call it.
+
+        Args:
+            parts: flat tensors of one type and device, by the rank that each is for.
+            sizes: elements of the parts that this rank receives, by the rank that sends them.
+        Returns:
+            The parts received, by the rank that sent them.
+        """
+        received = parts[0].new_empty(sum(sizes))
+        dist.all_to_all_single(received, torch.cat(list(parts)), list(sizes), [part.numel() for part in parts])
+        return torch.split(received, list(sizes))
 
     def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy tp rank 0's tensor to every tp rank, in place."""

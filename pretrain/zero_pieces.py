@@ -16,8 +16,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 from pretrain.checkpoint.zero_files import AVERAGE
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+from pretrain.optim import moments_of
 
 
 class OwnPiece:
@@ -29,6 +28,10 @@ class OwnPiece:
         dp_rank: this rank's number among those that share the weight.
     Attributes:
         start: where it begins, in elements of this tensor-parallel rank's flat slice of the weight.
+        size: its elements.
+        place: where it begins in the rank's flat tensor.
+        flat: that tensor, a parameter of PyTorch's optimizer; None if the rank has no part of the weight, but under
+            ZeRO-3.
         weights: the fp32 values: the live ones, which the next step changes, on the host if they are offloaded.
     """
 
@@ -38,21 +41,24 @@ class OwnPiece:
         self._partitioned = hasattr(parameter, "ds_id")  # by ZeRO-3
         # None too if the rank has no part of the weight
         self._mapping: Any = None if self._partitioned else parameter._hp_mapping
+        self.flat: Tensor | None = None
+        self.start = self.size = self.place = group = 0
         if self._partitioned:
             size = parameter.ds_tensor.numel()  # including the padding
             self.start = min(size * dp_rank, parameter.ds_numel)
-            self._size = min(size, parameter.ds_numel - self.start)
-            group, self._place, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            self._flat = optimizer.fp32_partitioned_groups_flat[group]
+            self.size = min(size, parameter.ds_numel - self.start)
+            part, self.place, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            self.flat = optimizer.fp32_partitioned_groups_flat[part]
+            group = optimizer.sub_group_to_group_id[part]
         elif self._mapping is not None:
-            address = self._mapping.lp_fragment_address
-            self.start, self._size = address.start, address.numel
-            self._place = self._mapping.get_hp_fragment_address().start
-            self._flat = optimizer.optimizer.param_groups[self._mapping.param_group_index]["params"][0]
-        else:
-            self.start = self._size = self._place = 0
-            self._flat = optimizer.optimizer.param_groups[0]["params"][0]
-        self.weights = self._cut(self._flat.detach())
+            address, group = self._mapping.lp_fragment_address, self._mapping.param_group_index
+            self.start, self.size = address.start, address.numel
+            self.place = self._mapping.get_hp_fragment_address().start
+            self.flat = optimizer.optimizer.param_groups[group]["params"][0]
+        self._moments = moments_of(optimizer.optimizer.param_groups[group])
+        # Of no part, nothing is cut from any tensor
+        self._held = optimizer.optimizer.param_groups[0]["params"][0] if self.flat is None else self.flat
+        self.weights = self.cut(self._held.detach())
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -61,13 +67,13 @@ class OwnPiece:
         The moving average of the weights counts as one, if there is one.
         """
         # Not those in the mapping, which go stale when a checkpoint is loaded
-        if states := self._states.get(self._flat):
-            return {key: self._cut(states[key]) for key in (*_MOMENTS, AVERAGE) if key in states}
-        return {key: torch.zeros_like(self.weights) for key in _MOMENTS}
+        if states := self._states.get(self._held):
+            return {key: self.cut(states[key]) for key in (*self._moments, AVERAGE) if key in states}
+        return {key: torch.zeros_like(self.weights) for key in self._moments}
 
     def state(self, key: str) -> Tensor:
         """Return what the optimizer keeps of this piece under a key, which must be there."""
-        return self._cut(self._states[self._flat][key])
+        return self.cut(self._states[self._held][key])
 
     @property
     def gradient(self) -> Tensor:
@@ -76,16 +82,16 @@ class OwnPiece:
         It exists between the last backward pass of a step and the optimizer's step, and is not clipped then.
         """
         if self._partitioned:
-            return safe_get_local_grad(self._parameter).flatten()[: self._size]
+            return safe_get_local_grad(self._parameter).flatten()[: self.size]
         if self._mapping is None:
             return torch.empty_like(self.weights)
         held = self._mapping.get_lp_grad_fragment(self._parameter._index_in_param_group).flatten()
         # The bf16 optimizer holds a whole gradient on every dp rank.
-        return held[self.start :][: self._size] if held.numel() == self._parameter.numel() else held
+        return held[self.start :][: self.size] if held.numel() == self._parameter.numel() else held
 
-    def _cut(self, flat: Tensor) -> Tensor:
-        """Return this piece of what holds those of other weights as well."""
-        return flat[self._place : self._place + self._size]
+    def cut(self, flat: Tensor) -> Tensor:
+        """Return this piece of a flat tensor that holds those of other weights as well."""
+        return flat[self.place : self.place + self.size]
 
 
 def flat_partitions(optimizer: Any) -> Sequence[Tensor]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.parametrization import Scale
+
 Weights = dict[str, Tensor]
 Observe = Callable[[str, int, Tensor], None]  # what is observed, the block's number, the values
 
@@ -135,11 +137,15 @@ def train(
     eps: float,
     grad_clip: float,
     z_loss: float,
+    momentum: float | None = None,
+    scale_of: Callable[[str], Scale] = lambda name: Scale(),
     observe: Callable[[Weights, Weights, Weights], None] = lambda before, gradients, after: None,
 ) -> tuple[list[tuple[float, float]], Weights]:
     """Train with AdamW (Loshchilov and Hutter 2019); return (loss, gradient norm) per step, and the weights.
 
     Args:
+        momentum: trains the blocks' matrices with Muon (Liu et al. 2025, arXiv 2502.16982); None: with AdamW too.
+        scale_of: returns the factors of a weight's learning rate.
         observe: gets each step's weights before it, gradients before clipping, and weights after it.
     """
     w = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
@@ -156,10 +162,25 @@ def train(
         with torch.no_grad():
             for name, weight in w.items():
                 g = gradients[name] * clip
-                first[name] = betas[0] * first[name] + (1 - betas[0]) * g
-                second[name] = betas[1] * second[name] + (1 - betas[1]) * g * g
-                update = first[name] / (1 - betas[0] ** t) / ((second[name] / (1 - betas[1] ** t)).sqrt() + eps)
                 decay = weight_decay if weight.dim() >= 2 else 0.0
+                if momentum is not None and weight.dim() >= 2 and name.startswith("blocks."):
+                    first[name] = momentum * first[name] + g  # a sum; its scale does not matter
+                    update = 0.2 * math.sqrt(max(weight.shape)) * orthogonalized(momentum * first[name] + g)
+                    update *= scale_of(name).muon_learning_rate
+                else:
+                    first[name] = betas[0] * first[name] + (1 - betas[0]) * g
+                    second[name] = betas[1] * second[name] + (1 - betas[1]) * g * g
+                    update = first[name] / (1 - betas[0] ** t) / ((second[name] / (1 - betas[1] ** t)).sqrt() + eps)
+                    update *= scale_of(name).learning_rate
                 weight -= lr * (update + decay * weight)
         observe(before, gradients, w)
     return history, {name: weight.detach() for name, weight in w.items()}
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Apply Muon's polynomial, five times, to the singular values of a matrix, in fp64."""
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return (u * values @ v).to(matrix.dtype)

@@ -57,6 +57,7 @@ LAYERS = (
         "pretrain.weight_norms",
         "pretrain.layer_figures",
         "pretrain.gradient_noise",
+        "pretrain.muon",
         "pretrain.step_stats",
         "pretrain.step_hooks",
         "pretrain.engine",

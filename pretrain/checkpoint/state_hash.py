@@ -30,7 +30,7 @@ class StateHash:
 
     Attributes:
         weights: of the fp32 master weights.
-        optimizer: of their first and second moments together.
+        optimizer: of their moments together.
     """
 
     weights: str

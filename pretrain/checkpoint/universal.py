@@ -43,7 +43,7 @@ from shards.storage.atomic import fsync_folder
 _logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0  # between two lines of progress
-_STATES = ("fp32", "exp_avg", "exp_avg_sq")  # AdamW's state: the master weight and its two moments
+_STATES = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and its moments; Muon has only the first
 
 
 def find_or_convert(
@@ -123,7 +123,8 @@ def convert(checkpoint: Path, target: Path, tp_size: int, rank: int = 0, world_s
             for name, content in _common(metadata, partitions).items() if rank == 0 else ():
                 pending.append(writer.write(target, f"{folder}/{name}", content))
         for done, name in enumerate(names):
-            for key in states:
+            kept = next(ranks[name].states for ranks in partitions[0] if name in ranks)
+            for key in (key for key in states if key in kept):
                 parts = [whole(ranks, name, key) for ranks in partitions]
                 dim = None if key == "step" else dims.get(name)
                 slices = _slices(parts, dim, tp_size, vocab_size.get(name), multiple)

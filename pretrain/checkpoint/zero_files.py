@@ -32,7 +32,8 @@ class Fragment:
     """One rank's part of one weight: the flat states of its group, and the part's place in them."""
 
     shape: torch.Size  # the weight's shape on its tensor-parallel rank
-    states: Mapping[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq", AVERAGE if kept: flat; "step": a count
+    # "fp32", "exp_avg", but under Muon "exp_avg_sq", and AVERAGE if kept: flat; "step": updates made
+    states: Mapping[str, Tensor]
     start: int
     numel: int
 

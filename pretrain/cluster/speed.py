@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.devices import Device
-from pretrain.model.size import Workload, flops_per_token
+from pretrain.model.size import Workload, flops_per_token, orthogonalization_flops
 
 # Attainable shares of what data sheets say. The best shapes of matrix products reach 0.8 to 0.86 of the peak on A100,
 # H100 and GH200 (Bekman, Machine Learning Engineering, "Maximum Achievable Matmul FLOPS"); those of a step are smaller,
@@ -49,7 +49,7 @@ class StepTime:
     Attributes:
         products: matrix products and attention, and with checkpointing those that are computed again.
         memory: the other operations of forward and backward passes, which wait for the GPU's memory.
-        optimizer: AdamW and clipping, which wait for it too.
+        optimizer: clipping and the update, which wait for it too, and Muon's matrix products.
         tensor_parallel, data_parallel: links, as far as they do not work beside the rest.
     """
 
@@ -102,7 +102,8 @@ def step_time(work: Workload, micro_steps: int, cluster: Cluster) -> StepTime:
     return StepTime(
         products=micro_steps * products,
         memory=micro_steps * memory,
-        optimizer=_optimizer_bytes(work) / (_MEMORY_SHARE * device.memory_bandwidth),
+        optimizer=_optimizer_bytes(work) / (_MEMORY_SHARE * device.memory_bandwidth)
+        + _optimizer_flops(work) / (_PRODUCTS_SHARE * device.flops),
         tensor_parallel=micro_steps * _tensor_parallel_seconds(work, cluster),
         data_parallel=micro_steps * max(0.0, every_micro_step - beside) + once,
     )
@@ -148,6 +149,13 @@ def _optimizer_bytes(work: Workload) -> float:
     own = work.parameters / work.dp_size
     gradients = work.parameters if work.parallel.applied_zero_stage == 1 else own
     return 30 * own + 16 * gradients
+
+
+def _optimizer_flops(work: Workload) -> float:
+    """Count one rank's FLOPs of an update: Muon deals matrices to all ranks."""
+    if work.optimizer == "adamw":
+        return 0
+    return orthogonalization_flops(work.model) / (work.parallel.tp_size * work.dp_size)
 
 
 def tensor_parallel_bytes(work: Workload) -> float:

@@ -10,6 +10,7 @@ from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.parallel import slice_size
 from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
+from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimizerName, is_hidden
 from pretrain.topology import Checkpointing, ParallelConfig
 
 _REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLREDUCE_SIZE
@@ -45,25 +46,41 @@ def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int)
     return 6 * (matrices * n_tokens + products)
 
 
+def orthogonalization_flops(config: ModelConfig) -> int:
+    """Count the floating-point operations of one of Muon's updates of a whole model.
+
+    An iteration multiplies a matrix [m, n], m <= n, by its transpose, the product [m, m] by itself and by the matrix.
+    """
+    matrices = [spec.shape for name, spec in weight_specs(config).items() if is_hidden(name, len(spec.shape))]
+    sides = [(min(shape), max(shape)) for shape in matrices]
+    return sum(2 * ORTHOGONALIZATION_ITERATIONS * (2 * m * m * n + m**3) for m, n in sides)
+
+
 def _block_matrices(config: ModelConfig) -> int:
     """Count the weights in the matrices of one block."""
     attention = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.kv_heads)
     return attention + 3 * config.dim * config.hidden_dim
 
 
-def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int, averaged: bool = False) -> int:
+def checkpoint_bytes(
+    config: ModelConfig, bytes_per_weight: int, optimizer: OptimizerName = "adamw", averaged: bool = False
+) -> int:
     """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
         averaged: whether there is a moving average of the weights.
     """
-    return (bytes_per_weight + _state_bytes(averaged)) * parameter_count(config)
+    return bytes_per_weight * parameter_count(config) + _state_bytes(config, optimizer, averaged)
 
 
-def _state_bytes(averaged: bool) -> int:
-    """Return the bytes of the optimizer's state of a weight, all fp32: master weight, two moments, the average."""
-    return 16 if averaged else 12
+def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool) -> int:
+    """Return the bytes of a whole model's state in the optimizer, all fp32.
+
+    It is master weights, two moments of each or one under Muon, and the average.
+    """
+    under_muon = config.n_layers * _block_matrices(config) if optimizer == "muon" else 0
+    return (16 if averaged else 12) * parameter_count(config) - 4 * under_muon
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class Workload:
     gathered_weights: int = 1_000_000_000  # elements of DeepSpeed's stage3_max_live_parameters; this is its default
     layers_measured: bool = False  # at some steps
     averaged: bool = False  # there is a moving average of the weights
+    optimizer: OptimizerName = "adamw"
 
     @property
     def tokens(self) -> int:
@@ -109,8 +127,17 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters of one tp rank's slice of the model, with the padding of its vocabulary."""
-        padded = self.model.model_copy(update={"vocab_size": self.vocab_rows * self.parallel.tp_size})
-        return parameter_count(padded) // self.parallel.tp_size
+        return parameter_count(self._padded_model) // self.parallel.tp_size
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of one rank's part of the optimizer's state."""
+        whole = _state_bytes(self._padded_model, self.optimizer, self.averaged)
+        return whole // (self.parallel.tp_size * self.dp_size)
+
+    @property
+    def _padded_model(self) -> ModelConfig:
+        return self.model.model_copy(update={"vocab_size": self.vocab_rows * self.parallel.tp_size})
 
     @property
     def vocab_rows(self) -> int:
@@ -134,7 +161,7 @@ def memory_per_rank(work: Workload) -> MemoryEstimate:
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
         gradients=4 * (work.parameters if stage == 1 else own),
-        optimizer=0 if parallel.offload != "none" else _state_bytes(work.averaged) * own,
+        optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work)),
     )
@@ -158,7 +185,7 @@ def _activations(work: Workload) -> float:
     """Estimate the most bytes that activations and what is computed from them take.
 
     Four moments can be the fullest: the loss, when all blocks have run; the last block's backward pass; the reduction
-    of gradients; and an update that is measured, from a copy of the rank's fp32 weights.
+    of gradients; and an update: Muon's, and one that is measured, from a copy of the rank's fp32 weights.
     """
     config, weight_bytes = work.model, work.bytes_per_weight
     blocks = config.n_layers * work.tokens * weight_bytes * _kept_by_block(work)
@@ -167,8 +194,21 @@ def _activations(work: Workload) -> float:
         blocks + ends + _loss_bytes(work),
         blocks + _backward_bytes(work),
         _reduction_bytes(work, blocks),
-        4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0,
+        _update_bytes(work),
     )
+
+
+def _update_bytes(work: Workload) -> float:
+    """Estimate what an update takes: a measured one a copy of the weights, and Muon's the largest matrix a few times.
+
+    Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
+    square ones.
+    """
+    copied = 4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
+    if work.optimizer == "adamw":
+        return copied
+    rows, columns = sorted((work.model.dim, work.model.hidden_dim))
+    return copied + work.bytes_per_weight * (4 * rows * columns + 3 * rows * rows)
 
 
 def _kept_by_block(work: Workload) -> float:

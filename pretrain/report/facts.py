@@ -85,7 +85,7 @@ def _facts(history: History) -> Iterator[tuple[str, str]]:
     )
     optim = value("optim")
     if isinstance(optim, dict):
-        names = ("learning_rate", "schedule", "warmup_steps", "floor", "betas", "weight_decay", "grad_clip")
+        names = ("name", "learning_rate", "schedule", "warmup_steps", "floor", "betas", "weight_decay", "grad_clip")
         yield "Optimizer", ", ".join(f"{key} {optim[key]}" for key in names if optim.get(key) is not None)
     stages = value("stages")
     if isinstance(stages, list) and stages:

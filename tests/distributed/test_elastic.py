@@ -16,15 +16,17 @@ LAYOUTS = {
     "bf16": [(1, 4, 1), (2, 2, 2), (1, 1, 1), (2, 1, 1), (1, 4, 2)],
     "fp32": [(2, 1, 1), (1, 2, 3), (2, 1, 3), (1, 1, 2)],
 }
-# Six groups of weights, by their learning rates, where a standard model has two
+# Groups of weights by their learning rates and optimizers, where a standard model under AdamW has two
 MODEL = {"fp32": {"parametrization": "mup", "base": {"dim": 16, "n_layers": 1, "head_dim": 4}}, "bf16": {}}
+OPTIM = {"fp32": {"name": "muon"}, "bf16": {}}
 TOLERANCE = {"bf16": {"loss": 1e-2, "grad_norm": 0.1}, "fp32": {"loss": 1e-5, "grad_norm": 1e-3}}  # relative
 
 
 def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> list[dict]:
     """Start a run several times, each with its number of ranks and overrides; return its metrics."""
     folder.mkdir()
-    config = write_config(folder, "elastic", model={"qk_norm": True} | MODEL[precision], precision=precision)
+    model = {"qk_norm": True} | MODEL[precision]
+    config = write_config(folder, "elastic", model=model, optim=OPTIM[precision], precision=precision)
     codes, output = run_starts(config, [(world_size, overrides, "") for world_size, overrides in starts])
     assert codes == [[0] * world_size for world_size, _ in starts], output
     return [json.loads(line) for line in (folder / "elastic" / "metrics.jsonl").read_text().splitlines()]

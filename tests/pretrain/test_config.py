@@ -161,6 +161,12 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ),
         ("parallel.activation_checkpointing=some", "parallel.activation_checkpointing"),
         ("parallel.offload=parameters", "parallel.offload=parameters needs parallel.zero_stage=3, not 1"),
+        ("optim.name=lion", "optim.name: \"lion\" is wrong; it should be 'adamw' or 'muon'"),
+        (
+            "optim.learning_rate_groups={'norm.weigth':2}",
+            "optim.learning_rate_groups: no weight's name matches 'norm.weigth'; the names are embedding.weight,",
+        ),
+        ("optim.learning_rate_groups={'*':0}", "optim.learning_rate_groups.*: 0 is wrong; it should be greater than 0"),
         ("deepspeed.bf16.enabled=false", "deepspeed.bf16.enabled=False contradicts True"),
     ],
 )
@@ -211,13 +217,20 @@ def test_check_names_values_that_would_work(small: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     ["run.seed=8", "model.n_layers=3", "data.seq_len=64", "data.sources.0.weight=1", "data.lanes=24", "precision=fp32",
-     "train.global_batch_size=48", "data.tokenizer=other.model data.bos=false", "data.sources.0.max_epochs=2"],
+     "train.global_batch_size=48", "data.tokenizer=other.model data.bos=false", "data.sources.0.max_epochs=2",
+     "optim.name=muon"],
 )  # fmt: skip
 def test_a_resume_refuses_what_would_corrupt_the_run(small: Path, override: str) -> None:
     refused, _ = compare_for_resume(load_config(small), load_config(small, override.split()), 10)
     (change,) = refused
     assert change.key == override.split()[-1].split("=")[0]
     assert change.old != change.new
+
+
+def test_a_resume_refuses_other_groups_of_learning_rates(small: Path) -> None:
+    changed = load_config(small, ["optim.learning_rate_groups={norm.weight: 2}"])
+    refused, _ = compare_for_resume(load_config(small), changed, 10)
+    assert refused == [("optim.learning_rate_groups.norm.weight", None, 2)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from pretrain.model.transformer import ModelConfig
+from pretrain.model.weights import weight_specs
 from pretrain.optim import OptimConfig, learning_rate_at, parameter_groups
 from pretrain.parametrization import Scale
 
@@ -72,17 +74,56 @@ def test_a_warm_up_longer_than_the_run_still_gives_a_rate() -> None:
     assert learning_rate_at(9, config, 10) == pytest.approx(0.1)
 
 
+DECAYING = OptimConfig(weight_decay=0.3)
+
+
 def test_only_matrices_decay() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    groups = parameter_groups([("v", vector), ("m", matrix)], weight_decay=0.3, scale_of=lambda name: Scale())
+    groups = parameter_groups([("v", vector), ("m", matrix)], DECAYING, scale_of=lambda name: Scale())
     assert [(group["params"], group["weight_decay"]) for group in groups] == [([matrix], 0.3), ([vector], 0.0)]
 
 
 def test_a_scaled_rate_decays_a_weight_as_fast() -> None:
     weights = [(str(i), torch.nn.Parameter(torch.ones(2, 2))) for i in range(4)]
-    groups = parameter_groups(weights, weight_decay=0.3, scale_of=lambda name: Scale(learning_rate=1 + int(name) % 2))
+    groups = parameter_groups(weights, DECAYING, lambda name: Scale(learning_rate=1 + int(name) % 2))
     assert [[id(p) for p in group["params"]] for group in groups] == [
         [id(weights[0][1]), id(weights[2][1])], [id(weights[1][1]), id(weights[3][1])],
     ]  # fmt: skip
     assert [group["learning_rate_scale"] for group in groups] == [1, 2]
     assert {group["learning_rate_scale"] * group["weight_decay"] for group in groups} == {0.3}
+
+
+def weights_of_a_model() -> dict[str, torch.nn.Parameter]:
+    specs = weight_specs(ModelConfig(dim=8, n_layers=2, n_heads=2, ffn_dim=16, vocab_size=16, qk_norm=True))
+    return {name: torch.nn.Parameter(torch.ones(spec.shape)) for name, spec in specs.items()}
+
+
+def rates(optim: OptimConfig) -> dict[str, tuple[float, float, bool]]:
+    """Return each weight's factor of the learning rate, its decay relative to the rate, and whether it is Muon's."""
+    weights = weights_of_a_model()
+    names = {id(weight): name for name, weight in weights.items()}
+    groups = parameter_groups(weights.items(), optim, lambda name: Scale(learning_rate=0.25, width=4.0))
+    return {
+        names[id(weight)]: (group["learning_rate_scale"], group["weight_decay"], group["muon"])
+        for group in groups
+        for weight in group["params"]
+    }
+
+
+def test_muon_trains_the_matrices_of_blocks_and_adamw_the_rest() -> None:
+    for name, (rate, decay, muon) in rates(OptimConfig(name="muon", weight_decay=0.3)).items():
+        is_matrix = "norm" not in name
+        assert muon == (is_matrix and name not in ("embedding.weight", "output.weight")), name
+        assert rate == (0.25 * 4**0.5 if muon else 0.25), name
+        assert decay * rate == pytest.approx(0.3 if is_matrix else 0.0), "scales of mup leave the decay alone"
+
+
+def test_patterns_of_names_change_learning_rates_and_the_decay_with_them() -> None:
+    patterns = {"blocks.*.attention.w?.weight": 0.5, "blocks.1.*": 3.0, "embedding.weight": 7.0}
+    plain = rates(OptimConfig(weight_decay=0.3))
+    for name, (rate, decay, _) in rates(OptimConfig(weight_decay=0.3, learning_rate_groups=patterns)).items():
+        factor = 7.0 if name == "embedding.weight" else 1.0
+        factor *= 3.0 if name.startswith("blocks.1.") else 1.0
+        factor *= 0.5 if name.split(".")[-2] in ("wq", "wk", "wv", "wo") else 1.0
+        assert rate == pytest.approx(plain[name][0] * factor), name
+        assert decay == plain[name][1], "AdamW multiplies it by the learning rate"

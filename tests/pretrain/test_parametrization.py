@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model.transformer import ModelConfig, Transformer
-from pretrain.optim import parameter_groups
+from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.topology import Topology
 from tests.reference_model import Shape, Weights, piece_logits
 
@@ -34,7 +34,8 @@ def test_at_the_size_of_its_base_mup_is_the_standard_parametrization(topology: T
     assert weights.keys() == scaled.keys()
     assert all(torch.equal(weights[name], scaled[name]) for name in weights)
     named = [(name, torch.nn.Parameter(weight)) for name, weight in weights.items()]
-    assert parameter_groups(named, 0.1, mup.scale_of) == parameter_groups(named, 0.1, standard.scale_of)
+    for optim in (OptimConfig(), OptimConfig(name="muon")):
+        assert parameter_groups(named, optim, mup.scale_of) == parameter_groups(named, optim, standard.scale_of)
 
 
 def textbook(name: str, width: float, depth: float, qk_norm: bool) -> tuple[float, float, float]:

@@ -13,9 +13,13 @@ from pretrain.model.size import (
     flops_of_documents,
     flops_per_token,
     memory_per_rank,
+    orthogonalization_flops,
     parameter_count,
 )
 from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.weights import weight_specs
+from pretrain.muon import orthogonalize
+from pretrain.optim import is_hidden
 from pretrain.topology import ParallelConfig
 
 LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
@@ -79,6 +83,22 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
     assert estimate(2, 8).gradients == 4 * parameters // 8
     assert estimate(3, 8).weights == 2 * parameters // 8
     assert estimate(1, 8, tp_size=2).weights == parameters
+
+
+def test_muon_keeps_one_moment_of_the_matrices_in_blocks() -> None:
+    under_muon = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+    work = Workload(LLAMA_7B, ParallelConfig(), 8, 1, 2048, bytes_per_weight=2, optimizer="muon")
+    assert memory_per_rank(work).optimizer == (12 * parameter_count(LLAMA_7B) - 4 * under_muon) // 8
+
+
+@pytest.mark.usefixtures("topology")
+def test_flops_of_an_orthogonalization_are_those_that_torch_counts() -> None:
+    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+    with FlopCounterMode(display=False) as counter:
+        for name, spec in weight_specs(config).items():
+            if is_hidden(name, len(spec.shape)):
+                orthogonalize(torch.ones(spec.shape))
+    assert counter.get_total_flops() == orthogonalization_flops(config)
 
 
 def test_a_ranks_parameters_include_the_padding_of_its_vocabulary() -> None:
