@@ -154,6 +154,9 @@ def draw(found: dict[OptimizerName, Search], path: Path) -> None:
             over_tokens.plot(tokens, smoothed(run.losses), color=color, lw=1, label=label)
     ends = [run.last for search in found.values() for run in search.at_best]
     over_tokens.set_ylim(min(ends) - 0.1, max(ends) + 2)
+    tried = sorted({rate for search in found.values() for rate in search.by_rate})
+    by_rate.set_xticks(tried, [f"{rate:.1e}" for rate in tried])
+    by_rate.minorticks_off()
     by_rate.set_xlabel("learning rate", fontsize=8)
     by_rate.set_ylabel(f"loss of the last {LAST} steps, nats", fontsize=8)
     over_tokens.set_xlabel("thousand tokens", fontsize=8)

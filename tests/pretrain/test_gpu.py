@@ -105,7 +105,7 @@ def test_auto_is_measured_and_runs(topology: Topology) -> None:
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_training_in_bf16_equals_the_reference(topology: Topology, zero_stage: int, tmp_path) -> None:
     assert ParallelConfig().tp_size == topology.world_size == 1
-    run_case(topology, 1, 8, False, "fp32", tmp_path)  # leaves the weights that both start from
+    run_case(topology, "fp32", False, 8, {"zero_stage": 1}, tmp_path)  # leaves the weights that both start from
     config = model_config(False)
     weights = {name: w.cpu() for name, w in torch.load(tmp_path / "weights-untied.pt").items()}
     expected, _ = train(
@@ -113,7 +113,7 @@ def test_training_in_bf16_equals_the_reference(topology: Topology, zero_stage: i
         LEARNING_RATES, weight_decay=OPTIM.weight_decay, betas=OPTIM.betas, eps=OPTIM.eps,
         grad_clip=OPTIM.grad_clip, z_loss=OPTIM.z_loss,
     )  # fmt: skip
-    found = run_case(topology, zero_stage, 2, False, "bf16", tmp_path)["history"]
+    found = run_case(topology, "bf16", False, 2, {"zero_stage": zero_stage}, tmp_path)["history"]
     for step, (ours, wanted) in enumerate(zip(found, expected, strict=True)):
         assert ours == pytest.approx(wanted, rel=2e-2), f"step {step}"
 
