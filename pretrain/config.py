@@ -32,6 +32,7 @@ from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
+from pretrain.token_lengths import in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan
@@ -53,7 +54,7 @@ class TrainConfig(Config):
     """The length of a training and the size of its batches. A row is data.seq_len + 1 tokens."""
 
     # Exactly one of the two is set; it ends the run
-    steps: int | None = Field(None, ge=1)  # optimizer steps
+    steps: int | None = Field(None, ge=1)  # optimizer steps, or a text such as "20e9 tokens" or "20B tokens"
     epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule spans the steps that they take
     global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
     # Rows of one forward pass on one dp rank: it changes memory, not results. None: all rows of a rank
@@ -110,6 +111,11 @@ class RunConfig(Config):
     stages: tuple[StageConfig, ...] = ()  # what changes in the course of the run, in order; docs/branching.md
     # DeepSpeed's own keys, beyond those derived from the sections above
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lengths_in_steps(cls, values: Any) -> Any:
+        return in_steps(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -29,8 +29,9 @@ class OptimConfig(Config):
     name: OptimizerName = "adamw"
     learning_rate: float = Field(3e-4, gt=0)  # peak, reached at the end of the warm-up
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps
-    decay_steps: int | None = Field(None, ge=1)  # optimizer steps of wsd's decay; None: the last tenth of the run
+    warmup_steps: int = Field(0, ge=0)  # optimizer steps, not micro-steps, or a text such as "1e9 tokens"
+    # Optimizer steps of wsd's decay, or a text such as "1e9 tokens"; None: the last tenth of the run
+    decay_steps: int | None = Field(None, ge=1)
     decay_shape: Decay = "linear"  # of wsd's decay; sqrt: 1 - sqrt(t), which falls fast at first
     floor: float = Field(0.1, ge=0, le=1)  # lowest learning rate after the warm-up, as a share of the peak
     # How the learning rate follows the tokens of a step where a stage changes them: times their ratio to those of the

@@ -22,7 +22,7 @@ class StageTrain(Config):
 class StageConfig(Config):
     """What changes from a step on; everything else stays as it was. Once a stage has begun, it may not be edited."""
 
-    step: int = Field(ge=1)  # optimizer steps that are done when the stage begins
+    step: int = Field(ge=1)  # optimizer steps that are done when the stage begins, or a text such as "9e9 tokens"
     data: StageData = StageData()
     train: StageTrain = StageTrain()
     # A schedule of its own, up to the next stage that has one; null: the old goes on

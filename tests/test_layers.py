@@ -40,6 +40,7 @@ LAYERS = (
     (
         "pretrain.topology",
         "pretrain.config_file",
+        "pretrain.token_lengths",
         "pretrain.rng",
         "pretrain.log",
         "pretrain.parametrization",
