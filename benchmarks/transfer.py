@@ -1,6 +1,7 @@
 """Find the best learning rate of models of several sizes: `python benchmarks/transfer.py --widths 64 128 256`.
 
 Trains each size at each rate, with the standard parametrization and with mup, for as many steps of the bundled text.
+Initial values have a standard deviation of 1 / sqrt(width), under mup that of the base's width.
 Prints the mean loss of the last steps in nats, the best rate of each size by a parabola through the best of the grid
 and its neighbours, and by which factor that rate moves from one size to another. `--depths 2 4 8` goes by depth at the
 first width instead. `--png FILE` draws it. A line is printed as each model ends, since all take a while.
@@ -19,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_models import PARAMETRIZATIONS, batches, make_engine, model_config
+from small_models import BASE_DIM, PARAMETRIZATIONS, batches, make_engine, model_config
 
 from pretrain.optim import OptimConfig, learning_rate_at
 from pretrain.run.metrics import Meter
@@ -64,7 +65,9 @@ def last_loss(
 ) -> float:
     """Train a model; return the mean loss of the last steps; infinite if it has diverged."""
     optim = OptimConfig(learning_rate=rate, schedule="linear", warmup_steps=steps // 10, floor=0.0)
-    engine = make_engine(model_config(*size, parametrization), optim, ROWS, topology, seed)
+    width = size[0] if parametrization == "standard" else BASE_DIM  # mup derives this size's from the base's
+    model = model_config(*size, parametrization).model_copy(update={"init_std": width**-0.5})
+    engine = make_engine(model, optim, ROWS, topology, seed)
     found = []
     for step, (tokens, segment_ids, n_targets) in zip(range(steps), batches(ROWS, LENGTH, seed, index), strict=False):
         now = learning_rate_at(step, optim, steps)
