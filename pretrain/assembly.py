@@ -287,8 +287,8 @@ def _warn_of_new_rate(config: RunConfig, folder: RunFolder, steps: int, step: in
     after = learning_rate_of_run(step, config.schedule, steps)
     if not math.isclose(before, after, rel_tol=1e-3):
         gentler = (
-            f". To come to it gradually, warm up in a stage that begins here, or in a fork:"
-            f" 'stages=[{{step: {step}, optim: {{warmup_steps: 100}}}}]'"
+            f". A stage, here or in a fork, begins a schedule of its own after a warm-up instead: add"
+            f" {{step: {step}, optim: {{warmup_steps: 100}}}} to stages"
         )
         _logger.warning(
             "the learning rate of step %d is %.4g; the run's previous schedule gave %.4g: optim, that of a"

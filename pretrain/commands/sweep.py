@@ -38,7 +38,7 @@ from pretrain.report.figures import final_loss, last_eval
 from pretrain.report.page import write_page
 from pretrain.run.lease import Lease
 from pretrain.start import check_inputs
-from pretrain.sweep.halving import Goal
+from pretrain.sweep.halving import figure_of
 from pretrain.sweep.local import Halving, LocalSweep, Plan, Point
 from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
@@ -93,7 +93,7 @@ def halving_of(text: str, runs: Sequence[Run]) -> Halving:
             "--halve compares runs at the same steps on the same text: give all of them one train.steps, one"
             " evaluation.every and one evaluation.suite"
         )
-    return Halving.of(Goal.parse(text), len(runs), steps, every)
+    return Halving.of(figure_of(text), len(runs), steps, every)
 
 
 def slots_of(jobs: int) -> list[Slot]:

@@ -7,39 +7,22 @@ however the runs were scheduled. Source: Jamieson and Talwalkar 2016, arXiv 1502
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from pretrain.run.eval_figure import EVAL_FIGURE, EvalFigure
 from shards import ConfigError
 
-_FALLING = ("bits_per_byte", "nll_per_token", "perplexity")  # less is better
-_RISING = ("accuracy",)
 
-
-@dataclass(frozen=True)
-class Goal:
-    """The figure by which runs are compared: of a domain or average in evals.jsonl."""
-
-    domain: str
-    figure: str
-
-    @staticmethod
-    def parse(text: str) -> Goal:
-        """Read DOMAIN/FIGURE. Raises ConfigError if there is no such figure."""
-        domain, _, figure = text.rpartition("/")
-        if not domain or figure not in (*_FALLING, *_RISING):
-            raise ConfigError(
-                f"--halve {text}: write a domain and a figure, such as macro/bits_per_byte; the figures are"
-                f" {', '.join((*_FALLING, *_RISING))}"
-            )
-        return Goal(domain, figure)
-
-    def cost(self, value: float) -> float:
-        """Return a number that is less for a better value; infinite for NaN, so that a diverged run is the worst."""
-        if math.isnan(value):
-            return math.inf
-        return -value if self.figure in _RISING else value
+def figure_of(text: str) -> EvalFigure:
+    """Read DOMAIN/FIGURE, by which runs are compared. Raises: ConfigError if there is no such figure."""
+    if not re.match(EVAL_FIGURE, f"eval/{text}"):
+        raise ConfigError(
+            f"--halve {text}: write a domain and a figure, such as macro/bits_per_byte; the figures are bits_per_byte,"
+            " nll_per_token, perplexity, accuracy"
+        )
+    return EvalFigure.parse(f"eval/{text}")
 
 
 def rungs_of(n_runs: int, steps: int, every: int) -> list[int]:

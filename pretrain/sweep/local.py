@@ -17,10 +17,10 @@ from typing import Literal
 import msgspec
 
 from pretrain.faults.interrupt import STOPPED
-from pretrain.report.figures import number
+from pretrain.run.eval_figure import EvalFigure
 from pretrain.run.history import History
 from pretrain.run.lease import Lease
-from pretrain.sweep.halving import Goal, rungs_of, standings
+from pretrain.sweep.halving import rungs_of, standings
 from pretrain.sweep.slot import Slot
 from shards import ConfigError
 from shards.storage.atomic import is_there, write_atomically
@@ -71,14 +71,14 @@ class Point:
 class Halving:
     """How to stop runs early: by which figure, at which steps, out of how many."""
 
-    goal: Goal
+    figure: EvalFigure
     rungs: list[int]
     steps: int
 
     @staticmethod
-    def of(goal: Goal, n_runs: int, steps: int, every: int) -> Halving:
+    def of(figure: EvalFigure, n_runs: int, steps: int, every: int) -> Halving:
         """Return the halving of runs of the same length, evaluated at the same steps."""
-        return Halving(goal, rungs_of(n_runs, steps, every), steps)
+        return Halving(figure, rungs_of(n_runs, steps, every), steps)
 
 
 class LocalSweep:
@@ -191,15 +191,16 @@ class LocalSweep:
 
     def _costs(self, point: Point) -> dict[int, float]:
         assert self._halving is not None
-        goal = self._halving.goal
+        figure = self._halving.figure
         domains = point.history.evals.get(point.history.suite() or "", {})
-        if domains and goal.domain not in domains:
+        of_steps = domains.get(figure.domain, {})
+        complete = domains.get("micro", {})  # the last line of an evaluation
+        if any(rung in complete and rung not in of_steps for rung in self._halving.rungs):
             raise ConfigError(
-                f"--halve {goal.domain}/{goal.figure}: {point.plan.name} was evaluated on no such domain, but on"
+                f"--halve {figure.domain}/{figure.name}: {point.plan.name} was evaluated on no such domain, but on"
                 f" {', '.join(domains)}"
             )
-        of_steps = domains.get(goal.domain, {})
-        costs = {step: goal.cost(number(record.get(goal.figure))) for step, record in of_steps.items()}
+        costs = {step: figure.cost(record) for step, record in of_steps.items()}
         if point.state == "finished":  # perhaps before a rung, by train.stop or the data's end
             last = costs[max(costs)] if costs else math.inf
             return dict.fromkeys(self._halving.rungs, last) | costs

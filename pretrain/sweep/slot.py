@@ -42,17 +42,20 @@ class Slot:
             self.close()  # it was killed after the last run
         if self._server is None:
             serve = _SERVE.format(root=str(_ROOT), parent=os.getpid(), is_warm=self.is_warm)
-            self._server = subprocess.Popen(
-                [sys.executable, "-c", serve],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self.environment,
-                start_new_session=True,  # or Ctrl-C would reach the run beside the sweep's own request to stop
-            )
+            with log.open("ab") as errors:  # of what it imports
+                self._server = subprocess.Popen(
+                    [sys.executable, "-c", serve],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=self.environment,
+                    start_new_session=True,  # or Ctrl-C would reach the run beside the sweep's own request to stop
+                )
         assert self._server.stdin is not None
         self._process, self.is_free = 0, False
-        self._server.stdin.write(json.dumps([str(log), *words]).encode() + b"\n")
-        self._server.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which `poll` notices
+            self._server.stdin.write(json.dumps([str(log), *words]).encode() + b"\n")
+            self._server.stdin.flush()
 
     def poll(self) -> int | None:
         """Return the exit code of the run if it has ended, negative for a signal."""
@@ -77,7 +80,8 @@ class Slot:
         if self._server is not None:
             assert self._server.stdin is not None
             assert self._server.stdout is not None
-            self._server.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._server.stdin.close()
             self._server.wait()
             self._server.stdout.close()
             self._server, self._unread = None, b""
@@ -92,9 +96,11 @@ class Slot:
         if line is None:
             return None
         self.is_free = True
-        if not line:  # the server is gone, and its run was asked to stop
+        if not line:  # the server is gone, and its run was asked to stop; without a run it could not start
+            assert self._server is not None
+            code = -signal.SIGTERM if self._process else self._server.wait() or 1
             self.close()
-            return -signal.SIGTERM
+            return code
         return int(line)
 
     def _line(self, wait: bool) -> str | None:

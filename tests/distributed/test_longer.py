@@ -47,9 +47,10 @@ def test_a_longer_schedule_is_logged_and_the_closing_advice_works(schedule: str,
         f"the learning rate of step 9 is {jumped:.4g}; the run's previous schedule gave {0.2 * PEAK_RATE:.4g}" in output
     )
 
-    offered = re.search("'(stages=.*)'", output)
+    offered = re.search("add (.*) to stages", output)
     assert offered
-    gradually = [offered[1].replace("step: 8", "step: 16").replace("100", "4"), "train.steps=24"]
+    stage = offered[1].replace("step: 8", "step: 16").replace("100", "4")
+    gradually = [f"stages=[{stage}]", "train.steps=24"]
     codes, output = run_starts(config, [(1, [*first, *gradually], "")])
     assert codes == [[0]], output
     assert rates(tmp_path / "elastic")[16:20] == pytest.approx([PEAK_RATE * part / 4 for part in (1, 2, 3, 4)])

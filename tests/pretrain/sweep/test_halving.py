@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.sweep.halving import Goal, rungs_of, standings
+from pretrain.sweep.halving import figure_of, rungs_of, standings
 from shards import ConfigError
 
 STEPS = 64
@@ -50,8 +48,9 @@ def test_runs_get_as_far_as_in_a_plain_simulation(table: list[list[int]], order)
 
 
 def test_failed_runs_hold_up_nobody_and_a_diverged_one_is_the_worst() -> None:
-    goal = Goal.parse("macro/bits_per_byte")
-    costs = [{8: goal.cost(math.nan)}, {8: goal.cost(3.0)}, {}, {8: goal.cost(2.0)}]
+    figure = figure_of("macro/bits_per_byte")
+    nan, poor, good = ({8: figure.cost({"bits_per_byte": value})} for value in (None, 3.0, 2.0))
+    costs: list[dict[int, float]] = [nan, poor, {}, good]
     assert not any(standing.is_out for standing in standings(costs, [8], STEPS))
     found = standings(costs, [8], STEPS, failed=[2])
     assert [(standing.limit, standing.is_out) for standing in found] == [
@@ -66,6 +65,7 @@ def test_rungs_are_evaluations_and_accuracy_rises() -> None:
     assert rungs_of(8, 1000, 100) == [200, 300, 500]
     assert rungs_of(1, 1000, 100) == []
     assert rungs_of(5, 30, 20) == [20]
-    assert Goal.parse("source:pile/accuracy").cost(0.5) < Goal.parse("source:pile/accuracy").cost(0.4)
+    accuracy = figure_of("source:pile/accuracy")
+    assert accuracy.cost({"accuracy": 0.5}) < accuracy.cost({"accuracy": 0.4})
     with pytest.raises(ConfigError, match="write a domain and a figure"):
-        Goal.parse("loss")
+        figure_of("loss")

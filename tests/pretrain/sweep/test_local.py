@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pretrain.commands.sweep import follow
 from pretrain.run.lease import Lease
-from pretrain.sweep.halving import Goal
+from pretrain.sweep.halving import figure_of
 from pretrain.sweep.local import Halving, LocalSweep, Plan
 from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
@@ -129,6 +129,15 @@ def test_a_run_whose_slots_server_is_killed_saves_and_goes_on(tmp_path: Path) ->
     assert not psutil.Process().children(), "the servers end with the sweep"
 
 
+def test_a_server_that_cannot_start_is_told_with_its_error(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('no such library')")
+    slot = Slot({**os.environ, "PYTHONPATH": str(tmp_path)}, is_warm=True)
+    sweep = LocalSweep(tmp_path / "x.sweep", plans_in(tmp_path, 1), [slot])
+    run_until(sweep, lambda: sweep.is_done)
+    assert sweep.points[0].note == f"exit code 1, see {sweep.log_of(sweep.points[0])}"
+    assert "RuntimeError: no such library" in sweep.log_of(sweep.points[0]).read_text()
+
+
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "rate-1").mkdir()
     sweep = sweep_of(tmp_path, 2, steps=2)
@@ -154,7 +163,7 @@ def test_a_sweep_that_is_asked_to_stop_lets_its_runs_save(tmp_path: Path) -> Non
 
 
 def test_halving_by_a_domain_that_is_not_there_is_refused_and_the_runs_save(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, 2, Halving.of(Goal.parse("wiki/bits_per_byte"), 8, 1000, 5), steps=1000)
+    sweep = sweep_of(tmp_path, 2, Halving.of(figure_of("wiki/bits_per_byte"), 8, 1000, 5), steps=1000)
     with pytest.raises(ConfigError, match="--halve wiki/bits_per_byte: rate-. was evaluated on no such .* on macro"):
         follow(sweep, Console(file=io.StringIO()))
     assert [point.state for point in sweep.points] == ["waiting"] * 8
@@ -162,7 +171,7 @@ def test_halving_by_a_domain_that_is_not_there_is_refused_and_the_runs_save(tmp_
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_halving_trains_the_best_run_to_its_end_and_no_other(tmp_path: Path, interrupted: bool) -> None:
-    halving = Halving.of(Goal.parse("macro/bits_per_byte"), 8, 200, 5)
+    halving = Halving.of(figure_of("macro/bits_per_byte"), 8, 200, 5)
     assert halving.rungs == [25, 50, 100]
     sweep = sweep_of(tmp_path, 2, halving, steps=200)
     if interrupted:
