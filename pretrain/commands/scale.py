@@ -25,9 +25,10 @@ from pretrain.report.side_by_side import SEED, settings_of
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 from pretrain.sweep.scaling import Size, SmallRun, advice, size_table, sizes_of
-from shards import ConfigError
+from shards import ConfigError, DataConfig
 
 _RATE = "optim.learning_rate"
+_ORDER = ("lanes", "window_bytes", "plan_version")  # keys of data that decide the order of rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what the runs say of the config's. Raises HeadraceError if they say nothing."""
     console = Console()
     histories = list(_finished(arguments.runs, console))
-    target = _target(load_config(arguments.config, arguments.set), arguments.tokens)
+    config = load_config(arguments.config, arguments.set)
+    target = _target(config, arguments.tokens)
     sizes = sizes_of(_small_runs(histories, arguments.training_loss))
     figure = "training loss" if arguments.training_loss else "bits per byte"
     console.print(size_table(sizes, figure))
     described = f"target: width {target.width:,}, {target.parameters:,} parameters, {target.tokens:,} tokens"
-    for sentence in (described, *advice(sizes, target, figure)):
+    told = [described, *_of_other_data(config, histories), *advice(sizes, target, figure)]
+    for sentence in told:
         console.print(sentence, soft_wrap=True, highlight=False)
     return 0
 
@@ -87,16 +90,22 @@ def _small_runs(histories: list[History], by_training: bool) -> list[SmallRun]:
         ConfigError: if a run was not scored at its end, or runs on other texts or with other tokenizers than the first.
     """
     differing = settings_of(histories).differing if histories else {}
-    if by_training and "data.tokenizer" in differing:
-        raise ConfigError("the runs have different tokenizers, so their training losses cannot be compared")
+    other_data = [key for key in differing if _is_of_data(key)]
+    if by_training and other_data:
+        raise ConfigError(
+            f"the runs differ in {', '.join(other_data)}, so their training losses are those of other rows and cannot"
+            " be compared; leave out --training-loss, or some of the runs"
+        )
     others = [values for key, values in differing.items() if key not in (_RATE, SEED)]
     found = []
     for i, history in enumerate(histories):
         config = load_config(history.folder.config, begun=True)
         loss = final_loss(history) if by_training else _held_out(history, histories[0])
-        speed = usual_speed(history) * flops_per_token(config.model, config.data.seq_len)
+        tokens = config.tokens_until(history.last_step)  # with padding, as those of the target
+        speed = usual_speed(history) * tokens / float(history.metrics["tokens"][-1])
+        speed *= flops_per_token(config.model, config.data.seq_len)
         small = SmallRun(
-            size=_size(config, int(history.metrics["tokens"][-1])),
+            size=_size(config, tokens),
             learning_rate=config.optim.learning_rate,
             settings=json.dumps([values[i] for values in others]),
             loss=loss if math.isfinite(loss) else math.inf,
@@ -105,6 +114,26 @@ def _small_runs(histories: list[History], by_training: bool) -> list[SmallRun]:
         )
         found.append(small)
     return found
+
+
+def _is_of_data(key: str) -> bool:
+    """Return whether a key of a run's config decides which rows it has, other than their order."""
+    section, _, below = key.partition(".")
+    free = (*DataConfig.MAY_CHANGE, *_ORDER)
+    return section == "stages" or (section == "data" and below.partition(".")[0] not in free)
+
+
+def _of_other_data(config: RunConfig, histories: Sequence[History]) -> Iterator[str]:
+    """Yield a warning if the target reads other data than the first run."""
+    if not histories:
+        return
+    begun = load_config(histories[0].folder.config, begun=True)
+    ours, theirs = (each.data.model_dump(mode="json") for each in (config, begun))
+    if others := [f"data.{key}" for key in ours if _is_of_data(f"data.{key}") and ours[key] != theirs[key]]:
+        yield (
+            f"the target differs from the runs in {', '.join(others)}: its loss is that of the runs' data, on which it"
+            " would have to be trained and scored"
+        )
 
 
 def _held_out(history: History, first: History) -> float:

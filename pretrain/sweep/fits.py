@@ -36,6 +36,7 @@ class PowerLaw(NamedTuple):
     """loss = offset + (scale / compute) ^ exponent.
 
     Attributes:
+        exponent: not above 0 if the loss does not fall with the compute.
         expected: the loss that it predicts.
         deviation: of the points from the curve, as one expects it of new ones.
     """
@@ -110,7 +111,7 @@ def power_law(compute: Sequence[float], loss: Sequence[float], at: float) -> Pow
 
     low = 0.0 if fits(0.0) else _bisect(fits, 0.0, value)
     high = _bisect(lambda candidate: not fits(candidate), value, 10 * float(ys.max()))
-    return PowerLaw(offset, exponent, Prediction(value, low, high), math.sqrt(squares / degrees))
+    return PowerLaw(offset, exponent if factor else 0.0, Prediction(value, low, high), math.sqrt(squares / degrees))
 
 
 def _least_squares(xs: Floats, ys: Floats) -> tuple[float, float, float, float]:

@@ -97,13 +97,15 @@ def _flops(found: SizeFound) -> float:
 def _best_of_each(sizes: Sequence[SizeFound]) -> list[SizeFound]:
     """Return the one with the lowest loss of each compute, by compute; those that diverged are none."""
     best: list[SizeFound] = []
+    least = 0.0  # of the last one's group
     for found in sorted(sizes, key=_flops):
         if not math.isfinite(found.loss):
             continue
-        if best and found.size.flops < _SAME * best[-1].size.flops:
+        if best and found.size.flops < _SAME * least:
             best[-1] = min(best[-1], found, key=lambda one: one.loss)
         else:
             best.append(found)
+            least = found.size.flops
     return best
 
 
@@ -168,6 +170,10 @@ def _rate_advice(sizes: Sequence[SizeFound], target: Size) -> str:
 
 def _loss_advice(sizes: Sequence[SizeFound], target: Size, figure: str) -> Iterator[str]:
     fit = power_law([found.size.flops for found in sizes], [found.loss for found in sizes], target.flops)
+    if fit.exponent <= 0:
+        losses = ", ".join(f"{found.loss:.3f}" for found in sizes)
+        yield f"{figure}: not told, since it does not fall with the compute: {losses}, by compute"
+        return
     points, ahead = f"{len(sizes)} points", target.flops / sizes[-1].size.flops
     offset = f"{fit.offset:.3g} and a part that goes" if fit.offset else "it goes"
     few = f"; an offset cannot be told from {points}" if len(sizes) == LEAST_SIZES else ""

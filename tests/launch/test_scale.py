@@ -43,6 +43,21 @@ def test_three_sizes_tell_a_fourth(tmp_path: Path, target: Path, capsys: pytest.
     assert "training loss: " in capsys.readouterr().out
 
 
+def test_training_losses_on_other_data_are_not_compared(
+    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = [made(tmp_path / str(width), width, 1e-5 * width) for width in (32, 64, 128)]
+    path = tmp_path / "64" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["seq_len"] = 32
+    path.write_text(yaml.safe_dump(config))
+    words = [*roots, "--config", str(target)]
+    assert dispatch.run("scale", [*words, "--training-loss"]) == 2
+    assert "the runs differ in data.seq_len" in capsys.readouterr().err
+    assert dispatch.run("scale", [*words, "--set", "data.seq_len=32"]) == 0
+    assert "the target differs from the runs in data." in capsys.readouterr().out
+
+
 def test_too_few_sizes_or_unscored_runs_are_refused(
     tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -55,6 +56,22 @@ def test_the_best_settings_of_each_size_count_and_seeds_are_averaged() -> None:
     assert found.losses == {1e-3: 4.0, 2e-3: math.inf}
     assert found.loss == 4.0
     assert sizes_of([small_run(32, 1e-3, loss=math.inf)]) == [], "it diverged"
+
+
+@pytest.mark.parametrize("widths", [(32, 48, 64), (32, 48, 64, 96)])
+def test_a_loss_that_does_not_fall_with_the_compute_gives_no_curve(widths: tuple[int, ...]) -> None:
+    runs = [small_run(width, 1e-3, loss=3.0 + i / 10) for i, width in enumerate(widths)]
+    told = "\n".join(advice(sizes_of(runs), size(128), "loss"))
+    assert "loss: not told, since it does not fall with the compute: 3.000, 3.100, 3.200" in told
+    assert "95 % interval" not in told
+
+
+def test_computes_of_a_group_are_near_its_least() -> None:
+    runs = [
+        replace(small_run(32, 1e-3, str(i), loss=3 - i / 10), size=Size(32, 1, 1, flops))
+        for i, flops in enumerate((100, 109, 118, 127, 137))
+    ]
+    assert [found.size.flops for found in sizes_of(runs)] == [109, 127, 137]
 
 
 def test_a_best_rate_at_the_edge_is_none() -> None:
