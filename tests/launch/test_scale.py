@@ -49,11 +49,11 @@ def test_training_losses_on_other_data_are_not_compared(
     roots = [made(tmp_path / str(width), width, 1e-5 * width) for width in (32, 64, 128)]
     path = tmp_path / "64" / "config.yaml"
     config = yaml.safe_load(path.read_text())
-    config["data"]["seq_len"] = 32
+    config["data"]["sources"][0]["weight"] = 0.5
     path.write_text(yaml.safe_dump(config))
     words = [*roots, "--config", str(target)]
     assert dispatch.run("scale", [*words, "--training-loss"]) == 2
-    assert "the runs differ in data.seq_len" in capsys.readouterr().err
+    assert "the runs differ in data.sources.0.weight" in capsys.readouterr().err
     assert dispatch.run("scale", [*words, "--set", "data.seq_len=32"]) == 0
     assert "the target differs from the runs in data." in capsys.readouterr().out
 
