@@ -49,7 +49,7 @@ def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
     for slot, origins in itertools.groupby(batch.origins(), key=lambda origin: origin.slot):
         tokens, segment_ids = batch.tokens[slot], batch.segment_ids[slot]
         for piece, _ in enumerate(origins, 1):
-            yield tokenizer.decode(tokens[segment_ids == piece])  # nothing, if its document is forgotten
+            yield tokenizer.decode(tokens[abs(segment_ids) == piece])  # nothing, if its document is forgotten
 
 
 def newest_fingerprint(folder: RunFolder) -> tuple[int, dict[str, object]] | None:

@@ -52,8 +52,9 @@ class Batch:
     ) -> None:
         self._draws, self._slots, self._sources, self._state = draws, slots, sources, state
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
-        self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)  # 0 = padding; a row's pieces count from 1
-        self.n_targets = 0  # tokens to predict: all but the first of each piece
+        # 0 = padding; a row's pieces count from 1, and a token of a prompt has its piece's number negated
+        self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)
+        self.n_targets = 0  # tokens to predict: those that `is_target` marks
         self.forgotten_tokens = 0  # tokens of documents that data.forget names, in place of which there is padding
         self.squared_lengths = 0  # sum of the squares of the pieces' lengths, which attention's arithmetic grows with
         # Sums mod 2^64 of the rows' hashes keyed by slot, to be summed over ranks: of the rows as they were read, and
@@ -67,12 +68,13 @@ class Batch:
             if row is None:
                 continue
             lengths = row.window.rows.fill(row.number, self.tokens[i], self.segment_ids[i])
+            self._mark_prompts(i, row, lengths)
             read = self._hash(i)
             self.row_hash += read
             if row.window.forgotten.any() and self._forget(i, row, lengths):
                 read = self._hash(i)
             self.trained_hash += read
-            self.n_targets += sum(max(0, length - 1) for length in lengths)
+            self.n_targets += int(_targets(self.segment_ids[i]).sum())
             self.squared_lengths += sum(length * length for length in lengths)
             self._count(counts, row, lengths)
         self.row_hash %= _HASH_MODULUS
@@ -84,6 +86,17 @@ class Batch:
         """Hash one row, keyed by its slot."""
         token_hash = xxhash.xxh3_64_intdigest(self.tokens[i].data, seed=self._slots[i])
         return xxhash.xxh3_64_intdigest(self.segment_ids[i].data, seed=token_hash)
+
+    def _mark_prompts(self, i: int, row: Row, lengths: list[int]) -> None:
+        """Negate a row's segment ids, in place, where tokens are read and nothing is learned from them."""
+        prompts, rows = row.window.prompts, row.window.rows
+        if not len(prompts.documents):
+            return
+        starts = rows.starts[rows.row_pieces[row.number] : rows.row_pieces[row.number + 1]].tolist()
+        end = 0
+        for document, start, length in zip(_pieces(row).tolist(), starts, lengths, strict=True):
+            begin, end = end, end + length
+            prompts.mark(document, start, self.segment_ids[i, begin:end])
 
     def _forget(self, i: int, row: Row, lengths: list[int]) -> bool:
         """Turn a row's forgotten pieces into padding in place, and set their lengths to 0; return whether it has any.
@@ -108,6 +121,11 @@ class Batch:
             return
         for number, length in zip(window.sub_source_of[_pieces(row)].tolist(), lengths, strict=True):
             counts[name if number < 0 else f"{name}/{window.sub_sources[number]}"] += length
+
+    @property
+    def is_target(self) -> npt.NDArray[np.bool_]:
+        """Which next tokens are to be predicted, bool [rows, seq_len]: not those of prompts, nor any piece's first."""
+        return _targets(self.segment_ids)
 
     @property
     def num_rows(self) -> int:
@@ -161,6 +179,13 @@ class Batch:
 
     def _shard(self, source: int, shard: int) -> str:
         return self._sources[source].shards[shard].path
+
+
+def _targets(segment_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Mark the next tokens to predict: int32 [..., seq_len + 1] -> bool [..., seq_len]."""
+    pieces = np.abs(segment_ids)
+    is_target: npt.NDArray[np.bool_] = (segment_ids[..., 1:] > 0) & (pieces[..., 1:] == pieces[..., :-1])
+    return is_target
 
 
 def _pieces(row: Row) -> npt.NDArray[np.int32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -94,6 +95,7 @@ class SourceConfig(Config):
     MAY_CHANGE: ClassVar = frozenset(
         {"paths", "dataset", "dataset_config", "split", "revision", "id_key", "source_from"}
     )
+    FORM_KEYS: ClassVar = ("template", "messages_key", "chat_format")  # keys that say how a document is spelled
 
     name: Name  # as shown in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
@@ -105,6 +107,14 @@ class SourceConfig(Config):
     # Passes over the source before it leaves the mix; None = no limit
     max_epochs: int | None = Field(default=None, ge=1)
     text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, dotted for one in an object
+    # In place of text_key: a text with keys of the record in braces, as in "Q: {question}\nA: {answer}"; the last one's
+    # value and what follows it are the response
+    template: str | None = None
+    # In place of text_key: key of a conversation, whose responses are the assistant's messages
+    messages_key: Name | None = None
+    chat_format: Literal["chatml"] | None = None  # how the conversation under messages_key is spelled
+    # The tokens to learn, where there are responses; None = those of the responses
+    loss_on: Literal["response", "all"] | None = None
     # Column of token ids in a data set or in Parquet files; None = the text is tokenized
     input_ids_key: Name | None = None
     id_key: Name = "id"  # key of the record's id, if it has one (Dolma); dotted as text_key
@@ -115,11 +125,51 @@ class SourceConfig(Config):
         """The column of a data set or a Parquet file that holds the source's texts or token ids."""
         return self.input_ids_key or self.text_key
 
+    @property
+    def form(self) -> dict[str, str]:
+        """The keys that say how a document is spelled, by name; empty if it is the value of a single key."""
+        return {key: value for key in self.FORM_KEYS if (value := getattr(self, key)) is not None}
+
+    @property
+    def content_key(self) -> str:
+        """The key of this config that names what a document is made of."""
+        return next(iter(self.form), "text_key" if self.input_ids_key is None else "input_ids_key")
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether all tokens of a document are learned, those of prompts included."""
+        return not self.form or self.loss_on == "all"
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError(f"source {self.name!r}: needs either paths or dataset")
+        try:
+            self._check_form()
+        except ValueError as error:
+            raise ValueError(f"source {self.name!r}: {error}") from None
         return self
+
+    def _check_form(self) -> None:
+        if self.template is not None:
+            template_fields(self.template)
+        if (self.messages_key is None) != (self.chat_format is None):
+            raise ValueError("messages_key and chat_format go together; the format may be chatml")
+        if self.loss_on is not None and not self.form:
+            raise ValueError("loss_on needs to know what a response is: set template or messages_key, or leave it out")
+        others = {"text_key": self.text_key != DEFAULT_TEXT_KEY, "input_ids_key": self.input_ids_key is not None}
+        others["messages_key"] = self.template is not None and self.messages_key is not None
+        if self.form and any(others.values()):
+            extra = next(key for key, is_set in others.items() if is_set)
+            raise ValueError(f"{self.content_key} and {extra} both say what a document is; leave one out")
+        columnar = [path for path in self.paths if path.endswith(".parquet")] or (
+            [self.dataset] if self.dataset else []
+        )
+        if self.form and columnar:
+            raise ValueError(
+                f"{self.content_key} reads JSON lines, and of {columnar[0]} a single column is read; write its rows as "
+                "JSON lines"
+            )
 
 
 class RemoteCache(Config):
@@ -263,6 +313,22 @@ class DataConfig(Config):
     def cell_bytes(self) -> int:
         """Raw bytes between the marks of the record table, which is never coarser than a window."""
         return min(MIB, self.window_limit)
+
+
+def template_fields(template: str) -> list[tuple[str, str | None]]:
+    """Split a template into texts and the key after each, None after the last text if that ends it.
+
+    Raises: ValueError with what is wrong with it.
+    """
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template: {error}; write {{{{ and }}}} for braces that are text") from None
+    if any(key is not None and (not key or spec or how) for _, key, spec, how in fields):
+        raise ValueError(f"template: {template!r} must have nothing but keys of the record in braces")
+    if all(key is None for _, key, _, _ in fields):
+        raise ValueError(f"template: {template!r} names no key of the record; write it in braces, as in {{response}}")
+    return [(text, key) for text, key, _, _ in fields]
 
 
 def with_recorded_plan(written: Mapping[str, object]) -> dict[str, object]:

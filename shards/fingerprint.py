@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from shards.config import with_recorded_plan
+from shards.config import SourceConfig, with_recorded_plan
 from shards.errors import ConfigError, ShardError
 from shards.index.manifest import Shard
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
+from shards.records.forms import FORM_VERSION
 from shards.stages import Stage
 from shards.tokenize.tokenizer import describe
 from shards.windows.packing import PACKER_VERSION
@@ -34,7 +35,7 @@ def fingerprint(
         config, sources = stage.data, stage.data.sources
         plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
         plain |= {"lanes": num_lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
-        plain["sources"] = [source.model_dump(mode="json", exclude={*source.MAY_CHANGE}) for source in sources]
+        plain["sources"] = [_plain(source) for source in sources]
         added = list(zip(sources, shards, strict=False))[known:]
         described.append(
             {
@@ -60,6 +61,14 @@ def fingerprint(
     }
     begins = [{"step": stage.step, "global_batch_size": stage.global_batch_size} for stage in stages[1:]]
     return found | ({"stages": [begin | one for begin, one in zip(begins, later, strict=True)]} if later else {})
+
+
+def _plain(source: SourceConfig) -> dict[str, object]:
+    """Return what of a source's config decides batches; of a source without a form, just as before there were any."""
+    plain = source.model_dump(mode="json", exclude={*source.MAY_CHANGE, "loss_on", *source.FORM_KEYS})
+    if not source.form:
+        return plain
+    return plain | source.form | {"loss_on": source.loss_on or "response", "form_version": FORM_VERSION}
 
 
 def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step: int | None = None) -> None:

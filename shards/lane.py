@@ -150,7 +150,8 @@ class Stream:
         what = "a whole pass over it gives" if whole_pass else f"{len(deals)} consecutive parts of it give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
         raise ShardError(
-            f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is text_key right?"
+            f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is "
+            f"{self.source.config.content_key} right?"
         )
 
     def progress(self) -> float:

@@ -35,6 +35,7 @@ from shards.leg import Leg, Ranks, announce_lanes
 from shards.plan.cursor import LoaderState
 from shards.preparation import Prepared
 from shards.records import texts
+from shards.records.forms import form_of
 from shards.run_plan import RunPlan
 from shards.stages import Stage
 from shards.tokenize.tokenizer import Tokenizer
@@ -80,6 +81,8 @@ class Loader:
         if tokenizer.obstacle and dp_rank == 0:
             slower = "encodes documents whole, several times slower than word by word"
             _logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)
+        if dp_rank == 0:
+            _announce_markers(tokenizer, self._stages[-1].data)
         shards = _open_shards(self._stages[-1].data, prepared)
         self.plan = RunPlan(self._stages, shards, seed)
         self.num_lanes = self.plan.lanes_of[0]
@@ -205,7 +208,7 @@ class Loader:
         stage, names = self._state.stage, ", ".join(source.name for source in self._leg.stage.data.sources)
         if not rows_drawn:
             raise ShardError(
-                f"the data ends without a single row; all lines of {names} are blank or bad; is text_key right?"
+                f"the data ends without a single row; all lines of {names} are blank or bad; are their keys right?"
             )
         if stage + 1 < len(self._stages):
             raise ShardError(
@@ -300,6 +303,22 @@ class Loader:
                 sources = self.plan.sources_undivided(number, drawn)
                 announce_lanes(lanes, self._ranks, sources)
             before = lanes
+
+
+def _announce_markers(tokenizer: Tokenizer, config: DataConfig) -> None:
+    """Warn of markers of a chat format that the tokenizer has no special tokens for."""
+    for source in config.sources:
+        form = form_of(source)
+        missing = [name for name in form.markers if tokenizer.index(name) is None] if form else []
+        if missing:
+            _logger.warning(
+                "source %r: the tokenizer %s has no token %s of chat_format %s, so that it is spelled like other text; "
+                "a tokenizer that has it needs one token for it",
+                source.name,
+                tokenizer.path,
+                " or ".join(missing),
+                source.chat_format,
+            )
 
 
 def _open_shards(config: DataConfig, prepared: Prepared | None) -> list[list[Shard]]:

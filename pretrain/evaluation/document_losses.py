@@ -45,7 +45,7 @@ def document_losses(score: Score, batch: Batch, batch_size: int, device: torch.d
         targets = next_token_targets(ids, segment_ids)
         nll = score(ids[:, :-1], segment_ids[:, :-1], targets).nll.double().cpu().numpy()
         rows, columns = np.divmod(targets.positions.cpu().numpy(), segment_ids.shape[1] - 1)
-        for row, piece, value in zip(rows, segment_ids.numpy()[rows, columns], nll, strict=True):
+        for row, piece, value in zip(rows, segment_ids.abs().numpy()[rows, columns], nll, strict=True):
             of_document = sums.setdefault(pieces[first + int(row)][int(piece) - 1], [0.0, 0])
             of_document[0] += float(value)
             of_document[1] += 1

@@ -52,7 +52,7 @@ class ActivationMeasurement:
     def of(self, segment_ids: Tensor) -> Iterator[None]:
         """Measure the forward pass inside the block, of rows with these segment ids [B, T], on the host."""
         device = self._topology.device
-        pieces, real = pieces_of(segment_ids, device), copy_to(device, segment_ids > 0)
+        pieces, real = pieces_of(segment_ids, device), copy_to(device, segment_ids != 0)
         tokens = copy_to(device, segment_ids.flatten().nonzero().flatten())
         with ExitStack() as hooks:
             for number, block in enumerate(self._model.blocks if len(tokens) else ()):

@@ -39,7 +39,7 @@ class Targets(NamedTuple):
 
 
 def next_token_targets(tokens: Tensor, segment_ids: Tensor) -> Targets:
-    """Return the targets of packed rows: each token that follows another of the same piece.
+    """Return the targets of packed rows: each token that follows another of the same piece and belongs to no prompt.
 
     Args:
         tokens: [B, T + 1] int64 on the device; the first T are the positions.

@@ -37,9 +37,10 @@ def pieces_of(segment_ids: Tensor, device: torch.device) -> Pieces:
     """Find the pieces of rows.
 
     Args:
-        segment_ids: [B, T] on the host; equal neighbours in a row belong to one piece.
+        segment_ids: [B, T] on the host; neighbours in a row that are equal but for their sign belong to one piece.
         device: the device on which the model computes.
     """
+    segment_ids = segment_ids.abs()
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = starts.flatten()
@@ -58,5 +59,9 @@ def pieces_of(segment_ids: Tensor, device: torch.device) -> Pieces:
 
 
 def valid_targets(segment_ids: Tensor) -> Tensor:
-    """Mark the next tokens that are targets: those of the same piece. segment_ids [B, T + 1] -> [B, T] bool."""
-    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
+    """Mark the next tokens that are targets: those of the same piece, without prompts, whose segment ids are negative.
+
+    segment_ids [B, T + 1] -> [B, T] bool.
+    """
+    pieces = segment_ids.abs()
+    return (pieces[:, 1:] == pieces[:, :-1]) & (segment_ids[:, 1:] > 0)

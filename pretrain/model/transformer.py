@@ -252,7 +252,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            segment_ids: [B, T] int64 on the host; equal neighbours belong to one piece, 0 is padding. Needed without a
+            segment_ids: [B, T] int64 on the host; 0 is padding (`pieces_of`). Needed without a
                 cache.
             head: what to make of the predictions; the default makes this rank's slice of the logits,
                 [B, T, vocab_size / tp_size], in the weights' type.

@@ -1,9 +1,10 @@
 """Raw bytes -> documents: a shard's records, parsed and judged. formats -> json_lines -> window, evaluation.
 
 A record is the text between two line feeds, and no other separators (JSON text may contain U+2028 and the like). Only
-its bytes and the text's key decide whether a record is blank, bad or a document: not what else is read of it, nor by
-whom. A document is valid UTF-8 throughout, and a JSON object nested at most MAX_DEPTH deep with a string under the
-text's key. NaN and Infinity are allowed as numbers, and a number may have any length.
+its bytes and the keys of its content decide whether a record is blank, bad or a document: not what else is read of it,
+nor by whom. A document is valid UTF-8 throughout, and a JSON object nested at most MAX_DEPTH deep with a string under
+the text's key, or with what the source's form asks for (`forms.py`). NaN and Infinity are allowed as numbers, and a
+number may have any length.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import typing
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from shards import formats
 from shards.arrays import Ints
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, MIB, SourceConfig
 from shards.errors import ShardError
+from shards.records.forms import Form, Part, form_of
 from shards.storage import files
 from shards.storage.block_cache import BlockCache
 
@@ -60,6 +62,7 @@ class Records(NamedTuple):
     ids: list[str | None]
     bad: list[BadRecord]
     token_ids: list[Ints] | None = None  # one array each, if the source has ids instead of texts, which are then empty
+    parts: list[list[Part]] | None = None  # what each text is joined of, if the source's documents have a form
 
 
 class _Place:
@@ -91,30 +94,38 @@ class RecordParser:
     """A parser of records by the keys that a source names."""
 
     def __init__(
-        self, text_key: str = "text", id_key: str = "id", source_from: str | None = None, strict: bool = True
+        self,
+        text_key: str = "text",
+        id_key: str = "id",
+        source_from: str | None = None,
+        strict: bool = True,
+        form: Form | None = None,
     ) -> None:
         """Prepare a parser for these keys.
 
         Args:
             text_key, id_key, source_from: as in a SourceConfig; all may be dotted.
+            form: what a document is made of, instead of the text under text_key.
             strict: judge records by this module's rule. False is the rule of runs begun before it: fields that are not
                 read are not checked for UTF-8, and the parsers limit depth and digits.
         """
-        self._strict = strict
+        self._strict, self._form = strict, form
         # Only these keys are built, once each; the parser skips everything else in a record.
         fields: dict[str, str] = {}
-        self._text, self._id = _Place(text_key, "text", fields), _Place(id_key, "id", fields)
+        self._contents = [
+            _Place(key, f"content_{i}", fields) for i, key in enumerate(form.keys if form else [text_key])
+        ]
+        self._id = _Place(id_key, "id", fields)
         self._sub_source = _Place(source_from, "source", fields) if source_from else None
         self._decoder: msgspec.json.Decoder[typing.Any] | None = None
         # The fast parser compares keys with the line's bytes, so it cannot look for one that JSON must escape.
         if all(json.dumps(key, ensure_ascii=False) == f'"{key}"' for key in fields):
-            optional: list[tuple[str, typing.Any, typing.Any]] = [
-                (field, object, msgspec.UNSET) for field in fields.values() if field != "text"
-            ]
+            # A text that is no string, or not there, ends the parser sooner than it would be found out here
+            needed = ["content_0"] if form is None and not self._contents[0].inner else []
+            kinds: list[typing.Any] = [(field, str) for field in needed]
+            kinds += [(field, object, msgspec.UNSET) for field in fields.values() if field not in needed]
             names = {field: key for key, field in fields.items()}
-            text: tuple[str, typing.Any] | tuple[str, typing.Any, typing.Any]
-            text = ("text", object, msgspec.UNSET) if self._text.inner else ("text", str)
-            kind: typing.Any = msgspec.defstruct("Record", [text, *optional], rename=names, gc=False)
+            kind: typing.Any = msgspec.defstruct("Record", kinds, rename=names, gc=False)
             self._decoder = msgspec.json.Decoder(kind)
 
     def parse(self, raw: bytes, first_line: int) -> Records:
@@ -124,27 +135,31 @@ class RecordParser:
             raw: bytes of the lines.
             first_line: number of the first line, counted from 1.
         """
-        records = Records([], [], [], [], [])
+        records = Records([], [], [], [], [], parts=[] if self._form else None)
         for line, record in enumerate(raw.split(b"\n"), first_line):
             if line == 1:
                 record = record.removeprefix(_BOM)
             try:
                 if self._strict:
                     _check(record)
-                text, identity, sub_source = self._parse_fast(record) or self._parse_exactly(record)
+                content, identity, sub_source = self._parse_fast(record) or self._parse_exactly(record)
             except ValueError as error:
                 if record.strip():
                     records.bad.append(BadRecord(line, str(error)))
                 continue
-            records.texts.append(text)
+            if isinstance(content, str):
+                records.texts.append(content)
+            elif records.parts is not None:
+                records.texts.append("".join(part.text for part in content))
+                records.parts.append(content)
             records.lines.append(line)
             records.sub_sources.append(name_of(sub_source))
             known = identity is not None and identity is not msgspec.UNSET
             records.ids.append(_without_surrogates(str(identity)) if known else None)
         return records
 
-    def _parse_fast(self, record: bytes) -> tuple[str, object, object] | None:
-        """Return (text, id, sub-source); None if only the exact parser can judge the record.
+    def _parse_fast(self, record: bytes) -> tuple[str | list[Part], object, object] | None:
+        """Return (text or parts, id, sub-source); None if only the exact parser can judge the record.
 
         Once `_check` has passed a record, the exact parser accepts whatever this one does; it is only slower.
         """
@@ -154,12 +169,23 @@ class RecordParser:
             found = self._decoder.decode(record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        text = self._text.of_struct(found)
-        if not isinstance(text, str):
+        try:
+            content = self._content([place.of_struct(found) for place in self._contents])
+        except ValueError:
             return None
-        return text, self._id.of_struct(found), self._sub_source.of_struct(found) if self._sub_source else None
+        return content, self._id.of_struct(found), self._sub_source.of_struct(found) if self._sub_source else None
 
-    def _parse_exactly(self, record: bytes) -> tuple[str, object, object]:
+    def _content(self, values: Sequence[object]) -> str | list[Part]:
+        """Return a document's text, or its parts, by the values that it is made of. Raises: ValueError."""
+        if msgspec.UNSET in values:
+            raise ValueError("a key is missing")
+        if self._form:
+            return self._form.parts(values)
+        if not isinstance(values[0], str):
+            raise ValueError(f"{self._contents[0].key!r} is {json.dumps(values[0])[:40]}, not a string")
+        return values[0]
+
+    def _parse_exactly(self, record: bytes) -> tuple[str | list[Part], object, object]:
         """Parse any record, including NaN in a metadata field and escaped lone surrogates, both of which JSON allows.
 
         A lone surrogate becomes U+FFFD, since no tokenizer accepts it. Raises: ValueError with the reason.
@@ -174,14 +200,18 @@ class RecordParser:
             raise ValueError(f"not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"a JSON {type(found).__name__}, not an object")
-        text, key = self._text.of_object(found), self._text.key
-        if text is msgspec.UNSET:
-            keys = _keys_of(found) if self._text.inner else list(found)
-            raise ValueError(f"has no key {key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
-        if not isinstance(text, str):
-            raise ValueError(f"{key!r} is {json.dumps(text)[:40]}, not a string")
+        values = [place.of_object(found) for place in self._contents]
+        for place, value in zip(self._contents, values, strict=True):
+            if value is msgspec.UNSET:
+                keys = _keys_of(found) if place.inner else list(found)
+                raise ValueError(f"has no key {place.key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
+        content = self._content(values)
+        if isinstance(content, str):
+            content = _without_surrogates(content)
+        else:
+            content = [part._replace(text=_without_surrogates(part.text)) for part in content]
         sub_source = self._sub_source.of_object(found) if self._sub_source else None
-        return _without_surrogates(text), self._id.of_object(found), sub_source
+        return content, self._id.of_object(found), sub_source
 
 
 def name_of(sub_source: object) -> str | None:
@@ -209,7 +239,7 @@ def parser_for(source: SourceConfig | None, strict: bool = True) -> RecordParser
     """Make the parser that a source asks for; None = keys of the Pile and Dolma. `strict` is as for the class."""
     if source is None:
         return RecordParser(strict=strict)
-    return RecordParser(source.text_key, source.id_key, source.source_from, strict)
+    return RecordParser(source.text_key, source.id_key, source.source_from, strict, form_of(source))
 
 
 def _check(record: bytes) -> None:

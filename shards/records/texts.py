@@ -126,7 +126,7 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
 
     Args:
         paths: paths of all shards of the source.
-    Raises: ShardError if none of them begins with texts, so that the source's text_key must be wrong; also if one of
+    Raises: ShardError if none of them begins with texts, so that the source's keys must be wrong; also if one of
         them is a Parquet file without the source's column.
     """
     sample = spread(paths)
@@ -140,6 +140,6 @@ def sample_of(config: DataConfig, source: SourceConfig, paths: Sequence[str]) ->
     if not good and first is not None:
         raise ShardError(
             f"source {source.name!r}: none of the first records of {', '.join(sample)} holds a text: {sample[0]}, line "
-            f"{first.line}: {first.reason}; set the source's text_key"
+            f"{first.line}: {first.reason}; set the source's {source.content_key}"
         )
     return good

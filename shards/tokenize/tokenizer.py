@@ -122,6 +122,10 @@ class Tokenizer:
         """Return the ids of all documents in one array, uint16 if the vocabulary fits, and the length of each."""
         return self._kind.encode_documents(texts)
 
+    def index(self, piece: str) -> int | None:
+        """Return the id of a piece of the vocabulary, such as a special token; None if there is no such piece."""
+        return self._kind.index(piece)
+
     def piece(self, index: int) -> str:
         """Return the piece of a token id, as the model's vocabulary spells it; empty if the id has none."""
         return self._kind.piece(index)

@@ -24,6 +24,7 @@ from shards.records.json_lines import BadRecord, Records, bad_record_error, pars
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 from shards.suites.decontaminate import Decontaminator
+from shards.tokenize.parts import NO_PROMPTS, Prompts, encode_parts
 from shards.windows.cells import Cells
 from shards.windows.packing import Rest, Rows, rest_of
 from shards.windows.recipe import Tools
@@ -71,6 +72,7 @@ class Documents(NamedTuple):
     texts: list[str]  # empty ones, if the source holds token ids
     forgotten: npt.NDArray[np.bool_]  # [documents]: whether nothing is to be learned from it
     skipped: tuple[SkippedRecord, ...]
+    prompts: Prompts = NO_PROMPTS  # what else nothing is to be learned from
 
 
 class Window(NamedTuple):
@@ -83,6 +85,7 @@ class Window(NamedTuple):
     sub_source_of: npt.NDArray[np.int32]  # [documents]: position in sub_sources; -1 = none
     forgotten: npt.NDArray[np.bool_]  # [documents]: whether nothing is to be learned from it
     skipped: tuple[SkippedRecord, ...]
+    prompts: Prompts = NO_PROMPTS  # what else nothing is to be learned from
     replays: int = 0  # entries that proved invalid while it was read, so that decoding began before them
 
 
@@ -124,6 +127,7 @@ class WindowMaker:
             sub_source_of=np.array([-1 if name is None else number_of[name] for name in found.sub_sources], np.int32),
             forgotten=found.forgotten,
             skipped=skipped,
+            prompts=found.prompts,
             replays=self._decoders.replays - replays,
         )
 
@@ -138,10 +142,13 @@ class WindowMaker:
         parts = [_decontaminated(self._read(item, task.source, skip_bad), self._filters[stage]) for item in task.spans]
         numbers = [item.span.shard for item in task.spans]
         lines = [line for part in parts for line in part.lines]
-        counts = [len(part.lines) for part in parts]
+        counts, prompts = [len(part.lines) for part in parts], NO_PROMPTS
         if any(part.token_ids is not None for part in parts):
             paths = [item.raw.path for item, count in zip(task.spans, counts, strict=True) for _ in range(count)]
             tokens, lengths = self._join([ids for part in parts for ids in part.token_ids or ()], lines, paths)
+        elif any(part.parts is not None for part in parts):
+            spelled = [document for part in parts for document in part.parts or ()]
+            tokens, lengths, prompts = encode_parts(self._tokenizer, spelled)
         else:
             tokens, lengths = self._tokenizer.encode_documents([text for part in parts for text in part.texts])
         return Documents(
@@ -155,6 +162,7 @@ class WindowMaker:
             skipped=tuple(
                 SkippedRecord(number, *bad) for number, part in zip(numbers, parts, strict=True) for bad in part.bad
             ),
+            prompts=NO_PROMPTS if self._config.sources[task.source].learns_prompts else prompts,
         )
 
     def raw_bytes(self, task: WindowTask) -> int:
@@ -244,4 +252,5 @@ def _decontaminated(records: Records, decontaminator: Decontaminator | None) -> 
         sub_sources=[records.sub_sources[i] for i in clean],
         ids=[records.ids[i] for i in clean],
         bad=[*records.bad, *dropped],
+        parts=None if records.parts is None else [records.parts[i] for i in clean],
     )

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError, HeadraceError, ShardError
+from shards.tokenize.parts import Prompts
 from shards.windows.packing import Rows
 from shards.windows.recipe import Recipe
 from shards.windows.window import SkippedRecord, Window, WindowTask
@@ -65,6 +66,7 @@ def encode_window(window: Window) -> list[bytes | memoryview]:
             window.shards,
             window.sub_source_of,
             window.forgotten,
+            *window.prompts,
         )
     ]
     kinds = tuple((array.dtype.str, len(array)) for array in arrays)
@@ -92,9 +94,11 @@ def receive_window(read: Callable[[int], bytearray]) -> Window | HeadraceError:
         np.frombuffer(read(np.dtype(kind).itemsize * length), np.dtype(kind)) if length else np.zeros(0, np.dtype(kind))
         for kind, length in reply.arrays
     ]
-    *of_rows, lines, shards, sub_source_of, forgotten = arrays
-    rows = Rows(reply.seq_len, *of_rows)
-    return Window(rows, lines, shards, reply.sub_sources, sub_source_of, forgotten, reply.skipped, reply.replays)
+    of_prompts = len(Prompts._fields)
+    *of_rows, lines, shards, sub_source_of, forgotten = arrays[:-of_prompts]
+    rows, prompts = Rows(reply.seq_len, *of_rows), Prompts(*arrays[-of_prompts:])
+    passed = reply.skipped, prompts, reply.replays
+    return Window(rows, lines, shards, reply.sub_sources, sub_source_of, forgotten, *passed)
 
 
 def _received(read: Callable[[int], bytearray]) -> Reply:

@@ -1,0 +1,100 @@
+"""Documents of several parts -> token ids, and which of them belong to prompts. {tokenizer, forms} -> parts -> window.
+
+Each part is encoded by itself: the first as the beginning of a document, any other as a text that follows. So a prompt
+has the ids that it has when a model is asked for the response, and no token lies in both. Neighbours of one kind are
+one part. Spaces at the end of a prompt belong to the response after it, since tokens of words begin with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.arrays import Ints
+from shards.records.forms import Part
+from shards.tokenize.tokenizer import Tokenizer
+
+
+class Prompts(NamedTuple):
+    """The stretches of a window's documents that are read and not predicted, ordered by document and place."""
+
+    documents: Ints  # [stretches]: number of the document that each lies in
+    starts: Ints  # [stretches]: its first token in the document, BOS counted
+    stops: Ints  # [stretches]: one past its last
+
+    def mark(self, document: int, start: int, segment_ids: npt.NDArray[np.int32]) -> None:
+        """Negate the segment ids of a piece, in place, where its tokens belong to a prompt.
+
+        Args:
+            document: number of the piece's document.
+            start: the piece's first token in the document.
+            segment_ids: int32 [tokens of the piece], positive.
+        """
+        first, stop = np.searchsorted(self.documents, [document, document + 1])
+        for i in range(first, stop):
+            segment_ids[max(0, int(self.starts[i]) - start) : max(0, int(self.stops[i]) - start)] *= -1
+
+
+NO_PROMPTS = Prompts(*(np.zeros(0, np.int64) for _ in Prompts._fields))
+
+
+def encode_parts(
+    tokenizer: Tokenizer, documents: Sequence[Sequence[Part]]
+) -> tuple[npt.NDArray[np.integer], Ints, Prompts]:
+    """Return the ids of all documents in one array, the length of each, and their prompts.
+
+    BOS belongs to the first part, EOS to the last.
+
+    Args:
+        documents: the parts of each, at least one.
+    """
+    if not documents:
+        return np.zeros(0, tokenizer.dtype), np.zeros(0, np.int64), NO_PROMPTS
+    spelled = [_joined(parts, tokenizer) for parts in documents]
+    heads = [parts[0].text if parts and not parts[0].is_marker else "" for parts in spelled]
+    tails = [parts[bool(head) :] for parts, head in zip(spelled, heads, strict=True)]
+    following = list(dict.fromkeys(part.text for tail in tails for part in tail if not part.is_marker))
+    ids_of = dict(zip(following, tokenizer.encode_following(following), strict=True))
+    ending = np.array(tokenizer.ending, tokenizer.dtype)
+    ids: list[npt.NDArray[np.integer]] = []
+    lengths, prompts = [], []
+    for number, (head, tail) in enumerate(zip(tokenizer.encode_beginnings(heads), tails, strict=True)):
+        encoded = [(head, documents[number][0].is_response if not heads[number] else spelled[number][0].is_response)]
+        encoded += [(_ids(part, tokenizer, ids_of), part.is_response) for part in tail]
+        encoded.append((ending, documents[number][-1].is_response))
+        place = 0
+        for part_ids, is_response in encoded:
+            if not is_response and len(part_ids):
+                prompts.append((number, place, place + len(part_ids)))
+            place += len(part_ids)
+        ids += [part_ids for part_ids, _ in encoded]
+        lengths.append(place)
+    columns = np.array(prompts, np.int64).reshape(-1, 3).T
+    return np.concatenate(ids), np.array(lengths, np.int64), Prompts(*columns)
+
+
+def _ids(part: Part, tokenizer: Tokenizer, ids_of: dict[str, npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
+    return np.array([tokenizer.index(part.text)], tokenizer.dtype) if part.is_marker else ids_of[part.text]
+
+
+def _joined(parts: Sequence[Part], tokenizer: Tokenizer) -> list[Part]:
+    """Return the parts to encode: without empty ones, and markers only where the tokenizer has the special token."""
+    joined: list[Part] = []
+    for part in parts:
+        is_marker = part.is_marker and tokenizer.index(part.text) is not None
+        text, before = part.text, joined[-1] if joined else None
+        if not text:
+            continue
+        if before is not None and not before.is_marker and not is_marker:
+            if before.is_response == part.is_response:
+                joined[-1] = before._replace(text=before.text + text)
+                continue
+            if part.is_response:
+                kept = before.text.rstrip(" ")
+                text = before.text[len(kept) :] + text
+                joined[-1:] = [before._replace(text=kept)] if kept else []
+        joined.append(Part(text, part.is_response, is_marker))
+    return joined
