@@ -82,10 +82,10 @@ def piece_logits(
 
 
 def pieces(tokens: Tensor, segment_ids: Tensor) -> list[Tensor]:
-    """Return the pieces of packed rows [rows, seq_len + 1], in order, without padding."""
+    """Return the pieces of packed rows [rows, seq_len + 1], in order, without padding, whatever their ids' signs."""
     return [
         row[segments == segment]
-        for row, segments in zip(tokens, segment_ids, strict=True)
+        for row, segments in zip(tokens, segment_ids.abs(), strict=True)
         for segment in segments.unique().tolist()
         if segment > 0
     ]
@@ -94,14 +94,15 @@ def pieces(tokens: Tensor, segment_ids: Tensor) -> list[Tensor]:
 def batch_loss(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """Return the mean negative log-likelihood over the batch's targets, and the weighted mean squared logsumexp."""
     nll, squares, n_targets = torch.zeros(()), torch.zeros(()), 0
-    for piece in pieces(tokens, segment_ids):
+    learned = pieces(segment_ids > 0, segment_ids)
+    for piece, is_learned in zip(pieces(tokens, segment_ids), learned, strict=True):
         if len(piece) < 2:
             continue  # a single token predicts nothing
         logits = piece_logits(w, shape, piece[:-1])
         log_z = logits.logsumexp(-1)
-        nll = nll + (log_z - logits.gather(1, piece[1:, None])[:, 0]).sum()
-        squares = squares + log_z.square().sum()
-        n_targets += len(piece) - 1
+        nll = nll + (log_z - logits.gather(1, piece[1:, None])[:, 0])[is_learned[1:]].sum()
+        squares = squares + log_z.square()[is_learned[1:]].sum()
+        n_targets += int(is_learned[1:].sum())
     return nll / n_targets, z_loss * squares / n_targets
 
 

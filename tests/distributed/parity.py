@@ -48,7 +48,11 @@ def model_config(tied: bool) -> ModelConfig:
 
 
 def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return packed rows with very unevenly spread valid targets: every other slot is nearly all padding."""
+    """Return packed rows with very unevenly spread valid targets: every other slot is nearly all padding.
+
+    Some documents have prompts, whose segment ids are negative: a whole piece, a beginning, and two that alternate with
+    responses.
+    """
     generator = torch.Generator().manual_seed(11)
     batches = []
     for _ in range(STEPS):
@@ -58,7 +62,9 @@ def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
             bounds = [0, 3] if slot % 2 else [0, 7, 8, 20 + slot // 2]
             for piece, (start, end) in enumerate(itertools.pairwise(bounds), start=1):
                 segment_ids[slot, start:end] = piece
-        batches.append((tokens * (segment_ids > 0), segment_ids))
+        for slot, prompt in ((1, slice(0, 3)), (2, slice(0, 4)), (4, slice(8, 12)), (4, slice(15, 17))):
+            segment_ids[slot, prompt] *= -1
+        batches.append((tokens * (segment_ids != 0), segment_ids))
     return batches
 
 
@@ -97,7 +103,8 @@ def run_case(
     for step, (tokens, segment_ids) in enumerate(global_batches()):
         tokens = tokens.to(topology.device)
         mine = slice(topology.dp_rank, None, topology.dp_size)
-        n_targets = int(((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum())
+        same_piece = segment_ids[:, 1:].abs() == segment_ids[:, :-1].abs()
+        n_targets = int((same_piece & (segment_ids[:, 1:] > 0)).sum())
         stats = engine.train_step(
             tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter(), step in MEASURED
         )

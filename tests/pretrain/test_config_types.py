@@ -28,6 +28,8 @@ data:
   sources:
     - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
     - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
+    - {name: t, paths: [t], template: "{a} {b}", loss_on: all}
+    - {name: m, paths: [m], messages_key: m, chat_format: chatml}
   tokenizer: a.model
   seq_len: 32
   packing: {overflow_tolerance: 2}
@@ -76,6 +78,8 @@ stages:
         - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
         - {name: d, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5,
           max_epochs: 2}
+        - {name: u, paths: [u], template: "{a} {b}", loss_on: all}
+        - {name: n, paths: [n], messages_key: m, chat_format: chatml}
       weights: {a: 0.25}
       seq_len: 64
       packing: {overflow_tolerance: 4}

@@ -11,12 +11,12 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.loss import next_token_targets, training_loss
+from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of, valid_targets
 from pretrain.model.transformer import ModelConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import ParallelConfig, Topology
-from tests.reference_model import Shape, piece_logits, pieces
+from tests.reference_model import Shape, batch_loss, piece_logits, pieces
 
 # Of the frequencies of heads of size 8, one is unchanged, one scaled by 8, and two lie in between.
 LLAMA3 = {
@@ -101,6 +101,37 @@ def test_logits_equal_the_plain_reference(changes: dict[str, object]) -> None:
         for logits, piece in zip(found, pieces(tokens, SEGMENTS), strict=True):
             expected = piece_logits(dict(model.named_parameters()), shape, piece)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+def test_tokens_of_prompts_are_read_and_never_learned() -> None:
+    """Compare with plain PyTorch; a token that is only a prompt's has its output lowered everywhere, never raised."""
+    model, tokens = build(qk_norm=True), random_tokens(2, 25)
+    segments = torch.cat((SEGMENTS, SEGMENTS[:, -1:]), dim=1)
+    segments[0, :5], segments[0, 10:14], segments[0, 18:20], segments[1] = -1, -3, -3, -segments[1]
+    tokens[tokens == 96] = 0
+    tokens[segments < 0] = 96
+    seen: list[torch.Tensor] = []
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> Loss:
+        seen.append(hidden)
+        return training_loss(hidden, weight, next_token_targets(tokens, segments), z_loss=1e-3)
+
+    loss = model(tokens[:, :-1], segments[:, :-1], head)
+    loss.total.backward()
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    shape = Shape(3, 6, 2, qk_norm=True, tied=False)
+    mean, squares = batch_loss(weights, shape, tokens, segments, 1e-3)
+    n_targets = len(loss.nll)
+    assert n_targets == 4 + (25 - 10) - 4 - 2  # piece 1 without its prompt; piece 3 without two of them
+    assert mean.item() * n_targets == pytest.approx(loss.nll.sum().item(), rel=1e-5)
+    ((mean + squares) * n_targets).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+    hidden = seen[0].detach().flatten(0, 1)[next_token_targets(tokens, segments).positions]
+    logits = hidden @ model.get_parameter("output.weight").detach().t()
+    slope = logits.softmax(-1)[:, 96] * (1 + 2e-3 * logits.logsumexp(-1))  # nothing is subtracted for a target
+    torch.testing.assert_close(model.get_parameter("output.weight").grad[96], slope @ hidden, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("topology")
