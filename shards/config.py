@@ -93,9 +93,10 @@ class SourceConfig(Config):
 
     # Keys that may change when a run resumes: contents are compared instead, or no token depends on them
     MAY_CHANGE: ClassVar = frozenset(
-        {"paths", "dataset", "dataset_config", "split", "revision", "id_key", "source_from"}
+        {"paths", "dataset", "dataset_config", "split", "revision", "id_key", "source_from", "chat_template"}
     )
-    FORM_KEYS: ClassVar = ("template", "messages_key", "chat_format")  # keys that say how a document is spelled
+    # Keys that say how a document is spelled
+    FORM_KEYS: ClassVar = ("template", "messages_key", "chat_format", "chat_template")
 
     name: Name  # as shown in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
@@ -113,6 +114,8 @@ class SourceConfig(Config):
     # In place of text_key: key of a conversation, whose responses are the assistant's messages
     messages_key: Name | None = None
     chat_format: Literal["chatml"] | None = None  # how the conversation under messages_key is spelled
+    # In place of chat_format: the tokenizer_config.json with a chat template, for which jinja2 must be installed
+    chat_template: Path | None = None
     # The tokens to learn, where there are responses; None = those of the responses
     loss_on: Literal["response", "all"] | None = None
     # Column of token ids in a data set or in Parquet files; None = the text is tokenized
@@ -128,7 +131,7 @@ class SourceConfig(Config):
     @property
     def form(self) -> dict[str, str]:
         """The keys that say how a document is spelled, by name; empty if it is the value of a single key."""
-        return {key: value for key in self.FORM_KEYS if (value := getattr(self, key)) is not None}
+        return {key: str(value) for key in self.FORM_KEYS if (value := getattr(self, key)) is not None}
 
     @property
     def content_key(self) -> str:
@@ -153,8 +156,9 @@ class SourceConfig(Config):
     def _check_form(self) -> None:
         if self.template is not None:
             template_fields(self.template)
-        if (self.messages_key is None) != (self.chat_format is None):
-            raise ValueError("messages_key and chat_format go together; the format may be chatml")
+        ways = sum(way is not None for way in (self.chat_format, self.chat_template))
+        if ways != (self.messages_key is not None):
+            raise ValueError("messages_key goes with either chat_format, such as chatml, or chat_template")
         if self.loss_on is not None and not self.form:
             raise ValueError("loss_on needs to know what a response is: set template or messages_key, or leave it out")
         others = {"text_key": self.text_key != DEFAULT_TEXT_KEY, "input_ids_key": self.input_ids_key is not None}

@@ -13,7 +13,7 @@ from shards.errors import ConfigError, ShardError
 from shards.index.manifest import Shard
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
-from shards.records.forms import FORM_VERSION
+from shards.records.forms import FORM_VERSION, identity_of
 from shards.stages import Stage
 from shards.tokenize.tokenizer import describe
 from shards.windows.packing import PACKER_VERSION
@@ -68,7 +68,7 @@ def _plain(source: SourceConfig) -> dict[str, object]:
     plain = source.model_dump(mode="json", exclude={*source.MAY_CHANGE, "loss_on", *source.FORM_KEYS})
     if not source.form:
         return plain
-    return plain | source.form | {"loss_on": source.loss_on or "response", "form_version": FORM_VERSION}
+    return plain | identity_of(source) | {"loss_on": source.loss_on or "response", "form_version": FORM_VERSION}
 
 
 def check_fingerprint(old: Mapping[str, object], new: Mapping[str, object], step: int | None = None) -> None:

@@ -39,9 +39,11 @@ from shards.records.forms import form_of
 from shards.run_plan import RunPlan
 from shards.stages import Stage
 from shards.tokenize.tokenizer import Tokenizer
-from shards.windows.recipe import Tools
+from shards.windows.recipe import Tools, template_files
 from shards.windows.window import WindowMaker
 from shards.windows.worker_pool import InProcess, Pool, WorkerPool
+
+_MARKERS_NAMED = 4  # in a warning
 
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class Loader:
         configs = [stage.data for stage in self._stages]
         filters = preparation.prepared_filters(configs, prepared and prepared.filters)
         forgotten = preparation.forgotten_lists(self._stages, shards)
-        self._tools = Tools(tokenizer, filters, forgotten)
+        self._tools = Tools(tokenizer, filters, forgotten, template_files(configs[-1].sources))
         self.fingerprint = fingerprint(self._stages, self.plan.lanes_of, shards, self._tools, seed)
         recipe = self._tools.recipe()
         self.pool: Pool
@@ -312,12 +314,14 @@ def _announce_markers(tokenizer: Tokenizer, config: DataConfig) -> None:
         missing = [name for name in form.markers if tokenizer.index(name) is None] if form else []
         if missing:
             _logger.warning(
-                "source %r: the tokenizer %s has no token %s of chat_format %s, so that it is spelled like other text; "
-                "a tokenizer that has it needs one token for it",
+                "source %r: the tokenizer %s has no token %s of the %s, so that these are spelled like other text; a "
+                "tokenizer that has them needs one token for each",
                 source.name,
                 tokenizer.path,
-                " or ".join(missing),
-                source.chat_format,
+                " or ".join(missing[:_MARKERS_NAMED]),
+                f"chat_template {source.chat_template}"
+                if source.chat_template
+                else f"chat_format {source.chat_format}",
             )
 
 

@@ -23,7 +23,7 @@ from shards.exposure.reader import ShardReader
 from shards.hashing import key_of
 from shards.index.manifest import Shard
 from shards.index.paths import index_paths, written_meanwhile
-from shards.records.forms import FORM_VERSION
+from shards.records.forms import FORM_VERSION, identity_of
 from shards.storage import files
 from shards.storage.atomic import is_there
 from shards.suites import decontaminate
@@ -77,7 +77,7 @@ def key_for(data: DataConfig, source: SourceConfig, shard: Shard) -> int:
     """Compute the key of all that a shard's text index depends on, its content hash among them."""
     rules = VERSION, decontaminate.VERSION, grams.GRAM_WORDS, grams.STRIDE, int(data.strict_records)
     # An index that was made before an id_key could be dotted lacks the ids that lie inside objects
-    form = [f"{FORM_VERSION}: {key}={value}" for key, value in source.form.items()]
+    form = [f"{FORM_VERSION}: {key}={value}" for key, value in identity_of(source).items()]
     return key_of(*rules, shard.index.content_hash, source.text_key, *source.id_key.split("."), *form)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from shards.config import SourceConfig, template_fields
+from shards.records.chat_template import ChatTemplate, Message
 
 FORM_VERSION = 1  # raise it whenever the same records would give other parts, or the same parts other tokens
 _START, _END = "<|im_start|>", "<|im_end|>"
@@ -87,15 +88,40 @@ class ChatML:
         return parts
 
 
+class OwnChat:
+    """A conversation as a tokenizer's own chat template spells it."""
+
+    def __init__(self, messages_key: str, template: ChatTemplate) -> None:
+        self.keys, self.markers, self._template = (messages_key,), template.markers, template
+
+    def parts(self, values: Sequence[object]) -> list[Part]:
+        """Spell the messages, at least one of which must be the assistant's."""
+        return [Part(*stretch) for stretch in self._template.stretches(_messages(self.keys[0], values[0]))]
+
+
 def form_of(source: SourceConfig) -> Form | None:
-    """Return how a source's documents are spelled; None if each is one text."""
+    """Return how a source's documents are spelled; None if each is one text. Raises: ConfigError as `ChatTemplate`."""
     if source.template is not None:
         return Template(source.template)
-    return ChatML(source.messages_key) if source.messages_key is not None else None
+    if source.messages_key is None:
+        return None
+    template = _chat_template_of(source)
+    return OwnChat(source.messages_key, template) if template else ChatML(source.messages_key)
 
 
-def _messages(key: str, value: object) -> list[tuple[str, str]]:
-    """Return the (role, content) of the messages under a key. Raises: ValueError with what is wrong with one."""
+def identity_of(source: SourceConfig) -> dict[str, str]:
+    """Return what decides how a source's documents are spelled, with a file's hash in place of its path."""
+    template = _chat_template_of(source)
+    return source.form | ({"chat_template": template.content_hash} if template else {})
+
+
+def _chat_template_of(source: SourceConfig) -> ChatTemplate | None:
+    at = f"source {source.name!r}: chat_template"
+    return None if source.chat_template is None else ChatTemplate(source.chat_template, at)
+
+
+def _messages(key: str, value: object) -> list[Message]:
+    """Return the messages under a key. Raises: ValueError with what is wrong with one."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{key!r} is {_shown(value)}, not a list of messages")
     messages = [_message(f"{key}[{i}]", message) for i, message in enumerate(value)]
@@ -104,8 +130,8 @@ def _messages(key: str, value: object) -> list[tuple[str, str]]:
     return messages
 
 
-def _message(at: str, message: object) -> tuple[str, str]:
-    """Return the (role, content) of a message. Args: at: its place in the record."""
+def _message(at: str, message: object) -> Message:
+    """Return a message, with its role in the terms of OpenAI. Args: at: its place in the record."""
     if not isinstance(message, dict):
         raise ValueError(f"{at} is {_shown(message)}, not an object")
     for role_key, content_key in _MESSAGE_KEYS:
@@ -114,7 +140,7 @@ def _message(at: str, message: object) -> tuple[str, str]:
             if not isinstance(role, str) or role not in _ROLES:
                 known = ", ".join(_ROLES)
                 raise ValueError(f"{at}.{role_key} is {_shown(role)}, no role that is known; roles are {known}")
-            return _ROLES[role], _string(f"{at}.{content_key}", message[content_key])
+            return Message(_ROLES[role], _string(f"{at}.{content_key}", message[content_key]))
     pairs = " or ".join(f"{role_key!r} and {content_key!r}" for role_key, content_key in _MESSAGE_KEYS)
     raise ValueError(f"{at} has the keys {', '.join(map(repr, message))}, not {pairs}")
 

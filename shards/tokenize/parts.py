@@ -46,23 +46,23 @@ def encode_parts(
 ) -> tuple[npt.NDArray[np.integer], Ints, Prompts]:
     """Return the ids of all documents in one array, the length of each, and their prompts.
 
-    BOS belongs to the first part, EOS to the last.
+    BOS belongs to the first part, EOS to the last; a marker at the very beginning or end that is the same token stands
+    for it.
 
     Args:
         documents: the parts of each, at least one.
     """
     if not documents:
         return np.zeros(0, tokenizer.dtype), np.zeros(0, np.int64), NO_PROMPTS
-    spelled = [_joined(parts, tokenizer) for parts in documents]
-    heads = [parts[0].text if parts and not parts[0].is_marker else "" for parts in spelled]
-    tails = [parts[bool(head) :] for parts, head in zip(spelled, heads, strict=True)]
-    following = list(dict.fromkeys(part.text for tail in tails for part in tail if not part.is_marker))
+    divided = [_divided(parts, tokenizer) for parts in documents]
+    heads = tokenizer.encode_beginnings([head.text for head, _ in divided])
+    following = list(dict.fromkeys(part.text for _, tail in divided for part in tail if not part.is_marker))
     ids_of = dict(zip(following, tokenizer.encode_following(following), strict=True))
     ending = np.array(tokenizer.ending, tokenizer.dtype)
     ids: list[npt.NDArray[np.integer]] = []
     lengths, prompts = [], []
-    for number, (head, tail) in enumerate(zip(tokenizer.encode_beginnings(heads), tails, strict=True)):
-        encoded = [(head, documents[number][0].is_response if not heads[number] else spelled[number][0].is_response)]
+    for number, (beginning, (head, tail)) in enumerate(zip(heads, divided, strict=True)):
+        encoded = [(beginning, head.is_response)]
         encoded += [(_ids(part, tokenizer, ids_of), part.is_response) for part in tail]
         encoded.append((ending, documents[number][-1].is_response))
         place = 0
@@ -72,12 +72,24 @@ def encode_parts(
             place += len(part_ids)
         ids += [part_ids for part_ids, _ in encoded]
         lengths.append(place)
-    columns = np.array(prompts, np.int64).reshape(-1, 3).T
+    columns = np.array(prompts, np.int64).reshape(-1, len(Prompts._fields)).T
     return np.concatenate(ids), np.array(lengths, np.int64), Prompts(*columns)
 
 
 def _ids(part: Part, tokenizer: Tokenizer, ids_of: dict[str, npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
     return np.array([tokenizer.index(part.text)], tokenizer.dtype) if part.is_marker else ids_of[part.text]
+
+
+def _divided(parts: Sequence[Part], tokenizer: Tokenizer) -> tuple[Part, list[Part]]:
+    """Return the text that begins a document, which may be empty, and the parts to encode after it."""
+    joined = _joined(parts, tokenizer)
+    if joined and joined[-1].is_marker and [tokenizer.index(joined[-1].text)] == tokenizer.ending:
+        del joined[-1]
+    if joined and joined[0].is_marker and [tokenizer.index(joined[0].text)] == tokenizer.beginning:
+        del joined[0]
+    if joined and not joined[0].is_marker:
+        return joined[0], joined[1:]
+    return Part("", parts[0].is_response), joined
 
 
 def _joined(parts: Sequence[Part], tokenizer: Tokenizer) -> list[Part]:

@@ -101,6 +101,11 @@ class Tokenizer:
         return np.array([*self._prefix, *self.encode(text), *self._suffix], np.int32)
 
     @property
+    def beginning(self) -> list[int]:
+        """The ids at a document's beginning: BOS, or none, as configured."""
+        return list(self._prefix)
+
+    @property
     def ending(self) -> list[int]:
         """The ids at a document's end: EOS, or none, as configured."""
         return list(self._suffix)

@@ -15,13 +15,21 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from shards.config import DataConfig
+from shards.config import DataConfig, SourceConfig
 from shards.errors import ConfigError, ShardError
 from shards.records.document_list import DocumentList
+from shards.records.forms import identity_of
 from shards.suites.decontaminate import Decontaminator
 from shards.tokenize.tokenizer import Tokenizer, describe
 
 _PACKAGE = Path(__file__).parents[1]  # shards/
+
+
+class ToolFile(NamedTuple):
+    """A file that decides what windows hold."""
+
+    path: str
+    content_hash: str
 
 
 class Tools(NamedTuple):
@@ -31,6 +39,7 @@ class Tools(NamedTuple):
     # Of each stage of the run:
     filters: tuple[Decontaminator | None, ...] = (None,)
     forgotten: tuple[DocumentList | None, ...] = (None,)
+    templates: tuple[ToolFile, ...] = ()  # chat templates, which parsers of records read
 
     def recipe(self) -> Recipe:
         """Describe the tools of this process for others."""
@@ -40,14 +49,8 @@ class Tools(NamedTuple):
             program=program(),
             filters=tuple(_file_of(found) for found in self.filters),
             forgotten=tuple(_file_of(found) for found in self.forgotten),
+            templates=self.templates,
         )
-
-
-class ToolFile(NamedTuple):
-    """A file that decides what windows hold."""
-
-    path: str
-    content_hash: str
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -59,6 +62,7 @@ class Recipe(msgspec.Struct, frozen=True):
     filters: tuple[ToolFile | None, ...] = (None,)  # the decontamination's
     forgotten: tuple[ToolFile | None, ...] = (None,)  # lists of data.forget
     libraries: dict[str, str] = {}  # versions of those that compute the tokenizer's ids
+    templates: tuple[ToolFile, ...] = ()  # of the sources that have chat templates
 
     def open(self, stages: Sequence[DataConfig]) -> Tools:
         """Open the same tools in this process.
@@ -81,14 +85,18 @@ class Recipe(msgspec.Struct, frozen=True):
             if file and stage.decontaminate
         }
         forgotten = {file: DocumentList(Path(file.path), "data.forget") for file in self.forgotten if file}
-        for file, found in filters.items():
-            _check_file("data.decontaminate", file.path, found.content_hash, file.content_hash)
+        for file, decontaminator in filters.items():
+            _check_file("data.decontaminate", file.path, decontaminator.content_hash, file.content_hash)
         for file, listed in forgotten.items():
             _check_file("data.forget", file.path, listed.content_hash, file.content_hash)
+        templates = template_files(stages[-1].sources)
+        for begun, found in zip(self.templates, templates, strict=True):
+            _check_file("chat_template", found.path, found.content_hash, begun.content_hash)
         return Tools(
             tokenizer,
             tuple(filters[file] if file else None for file in self.filters),
             tuple(forgotten[file] if file else None for file in self.forgotten),
+            templates,
         )
 
     def check_program(self) -> None:
@@ -100,6 +108,15 @@ class Recipe(msgspec.Struct, frozen=True):
                     f"a worker runs another program than the loading process, which began with {what} {value}; "
                     f"the worker, from {_PACKAGE}, has {found.get(what)}; put the old one back, or start again"
                 )
+
+
+def template_files(sources: Sequence[SourceConfig]) -> tuple[ToolFile, ...]:
+    """Return the chat templates of sources. Raises: ConfigError if one cannot be read."""
+    return tuple(
+        ToolFile(str(source.chat_template), identity_of(source)["chat_template"])
+        for source in sources
+        if source.chat_template
+    )
 
 
 def _file_of(tool: Decontaminator | DocumentList | None) -> ToolFile | None:

@@ -98,7 +98,7 @@ class WindowMaker:
 
     def __init__(self, stages: Sequence[DataConfig], tools: Tools) -> None:
         self._stages, self._config = stages, (config := stages[-1])
-        self._tokenizer, self._filters, self._forgotten = tools
+        self._tokenizer, self._filters, self._forgotten, _ = tools
         cache = open_cache(config.remote_cache)
         self._decoders = Decoders(config.max_decoder_window, cache, config.index_dir, config.cell_bytes)
         self._columns, self._parquet = Columns(), ParquetRows(cache)

@@ -30,6 +30,7 @@ data:
     - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
     - {name: t, paths: [t], template: "{a} {b}", loss_on: all}
     - {name: m, paths: [m], messages_key: m, chat_format: chatml}
+    - {name: o, paths: [m], messages_key: m, chat_template: p}
   tokenizer: a.model
   seq_len: 32
   packing: {overflow_tolerance: 2}
@@ -80,6 +81,7 @@ stages:
           max_epochs: 2}
         - {name: u, paths: [u], template: "{a} {b}", loss_on: all}
         - {name: n, paths: [n], messages_key: m, chat_format: chatml}
+        - {name: p, paths: [m], messages_key: m, chat_template: p}
       weights: {a: 0.25}
       seq_len: 64
       packing: {overflow_tolerance: 4}

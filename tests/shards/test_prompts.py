@@ -194,7 +194,7 @@ def test_markers_without_a_token_are_told(tmp_path: Path, caplog: pytest.LogCapt
     chat = {"name": "chat", "paths": [f"{tmp_path}/a.jsonl"], "messages_key": "m", "chat_format": "chatml"}
     with caplog.at_level(logging.WARNING), Loader(config([chat], seq_len=64), 1) as loader:
         batch = next(loader)
-    assert "has no token <|im_start|> or <|im_end|> of chat_format chatml" in caplog.text
+    assert "has no token <|im_start|> or <|im_end|> of the chat_format chatml" in caplog.text
     tokenizer = Tokenizer(TOKENIZER)
     learned = batch.tokens[0][batch.segment_ids[0] == 1]
     assert tokenizer.decode(learned) == "yes<|im_end|>"
