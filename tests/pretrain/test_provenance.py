@@ -14,7 +14,9 @@ from pretrain.commands import dispatch
 from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
 from shards import Batch, DataConfig, Loader, Tokenizer, read_documents
+from tests.pretrain.loader_run import begin, train
 from tests.shards.corpora import TOKENIZER, record, words, write_shard
+from tests.tiny_run import write_config
 
 STEPS, ROWS, SEED, EVERY = 23, 6, 4, 10
 
@@ -111,3 +113,21 @@ def test_a_batch_other_than_the_one_trained_on_is_refused(
     code, lines, said = command("--run", trained[0].root, "--step", 12, "data.eos=false")
     assert (code, lines) == (1, [])
     assert "step 12: rebuilt, its batch hash is" in said
+
+
+def test_documents_with_prompts_are_named_and_spelled_whole(tmp_path: Path, command: Callable[..., Result]) -> None:
+    tasks = [{"task": words(i, 3 + i % 9), "done": words(i + 7, 5 + i % 30)} for i in range(60)]
+    shard = write_shard(tmp_path / "tasks.jsonl.zst", "".join(json.dumps(task) + "\n" for task in tasks).encode())
+    source = {"name": "tasks", "paths": [str(shard)], "template": "Task: {task}\nDone: {done}"}
+    folder = begin(write_config(tmp_path, "x", data={"sources": [source], "lanes": 1, "seq_len": 256}))
+    held = train(folder, 4, set())[3]
+    code, lines, said = command("--run", folder.root, "--step", 3, "--text")
+    assert code == 0, said
+    assert [(line["shard"], int(line["line"]), int(line["start"])) for line in lines] == [
+        (piece.shard, piece.line, piece.start) for piece in held
+    ]
+    spelled = {line["line"]: json.loads(line["text"]) for line in lines if line["start"] == "0"}
+    whole = {line: "Task: {task}\nDone: {done}".format(**tasks[int(line) - 1]) for line in spelled}
+    assert len(spelled) > 5
+    assert sum(spelled[line] == text for line, text in whole.items()) > 3
+    assert all(text.startswith(spelled[line]) for line, text in whole.items())
