@@ -96,17 +96,16 @@ def _joined(parts: Sequence[Part], tokenizer: Tokenizer) -> list[Part]:
     """Return the parts to encode: without empty ones, and markers only where the tokenizer has the special token."""
     joined: list[Part] = []
     for part in parts:
-        is_marker = part.is_marker and tokenizer.index(part.text) is not None
-        text, before = part.text, joined[-1] if joined else None
-        if not text:
+        if not part.text:
             continue
-        if before is not None and not before.is_marker and not is_marker:
-            if before.is_response == part.is_response:
-                joined[-1] = before._replace(text=before.text + text)
-                continue
-            if part.is_response:
-                kept = before.text.rstrip(" ")
-                text = before.text[len(kept) :] + text
-                joined[-1:] = [before._replace(text=kept)] if kept else []
-        joined.append(Part(text, part.is_response, is_marker))
+        is_text = not part.is_marker or tokenizer.index(part.text) is None
+        if is_text and part.is_response and joined and not (joined[-1].is_response or joined[-1].is_marker):
+            prompt = joined.pop().text
+            kept = prompt.rstrip(" ")
+            joined += [Part(kept, False)] if kept else []
+            part = part._replace(text=prompt[len(kept) :] + part.text)
+        if is_text and joined and not joined[-1].is_marker and joined[-1].is_response == part.is_response:
+            joined[-1] = Part(joined[-1].text + part.text, part.is_response)
+        else:
+            joined.append(part._replace(is_marker=not is_text))
     return joined
