@@ -44,6 +44,7 @@ class StepRecorder:
         self._model, self._stages = model, stages
         self._flops_per_token = [flops_per_token(model, stage.data.seq_len) for stage in stages]
         self._decontaminates = any(stage.data.decontaminate is not None for stage in stages)
+        self._has_prompts = any(not source.learns_prompts for stage in stages for source in stage.data.sources)
         self._with_z_loss = with_z_loss
         self._peak_flops = peak_flops
         self._device = topology.device
@@ -87,6 +88,7 @@ class StepRecorder:
             straggler=straggler.rank if straggler else None,
             straggler_seconds=straggler.seconds if straggler else None,
             without_targets=None if batch.n_targets else True,
+            targets=batch.n_targets if self._has_prompts else None,
             trained_hash=state.trained_hash or None,
             forgotten_tokens=batch.n_forgotten or None,
             passed_over=made.passed_over or None,

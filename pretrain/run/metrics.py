@@ -99,6 +99,7 @@ class StepRecord:
     # As batch_hash, of what was trained on; None if that is all that was read, so if no document was forgotten and no
     # step passed over
     trained_hash: str | None = None
+    targets: int | None = None  # tokens that were predicted; None without prompts, as all are but each piece's first
     forgotten_tokens: int | None = None  # of documents in data.forget, in this step; None if there are none
     passed_over: bool | None = None  # True if data.skip_steps names the step: its batch was read, and nothing changed
     stage: int | None = None  # number of the run's stage, the first being 0; None if it has only one

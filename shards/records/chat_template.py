@@ -16,6 +16,7 @@ import xxhash
 
 from shards.errors import ConfigError
 
+_SAFE_JINJA = [3, 1, 6]  # templates could get out of the sandbox of older ones
 _JINJA_FILE = "chat_template.jinja"  # where newer versions of transformers put the template, beside the other file
 
 
@@ -119,12 +120,17 @@ def _name(token: object) -> str:
 def _compiled(source: str, at: str) -> Any:
     """Compile a template in the sandbox and with the options of transformers. Raises: ConfigError."""
     try:
-        from jinja2 import TemplateError, TemplateSyntaxError, nodes
+        from jinja2 import TemplateError, TemplateSyntaxError, __version__, nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise ConfigError(f"{at}: chat templates are written in Jinja; pip install 'jinja2>=3.1.6'") from None
+        __version__ = ""
+    if [int(number) for number in re.findall(r"\d+", __version__)[:3]] < _SAFE_JINJA:
+        raise ConfigError(
+            f"{at}: chat templates need Jinja, in a version that keeps what they do in its sandbox; "
+            "pip install 'jinja2>=3.1.6'"
+        )
 
     class Generation(Extension):
         """The block by which some templates mark responses for transformers, rendered as what is in it."""
@@ -138,8 +144,8 @@ def _compiled(source: str, at: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(value: object, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.globals["raise_exception"], sandbox.filters["tojson"] = raise_exception, tojson

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import typing
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -169,21 +169,15 @@ class RecordParser:
             found = self._decoder.decode(record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        try:
-            content = self._content([place.of_struct(found) for place in self._contents])
-        except ValueError:
+        content: typing.Any = self._contents[0].of_struct(found)
+        if self._form:
+            try:
+                content = self._form.parts([_present(place.of_struct(found)) for place in self._contents])
+            except ValueError:
+                return None
+        elif not isinstance(content, str):
             return None
         return content, self._id.of_struct(found), self._sub_source.of_struct(found) if self._sub_source else None
-
-    def _content(self, values: Sequence[object]) -> str | list[Part]:
-        """Return a document's text, or its parts, by the values that it is made of. Raises: ValueError."""
-        if msgspec.UNSET in values:
-            raise ValueError("a key is missing")
-        if self._form:
-            return self._form.parts(values)
-        if not isinstance(values[0], str):
-            raise ValueError(f"{self._contents[0].key!r} is {json.dumps(values[0])[:40]}, not a string")
-        return values[0]
 
     def _parse_exactly(self, record: bytes) -> tuple[str | list[Part], object, object]:
         """Parse any record, including NaN in a metadata field and escaped lone surrogates, both of which JSON allows.
@@ -205,13 +199,20 @@ class RecordParser:
             if value is msgspec.UNSET:
                 keys = _keys_of(found) if place.inner else list(found)
                 raise ValueError(f"has no key {place.key!r}; its keys are {', '.join(map(repr, keys[:10]))}")
-        content = self._content(values)
-        if isinstance(content, str):
-            content = _without_surrogates(content)
-        else:
-            content = [part._replace(text=_without_surrogates(part.text)) for part in content]
         sub_source = self._sub_source.of_object(found) if self._sub_source else None
-        return content, self._id.of_object(found), sub_source
+        others = self._id.of_object(found), sub_source
+        if self._form:
+            return [part._replace(text=_without_surrogates(part.text)) for part in self._form.parts(values)], *others
+        if not isinstance(values[0], str):
+            raise ValueError(f"{self._contents[0].key!r} is {json.dumps(values[0])[:40]}, not a string")
+        return _without_surrogates(values[0]), *others
+
+
+def _present(value: object) -> object:
+    """Return a value of a record. Raises: ValueError if the record does not have it."""
+    if value is msgspec.UNSET:
+        raise ValueError("a key is missing")
+    return value
 
 
 def name_of(sub_source: object) -> str | None:

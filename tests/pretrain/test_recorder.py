@@ -17,7 +17,7 @@ from pretrain.model.transformer import ModelConfig
 from pretrain.recorder import StepRecorder
 from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
-from shards import Skipped, Stage
+from shards import DataConfig, Skipped, Stage
 from tests.shards.corpora import config
 
 DATA = config([{"name": name, "paths": ["x"]} for name in ("a", "b")])
@@ -44,9 +44,9 @@ def record(
     ).as_json()
 
 
-def recorder(with_z_loss: bool = False, peak_flops: float | None = None) -> StepRecorder:
+def recorder(with_z_loss: bool = False, peak_flops: float | None = None, data: DataConfig = DATA) -> StepRecorder:
     topology: Any = type("Alone", (), {"device": torch.device("cpu")})
-    return StepRecorder(MODEL, [Stage(0, DATA, 8)], with_z_loss, peak_flops, topology, NoiseScale())
+    return StepRecorder(MODEL, [Stage(0, data, 8)], with_z_loss, peak_flops, topology, NoiseScale())
 
 
 def test_the_record_of_a_trained_step() -> None:
@@ -76,6 +76,13 @@ def test_a_spike_has_no_estimate_of_the_noise() -> None:
 def test_a_step_that_changed_nothing_says_why() -> None:
     assert {"nonfinite", "without_targets"} & set(record(90, SKIPPED, recorder())) == {"nonfinite"}
     assert {"nonfinite", "without_targets"} & set(record(0, SKIPPED, recorder())) == {"without_targets"}
+
+
+@pytest.mark.parametrize(("keys", "expected"), [({}, None), ({"template": "{a}"}, 90), ({"loss_on": "all"}, None)])
+def test_targets_are_counted_where_not_all_tokens_are(keys: dict[str, str], expected: int | None) -> None:
+    source = {"name": "c", "paths": ["x"], "template": "{a}"} | keys
+    data = config([*DATA.sources, source if keys else {"name": "c", "paths": ["x"]}])
+    assert record(90, TRAINED, recorder(data=data)).get("targets") == expected
 
 
 def test_a_save_is_charged_to_the_next_step_only() -> None:

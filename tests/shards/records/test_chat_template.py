@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,18 @@ def test_a_file_without_a_template_is_refused(tmp_path: Path, content: str | Non
         path.write_text(content)
     with pytest.raises(ConfigError, match=f"chat_template=.*{expected}"):
         ChatTemplate(path, "chat_template")
+
+
+@pytest.mark.parametrize("version", ["3.1.5", "2.11.3", None])
+def test_without_a_safe_jinja_a_template_is_refused(
+    tmp_path: Path, version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version:
+        monkeypatch.setattr("jinja2.__version__", version)
+    else:
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match="pip install 'jinja2>=3.1.6'"):
+        ChatTemplate(write_config(tmp_path, CHATML), "chat_template")
 
 
 def test_only_the_content_of_a_template_counts(tmp_path: Path, tokenizer: Path) -> None:
