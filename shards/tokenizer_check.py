@@ -114,7 +114,7 @@ def _beginning(shard: str, source: SourceConfig, *options: int) -> Iterator[str]
     """Yield the first texts of a shard."""
     left = _SAMPLED_CHARACTERS
     try:
-        for _, text in texts_of(shard, source, "skip", *options):
+        for _, text, _ in texts_of(shard, source, "skip", *options):
             yield text[:left]
             left -= len(text)
             if left <= 0:

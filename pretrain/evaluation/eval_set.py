@@ -12,18 +12,20 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from pydantic import Field
 
-from pretrain.evaluation.rows import Row, RowPacker, Tokens
+from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
 from pretrain.evaluation.scores import DocumentScores, Sums
 from pretrain.evaluation.tasks import TaskConfig
 from shards import Config, ConfigError, Tokenizer
 from shards.hashing import key_of
 from shards.suites.suite import Suite, SuiteDocument, find, training_shards
+from shards.tokenize.parts import encode_parts, spelled
 from shards.tokenizer_check import Soundness
 
 _logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class EvalSet:
         domains: sorted by name; `sources` has each one's source.
         document_domain: [documents], index of its domain.
         document_key: uint64 [documents], a hash of its text.
-        document_bytes: [documents], UTF-8 bytes of its text.
+        document_bytes: [documents], UTF-8 bytes of its text, or of its responses if only they are scored.
         targets: [documents], predicted tokens.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
@@ -127,14 +129,16 @@ def load_suite(
     sizes: list[int] = []
     targets: list[int] = []
     soundness = Soundness(tokenizer, f"suite {suite.name!r}")
-    for document, tokens in _chosen(suite, tokenizer, config):
-        soundness.add(document.domain, document.text, tokens)
+    for document, (tokens, given, hidden) in _chosen(suite, tokenizer, config):
+        parts = document.parts
+        soundness.add(document.domain, document.text if parts is None else spelled(tokenizer, parts), tokens)
         known.setdefault(document.domain, document.source)
-        packer.add(len(domains), tokens)
+        packer.add(len(domains), tokens, given, hidden)
         domains.append(document.domain)
         keys.append(document.key)
-        sizes.append(len(document.text.encode()))
-        targets.append(max(len(tokens) - 1, 0))
+        scored = document.text if parts is None else spelled(tokenizer, parts, document.only_responses)
+        sizes.append(len(scored.encode()))
+        targets.append(max(len(tokens) - given, 0) if hidden is None else int((~hidden[given:]).sum()))
     packer.pack()
     soundness.check()
     names = tuple(sorted(known))
@@ -177,22 +181,43 @@ def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], doma
         )
 
 
-def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, Tokens]]:
+class _Encoded(NamedTuple):
+    """A document's tokens; `given` and `hidden` are those of `windows_of`."""
+
+    tokens: Tokens
+    given: int = 1
+    hidden: Hidden | None = None
+
+
+def _encoded(document: SuiteDocument, tokenizer: Tokenizer) -> _Encoded:
+    if document.parts is None:
+        return _Encoded(tokenizer.encode_documents([document.text])[0])
+    tokens, _, prompts = encode_parts(tokenizer, [document.parts])
+    if not document.only_responses:
+        return _Encoded(tokens)
+    hidden = np.zeros(len(tokens), np.bool_)
+    for start, stop in zip(prompts.starts.tolist(), prompts.stops.tolist(), strict=True):
+        hidden[start:stop] = True
+    return _Encoded(tokens, max(1, int(np.argmin(hidden))), hidden)
+
+
+def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, _Encoded]]:
     """Yield the documents to evaluate, with their tokens, in the suite's order."""
     if config.max_documents is None and config.max_tokens is None:
         for document in suite.documents():
-            yield document, tokenizer.encode_documents([document.text])[0]
+            yield document, _encoded(document, tokenizer)
         return
     subsets: dict[str, _Subset] = {}
     for number, document in enumerate(suite.documents()):
         subset = subsets.setdefault(document.domain, _Subset(config))
         if subset.wants(place := (key_of("subset", config.subset_seed, document.key), number)):
-            subset.add(place, document, tokenizer.encode_documents([document.text])[0])
+            subset.add(place, document, _encoded(document, tokenizer))
     kept = sorted(
-        (number, document, tokens) for subset in subsets.values() for number, document, tokens in subset.kept()
+        ((number, document, found) for subset in subsets.values() for number, document, found in subset.kept()),
+        key=lambda one: one[0],
     )
-    for _, document, tokens in kept:
-        yield document, tokens
+    for _, document, found in kept:
+        yield document, found
 
 
 def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, object]) -> None:
@@ -219,19 +244,19 @@ class _Subset:
         self._max_documents = config.max_documents
         self._max_tokens = config.max_tokens
         # The document with the last hash is on top of the heap and is dropped first.
-        self._heap: list[tuple[int, int, SuiteDocument, Tokens]] = []
+        self._heap: list[tuple[int, int, SuiteDocument, _Encoded]] = []
         self._tokens = 0
         self._end: tuple[int, int] | None = None  # (hash, number) from which on no document fits
 
     def wants(self, place: tuple[int, int]) -> bool:
         return self._end is None or place < self._end
 
-    def add(self, place: tuple[int, int], document: SuiteDocument, tokens: Tokens) -> None:
-        heapq.heappush(self._heap, (-place[0], -place[1], document, tokens))
-        self._tokens += len(tokens)
+    def add(self, place: tuple[int, int], document: SuiteDocument, encoded: _Encoded) -> None:
+        heapq.heappush(self._heap, (-place[0], -place[1], document, encoded))
+        self._tokens += len(encoded.tokens)
         while len(self._heap) > 1 and self._too_much():
             value, number, _, dropped = heapq.heappop(self._heap)
-            self._tokens -= len(dropped)
+            self._tokens -= len(dropped.tokens)
             self._end = (-value, -number)
 
     def _too_much(self) -> bool:
@@ -239,6 +264,6 @@ class _Subset:
             self._max_tokens is not None and self._tokens > self._max_tokens
         )
 
-    def kept(self) -> Iterator[tuple[int, SuiteDocument, Tokens]]:
-        for _, number, document, tokens in self._heap:
-            yield -number, document, tokens
+    def kept(self) -> Iterator[tuple[int, SuiteDocument, _Encoded]]:
+        for _, number, document, encoded in self._heap:
+            yield -number, document, encoded

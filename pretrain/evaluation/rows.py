@@ -17,6 +17,7 @@ from shards.windows.packing import best_fit
 _PORTION_TOKENS = 1 << 20  # tokens packed together; more give fuller rows but take more memory briefly
 
 Tokens = npt.NDArray[np.integer]
+Hidden = npt.NDArray[np.bool_]
 
 
 class Window(NamedTuple):
@@ -25,6 +26,7 @@ class Window(NamedTuple):
     item: int  # number of the text that it is of, such as a document of a suite
     tokens: Tokens  # 2 to seq_len + 1
     targets: int  # how many of the last tokens are predicted, at most all but the first
+    hidden: Hidden | None = None  # [tokens]: whether each is passed over all the same, as a prompt is
 
 
 class Row(NamedTuple):
@@ -34,9 +36,12 @@ class Row(NamedTuple):
     lengths: npt.NDArray[np.int32]  # [pieces]: tokens in each, at least 2
     items: npt.NDArray[np.int32]  # [pieces]: number of the text that each is of
     targets: npt.NDArray[np.int32]  # [pieces]: predicted tokens of each, the last ones
+    hidden: Hidden | None = None  # [tokens]: whether each is passed over all the same; None = none is
 
 
-def windows_of(item: int, tokens: Tokens, seq_len: int, given: int = 1) -> Iterator[Window]:
+def windows_of(
+    item: int, tokens: Tokens, seq_len: int, given: int = 1, hidden: Hidden | None = None
+) -> Iterator[Window]:
     """Cut a text into windows, so that every token after the first `given` ones is a target exactly once.
 
     If all targets fit into one window, it holds as much as fits of what comes before them, the end of it; otherwise the
@@ -45,14 +50,16 @@ def windows_of(item: int, tokens: Tokens, seq_len: int, given: int = 1) -> Itera
     Args:
         tokens: none if there is nothing to predict.
         given: tokens that are not predicted, at least 1.
+        hidden: bool [tokens], which others are not predicted either; None = none.
     """
     targets = len(tokens) - given
     if 0 < targets <= seq_len:
-        yield Window(item, tokens[-(seq_len + 1) :], targets)
+        yield Window(item, tokens[-(seq_len + 1) :], targets, None if hidden is None else hidden[-(seq_len + 1) :])
         return
     for start in range(given - 1, len(tokens) - 1, seq_len):
-        part = tokens[start : start + seq_len + 1]
-        yield Window(item, part, len(part) - 1)
+        place = slice(start, start + seq_len + 1)
+        part = tokens[place]
+        yield Window(item, part, len(part) - 1, None if hidden is None else hidden[place])
 
 
 class RowPacker:
@@ -70,9 +77,9 @@ class RowPacker:
         self._windows: list[Window] = []
         self._size = 0
 
-    def add(self, item: int, tokens: Tokens, given: int = 1) -> None:
+    def add(self, item: int, tokens: Tokens, given: int = 1, hidden: Hidden | None = None) -> None:
         """Add a text; the arguments are those of `windows_of`."""
-        self._windows += windows_of(item, tokens, self._seq_len, given)
+        self._windows += windows_of(item, tokens, self._seq_len, given, hidden)
         self._size += len(tokens)
         if self._size >= _PORTION_TOKENS:
             self.pack()
@@ -88,10 +95,16 @@ class RowPacker:
 
 def _packed(windows: Sequence[Window], seq_len: int) -> Iterator[Row]:
     lengths = np.array([len(window.tokens) for window in windows], np.int64)
-    for members in best_fit(lengths, seq_len + 1):
-        items, tokens, targets = zip(*(windows[i] for i in members), strict=True)
-        columns = (np.array(column, np.int32) for column in (lengths[members], items, targets))
-        yield Row(np.concatenate(tokens), *columns)
+    for numbers in best_fit(lengths, seq_len + 1):
+        members = [windows[i] for i in numbers]
+        masks = [np.zeros(len(w.tokens), np.bool_) if w.hidden is None else w.hidden for w in members]
+        yield Row(
+            tokens=np.concatenate([w.tokens for w in members]),
+            lengths=lengths[numbers].astype(np.int32),
+            items=np.array([w.item for w in members], np.int32),
+            targets=np.array([w.targets for w in members], np.int32),
+            hidden=np.concatenate(masks) if any(w.hidden is not None for w in members) else None,
+        )
 
 
 def dense(
@@ -112,4 +125,6 @@ def dense(
         segment_ids[i, :size] = np.repeat(np.arange(1, len(row.lengths) + 1), row.lengths)
         to_end = np.repeat(np.cumsum(row.lengths), row.lengths) - np.arange(size)  # 1 for the last token of a piece
         is_target[i, : size - 1] = (to_end <= np.repeat(row.targets, row.lengths))[1:]
+        if row.hidden is not None:
+            is_target[i, : size - 1] &= ~row.hidden[1:]
     return tokens, segment_ids, is_target

@@ -43,6 +43,7 @@ class Document(NamedTuple):
     shard: str  # path
     line: int  # line of the record in the unpacked shard, counted from 1
     id: str | None  # the record's own id, if it has one
+    parts: list[Part] | None = None  # what the text is joined of, if the source's documents have a form
 
 
 class BadRecord(NamedTuple):

@@ -14,6 +14,7 @@ from shards.config import DEFAULT_MAX_DECODER_WINDOW, DEFAULT_TEXT_KEY, DataConf
 from shards.errors import ShardError
 from shards.records import arrow, parquet
 from shards.records.arrow_rows import Columns, records_of
+from shards.records.forms import Part
 from shards.records.json_lines import Document, Records, bad_record_error, first_bad_record, read_records
 from shards.storage import files
 from shards.storage.block_cache import open_cache
@@ -46,12 +47,11 @@ def read_documents(
     name = source.name if source else Path(shard).name.split(".")[0]
     for records in records_of_shard(shard, source, max_decoder_window):
         first_bad = records.bad[0] if records.bad and on_bad_record == "fail" else None
-        for text, line, sub_source, identity in zip(
-            records.texts, records.lines, records.sub_sources, records.ids, strict=True
-        ):
+        columns = records.texts, records.lines, records.sub_sources, records.ids, parts_of(records)
+        for text, line, sub_source, identity, parts in zip(*columns, strict=True):
             if first_bad and first_bad.line < line:
                 break
-            yield Document(text, sub_source or name, shard, line, identity)
+            yield Document(text, sub_source or name, shard, line, identity, parts)
         if first_bad:
             raise bad_record_error(shard, first_bad, advice)
 
@@ -61,16 +61,21 @@ def texts_of(
     source: SourceConfig,
     on_bad_record: Literal["fail", "skip"] = "fail",
     max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
-) -> Iterator[tuple[str | None, str]]:
-    """Yield (sub-source, text) for each document of a shard. Raises: as `read_documents`."""
+) -> Iterator[tuple[str | None, str, list[Part] | None]]:
+    """Yield (sub-source, text, parts if it has a form) for each document of a shard. Raises: as `read_documents`."""
     if not files.is_column(shard):
         for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
-            yield document.source if document.source != source.name else None, document.text
+            yield document.source if document.source != source.name else None, document.text, document.parts
         return
     for records in records_of_shard(shard, source):
         if records.bad and on_bad_record == "fail":
             raise bad_record_error(shard, records.bad[0], ADVICE)
-        yield from zip(records.sub_sources, records.texts, strict=True)
+        yield from zip(records.sub_sources, records.texts, parts_of(records), strict=True)
+
+
+def parts_of(records: Records) -> Sequence[list[Part] | None]:
+    """Return the parts of each record's document, None where it is one text."""
+    return records.parts or [None] * len(records.texts)
 
 
 def source_of_column(shard: str) -> SourceConfig:

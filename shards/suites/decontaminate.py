@@ -10,7 +10,7 @@ A hash matches one of N by chance with probability N / 2^64: of 10^12 paragraphs
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from shards.config import Decontamination
 from shards.errors import ConfigError
 from shards.hashing import key_of, mixed
 from shards.index.paths import user_cache
+from shards.records.forms import identity_of
 from shards.storage.atomic import is_there, written_atomically
 from shards.storage.content_hash import hash_file
 from shards.suites import suite
@@ -170,10 +171,9 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
     Raises: ConfigError if the suite does not exist or holds nothing to look for.
     """
     suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
-    contents = [[part.source.text_key, *part.shards] for found in suites for part in found.parts]
     digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
-    named = [[key, *(digests[shard] for shard in shards)] for key, *shards in contents]
-    key = key_of(VERSION, config.match, config.min_tokens, *(text for part in named for text in part))
+    named = [name for found in suites for part in found.parts for name in _names(part, digests)]
+    key = key_of(VERSION, config.match, config.min_tokens, *named)
     path = (index_dir or user_cache()) / f"headrace-decontaminate-{key:016x}.npy"
     if not is_there(path):
         texts = (document.text for found in suites for document in found.documents())
@@ -186,6 +186,12 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
             " lower data.decontaminate.min_tokens, or leave it out"
         )
     return decontaminator
+
+
+def _names(part: suite.Part, digests: Mapping[str, str]) -> list[str]:
+    """List all that the texts of a part of a suite depend on. Args: digests: content hash of each shard."""
+    form = [f"{key}={value}" for key, value in identity_of(part.as_training_source()).items()]
+    return [part.source.text_key, *form, *(digests[shard] for shard in part.shards)]
 
 
 def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:

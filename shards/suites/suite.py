@@ -16,16 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
+import msgspec
 import xxhash
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from shards.config import DEFAULT_TEXT_KEY, Config, Name, SourceConfig
 from shards.errors import ConfigError
 from shards.index.shard_index import content_hash
 from shards.records import hf_datasets
+from shards.records.forms import Part as TextPart
 from shards.records.texts import texts_of
 from shards.storage import files
 
@@ -43,12 +45,22 @@ class SuiteSource(Config):
     revision: str | None = None  # revision of a data set on the hub; None = the newest
     split: str | None = None  # None = the split that the suite is read with
     text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, or the column of a data set
+    # As in data.sources, for documents of several values of a record:
+    template: str | None = None  # in place of text_key: a text with keys of the record in braces, the last the response
+    messages_key: Name | None = None  # in place of text_key: key of a conversation
+    chat_format: Literal["chatml"] | None = None  # how the conversation under messages_key is spelled
+    chat_template: Path | None = None  # in place of chat_format: a tokenizer_config.json; relative to this file
+    loss_on: Literal["response", "all"] | None = None  # the tokens to score, where there are responses
     domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None = one domain
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(f"source {self.name!r}: needs either path or dataset")
+        try:
+            _as_training_source(self, "")
+        except ValidationError as error:  # what the form of its documents lacks
+            raise ValueError(error.errors()[0]["msg"].partition(", ")[2]) from None
         return self
 
 
@@ -65,11 +77,14 @@ class SuiteDocument(NamedTuple):
     source: str
     domain: str  # source or source/subdomain
     text: str
+    parts: list[TextPart] | None = None  # what the text is joined of, if it is no single value of a record
+    only_responses: bool = False  # whether only the parts that are responses are scored
 
     @property
     def key(self) -> int:
         """A hash that identifies the text and puts texts in a random order that is the same on every machine."""
-        return xxhash.xxh3_64_intdigest(self.text.encode())
+        scored = self.text.encode() if self.parts is None else msgspec.json.encode([self.parts, self.only_responses])
+        return xxhash.xxh3_64_intdigest(scored)
 
 
 class Part(NamedTuple):
@@ -94,9 +109,9 @@ class Suite(NamedTuple):
         for part in self.parts:
             source, reading = part.source, part.as_training_source()
             for shard in part.shards:
-                for sub_source, text in texts_of(shard, reading):
+                for sub_source, text, parts in texts_of(shard, reading):
                     domain = f"{source.name}/{sub_source}" if sub_source is not None else source.name
-                    yield SuiteDocument(source.name, domain, text)
+                    yield SuiteDocument(source.name, domain, text, parts, not reading.learns_prompts)
 
     def content_hashes(self) -> dict[str, str]:
         """Map shard -> content hash, as in an index: two suites with equal hashes hold the same documents."""
@@ -159,8 +174,15 @@ def _from_yaml(path: Path, split: str, key: str) -> Suite:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"{key}={path}: the source {twice!r} is listed twice; names must differ")
-    parts = tuple(Part(source, _shards_of(source, split, path.parent, key)) for source in listed.sources)
+    base = path.parent
+    parts = tuple(Part(_from(base, source), _shards_of(source, split, base, key)) for source in listed.sources)
     return Suite(listed.name or path.stem, parts)
+
+
+def _from(base: Path, source: SuiteSource) -> SuiteSource:
+    """Return a source whose chat template is found from the current folder."""
+    found = source.chat_template and base / source.chat_template.expanduser()
+    return source.model_copy(update={"chat_template": found})
 
 
 def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[str, ...]:
@@ -188,6 +210,11 @@ def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
         revision=source.revision,
         split=split,
         text_key=source.text_key,
+        template=source.template,
+        messages_key=source.messages_key,
+        chat_format=source.chat_format,
+        chat_template=source.chat_template,
+        loss_on=source.loss_on,
         source_from=source.domain_from,
     )
 

@@ -76,6 +76,12 @@ def encode_parts(
     return np.concatenate(ids), np.array(lengths, np.int64), Prompts(*columns)
 
 
+def spelled(tokenizer: Tokenizer, parts: Sequence[Part], only_responses: bool = False) -> str:
+    """Return the text that a document's tokens spell, without special tokens; of all parts, or of its responses."""
+    joined = _joined(parts, tokenizer)
+    return "".join(part.text for part in joined if not part.is_marker and (part.is_response or not only_responses))
+
+
 def _ids(part: Part, tokenizer: Tokenizer, ids_of: dict[str, npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
     return np.array([tokenizer.index(part.text)], tokenizer.dtype) if part.is_marker else ids_of[part.text]
 

@@ -17,7 +17,7 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
-from shards import ConfigError, Tokenizer
+from shards import ConfigError, ShardError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, nearly, write_suite, write_tasks
 from tests.distributed.ranks import run_ranks
 from tests.reference_model import piece_logits
@@ -114,6 +114,79 @@ def test_all_ranks_together_have_the_rows_of_a_single_one(suite: Path) -> None:
     dealt = [row for i in range(len(alone.rows)) for row in shares[i % 3].rows[i // 3 : i // 3 + 1]]  # type: ignore[union-attr]
     assert [row.tokens.tolist() for row in dealt] == [row.tokens.tolist() for row in alone.rows]
     assert sum(len(share.rows) for share in shares) == alone.num_rows  # type: ignore[union-attr]
+
+
+TASKS = [("name it", "it is so"), ("a b c d e f g h i j " * 20, "short"), ("say nothing", ""), ("1", "one\ntwo " * 4)]
+TALKS = [[("user", "hi"), ("assistant", "you"), ("user", "what then"), ("assistant", "nothing much")]]
+
+
+def write_prompts(folder: Path, **changes: object) -> Path:
+    """Write a suite of tasks, of talks and of plain texts."""
+    tasks = [{"task": task, "done": done} for task, done in TASKS]
+    talks = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in TALKS]
+    for name, records in (("tasks", tasks), ("talks", talks), ("texts", [{"text": "plain text"}] * 3)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    sources = [
+        {"name": "tasks", "path": "tasks.jsonl", "template": "Q: {task}\nA: {done}", **changes},
+        {"name": "talks", "path": "talks.jsonl", "messages_key": "messages", "chat_format": "chatml", **changes},
+        {"name": "texts", "path": "texts.jsonl"},
+    ]
+    (folder / "suite.yaml").write_text(json.dumps({"sources": sources}))
+    return folder / "suite.yaml"
+
+
+def test_only_responses_are_scored_with_what_fits_of_their_prompts(
+    tmp_path: Path, engine: Engine, topology: Topology
+) -> None:
+    tokenizer = Tokenizer(TOKENIZER)
+    weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
+    documents = []  # texts, prompts and responses in turn; response bytes; domain
+    for task, done in TASKS:
+        prompt, end = (f"Q: {task}\nA:", f" {done}") if done else (f"Q: {task}\nA: ", "")
+        documents.append(([prompt, end], len(end.encode()), "tasks"))
+    start, stop = "<|im_start|>", "<|im_end|>"
+    for (_, asked), (_, said), (_, again), (_, answer) in TALKS:
+        turns = [f"{start}user\n{asked}{stop}\n{start}assistant\n", said + stop]
+        turns += [f"\n{start}user\n{again}{stop}\n{start}assistant\n", answer + stop]
+        documents.append((turns, len((turns[1] + turns[3]).encode()), "talks"))
+    found = evaluate(engine.score, loaded(write_prompts(tmp_path)), topology, 3)
+    for i, (parts, size, domain) in enumerate(documents):
+        pieces = [tokenizer.encode_beginnings(parts[:1])[0].tolist()]
+        pieces += [ids.tolist() for ids in tokenizer.encode_following(parts[1:])]
+        pieces[-1].append(tokenizer.eos_id)
+        flat = [(token, number % 2 == 1) for number, piece in enumerate(pieces) for token in piece]
+        first = next(place for place, (_, learned) in enumerate(flat) if learned)
+        fits = len(flat) - first <= SEQ_LEN
+        nll, correct, counted = 0.0, 0, 0
+        for begin in [max(0, len(flat) - SEQ_LEN - 1)] if fits else range(first - 1, len(flat) - 1, SEQ_LEN):
+            window = flat[begin : begin + SEQ_LEN + 1]
+            ids, mask = torch.tensor([token for token, _ in window]), torch.tensor([said for _, said in window])[1:]
+            logits = piece_logits(weights, SHAPE, ids[:-1])
+            nll -= logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask].double().sum().item()
+            correct += int((logits.argmax(-1) == ids[1:])[mask].sum())
+            counted += int(mask.sum())
+        assert found.nll[i] == pytest.approx(nll, rel=1e-5)
+        assert (found.tokens[i], found.correct[i], found.text_bytes[i]) == (counted, correct, size)
+        assert counted == sum(learned for _, learned in flat)
+        assert found.domains[found.domain[i]] == domain
+
+
+def test_what_is_scored_of_prompts_is_in_the_label(tmp_path: Path) -> None:
+    suites = [loaded(write_prompts(tmp_path)), loaded(write_prompts(tmp_path, loss_on="all"))]
+    assert suites[0].label != suites[1].label
+    assert [suite.targets[-3:].tolist() for suite in suites] == [suites[0].targets[-3:].tolist()] * 2
+    assert (suites[0].targets[:-3] < suites[1].targets[:-3]).all()
+    bounded = loaded(write_prompts(tmp_path), max_documents=1)
+    assert len(bounded.targets) == 3
+
+
+def test_a_form_that_does_not_work_in_a_suite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="source 'tasks': template and messages_key both say what a document is"):
+        loaded(write_prompts(tmp_path, messages_key="x", chat_format="chatml"))
+    write_prompts(tmp_path)
+    (tmp_path / "tasks.jsonl").write_text('{"task": "x"}')
+    with pytest.raises(ShardError, match="tasks.jsonl, line 1: has no key 'done'; its keys are 'task'; fix it"):
+        loaded(tmp_path / "suite.yaml")
 
 
 def test_a_document_with_nothing_to_predict_counts_only_its_bytes(
