@@ -43,7 +43,8 @@ class StepBatch:
 
     Attributes:
         tokens: [rows, seq_len + 1] int64 on the device.
-        segment_ids: [rows, seq_len + 1] int64 on the host, where the model plans its attention.
+        segment_ids: [rows, seq_len + 1] int64 on the host, where the model plans its attention; negative for tokens of
+            prompts, which are no targets.
         n_targets: number of tokens predicted in this step.
         n_tokens, n_padding: number of tokens without padding, and of padding.
         squared_lengths: sum of the squares of the pieces' lengths in tokens.

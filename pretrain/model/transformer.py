@@ -252,8 +252,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            segment_ids: [B, T] int64 on the host; 0 is padding (`pieces_of`). Needed without a
-                cache.
+            segment_ids: [B, T] int64 on the host; neighbours that are equal but for their sign belong to one piece, 0
+                is padding. Needed without a cache.
             head: what to make of the predictions; the default makes this rank's slice of the logits,
                 [B, T, vocab_size / tp_size], in the weights' type.
             cache: cache of the preceding tokens, to which these are added; each row is then one piece.

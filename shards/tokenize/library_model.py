@@ -7,6 +7,7 @@ GPT-NeoX's runs of spaces, are a part of its vocabulary and are found in texts.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -46,16 +47,13 @@ class LibraryModel:
                 " to null in the file"
             )
         try:
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._library = _opened(content)
         except Exception as error:  # the library raises nothing more specific
             raise ConfigError(
                 f"data.tokenizer={path}: the tokenizers library {tokenizers.__version__} cannot read it: {error}; put a"
                 " whole tokenizer.json there"
             ) from None
         self._content = content
-        self._library.encode_special_tokens = True  # the name of a special token in a text is text
-        self._library.no_truncation()
-        self._library.no_padding()
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.vocab_size:
             raise ConfigError(f"data.tokenizer={path}: its vocabulary is empty; name the file that holds it")
@@ -92,13 +90,13 @@ class LibraryModel:
 
     def encode_following(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
         """Return the ids of each text alone, without what the file puts before a document."""
-        library = self._library
-        if (content := _without_beginning(self._content)) != self._content:
-            library = tokenizers.Tokenizer.from_str(json.dumps(content))
-            library.encode_special_tokens = True
-            library.no_truncation()
-            library.no_padding()
-        return [library_ids(library, text) for text in texts]
+        return [library_ids(self._following, text) for text in texts]
+
+    @functools.cached_property
+    def _following(self) -> tokenizers.Tokenizer:
+        """The library's model for texts that follow others."""
+        content = _without_beginning(self._content)
+        return self._library if content == self._content else _opened(content)
 
     def _encode(self, text: str) -> npt.NDArray[np.integer]:
         return library_ids(self._library, text)
@@ -125,6 +123,15 @@ class LibraryModel:
     def library_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json that gives the same ids."""
         return self._content
+
+
+def _opened(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Open what a tokenizer.json holds, for whole texts. Raises: Exception if the library does not accept it."""
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    library.encode_special_tokens = True  # the name of a special token in a text is text
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 def _without_beginning(content: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from shards import ConfigError, Loader, SourceConfig, Tokenizer
 from shards.records.chat_template import ChatTemplate, Message
 from shards.records.json_lines import Records, parser_for
 from shards.tokenize.parts import encode_parts
+from shards.windows.recipe import Tools, template_files
 from tests.shards.corpora import config
 from tests.shards.tokenize import kinds
 from tests.shards.tokenize.test_parts import END, START, with_markers
@@ -157,6 +158,17 @@ def test_only_the_content_of_a_template_counts(tmp_path: Path, tokenizer: Path) 
     assert prints[0] == prints[1]
     assert prints[0][0] != prints[2][0]
     assert prints[0][1] != prints[2][1]
+
+
+def test_a_template_that_is_replaced_stops_a_worker_that_starts_late(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_config(tmp_path, CHATML)
+    chat = {"name": "chat", "paths": ["a"], "messages_key": "m", "chat_template": str(path)}
+    data = config([chat], tokenizer=tokenizer)
+    recipe = Tools(Tokenizer.of(data), templates=template_files(data.sources)).recipe()
+    recipe.open([data])
+    write_config(tmp_path, MARKED)
+    with pytest.raises(ConfigError, match=r"chat_template=.*replaced while the run was going on"):
+        recipe.open([data])
 
 
 def test_a_template_in_a_file_of_its_own_is_found(tmp_path: Path) -> None:
