@@ -103,7 +103,12 @@ def batch_loss(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor, z_
         nll = nll + (log_z - logits.gather(1, piece[1:, None])[:, 0])[is_learned[1:]].sum()
         squares = squares + log_z.square()[is_learned[1:]].sum()
         n_targets += int(is_learned[1:].sum())
-    return nll / n_targets, z_loss * squares / n_targets
+    return nll / max(1, n_targets), z_loss * squares / max(1, n_targets)
+
+
+def target_counts(segment_ids: Tensor) -> Tensor:
+    """Count the targets of each row [rows]: tokens that follow another of their piece and belong to no prompt."""
+    return ((segment_ids[:, 1:].abs() == segment_ids[:, :-1].abs()) & (segment_ids[:, 1:] > 0)).sum(1)
 
 
 def layer_figures(w: Weights, shape: Shape, tokens: Tensor, segment_ids: Tensor) -> dict[str, list[float]]:

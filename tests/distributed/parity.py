@@ -24,6 +24,7 @@ from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
+from tests.reference_model import target_counts
 
 GLOBAL_ROWS, SEQ_LEN, STEPS, SEED = 8, 24, 5, 3
 MEASURED = (0, 3)  # steps of which the layers' figures are compared
@@ -103,8 +104,7 @@ def run_case(
     for step, (tokens, segment_ids) in enumerate(global_batches()):
         tokens = tokens.to(topology.device)
         mine = slice(topology.dp_rank, None, topology.dp_size)
-        same_piece = segment_ids[:, 1:].abs() == segment_ids[:, :-1].abs()
-        n_targets = int((same_piece & (segment_ids[:, 1:] > 0)).sum())
+        n_targets = int(target_counts(segment_ids).sum())
         stats = engine.train_step(
             tokens[mine], segment_ids[mine], n_targets, step, LEARNING_RATES[step], Meter(), step in MEASURED
         )

@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.parity import LEARNING_RATES, MEASURED, OPTIM, global_batches, model_config
 from tests.distributed.ranks import run_ranks
-from tests.reference_model import Shape, Weights, batch_loss, layer_figures, train
+from tests.reference_model import Shape, Weights, batch_loss, layer_figures, target_counts, train
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def _rows(weights: Weights, shape: Shape, step: int) -> tuple[torch.Tensor, torc
     """Return what each row of a step adds to the gradient [rows, weights] of the mean loss, and its targets [rows]."""
     w = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     tokens, segment_ids = global_batches()[step]
-    counts = ((segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)).sum(1)
+    counts = target_counts(segment_ids)
     gradients = []
     for row in range(len(tokens)):
         loss = sum(batch_loss(w, shape, tokens[row : row + 1], segment_ids[row : row + 1], OPTIM.z_loss))
