@@ -45,8 +45,9 @@ class SuiteSource(Config):
     revision: str | None = None  # revision of a data set on the hub; None = the newest
     split: str | None = None  # None = the split that the suite is read with
     text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, or the column of a data set
-    # As in data.sources, for documents of several values of a record:
-    template: str | None = None  # in place of text_key: a text with keys of the record in braces, the last the response
+    # In place of text_key, as in data.sources: a text with keys of the record in braces; the last one's value and what
+    # follows it are the response
+    template: str | None = None
     messages_key: Name | None = None  # in place of text_key: key of a conversation
     chat_format: Literal["chatml"] | None = None  # how the conversation under messages_key is spelled
     chat_template: Path | None = None  # in place of chat_format: a tokenizer_config.json; relative to this file
