@@ -57,14 +57,20 @@ def doubts(
     training_loss: float = math.nan,
     before: Sequence[Mapping[str, object]] = (),
 ) -> Iterator[str]:
-    """Yield what cannot be right in the results of an evaluation on a suite.
+    """Yield what cannot be right in the results of an evaluation.
 
     Args:
-        records: the lines of evals.jsonl of one evaluation; those of tasks are passed over.
+        records: the lines of evals.jsonl of one evaluation; of those of tasks only whether they are finite counts.
         drawn: whether the weights were just initialized, not trained or taken from another model.
         training_loss: of the last steps, in nats per token; NaN if it is not known.
         before: the lines of the evaluations before, on the same suite.
     """
+    diverged = [str(record["domain"]) for record in records if is_of_task(record) and not _is_finite(record)]
+    if diverged:
+        yield (
+            f"step {records[0]['step']}: the figures of the tasks {_listed(diverged)} are not finite: the model has"
+            " diverged, or its weights are damaged"
+        )
     records = [record for record in records if not is_of_task(record)]
     if not records:
         return
@@ -122,6 +128,11 @@ def _losses(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
         str(record["domain"]): math.nan if record["nll_per_token"] is None else float(str(record["nll_per_token"]))
         for record in records
     }
+
+
+def _is_finite(record: Mapping[str, object]) -> bool:
+    """Return whether a task's accuracy and loss are finite."""
+    return all(math.isfinite(float(str(record[key]))) for key in ("accuracy", "nll_per_token"))
 
 
 def _listed(domains: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """The scores of a task, and its line in evals.jsonl. scoring -> TaskScores -> {journal, commands}.
 
 The choices of a question are ranked by their log-likelihood: as it is, or divided by the continuation's tokens,
-characters or bytes, or less what the continuation would have had without the question. The first of equals wins.
+characters or bytes, or less what the continuation would have had without the question. The first of equals wins. Where
+one of them is not finite, as of a diverged model, nothing can be ranked: the accuracy is NaN, like the nats.
 
 Source: OLMES, Gu et al. 2024, arXiv 2406.08446, section 3; with the names of figures that oe-eval gives them.
 """
@@ -68,10 +69,14 @@ class TaskScores:
     contexts_cut: int
 
     def accuracies(self) -> dict[str, float]:
-        """Return the share of instances that are right, by each way of comparing that the task allows."""
+        """Return the share of instances that are right, by each way of comparing that the task allows.
+
+        NaN where what is compared is not finite for any of them.
+        """
         items, count = self.items, int(self.items.choices.sum())
         if self.metric == GREEDY:
-            return {GREEDY: float(np.mean(self.correct == items.tokens))}
+            right = (self.correct == items.tokens).astype(np.float64)
+            return {GREEDY: float(np.mean(np.where(np.isfinite(self.nll), right, np.nan)))}
         likelihood = -self.nll[:count]
         by_metric = {
             "acc_raw": likelihood,
@@ -84,6 +89,8 @@ class TaskScores:
         return {metric: self._accuracy(values) for metric, values in by_metric.items()}
 
     def _accuracy(self, values: Floats) -> float:
+        if not np.isfinite(values).all():
+            return math.nan  # argmax would take NaN for the highest
         ends = np.cumsum(self.items.choices)
         found = [int(np.argmax(part)) for part in np.split(values, ends[:-1])]
         return float(np.mean(found == self.items.gold))

@@ -14,9 +14,12 @@ import torch
 from pretrain.commands.evaluate import WantedTasks
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig
+from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.rows import windows_of
 from pretrain.evaluation.scoring import evaluate
+from pretrain.evaluation.task_scores import CHOICE_METRICS, TaskItems, TaskScores
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, check_tasks, load_tasks
+from pretrain.model.transformer import ModelConfig
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TOKENIZER, engine_of, request, write_tasks
@@ -237,3 +240,21 @@ def test_names_on_the_command_line_are_told_from_those_of_the_harness(files: lis
     assert nothing.applied_to(config) == config
     assert not nothing.is_all_harness
     assert WantedTasks.of(argparse.Namespace(tasks="arc_easy", limit=None)).is_all_harness
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_question_with_a_loss_that_is_not_finite_is_never_right(bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = np.ones(8, np.int64)
+    items = TaskItems(np.array([2, 2]), np.zeros(2, np.int64), sizes, sizes, sizes)
+    for item, bad_metrics in ((0, set(CHOICE_METRICS)), (3, set(CHOICE_METRICS)), (6, {"acc_uncond"})):
+        nll = np.arange(8.0)
+        nll[item] = bad
+        found = TaskScores("t@1", "t", "acc_raw", items, nll, np.zeros(8), 0).accuracies()
+        assert {metric for metric, value in found.items() if math.isnan(value)} == bad_metrics
+        assert all(value == 1.0 for metric, value in found.items() if metric not in bad_metrics)
+    completion = TaskItems(np.array([1, 1]), np.zeros(2, np.int64), sizes[:2], sizes[:2], sizes[:2])
+    scores = TaskScores("c@1", "c", "acc_greedy", completion, np.array([1.0, bad]), np.ones(2), 0)
+    (line,) = scores.records(3)
+    assert math.isnan(float(str(line["accuracy"])))
+    warn_of_doubts([line], ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096))
+    assert "step 3: the figures of the tasks c are not finite" in caplog.text
