@@ -49,14 +49,20 @@ class Soundness:
             part: the part it belongs to, such as a domain of the suite or a shard of the source.
             ids: ids of the text, with BOS and EOS as configured.
         """
+        if self.count(part, text, ids):
+            return
+        if self._changed is None and self._decoded.get(part, 0) < _DECODED_CHARACTERS:
+            self._decoded[part] = self._decoded.get(part, 0) + len(text)
+            self._changed = self._tokenizer.difference(text, ids)
+
+    def count(self, part: str, text: str, ids: npt.NDArray[np.integer]) -> int:
+        """Add a text that is no whole document, whose ids need not decode to it; return the number of UNK among them."""
         found = int(np.count_nonzero(ids == self._tokenizer.unk_id))
         total, unknown = self._counts.get(part, (0, 0))
         self._counts[part] = total + len(ids), unknown + found
         if found:
             self._unknown = self._unknown or text
-        elif self._changed is None and self._decoded.get(part, 0) < _DECODED_CHARACTERS:
-            self._decoded[part] = self._decoded.get(part, 0) + len(text)
-            self._changed = self._tokenizer.difference(text, ids)
+        return found
 
     def check(self) -> None:
         """Check the findings. Raises: ConfigError if it cannot spell the texts; parts of them get a warning."""

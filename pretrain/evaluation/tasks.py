@@ -221,7 +221,9 @@ def _encoded(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, name: str) 
     following = dict(zip(continuations, tokenizer.encode_following(continuations), strict=True))
     soundness = Soundness(tokenizer, f"task {name!r}")
     for text, tokens in beginnings.items():
-        soundness.add(name, text, np.append(tokens, tokenizer.ending).astype(tokenizer.dtype))
+        soundness.add("contexts", text, np.append(tokens, tokenizer.ending).astype(tokenizer.dtype))
+    for text, tokens in following.items():
+        soundness.count("continuations", text, tokens)
     soundness.check()
     for text, tokens in [*beginnings.items(), *following.items()]:
         if not len(tokens):

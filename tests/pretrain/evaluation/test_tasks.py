@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import string
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TOKENIZER, engine_of, request, write_tasks
 from tests.reference_model import piece_logits
+from tests.vocabularies import write_model
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +260,19 @@ def test_a_question_with_a_loss_that_is_not_finite_is_never_right(bad: float, ca
     assert math.isnan(float(str(line["accuracy"])))
     warn_of_doubts([line], ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096))
     assert "step 3: the figures of the tasks c are not finite" in caplog.text
+
+
+def test_continuations_that_the_tokenizer_cannot_spell_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = Tokenizer(write_model(tmp_path / "m.model", ["\u2581", *string.ascii_letters]), bos=True, eos=False)
+    for context, answer in (("plain words " * 100, "?"), ("a", " ?")):
+        path = tmp_path / "t.jsonl"
+        lines = [request(0, 0, 0, context, answer), request(0, 1, 0, context, " plain")]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if answer == "?":
+            load_tasks([TaskConfig(requests=str(path))], 0, tokenizer, SEQ_LEN, "fp32")
+            assert "has no tokens for 14.3 % of continuations in task 't'" in caplog.text
+        else:
+            with pytest.raises(ConfigError, match=r"cannot spell the text of task 't': .*' \?'"):
+                load_tasks([TaskConfig(requests=str(path))], 0, tokenizer, SEQ_LEN, "fp32")
