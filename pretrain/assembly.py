@@ -37,7 +37,7 @@ from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
 from pretrain.feed import Feed
 from pretrain.gradient_noise import NoiseScale, last_noise
-from pretrain.held_out import HeldOut
+from pretrain.held_out import HeldOut, warn_of_unscored_average
 from pretrain.journal import Journal
 from pretrain.model.attention_choice import with_fastest_attention
 from pretrain.optim import learning_rate_of_run
@@ -115,6 +115,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)
+        if config.train.ema:
+            warn_of_unscored_average(scored)
         choice.set_damaged_aside(store)
         _begin_folder(start, store, state.step, begun)
     topology.barrier()
@@ -130,7 +132,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
         journal=journal,
         recorder=StepRecorder(config.model, stages, config.optim.z_loss > 0, peak_flops, topology, noise_scale),
         saver=stack.enter_context(Saver(store, engine, topology, folder, start.lease, journal.tell)),
-        held_out=_held_out(config, scored, engine, topology, journal),
+        held_out=_held_out(config, scored, engine, topology, journal, state.average_total > 0),
         stop=StopPolicy(start.interrupt, Deadline(job_end(os.environ) if topology.is_main else None), save_seconds),
         watchdog=stack.enter_context(Watchdog(config.train.stall_timeout, topology.rank, journal.tell_last)),
         unapplied=UnappliedSteps(
@@ -309,13 +311,25 @@ def _tracker(start: Start, folder: RunFolder, labels: Sequence[str], loader: Loa
 
 
 def _held_out(
-    config: RunConfig, parts: Sequence[EvalSet | TaskSet], engine: Engine, topology: Topology, journal: Journal
+    config: RunConfig,
+    parts: Sequence[EvalSet | TaskSet],
+    engine: Engine,
+    topology: Topology,
+    journal: Journal,
+    averaged: bool,
 ) -> HeldOut | None:
+    """Return what is scored between steps; None if there is nothing.
+
+    Args:
+        averaged: whether there is a moving average of the weights at the step that the run resumes from.
+    """
     if not parts:
         return None
     last = {
         part.label: journal.last_evaluated(part.label, part.name if isinstance(part, TaskSet) else None)
         for part in parts
     }
+    suites = [part.label for part in parts if averaged and isinstance(part, EvalSet)]
+    of_average = {label: journal.last_averaged(label) for label in suites}
     batch_size = config.evaluation.batch_size or config.stage_at(0).micro_batch_size(topology.dp_size)
-    return HeldOut(parts, engine, topology, batch_size, topology.broadcast_object(last))
+    return HeldOut(parts, engine, topology, batch_size, *topology.broadcast_object((last, of_average)))

@@ -130,6 +130,10 @@ class Journal:
         if self._tracker and cursors is not None:
             self._folder.cursors.append({"step": step, **cursors})
 
+    def last_averaged(self, label: str) -> int:
+        """Return the last step whose evaluation of the weights' average on a suite is in evals.jsonl; -1 if none is."""
+        return max(evaluated_steps(self._folder, averaged=True)[label], default=-1)
+
     def last_evaluated(self, label: str, task: str | None = None) -> int:
         """Return the last step whose evaluation under a label is complete in evals.jsonl; -1 if there is none.
 

@@ -240,8 +240,9 @@ class Trainer:
             self._parts.watchdog.end()
         records = self._parts.journal.log_evals(step, scores)
         held_out.note_done(step)
-        if records:  # on rank 0
-            self._tell_doubts([r for r in records if not str(r["domain"]).startswith(AVERAGED)])
+        # On rank 0; nothing is left where only the average was missing.
+        if of_weights := [r for r in records if not str(r["domain"]).startswith(AVERAGED)]:
+            self._tell_doubts(of_weights)
         self._parts.standing.note(records)
         if self.ending:
             self._parts.journal.tell(self.ending)

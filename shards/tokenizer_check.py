@@ -56,7 +56,7 @@ class Soundness:
             self._changed = self._tokenizer.difference(text, ids)
 
     def count(self, part: str, text: str, ids: npt.NDArray[np.integer]) -> int:
-        """Add a text that is no whole document, whose ids need not decode to it; return the number of UNK among them."""
+        """Add a text that is no whole document, of which only UNK is counted; return how many there are."""
         found = int(np.count_nonzero(ids == self._tokenizer.unk_id))
         total, unknown = self._counts.get(part, (0, 0))
         self._counts[part] = total + len(ids), unknown + found

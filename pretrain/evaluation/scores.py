@@ -208,11 +208,16 @@ def record_scores(folder: RunFolder, step: int, *evaluation: Scores) -> list[dic
     return records
 
 
-def evaluated_steps(folder: RunFolder) -> dict[str, set[int]]:
-    """Return by label the steps whose evaluation on a suite or a task is complete in evals.jsonl; others have none."""
+def evaluated_steps(folder: RunFolder, averaged: bool = False) -> dict[str, set[int]]:
+    """Return by label the steps whose evaluation on a suite or a task is complete in evals.jsonl; others have none.
+
+    Args:
+        averaged: whether that of the weights' moving average is asked for, with which no task is scored.
+    """
+    last = f"{AVERAGED * averaged}micro"  # domain of the last line of a suite's
     found: dict[str, set[int]] = defaultdict(set)
     for record in folder.evals.read():
-        if is_of_task(record) or record["domain"] == "micro":  # the last line of a suite's
+        if record["domain"] == last or (is_of_task(record) and not averaged):
             found[str(record["suite"])].add(int(str(record["step"])))
     return found
 
