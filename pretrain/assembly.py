@@ -24,8 +24,8 @@ from pretrain.checkpoint.state import Layout, RunState
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
-from pretrain.evaluation.eval_set import EvalSet, load_suite, warn_of_training_shards
-from pretrain.evaluation.tasks import TaskSet, load_tasks
+from pretrain.evaluation.eval_set import EvalSet, load_parts, warn_of_training_shards
+from pretrain.evaluation.tasks import TaskSet
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
@@ -158,13 +158,13 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
 
     Raises ConfigError if the suite lacks a figure by which something is decided.
     """
-    config, tokenizer, topology = start.config, start.tokenizer, start.topology
+    config, topology = start.config, start.topology
     # The row length is the same in every stage, so that a run has one series of evaluations.
-    how = (tokenizer, config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
-    eval_set = load_suite(config.evaluation, *how)
+    how = (config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
+    parts = load_parts(config.evaluation, start.tokenizer, *how)
+    eval_set = next((part for part in parts if isinstance(part, EvalSet)), None)
     check_figures(config.judging_figures, eval_set, config.train.ema is not None)
-    tasks = load_tasks(config.evaluation.tasks, config.evaluation.subset_seed, *how)
-    return [*([eval_set] if eval_set else []), *tasks]
+    return parts
 
 
 def _last_figures(start: Start, step: int) -> list[StepFigures]:

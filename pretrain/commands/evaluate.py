@@ -34,11 +34,11 @@ from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, load_checkpoint, new_checkpoints, score_steps
-from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite, warn_of_training_shards
+from pretrain.evaluation.eval_set import EvaluationConfig, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
-from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
+from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import Precision
@@ -208,12 +208,9 @@ def _evaluator(
     precision: str,
     topology: Topology,
 ) -> Evaluator:
-    own = (topology.dp_rank, topology.dp_size)
-    eval_set = load_suite(config, tokenizer, seq_len, precision, *own)
-    tasks = load_tasks(config.tasks, config.subset_seed, tokenizer, seq_len, precision, *own)
-    parts: list[EvalSet | TaskSet] = [*([eval_set] if eval_set else []), *tasks]
-    if not parts:
+    if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite with a folder or YAML file, or --tasks")
+    parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
     return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE)
 
 

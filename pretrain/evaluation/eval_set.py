@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from pydantic import Field
 
 from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
-from pretrain.evaluation.scores import DocumentScores, Sums
-from pretrain.evaluation.tasks import TaskConfig
+from pretrain.evaluation.scores import DocumentScores, Sums, label_of
+from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
 from shards import Config, ConfigError, Tokenizer
 from shards.hashing import key_of
 from shards.suites.suite import Suite, SuiteDocument, find, training_shards
@@ -29,8 +28,6 @@ from shards.tokenize.parts import encode_parts, spelled
 from shards.tokenizer_check import Soundness
 
 _logger = logging.getLogger(__name__)
-
-_LABEL_DIGITS = 8  # digits of the hash of what is scored
 
 
 class EvaluationConfig(Config):
@@ -45,19 +42,6 @@ class EvaluationConfig(Config):
     tasks: tuple[TaskConfig, ...] = ()  # multiple-choice and completion tasks to score
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # a finished run prints a continuation of it
-
-    def label(self, suite: str, seq_len: int, precision: str, content: str) -> str:
-        """Return a suite's name in evals.jsonl when scored like this; results under one label are comparable.
-
-        Args:
-            seq_len: tokens per window.
-            precision: precision of the forward pass.
-            content: a hash of what is scored.
-        """
-        bounds = {"docs": self.max_documents, "tokens": self.max_tokens, "seed": self.subset_seed or None}
-        parts = [] if self.split == type(self).model_fields["split"].default else [self.split]
-        parts += [f"{name}{bound}" for name, bound in bounds.items() if bound]
-        return ".".join([suite, *parts, f"seq{seq_len}", precision]) + f"@{content[:_LABEL_DIGITS]}"
 
     @property
     def is_empty(self) -> bool:
@@ -110,6 +94,18 @@ class EvalSet:
         )
 
 
+def load_parts(
+    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int, dp_size: int
+) -> list[EvalSet | TaskSet]:
+    """Load a rank's part of all that a config scores: the suite, if there is one, and the tasks.
+
+    The arguments and errors are those of `load_suite` and `load_tasks`.
+    """
+    how = (tokenizer, seq_len, precision, dp_rank, dp_size)
+    suite = load_suite(config, *how)
+    return [*([suite] if suite else []), *load_tasks(config.tasks, config.subset_seed, *how)]
+
+
 def load_suite(
     config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int = 0, dp_size: int = 1
 ) -> EvalSet | None:
@@ -150,9 +146,12 @@ def load_suite(
     number_of = {name: number for number, name in enumerate(names)}
     document_domain = np.array([number_of[name] for name in domains], np.int32)
     document_targets = np.array(targets, np.int64)
+    split = "" if config.split == type(config).model_fields["split"].default else f".{config.split}"
+    bounds = {"docs": config.max_documents, "tokens": config.max_tokens, "seed": config.subset_seed}
+    content = sorted(f"{domain}\t{key:016x}" for domain, key in zip(domains, keys, strict=True))
     _check_not_empty(suite, known, set(document_domain[document_targets > 0].tolist()), names)
     return EvalSet(
-        label=config.label(suite.name, seq_len, precision, _content_hash(domains, keys, tokenizer)),
+        label=label_of(suite.name + split, bounds, seq_len, precision, tokenizer, content),
         seq_len=seq_len,
         domains=names,
         sources=tuple(known[name] for name in names),
@@ -163,17 +162,6 @@ def load_suite(
         rows=packer.rows,
         num_rows=packer.num_rows,
     )
-
-
-def _content_hash(domains: Sequence[str], keys: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return 16 hex digits that differ if other documents are scored, or the same ones with other tokens.
-
-    Args:
-        domains, keys: of each document, in any order.
-    """
-    documents = sorted(f"{domain}\t{key:016x}" for domain, key in zip(domains, keys, strict=True))
-    lines = [tokenizer.content_hash, str(tokenizer.marks), *documents]
-    return xxhash.xxh3_64_hexdigest("\n".join(lines).encode())
 
 
 def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], domains: tuple[str, ...]) -> None:

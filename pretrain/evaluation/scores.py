@@ -12,22 +12,24 @@ import math
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
-from shards import CheckpointError
+from shards import CheckpointError, Tokenizer
 from shards.storage.atomic import write_atomically
 
 Sums = npt.NDArray[np.float64]  # [items, 3]: each text's nll in nats, targets, and those that were most likely
 
 _SOURCE = "source:"  # prefix of a source's name in place of a domain's
+_LABEL_DIGITS = 8  # digits of the hash of what is scored, in a label
 AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
 
 
@@ -166,6 +168,28 @@ def line_names(domains: Sequence[str], sources: Sequence[str], averaged: bool = 
     several = [source for source, count in Counter(sources).items() if count > 1]
     names = [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
     return [*(AVERAGED + name for name in names if averaged), *names]
+
+
+def label_of(
+    name: str,
+    bounds: Mapping[str, int | None],
+    seq_len: int,
+    precision: str,
+    tokenizer: Tokenizer,
+    content: Iterable[str],
+) -> str:
+    """Return what a suite or a task is called in evals.jsonl; results under one label are comparable.
+
+    Args:
+        name: of the suite or task.
+        bounds: what part of it is scored, by the letters that say so; those that are None or 0 are left out.
+        seq_len: tokens per window.
+        precision: precision of the forward pass.
+        content: says what is scored; other content, or the same with other tokens, has another label.
+    """
+    parts = [name, *(f"{letters}{bound}" for letters, bound in bounds.items() if bound), f"seq{seq_len}", precision]
+    lines = "\n".join([tokenizer.content_hash, str(tokenizer.marks), *content])
+    return ".".join(parts) + f"@{xxhash.xxh3_64_hexdigest(lines.encode())[:_LABEL_DIGITS]}"
 
 
 class Scores(Protocol):

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from pydantic import Field, model_validator
 
 from pretrain.evaluation.rows import Row, RowPacker, Tokens
-from pretrain.evaluation.scores import Sums
+from pretrain.evaluation.scores import Sums, label_of
 from pretrain.evaluation.task_scores import CHOICE_METRICS, GREEDY, ChoiceMetric, Metric, TaskItems, TaskScores
 from shards import Config, ConfigError, Tokenizer
 from shards.config import Name
@@ -31,7 +30,6 @@ from shards.tokenizer_check import Soundness
 
 _logger = logging.getLogger(__name__)
 
-_LABEL_DIGITS = 8  # digits of the hash of what is scored
 _DEFAULT_METRIC: ChoiceMetric = "acc_per_char"  # of a multiple choice whose file names none
 
 
@@ -164,12 +162,10 @@ def _load(
             "task %s: %d of %d contexts do not fit into data.seq_len=%d with what follows them, and lose their"
             " beginning", name, cut, len(texts), seq_len,
         )  # fmt: skip
-    bounds = [f"n{config.max_instances}"] if config.max_instances else []
-    bounds += [f"seed{subset_seed}"] if config.max_instances and subset_seed else []
-    keys = [tokenizer.content_hash, str(tokenizer.marks), metric, *sorted(f"{one.key:016x}" for one in instances)]
-    content = xxhash.xxh3_64_hexdigest("\n".join(keys).encode())[:_LABEL_DIGITS]
+    bounds = {"n": config.max_instances, "seed": subset_seed if config.max_instances else None}
+    content = [metric, *sorted(f"{one.key:016x}" for one in instances)]
     return TaskSet(
-        label=".".join([name, *bounds, f"seq{seq_len}", precision]) + f"@{content}",
+        label=label_of(name, bounds, seq_len, precision, tokenizer, content),
         seq_len=seq_len,
         name=name,
         metric=metric,
