@@ -92,5 +92,5 @@ class HeldOut:
             self._engine.average.show(False)
             raise
         self._engine.average.show(False)
-        # The last line of the weights' scores is the sign that all of an evaluation in the loop is there.
+        # So a reader that has found the weights' last line, micro, has found the average's before it.
         return [*map(ScoresOfAverage, of_average), *scores]
