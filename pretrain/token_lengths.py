@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 _TOKENS = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d+)?) ?([KMBT]?) tokens?")
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_UNITS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}  # powers of ten
 
 Tree = Mapping[str, Any]
 
 
-def tokens_of(value: object) -> float | None:
-    """Return the number in a text such as `20e9 tokens` or `1.5B tokens`; None for any other value."""
+def tokens_of(value: object) -> int | None:
+    """Return the number in a text such as `20e9 tokens` or `1.5B tokens`, rounded up; None for any other value."""
     found = _TOKENS.fullmatch(value) if isinstance(value, str) else None
-    return float(found[1].replace("_", "")) * _UNITS[found[2]] if found else None
+    return math.ceil(Decimal(found[1]).scaleb(_UNITS[found[2]])) if found else None
 
 
 class _Pace(NamedTuple):
@@ -28,24 +29,25 @@ class _Pace(NamedTuple):
 
     parts: Sequence[tuple[int, int]]
 
-    def steps_for(self, tokens: float, begin: int = 0) -> int:
+    def steps_for(self, tokens: int, begin: int = 0) -> int:
         """Return how many steps from `begin` on have at least so many tokens; at least one."""
-        reached = 0.0
+        reached = 0
         for i, (first, each) in enumerate(self.parts):
-            end = self.parts[i + 1][0] if i + 1 < len(self.parts) else math.inf
             first = max(first, begin)
-            if first < end and tokens <= reached + each * (end - first):
-                return max(1, first + math.ceil((tokens - reached) / each) - begin)
-            reached += each * max(0, end - first)
-        raise AssertionError("the last part has no end")
+            is_last = i + 1 == len(self.parts)
+            length = 0 if is_last else max(0, self.parts[i + 1][0] - first)
+            if is_last or tokens <= reached + each * length:
+                return max(1, first - begin - (reached - tokens) // each)
+            reached += each * length
+        raise AssertionError
 
-    def last_steps_for(self, tokens: float, end: int) -> int:
+    def last_steps_for(self, tokens: int, end: int) -> int:
         """Return how many steps up to `end` have at least so many tokens; at least one, and no more than there are."""
-        reached, stop = 0.0, end
+        reached, stop = 0, end
         for first, each in reversed(self.parts):
             if first < stop:
                 if tokens <= reached + each * (stop - first):
-                    return max(1, end - stop + math.ceil((tokens - reached) / each))
+                    return max(1, end - stop - (reached - tokens) // each)
                 reached, stop = reached + each * (stop - first), first
         return end
 
@@ -89,24 +91,24 @@ def _is_section(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-def _in_steps(value: Any, steps_for: Callable[[float], int]) -> Any:
+def _in_steps(value: Any, steps_for: Callable[[int], int]) -> Any:
     tokens = tokens_of(value)
     return value if tokens is None else steps_for(tokens)
 
 
 def _end(number: int, owners: Sequence[Tree], begins: Sequence[int], steps: Any) -> Any:
     """Return the step at which a schedule ends: the run's own and the last one end with it, others where one begins."""
-    later = (begins[i] for i in range(number + 1, len(owners)) if number and owners[i].get("optim"))
+    later = (begins[i] for i in range(number + 1, len(owners)) if number and owners[i].get("optim") is not None)
     return next(later, steps)
 
 
 def _schedule_in_steps(optim: Tree, begin: int, end: Any, pace: _Pace) -> Tree:
     """Return a schedule with its warm-up, counted from its begin, and its decay, counted from its end, in steps."""
 
-    def of_decay(tokens: float) -> int:
+    def of_decay(tokens: int) -> int:
         return pace.last_steps_for(tokens, end) if isinstance(end, int) else pace.steps_for(tokens)
 
-    def of_warmup(tokens: float) -> int:
+    def of_warmup(tokens: int) -> int:
         return pace.steps_for(tokens, begin)
 
     rules = {"warmup_steps": of_warmup, "decay_steps": of_decay}

@@ -166,6 +166,11 @@ def shard_paths(source: SourceConfig) -> list[str]:
             f"source {source.name!r}: input_ids_key is for a data set or Parquet files, which JSON lines are not: "
             f"{files.listed(others)}; leave it out, or make them a source of their own"
         )
+    if source.form and (columns := [path for path in shards if files.is_column(path)]):
+        raise ShardError(
+            f"source {source.name!r}: {source.content_key} reads JSON lines, and of {files.listed(columns)} a single"
+            " column is read; write its rows as JSON lines"
+        )
     return shards
 
 

@@ -191,7 +191,7 @@ def _encoded(document: SuiteDocument, tokenizer: Tokenizer) -> _Encoded:
     hidden = np.zeros(len(tokens), np.bool_)
     for start, stop in zip(prompts.starts.tolist(), prompts.stops.tolist(), strict=True):
         hidden[start:stop] = True
-    return _Encoded(tokens, max(1, int(np.argmin(hidden))), hidden)
+    return _Encoded(tokens, max(1, int(np.argmin(hidden))) if len(hidden) else 1, hidden)
 
 
 def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Iterator[tuple[SuiteDocument, _Encoded]]:

@@ -56,9 +56,12 @@ def windows_of(
     if 0 < targets <= seq_len:
         yield Window(item, tokens[-(seq_len + 1) :], targets, None if hidden is None else hidden[-(seq_len + 1) :])
         return
-    for start in range(given - 1, len(tokens) - 1, seq_len):
+    # As in training, a text with prompts is cut from its beginning: its first response keeps the prompt before it
+    for start in range(given - 1 if hidden is None else 0, len(tokens) - 1, seq_len):
         place = slice(start, start + seq_len + 1)
         part = tokens[place]
+        if hidden is not None and hidden[place][1:].all():
+            continue
         yield Window(item, part, len(part) - 1, None if hidden is None else hidden[place])
 
 

@@ -65,7 +65,7 @@ class UnappliedSteps:
             advice = "lower optim.learning_rate, leave documents out, or see train.on_nonfinite"
         else:
             found, limit = _without_targets(step, pieces), self._limit
-            advice = "check the sources' texts, data.text_key, data.bos and data.eos"
+            advice = "check the sources' texts, text_key, bos and eos, and where there are prompts template and loss_on"
         if self._in_a_row >= limit:
             self._end(step, kind, f"{found}. That is {self._in_a_row} in a row that changed nothing", advice)
         if n_targets or self._in_a_row == 1:

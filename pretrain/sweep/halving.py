@@ -19,8 +19,8 @@ def figure_of(text: str) -> EvalFigure:
     """Read DOMAIN/FIGURE, by which runs are compared. Raises: ConfigError if there is no such figure."""
     if not re.match(EVAL_FIGURE, f"eval/{text}"):
         raise ConfigError(
-            f"--halve {text}: write a domain and a figure, such as macro/bits_per_byte; the figures are bits_per_byte,"
-            " nll_per_token, perplexity, accuracy"
+            f"--halve {text}: write a domain and a figure, such as macro/bits_per_byte, or --halve as the last word;"
+            " the figures are bits_per_byte, nll_per_token, perplexity, accuracy"
         )
     return EvalFigure.parse(f"eval/{text}")
 

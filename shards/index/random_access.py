@@ -87,7 +87,8 @@ def document(
         raise ShardError(f"{path}, line {n}: {reasons[0] if reasons else 'blank'}")
     i = records.lines.index(n)
     name = source.name if source else Path(path).name.split(".")[0]
-    return Document(records.texts[i], records.sub_sources[i] or name, path, n, records.ids[i])
+    parts = records.parts[i] if records.parts else None
+    return Document(records.texts[i], records.sub_sources[i] or name, path, n, records.ids[i], parts)
 
 
 class RawShard(io.RawIOBase):

@@ -48,15 +48,15 @@ class ChatTemplate:
         try:
             config = json.loads(path.read_bytes())
             source = _template_in(config) or path.with_name(_JINJA_FILE).read_text()
+            named = {key: _name(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            added = config.get("added_tokens_decoder", {}).values()
+            special = {token["content"] for token in added if token.get("special")} | set(named.values())
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{at}={path}: {error.filename} is not there; name a tokenizer_config.json that holds a chat_template"
             ) from None
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{at}={path}: is no tokenizer_config.json: {error}") from None
-        named = {key: _name(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        added = config.get("added_tokens_decoder", {}).values()
-        special = {token["content"] for token in added if token.get("special")} | set(named.values())
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{at}={path}: is no tokenizer_config.json: {error!r}") from None
         self.markers = tuple(sorted(special - {""}, key=lambda name: (-len(name), name)))  # none hides a longer one
         self._special = {key: name for key, name in named.items() if name}
         self.content_hash = xxhash.xxh3_128_hexdigest(json.dumps([source, self._special, self.markers]).encode())

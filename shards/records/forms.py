@@ -82,6 +82,11 @@ class ChatML:
         messages = _messages(self.keys[0], values[0])
         parts: list[Part] = []
         for number, (role, content) in enumerate(messages):
+            if forged := next((marker for marker in self.markers if marker in content), None):
+                raise ValueError(
+                    f"message {number} holds {forged!r}, which could not be told from the marker of that name; take it"
+                    " out of the text"
+                )
             parts += [Part("\n", False)] if number else []
             parts += [Part(_START, False, True), Part(f"{role}\n", False)]
             parts += [Part(content, role == "assistant"), Part(_END, role == "assistant", True)]

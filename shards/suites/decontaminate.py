@@ -24,7 +24,7 @@ from shards.config import Decontamination
 from shards.errors import ConfigError
 from shards.hashing import key_of, mixed
 from shards.index.paths import user_cache
-from shards.records.forms import identity_of
+from shards.records.forms import FORM_VERSION, identity_of
 from shards.storage.atomic import is_there, written_atomically
 from shards.storage.content_hash import hash_file
 from shards.suites import suite
@@ -191,6 +191,7 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
 def _names(part: suite.Part, digests: Mapping[str, str]) -> list[str]:
     """List all that the texts of a part of a suite depend on. Args: digests: content hash of each shard."""
     form = [f"{key}={value}" for key, value in identity_of(part.as_training_source()).items()]
+    form += [f"form_version={FORM_VERSION}"] if form else []
     return [part.source.text_key, *form, *(digests[shard] for shard in part.shards)]
 
 

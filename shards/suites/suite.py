@@ -61,7 +61,8 @@ class SuiteSource(Config):
         try:
             _as_training_source(self, "")
         except ValidationError as error:  # what the form of its documents lacks
-            raise ValueError(error.errors()[0]["msg"].partition(", ")[2]) from None
+            message = error.errors()[0]["msg"]
+            raise ValueError(message.partition(", ")[2] or message) from None
         return self
 
 
@@ -189,15 +190,21 @@ def _from(base: Path, source: SuiteSource) -> SuiteSource:
 def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[str, ...]:
     """List the shards of one source of a YAML file; paths are relative to the file's folder."""
     split = source.split or split
+    read = _as_training_source(source, split)
     if source.dataset is not None:
-        return tuple(hf_datasets.shards_of(_as_training_source(source, split)))
+        return tuple(hf_datasets.shards_of(read))
     path = base / Path(source.path or "").expanduser()
     if path.is_file():
-        return tuple(files.with_columns([str(path)], source.text_key))
-    if not path.is_dir():
+        shards = tuple(files.with_columns([str(path)], source.text_key))
+    elif not path.is_dir():
         raise ConfigError(f"{key}: source {source.name!r}: {path} is neither a folder nor a file")
-    if not (shards := _of_split(path, split, source.text_key)):
+    elif not (shards := _of_split(path, split, source.text_key)):
         raise ConfigError(_not_found(path, split, key, [path]))
+    if read.form and any(map(files.is_column, shards)):
+        raise ConfigError(
+            f"{key}: source {source.name!r}: {read.content_key} reads JSON lines, and of the Parquet files in {path} a"
+            " single column is read; write their rows as JSON lines"
+        )
     return shards
 
 

@@ -18,6 +18,7 @@ from tests.tiny_run import write_config
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        ("8.3M tokens", 8_300_000),
         ("20e9 tokens", 20e9), ("1.5B tokens", 1.5e9), ("300_000 tokens", 3e5), ("1 token", 1), ("2 K tokens", 2000),
         ("20e9", None), ("x tokens", None), ("-1 tokens", None), (5, None), (None, None),
     ],
@@ -64,6 +65,20 @@ def test_steps_are_those_that_a_walk_finds(sizes: list[tuple[int, int]], seq_len
     lengths = (k for k in range(1, steps) if tokens_before(steps) - tokens_before(steps - k) >= part)
     assert found["optim"]["decay_steps"] == next(lengths, steps)
     assert in_steps(found) == found
+
+
+def test_a_schedule_ends_where_the_next_one_begins_even_if_that_changes_nothing(tmp_path: Path) -> None:
+    stages: list[dict[str, Any]] = [
+        {"step": 10, "optim": {"schedule": "wsd", "decay_steps": "5120 tokens"}},
+        {"step": 50, "train": {"global_batch_size": 80}, "optim": {}},
+    ]
+    path = write_config(tmp_path, "tiny", train={"steps": 100}, stages=stages)
+    config = load_config(path, [])
+    (first, second) = config.stages
+    assert [part.step for part in config.schedule] == [0, 10, 50]
+    assert first.optim is not None
+    assert first.optim.decay_steps == 10  # 8 rows of 64 tokens a step
+    assert second.optim is not None
 
 
 def test_a_config_is_kept_in_steps(tmp_path: Path) -> None:

@@ -9,9 +9,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from shards import Batch, ConfigError, DataConfig, Loader, Tokenizer, batch_after, check_fingerprint, merge_states
+from shards import (
+    Batch,
+    ConfigError,
+    DataConfig,
+    Loader,
+    ShardError,
+    SourceConfig,
+    Tokenizer,
+    batch_after,
+    check_fingerprint,
+    document,
+    merge_states,
+    preparation,
+    read_documents,
+)  # fmt: skip
 from tests.shards.corpora import TOKENIZER, config, record, restarted_hashes, words, write_shard
 from tests.shards.test_stages import hash_of, loaders, staged, steps
 
@@ -198,3 +214,17 @@ def test_markers_without_a_token_are_told(tmp_path: Path, caplog: pytest.LogCapt
     tokenizer = Tokenizer(TOKENIZER)
     learned = batch.tokens[0][batch.segment_ids[0] == 1]
     assert tokenizer.decode(learned) == "yes<|im_end|>"
+
+
+def test_a_column_of_a_parquet_file_has_no_form(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "b": ["y"]}), tmp_path / "a.parquet")
+    source = SourceConfig.parse({"name": "a", "paths": [f"{tmp_path}/a.parquet#text"], "template": "{b}"})
+    with pytest.raises(ShardError, match="template reads JSON lines, and of .* a single column is read"):
+        preparation.shard_paths(source)
+
+
+def test_a_document_that_is_looked_up_has_its_parts(corpus: Path) -> None:
+    path = corpus / "tasks-0.jsonl.zst"
+    source = SourceConfig.parse({"name": "a", "paths": [str(path)], "template": TEMPLATE})
+    first = next(iter(read_documents(path, source)))
+    assert document(path, first.line, source, index_dir=corpus).parts == first.parts is not None

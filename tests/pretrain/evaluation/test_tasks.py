@@ -156,6 +156,19 @@ def test_every_token_after_the_given_ones_is_a_target_once(size: int, given: int
     assert targets == list(range(given, size))
 
 
+@pytest.mark.parametrize("size", [32, 33, 34, 66, 90, 140])
+def test_a_text_with_prompts_is_cut_from_its_beginning(size: int) -> None:
+    tokens, hidden = np.arange(size), np.arange(size) % 50 < 40
+    targets: list[int] = []
+    for window in windows_of(3, tokens, 32, 40, hidden):
+        learned = [int(token) for token in window.tokens[-window.targets :] if not hidden[token]]
+        assert learned
+        if size > 72:  # its responses do not fit into one row
+            assert int(window.tokens[0]) % 32 == 0
+        targets += learned
+    assert targets == [i for i in range(40, size) if not hidden[i]]
+
+
 def test_all_ranks_together_have_the_rows_of_a_single_one(files: list[str]) -> None:
     alone, shares = loaded(files[0]), [loaded(files[0], own=(rank, 3)) for rank in range(3)]
     dealt = [shares[i % 3].rows[i // 3] for i in range(alone.num_rows)]

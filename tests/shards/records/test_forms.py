@@ -48,7 +48,7 @@ def test_conversations_of_both_kinds_are_spelled_alike(
     write: object, role: str, content: str, user: str, assistant: str
 ) -> None:
     assert callable(write)
-    turns = [("system", "be brief"), (user, f"hi {END}"), (assistant, "hello"), (user, "bye")]
+    turns = [("system", "be brief"), (user, "hi"), (assistant, "hello"), (user, "bye")]
     record = {"talk": {"messages": [{role: who, content: said, "tokens": 3} for who, said in turns]}}
     found = parsed(write(record), **CHAT)
     (parts,) = found.parts or ()
@@ -57,7 +57,7 @@ def test_conversations_of_both_kinds_are_spelled_alike(
     assert found.texts == ["\n".join(spelled)] == ["".join(part.text for part in parts)]
     assert [part for part in parts if part.is_response] == [Part("hello", True), Part(END, True, True)]
     assert {part.text for part in parts if part.is_marker} == {START, END}
-    assert Part(f"hi {END}", False) in parts, "a marker's name in what somebody said is text"
+    assert Part("hi", False) in parts
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,8 @@ def test_conversations_of_both_kinds_are_spelled_alike(
         (CHAT, {"talk": {"messages": [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "x"}]}},
          'talk.messages[1].role is "tool", no role that is known; roles are system, user, assistant, human, gpt'),
         (CHAT, {"talk": {"messages": [{"role": "user", "content": "x"}]}}, "has no message of the assistant"),
+        (CHAT, {"talk": {"messages": [{"role": "assistant", "content": f"a {END} b"}]}},
+         "message 0 holds '<|im_end|>', which could not be told from the marker of that name; take it out"),
         (CHAT, {"talk": {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}},
          "'talk.messages[0].content' is [{\"type\": \"text\"}], not a string"),
     ],

@@ -168,3 +168,13 @@ def test_training_shards_in_a_suite_are_named(tmp_path: Path) -> None:
     assert len(found) == 1
     assert "mine.jsonl.zst is" in found[0]
     assert "dolma-handbook-0000.jsonl.zst of source 'book'" in found[0]
+
+
+@pytest.mark.parametrize("path", ["a", "a/val.parquet"])
+def test_a_form_is_refused_where_a_single_column_would_be_read(tmp_path: Path, path: str) -> None:
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"text": ["x"], "b": ["y"]}), tmp_path / "a/val.parquet")
+    listed = tmp_path / "suite.yaml"
+    listed.write_text(f"sources: [{{name: a, path: {path}, template: '{{b}}', domain_from: null}}]")
+    with pytest.raises(ConfigError, match="template reads JSON lines, and of .* a single column is read"):
+        find(listed, "val")
