@@ -24,13 +24,15 @@ STEPS = 3
 def hashes_of_files(run: RunFolder) -> list[str]:
     """Hash whole weights and moments, which are read from a checkpoint's files, with numpy."""
     checkpoint = CheckpointStore(run.checkpoints, CheckpointConfig()).open(STEPS)
-    specs = weight_specs(load_config(run.config, begun=True).model)
+    config = load_config(run.config, begun=True)
+    specs = weight_specs(config.model)
     weights = CheckpointWeights(checkpoint, specs)
     tp_ranks, _ = read_partitions(checkpoint.folder / "engine")
     sums = [0, 0]
     for name, spec in specs.items():
         sums[0] += reference(weights.read(name).numpy(), name)
-        for key in ("exp_avg", "exp_avg_sq", "ema"):
+        is_under_muon = config.optim.name == "muon" and name.startswith("blocks.") and len(spec.shape) == 2
+        for key in ("exp_avg", "ema") if is_under_muon else ("exp_avg", "exp_avg_sq", "ema"):
             slices = [whole(ranks, name, key) for ranks in tp_ranks]
             moments = slices[0] if spec.shard_dim is None else torch.cat(slices, spec.shard_dim)
             sums[1] += reference(moments.numpy(), f"{name}/{key}")
@@ -38,9 +40,12 @@ def hashes_of_files(run: RunFolder) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("precision", "tp_size", "zero_stage"), [("fp32", 2, 1), ("bf16", 1, 1), ("bf16", 1, 3)])
+@pytest.mark.parametrize(
+    ("precision", "tp_size", "zero_stage", "optimizer"),
+    [("fp32", 2, 1, "muon"), ("bf16", 1, 1, "adamw"), ("bf16", 1, 3, "muon")],
+)
 def test_every_layout_has_the_hash_of_the_whole_weights(
-    precision: str, tp_size: int, zero_stage: int, tmp_path: Path
+    precision: str, tp_size: int, zero_stage: int, optimizer: str, tmp_path: Path
 ) -> None:
     parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
     config = write_config(
@@ -48,6 +53,7 @@ def test_every_layout_has_the_hash_of_the_whole_weights(
         "run",
         model={"qk_norm": True, "tie_embeddings": False},
         train={"ema": {"decay": 0.9}},
+        optim={"name": optimizer},
         precision=precision,
         parallel=parallel,
     )
