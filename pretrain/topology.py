@@ -296,6 +296,7 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         store: where the ranks have met; None: they meet now.
     """
     environment = launcher_environment(os.environ)
+    own = environment.keys() - os.environ.keys()
     os.environ.update(environment)  # DeepSpeed and its dependencies read them too
     world_size = int(environment["WORLD_SIZE"])
     dp_size = dp_size_of(world_size, parallel)
@@ -327,6 +328,8 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
     # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone.
     fairscale_groups.destroy_model_parallel()
     dist.destroy_process_group()
+    for name in own:  # or what this process starts next would take itself for a rank
+        os.environ.pop(name, None)
 
 
 def backend_of(device: torch.device) -> str:

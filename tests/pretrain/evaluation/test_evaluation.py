@@ -158,7 +158,7 @@ def test_only_responses_are_scored_with_what_fits_of_their_prompts(
         first = next(place for place, (_, learned) in enumerate(flat) if learned)
         fits = len(flat) - first <= SEQ_LEN
         nll, correct, counted = 0.0, 0, 0
-        for begin in [max(0, len(flat) - SEQ_LEN - 1)] if fits else range(first - 1, len(flat) - 1, SEQ_LEN):
+        for begin in [max(0, len(flat) - SEQ_LEN - 1)] if fits else range(0, len(flat) - 1, SEQ_LEN):
             window = flat[begin : begin + SEQ_LEN + 1]
             ids, mask = torch.tensor([token for token, _ in window]), torch.tensor([said for _, said in window])[1:]
             logits = piece_logits(weights, SHAPE, ids[:-1])

@@ -340,7 +340,9 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(load_config(Path("configs/quickstart.yaml")).to_yaml())
     (engine / "x.pt").write_bytes(b"other")
     write_complete(engine.parent, [CheckpointFile("engine/x.pt", 5, "0" * 32)], 0.0)
-    arguments = argparse.Namespace(run=run, step=None, overrides=[], to=tmp_path / "out", format="hf")
+    arguments = argparse.Namespace(
+        run=run, step=None, overrides=[], to=tmp_path / "out", format="hf", weights="trained"
+    )
     with pytest.raises(CheckpointError, match=r"x\.pt differs from what was saved"):
         export_run(arguments)
     assert not (tmp_path / "out").exists()
