@@ -32,7 +32,7 @@ from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
-from pretrain.token_lengths import in_steps
+from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan
@@ -88,7 +88,7 @@ class TrainConfig(Config):
 
     @property
     def nonfinite_limit(self) -> int:
-        """Number of steps in a row without a finite loss and gradient that ends the run."""
+        """Return the number of steps in a row without a finite loss and gradient that ends the run."""
         return 1 if self.on_nonfinite == "stop" else self.max_nonfinite
 
 
@@ -131,18 +131,18 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> RunFolder:
-        """The folder of the run."""
+        """Return the folder of the run."""
         return RunFolder(self.run.dir / self.run.name)
 
     @property
     def all_stages(self) -> list[RunStage]:
-        """All stages of the run, the first of which is what the sections data and train describe."""
+        """Return all stages of the run, the first of which is what the sections data and train describe."""
         train = StageTrain(global_batch_size=self.train.global_batch_size, micro_batch_size=self.train.micro_batch_size)
         return stages_of(self.data, train, self.stages)
 
     @property
     def later_stages(self) -> list[Stage]:
-        """The stages after the first, as the loader takes them."""
+        """Return the stages after the first, as the loader takes them."""
         return [stage.of_loader for stage in self.all_stages[1:]]
 
     def stage_at(self, step: int) -> RunStage:
@@ -151,17 +151,12 @@ class RunConfig(Config):
 
     @property
     def schedule(self) -> list[SchedulePart]:
-        """The learning-rate schedules, each with the step at which it begins."""
+        """Return the learning-rate schedules, each with the step at which it begins."""
         return schedule_of(self.optim, self.stages, self.all_stages)
 
     def tokens_until(self, step: int) -> int:
         """Return the tokens of the steps up to one, padding included."""
-        stages = self.all_stages
-        ends = [*(min(stage.step, step) for stage in stages[1:]), step]
-        return sum(
-            max(0, end - stage.step) * stage.global_batch_size * stage.data.seq_len
-            for stage, end in zip(stages, ends, strict=True)
-        )
+        return Pace([(stage.step, stage.tokens_per_step) for stage in self.all_stages]).tokens_until(step)
 
     def check(self, dp_size: int) -> None:
         """Check what depends on the number of data-parallel ranks.
@@ -175,12 +170,12 @@ class RunConfig(Config):
 
     @property
     def bytes_per_weight(self) -> int:
-        """Bytes of a weight in the forward and backward pass."""
+        """Return the bytes of a weight in the forward and backward pass."""
         return 2 if self.precision == "bf16" else 4
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint of the whole model."""
+        """Return the bytes of a checkpoint of the whole model."""
         return checkpoint_bytes(self.model, self.bytes_per_weight, self.optim.name, self.train.ema is not None)
 
     def settled(self, begun: RunConfig | None) -> RunConfig:

@@ -60,7 +60,7 @@ class Scale:
 
     @property
     def muon_learning_rate(self) -> float:
-        """The factor of the learning rate if Muon trains the weight.
+        """Return the factor of the learning rate if Muon trains the weight.
 
         Muon's update has the root mean square of AdamW's, but spreads over as many singular values as the matrix is
         wide, where AdamW's gathers in a few; so the largest of them, which decides what the update does to the

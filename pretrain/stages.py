@@ -44,6 +44,11 @@ class RunStage:
     global_batch_size: int
     micro_rows: int | None
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step, padding included."""
+        return self.global_batch_size * self.data.seq_len
+
     def micro_batch_size(self, dp_size: int) -> int:
         """Return the rows per forward pass on one dp rank."""
         return self.micro_rows or self.global_batch_size // dp_size
@@ -54,7 +59,7 @@ class RunStage:
 
     @property
     def of_loader(self) -> Stage:
-        """The stage as the loader takes it."""
+        """Return the stage as the loader takes it."""
         return Stage(self.step, self.data, self.global_batch_size)
 
 
@@ -85,7 +90,7 @@ def schedule_of(optim: OptimConfig, later: Sequence[StageConfig], stages: Sequen
         stages: all stages, by whose batches optim.batch_size_rule scales the learning rate.
     """
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[optim.batch_size_rule]
-    tokens = [stage.global_batch_size * stage.data.seq_len for stage in stages]
+    tokens = [stage.tokens_per_step for stage in stages]
 
     def factors(base: int) -> tuple[tuple[int, float], ...]:
         """Return the factors of a rate that is set for this many tokens a step."""

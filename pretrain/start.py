@@ -290,7 +290,12 @@ def announce(config: RunConfig, topology: Topology) -> None:
     model, train, seq_len = config.model, config.train, config.data.seq_len
     stages = config.all_stages
     memory = max((memory_per_rank(config.workload(topology.dp_size, s)) for s in stages), key=lambda m: m.total)
-    tokens_per_step = train.global_batch_size * seq_len
+    tokens_per_step = stages[0].tokens_per_step
+    if config.optim.batch_size_rule != "none" and len({stage.tokens_per_step for stage in stages}) == 1:
+        _logger.warning(
+            "optim.batch_size_rule=%s does nothing, since no stage changes the tokens of a step",
+            config.optim.batch_size_rule,
+        )
     if (
         config.precision == "bf16"
         and topology.device.type == "cpu"

@@ -24,10 +24,15 @@ def tokens_of(value: object) -> int | None:
     return math.ceil(Decimal(found[1]).scaleb(_UNITS[found[2]])) if found else None
 
 
-class _Pace(NamedTuple):
+class Pace(NamedTuple):
     """How many tokens a step has: from each of these steps on, so many."""
 
     parts: Sequence[tuple[int, int]]
+
+    def tokens_until(self, step: int) -> int:
+        """Return the tokens of the steps up to one, padding included."""
+        ends = [*(begin for begin, _ in self.parts[1:]), step]
+        return sum(max(0, min(end, step) - begin) * each for (begin, each), end in zip(self.parts, ends, strict=True))
 
     def steps_for(self, tokens: int, begin: int = 0) -> int:
         """Return how many steps from `begin` on have at least so many tokens; at least one."""
@@ -64,14 +69,14 @@ def in_steps(tree: Tree) -> Tree:
     if not all(map(_is_section, (tree.get("data"), tree.get("train"), *stages))):
         return tree
     seq_len, rows = tree["data"].get("seq_len"), tree["train"].get("global_batch_size")
-    pace, found = _Pace([]), []
+    pace, found = Pace([]), []
     for stage in ({"step": 0}, *stages):
         step = _in_steps(stage.get("step"), pace.steps_for)
         data, train = ({**stage[key]} if _is_section(stage.get(key)) else {} for key in ("data", "train"))
         seq_len, rows = data.get("seq_len") or seq_len, train.get("global_batch_size") or rows
         if not all(isinstance(value, int) for value in (step, seq_len, rows)) or seq_len * rows < 1:
             return tree
-        pace = _Pace([*pace.parts, (step, seq_len * rows)])
+        pace = Pace([*pace.parts, (step, seq_len * rows)])
         found.append({**stage, "step": step})
     train = {**tree["train"]}
     if "steps" in train:
@@ -102,7 +107,7 @@ def _end(number: int, owners: Sequence[Tree], begins: Sequence[int], steps: Any)
     return next(later, steps)
 
 
-def _schedule_in_steps(optim: Tree, begin: int, end: Any, pace: _Pace) -> Tree:
+def _schedule_in_steps(optim: Tree, begin: int, end: Any, pace: Pace) -> Tree:
     """Return a schedule with its warm-up, counted from its begin, and its decay, counted from its end, in steps."""
 
     def of_decay(tokens: int) -> int:

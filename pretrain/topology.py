@@ -61,7 +61,7 @@ class ParallelConfig(Config):
 
     @property
     def applied_zero_stage(self) -> Literal[1, 2, 3]:
-        """The ZeRO stage that DeepSpeed is given.
+        """Return the ZeRO stage that DeepSpeed is given.
 
         Stage 0 runs as 1, since DeepSpeed's own has no fp32 accumulation, a wrong norm at tp > 1, and checkpoints that
         cannot change topology.

@@ -129,27 +129,27 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows that hold tokens; an exhausted lane yields empty rows."""
+        """Return the number of rows that hold tokens; an exhausted lane yields empty rows."""
         return sum(draw.row is not None for draw in self._draws)
 
     @property
     def state(self) -> dict[str, object]:
-        """The loader's state after this batch, to be saved once the batch has been trained on."""
+        """Return the loader's state after this batch, to be saved once the batch has been trained on."""
         return self._state.to_dict()
 
     @property
     def replays(self) -> int:
-        """Number of entries that proved invalid while reading the windows that begin in these rows."""
+        """Return the number of entries that proved invalid while reading the windows that begin in these rows."""
         return sum(draw.row.window.replays for draw in self._draws if draw.row and draw.row.number == 0)
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The bad records of the windows that were entered to draw these rows."""
+        """Return the bad records of the windows that were entered to draw these rows."""
         return self._passed_over(contaminated=False)
 
     @property
     def contaminated(self) -> list[Skipped]:
-        """The documents of these windows that were dropped for sharing text with an evaluation suite."""
+        """Return the documents of these windows that were dropped for sharing text with an evaluation suite."""
         return self._passed_over(contaminated=True)
 
     def _passed_over(self, contaminated: bool) -> list[Skipped]:

@@ -125,22 +125,22 @@ class SourceConfig(Config):
 
     @property
     def column(self) -> str:
-        """The column of a data set or a Parquet file that holds the source's texts or token ids."""
+        """Return the column of a data set or a Parquet file that holds the source's texts or token ids."""
         return self.input_ids_key or self.text_key
 
     @property
     def form(self) -> dict[str, str]:
-        """The keys that say how a document is spelled, by name; empty if it is the value of a single key."""
+        """Return the keys that say how a document is spelled, by name; empty if it is the value of a single key."""
         return {key: str(value) for key in self.FORM_KEYS if (value := getattr(self, key)) is not None}
 
     @property
     def content_key(self) -> str:
-        """The key of this config that names what a document is made of."""
+        """Return the key of this config that names what a document is made of."""
         return next(iter(self.form), "text_key" if self.input_ids_key is None else "input_ids_key")
 
     @property
     def learns_prompts(self) -> bool:
-        """Whether all tokens of a document are learned, those of prompts included."""
+        """Return whether all tokens of a document are learned, those of prompts included."""
         return not self.form or self.loss_on == "all"
 
     @model_validator(mode="after")
@@ -282,7 +282,7 @@ class DataConfig(Config):
 
     @property
     def plan(self) -> int:
-        """The plan version in force: a config that names none belongs to a new run, which follows the newest."""
+        """Return the plan version in force: a config that names none belongs to a new run, which follows the newest."""
         return self.plan_version or PLAN_VERSIONS[-1]
 
     @property

@@ -72,20 +72,20 @@ class Stream:
 
     @property
     def carried(self) -> tuple[Carried, ...]:
-        """The windows of an earlier stage that are left to read, the current one included."""
+        """Return the windows of an earlier stage that are left to read, the current one included."""
         left = self._carried[self._passed :]
         return tuple(Carried(name.stage, name.lane, name.segment, name.window, name.cuts) for name in left)
 
     @property
     def position(self) -> WindowId | None:
-        """The window of the next row, unless no row is left in it; None if the source is exhausted."""
+        """Return the window of the next row, unless no row is left in it; None if the source is exhausted."""
         if self._passed < len(self._carried):
             return self._carried[self._passed]
         return self._name(self.cursor.segment, self.cursor.window)
 
     @property
     def rows_left(self) -> int:
-        """Number of rows left to draw in the last window taken."""
+        """Return the number of rows left to draw in the last window taken."""
         return self._window.rows.num_rows - self.cursor.row if self._window else 0
 
     def after(self, name: WindowId) -> WindowId | None:

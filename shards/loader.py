@@ -152,7 +152,7 @@ class Loader:
 
     @property
     def stage(self) -> int:
-        """Number of the stage of the last batch."""
+        """Return the number of the stage of the last batch."""
         return self._state.stage
 
     @property
@@ -221,7 +221,7 @@ class Loader:
 
     @property
     def rows_drawn(self) -> int:
-        """Number of non-empty rows since the run's start in the lanes that this rank reports on: sum it over ranks."""
+        """Return the non-empty rows since the run's start in the lanes that this rank reports on: sum it over ranks."""
         return sum(stream.cursor.rows_drawn for lane in self._leg.reported() for stream in lane.streams)
 
     def forecast(self, steps: int | None) -> Forecast:

@@ -65,7 +65,7 @@ class StepTime:
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """The seconds by name, in the words of a message."""
+        """Return the seconds by name, in the words of a message."""
         return {
             "matrix products": self.products,
             "memory traffic": self.memory,
@@ -76,7 +76,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """The part that takes longest."""
+        """Return the part that takes longest."""
         return max(self.parts, key=lambda name: self.parts[name])
 
 

@@ -51,7 +51,7 @@ class Report:
 
     @cached_property
     def first_step(self) -> int | None:
-        """The first step that was trained on any of the documents."""
+        """Return the first step that was trained on any of the documents."""
         return min((one.step for one in self._history.appearances if not self._trained.reason(one)), default=None)
 
     def summary(self, most: int) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Evaluator:
 
     @property
     def labels(self) -> list[str]:
-        """What its results are called in evals.jsonl."""
+        """Return what its results are called in evals.jsonl."""
         return [part.label for part in self.parts]
 
     def num_targets(self, labels: Collection[str]) -> int:

@@ -45,7 +45,7 @@ class Difference:
 
     @property
     def difference(self) -> float:
-        """The difference b - a, which is below zero if b is better."""
+        """Return the difference b - a, which is below zero if b is better."""
         return self.b - self.a
 
     @property

@@ -45,7 +45,7 @@ class EvaluationConfig(Config):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to score."""
+        """Return whether there is nothing to score."""
         return self.suite is None and not self.tasks
 
     def due(self, step: int) -> bool:

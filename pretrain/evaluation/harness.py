@@ -51,7 +51,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before an answer without a context: the one before the first word of a training document."""
+        """Return the id before an answer without a context: the one before the first word of a training document."""
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:

@@ -214,7 +214,7 @@ class ScoresOfAverage:
 
     @property
     def suite(self) -> str:
-        """The label of the suite or task."""
+        """Return the label of the suite or task."""
         return self.scores.suite
 
     def records(self, step: int) -> list[dict[str, object]]:

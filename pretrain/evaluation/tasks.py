@@ -50,7 +50,7 @@ class TaskConfig(Config):
 
     @property
     def called(self) -> str:
-        """The name of its figures."""
+        """Return the name of its figures."""
         if self.name or self.requests.startswith(PACKAGED):
             return self.name or self.requests.removeprefix(PACKAGED)
         path = Path(self.requests)

@@ -131,7 +131,7 @@ class Workload:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Bytes of one rank's part of the optimizer's state."""
+        """Return the bytes of one rank's part of the optimizer's state."""
         whole = _state_bytes(self._padded_model, self.optimizer, self.averaged)
         return whole // (self.parallel.tp_size * self.dp_size)
 
@@ -146,7 +146,7 @@ class Workload:
 
     @property
     def reduce_bytes(self) -> int:
-        """Bytes of a gradient on its way to other dp ranks."""
+        """Return the bytes of a gradient on its way to other dp ranks."""
         return 4 if self.parallel.reduce_dtype == "fp32" else 2
 
 

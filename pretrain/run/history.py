@@ -144,24 +144,24 @@ class History:
 
     @property
     def name(self) -> str:
-        """The run's name; its folder's if the config is lost."""
+        """Return the run's name; its folder's if the config is lost."""
         run = self.config.get("run")
         name = run.get("name") if isinstance(run, dict) else None
         return str(name or self.folder.root.resolve().name)
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
-        """The step of each record of metrics.jsonl, [records]."""
+        """Return the step of each record of metrics.jsonl, [records]."""
         return self.metrics["step"].astype(np.int64)
 
     @property
     def last_step(self) -> int:
-        """The last step of metrics.jsonl; 0 before the first."""
+        """Return the last step of metrics.jsonl; 0 before the first."""
         return int(self.steps[-1]) if len(self.metrics) else 0
 
     @property
     def length(self) -> int | None:
-        """The step at which the run ends, as far as it is known."""
+        """Return the step at which the run ends, as far as it is known."""
         try:
             ended = self.folder.data_end()
         except (OSError, ValueError):

@@ -109,7 +109,7 @@ class Decoders:
 
     @property
     def replays(self) -> int:
-        """Number of splice points that gave bytes other than those indexed, so that decoding began before them."""
+        """Return the number of splice points that gave other bytes than indexed, so that decoding began before them."""
         return len(self._distrusted)
 
     def read(self, wanted: RawRange) -> bytes:

@@ -59,7 +59,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
     @property
     def num_frames(self) -> int:
-        """Number of frames or members, at least 1."""
+        """Return the number of frames or members, at least 1."""
         return len(self.frames) // 16
 
     def raw_range(self, path: str, start: int, stop: int) -> RawRange:

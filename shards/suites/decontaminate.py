@@ -80,7 +80,7 @@ class HashSet:
 
     @property
     def digest(self) -> str:
-        """A hash of the hashes, equal for equal sets."""
+        """Return a hash of the hashes, equal for equal sets."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._hashes).data)
 
     def candidates(self, signatures: Hashes) -> Ints:
@@ -143,7 +143,7 @@ class Decontaminator:
 
     @property
     def reason(self) -> str:
-        """The reason for which documents are dropped."""
+        """Return the reason for which documents are dropped."""
         what = f"{self._config.match} of {self._config.min_tokens} words"
         return f"shares a {what}{' or more' * (self._config.match == 'paragraph')} with the suite {self._config.suite}"
 

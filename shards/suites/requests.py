@@ -53,7 +53,7 @@ class Instance(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash of all its texts and the right choice."""
+        """Return a hash of all its texts and the right choice."""
         return key_of(self.gold, *(text or "" for choice in self.choices for text in choice))
 
 
@@ -73,12 +73,12 @@ class Requests:
 
     @property
     def is_multiple_choice(self) -> bool:
-        """Whether there is anything to choose from."""
+        """Return whether there is anything to choose from."""
         return len(self.instances[0].choices) > 1
 
     @property
     def has_unconditional(self) -> bool:
-        """Whether each choice comes with a context that does not ask."""
+        """Return whether each choice comes with a context that does not ask."""
         return all(choice.unconditional is not None for one in self.instances for choice in one.choices)
 
 

@@ -84,7 +84,7 @@ class SuiteDocument(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash that identifies the text and puts texts in a random order that is the same on every machine."""
+        """Return a hash that identifies the text and puts texts in a random order that is the same on every machine."""
         scored = self.text.encode() if self.parts is None else msgspec.json.encode([self.parts, self.only_responses])
         return xxhash.xxh3_64_intdigest(scored)
 

@@ -102,12 +102,12 @@ class Tokenizer:
 
     @property
     def beginning(self) -> list[int]:
-        """The ids at a document's beginning: BOS, or none, as configured."""
+        """Return the ids at a document's beginning: BOS, or none, as configured."""
         return list(self._prefix)
 
     @property
     def ending(self) -> list[int]:
-        """The ids at a document's end: EOS, or none, as configured."""
+        """Return the ids at a document's end: EOS, or none, as configured."""
         return list(self._suffix)
 
     def encode_beginnings(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:

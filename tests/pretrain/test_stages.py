@@ -10,6 +10,8 @@ import pytest
 from pretrain.commands.train import how_to_train_longer
 from pretrain.config import RunConfig, load_config
 from pretrain.optim import learning_rate_of_run
+from pretrain.start import announce
+from pretrain.topology import Topology
 from tests.tiny_run import write_config
 
 STEPS = 40
@@ -69,3 +71,15 @@ def test_the_advice_at_the_end_keeps_the_last_rate(tmp_path: Path) -> None:
     rate = float(advice.partition("optim.learning_rate=")[2].split()[0])
     longer = config_of(tmp_path, "linear", WARM_UP, schedule="constant", learning_rate=rate)
     assert rates_of(longer)[-1] == pytest.approx(rates_of(config)[-1], rel=1e-5)
+
+
+def test_a_rule_that_has_nothing_to_scale_is_told(
+    tmp_path: Path, topology: Topology, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_config(tmp_path, "tiny", train={"steps": 4}, optim={"batch_size_rule": "sqrt"})
+    said = "optim.batch_size_rule=sqrt does nothing, since no stage changes the tokens of a step"
+    announce(load_config(path, []), topology)
+    assert said in caplog.text
+    caplog.clear()
+    announce(load_config(path, ["stages=[{step: 2, train: {global_batch_size: 16}}]"]), topology)
+    assert said not in caplog.text
