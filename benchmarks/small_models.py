@@ -17,6 +17,7 @@ from shards import DataConfig, Loader
 
 BASE_DIM, BASE_LAYERS, HEAD = 64, 2, 16
 SAMPLE = Path(__file__).resolve().parents[1] / "shards" / "sample"
+TOKENIZER = SAMPLE / "tokenizer-4k.model"
 PARAMETRIZATIONS = ("standard", "mup")
 
 
@@ -35,11 +36,13 @@ def make_engine(config: ModelConfig, optim: OptimConfig, rows: int, topology: To
     return Engine(config, optim, parallel, ds_config, rows, 1, topology, seed)
 
 
-def batches(rows: int, seq_len: int, seed: int, index: Path) -> Iterator[tuple[Tensor, Tensor, int]]:
+def batches(
+    rows: int, seq_len: int, seed: int, index: Path, tokenizer: Path = TOKENIZER
+) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield the tokens, segment ids and number of targets of batches of the bundled training text, without end."""
     config = DataConfig.parse(
         {
-            "tokenizer": str(SAMPLE / "tokenizer-4k.model"), "seq_len": seq_len, "lanes": 8, "num_workers": 0,
+            "tokenizer": str(tokenizer), "seq_len": seq_len, "lanes": 8, "num_workers": 0,
             "window_bytes": 131072, "index_dir": str(index),
             "sources": [{"name": "pile", "paths": [str(SAMPLE / "train" / "pile-*")]}],
         }
