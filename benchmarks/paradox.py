@@ -59,7 +59,7 @@ Perplexities = dict[tuple[Model, float, int], float]  # by model, rate and seed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--steps", type=int, default=300, help=f"of {ROWS * LENGTH:,} tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--png", type=Path, help="where to draw a picture")

@@ -239,6 +239,7 @@ class RunConfig(Config):
             n_kv_heads=self.model.kv_heads // tp_size,
             head_dim=self.model.head_dim,
             dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+            dropout=self.model.attention_dropout,
         )
 
     def hash(self) -> str:
@@ -327,6 +328,11 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if model and parallel:
         for key, value in model.split_sizes.items():
             yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
+        if model.attention_dropout and parallel.attention in ("flex", "varlen"):
+            yield (
+                f"model.attention_dropout={model.attention_dropout} needs parallel.attention=sdpa or auto, not"
+                f" {parallel.attention}, which has no dropout"
+            )
         if not model.gives_each_rank_tokens(parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"

@@ -101,7 +101,9 @@ class Engine:
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-        self.attention = attention_backend(parallel, topology, model_config.head_dim, dtype)
+        self.attention = attention_backend(
+            parallel, topology, model_config.head_dim, dtype, model_config.attention_dropout
+        )
         model = Transformer(model_config, parallel, self.attention)
         model.to(topology.device).initialize(seed)
         self.model = model

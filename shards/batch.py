@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,12 @@ class Batch:
         state: LoaderState,
         skipped_so_far: int,
         epochs: dict[str, float],
+        attention: Literal["document", "row"] = "document",
     ) -> None:
         self._draws, self._slots, self._sources, self._state = draws, slots, sources, state
         self.tokens: npt.NDArray[np.int32] = np.zeros((len(draws), seq_len + 1), np.int32)
-        # 0 = padding; a row's pieces count from 1, and a token of a prompt has its piece's number negated
+        # 0 = padding; a row's pieces count from 1, and a token of a prompt has its piece's number negated. Where tokens
+        # attend to the whole row, it is one piece, in which the first tokens of documents are negated too
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)
         self.n_targets = 0  # tokens to predict: those that `is_target` marks
         self.forgotten_tokens = 0  # tokens of documents that data.forget names, in place of which there is padding
@@ -69,13 +71,15 @@ class Batch:
                 continue
             lengths = row.window.rows.fill(row.number, self.tokens[i], self.segment_ids[i])
             self._mark_prompts(i, row, lengths)
+            if attention == "row":
+                self._join_pieces(i, lengths)
             read = self._hash(i)
             self.row_hash += read
             if row.window.forgotten.any() and self._forget(i, row, lengths):
                 read = self._hash(i)
             self.trained_hash += read
             self.n_targets += int(_targets(self.segment_ids[i]).sum())
-            self.squared_lengths += sum(length * length for length in lengths)
+            self.squared_lengths += _squared_lengths(self.segment_ids[i])
             self._count(counts, row, lengths)
         self.row_hash %= _HASH_MODULUS
         self.trained_hash %= _HASH_MODULUS
@@ -97,6 +101,13 @@ class Batch:
         for document, start, length in zip(_pieces(row).tolist(), starts, lengths, strict=True):
             begin, end = end, end + length
             prompts.mark(document, start, self.segment_ids[i, begin:end])
+
+    def _join_pieces(self, i: int, lengths: list[int]) -> None:
+        """Make a row a single piece, in place, in which the same tokens are learned as before."""
+        ids = self.segment_ids[i]
+        np.sign(ids, out=ids)
+        starts = np.cumsum([0, *lengths[:-1]])
+        ids[starts] = -1
 
     def _forget(self, i: int, row: Row, lengths: list[int]) -> bool:
         """Turn a row's forgotten pieces into padding in place, and set their lengths to 0; return whether it has any.
@@ -186,6 +197,14 @@ def _targets(segment_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     pieces = np.abs(segment_ids)
     is_target: npt.NDArray[np.bool_] = (segment_ids[..., 1:] > 0) & (pieces[..., 1:] == pieces[..., :-1])
     return is_target
+
+
+def _squared_lengths(segment_ids: npt.NDArray[np.int32]) -> int:
+    """Return the sum of the squares of the lengths of a row's pieces, without padding."""
+    pieces = np.abs(segment_ids)
+    bounds = np.flatnonzero(np.diff(pieces, prepend=-1, append=-1))
+    lengths = np.diff(bounds)[pieces[bounds[:-1]] > 0]
+    return int((lengths * lengths).sum())
 
 
 def _pieces(row: Row) -> npt.NDArray[np.int32]:

@@ -220,6 +220,8 @@ class DataConfig(Config):
     rank_encoding: RankEncoding | None = None
     seq_len: int = Field(ge=1)  # predicted tokens per row; a row holds seq_len + 1 tokens
     packing: Packing = "best_fit"
+    # The tokens of its row that a token attends to: those before it of its own document, or of all documents
+    attention: Literal["document", "row"] = "document"
     # Streams of rows, which only a stage changes; None = the most that divide a batch and have 64 MiB each, up to 1024
     lanes: int | None = Field(default=None, ge=1)
     # Version of the rules that decide the order of rows; None = the run's own, or the newest for a new run

@@ -33,9 +33,11 @@ def fingerprint(
     known = 0  # sources of the stages before
     for stage, num_lanes, filtered, forgotten in zip(stages, lanes, tools.filters, tools.forgotten, strict=True):
         config, sources = stage.data, stage.data.sources
-        plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources"})
+        plain = config.model_dump(mode="json", exclude={*config.MAY_CHANGE, "sources", "attention"})
         plain |= {"lanes": num_lanes, "seed": seed, "window_bytes": config.window_limit, "plan_version": config.plan}
         plain["sources"] = [_plain(source) for source in sources]
+        if config.attention == "row":  # runs begun before there was a choice have no such key
+            plain["attention"] = config.attention
         added = list(zip(sources, shards, strict=False))[known:]
         described.append(
             {

@@ -193,7 +193,7 @@ class Loader:
         state = msgspec.structs.replace(self._state, rows=first + stage.global_batch_size, lanes=lanes)
         slots = range(self._ranks.rank, stage.global_batch_size, self._ranks.size)
         skipped = _skipped_in(leg.reported())
-        batch = Batch(draws, slots, leg.sources, stage.data.seq_len, state, skipped, leg.epochs())
+        batch = Batch(draws, slots, leg.sources, stage.data.seq_len, state, skipped, leg.epochs(), stage.data.attention)
         self._check_skipped(batch)
         ended = is_empty and leg.is_dry(first)
         if is_empty and not ended:

@@ -7,7 +7,7 @@ it adds, so that a source has one number in all stages; one that is taken out ha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ class StageData(Config):
     weights: dict[Name, float] = Field(default_factory=dict)  # earlier source -> new weight; 0 takes it out
     seq_len: int | None = Field(default=None, ge=1)  # predicted tokens per row
     packing: Packing | None = None
+    attention: Literal["document", "row"] | None = None  # the tokens of its row that a token attends to
     lanes: int | None = Field(default=None, ge=1)  # streams of rows; None = as many as before, whatever the batch size
     decontaminate: Decontamination | None = None
     forget: Path | None = None  # a list of documents to train on no more, as in data.forget
@@ -60,7 +61,7 @@ def stage_after(
     kept = tuple(source.model_copy(update={"weight": weights[source.name]}) for source in before.data.sources)
     changed = {
         key: value
-        for key in ("seq_len", "packing", "lanes", "decontaminate", "forget")
+        for key in ("seq_len", "packing", "attention", "lanes", "decontaminate", "forget")
         if (value := getattr(changes, key)) is not None
     }
     data = before.data.model_copy(

@@ -115,9 +115,11 @@ def _with_recorded_attention(training: Training, topology: Topology) -> RunConfi
 def _check_dropout(training: Training, topology: Topology) -> None:
     """Raise ConfigError if the model has dropout and would draw other masks than the run did."""
     config = training.config
-    if not config.model.dropout:
+    keys = ("dropout", "attention_dropout")
+    drawn = [f"model.{key}={share}" for key in keys if (share := getattr(config.model, key))]
+    if not drawn:
         return
-    what = f"model.dropout={config.model.dropout}: masks are drawn for each data-parallel rank and micro-step"
+    what = f"{' and '.join(drawn)}: masks are drawn for each data-parallel rank and micro-step"
     if not training.starts:
         raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
     here = (topology.dp_size, _micro_batches(config, topology.dp_size), config.parallel.sequence_parallel)

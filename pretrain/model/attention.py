@@ -2,7 +2,7 @@
 
 Three backends with the same result. "varlen" computes each piece by itself: FlashAttention on CUDA, batches of pieces
 on the CPU. "flex" is FlexAttention on CUDA, which skips the blocks of the row-by-row mask in which no token may see
-another. "sdpa" is PyTorch's attention with that whole mask, on any device.
+another. "sdpa" is PyTorch's attention with that whole mask, on any device, and the only one with dropout.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from pretrain.model.parallel import tp_rank, tp_size
 from pretrain.model.piece_attention import piece_attention
 from pretrain.model.pieces import Pieces
 
@@ -24,13 +25,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionBackend = Literal["sdpa", "flex", "varlen"]
 
 
-def attention_within_pieces(pieces: Pieces, backend: AttentionBackend) -> Attend:
+def attention_within_pieces(pieces: Pieces, backend: AttentionBackend, dropout: float = 0.0) -> Attend:
     """Return causal attention that stays within a piece; made once per forward pass, used by every block.
 
     Args:
         pieces: padding attends to padding, so that its rows stay finite.
         backend: "flex" compiles at its first use and needs CUDA.
+        dropout: share of the attention's weights that are set to 0 at random; above 0 only for "sdpa".
     """
+    if dropout:
+        assert backend == "sdpa"
+        return functools.partial(_attention_with_dropout, mask=_mask_of(pieces), dropout=dropout)
     return {"sdpa": _masked_attention, "flex": _flex_attention, "varlen": _varlen_attention}[backend](pieces)
 
 
@@ -41,12 +46,31 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _masked_attention(pieces: Pieces) -> Attend:
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Return attention of which a part of the weights is set to 0 and the others are scaled up, as dropout does.
+
+    Every tp rank draws for the heads of all and takes those of its own, so that each tp_size drops the same ones.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # [B, H, T (query), T (key)]
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1, dtype=torch.float32).type_as(q)
+    rows, heads, length = weights.shape[:3]
+    of_all = (rows, heads * tp_size(), length, length)
+    dropped = torch.empty(of_all, dtype=torch.bool, device=q.device).bernoulli_(dropout)[:, heads * tp_rank() :]
+    return (weights.masked_fill(dropped[:, :heads], 0) @ v / (1 - dropout)).transpose(1, 2)
+
+
+def _mask_of(pieces: Pieces) -> Tensor:
+    """Return which keys each query attends to, bool [B, 1, T (query), T (key)]."""
     numbers = pieces.numbers
     length = numbers.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=numbers.device).tril()
-    mask = (numbers.unsqueeze(2) == numbers.unsqueeze(1)) & causal  # [B, T (query), T (key)]
-    return functools.partial(sdpa, mask=mask.unsqueeze(1))
+    return ((numbers.unsqueeze(2) == numbers.unsqueeze(1)) & causal).unsqueeze(1)
+
+
+def _masked_attention(pieces: Pieces) -> Attend:
+    return functools.partial(sdpa, mask=_mask_of(pieces))
 
 
 def _varlen_attention(pieces: Pieces) -> Attend:

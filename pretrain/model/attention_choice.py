@@ -36,6 +36,7 @@ class AttentionShape:
     Attributes:
         rows, length: of a micro-batch; length in tokens.
         n_heads, n_kv_heads: heads of this tensor-parallel rank.
+        dropout: model.attention_dropout.
     """
 
     rows: int
@@ -44,20 +45,22 @@ class AttentionShape:
     n_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    dropout: float = 0.0
 
 
 def attention_backend(
-    parallel: ParallelConfig, topology: Topology, head_dim: int, dtype: torch.dtype
+    parallel: ParallelConfig, topology: Topology, head_dim: int, dtype: torch.dtype, dropout: float = 0.0
 ) -> AttentionBackend:
     """Return the attention that a config asks for; for auto the one that is usually fastest.
 
     Args:
         dtype: type of the weights.
+        dropout: share of the attention's weights that is dropped in training.
     Raises:
         ConfigError: if this device cannot run it.
     """
     device = topology.device
-    fitting = _fitting(device, head_dim, dtype)
+    fitting = _fitting(device, head_dim, dtype, dropout)
     chosen = fitting[0] if parallel.attention == "auto" else parallel.attention
     if chosen not in fitting:
         raise ConfigError(
@@ -77,14 +80,17 @@ def with_fastest_attention(parallel: ParallelConfig, topology: Topology, shape: 
     Raises:
         ConfigError: if no backend can run this shape.
     """
-    if parallel.attention != "auto" or parallel.deterministic or topology.device.type == "cpu":
+    settled = parallel.attention != "auto" or parallel.deterministic or shape.dropout > 0
+    if settled or topology.device.type == "cpu":
         return parallel
     measured = topology.together(lambda: _fastest(topology.device, shape) if topology.is_main else None)
     return parallel.model_copy(update={"attention": topology.broadcast_object(measured)})
 
 
-def _fitting(device: torch.device, head_dim: int, dtype: torch.dtype) -> list[AttentionBackend]:
+def _fitting(device: torch.device, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> list[AttentionBackend]:
     """Return what a device can run, first what is usually fastest."""
+    if dropout:
+        return ["sdpa"]
     if device.type == "cpu":
         return ["varlen", "sdpa"]
     fitting: list[AttentionBackend] = []

@@ -271,6 +271,11 @@ def tp_rank() -> int:
     return int(get_model_parallel_rank())
 
 
+def tp_size() -> int:
+    """Return the number of ranks that share a copy of the model."""
+    return int(get_model_parallel_world_size())
+
+
 def gather_over_tp(x: Tensor) -> Tensor:
     """Return every tp rank's tensor of the same shape, [tp_size, ...], without a gradient."""
     if get_model_parallel_world_size() == 1:

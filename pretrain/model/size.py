@@ -188,7 +188,8 @@ def _activations(work: Workload) -> float:
     of gradients; and an update: Muon's, and one that is measured, from a copy of the rank's fp32 weights.
     """
     config, weight_bytes = work.model, work.bytes_per_weight
-    blocks = config.n_layers * work.tokens * weight_bytes * _kept_by_block(work)
+    of_dropout = _kept_of_dropout(work) if work.parallel.activation_checkpointing == "none" else 0
+    blocks = config.n_layers * work.tokens * (weight_bytes * _kept_by_block(work) + of_dropout)
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
     return max(
         blocks + ends + _loss_bytes(work),
@@ -236,6 +237,23 @@ def _kept_by_block(work: Workload) -> float:
     return kept + (of_rank * (queries + keys) if config.qk_norm else 0)
 
 
+def _kept_of_dropout(work: Workload) -> float:
+    """Return the bytes per token that a block keeps of attention with dropout, which makes the matrix of all weights.
+
+    These are the weights in fp32, which of them were dropped, and what is left of them. Compiled, what is left is
+    computed again in bf16. Any checkpointing leaves all of it to be computed again.
+    """
+    if not work.model.attention_dropout:
+        return 0
+    left = 0 if work.parallel.compile and work.bytes_per_weight == 2 else work.bytes_per_weight
+    return (5 + left) * _pairs(work)
+
+
+def _pairs(work: Workload) -> float:
+    """Count the weights of a block's attention per token, on one tp rank."""
+    return work.model.n_heads * work.seq_len / work.parallel.tp_size
+
+
 def _loss_bytes(work: Workload) -> float:
     """Estimate what the loss takes: the gradients of states and weight, and the logits of a chunk in two types."""
     config, weight_bytes = work.model, work.bytes_per_weight
@@ -262,7 +280,13 @@ def _backward_bytes(work: Workload) -> float:
         "full": _kept_by_block(_with_checkpointing(work, "none")) - _kept_by_block(work),
     }[parallel.activation_checkpointing]
     gradients = config.dim + (0 if parallel.compile else 2 * hidden)
-    return work.bytes_per_weight * (work.tokens * (again + gradients) + config.dim * hidden)
+    found = work.bytes_per_weight * (work.tokens * (again + gradients) + config.dim * hidden)
+    if config.attention_dropout:
+        of_dropout = 0 if parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
+        found += work.tokens * (
+            of_dropout + 4 * _pairs(work)
+        )  # the gradient of what is left of the weights, and of all
+    return found
 
 
 def _with_checkpointing(work: Workload, what: Checkpointing) -> Workload:

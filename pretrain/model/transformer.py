@@ -65,6 +65,9 @@ class ModelConfig(Config):
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
     tie_embeddings: bool = False  # the output projection is the embedding
     dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
+    # On the attention's weights, each the share of a token in what another takes over; costs time and memory, see
+    # docs/models.md
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
     init: Literal["trunc_normal", "normal"] = "trunc_normal"  # trunc_normal: cut at three standard deviations
     init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
@@ -265,7 +268,8 @@ class Transformer(nn.Module):
         if cache is None:
             assert segment_ids is not None
             pieces = pieces_of(segment_ids, tokens.device)
-            attends = [attention_within_pieces(pieces, self.attention_backend)] * config.n_layers
+            dropout = config.attention_dropout if self.training else 0.0
+            attends = [attention_within_pieces(pieces, self.attention_backend, dropout)] * config.n_layers
             positions = pieces.positions
         else:
             attends, positions = cache.attends, cache.positions(tokens)

@@ -21,7 +21,7 @@ model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_siz
   norm_eps: 0.5, rope_theta: 1.5,
   rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
     original_max_position_embeddings: 64},
-  qk_norm: true, tie_embeddings: true, dropout: 0.5, init: normal, init_std: 0.5,
+  qk_norm: true, tie_embeddings: true, dropout: 0.5, attention_dropout: 0.5, init: normal, init_std: 0.5,
   parametrization: mup, base: {dim: 8, ffn_dim: 16, n_layers: 1, head_dim: 2}}
 init_from: a/folder
 data:
@@ -34,6 +34,7 @@ data:
   tokenizer: a.model
   seq_len: 32
   packing: {overflow_tolerance: 2}
+  attention: row
   lanes: 4
   plan_version: 2
   bos: false
@@ -85,6 +86,7 @@ stages:
       weights: {a: 0.25}
       seq_len: 64
       packing: {overflow_tolerance: 4}
+      attention: row
       lanes: 8
       decontaminate: {suite: t, splits: [val], match: ngram, min_tokens: 9}
       forget: g

@@ -100,6 +100,46 @@ def test_a_packed_row_is_its_documents_alone(
     assert_equal_to_documents_alone(attend, segment_ids, heads_of(segment_ids, *heads, dtype))
 
 
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_dropout_sets_some_weights_to_zero_and_scales_the_others_up(n_kv_heads: int) -> None:
+    segment_ids = rows_of([5, 7], [3, 9])
+    inputs = heads_of(segment_ids, 4, n_kv_heads, torch.float32)
+    attend = attention_within_pieces(pieces_of(segment_ids, CPU), "sdpa", dropout=0.3)
+    torch.manual_seed(11)
+    found = results(attend, inputs)
+    torch.manual_seed(11)
+    dropped = torch.empty(2, 4, 12, 12, dtype=torch.bool).bernoulli_(0.3)
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for row, head in itertools.product(range(2), range(4)):
+            keys, values = (x[row, :, head * n_kv_heads // 4] for x in (k, v))
+            seen = (segment_ids[row][:, None] == segment_ids[row]).tril()
+            exponentials = torch.exp(q[row, :, head] @ keys.T / 8**0.5) * seen
+            weights = exponentials / exponentials.sum(1, keepdim=True) * ~dropped[row, head] / 0.7
+            out.append(weights @ values)
+        return torch.stack(out).view(2, 4, 12, 8).transpose(1, 2)
+
+    for one, other in zip(found, results(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("topology")
+def test_tensor_parallel_ranks_drop_what_one_rank_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment_ids = rows_of([5, 7], [3, 9])
+    inputs = heads_of(segment_ids, 4, 4, torch.float32)
+    attend = attention_within_pieces(pieces_of(segment_ids, CPU), "sdpa", dropout=0.3)
+    torch.manual_seed(11)
+    whole = attend(*inputs)
+    monkeypatch.setattr(attention, "tp_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(attention, "tp_rank", lambda rank=rank: rank)
+        own = slice(2 * rank, 2 * rank + 2)
+        torch.manual_seed(11)
+        torch.testing.assert_close(attend(*(x[:, :, own] for x in inputs)), whole[:, :, own])
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
 def test_flex_sees_the_same_tokens(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward only, since FlexAttention has no gradients on the CPU; `test_gpu.py` has them."""

@@ -142,7 +142,8 @@ def test_checkpointing_changes_no_gradient(compiled: bool, monkeypatch: pytest.M
     tokens, gradients = random_tokens(2, 25), {}
     segments = torch.cat((SEGMENTS, SEGMENTS[:, -1:]), dim=1)
     for what in ("none", "selective", "full"):
-        model = build({"activation_checkpointing": what, "compile": compiled}, dropout=0.1, qk_norm=True)
+        parallel = {"activation_checkpointing": what, "compile": compiled}
+        model = build(parallel, dropout=0.1, attention_dropout=0.1, qk_norm=True)
         head = functools.partial(training_loss, targets=next_token_targets(tokens, segments), z_loss=1e-3)
         with seeded(7, torch.device("cpu")):
             model(tokens[:, :-1], SEGMENTS, head).total.backward()
@@ -153,8 +154,9 @@ def test_checkpointing_changes_no_gradient(compiled: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("topology")
-def test_dropout_depends_on_the_seed_alone() -> None:
-    model, tokens = build(dropout=0.3), random_tokens(1, 24)
+@pytest.mark.parametrize("dropout", [{"dropout": 0.3}, {"attention_dropout": 0.3}])
+def test_dropout_depends_on_the_seed_alone(dropout: dict[str, object]) -> None:
+    model, tokens = build(**dropout), random_tokens(1, 24)
     segments = torch.ones_like(tokens)
 
     def run(seed: int) -> torch.Tensor:
