@@ -20,13 +20,15 @@ from pretrain import data_end
 from pretrain.checkpoint.duration import save_time
 from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.state import Layout, RunState
+from pretrain.checkpoint.state import Layout, RunState, read_state
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.universal import find_or_convert
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_parts, warn_of_training_shards
 from pretrain.evaluation.tasks import TaskSet
 from pretrain.exchange.folder import content_hash, file_hashes, open_model
+from pretrain.exchange.run_model import RunModel
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
 from pretrain.faults.spikes import SpikeWatch, StepFigures, last_figures, unapplied_in_a_row
@@ -254,24 +256,37 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
         return msgspec.structs.replace(state, config_hash=config.hash())
-    return first_state(config, engine, topology)
+    with start.interrupt.starting():
+        return first_state(config, store, engine, topology)
 
 
-def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunState:
-    """Give a new engine the weights that a run begins with; every rank calls it."""
-    init_hash = _load_weights(config, config.init_from, engine, topology) if config.init_from else ""
+def first_state(config: RunConfig, store: CheckpointStore, engine: Engine, topology: Topology) -> RunState:
+    """Give a new engine the weights that a run begins with; every rank calls it.
+
+    Args:
+        store: the run's own checkpoints, beside which the state of another run's optimizer is converted.
+    """
+    init_hash = _load_model(config, config.init_from, store, engine, topology) if config.init_from else ""
     return RunState(
         step=0, tokens=0, tokens_per_source={}, batch_hash="", restarts=0, config_hash=config.hash(),
         init_hash=init_hash, **asdict(layout_of(config, topology)),
     )  # fmt: skip
 
 
-def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
-    """Load the weights of another model into the engine; return the hash of its files."""
-    engine.set_weights(open_model(model, config.model))
-    hashes = topology.gather_objects(file_hashes(model, topology.rank, topology.world_size))
-    found = content_hash([line for part in hashes for line in part])
-    _logger.info("starting from the weights in %s (hash of the files: %s)", model, found)
+def _load_model(config: RunConfig, path: Path, store: CheckpointStore, engine: Engine, topology: Topology) -> str:
+    """Load another model into the engine; return the hash of its files."""
+    model = open_model(path, config.model)
+    own = topology.together(lambda: file_hashes(model, topology.rank, topology.world_size))
+    found = content_hash([line for part in topology.gather_objects(own) for line in part])
+    if isinstance(model, RunModel) and config.init_optimizer:
+        topology.together(store.discard_universal if topology.is_main else lambda: None)  # another's of this step
+        saved, wanted = read_state(model.checkpoint).layout, layout_of(config, topology)
+        engine.load_universal(find_or_convert(store, model.checkpoint, saved, wanted, topology))
+        engine.average.drop()
+    else:
+        engine.set_weights(model)
+    what = "weights and optimizer" if config.init_optimizer else "weights"
+    _logger.info("starting from the %s in %s (hash of the files: %s)", what, path, found)
     return found
 
 

@@ -97,8 +97,10 @@ class RunConfig(Config):
 
     run: RunPart
     model: ModelConfig
-    # Folder of a model in Hugging Face's or Meta's layout to take initial weights from; None: random initialization
+    # A model to take initial weights from: its folder in Hugging Face's or Meta's layout, or a run's, with @STEP for
+    # another checkpoint than the newest; None: random initialization
     init_from: Path | None = None
+    init_optimizer: bool = False  # of a run, take the optimizer's state too
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
@@ -338,6 +340,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                 f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
                 f" a token; make parallel.tp_size or model.vocab_multiple={model.vocab_multiple} smaller"
             )
+    if parts.get("init_optimizer") and not parts.get("init_from"):
+        yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
     if train and data:
         yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
     if checkpoint and checkpoint.keep_every:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,8 @@ from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
 from pretrain.evaluation.tasks import check_tasks
-from pretrain.exchange.folder import open_model
+from pretrain.exchange.folder import named_exactly, open_model
+from pretrain.exchange.run_model import RunModel
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.faults.interrupt import Interrupt
 from pretrain.inference.generate import Sampling, codec_of, generate
@@ -137,12 +139,25 @@ def check_inputs(config: RunConfig) -> Tokenizer:
             f" tokens; set model.vocab_size={vocab_size}"
         )
     if config.init_from and not checkpoints_of(config).steps():
-        open_model(config.init_from, config.model)
-        check_tokenizer(config.init_from, tokenizer, f"data.tokenizer={config.data.tokenizer}")
+        _check_initial_model(config, config.init_from, tokenizer)
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
     check_tasks(config.evaluation.tasks)
     return tokenizer
+
+
+def _check_initial_model(config: RunConfig, path: Path, tokenizer: Tokenizer) -> None:
+    """Check that the run can begin with the model in a folder. Raises: as `check_inputs`."""
+    model, key = open_model(path, config.model), f"data.tokenizer={config.data.tokenizer}"
+    if not isinstance(model, RunModel):
+        if config.init_optimizer:
+            raise ConfigError(f"init_optimizer: init_from={path} is no run, so it has no state of an optimizer")
+        check_tokenizer(path, tokenizer, key)
+        return
+    if config.init_optimizer:
+        model.check_optimizer(config.optim.name, config.model)
+    if model.tokenizer_hash != tokenizer.content_hash:
+        check_tokenizer(model.tokenizer, tokenizer, key)
 
 
 def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -191,6 +206,9 @@ def claim_run(
     store = checkpoints_of(config)
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
+    if config.init_from:
+        exactly = named_exactly(config.init_from, begun.init_from if begun else None)
+        config = config.model_copy(update={"init_from": exactly})
     if not replaced:
         config = config.passing_over(folder.rewinds())
     if begun:

@@ -87,7 +87,7 @@ def replay(
         if recorded.before.step:
             state = _restored(config, recorded.before.step, store, engine, loader, scratch, topology)
         else:
-            state = first_state(config, engine, topology)
+            state = _begun(config, engine, scratch, topology)
         length = data_end.foresee(loader, config.train.steps, topology)
         before = Figures.of_state(state, engine.state_hash())
         environment = environment_of(topology, engine.attention)
@@ -153,10 +153,25 @@ def _restored(
     with ExitStack() as stack:
         own = store
         if read_state(checkpoint).layout != layout:
-            own = _Scratch(stack.enter_context(_shared_folder(scratch, topology)), config.checkpoint)
+            own = stack.enter_context(_scratch_store(config, scratch, topology))
         state = restore(checkpoint, own, layout, engine, loader, topology, contextlib.nullcontext())
         topology.barrier()  # all ranks have read it
     return state
+
+
+def _begun(config: RunConfig, engine: Engine, scratch: Path | None, topology: Topology) -> RunState:
+    """Begin the run again; what has to be converted for it is converted elsewhere."""
+    with _scratch_store(config, scratch, topology) as own:
+        state = first_state(config, own, engine, topology)
+        topology.barrier()  # all ranks have read it
+    return state
+
+
+@contextlib.contextmanager
+def _scratch_store(config: RunConfig, scratch: Path | None, topology: Topology) -> Iterator[CheckpointStore]:
+    """Make a store in a temporary folder that every rank sees."""
+    with _shared_folder(scratch, topology) as folder:
+        yield _Scratch(folder, config.checkpoint)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import tokenizers
 import xxhash
 
 from pretrain.config_file import dump
-from pretrain.exchange import hf, meta
+from pretrain.exchange import hf, meta, run_model
 from pretrain.exchange.description import architecture
 from pretrain.inference.generate import Codec, codec_of
 from pretrain.model.transformer import ModelConfig
@@ -22,26 +22,30 @@ from shards.storage.content_hash import hash_file
 
 _logger = logging.getLogger(__name__)
 
-Model = hf.HFModel | meta.MetaModel
+Model = hf.HFModel | meta.MetaModel | run_model.RunModel
 
 
 def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
-    """Open the model in a folder of either layout.
+    """Open the model in a folder of another program's layout or in that of a run, of which RUN@STEP names a checkpoint.
 
     Args:
         expected: the config that it will be used with. If it has fewer tokens than the embedding has rows, which then
             pad it, the rows after them are not read.
     Raises:
         ConfigError: if there is no model that Headrace can run, or it differs from `expected`.
+        CheckpointError: if the run has no such checkpoint.
     """
     model: Model
     if (folder / hf.CONFIG).exists():
         model = hf.HFModel(folder, expected)
     elif (folder / meta.PARAMS).exists():
         model = meta.MetaModel(folder, expected)
+    elif run_model.is_run(folder):
+        model = run_model.RunModel(folder, expected)
     else:
         raise ConfigError(
-            f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
+            f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta) nor the"
+            " config.yaml of a run"
         )
     if expected:
         model.description.check(expected)
@@ -51,6 +55,19 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
                 folder, left_out, expected.vocab_size,
             )  # fmt: skip
     return model
+
+
+def named_exactly(path: Path, begun: Path | None = None) -> Path:
+    """Return the path that goes on to name the same model: of a run, with the step of its newest checkpoint.
+
+    Args:
+        begun: what a run has begun with that goes on with this path; of the same run it is what the path means.
+    """
+    if begun is not None:
+        return begun if run_model.is_checkpoint_of(begun, path) else path
+    if (path / hf.CONFIG).exists() or (path / meta.PARAMS).exists() or not run_model.is_run(path):
+        return path
+    return run_model.RunModel(path).path
 
 
 def describe(folder: Path) -> str:
@@ -117,12 +134,14 @@ def _ends(config: Mapping[str, Any]) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def file_hashes(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Return "name hash" for each file in one part of a folder's files."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+def file_hashes(model: Model, part: int = 0, parts: int = 1) -> list[str]:
+    """Return "name hash" for each file in one part of a model's files. Raises CheckpointError if a run's is damaged."""
+    if isinstance(model, run_model.RunModel):
+        return model.file_hashes(part, parts)
+    files = sorted(path for path in model.folder.iterdir() if path.is_file())
     return [f"{path.name} {hash_file(path)}" for path in files[part::parts]]
 
 
 def content_hash(hashes: Sequence[str]) -> str:
-    """Return 32 hex digits for all files of a folder, given the results of `file_hashes` for each part."""
+    """Return 32 hex digits for all files of a model, given the results of `file_hashes` for each part."""
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(hashes)).encode())

@@ -165,6 +165,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
     """Compare the pieces of the tokenizer in a model's folder with ours, id by id.
 
     Args:
+        folder: the model's folder, or the tokenizer's file.
         key: the config key, with its value, that names our tokenizer.
     Raises:
         ConfigError: naming the first id that means something else, or is missing in ours.
@@ -191,6 +192,8 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
 def _pieces(folder: Path) -> tuple[Path, dict[int, str]] | None:
     """Return the file and its pieces by id; None if the folder has no tokenizer in a readable format."""
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
+    if folder.is_file():
+        model, library = folder, folder
     if model.exists():
         try:
             tokenizer = Tokenizer(model, bos=False, eos=False)

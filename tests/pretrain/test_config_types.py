@@ -24,6 +24,7 @@ model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_siz
   qk_norm: true, tie_embeddings: true, dropout: 0.5, attention_dropout: 0.5, init: normal, init_std: 0.5,
   parametrization: mup, base: {dim: 8, ffn_dim: 16, n_layers: 1, head_dim: 2}}
 init_from: a/folder
+init_optimizer: true
 data:
   sources:
     - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
