@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Command("continue prompts with a model", on_ranks=True),
     "export": Command("write a run's model for other programs"),
     "average": Command("average checkpoints of a run into one model"),
+    "grow": Command("write a larger model that computes what a run's does"),
     "audit": Command("train an interval of a run again and compare it with what the run recorded", on_ranks=True),
     "provenance": Command("list every document of a step"),
     "exposure": Command("find out when a run was trained on a document or text"),

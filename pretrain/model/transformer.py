@@ -6,7 +6,7 @@ Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -285,19 +285,22 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
-        layers = self.config.base.n_layers if self.config.base else self.config.n_layers
         for name, parameter in self.named_parameters():
-            scale = self.config.scale_of(name).init
-            if parameter.dim() < 2:
-                parameter.fill_(scale)
-                continue
-            std = self.config.init_std * scale
-            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
-                std /= (2 * layers) ** 0.5
-            generator = torch.Generator(parameter.device).manual_seed(derive_seed(seed, "init", name))
-            full = torch.empty(full_shape(parameter), device=parameter.device)
-            if self.config.init == "trunc_normal":
-                nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-            else:
-                nn.init.normal_(full, std=std, generator=generator)
+            full = initial_weight(name, full_shape(parameter), self.config, seed, parameter.device)
             parameter.copy_(shard_of(full, parameter))
+
+
+def initial_weight(
+    name: str, shape: Sequence[int], config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the whole initial value of a weight of this name and shape, in fp32."""
+    full, scale = torch.empty(tuple(shape), device=device), config.scale_of(name).init
+    if full.dim() < 2:
+        return full.fill_(scale)
+    std = config.init_std * scale
+    if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+        std /= (2 * (config.base or config).n_layers) ** 0.5
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "init", name))
+    if config.init == "trunc_normal":
+        return nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return nn.init.normal_(full, std=std, generator=generator)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,21 @@ def test_a_run_begins_with_the_weights_of_the_newest_checkpoint_and_remembers_wh
 def test_the_state_of_an_optimizer_makes_a_difference(parent: Path, tmp_path: Path) -> None:
     run(tmp_path, "child", parent.parent, f"init_from={parent}@2")
     assert losses(tmp_path / "child")[1] != pytest.approx(losses(parent)[3], rel=2e-4)
+
+
+def test_a_grown_model_goes_on_where_the_smaller_one_was(parent: Path, tmp_path: Path) -> None:
+    sizes = ["model.dim=48", "model.n_heads=6", "model.n_layers=3", "model.ffn_dim=96"]
+    large = [*sizes, f"model.norm_eps={1e-5 * 32 / 48}", "model.tie_embeddings=true"]
+    grow = ["grow", "--run", str(parent), "--step", "2", "--config", str(parent / "config.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *grow, "--to", str(tmp_path / "grown"), *large],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"\d+\.\d{6}", done.stdout)
+    assert before == after
+    run(tmp_path, "child", parent.parent, f"init_from={tmp_path / 'grown'}", "train.steps=1", *large)
+    assert losses(tmp_path / "child") == pytest.approx(losses(parent)[2:3], rel=1e-5)
 
 
 @pytest.mark.parametrize(
