@@ -178,7 +178,8 @@ class RunConfig(Config):
     @property
     def checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint of the whole model."""
-        return checkpoint_bytes(self.model, self.bytes_per_weight, self.optim.name, self.train.ema is not None)
+        averaged, optim = self.train.ema is not None, self.optim
+        return checkpoint_bytes(self.model, self.bytes_per_weight, optim.name, averaged, optim.moment_bytes)
 
     def settled(self, begun: RunConfig | None) -> RunConfig:
         """Return this config with its plan version: its own if set, else that of the run it continues."""
@@ -228,6 +229,7 @@ class RunConfig(Config):
             layers_measured=self.metrics.layers_every is not None,
             averaged=self.train.ema is not None,
             optimizer=self.optim.name,
+            moment_bytes=self.optim.moment_bytes,
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 

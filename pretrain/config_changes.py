@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     ("train.epochs", False),  # decides which rows the run has
     ("train.*", True),
     ("optim.name", False),  # the moments of one optimizer are not those of another
+    ("optim.moments", False),  # nor are they of another type
     ("optim.learning_rate_groups*", False),  # weights lie on the ranks by groups of equal rates
     ("optim.*", True),  # a schedule may be changed on purpose
     ("precision", False),  # the optimizer's state differs in shape

@@ -113,7 +113,7 @@ class Engine:
         self._compilations = CompilationLog()
         self._universal_info = _universal_checkpoint_info(model)
         self._groups = parameter_groups(model.named_parameters(), optim_config, model_config.scale_of)
-        optimizer = make_optimizer(self._groups, optim_config, dtype, topology)
+        optimizer = make_optimizer(self._groups, optim_config, topology, seed, dtype)
         # On CPUs the first start would compile this op, which takes a minute and is only used for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
@@ -368,6 +368,7 @@ class Engine:
             state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
             if isinstance(optimizer, Muon) and optimizer.has(flat):
                 state.pop("exp_avg_sq", None)  # ZeRO-3 expects AdamW's moments of every weight, and made zeros
+        optimizer.settle()
         self.average.load_universal(folder / f"tp_{topology.tp_rank}")
 
     def _load(self, folder: Path, universal: bool) -> None:
@@ -384,6 +385,7 @@ class Engine:
             group["betas"] = self.optim_config.betas
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
+        self.deepspeed.optimizer.optimizer.settle()
 
 
 def _size_without_padding(parameter: Any, shape: tuple[int, ...]) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.adamw import AdamW, rounded_at_random
 from pretrain.model.parallel import full_shape, shard_dim
 from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimConfig, ParameterGroup
 from pretrain.topology import Topology
@@ -79,23 +80,21 @@ class _Matrix:
         return pieces
 
 
-class Muon(torch.optim.AdamW):
-    """Muon on the groups that are its own, and PyTorch's AdamW on the others.
+class Muon(AdamW):
+    """Muon on the groups that are its own, and AdamW on the others.
 
     DeepSpeed replaces the weights of a group by this rank's flat partitions of them; `locate` says what lies in these.
     The only moment of a weight under Muon is the running mean of its gradient, which has the name of AdamW's first.
 
     Args:
-        groups: the weights.
-        optim: the learning rate, decay rates and so on.
+        groups, optim, topology, seed: as for AdamW.
         dtype: in which matrices are orthogonalized.
-        topology: this rank's place.
     """
 
     def __init__(
-        self, groups: Sequence[ParameterGroup], optim: OptimConfig, dtype: torch.dtype, topology: Topology
+        self, groups: Sequence[ParameterGroup], optim: OptimConfig, topology: Topology, seed: int, dtype: torch.dtype
     ) -> None:
-        super().__init__(**_arguments(groups, optim))
+        super().__init__(groups, optim, topology, seed)
         self._momentum = optim.momentum
         self._dtype = dtype
         self._topology = topology
@@ -143,15 +142,15 @@ class Muon(torch.optim.AdamW):
                 self._update(flat, group["lr"], group["weight_decay"])
 
     def _update(self, flat: Tensor, learning_rate: float, weight_decay: float) -> None:
-        state = self.state[flat]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), device=flat.device)
-            state["exp_avg"] = torch.zeros_like(flat)
+        state = self._begun(flat, ("exp_avg",))
         assert flat.grad is not None, "DeepSpeed updates only what has a gradient"
+        mean = state["exp_avg"].float()  # itself, if that is its type
+        mean.lerp_(flat.grad, 1 - self._momentum)
+        if self._rounds_moments:
+            state["exp_avg"] = rounded_at_random(mean, self._generator(flat, state["step"]))
         state["step"] += 1
-        state["exp_avg"].lerp_(flat.grad, 1 - self._momentum)
         for matrices in self._rounds[flat]:
-            updates = self._orthogonalized(matrices, flat.grad, state["exp_avg"])
+            updates = self._orthogonalized(matrices, flat.grad, mean)
             for matrix, update in zip(matrices, updates, strict=False):
                 step = learning_rate * _UPDATE_RMS * max(matrix.shape) ** 0.5
                 weights = matrix.own.cut(flat)
@@ -174,23 +173,12 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(
-    groups: Sequence[ParameterGroup], optim: OptimConfig, dtype: torch.dtype, topology: Topology
-) -> torch.optim.AdamW:
+    groups: Sequence[ParameterGroup], optim: OptimConfig, topology: Topology, seed: int, dtype: torch.dtype
+) -> AdamW:
     """Make the optimizer of a config, which DeepSpeed then shows its flat partitions of the weights; see `Muon`."""
     if optim.name == "muon":
-        return Muon(groups, optim, dtype, topology)
-    return torch.optim.AdamW(**_arguments(groups, optim))
-
-
-def _arguments(groups: Sequence[ParameterGroup], optim: OptimConfig) -> dict[str, Any]:
-    """Return the arguments of PyTorch's AdamW."""
-    return {
-        "params": [{key: group[key] for key in ("params", "weight_decay", "muon")} for group in groups],
-        "lr": optim.learning_rate,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "fused": True,  # one pass over ZeRO's flat partition, on CPU and GPU
-    }
+        return Muon(groups, optim, topology, seed, dtype)
+    return AdamW(groups, optim, topology, seed)
 
 
 def _rounds(matrices: Sequence[_Matrix], world_size: int) -> Iterator[Sequence[_Matrix]]:

@@ -41,11 +41,18 @@ class OptimConfig(Config):
     # Factors of the learning rate by patterns of weights' names, such as "blocks.*.attention.w?.weight: 0.5"; of those
     # that match a weight, all apply
     learning_rate_groups: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    # Type of the running means of the gradient and its square; bf16: half their memory, rounded at random
+    moments: Literal["fp32", "bf16"] = "fp32"
     momentum: Beta = 0.95  # decay rate, per step, of Muon's running mean of the gradient; AdamW has betas
     eps: float = Field(1e-8, gt=0)  # added to the root of the mean square gradient
     weight_decay: float = Field(0.1, ge=0)  # on matrices only; multiplied by the learning rate, as AdamW does
     grad_clip: float = Field(1.0, ge=0)  # largest global gradient norm; 0 disables clipping
     z_loss: float = Field(0.0, ge=0)  # weight of the mean squared logsumexp of the logits; PaLM used 1e-4
+
+    @property
+    def moment_bytes(self) -> int:
+        """Return the bytes of a moment of one weight."""
+        return 2 if self.moments == "bf16" else 4
 
     def factor_of(self, name: str) -> float:
         """Return the factor that the patterns give a weight's learning rate."""

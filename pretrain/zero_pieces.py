@@ -62,13 +62,13 @@ class OwnPiece:
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """Return the optimizer's moments by name; before the first step, the zeros that they begin as.
+        """Return the optimizer's moments by name, in fp32; before the first step, the zeros that they begin as.
 
         The moving average of the weights counts as one, if there is one.
         """
         # Not those in the mapping, which go stale when a checkpoint is loaded
         if states := self._states.get(self._held):
-            return {key: self.cut(states[key]) for key in (*self._moments, AVERAGE) if key in states}
+            return {key: self.cut(states[key]).float() for key in (*self._moments, AVERAGE) if key in states}
         return {key: torch.zeros_like(self.weights) for key in self._moments}
 
     def state(self, key: str) -> Tensor:

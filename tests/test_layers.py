@@ -58,6 +58,7 @@ LAYERS = (
         "pretrain.weight_norms",
         "pretrain.layer_figures",
         "pretrain.gradient_noise",
+        "pretrain.adamw",
         "pretrain.muon",
         "pretrain.step_stats",
         "pretrain.step_hooks",

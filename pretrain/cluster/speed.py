@@ -143,12 +143,13 @@ def _bytes_moved(work: Workload) -> float:
 def _optimizer_bytes(work: Workload) -> float:
     """Count the bytes that one rank reads and writes after the last micro-step.
 
-    AdamW reads four fp32 numbers for each of the rank's own parameters and writes three, and their bf16 copy. Before,
-    the norm reads the gradients, clipping reads and writes them, and afterwards they are set to zero.
+    AdamW reads weight, gradient and two moments of each of the rank's own parameters and writes all but the gradient,
+    and a bf16 copy. Before, the norm reads the gradients, clipping reads and writes them, and afterwards they are set
+    to zero.
     """
     own = work.parameters / work.dp_size
     gradients = work.parameters if work.parallel.applied_zero_stage == 1 else own
-    return 30 * own + 16 * gradients
+    return (14 + 4 * work.moment_bytes) * own + 16 * gradients
 
 
 def _optimizer_flops(work: Workload) -> float:

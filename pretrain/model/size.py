@@ -63,24 +63,30 @@ def _block_matrices(config: ModelConfig) -> int:
 
 
 def checkpoint_bytes(
-    config: ModelConfig, bytes_per_weight: int, optimizer: OptimizerName = "adamw", averaged: bool = False
+    config: ModelConfig,
+    bytes_per_weight: int,
+    optimizer: OptimizerName = "adamw",
+    averaged: bool = False,
+    moment_bytes: int = 4,
 ) -> int:
     """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
         averaged: whether there is a moving average of the weights.
+        moment_bytes: of one moment of one weight.
     """
-    return bytes_per_weight * parameter_count(config) + _state_bytes(config, optimizer, averaged)
+    return bytes_per_weight * parameter_count(config) + _state_bytes(config, optimizer, averaged, moment_bytes)
 
 
-def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool) -> int:
-    """Return the bytes of a whole model's state in the optimizer, all fp32.
+def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool, moment_bytes: int) -> int:
+    """Return the bytes of a whole model's state in the optimizer.
 
-    It is master weights, two moments of each or one under Muon, and the average.
+    It is master weights in fp32, two moments of each or one under Muon, and the average in fp32.
     """
     under_muon = config.n_layers * _block_matrices(config) if optimizer == "muon" else 0
-    return (16 if averaged else 12) * parameter_count(config) - 4 * under_muon
+    moments = 2 * parameter_count(config) - under_muon
+    return (8 if averaged else 4) * parameter_count(config) + moment_bytes * moments
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Workload:
     layers_measured: bool = False  # at some steps
     averaged: bool = False  # there is a moving average of the weights
     optimizer: OptimizerName = "adamw"
+    moment_bytes: int = 4  # of one moment of one weight
 
     @property
     def tokens(self) -> int:
@@ -132,7 +139,7 @@ class Workload:
     @property
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
-        whole = _state_bytes(self._padded_model, self.optimizer, self.averaged)
+        whole = _state_bytes(self._padded_model, self.optimizer, self.averaged, self.moment_bytes)
         return whole // (self.parallel.tp_size * self.dp_size)
 
     @property
@@ -151,10 +158,7 @@ class Workload:
 
 
 def memory_per_rank(work: Workload) -> MemoryEstimate:
-    """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step.
-
-    The optimizer's state is fp32, even of fp32 weights.
-    """
+    """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step."""
     parallel, own = work.parallel, work.parameters // work.dp_size
     stage = parallel.applied_zero_stage
     weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)

@@ -35,17 +35,17 @@ def hashes_of_files(run: RunFolder) -> list[str]:
         for key in ("exp_avg", "ema") if is_under_muon else ("exp_avg", "exp_avg_sq", "ema"):
             slices = [whole(ranks, name, key) for ranks in tp_ranks]
             moments = slices[0] if spec.shard_dim is None else torch.cat(slices, spec.shard_dim)
-            sums[1] += reference(moments.numpy(), f"{name}/{key}")
+            sums[1] += reference(moments.float().numpy(), f"{name}/{key}")
     return [f"{total % 2**64:016x}" for total in sums]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("precision", "tp_size", "zero_stage", "optimizer"),
-    [("fp32", 2, 1, "muon"), ("bf16", 1, 1, "adamw"), ("bf16", 1, 3, "muon")],
+    ("precision", "tp_size", "zero_stage", "optimizer", "moments"),
+    [("fp32", 2, 1, "muon", "fp32"), ("bf16", 1, 1, "adamw", "bf16"), ("bf16", 1, 3, "muon", "bf16")],
 )
 def test_every_layout_has_the_hash_of_the_whole_weights(
-    precision: str, tp_size: int, zero_stage: int, optimizer: str, tmp_path: Path
+    precision: str, tp_size: int, zero_stage: int, optimizer: str, moments: str, tmp_path: Path
 ) -> None:
     parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
     config = write_config(
@@ -53,7 +53,7 @@ def test_every_layout_has_the_hash_of_the_whole_weights(
         "run",
         model={"qk_norm": True, "tie_embeddings": False},
         train={"ema": {"decay": 0.9}},
-        optim={"name": optimizer},
+        optim={"name": optimizer, "moments": moments},
         precision=precision,
         parallel=parallel,
     )

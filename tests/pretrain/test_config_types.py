@@ -60,9 +60,9 @@ data:
 train: {steps: 8, global_batch_size: 8, micro_batch_size: 2, on_nonfinite: stop, stall_timeout: 1.5, max_nonfinite: 2,
   weight_hash_every: 2, on_spike: skip, spike_window: 8, spike_score: 1.5, rewind_steps: 2, max_rewinds: 2,
   stop: {metric: eval/a/perplexity, patience: 2, min_delta: 1.5, explode: 1.5}, ema: {half_life_steps: 1.5}}
-optim: {name: muon, momentum: 0.5, learning_rate_groups: {norm.weight: 0.5},
+optim: {name: muon, moments: bf16, momentum: 0.5, learning_rate_groups: {norm.weight: 0.5},
   learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, decay_shape: sqrt, floor: 0.5,
-  batch_size_rule: sqrt, betas: [0.5, 0.25], eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
+  batch_size_rule: sqrt, betas: [0.5, 0.25], moments: bf16, eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true, activation_checkpointing: true,
   compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true, timeout_minutes: 1.5}
 precision: fp32
