@@ -1,4 +1,4 @@
-"""Open a model's folder in whichever other program's layout it is. {trainer, commands} -> folder -> {hf, meta}."""
+"""Open a model's folder in whichever layout it is. {trainer, commands} -> folder -> {hf, meta, own}."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import tokenizers
 import xxhash
 
 from pretrain.config_file import dump
-from pretrain.exchange import hf, meta
-from pretrain.exchange.description import architecture
+from pretrain.exchange import hf, meta, own
+from pretrain.exchange.description import computed_by
+from pretrain.exchange.safetensors_folder import CONFIG
 from pretrain.inference.generate import Codec, codec_of
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import ModelConfig
 from shards import ConfigError, Tokenizer
 from shards.storage.content_hash import hash_file
 
 _logger = logging.getLogger(__name__)
 
-Model = hf.HFModel | meta.MetaModel
+Model = hf.HFModel | meta.MetaModel | own.OwnModel
 
 
 def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
-    """Open the model in a folder of either layout.
+    """Open the model in a folder of any layout.
 
     Args:
         expected: the config that it will be used with. If it has fewer tokens than the embedding has rows, which then
@@ -35,13 +36,15 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
         ConfigError: if there is no model that Headrace can run, or it differs from `expected`.
     """
     model: Model
-    if (folder / hf.CONFIG).exists():
+    if own.is_own(folder):
+        model = own.OwnModel(folder, expected)
+    elif (folder / CONFIG).exists():
         model = hf.HFModel(folder, expected)
     elif (folder / meta.PARAMS).exists():
         model = meta.MetaModel(folder, expected)
     else:
         raise ConfigError(
-            f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta)"
+            f"{folder} holds no model: there is neither {CONFIG} (Hugging Face, or our own) nor {meta.PARAMS} (Meta)"
         )
     if expected:
         model.description.check(expected)
@@ -55,7 +58,7 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
 
 def describe(folder: Path) -> str:
     """Return a model's `model:` section as YAML. Raises ConfigError if Headrace cannot run the model."""
-    values = architecture(open_model(folder).description.config)
+    values = computed_by(open_model(folder).description.config)
     return dump({"init_from": str(folder), "model": values})
 
 
@@ -66,7 +69,7 @@ def open_codec(folder: Path) -> Codec:
         ConfigError: if there is neither.
     """
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    config = _read_json(folder / hf.CONFIG)
+    config = _read_json(folder / CONFIG)
     if model.exists():
         with contextlib.suppress(ConfigError):  # a file of a kind that cannot be read may have tokenizer.json beside it
             tokenizer = Tokenizer(model, bos=False, eos=False)
@@ -96,7 +99,7 @@ def open_tokenizer(folder: Path, path: Path | None = None) -> Tokenizer:
     """
     names = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
     path = path or next((name for name in names if name.exists()), folder / "tokenizer.model")
-    config, bare = _read_json(folder / hf.CONFIG), Tokenizer(path, bos=False, eos=False)
+    config, bare = _read_json(folder / CONFIG), Tokenizer(path, bos=False, eos=False)
     named = None if bare.eos_id >= 0 else next((bare.piece(index) for index in _ends(config)), None) or None
     return Tokenizer(path, _begins_with_bos(bare, config), bare.eos_id >= 0 or named is not None, eos_token=named)
 
