@@ -36,7 +36,7 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.pieces import valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.events import log_event
 from pretrain.run.metrics import Meter
@@ -45,7 +45,7 @@ from pretrain.topology import ParallelConfig, Topology, started
 
 PIECE = 1 << 22
 SEQ_LEN = 32
-MODEL = ModelConfig(dim=768, n_layers=8, n_heads=12, ffn_dim=2048, vocab_size=8192)
+MODEL = LlamaConfig(dim=768, n_layers=8, n_heads=12, ffn_dim=2048, vocab_size=8192)
 
 
 class Training:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.model.size import parameter_count
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import ParallelConfig, free_port, started
 
 ROWS, LENGTH = 4, 512
@@ -55,7 +55,7 @@ class Collectives(TorchDispatchMode):
 
 def counted(layers: int, parallel: ParallelConfig) -> tuple[Collectives, Collectives]:
     """Count the collectives of a forward and of a backward pass."""
-    config = ModelConfig.model_validate(MODEL | {"n_layers": layers})
+    config = LlamaConfig.model_validate(MODEL | {"n_layers": layers})
     model = Transformer(config, parallel) if parallel.model_fields_set - {"tp_size"} else Transformer(config)
     model.initialize(seed=0)
     model.bfloat16().train()
@@ -82,7 +82,7 @@ def count_step(rank: int, world_size: int, port: int, parallel: ParallelConfig, 
     from pretrain.run.metrics import Meter
 
     set_environment(rank, world_size, port)
-    config, optim = ModelConfig.model_validate(MODEL | {"n_layers": 4}), OptimConfig()
+    config, optim = LlamaConfig.model_validate(MODEL | {"n_layers": 4}), OptimConfig()
     with started(parallel) as topology:
         ds_config = deepspeed_config(parallel, optim, "bf16", {})
         engine = Engine(config, optim, parallel, ds_config, 1, micro_steps, topology, seed=0)
@@ -127,7 +127,7 @@ def main() -> None:
         torch.multiprocessing.spawn(run, (parallel, free_port()), nprocs=parallel.tp_size)
     if arguments.root:
         return
-    parameters = parameter_count(ModelConfig.model_validate(MODEL | {"n_layers": 4}))
+    parameters = parameter_count(LlamaConfig.model_validate(MODEL | {"n_layers": 4}))
     for stage, micro_steps in itertools.product((1, 2, 3), (1, 4)):
         print(
             f"dp_size {arguments.dp_size}, ZeRO-{stage}, {micro_steps} micro-steps, {parameters / 1e6:.2f}M parameters"

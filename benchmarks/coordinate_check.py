@@ -25,7 +25,7 @@ from small_models import PARAMETRIZATIONS, batches, make_engine, model_config
 from torch import Tensor
 
 from pretrain.engine import Engine
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, OptimizerName
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def moved(
-    config: ModelConfig,
+    config: LlamaConfig,
     optim: OptimConfig,
     steps: int,
     seed: int,

@@ -29,7 +29,7 @@ from pretrain.config import load_config
 from pretrain.evaluation.eval_set import load_suite
 from pretrain.evaluation.scoring import evaluate
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import started
 from shards import Tokenizer
@@ -38,7 +38,7 @@ from shards import Tokenizer
 class Drawn:
     """Weights drawn like those of a model before its first step."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         self._specs = weight_specs(config)
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:

@@ -26,7 +26,7 @@ from pretrain.exchange.export import export
 from pretrain.exchange.folder import open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.loss import next_token_targets
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
 from pretrain.rng import derive_seed
 from pretrain.topology import ParallelConfig, started
@@ -38,7 +38,7 @@ TEXT = "A headrace is the channel that carries water to the mill wheel, and Head
 class Drawn:
     """Weights that are drawn when they are read: matrices around 0, norms around 1."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         self._specs = weight_specs(config)
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="with as many tokens as the config's vocab_size")
     arguments = parser.parse_args()
     sections = yaml.safe_load(arguments.config.read_text())
-    config = ModelConfig.parse(sections["model"], at="model")
+    config = LlamaConfig.parse(sections["model"], at="model")
     data = DataConfig.parse(
         {
             "seq_len": sections["data"]["seq_len"],

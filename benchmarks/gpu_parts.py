@@ -32,11 +32,12 @@ from gpu_training import training
 from torch import Tensor
 from training_rows import Rows
 
+from pretrain.model.architecture import Heads
 from pretrain.model.attention import AttentionBackend, attention_within_pieces
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.loss import next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.run.metrics import peak_flops_of
 from pretrain.topology import ParallelConfig, Topology, started
 from shards import ConfigError
@@ -175,7 +176,7 @@ def correctness(job: Job) -> Iterator[Result]:
     else:
         sizes = {"dim": 512, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 32_000, "qk_norm": True}
         rows = Rows.draw(4, 1024, 32_000, 200)  # in two chunks of the loss
-    config = ModelConfig.model_validate(sizes)
+    config = LlamaConfig.model_validate(sizes)
     with started(ParallelConfig()) as here:
         wanted = reference_gradients(config, rows, here.device)
         scale = None
@@ -192,7 +193,7 @@ def correctness(job: Job) -> Iterator[Result]:
 Gradients = dict[str, Tensor]
 
 
-def reference_gradients(config: ModelConfig, rows: Rows, device: torch.device) -> tuple[float, Gradients]:
+def reference_gradients(config: LlamaConfig, rows: Rows, device: torch.device) -> tuple[float, Gradients]:
     """Compute the mean loss and its gradients in fp32, eagerly, from whole logits."""
     model = Transformer(config, attention="sdpa").to(device)
     model.initialize(seed=0)
@@ -208,7 +209,7 @@ def gradients_of(model: Transformer) -> Gradients:
 
 def compared(
     variant: Variant,
-    config: ModelConfig,
+    config: LlamaConfig,
     rows: Rows,
     here: Topology,
     wanted: tuple[float, Gradients],
@@ -221,7 +222,7 @@ def compared(
         attention=variant.backend, compile=variant.compiled, activation_checkpointing=variant.checkpointing
     )
     try:
-        backend = attention_backend(parallel, here, config.head_dim, variant.precision)
+        backend = attention_backend(parallel, here, config.heads, variant.precision)
         model = Transformer(config, parallel, backend).to(device)
         model.initialize(seed=0)
         model.to(variant.precision).train()
@@ -274,7 +275,7 @@ def attention(job: Job) -> Iterator[Result]:
 
 def time_attention(here: Topology, batch: Rows, heads: int, head_dim: int, wanted: AttentionBackend) -> Result:
     """Time one layer's attention, forward alone and with its backward pass."""
-    backend = attention_backend(ParallelConfig(attention=wanted), here, head_dim, torch.bfloat16)
+    backend = attention_backend(ParallelConfig(attention=wanted), here, Heads(heads, heads, head_dim), torch.bfloat16)
     ids, device = batch.segment_ids[:, :-1], here.device
     shape = (*ids.shape, heads, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))

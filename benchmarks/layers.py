@@ -21,13 +21,13 @@ from training_rows import Rows
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.size import parameter_count
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter, MetricsConfig
 from pretrain.topology import ParallelConfig, started
 
-MODEL = ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32_000)
-TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, vocab_size=1000)
+MODEL = LlamaConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32_000)
+TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, vocab_size=1000)
 ROWS, LENGTH, DOCUMENT = 8, 512, 256
 
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from small_models import batches, make_engine, model_config
 
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, OptimizerName, learning_rate_at
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -59,7 +59,7 @@ class Search(NamedTuple):
 class Task(NamedTuple):
     """What is trained."""
 
-    model: ModelConfig
+    model: LlamaConfig
     steps: int
     index: Path
     topology: Topology

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from small_models import SAMPLE, batches, make_engine
 
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, learning_rate_at
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -43,11 +43,11 @@ class Model(NamedTuple):
     parametrization: str = "standard"
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> LlamaConfig:
         values = {"dim": DIM, "n_layers": self.n_layers, "n_heads": DIM // 16, "ffn_dim": 480, "vocab_size": VOCABULARY}
         if self.parametrization == "mup":
             values |= {"parametrization": "mup", "base": {"dim": DIM, "n_layers": SHALLOW}}
-        return ModelConfig.model_validate(values)
+        return LlamaConfig.model_validate(values)
 
     def __str__(self) -> str:
         return f"{self.n_layers} layers, {self.parametrization}"

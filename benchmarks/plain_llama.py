@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 
 
 class PlainAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
@@ -30,7 +30,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainFeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
@@ -41,7 +41,7 @@ class PlainFeedForward(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = PlainAttention(config)
@@ -56,7 +56,7 @@ class PlainBlock(nn.Module):
 class PlainLlama(nn.Module):
     """Tokens and targets in, mean loss out."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -83,7 +83,7 @@ class PlainLlama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return RoPE's cosines and sines of positions [B, T]: [B, 1, T, head_dim / 2] fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = positions.unsqueeze(-1).float() * config.rope_theta**-exponents

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology
 from shards import DataConfig, Loader
@@ -21,15 +21,15 @@ TOKENIZER = SAMPLE / "tokenizer-4k.model"
 PARAMETRIZATIONS = ("standard", "mup")
 
 
-def model_config(dim: int, n_layers: int, parametrization: str) -> ModelConfig:
+def model_config(dim: int, n_layers: int, parametrization: str) -> LlamaConfig:
     """Return a model with heads of 16; mup's base is 64 wide and 2 layers deep."""
     values = {"dim": dim, "n_layers": n_layers, "n_heads": dim // HEAD, "ffn_dim": 8 * dim // 3, "vocab_size": 4096}
     if parametrization == "mup":
         values |= {"parametrization": "mup", "base": {"dim": BASE_DIM, "n_layers": BASE_LAYERS}}
-    return ModelConfig.model_validate(values)
+    return LlamaConfig.model_validate(values)
 
 
-def make_engine(config: ModelConfig, optim: OptimConfig, rows: int, topology: Topology, seed: int) -> Engine:
+def make_engine(config: LlamaConfig, optim: OptimConfig, rows: int, topology: Topology, seed: int) -> Engine:
     """Return an engine in fp32 for steps of one forward pass."""
     parallel = ParallelConfig()
     ds_config = deepspeed_config(parallel, optim, "fp32", {"zero_optimization": {"reduce_bucket_size": 10_000_000}})

@@ -33,7 +33,7 @@ from pretrain.exchange import hf, meta
 from pretrain.exchange.folder import describe, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.loss import next_token_targets
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
 from pretrain.topology import ParallelConfig, started
 from shards import Tokenizer, read_documents
@@ -78,7 +78,7 @@ class GGUFModel:
         found = {ours: self.field[f"llama.{theirs}"] for ours, theirs in values.items()}
         eps = float(f"{self.field['llama.attention.layer_norm_rms_epsilon']:.6g}")  # stored as fp32
         tied = "output.weight" not in self._tensors
-        self.config = ModelConfig.model_validate({**found, "norm_eps": eps, "tie_embeddings": tied})
+        self.config = LlamaConfig.model_validate({**found, "norm_eps": eps, "tie_embeddings": tied})
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         tensor = self._tensors[_gguf_name(name)]

@@ -46,7 +46,7 @@ class Task:
     """What a contender trains.
 
     Attributes:
-        model: values of a ModelConfig.
+        model: values of a LlamaConfig.
         precision: "bf16" or "fp32", the type of the weights in the forward and backward pass.
         rows, seq_len: the batch.
         document_tokens: length of all documents, which are cut where a row ends; None: every row is one document.

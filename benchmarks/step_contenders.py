@@ -38,7 +38,7 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.exchange.hf import hf_name
 from pretrain.model.size import flops_per_token, parameter_count
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, started
@@ -57,7 +57,7 @@ def draw(task: Task) -> Rows:
 class InitialWeights:
     """The weights that all contenders start from; a `pretrain.model.weights.Weights`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         model = PlainLlama(config)
         generator = torch.Generator().manual_seed(0)
         self.by_name = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -75,7 +75,7 @@ def headrace(settings: Settings) -> Step:
     task = settings.task
     parallel = ParallelConfig.model_validate({**task.parallel, "compile": settings.compiled})
     topology = started(parallel).__enter__()  # the groups are needed until the process ends
-    config = ModelConfig.model_validate(task.model)
+    config = LlamaConfig.model_validate(task.model)
     ds_config = deepspeed_config(parallel, OPTIM, task.precision, {})  # type: ignore[arg-type]
     engine = Engine(config, OPTIM, parallel, ds_config, task.rows, 1, topology, seed=0)
     engine.set_weights(InitialWeights(config))
@@ -93,7 +93,7 @@ class _RecordingMeter(Meter):
 
 def plain(settings: Settings) -> Step:
     """Train the model of `plain_llama.py`, compiled as a whole."""
-    config = ModelConfig.model_validate(settings.task.model)
+    config = LlamaConfig.model_validate(settings.task.model)
     model = PlainLlama(config)
     model.load_state_dict(InitialWeights(config).by_name, strict=not config.tie_embeddings)
     rows = draw(settings.task)
@@ -111,7 +111,7 @@ def hugging_face(settings: Settings) -> Step:
     """
     from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds, and no other contender needs it
 
-    config = ModelConfig.model_validate(settings.task.model)
+    config = LlamaConfig.model_validate(settings.task.model)
     described = LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.hidden_dim,
@@ -244,7 +244,7 @@ def tensor_bytes() -> int:
 
 def describe(task: Task) -> dict[str, float]:
     """Return what a step amounts to: its tokens, and the operations of its matrix products for each of them."""
-    config, context = ModelConfig.model_validate(task.model), draw(task).context
+    config, context = LlamaConfig.model_validate(task.model), draw(task).context
     return {
         "parameters": parameter_count(config),
         "tokens": task.rows * task.seq_len,

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes for a device and warns of finding none
 
 import annotated_types
-from pydantic import JsonValue
+from pydantic import Discriminator, JsonValue
 from pydantic.fields import FieldInfo
 
 from pretrain.config import RunConfig
@@ -93,14 +93,27 @@ class Section(NamedTuple):
 
     path: str  # empty for the root
     config: type[Config]
+    chosen_by: str = ""  # the key and value that choose this class among several for one place
+
+    @property
+    def title(self) -> str:
+        return f"`{self.path}`" + (f" with `{self.chosen_by}`" if self.chosen_by else "")
 
 
-def sections(config: type[Config], path: str = "") -> Iterator[Section]:
+def sections(config: type[Config], path: str = "", chosen_by: str = "") -> Iterator[Section]:
     """Yield a config class and all those below it, depth first, in the order of their fields."""
-    yield Section(path, config)
+    yield Section(path, config, chosen_by)
     for name, field in config.model_fields.items():
-        for inner, suffix in _inner_configs(field.annotation):
-            yield from sections(inner, f"{_join(path, name)}{suffix}")
+        for inner in _sections_of(field, _join(path, name)):
+            yield from sections(inner.config, inner.path, inner.chosen_by)
+
+
+def _sections_of(field: FieldInfo, path: str) -> Iterator[Section]:
+    """Yield the sections that a key has, several if another key inside it chooses one."""
+    key = next((item.discriminator for item in field.metadata if isinstance(item, Discriminator)), None)
+    for inner, suffix in _inner_configs(field.annotation):
+        chosen_by = f"{key}: {inner.model_fields[key].default}" if isinstance(key, str) else ""
+        yield Section(f"{path}{suffix}", inner, chosen_by)
 
 
 def keys(section: Section) -> list[Key]:
@@ -124,6 +137,14 @@ def comments(config: type[Config]) -> dict[str, str]:
     Returns:
         Returns the text of each field that has a comment, as one line.
     """
+    texts = {}
+    for owner in reversed(config.__mro__):
+        if issubclass(owner, Config):
+            texts |= _own_comments(owner)
+    return texts
+
+
+def _own_comments(config: type[Config]) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(config))
     (class_node,) = ast.parse(source).body
     assert isinstance(class_node, ast.ClassDef)
@@ -164,7 +185,7 @@ def page() -> str:
     """Put the whole page together."""
     parts = [HEAD]
     for section in sections(RunConfig):
-        title = f"## `{section.path}`" if section.path else "## The top level"
+        title = f"## {section.title}" if section.path else "## The top level"
         parts.append(f"{title}\n\n{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
     parts.append(SUITE_HEAD)
     for section in sections(SuiteFile):
@@ -195,8 +216,13 @@ def _table(section: Section, resumes: bool) -> str:
 def _below(section: Section, key: Key) -> str:
     """Link to the section of a key that has one; return an empty text for a key that holds a value."""
     field = section.config.model_fields[key.path.rpartition(".")[2]]
-    paths = [f"{key.path}{suffix}" for _, suffix in _inner_configs(field.annotation)]
-    return ", ".join(f"[`{path}`](#{re.sub(r'[^a-z0-9_-]', '', path.lower())})" for path in paths)
+    titles = [inner.title for inner in _sections_of(field, key.path)]
+    return ", ".join(f"[{title}](#{_anchor(title)})" for title in titles)
+
+
+def _anchor(title: str) -> str:
+    """Return the name that GitHub gives a heading."""
+    return re.sub(r"[^a-z0-9_-]", "", title.lower().replace(" ", "-"))
 
 
 def _on_resume(section: Section, key: Key) -> str:

@@ -23,9 +23,10 @@ from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_conf
 from pretrain.ema import EmaConfig
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.patience import StopRule
+from pretrain.model.architecture import ModelConfig, Precision
+from pretrain.model.architectures import DEFAULT, AnyModelConfig
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload, checkpoint_bytes
-from pretrain.model.transformer import ModelConfig, Precision
 from pretrain.model.weights import weight_specs
 from pretrain.optim import OptimConfig, SchedulePart, is_named
 from pretrain.run.metrics import MetricsConfig
@@ -36,7 +37,7 @@ from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan
-from shards.config_errors import explain, listed, multiples_near
+from shards.config_errors import explain, not_divisible
 
 # The sizes in a Workload that DeepSpeed's section may set, by the key there.
 _DEEPSPEED_SIZES = {"reduce_bucket": "reduce_bucket_size", "gathered_weights": "stage3_max_live_parameters"}
@@ -96,9 +97,9 @@ class RunConfig(Config):
     """A run's config. It is consistent in all that does not depend on the number of ranks; `check` covers the rest."""
 
     run: RunPart
-    model: ModelConfig
-    # A model to take initial weights from: its folder in Hugging Face's or Meta's layout, or a run's, with @STEP for
-    # another checkpoint than the newest; None: random initialization
+    model: AnyModelConfig
+    # A model to take initial weights from: a folder that was exported or downloaded, or a run's, with @STEP for another
+    # checkpoint than the newest; None: random initialization
     init_from: Path | None = None
     init_optimizer: bool = False  # of a run, take the optimizer's state too
     data: DataConfig
@@ -233,22 +234,27 @@ class RunConfig(Config):
             **{name: zero[key] for name, key in _DEEPSPEED_SIZES.items() if key in zero},
         )
 
-    def attention_shape(self, dp_size: int, stage: RunStage) -> AttentionShape:
+    def attention_shape(self, dp_size: int, stage: RunStage) -> AttentionShape | None:
         """Return the attention of one layer on one rank in a stage, from which the fastest backend can be found."""
-        tp_size = self.parallel.tp_size
+        tp_size, heads = self.parallel.tp_size, self.model.heads
+        if heads is None:
+            return None
         return AttentionShape(
             rows=stage.micro_batch_size(dp_size),
             length=stage.data.seq_len,
-            n_heads=self.model.n_heads // tp_size,
-            n_kv_heads=self.model.kv_heads // tp_size,
-            head_dim=self.model.head_dim,
+            n_heads=heads.n_heads // tp_size,
+            n_kv_heads=heads.n_kv_heads // tp_size,
+            head_dim=heads.head_dim,
             dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
-            dropout=self.model.attention_dropout,
+            dropout=heads.dropout,
         )
 
     def hash(self) -> str:
         """Return 16 hex digits that differ whenever a value differs."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        values = self.model_dump(mode="json")
+        if values["model"]["architecture"] == DEFAULT:
+            del values["model"]["architecture"]  # configs of before there were others have the same hash
+        canonical = json.dumps(values, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -327,16 +333,12 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                     "applies to all sources; leave max_epochs out, or set train.steps instead of train.epochs"
                 )
     if model:
-        yield from _head_problems(model)
+        yield from model.problems()
         yield from _pattern_problems(model, parts.get("optim") or OptimConfig())
     if model and parallel:
+        yield from _layout_problems(model, parallel)
         for key, value in model.split_sizes.items():
-            yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
-        if model.attention_dropout and parallel.attention in ("flex", "varlen"):
-            yield (
-                f"model.attention_dropout={model.attention_dropout} needs parallel.attention=sdpa or auto, not"
-                f" {parallel.attention}, which has no dropout"
-            )
+            yield from not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
         if not model.gives_each_rank_tokens(parallel.tp_size):
             yield (
                 f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
@@ -348,7 +350,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
-        yield from _not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
+        yield from not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
     evaluation: EvaluationConfig | None = parts.get("evaluation")
     if evaluation and train and train.stop and not (evaluation.suite and evaluation.every):
         yield "train.stop: needs evaluations to judge by; set evaluation.suite and evaluation.every"
@@ -382,10 +384,10 @@ def _stage_problems(
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
         if parallel and parallel.sequence_parallel:
-            yield from _not_divisible(f"{at}data.seq_len", stage.data.seq_len, "parallel.tp_size", parallel.tp_size)
+            yield from not_divisible(f"{at}data.seq_len", stage.data.seq_len, "parallel.tp_size", parallel.tp_size)
         if stage.micro_rows:
             rows = (f"{at}train.global_batch_size", stage.global_batch_size)
-            yield from _not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
+            yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
     if later and train.epochs:
         yield "stages: a run of several stages needs train.steps in place of train.epochs, since its rows change"
     if train.steps and stages[-1].step >= train.steps:
@@ -395,14 +397,18 @@ def _stage_problems(
         yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"
 
 
-def _head_problems(model: ModelConfig) -> Iterator[str]:
-    yield from _not_divisible("model.dim", model.dim, "model.n_heads", model.n_heads)
-    if model.dim % model.n_heads == 0 and model.head_dim % 2:
+def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield what of a layout an architecture knows nothing of."""
+    named = f"model.architecture={model.architecture}"
+    if parallel.tp_size > 1 and not model.SPLITS:
+        yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
+    if parallel.attention != "auto" and model.heads is None:
+        yield f"parallel.attention={parallel.attention}: {named} has no attention; leave it out"
+    if model.heads and model.heads.dropout and parallel.attention in ("flex", "varlen"):
         yield (
-            f"model.dim={model.dim} / model.n_heads={model.n_heads} gives heads of size {model.head_dim}; "
-            "rotary positions need an even head size"
+            f"parallel.attention={parallel.attention} has no dropout of the attention's weights, which"
+            f" model.attention_dropout={model.heads.dropout} asks for; use sdpa or auto"
         )
-    yield from _not_divisible("model.n_heads", model.n_heads, "model.n_kv_heads", model.kv_heads)
 
 
 def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
@@ -415,12 +421,3 @@ def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
                 f"optim.learning_rate_groups: no weight's name matches {pattern!r}; the names are {', '.join(kinds)},"
                 " with the number of a block, from 0, in place of *"
             )
-
-
-def _not_divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
-    if value % by:
-        near, divisors = multiples_near(value, by), listed([n for n in range(1, value + 1) if value % n == 0])
-        yield (
-            f"{key}={value} cannot be split by {by_key}={by}; make {key} a multiple, such as {near}, "
-            f"or {by_key} a divisor: {divisors}"
-        )

@@ -113,7 +113,7 @@ def _effective(config: RunConfig) -> dict[str, JsonValue]:
     values["data"] |= {"window_bytes": config.data.window_limit, "plan_version": config.data.plan}
     if config.data.plan == 1:
         values["data"]["lanes"] = config.data.num_lanes(config.train.global_batch_size, 0)
-    values["model"] |= {"n_kv_heads": config.model.kv_heads, "ffn_dim": config.model.hidden_dim}
+    values["model"] = config.model.spelled_out()
     return values
 
 

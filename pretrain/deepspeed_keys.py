@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
-from pretrain.model.transformer import Precision
+from pretrain.model.architecture import Precision
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig
 from shards import ConfigError

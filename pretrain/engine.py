@@ -30,12 +30,11 @@ from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.gradient_noise import MicroBatchNorms
 from pretrain.host_memory import keep_freed_memory
 from pretrain.layer_figures import LayerMeasurement
+from pretrain.model.architecture import Cache, Model, ModelConfig
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
-from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
-from pretrain.model.transformer import Block, ModelConfig, Transformer
 from pretrain.model.weights import Weights
 from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
@@ -77,7 +76,7 @@ class Engine:
         seed: the run's seed; weights and dropout are drawn from it.
         noise_scale: whether to estimate the gradient's noise in each step.
     Attributes:
-        attention: the backend that computes the attention.
+        attention: the backend that computes attention, where the model has some.
         average: the moving average of the weights, if one is kept.
     """
 
@@ -101,12 +100,11 @@ class Engine:
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-        self.attention = attention_backend(
-            parallel, topology, model_config.head_dim, dtype, model_config.attention_dropout
-        )
-        model = Transformer(model_config, parallel, self.attention)
+        self.attention = attention_backend(parallel, topology, model_config.heads, dtype)
+        model = model_config.make(parallel, self.attention)
         model.to(topology.device).initialize(seed)
         self.model = model
+        self._split_tokens = parallel.sequence_parallel
         self._loss = functools.partial(
             training_loss, z_loss=optim_config.z_loss, compiled=parallel.compile and topology.device.type == "cuda"
         )
@@ -120,7 +118,7 @@ class Engine:
             ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it would refuse one that it does not know
         if parallel.applied_zero_stage == 3:
             # Hooks on a block rather than on each layer in it, so that a block is gathered at once and can be compiled.
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+            deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use six times
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -262,7 +260,7 @@ class Engine:
     def _dropout_seed(self, step: int, micro_step: int) -> int:
         """Return a seed that differs on ranks with different tokens."""
         topology = self.topology
-        tokens_of = [topology.tp_rank] if self.model.sequence_parallel else []
+        tokens_of = [topology.tp_rank] if self._split_tokens else []
         return derive_seed(self.seed, "dropout", step, micro_step, topology.dp_rank, *tokens_of)
 
     def _forward(self, tokens: Tensor, segment_ids: Tensor) -> Loss:
@@ -277,7 +275,7 @@ class Engine:
         return self.deepspeed(tokens, segment_ids, functools.partial(target_scores, targets=targets))
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return this rank's slice [B, vocab_size / tp_size] of the logits after tokens [B, T] that follow a cache."""
         self.deepspeed.eval()
         return self.deepspeed(tokens, head=last_logits, cache=cache)
@@ -395,7 +393,7 @@ def _size_without_padding(parameter: Any, shape: tuple[int, ...]) -> int:
     return size_without_padding(parameter) * math.prod(shape[1:])
 
 
-def _universal_checkpoint_info(model: Transformer) -> dict[str, object]:
+def _universal_checkpoint_info(model: Model) -> dict[str, object]:
     """Describe the weights, by their tags, as DeepSpeed's conversion to another topology requires."""
     names: dict[int | None, list[str]] = {None: [], 0: [], 1: []}
     for name, parameter in model.named_parameters():

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.model.activations import ActivationMeasurement
-from pretrain.model.transformer import Transformer
+from pretrain.model.architecture import Model
 from pretrain.topology import Topology
 from pretrain.weight_norms import WeightMeasurement, WeightNorms
 
@@ -21,8 +20,8 @@ class LayerFigures:
     """The figures of one step, the same on every rank and in every layout.
 
     Attributes:
-        activations: see `pretrain.model.activations.ActivationMeasurement`: of the step's batch, by the weights before
-            the step, without dropout.
+        activations: those of the model's `measurement`: of the step's batch, by the weights before the step, without
+            dropout.
         weights: the norms of each weight, by its name.
         seconds: how long the activations took to measure, which is not part of the step.
     """
@@ -64,10 +63,10 @@ class LayerMeasurement:
         activations: measures the passes over the step's batch.
     """
 
-    def __init__(self, model: Transformer, optimizer: Any, topology: Topology) -> None:
+    def __init__(self, model: Model, optimizer: Any, topology: Topology) -> None:
         self._start = time.perf_counter()
         self._model, self._optimizer, self._topology = model, optimizer, topology
-        self.activations = ActivationMeasurement(model, topology)
+        self.activations = model.measurement(topology)
 
     def end_activations(self) -> None:
         """Note that all passes have been made; wait for them."""

@@ -9,8 +9,8 @@ from pretrain.checkpoint.state_hash import StateHash
 from pretrain.faults.stragglers import RankSeconds, Straggler
 from pretrain.feed import StepBatch
 from pretrain.gradient_noise import NoiseScale
+from pretrain.model.architecture import ModelConfig
 from pretrain.model.size import flops_of_documents, flops_per_token
-from pretrain.model.transformer import ModelConfig
 from pretrain.run.metrics import StepRecord, device_meter, mfu, peak_memory_bytes
 from pretrain.stepper import Step
 from pretrain.topology import Topology

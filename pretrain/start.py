@@ -121,7 +121,7 @@ def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, top
     """Return the model's continuation of evaluation.prompt; every rank calls it."""
     codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_CONTINUATION_TOKENS, top_k=50)
     prompt, max_length = config.evaluation.prompt, config.data.seq_len
-    parts = generate(engine.next_logits, config.model.n_layers, max_length, codec, prompt, sampling, topology)
+    parts = generate(engine.next_logits, config.model.new_cache, max_length, codec, prompt, sampling, topology)
     return "".join(parts)
 
 
@@ -307,7 +307,6 @@ def announce(config: RunConfig, topology: Topology) -> None:
     """Log what is about to be trained, and on which devices."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
     stages = config.all_stages
-    memory = max((memory_per_rank(config.workload(topology.dp_size, s)) for s in stages), key=lambda m: m.total)
     tokens_per_step = stages[0].tokens_per_step
     if config.optim.batch_size_rule != "none" and len({stage.tokens_per_step for stage in stages}) == 1:
         _logger.warning(
@@ -346,8 +345,13 @@ def announce(config: RunConfig, topology: Topology) -> None:
             number, stage.step, stage.global_batch_size, stage.data.seq_len,
             sum(source.weight > 0 for source in stage.data.sources),
         )  # fmt: skip
-    _logger.info(
-        "memory a rank, estimated: %.2f GB (%s)",
-        memory.total / 1e9,
-        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items()),
-    )
+    estimates = [memory_per_rank(config.workload(topology.dp_size, stage)) for stage in stages]
+    memory = max((estimate for estimate in estimates if estimate), key=lambda m: m.total, default=None)
+    if memory:
+        _logger.info(
+            "memory a rank, estimated: %.2f GB (%s)",
+            memory.total / 1e9,
+            ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items()),
+        )
+    else:
+        _logger.info("memory a rank: there is no estimate for model.architecture=%s", model.architecture)

@@ -30,7 +30,8 @@ def explain(
     above = (at,) if at else ()
     findings: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for item in error.errors():
-        findings.setdefault(tuple(_key_path(root, item["loc"])), []).append(item)
+        path = (*_key_path(root, item["loc"]), *_discriminator(item))
+        findings.setdefault(path, []).append(item)
     lines = []
     for path, items in findings.items():
         if any(other[: len(path)] == path and other != path for other in findings):
@@ -47,6 +48,16 @@ def multiples_near(value: int, of: int) -> str:
     return listed([n for n in (below, below + of) if n])
 
 
+def not_divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
+    """Yield what is wrong with a key's value that another's does not divide."""
+    if value % by:
+        near, divisors = multiples_near(value, by), listed([n for n in range(1, value + 1) if value % n == 0])
+        yield (
+            f"{key}={value} cannot be split by {by_key}={by}; make {key} a multiple, such as {near}, "
+            f"or {by_key} a divisor: {divisors}"
+        )
+
+
 def listed(numbers: Sequence[int]) -> str:
     """List numbers as in a sentence, cut off after sixteen."""
     shown = [str(n) for n in numbers[:16]]
@@ -59,12 +70,14 @@ def _sentence(
     """Explain what pydantic found about one key; a union has one finding for each of its members."""
     first, key = items[0], ".".join((*above, *path))
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_suggestion(root, above, path)}"
+        return f"{key}: unknown key; {_suggestion(root, above, path, _models_at(root, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{key}: missing, and it has no default"
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message  # findings about the whole tree name their keys
+    if first["type"] == "union_tag_invalid":
+        return f"{key}: {json.dumps(first['ctx']['tag'])} is wrong; it should be one of {first['ctx']['expected_tags']}"
     wanted = dict.fromkeys(_wanted(item) for item in items)
     return f"{key}: {json.dumps(first['input'], default=str)} is wrong; it should be {' or '.join(wanted)}"
 
@@ -81,7 +94,7 @@ def _wanted(item: ErrorDetails) -> str:
         "path": "a path",
     }
     kind, _, finding = item["type"].partition("_")
-    if finding in ("type", "parsing", "from_float") and kind in plain:
+    if finding in ("type", "parsing", "from_float", "attributes_type") and kind in plain:
         return plain[kind]
     if item["type"] == "too_short":
         return f"a list of at least {item['ctx']['min_length']}"
@@ -90,19 +103,31 @@ def _wanted(item: ErrorDetails) -> str:
     return item["msg"].removeprefix("Input should be ").removeprefix("Input should ")
 
 
-def _suggestion(root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...]) -> str:
-    """Suggest the key that was meant: a similar one nearby, else one in another section, else all keys known here."""
+def _suggestion(
+    root: type[BaseModel], above: tuple[str, ...], path: tuple[str, ...], models: Sequence[type[BaseModel]]
+) -> str:
+    """Suggest the key that was meant: a similar one nearby, else one in another section, else all keys known here.
+
+    Args:
+        models: the classes that the key's section may be of.
+    """
     *section, name = path
-    nearby = sorted({field for model in _models_at(root, section) for field in model.model_fields})
+    nearby = sorted({field for model in models for field in model.model_fields})
     elsewhere: dict[str, list[str]] = {}
-    for other in _all_paths(root, above):
-        elsewhere.setdefault(other[-1], []).append(".".join(other))
+    for other in dict.fromkeys(_all_paths(root, above)):
+        if other[:-1] != (*above, *section):  # of which other classes have keys that are not known here
+            elsewhere.setdefault(other[-1], []).append(".".join(other))
     if near := difflib.get_close_matches(name, nearby, n=1, cutoff=0.7):
         return f"did you mean {'.'.join((*above, *section, near[0]))}?"
     if near := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
         found = elsewhere[near[0]]  # a stage has keys of the same names, which are not meant if there are others
         return f"did you mean {' or '.join(key for key in found if not any(key.endswith(f'.{k}') for k in found))}?"
     return f"known here: {', '.join(nearby)}"
+
+
+def _discriminator(item: ErrorDetails) -> tuple[str, ...]:
+    """Return the key that chooses the class of a section, if that is what is wrong."""
+    return (item["ctx"]["discriminator"].strip("'"),) if item["type"] == "union_tag_invalid" else ()
 
 
 def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
@@ -122,16 +147,26 @@ def _key_path(root: type[BaseModel], location: tuple[int | str, ...]) -> Iterato
 
 
 def _is_member(part: str, models: list[type[BaseModel]]) -> bool:
-    return "[" in part or part in ("str", "int", "float", "bool") or part in [model.__name__ for model in models]
+    names = [model.__name__ for model in models]
+    return "[" in part or part in ("str", "int", "float", "bool", *names) or bool(_chosen_by(part, models))
 
 
-def _models_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+def _chosen_by(part: int | str, models: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """Return the classes of a union that a key of theirs chooses by this value, which stands in the location."""
+    return [m for m in models if any(typing.get_args(field.annotation) == (part,) for field in m.model_fields.values())]
+
+
+def _models_at(root: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Return the classes that the section at a pydantic location may be of."""
     models = [root]
-    for part in path:
+    for part in location:
         found = [
-            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+            m
+            for model in models
+            if isinstance(part, str) and part in model.model_fields
+            for m in _models_in(model.model_fields[part].annotation)
         ]
-        models = found or models  # the part is a list index
+        models = found or _chosen_by(part, models) or models  # neither if the part is a list index
     return models
 
 

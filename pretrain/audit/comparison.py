@@ -10,7 +10,7 @@ from pretrain.audit.interval import Figures, Interval, Training
 from pretrain.audit.replay import Replay
 from pretrain.checkpoint.state import Layout
 from pretrain.config import RunConfig
-from pretrain.model.transformer import Precision
+from pretrain.model.architecture import Precision
 from pretrain.run.starts import StartRecord
 
 _NUMBERS, _HASHES = ("loss", "grad_norm"), ("weight_hash", "optimizer_hash")

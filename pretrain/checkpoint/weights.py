@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.zero_files import AVERAGE, read_partitions, whole
-from pretrain.model.weights import Weights, WeightSpec
+from pretrain.model.architecture import WeightSpec
+from pretrain.model.weights import Weights
 from shards import CheckpointError
 
 

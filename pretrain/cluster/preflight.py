@@ -110,6 +110,9 @@ def memory_findings(work: Workload, micro_steps: int, gpu_bytes: float | None) -
         gpu_bytes: None if it is unknown.
     """
     need = memory_per_rank(work)
+    if need is None:
+        yield Finding("note", "memory", f"there is no estimate for model.architecture={work.model.architecture}")
+        return
     text = (
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
         f" optimizer {_size(need.optimizer)}, buffers {_size(need.buffers)}, activations {_size(need.activations)}"
@@ -146,7 +149,8 @@ def _fitting(work: Workload, rows: int, limit: float) -> Iterator[str]:
             continue
         for size in sizes:
             changed = dataclasses.replace(work, parallel=layout, micro_batch_size=size)
-            if memory_per_rank(changed).total <= limit:
+            need = memory_per_rank(changed)
+            if need and need.total <= limit:
                 yield _overrides(work, changed)
                 break
 

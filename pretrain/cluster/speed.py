@@ -82,6 +82,8 @@ class StepTime:
 
 def why_unknown(work: Workload, device: Device) -> str:
     """Return why there is no estimate for a workload on a device; empty if there is one."""
+    if work.model.block_costs(work.parallel) is None:
+        return f"model.architecture={work.model.architecture}"
     if work.bytes_per_weight != 2:
         return "precision=fp32"
     if work.parallel.offload != "none":
@@ -126,16 +128,14 @@ def _flops(work: Workload) -> float:
 def _bytes_moved(work: Workload) -> float:
     """Count the bytes of a micro-step that one rank reads and writes outside of matrix products and attention.
 
-    Per token and layer, a forward pass that is fused: each branch's sum and the norm after it read 2 dim and write
-    2 dim; rotations read and write queries and keys; SwiGLU reads two products and writes one. A backward pass moves
-    twice that. Then the logits; and each parameter's gradient is written, read, and added to the fp32 sum.
+    A block's backward pass moves twice what its forward pass does. Then the logits; and each parameter's gradient is
+    written, read, and added to the fp32 sum.
     """
     config, parallel = work.model, work.parallel
-    queries_and_keys = (config.n_heads + config.kv_heads) * config.head_dim
-    stream = config.dim / (parallel.tp_size if parallel.sequence_parallel else 1)
-    forward = 8 * stream + (2 * queries_and_keys + 3 * config.hidden_dim) / parallel.tp_size
+    costs = config.block_costs(parallel)
+    assert costs, "or `why_unknown` says so"
     passes = 3 if parallel.activation_checkpointing == "none" else 4
-    blocks = config.n_layers * passes * forward * (1 if parallel.compile else _UNFUSED)
+    blocks = config.n_layers * passes * costs.moved * (1 if parallel.compile else _UNFUSED)
     head = _HEAD_PASSES * work.vocab_rows
     return work.tokens * work.bytes_per_weight * (blocks + head) + 12 * work.parameters
 

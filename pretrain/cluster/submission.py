@@ -16,7 +16,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.cluster import preflight, slurm
 from pretrain.cluster.preflight import Finding, Hardware
 from pretrain.config import RunConfig, load_config
-from pretrain.model.size import memory_per_rank, parameter_count
+from pretrain.model.size import Workload, memory_per_rank, parameter_count
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import check_inputs, check_same_run
 from pretrain.topology import dp_size_of
@@ -166,12 +166,18 @@ def run_findings(run: Run, request: slurm.JobRequest, hardware: Hardware) -> Ite
     if request.gpus_per_node and not layout_problem(config, request.ranks):
         dp_size = dp_size_of(request.ranks, config.parallel)
         stages = config.all_stages
-        largest = max(stages, key=lambda stage: memory_per_rank(config.workload(dp_size, stage)).total)
+        largest = max(stages, key=lambda stage: _estimated_bytes(config.workload(dp_size, stage)))
         work = config.workload(dp_size, largest)
         yield from preflight.memory_findings(work, largest.micro_steps(dp_size), hardware.gpu_bytes)
         work, micro_steps = config.workload(dp_size), stages[0].micro_steps(dp_size)
         layout = (request.nodes, request.gpus_per_node)
         yield from preflight.speed_findings(work, micro_steps, train.steps, *layout, hardware)
+
+
+def _estimated_bytes(work: Workload) -> int:
+    """Return the memory that a rank takes; 0 if it is not known."""
+    estimate = memory_per_rank(work)
+    return estimate.total if estimate else 0
 
 
 def partition_of(name: str | None) -> tuple[slurm.Partition | None, str]:

@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--steps {steps[0]}: an average needs at least two different steps")
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     sources = [open_weights(checkpoints.find(step), config) for step in steps]
-    write(AveragedWeights(sources), config, arguments)
-    print(f"{arguments.to}: mean of steps {', '.join(map(str, steps))} of {folder.root}, {arguments.format} layout")
+    written = write(AveragedWeights(sources), config, arguments)
+    print(f"{arguments.to}: mean of steps {', '.join(map(str, steps))} of {folder.root}, {written}")
     return 0

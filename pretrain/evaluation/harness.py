@@ -20,7 +20,6 @@ from lm_eval.tasks import TaskManager
 from pretrain.evaluation.rows import RowPacker
 from pretrain.evaluation.scoring import item_sums
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.model.kv_cache import KVCache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
@@ -115,7 +114,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         most = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), self._seq_len - 1)
         ids = self.tok_encode(context)[-(self._seq_len - most) :]
         self._check_spelled()
-        cache = KVCache(self._model.config.n_layers, self._seq_len)
+        cache = self._model.config.new_cache(self._seq_len)
         fresh, answer, text = ids, [], ""
         for _ in range(most):
             tokens = torch.tensor([fresh], device=self._topology.device)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import ModelConfig
 from pretrain.run.eval_figure import is_of_task
 
 _logger = logging.getLogger(__name__)
@@ -24,24 +24,24 @@ _COURSE = 5  # evaluations, at the last of which a domain is looked at that has 
 _NO_MOVE = 1e-3  # of what the average over all tokens has moved
 
 
-def drawn_loss(config: ModelConfig) -> float:
+def drawn_loss(config: ModelConfig) -> float | None:
     """Return the expected loss of initialized weights, in nats: ln(vocab_size), and more for widely spread logits.
 
-    The last norm leaves activations of length sqrt(dim) times its weight, so logits are independent and normally
-    distributed with variance dim * (weight * init_std)^2. The mean of the logsumexp of such logits is that of the
-    random energy model.
+    The mean of the logsumexp of logits that are independent and normally distributed is that of the random energy
+    model. None if it is not known how widely they are spread.
 
     Source: Derrida 1981, Phys. Rev. B 24, 2613.
     """
-    uniform, weight = math.log(config.vocab_size), config.scale_of("norm.weight").init
-    variance = config.dim * (weight * config.init_std) ** 2
+    uniform, variance = math.log(config.vocab_size), config.logit_variance
+    if variance is None:
+        return None
     return uniform + variance / 2 if variance < 2 * uniform else math.sqrt(2 * uniform * variance)
 
 
 def doubt_of_first_loss(loss: float, config: ModelConfig, where: str) -> str | None:
     """Return what is to be said of the loss of weights that were just initialized, in nats; None if it is plausible."""
     expected = drawn_loss(config)
-    if abs(loss - expected) <= _TOLERANCE:
+    if expected is None or abs(loss - expected) <= _TOLERANCE:
         return None
     return (
         f"{where}: the loss is {loss:.2f} nats per token, but untrained weights should give about {expected:.2f}"

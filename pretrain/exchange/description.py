@@ -1,4 +1,4 @@
-"""The description of a model in another program's layout, compared with ours. {hf, meta} -> description.
+"""The description of a model in a folder, compared with ours. {hf, meta, own} -> description.
 
 Nothing is guessed: a key without a counterpart in our model is refused by name, and so is a model whose keys differ
 from those of the config that it is to be used with.
@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import WeightSpec, weight_specs
+from pretrain.model.architecture import ModelConfig, WeightSpec
+from pretrain.model.weights import weight_specs
 from shards import ConfigError, installation
 
-# The keys that decide what a model computes from its weights; the others concern initialization and training.
-_ARCHITECTURE = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta", "rope_scaling",
-    "qk_norm", "tie_embeddings",
-)  # fmt: skip
+C = TypeVar("C", bound=ModelConfig, covariant=True)
 
 
 @dataclass(frozen=True)
-class ModelDescription:
+class ModelDescription(Generic[C]):
     """A model's architecture as a file describes it.
 
     Attributes:
@@ -33,7 +30,7 @@ class ModelDescription:
     """
 
     file: Path
-    config: ModelConfig
+    config: C
     keys: Mapping[str, str]
     context: int
 
@@ -43,10 +40,12 @@ class ModelDescription:
         Raises:
             ConfigError: naming each key that differs, under both names.
         """
-        theirs, ours = architecture(self.config), architecture(model)
+        theirs, ours = computed_by(self.config), computed_by(model)
+        if self.config.architecture != model.architecture:  # they have no other keys in common
+            theirs, ours = (dict[str, object](architecture=config.architecture) for config in (self.config, model))
         differing = [
             f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
-            for key in _ARCHITECTURE
+            for key in theirs
             if theirs[key] != ours[key] and not (key == "vocab_size" and self.config.vocab_size > model.vocab_size)
         ]
         if differing:
@@ -64,10 +63,10 @@ def read_specs(config: ModelConfig, expected: ModelConfig | None) -> dict[str, W
     return weight_specs(config.model_copy(update=rows))
 
 
-def architecture(config: ModelConfig) -> dict[str, object]:
+def computed_by(config: ModelConfig) -> dict[str, object]:
     """Return the keys of a model's config that decide what it computes, with defaults filled in."""
-    values = config.model_dump(mode="json") | {"n_kv_heads": config.kv_heads, "ffn_dim": config.hidden_dim}
-    return {key: values[key] for key in _ARCHITECTURE}
+    values = config.spelled_out()
+    return {key: values[key] for key in config.COMPUTES}
 
 
 def refuse(file: Path, key: str, value: object, wanted: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Export a run's model as a folder for other programs. commands.export -> export -> {hf, meta, tokenizer_files}.
+"""Export a run's model as a folder. commands.export -> export -> {hf, meta, own, tokenizer_files}.
 
 The folder appears at the end, complete, or not at all.
 """
@@ -10,18 +10,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from pretrain.exchange import hf, meta
+from pretrain.exchange import hf, meta, own
 from pretrain.exchange.tokenizer_files import is_json, write_tokenizer
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import Layout, ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import Weights, check_splits, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
 from shards.storage.atomic import fsync_folder, is_there, partial_name
-
-Format = Literal["hf", "meta"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,44 +29,63 @@ def export(
     model: ModelConfig,
     data: DataConfig,
     to: Path,
-    layout: Format = "hf",
+    layout: Layout | None = None,
     dtype: torch.dtype = torch.float32,
     tp_size: int = 1,
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
+) -> Layout:
     """Write a model and its tokenizer into a new folder.
 
     Args:
         weights: read one at a time.
         data: the data config, with the tokenizer and seq_len of the training.
+        layout: None: the first that the architecture has.
         dtype: type to round the weights to.
         tp_size: number of files in Meta's layout.
-        max_shard_bytes: maximum file size in Hugging Face's layout.
+        max_shard_bytes: maximum file size in the other layouts.
+    Returns:
+        The layout.
     Raises:
         ConfigError: if the folder exists already, or the layout cannot represent this model.
     """
-    specs = weight_specs(model.model_copy(update={"vocab_multiple": 1}))  # no other program has padding
+    layout = layout or model.LAYOUTS[0]
+    if layout not in model.LAYOUTS:
+        raise ConfigError(
+            f"--format {layout}: no program that reads that layout has model.architecture={model.architecture}; choose"
+            f" {' or '.join(model.LAYOUTS)}"
+        )
     tokenizer = Tokenizer.of(data)
+    ids = {
+        "bos_token_id": tokenizer.bos_id if data.bos else None,  # a prompt begins as training documents did
+        "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
+    }
     with _atomic_folder(to) as folder:
+        if layout == "headrace":
+            write_tokenizer(tokenizer, folder, data.bos, data.seq_len)
+            own.write_model(folder, weights, model, data.seq_len, ids, dtype, max_shard_bytes)
+            return layout
+        assert isinstance(model, LlamaConfig), "no other has these layouts"
+        specs = weight_specs(model.model_copy(update={"vocab_multiple": 1}))  # no other program has padding
         if layout == "meta":
-            check_splits(model, tp_size, "--tp")
-            if model.vocab_size % tp_size:
-                raise ConfigError(
-                    f"--tp={tp_size} does not divide the model's vocab_size={model.vocab_size}, and Meta's files have"
-                    " no padding; choose a divisor, such as --tp 1"
-                )
+            _check_meta_splits(model, tp_size)
             meta.write_params(folder, model)
             name = "tokenizer.json" if is_json(data.tokenizer) else "tokenizer.model"
             shutil.copyfile(data.tokenizer, folder / name)
             meta.write_weights(folder, weights, specs, model.head_dim, dtype, tp_size)
         else:
-            ids = {
-                "bos_token_id": tokenizer.bos_id if data.bos else None,  # a prompt begins as training documents did
-                "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
-            }
             hf.write_config(folder, model, data.seq_len, dtype, ids)
             write_tokenizer(tokenizer, folder, data.bos, data.seq_len)
             hf.write_weights(folder, weights, specs, dtype, max_shard_bytes)
+    return layout
+
+
+def _check_meta_splits(model: ModelConfig, tp_size: int) -> None:
+    check_splits(model, tp_size, "--tp")
+    if model.vocab_size % tp_size:
+        raise ConfigError(
+            f"--tp={tp_size} does not divide the model's vocab_size={model.vocab_size}, and Meta's files have"
+            " no padding; choose a divisor, such as --tp 1"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Open a model's folder in whichever other program's layout it is. {trainer, commands} -> folder -> {hf, meta}."""
+"""Open a model's folder in whichever layout it is. {trainer, commands} -> folder -> {hf, meta, own}."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import tokenizers
 import xxhash
 
 from pretrain.config_file import dump
-from pretrain.exchange import hf, meta, run_model
-from pretrain.exchange.description import architecture
+from pretrain.exchange import hf, meta, own, run_model
+from pretrain.exchange.description import computed_by
+from pretrain.exchange.safetensors_folder import CONFIG
 from pretrain.inference.generate import Codec, codec_of
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import ModelConfig
 from shards import ConfigError, Tokenizer
 from shards.storage.content_hash import hash_file
 
 _logger = logging.getLogger(__name__)
 
-Model = hf.HFModel | meta.MetaModel | run_model.RunModel
+Model = hf.HFModel | meta.MetaModel | own.OwnModel | run_model.RunModel
 
 
 def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
-    """Open the model in a folder of another program's layout or in that of a run, of which RUN@STEP names a checkpoint.
+    """Open the model in a folder of any layout, or in that of a run, of which RUN@STEP names a checkpoint.
 
     Args:
         expected: the config that it will be used with. If it has fewer tokens than the embedding has rows, which then
@@ -36,7 +37,9 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
         CheckpointError: if the run has no such checkpoint.
     """
     model: Model
-    if (folder / hf.CONFIG).exists():
+    if own.is_own(folder):
+        model = own.OwnModel(folder, expected)
+    elif (folder / CONFIG).exists():
         model = hf.HFModel(folder, expected)
     elif (folder / meta.PARAMS).exists():
         model = meta.MetaModel(folder, expected)
@@ -44,8 +47,8 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
         model = run_model.RunModel(folder, expected)
     else:
         raise ConfigError(
-            f"{folder} holds no model: there is neither {hf.CONFIG} (Hugging Face) nor {meta.PARAMS} (Meta) nor the"
-            " config.yaml of a run"
+            f"{folder} holds no model: there is neither {CONFIG} (Hugging Face, or our own) nor {meta.PARAMS} (Meta)"
+            " nor the config.yaml of a run"
         )
     if expected:
         model.description.check(expected)
@@ -65,14 +68,14 @@ def named_exactly(path: Path, begun: Path | None = None) -> Path:
     """
     if begun is not None:
         return begun if run_model.is_checkpoint_of(begun, path) else path
-    if (path / hf.CONFIG).exists() or (path / meta.PARAMS).exists() or not run_model.is_run(path):
+    if (path / CONFIG).exists() or (path / meta.PARAMS).exists() or not run_model.is_run(path):
         return path
     return run_model.RunModel(path).path
 
 
 def describe(folder: Path) -> str:
     """Return a model's `model:` section as YAML. Raises ConfigError if Headrace cannot run the model."""
-    values = architecture(open_model(folder).description.config)
+    values = computed_by(open_model(folder).description.config)
     return dump({"init_from": str(folder), "model": values})
 
 
@@ -83,7 +86,7 @@ def open_codec(folder: Path) -> Codec:
         ConfigError: if there is neither.
     """
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    config = _read_json(folder / hf.CONFIG)
+    config = _read_json(folder / CONFIG)
     if model.exists():
         with contextlib.suppress(ConfigError):  # a file of a kind that cannot be read may have tokenizer.json beside it
             tokenizer = Tokenizer(model, bos=False, eos=False)
@@ -113,7 +116,7 @@ def open_tokenizer(folder: Path, path: Path | None = None) -> Tokenizer:
     """
     names = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
     path = path or next((name for name in names if name.exists()), folder / "tokenizer.model")
-    config, bare = _read_json(folder / hf.CONFIG), Tokenizer(path, bos=False, eos=False)
+    config, bare = _read_json(folder / CONFIG), Tokenizer(path, bos=False, eos=False)
     named = None if bare.eos_id >= 0 else next((bare.piece(index) for index in _ends(config)), None) or None
     return Tokenizer(path, _begins_with_bos(bare, config), bare.eos_id >= 0 or named is not None, eos_token=named)
 
@@ -138,7 +141,7 @@ def file_hashes(model: Model, part: int = 0, parts: int = 1) -> list[str]:
     """Return "name hash" for each file in one part of a model's files. Raises CheckpointError if a run's is damaged."""
     if isinstance(model, run_model.RunModel):
         return model.file_hashes(part, parts)
-    files = sorted(path for path in model.folder.iterdir() if path.is_file())
+    files = sorted(path for path in model.description.file.parent.iterdir() if path.is_file())
     return [f"{path.name} {hash_file(path)}" for path in files[part::parts]]
 
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from pretrain.model.transformer import ModelConfig, initial_weight
+from pretrain.model.architecture import ModelConfig
+from pretrain.model.transformer import LlamaConfig, initial_weight
 from pretrain.model.weights import Weights, weight_specs
 from shards import ConfigError
 
@@ -29,18 +30,20 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _WRITES = ("attention.wo.weight", "feed_forward.w2.weight", "embedding.weight")  # to the residual stream
 
 
-def check_growth(small: ModelConfig, large: ModelConfig) -> None:
-    """Check that a model can grow into another one.
+def growable(small: ModelConfig, large: ModelConfig) -> tuple[LlamaConfig, LlamaConfig]:
+    """Check that a model can grow into another one; return both configs.
 
     Raises:
         ConfigError: with a line for each key that does not fit.
     """
-    problems = list(_problems(small, large))
-    if problems:
+    if not isinstance(small, LlamaConfig) or not isinstance(large, LlamaConfig):
+        raise ConfigError(f"model.architecture: only a llama grows, not {small.architecture} to {large.architecture}")
+    if problems := list(_problems(small, large)):
         raise ConfigError("\n".join(problems))
+    return small, large
 
 
-def _problems(small: ModelConfig, large: ModelConfig) -> Iterator[str]:
+def _problems(small: LlamaConfig, large: LlamaConfig) -> Iterator[str]:
     for key in _SAME:
         ours, theirs = getattr(small, key), getattr(large, key)
         if ours != theirs:
@@ -68,11 +71,11 @@ class GrownWeights:
 
     Args:
         source: the smaller model's weights.
-        small, large: the models' configs, as `check_growth` accepts them.
+        small, large: the models' configs, as `growable` accepts them.
         seed: weights that are drawn are those of a new run with this seed.
     """
 
-    def __init__(self, source: Weights, small: ModelConfig, large: ModelConfig, seed: int) -> None:
+    def __init__(self, source: Weights, small: LlamaConfig, large: LlamaConfig, seed: int) -> None:
         self._source, self._small, self._large, self._seed = source, small, large, seed
         self._specs = weight_specs(large)
         # Old blocks lie evenly among the new ones, the first of them first
@@ -102,7 +105,7 @@ class GrownWeights:
         _by_heads(part, whole, self._large)[tuple(slice(size) for size in old.shape)] = old
 
 
-def _by_heads(part: str, weight: Tensor, config: ModelConfig) -> Tensor:
+def _by_heads(part: str, weight: Tensor, config: LlamaConfig) -> Tensor:
     """Return a view of a weight in which each axis that grows is an axis of its own."""
     kv_heads, of_each, size = config.kv_heads, config.n_heads // config.kv_heads, config.head_dim
     shape = {

@@ -1,4 +1,4 @@
-"""Hugging Face folders of LLaMA and Qwen3 models: config.json and safetensors, read lazily and written as a stream.
+"""Hugging Face folders of LLaMA and Qwen3 models: config.json and safetensors under transformers' names.
 
 Qwen3 is LLaMA with an RMSNorm on each query and key head before the rotation: our model with qk_norm. Queries and keys
 need no permutation: our RoPE rotates the two halves of a head, as transformers' does.
@@ -7,23 +7,20 @@ need no permutation: our RoPE rotates the two halves of a head, as transformers'
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.exchange import safetensors_folder
 from pretrain.exchange.description import ModelDescription, read_specs, refuse, required
-from pretrain.exchange.safetensors_file import write_safetensors
-from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import Weights, WeightSpec, weight_specs
-from shards import ConfigError
-
-CONFIG, _INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+from pretrain.exchange.safetensors_folder import CONFIG, StoredWeights, read_json
+from pretrain.model.architecture import ModelConfig, WeightSpec
+from pretrain.model.transformer import LlamaConfig
+from pretrain.model.weights import Weights, weight_specs
 
 _KEYS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -46,8 +43,8 @@ _OTHER_NORMS = dict.fromkeys(
     ("olmo2", "olmo3"),
     "norms before each branch, not after it, and qk_norm over each head, not over all of them together",
 )
-# Old files hold these tables beside the weights.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_ROPE_TABLES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_ROPE_TABLES_AND_OUTPUT = re.compile(rf"{_ROPE_TABLES.pattern}|lm_head\.weight")
 
 
 def hf_name(name: str) -> str:
@@ -69,71 +66,26 @@ class HFModel:
     """
 
     def __init__(self, folder: Path, expected: ModelConfig | None = None) -> None:
-        self.folder = folder
         self.description = read_config(folder / CONFIG)
-        self._stored = weight_specs(self.description.config)
-        self.specs = read_specs(self.description.config, expected)
-        self._files = self._find()
-
-    def _find(self) -> dict[str, Path]:
-        """Map transformers' name of each weight to the file that holds it."""
-        index, single = self.folder / _INDEX, self.folder / SINGLE
-        if index.exists():
-            try:
-                names = json.loads(index.read_text())["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise ConfigError(f"{index}: cannot be read as an index of weights: {error!r}") from None
-            files = {name: self.folder / file for name, file in names.items()}
-        elif single.exists():
-            with _open_safetensors(single) as file:
-                files = dict.fromkeys(file.keys(), single)
-        else:
-            raise ConfigError(f"{self.folder} has neither {SINGLE} nor {_INDEX}; no other weight formats are supported")
-        wanted = {hf_name(name) for name in self.specs}
-        if self.description.config.tie_embeddings:
-            files.pop("lm_head.weight", None)  # some programs write a tied weight twice
-        unknown = sorted(name for name in files.keys() - wanted if not _IGNORED.fullmatch(name))
-        if unknown:
-            raise ConfigError(f"{self.folder} has weights of another architecture: {_listed(unknown)}")
-        if missing := sorted(wanted - files.keys()):
-            raise ConfigError(f"{self.folder} lacks weights: {_listed(missing)}")
-        return files
+        config = self.description.config
+        self.specs = read_specs(config, expected)
+        names = {name: hf_name(name) for name in self.specs}
+        # Old files hold these tables beside the weights, and some programs write a tied weight twice.
+        ignored = _ROPE_TABLES if not config.tie_embeddings else _ROPE_TABLES_AND_OUTPUT
+        self._weights = StoredWeights(folder, weight_specs(config), self.specs, names, ignored)
 
     def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Read a weight, or its slice for tensor-parallel rank `index` of `count`, in the file's type."""
-        spec, theirs = self.specs[name], hf_name(name)
-        with _open_safetensors(self._files[theirs]) as file:
-            stored = file.get_slice(theirs)
-            if tuple(stored.get_shape()) != self._stored[name].shape:
-                raise ConfigError(
-                    f"{self._files[theirs]}: {theirs} has the shape {stored.get_shape()}, but {CONFIG} implies"
-                    f" {list(self._stored[name].shape)}"
-                )
-            part: Tensor = stored[spec.bounds(index, count)]
-            return part
+        return self._weights.read(name, index, count)
 
 
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def read_config(path: Path) -> ModelDescription:
+def read_config(path: Path) -> ModelDescription[LlamaConfig]:
     """Read the config.json of a LLaMA or Qwen3 model.
 
     Raises:
         ConfigError: naming the first key without a counterpart in our model.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = read_json(path)
     _check_kind(path, values)
     qk_norm = values.get("model_type") == "qwen3"
     found = {key: values.get(theirs) for key, theirs in _KEYS.items()} | {"qk_norm": qk_norm}
@@ -147,7 +99,7 @@ def read_config(path: Path) -> ModelDescription:
     found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
     if found["tie_embeddings"] is None:
         found["tie_embeddings"] = False  # likewise
-    config = ModelConfig.parse(found, at=str(path))
+    config = LlamaConfig.parse(found, at=str(path))
     head_dim = values.get("head_dim") or (_QWEN3_HEAD_DIM if qk_norm else config.dim // config.n_heads)
     if head_dim * config.n_heads != config.dim:
         raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
@@ -182,7 +134,7 @@ def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_config(
-    folder: Path, config: ModelConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int | None]
+    folder: Path, config: LlamaConfig, seq_len: int, dtype: torch.dtype, ids: Mapping[str, int | None]
 ) -> None:
     """Write config.json and generation_config.json.
 
@@ -221,31 +173,6 @@ def write_config(
 def write_weights(
     folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    """Write the weights, as several files with an index if they exceed `max_shard_bytes`."""
-    ours = {hf_name(name): name for name in specs}
-    shapes = {theirs: specs[name].shape for theirs, name in ours.items()}
-    parts = list(_parts(shapes, dtype.itemsize, max_shard_bytes))
-    places: dict[str, str] = {}
-    for number, part in enumerate(parts, start=1):
-        file = SINGLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        write_safetensors(folder / file, part, dtype, lambda theirs: weights.read(ours[theirs]))
-        places |= dict.fromkeys(part, file)
-    if len(parts) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _parts(
-    shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_bytes: int
-) -> Iterator[dict[str, tuple[int, ...]]]:
-    part: dict[str, tuple[int, ...]] = {}
-    size = 0
-    for name, shape in shapes.items():
-        bytes_ = math.prod(shape) * item_bytes
-        if part and size + bytes_ > max_bytes:
-            yield part
-            part, size = {}, 0
-        part[name] = shape
-        size += bytes_
-    yield part
+    """Write the weights under transformers' names; see `safetensors_folder`."""
+    names = {name: hf_name(name) for name in specs}
+    safetensors_folder.write_weights(folder, weights, specs, names, dtype, max_shard_bytes)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pretrain.exchange.description import ModelDescription, read_specs, required
+from pretrain.model.architecture import ModelConfig, WeightSpec
 from pretrain.model.rotary import RopeScaling
-from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import Weights, WeightSpec, weight_specs
+from pretrain.model.transformer import LlamaConfig
+from pretrain.model.weights import Weights, weight_specs
 from shards import ConfigError
 
 PARAMS = "params.json"
@@ -63,14 +64,15 @@ class MetaModel:
         if not paths:
             raise ConfigError(f"{folder} has a {PARAMS} but no consolidated.00.pth")
         self._parts = [_load_part(path) for path in paths]
-        self.description = self._describe(folder / PARAMS, expected.rope_scaling if expected else None)
+        from_run = expected.rope_scaling if isinstance(expected, LlamaConfig) else None
+        self.description = self._describe(folder / PARAMS, from_run)
         self._stored = weight_specs(self.description.config)
         self.specs = read_specs(self.description.config, expected)
         wanted = {meta_name(name) for name in self.specs} | {"output.weight", "rope.freqs"}
         if unknown := sorted(self._parts[0].keys() - wanted):
             raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
 
-    def _describe(self, path: Path, rope_scaling: RopeScaling | None) -> ModelDescription:
+    def _describe(self, path: Path, rope_scaling: RopeScaling | None) -> ModelDescription[LlamaConfig]:
         try:
             values: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -90,7 +92,7 @@ class MetaModel:
             "tie_embeddings": self._is_tied(dim),
         }
         context = values.get("max_seq_len", 2048)  # the default of Meta's code, which takes it as an argument
-        return ModelDescription(path, ModelConfig.parse(found, at=str(path)), _KEYS, context)
+        return ModelDescription(path, LlamaConfig.parse(found, at=str(path)), _KEYS, context)
 
     def _embedding_dim(self, dim: object) -> int:
         """Find the embedding's split dimension: Llama 1 and 2 split its width (1), Llama 3 the vocabulary (0)."""
@@ -161,7 +163,7 @@ def _scaling(path: Path, values: Mapping[str, Any], from_run: RopeScaling | None
     return from_run.model_dump()
 
 
-def write_params(folder: Path, config: ModelConfig) -> None:
+def write_params(folder: Path, config: LlamaConfig) -> None:
     """Write params.json. Raises ConfigError if Meta's code cannot represent this model."""
     values: dict[str, object] = {
         "dim": config.dim,

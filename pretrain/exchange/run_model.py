@@ -12,7 +12,8 @@ from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config_file import read_tree
 from pretrain.exchange.description import ModelDescription, read_specs
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import ModelConfig
+from pretrain.model.architectures import parse_model
 from pretrain.model.weights import weight_specs
 from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, ConfigError
@@ -41,8 +42,8 @@ class RunModel:
         self.checkpoint = CheckpointStore(folder.checkpoints, CheckpointConfig()).find(step)
         file = folder.config
         tree = read_tree(file)[0]
-        config = ModelConfig.parse(tree["model"], f"{file}: model")
-        keys = {key: f"model.{key}" for key in ModelConfig.model_fields}
+        config = parse_model(tree["model"], f"{file}: model")
+        keys = {key: f"model.{key}" for key in config.model_dump()}
         self.description = ModelDescription(file, config, keys, tree["data"]["seq_len"])
         self.specs = read_specs(config, expected)
         self.tokenizer = Path(tree["data"]["tokenizer"])

@@ -9,7 +9,7 @@ import statistics
 from collections import deque
 
 from pretrain.evaluation.plausibility import doubt_of_first_loss
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.architecture import ModelConfig
 from pretrain.run.events import Event
 from pretrain.run.metrics import StepRecord
 

@@ -11,10 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
+from pretrain.model.architecture import Cache, ModelConfig, Precision
 from pretrain.model.attention_choice import attention_backend
-from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Scores, Targets, last_logits, target_scores
-from pretrain.model.transformer import ModelConfig, Precision, Transformer
 from pretrain.model.weights import Weights, fill
 from pretrain.topology import ParallelConfig, Topology
 
@@ -28,8 +27,8 @@ class ForwardModel:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, precision: Precision, topology: Topology) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        attention = attention_backend(parallel, topology, config.head_dim, dtype)
-        model = Transformer(config, attention=attention)
+        attention = attention_backend(parallel, topology, config.heads, dtype)
+        model = config.make(ParallelConfig(), attention)
         self._model = model.to(topology.device, dtype).eval()
         self.config = config
         self._topology = topology
@@ -44,6 +43,6 @@ class ForwardModel:
         return self._model(tokens, segment_ids, functools.partial(target_scores, targets=targets))
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return this rank's slice of the logits after tokens [1, T] that follow those in the cache."""
         return self._model(tokens, head=last_logits, cache=cache)

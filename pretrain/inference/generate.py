@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.model.kv_cache import KVCache
+from pretrain.model.architecture import Cache
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
 from shards import Config, ConfigError, Tokenizer
@@ -22,7 +22,7 @@ from shards import Config, ConfigError, Tokenizer
 _logger = logging.getLogger(__name__)
 
 # Tokens [B, T] after those in the cache -> this rank's slice of the last token's logits [B, vocab_size / tp_size]
-NextLogits = Callable[[Tensor, KVCache], Tensor]
+NextLogits = Callable[[Tensor, Cache], Tensor]
 
 _UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are missing
 
@@ -71,7 +71,7 @@ def codec_of(tokenizer: Tokenizer, bos: bool) -> Codec:
 
 def generate(
     next_logits: NextLogits,
-    n_layers: int,
+    new_cache: Callable[[int], Cache],
     max_length: int,
     codec: Codec,
     prompt: str,
@@ -82,7 +82,7 @@ def generate(
 
     Args:
         next_logits: the model's forward pass with a cache.
-        n_layers: number of the model's layers.
+        new_cache: makes an empty cache of the model for so many tokens.
         max_length: maximum number of tokens of prompt and continuation together.
     Raises:
         ConfigError: if the tokenizer has more tokens than the model, and the prompt one of those.
@@ -100,7 +100,7 @@ def generate(
         return
     stream = TextStream(codec, ids, sampling.stop)
     end = min(max_length, len(ids) + sampling.max_tokens)
-    cache = KVCache(n_layers, end)  # not max_length, since a long context's cache can take more memory than the model
+    cache = new_cache(end)  # not max_length, since a long context's cache can take more memory than the model
     # Drawn on the CPU, so that the text is the same on every device.
     generator = torch.Generator().manual_seed(sampling.seed)
     new = ids

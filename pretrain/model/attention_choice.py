@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import activate_flash_attention_impl
 
+from pretrain.model.architecture import Heads
 from pretrain.model.attention import AttentionBackend, attention_within_pieces
 from pretrain.model.pieces import pieces_of
 from pretrain.topology import ParallelConfig, Topology
@@ -49,39 +50,46 @@ class AttentionShape:
 
 
 def attention_backend(
-    parallel: ParallelConfig, topology: Topology, head_dim: int, dtype: torch.dtype, dropout: float = 0.0
+    parallel: ParallelConfig, topology: Topology, heads: Heads | None, dtype: torch.dtype
 ) -> AttentionBackend:
     """Return the attention that a config asks for; for auto the one that is usually fastest.
 
     Args:
+        heads: those of the model; None if it has no attention, so that any backend will do.
         dtype: type of the weights.
         dropout: share of the attention's weights that is dropped in training.
     Raises:
         ConfigError: if this device cannot run it.
     """
     device = topology.device
-    fitting = _fitting(device, head_dim, dtype, dropout)
+    if heads is None:
+        return "sdpa"
+    fitting = _fitting(device, heads.head_dim, dtype, heads.dropout)
     chosen = fitting[0] if parallel.attention == "auto" else parallel.attention
     if chosen not in fitting:
         raise ConfigError(
-            f"parallel.attention={chosen} needs {_NEEDS[chosen]}, not {device.type}, {dtype} and heads of {head_dim};"
-            " use auto"
+            f"parallel.attention={chosen} needs {_NEEDS[chosen]}, not {device.type}, {dtype} and heads of"
+            f" {heads.head_dim}; use auto"
         )
     if chosen == "varlen" and device.type == "cuda":
         _use_newest_flash_attention()
     return chosen
 
 
-def with_fastest_attention(parallel: ParallelConfig, topology: Topology, shape: AttentionShape) -> ParallelConfig:
+def with_fastest_attention(
+    parallel: ParallelConfig, topology: Topology, shape: AttentionShape | None
+) -> ParallelConfig:
     """Replace auto on CUDA by the fastest backend, as rank 0 measures it. Every rank must call it.
 
     A deterministic run keeps auto, which then stands for the same backend at every start.
 
+    Args:
+        shape: None if the model has no attention.
     Raises:
         ConfigError: if no backend can run this shape.
     """
-    settled = parallel.attention != "auto" or parallel.deterministic or shape.dropout > 0
-    if settled or topology.device.type == "cpu":
+    settled = parallel.attention != "auto" or parallel.deterministic or topology.device.type == "cpu"
+    if shape is None or shape.dropout or settled:
         return parallel
     measured = topology.together(lambda: _fastest(topology.device, shape) if topology.is_main else None)
     return parallel.model_copy(update={"attention": topology.broadcast_object(measured)})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
+from pretrain.model.architecture import BlockCosts, ModelConfig
 from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.parallel import slice_size
-from pretrain.model.transformer import ModelConfig
 from pretrain.model.weights import weight_specs
 from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimizerName, is_hidden
-from pretrain.topology import Checkpointing, ParallelConfig
+from pretrain.topology import ParallelConfig
 
 _REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLREDUCE_SIZE
 
@@ -31,19 +30,18 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int) -> int:
-    """Count the floating-point operations, forward and backward, of tokens that attend within their own documents.
+    """Count the floating-point operations, forward and backward, of the tokens of whole documents.
 
     Two per token and weight of every matrix multiplication in the forward pass (the embedding is a look-up and has
-    none) and twice that in the backward pass; plus, in each layer, the causal half of the length x length products of
-    each document's attention, twice (scores and values). Recomputation is not counted.
+    none) and twice that in the backward pass; likewise for products of activations, such as those of attention within
+    each document. Recomputation is not counted.
 
     Args:
         n_tokens: tokens of all documents together.
         squared_lengths: sum over the documents of their length in tokens, squared.
     """
-    matrices = config.n_layers * _block_matrices(config) + config.vocab_size * config.dim
-    products = config.n_layers * config.n_heads * config.head_dim * squared_lengths
-    return 6 * (matrices * n_tokens + products)
+    matrices = sum(math.prod(shape) for shape in _block_matrices(config)) + config.vocab_size * config.dim
+    return 6 * (matrices * n_tokens + config.products_of(squared_lengths))
 
 
 def orthogonalization_flops(config: ModelConfig) -> int:
@@ -51,15 +49,13 @@ def orthogonalization_flops(config: ModelConfig) -> int:
 
     An iteration multiplies a matrix [m, n], m <= n, by its transpose, the product [m, m] by itself and by the matrix.
     """
-    matrices = [spec.shape for name, spec in weight_specs(config).items() if is_hidden(name, len(spec.shape))]
-    sides = [(min(shape), max(shape)) for shape in matrices]
+    sides = [(min(shape), max(shape)) for shape in _block_matrices(config)]
     return sum(2 * ORTHOGONALIZATION_ITERATIONS * (2 * m * m * n + m**3) for m, n in sides)
 
 
-def _block_matrices(config: ModelConfig) -> int:
-    """Count the weights in the matrices of one block."""
-    attention = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.kv_heads)
-    return attention + 3 * config.dim * config.hidden_dim
+def _block_matrices(config: ModelConfig) -> list[tuple[int, ...]]:
+    """Return the shapes of the matrices of all blocks."""
+    return [spec.shape for name, spec in weight_specs(config).items() if is_hidden(name, len(spec.shape))]
 
 
 def checkpoint_bytes(
@@ -84,7 +80,7 @@ def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool, 
 
     It is master weights in fp32, two moments of each or one under Muon, and the average in fp32.
     """
-    under_muon = config.n_layers * _block_matrices(config) if optimizer == "muon" else 0
+    under_muon = sum(math.prod(shape) for shape in _block_matrices(config)) if optimizer == "muon" else 0
     moments = 2 * parameter_count(config) - under_muon
     return (8 if averaged else 4) * parameter_count(config) + moment_bytes * moments
 
@@ -157,17 +153,23 @@ class Workload:
         return 4 if self.parallel.reduce_dtype == "fp32" else 2
 
 
-def memory_per_rank(work: Workload) -> MemoryEstimate:
-    """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step."""
+def memory_per_rank(work: Workload) -> MemoryEstimate | None:
+    """Estimate one rank's memory; `benchmarks/memory_model.py` compares it with a simulated step.
+
+    Returns:
+        None if it is not known what the architecture's blocks keep.
+    """
     parallel, own = work.parallel, work.parameters // work.dp_size
-    stage = parallel.applied_zero_stage
+    stage, costs = parallel.applied_zero_stage, work.model.block_costs(parallel)
+    if costs is None:
+        return None
     weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
         gradients=4 * (work.parameters if stage == 1 else own),
         optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
         buffers=_buffers(work),
-        activations=int(_activations(work)),
+        activations=int(_activations(work, costs)),
     )
 
 
@@ -185,7 +187,7 @@ def _buffers(work: Workload) -> int:
     return work.reduce_bytes * work.reduce_bucket + gathered
 
 
-def _activations(work: Workload) -> float:
+def _activations(work: Workload, costs: BlockCosts) -> float:
     """Estimate the most bytes that activations and what is computed from them take.
 
     Four moments can be the fullest: the loss, when all blocks have run; the last block's backward pass; the reduction
@@ -193,11 +195,11 @@ def _activations(work: Workload) -> float:
     """
     config, weight_bytes = work.model, work.bytes_per_weight
     of_dropout = _kept_of_dropout(work) if work.parallel.activation_checkpointing == "none" else 0
-    blocks = config.n_layers * work.tokens * (weight_bytes * _kept_by_block(work) + of_dropout)
+    blocks = config.n_layers * work.tokens * (weight_bytes * costs.kept + of_dropout)
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
     return max(
         blocks + ends + _loss_bytes(work),
-        blocks + _backward_bytes(work),
+        blocks + _backward_bytes(work, costs),
         _reduction_bytes(work, blocks),
         _update_bytes(work),
     )
@@ -212,33 +214,13 @@ def _update_bytes(work: Workload) -> float:
     copied = 4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
     if work.optimizer == "adamw":
         return copied
-    rows, columns = sorted((work.model.dim, work.model.hidden_dim))
+    rows, columns = sorted(_largest_matrix(work))
     return copied + work.bytes_per_weight * (4 * rows * columns + 3 * rows * rows)
 
 
-def _kept_by_block(work: Workload) -> float:
-    """Count the numbers per token that a block keeps of its forward pass, on one tp rank.
-
-    Divided among the tp ranks: queries, keys, values, attention's output, SwiGLU's products. The residual stream, twice
-    since each branch adds to it, is divided by sequence parallelism only; the branches' inputs are whole in any case.
-    Compiled blocks compute again what is cheap, and so does selective checkpointing.
-    """
-    config, parallel = work.model, work.parallel
-    of_rank = 1 / parallel.tp_size
-    stream = config.dim * (of_rank if parallel.sequence_parallel else 1)
-    if parallel.activation_checkpointing == "full":
-        return stream
-    queries, keys = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
-    kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * config.hidden_dim)
-    if parallel.activation_checkpointing == "selective":
-        # Gathered tokens are kept, since gathering them again would wait for other ranks. Uncompiled, all results of
-        # matrix products and collectives are, needed or not.
-        kept += 2 * config.dim if parallel.sequence_parallel else 0
-        if not parallel.compile:
-            kept += 2 * config.dim + stream if parallel.tp_size > 1 else config.dim
-        return kept
-    kept += 2 * config.dim + of_rank * config.hidden_dim * (1 if parallel.compile else 2)
-    return kept + (of_rank * (queries + keys) if config.qk_norm else 0)
+def _largest_matrix(work: Workload) -> tuple[int, ...]:
+    """Return the shape of the largest matrix in a block."""
+    return max(_block_matrices(work.model), key=math.prod)
 
 
 def _kept_of_dropout(work: Workload) -> float:
@@ -247,15 +229,14 @@ def _kept_of_dropout(work: Workload) -> float:
     These are the weights in fp32, which of them were dropped, and what is left of them. Compiled, what is left is
     computed again in bf16. Any checkpointing leaves all of it to be computed again.
     """
-    if not work.model.attention_dropout:
-        return 0
     left = 0 if work.parallel.compile and work.bytes_per_weight == 2 else work.bytes_per_weight
-    return (5 + left) * _pairs(work)
+    return (5 + left) * _dropped_pairs(work)
 
 
-def _pairs(work: Workload) -> float:
-    """Count the weights of a block's attention per token, on one tp rank."""
-    return work.model.n_heads * work.seq_len / work.parallel.tp_size
+def _dropped_pairs(work: Workload) -> float:
+    """Count the weights of a block's attention per token, on one tp rank, if it has dropout."""
+    heads = work.model.heads
+    return heads.n_heads * work.seq_len / work.parallel.tp_size if heads and heads.dropout else 0
 
 
 def _loss_bytes(work: Workload) -> float:
@@ -270,32 +251,14 @@ def _loss_bytes(work: Workload) -> float:
     return 2 * states * weight_bytes + weight * (4 + weight_bytes) + chunk
 
 
-def _backward_bytes(work: Workload) -> float:
-    """Estimate what a block's backward pass takes beside what is kept: what it computes again, and gradients.
-
-    The gradients are those of the stream and of a matrix; uncompiled, also of two of SwiGLU's products.
-    """
-    config, parallel = work.model, work.parallel
-    hidden = config.hidden_dim / parallel.tp_size
-    products = hidden * (1 if parallel.compile else 2)
-    again = {
-        "none": 0.0,
-        "selective": 2 * config.dim + products,
-        "full": _kept_by_block(_with_checkpointing(work, "none")) - _kept_by_block(work),
-    }[parallel.activation_checkpointing]
-    gradients = config.dim + (0 if parallel.compile else 2 * hidden)
-    found = work.bytes_per_weight * (work.tokens * (again + gradients) + config.dim * hidden)
-    if config.attention_dropout:
-        of_dropout = 0 if parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
-        found += work.tokens * (
-            of_dropout + 4 * _pairs(work)
-        )  # the gradient of what is left of the weights, and of all
+def _backward_bytes(work: Workload, costs: BlockCosts) -> float:
+    """Estimate what a block's backward pass takes beside what is kept, with the gradient of its largest matrix."""
+    matrix = math.prod(_largest_matrix(work)) / work.parallel.tp_size
+    found = work.bytes_per_weight * (work.tokens * costs.backward + matrix)
+    if pairs := _dropped_pairs(work):
+        again = 0 if work.parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
+        found += work.tokens * (again + 4 * pairs)  # the gradient of what is left of the weights, and of all
     return found
-
-
-def _with_checkpointing(work: Workload, what: Checkpointing) -> Workload:
-    parallel = work.parallel.model_copy(update={"activation_checkpointing": what})
-    return dataclasses.replace(work, parallel=parallel)
 
 
 def _reduction_bytes(work: Workload, blocks: float) -> float:

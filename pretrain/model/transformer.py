@@ -6,17 +6,19 @@ Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pretrain.model.architecture import BlockCosts, Head, Heads, Layout, Model, ModelConfig, Use, WeightSpec
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
-from pretrain.model.checkpointing import checkpointed
+from pretrain.model.attention_figures import TransformerMeasurement
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.layers import Distribution, Output, RMSNorm, computations, drawn
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import (
     ColumnLinear,
@@ -25,50 +27,37 @@ from pretrain.model.parallel import (
     enter_branch,
     full_shape,
     leave_branch,
-    on_sharded_activations,
     shard_of,
-    slice_bounds,
 )
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
+from pretrain.model.transformer_costs import block_costs
 from pretrain.parametrization import MupBase, Scale, Size, scale_of
-from pretrain.rng import derive_seed
-from pretrain.topology import ParallelConfig
-from shards import Config
-
-T = TypeVar("T")
-
-# What to make of the final hidden states [B, T, dim] and this rank's slice [vocab_size / tp_size, dim] of the output
-# projection, rounded up: logits, a loss, scores.
-Head = Callable[[Tensor, Tensor], T]
-
-Use = Literal["training", "scoring", "uncompiled"]  # of a forward pass
-
-Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
+from pretrain.topology import ParallelConfig, Topology
+from shards.config_errors import not_divisible
 
 
-class ModelConfig(Config):
-    """The architecture. Runs with the same ModelConfig compute the same function of their weights."""
+class LlamaConfig(ModelConfig):
+    """A LLaMA: blocks of attention with rotary positions and a feed-forward network with SwiGLU, after RMSNorm."""
 
-    dim: int = Field(ge=1)  # width of the residual stream
-    n_layers: int = Field(ge=1)  # transformer blocks, each with attention and a feed-forward network
+    COMPUTES: ClassVar = (
+        *ModelConfig.COMPUTES, "n_heads", "n_kv_heads", "ffn_dim", "norm_eps", "rope_theta", "rope_scaling", "qk_norm",
+    )  # fmt: skip
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = ("hf", "meta", "headrace")
+    SPLITS: ClassVar = True
+
+    architecture: Literal["llama"] = "llama"  # chooses these keys; a model without it is a LLaMA
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
     n_kv_heads: int | None = Field(None, ge=1)  # key and value heads; None: as many as query heads
     ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 256
-    vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces; tp_size need not divide it
-    # Each tp rank's rows of embedding and output are rounded up to a multiple of it, by padding that no token has; GPUs
-    # multiply some sizes faster, such as multiples of 64 or 128
-    vocab_multiple: int = Field(1, ge=1)
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
-    tie_embeddings: bool = False  # the output projection is the embedding
-    dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on each branch before it joins the residual stream
     # On the attention's weights, each the share of a token in what another takes over; costs time and memory, see
     # docs/models.md
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    init: Literal["trunc_normal", "normal"] = "trunc_normal"  # trunc_normal: cut at three standard deviations
+    init: Distribution = "trunc_normal"  # trunc_normal: cut at three standard deviations
     init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
     parametrization: Literal["standard", "mup"] = "standard"
@@ -95,6 +84,63 @@ class ModelConfig(Config):
     def hidden_dim(self) -> int:
         return self.ffn_dim or -(-(8 * self.dim // 3) // 256) * 256
 
+    def make(self, parallel: ParallelConfig, attention: AttentionBackend) -> Transformer:
+        """Make this rank's slices of the model; see `ModelConfig`."""
+        return Transformer(self, parallel, attention)
+
+    def layer_specs(self) -> dict[str, WeightSpec]:
+        """List all weights between embedding and output."""
+        dim, head_dim, hidden = self.dim, self.head_dim, self.hidden_dim
+        queries, keys = self.n_heads * head_dim, self.kv_heads * head_dim
+        block = {
+            "attention_norm": WeightSpec((dim,)),
+            "attention.wq": WeightSpec((queries, dim), 0),
+            "attention.wk": WeightSpec((keys, dim), 0),
+            "attention.wv": WeightSpec((keys, dim), 0),
+            "attention.wo": WeightSpec((dim, queries), 1),
+            "ffn_norm": WeightSpec((dim,)),
+            "feed_forward.w1": WeightSpec((hidden, dim), 0),
+            "feed_forward.w3": WeightSpec((hidden, dim), 0),
+            "feed_forward.w2": WeightSpec((dim, hidden), 1),
+        }
+        if self.qk_norm:
+            block |= {"attention.q_norm": WeightSpec((head_dim,)), "attention.k_norm": WeightSpec((head_dim,))}
+        blocks = [(f"blocks.{layer}.{name}", spec) for layer in range(self.n_layers) for name, spec in block.items()]
+        return {f"{name}.weight": spec for name, spec in [*blocks, ("norm", WeightSpec((dim,)))]}
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """Make an empty cache of keys and values."""
+        return KVCache(self.n_layers, max_length)
+
+    @property
+    def logit_variance(self) -> float:
+        """Return the variance of a logit of a drawn model.
+
+        The last norm leaves activations of length sqrt(dim) times its weight, so logits are independent and normally
+        distributed with variance dim * (weight * init_std)^2.
+        """
+        return self.dim * (self.scale_of("norm.weight").init * self.init_std) ** 2
+
+    @property
+    def heads(self) -> Heads:
+        """Return the heads of a layer's attention."""
+        return Heads(self.n_heads, self.kv_heads, self.head_dim, self.attention_dropout)
+
+    @property
+    def split_sizes(self) -> Mapping[str, int]:
+        """Return the sizes, by key, that tensor parallelism divides: tp_size must divide each of them."""
+        return {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "ffn_dim": self.hidden_dim}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work in the sizes of heads."""
+        yield from not_divisible("model.dim", self.dim, "model.n_heads", self.n_heads)
+        if self.dim % self.n_heads == 0 and self.head_dim % 2:
+            yield (
+                f"model.dim={self.dim} / model.n_heads={self.n_heads} gives heads of size {self.head_dim}; "
+                "rotary positions need an even head size"
+            )
+        yield from not_divisible("model.n_heads", self.n_heads, "model.n_kv_heads", self.kv_heads)
+
     def scale_of(self, name: str) -> Scale:
         """Return how a weight begins and learns relative to the standard parametrization, by its name."""
         if self.base is None:
@@ -103,42 +149,28 @@ class ModelConfig(Config):
         base = Size(self.base.dim, ffn_dim, self.base.n_layers, self.base.head_dim or self.head_dim)
         return scale_of(name, Size(self.dim, self.hidden_dim, self.n_layers, self.head_dim), base, self.qk_norm)
 
-    @property
-    def split_sizes(self) -> dict[str, int]:
-        """Return the sizes, by key, that tensor parallelism divides: tp_size must divide each of them."""
-        return {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.kv_heads,
-            "ffn_dim": self.hidden_dim,
-        }
+    def products_of(self, squared_lengths: int) -> int:
+        """Count the multiplications of attention: the causal half of each document's products, scores and values."""
+        return self.n_layers * self.n_heads * self.head_dim * squared_lengths
 
-    def gives_each_rank_tokens(self, tp_size: int) -> bool:
-        """Return whether every one of `tp_size` equal slices of the vocabulary, rounded up, has a token."""
-        start, end = slice_bounds(self.vocab_size, tp_size - 1, tp_size, self.vocab_multiple)
-        return start < end
+    def block_costs(self, parallel: ParallelConfig) -> BlockCosts:
+        """Return what a block costs."""
+        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel)
 
+    def spelled_out(self) -> dict[str, Any]:
+        """Return all values as JSON has them, with the number of key-value heads and SwiGLU's width."""
+        return self.model_dump(mode="json") | {"n_kv_heads": self.kv_heads, "ffn_dim": self.hidden_dim}
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32.
-
-    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor, sharded: bool = False) -> Tensor:
-        """Normalize x [..., dim]; `sharded` says whether each tp rank has different activations."""
-        weight = on_sharded_activations(self.weight) if sharded else self.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+    def describe(self) -> str:
+        """Describe the model's shape for a reader."""
+        heads = f"{self.n_heads} heads, {self.kv_heads} for keys and values"
+        return f"{self.n_layers} layers of dim {self.dim}, {heads}"
 
 
 class Attention(nn.Module):
     """Grouped-query attention; each tp rank computes n_heads / tp_size heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = ColumnLinear(config.dim, config.n_heads * config.head_dim)
@@ -163,7 +195,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x). Source: Shazeer 2020, arXiv 2002.05202."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.w1 = ColumnLinear(config.dim, config.hidden_dim)
         self.w3 = ColumnLinear(config.dim, config.hidden_dim)
@@ -175,13 +207,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: each branch reads the normalized residual stream and adds to it.
+    """One layer: each branch reads the normalized residual stream and adds to it."""
 
-    Checkpointing and compilation happen inside the module and leave out its hooks, with which ZeRO-3 gathers the
-    weights before and frees them after.
-    """
-
-    def __init__(self, config: ModelConfig, parallel: ParallelConfig) -> None:
+    def __init__(self, config: LlamaConfig, parallel: ParallelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
@@ -189,11 +217,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         self.sequence_parallel = parallel.sequence_parallel
-        train, score = checkpointed(self._compute, parallel.activation_checkpointing), self._compute
-        if parallel.compile:
-            train, score = torch.compile(train, dynamic=False), torch.compile(score, dynamic=False)
-        # Generation is not compiled, since its shapes differ from call to call; nor is a pass that is measured.
-        self._computations = {"training": train, "scoring": score, "uncompiled": self._compute}
+        self._computations = computations(self._compute, parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, use: Use) -> Tensor:
         """Process the residual stream x [B * T, dim]; of split tokens, this rank's [B * T / tp_size, dim]."""
@@ -207,18 +231,7 @@ class Block(nn.Module):
         return x + self.dropout(leave_branch(self.feed_forward(whole), split_tokens))
 
 
-class Output(ColumnLinear):
-    """The projection to the vocabulary, which leaves it to a head whether any logits are ever made."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.dim, config.vocab_size, config.vocab_multiple)
-
-    def forward(self, hidden: Tensor, head: Head[T]) -> T:  # type: ignore[override]
-        """Return what the head makes of hidden states [B, T, dim]."""
-        return head(hidden, self.weight)
-
-
-class Transformer(nn.Module):
+class Transformer(Model):
     """The whole model, of which each tp rank holds its slices.
 
     Args:
@@ -228,11 +241,11 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, parallel: ParallelConfig | None = None, attention: AttentionBackend = "sdpa"
+        self, config: LlamaConfig, parallel: ParallelConfig | None = None, attention: AttentionBackend = "sdpa"
     ) -> None:
         super().__init__()
         parallel = parallel or ParallelConfig()
-        self.config = config
+        self.config: LlamaConfig = config
         self.attention_backend: AttentionBackend = attention
         self.sequence_parallel = parallel.sequence_parallel
         self.embedding = VocabEmbedding(config.vocab_size, config.dim, config.vocab_multiple)
@@ -251,18 +264,7 @@ class Transformer(nn.Module):
         head: Head[Any] = all_logits,
         cache: KVCache | None = None,
     ) -> Any:
-        """Predict each next token.
-
-        Args:
-            tokens: [B, T] int64.
-            segment_ids: [B, T] int64 on the host; neighbours that are equal but for their sign belong to one piece, 0
-                is padding. Needed without a cache.
-            head: what to make of the predictions; the default makes this rank's slice of the logits,
-                [B, T, vocab_size / tp_size], in the weights' type.
-            cache: cache of the preceding tokens, to which these are added; each row is then one piece.
-        Returns:
-            The head's result.
-        """
+        """Predict each next token; see `Model`."""
         config, split_tokens = self.config, self.sequence_parallel and self.training
         use: Use = "training" if self.training else "scoring" if cache is None else "uncompiled"
         if cache is None:
@@ -284,23 +286,24 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
+        """Draw every matrix, and fill the norms' weights."""
         for name, parameter in self.named_parameters():
             full = initial_weight(name, full_shape(parameter), self.config, seed, parameter.device)
             parameter.copy_(shard_of(full, parameter))
 
+    def measurement(self, topology: Topology) -> TransformerMeasurement:
+        """Return what measures the layers, with their attention and SwiGLU."""
+        return TransformerMeasurement(self.blocks, self.config.hidden_dim, topology)
+
 
 def initial_weight(
-    name: str, shape: Sequence[int], config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+    name: str, shape: Sequence[int], config: LlamaConfig, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return the whole initial value of a weight of this name and shape, in fp32."""
-    full, scale = torch.empty(tuple(shape), device=device), config.scale_of(name).init
-    if full.dim() < 2:
-        return full.fill_(scale)
+    scale = config.scale_of(name).init
+    if len(shape) < 2:
+        return torch.full(tuple(shape), scale, device=device)
     std = config.init_std * scale
     if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
         std /= (2 * (config.base or config).n_layers) ** 0.5
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "init", name))
-    if config.init == "trunc_normal":
-        return nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-    return nn.init.normal_(full, std=std, generator=generator)
+    return drawn(name, shape, seed, std, config.init, device)

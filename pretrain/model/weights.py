@@ -1,52 +1,19 @@
 """The weights of a model by name, and the sources that they are read from. {checkpoint, exchange} -> weights -> models.
 
-A weight's name is its name in `Transformer`. Every source of a model - a run's checkpoint, files in another program's
+A weight's name is its name in the `Model`. Every source of a model - a run's checkpoint, files in another program's
 layout - uses these names and returns whole weights or slices of them, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pretrain.model.parallel import padded_for, slice_bounds, slice_size
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.architecture import ModelConfig, WeightSpec
+from pretrain.model.parallel import padded_for
 from shards import ConfigError
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """A weight's full shape, and how tensor-parallel ranks split it.
-
-    Attributes:
-        shard_dim: the dimension along which they do; None if it is replicated.
-        multiple: what their slices are rounded up to a multiple of.
-    """
-
-    shape: tuple[int, ...]
-    shard_dim: int | None = None
-    multiple: int = 1
-
-    def bounds(self, index: int, count: int) -> tuple[slice, ...]:
-        """Return an index into the whole weight: the slice of rank `index` of `count`, without its padding."""
-        bounds = [slice(0, size) for size in self.shape]
-        if self.shard_dim is not None:
-            size = self.shape[self.shard_dim]
-            bounds[self.shard_dim] = slice(*slice_bounds(size, index, count, self.multiple))
-        return tuple(bounds)
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor | None:
-        """Return the whole weight, given all ranks' slices with their padding; None if they are not of this shape."""
-        dim = self.shard_dim
-        whole = parts[0] if dim is None else torch.cat(list(parts), dim)
-        stored = list(self.shape)
-        if dim is not None:
-            stored[dim] = slice_size(stored[dim], len(parts), self.multiple) * len(parts)
-        return whole[self.bounds(0, 1)] if list(whole.shape) == stored else None
 
 
 class Weights(Protocol):
@@ -61,33 +28,13 @@ class Weights(Protocol):
 
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     """List all weights in the order in which the layers use them; a tied output projection is not listed."""
-    dim, head_dim, hidden = config.dim, config.head_dim, config.hidden_dim
-    queries, keys = config.n_heads * head_dim, config.kv_heads * head_dim
-    block = {
-        "attention_norm": WeightSpec((dim,)),
-        "attention.wq": WeightSpec((queries, dim), 0),
-        "attention.wk": WeightSpec((keys, dim), 0),
-        "attention.wv": WeightSpec((keys, dim), 0),
-        "attention.wo": WeightSpec((dim, queries), 1),
-        "ffn_norm": WeightSpec((dim,)),
-        "feed_forward.w1": WeightSpec((hidden, dim), 0),
-        "feed_forward.w3": WeightSpec((hidden, dim), 0),
-        "feed_forward.w2": WeightSpec((dim, hidden), 1),
-    }
-    if config.qk_norm:
-        block |= {"attention.q_norm": WeightSpec((head_dim,)), "attention.k_norm": WeightSpec((head_dim,))}
-    vocabulary = WeightSpec((config.vocab_size, dim), 0, config.vocab_multiple)
-    specs = {"embedding": vocabulary}
-    for layer in range(config.n_layers):
-        specs |= {f"blocks.{layer}.{name}": spec for name, spec in block.items()}
-    specs["norm"] = WeightSpec((dim,))
-    if not config.tie_embeddings:
-        specs["output"] = vocabulary
-    return {f"{name}.weight": spec for name, spec in specs.items()}
+    vocabulary = WeightSpec((config.vocab_size, config.dim), 0, config.vocab_multiple)
+    output = {} if config.tie_embeddings else {"output.weight": vocabulary}
+    return {"embedding.weight": vocabulary, **config.layer_specs(), **output}
 
 
 @torch.no_grad()
-def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> None:
+def fill(model: nn.Module, weights: Weights, tp_rank: int, tp_size: int) -> None:
     """Copy the weights into every parameter of a model, rounding to the parameter's type."""
     for name, parameter in model.named_parameters():
         parameter.copy_(padded_for(weights.read(name, tp_rank, tp_size), parameter))
@@ -95,6 +42,8 @@ def fill(model: Transformer, weights: Weights, tp_rank: int, tp_size: int) -> No
 
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
     """Check that `tp_size` ranks can split a model. Raises ConfigError that names `key`, by which the user set it."""
+    if tp_size > 1 and not config.SPLITS:
+        raise ConfigError(f"{key}={tp_size}: a model of architecture={config.architecture} cannot be split; make it 1")
     for name, value in config.split_sizes.items():
         if value % tp_size:
             raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")

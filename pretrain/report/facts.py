@@ -11,8 +11,8 @@ import numpy as np
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.evaluation.compare import Difference
+from pretrain.model.architectures import parse_model
 from pretrain.model.size import parameter_count
-from pretrain.model.transformer import ModelConfig
 from pretrain.report.chart import short
 from pretrain.report.curves import parts_of
 from pretrain.report.figures import duration, final_loss, last_eval, number, usual_speed
@@ -100,12 +100,11 @@ def _model(history: History) -> str:
     if not isinstance(model, dict):
         return ""
     try:
-        config = ModelConfig.parse(model, at="model")
+        config = parse_model(model, at="model")
     except ConfigError:  # another version of this program wrote it
         return ", ".join(f"{key} {value}" for key, value in model.items())
-    heads = f"{config.n_heads} heads, {config.kv_heads} for keys and values"
     return (
-        f"{parameter_count(config):,} parameters: {config.n_layers} layers of dim {config.dim}, {heads},"
+        f"{parameter_count(config):,} parameters: {config.describe()},"
         f" vocabulary of {config.vocab_size:,}; {history.value('precision')}"
     )
 

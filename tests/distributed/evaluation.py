@@ -17,7 +17,7 @@ from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.topology import ParallelConfig, Topology, started
 from shards import Tokenizer
@@ -74,7 +74,7 @@ def nearly(line: Mapping[str, object]) -> dict[str, object]:
 
 
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
-    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4096, init_std=0.15)
+    config = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4096, init_std=0.15)
     parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
     derived = deepspeed_config(parallel, OptimConfig(), "fp32", {})
     return Engine(config, OptimConfig(), parallel, derived, 1, 1, topology, seed=0)

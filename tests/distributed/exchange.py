@@ -52,7 +52,9 @@ def main() -> None:
             engine.train_step(tokens, torch.ones_like(tokens), 8 * topology.dp_size, 0, 0.0, Meter())
             assert torch.equal(engine.next_logits(tokens, KVCache(layers, 9)), before), case
         codec = open_codec(model)
-        text = "".join(generate(engine.next_logits, layers, 32, codec, PROMPT, SAMPLING, topology))
+        text = "".join(
+            generate(engine.next_logits, engine.model.config.new_cache, 32, codec, PROMPT, SAMPLING, topology)
+        )
         if topology.is_main:
             (folder / "text").write_text(text)
 

@@ -17,7 +17,7 @@ from pretrain.checkpoint.universal import convert
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.pieces import valid_targets
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -28,7 +28,7 @@ STAGES, STEPS, SAVED, LATER = (1, 2, 3), 10, 5, 7
 OPTIM = OptimConfig(name="muon", weight_decay=0.1, grad_clip=0.5, z_loss=1e-3)
 RATE = 1e-2
 # Tall, wide and square matrices, in groups by their learning rates; ZeRO cuts groups and matrices, some within a row
-MODEL = ModelConfig.model_validate(
+MODEL = LlamaConfig.model_validate(
     {
         "dim": 36, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 50, "vocab_size": 64, "qk_norm": True,
         "tie_embeddings": True, "init_std": 0.2, "parametrization": "mup",

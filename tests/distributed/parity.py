@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.parallel import shard_dim
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology, started
@@ -41,8 +41,8 @@ LEARNING_RATES = [1e-3, 3e-3, 2e-3, 1e-3, 5e-4]
 OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.1, grad_clip=0.5, z_loss=1e-3)
 
 
-def model_config(tied: bool) -> ModelConfig:
-    return ModelConfig(
+def model_config(tied: bool) -> LlamaConfig:
+    return LlamaConfig(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64, qk_norm=True, tie_embeddings=tied,
         init_std=0.2,
     )  # fmt: skip

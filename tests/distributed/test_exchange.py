@@ -51,6 +51,6 @@ def test_import_and_export_copy_every_bit(
     alone.set_weights(open_model(tmp_path / "model"))
     codec = open_codec(tmp_path / "model")
     assert (
-        "".join(generate(alone.next_logits, 2, 32, codec, PROMPT, SAMPLING, topology))
+        "".join(generate(alone.next_logits, alone.config.new_cache, 32, codec, PROMPT, SAMPLING, topology))
         == (tmp_path / "text").read_text()
     )

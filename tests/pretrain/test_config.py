@@ -128,7 +128,7 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ("model.learning_rate=1", "did you mean optim.learning_rate?"),
         ("seq_len=1", "did you mean data.seq_len?"),
         ("data.sources.0.wieght=1", "did you mean data.sources.0.weight?"),
-        ("model.qqq=1", "known here: attention_dropout, base, dim, dropout"),
+        ("model.qqq=1", "known here: architecture, attention_dropout, base, dim, dropout"),
         ("train.steps=many", 'train.steps: "many" is wrong; it should be a whole number'),
         ("train.steps=true", "train.steps: true is wrong"),
         ("train.steps=0", "train.steps: 0 is wrong; it should be greater than or equal to 1"),

@@ -17,8 +17,8 @@ from shards.suites.suite import SuiteFile
 # Every key of a run's config with a non-null value of its type.
 FULL = yaml.safe_load("""
 run: {name: a, dir: runs, seed: 1}
-model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512, vocab_multiple: 2,
-  norm_eps: 0.5, rope_theta: 1.5,
+model: {architecture: llama, dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_size: 512,
+  vocab_multiple: 2, norm_eps: 0.5, rope_theta: 1.5,
   rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
     original_max_position_embeddings: 64},
   qk_norm: true, tie_embeddings: true, dropout: 0.5, attention_dropout: 0.5, init: normal, init_std: 0.5,

@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pretrain.deepspeed_keys import batch_sizes, deepspeed_config
 from pretrain.engine import Engine
 from pretrain.layer_figures import LayerFigures
+from pretrain.model.architecture import Precision
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import next_token_targets
 from pretrain.model.pieces import valid_targets
 from pretrain.model.size import Workload, memory_per_rank
-from pretrain.model.transformer import Precision
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pretrain.model import loss
+from pretrain.model.architecture import Heads
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
 from pretrain.model.pieces import pieces_of
@@ -99,7 +100,7 @@ def test_auto_is_measured_and_runs(topology: Topology) -> None:
     shape = AttentionShape(rows=4, length=2048, n_heads=8, n_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     chosen = with_fastest_attention(ParallelConfig(), topology, shape)
     assert chosen.attention in ("varlen", "flex", "sdpa")
-    assert attention_backend(chosen, topology, 64, torch.bfloat16) == chosen.attention
+    assert attention_backend(chosen, topology, Heads(4, 2, 64), torch.bfloat16) == chosen.attention
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -9,8 +9,8 @@ import torch
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
+from pretrain.model.architecture import Precision
 from pretrain.model.size import checkpoint_bytes
-from pretrain.model.transformer import Precision
 from pretrain.muon import orthogonalize
 from pretrain.optim import OptimConfig
 from pretrain.step_stats import Limits

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
 from pretrain.optim import OptimConfig, learning_rate_at, parameter_groups
 from pretrain.parametrization import Scale
@@ -94,7 +94,7 @@ def test_a_scaled_rate_decays_a_weight_as_fast() -> None:
 
 
 def weights_of_a_model() -> dict[str, torch.nn.Parameter]:
-    specs = weight_specs(ModelConfig(dim=8, n_layers=2, n_heads=2, ffn_dim=16, vocab_size=16, qk_norm=True))
+    specs = weight_specs(LlamaConfig(dim=8, n_layers=2, n_heads=2, ffn_dim=16, vocab_size=16, qk_norm=True))
     return {name: torch.nn.Parameter(torch.ones(spec.shape)) for name, spec in specs.items()}
 
 

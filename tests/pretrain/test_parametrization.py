@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.topology import Topology
 from tests.reference_model import Shape, Weights, piece_logits
@@ -19,7 +19,7 @@ LARGE = {"dim": 64, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 160
 BASE = {"dim": 16, "ffn_dim": 32, "n_layers": 2, "head_dim": 8}
 
 
-def drawn(config: ModelConfig) -> Weights:
+def drawn(config: LlamaConfig) -> Weights:
     """Return a model's initial weights."""
     model = Transformer(config)
     model.initialize(seed=5)
@@ -28,8 +28,8 @@ def drawn(config: ModelConfig) -> Weights:
 
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True, "tie_embeddings": True}])
 def test_at_the_size_of_its_base_mup_is_the_standard_parametrization(topology: Topology, more: dict) -> None:
-    standard = ModelConfig.model_validate({**SMALL, **more})
-    mup = ModelConfig.model_validate({**SMALL, **more, "parametrization": "mup", "base": BASE})
+    standard = LlamaConfig.model_validate({**SMALL, **more})
+    mup = LlamaConfig.model_validate({**SMALL, **more, "parametrization": "mup", "base": BASE})
     weights, scaled = drawn(standard), drawn(mup)
     assert weights.keys() == scaled.keys()
     assert all(torch.equal(weights[name], scaled[name]) for name in weights)
@@ -57,10 +57,10 @@ def textbook(name: str, width: float, depth: float, qk_norm: bool) -> tuple[floa
 
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True, "tie_embeddings": True}])
 def test_training_equals_the_textbook_form_with_multipliers(topology: Topology, more: dict) -> None:
-    config = ModelConfig.model_validate({**LARGE, **more, "parametrization": "mup", "base": BASE})
+    config = LlamaConfig.model_validate({**LARGE, **more, "parametrization": "mup", "base": BASE})
     width, depth, qk_norm = LARGE["dim"] / BASE["dim"], LARGE["n_layers"] / BASE["n_layers"], config.qk_norm
     # The textbook's weights, before any multiplier, have the standard parametrization's values, but for the factor.
-    standard = drawn(ModelConfig.model_validate({**LARGE, **more}))
+    standard = drawn(LlamaConfig.model_validate({**LARGE, **more}))
     deeper = math.sqrt(LARGE["n_layers"] / BASE["n_layers"])  # standard inits of branches fall with depth
     plain = {}
     for name, weight in standard.items():
@@ -102,4 +102,4 @@ def losses(
 def test_mup_needs_a_base_and_the_standard_one_has_none() -> None:
     for wrong in ({"parametrization": "mup"}, {"base": BASE}):
         with pytest.raises(ValueError, match="needs base"):
-            ModelConfig.model_validate({**SMALL, **wrong})
+            LlamaConfig.model_validate({**SMALL, **wrong})

@@ -13,7 +13,7 @@ from pretrain.checkpoint.state import RunState
 from pretrain.feed import StepBatch
 from pretrain.gradient_noise import GradientNoise, NoiseScale
 from pretrain.model.size import flops_of_documents, flops_per_token
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.recorder import StepRecorder
 from pretrain.step_stats import StepStats
 from pretrain.stepper import Step
@@ -21,7 +21,7 @@ from shards import DataConfig, Skipped, Stage
 from tests.shards.corpora import config
 
 DATA = config([{"name": name, "paths": ["x"]} for name in ("a", "b")])
-MODEL = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64)
+MODEL = LlamaConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64)
 STATE = RunState(3, 300, {}, "00", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
 TRAINED = StepStats(loss=2.0, z_loss=0.5, grad_norm=1.0, applied=True)
 SKIPPED = StepStats(loss=math.nan, z_loss=math.nan, grad_norm=math.nan, applied=False)

@@ -15,7 +15,7 @@ import xxhash
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore, write_complete
 from pretrain.evaluation import checkpoints
 from pretrain.evaluation.checkpoints import load_checkpoint, score_steps
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.topology import Topology
 from shards import CheckpointError, HeadraceError
 from shards.storage.content_hash import hash_file
@@ -60,7 +60,7 @@ def on_ranks(work: Callable[[Topology], object]) -> list[object]:
 class Model:
     """A model that records the checkpoint loaded into it."""
 
-    config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
+    config = LlamaConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
     step = -1
 
     def set_weights(self, weights: int) -> None:

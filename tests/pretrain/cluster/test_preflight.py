@@ -15,12 +15,12 @@ from pretrain.cluster import preflight
 from pretrain.cluster.preflight import Finding
 from pretrain.devices import device_of_slurm
 from pretrain.model.size import Workload, memory_per_rank
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.run.lease import Lease
 from pretrain.topology import ParallelConfig
 from shards import DataConfig, prepare
 
-LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
+LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 SAMPLE = Path(__file__).parents[3] / "shards" / "sample"
 
 

@@ -9,10 +9,10 @@ import pytest
 from pretrain.cluster.speed import Cluster, StepTime, step_time, tokens_per_second, why_unknown
 from pretrain.devices import Device, device_of_slurm
 from pretrain.model.size import Workload
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.topology import ParallelConfig
 
-LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
+LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 PARAMETERS = 6_738_415_616
 
 

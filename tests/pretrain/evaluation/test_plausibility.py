@@ -13,12 +13,12 @@ from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
 from pretrain.evaluation.plausibility import doubts, drawn_loss, warn_of_doubts
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.loss import Scores, Targets, target_scores
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import Topology
 from shards import Tokenizer, read_documents
 from tests.distributed.evaluation import TOKENIZER
 
-CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
+CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_random_weights_raise_no_doubt_but_wrongly_scaled_logits_do(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": dim // 32, "ffn_dim": dim, "init_std": init_std}
-    config = ModelConfig.model_validate({**shape, "vocab_size": 4096, "tie_embeddings": tied})
+    config = LlamaConfig.model_validate({**shape, "vocab_size": 4096, "tie_embeddings": tied})
     model = Transformer(config).eval()
     model.initialize(seed=1)
 

@@ -20,7 +20,7 @@ from pretrain.evaluation.rows import windows_of
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.task_scores import CHOICE_METRICS, TaskItems, TaskScores
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, check_tasks, load_tasks
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.distributed.evaluation import SEQ_LEN, SHAPE, TOKENIZER, engine_of, request, write_tasks
@@ -280,7 +280,7 @@ def test_a_question_with_a_loss_that_is_not_finite_is_never_right(bad: float, ca
     scores = TaskScores("c@1", "c", "acc_greedy", completion, np.array([1.0, bad]), np.ones(2), 0)
     (line,) = scores.records(3)
     assert math.isnan(float(str(line["accuracy"])))
-    warn_of_doubts([line], ModelConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096))
+    warn_of_doubts([line], LlamaConfig(dim=64, n_layers=2, n_heads=2, vocab_size=4096))
     assert "step 3: the figures of the tasks c are not finite" in caplog.text
 
 

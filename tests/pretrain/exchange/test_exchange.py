@@ -16,11 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers import LlamaConfig as TheirConfig
 
 from pretrain.checkpoint.store import CheckpointFile, write_complete
 from pretrain.commands.export import export_run
@@ -30,7 +30,7 @@ from pretrain.exchange.export import export
 from pretrain.exchange.folder import describe, open_model
 from pretrain.exchange.meta import halved, interleaved
 from pretrain.exchange.tokenizer_files import check_tokenizer
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import fill, weight_specs
 from shards import CheckpointError, ConfigError, DataConfig, Tokenizer, read_documents
 
@@ -57,7 +57,7 @@ class Memory:
 
 def build(changes: dict[str, object]) -> Transformer:
     values = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 4096, "norm_eps": 1e-6, "init_std": 0.2}
-    model = Transformer(ModelConfig.model_validate(values | changes))
+    model = Transformer(LlamaConfig.model_validate(values | changes))
     model.initialize(seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, torch.ones_like(tokens))
 
 
-def imported(folder: Path, config: ModelConfig) -> Transformer:
+def imported(folder: Path, config: LlamaConfig) -> Transformer:
     model = Transformer(config)
     fill(model, open_model(folder, config), 0, 1)
     return model
@@ -169,7 +169,7 @@ def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_transformers_model_has_the_same_logits_in_ours(tied: bool, tmp_path: Path) -> None:
     theirs = LlamaForCausalLM(
-        LlamaConfig(
+        TheirConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
             vocab_size=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied, initializer_range=0.2,
             rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3 | SHORT,
@@ -299,7 +299,7 @@ def test_a_description_describes_the_same_model(tmp_path: Path) -> None:
     ours = build(GROUPED)
     export(Memory(ours), ours.config, DATA, tmp_path / "hf")
     text = describe(tmp_path / "hf")
-    found = ModelConfig.model_validate(yaml.safe_load(text)["model"])
+    found = LlamaConfig.model_validate(yaml.safe_load(text)["model"])
     open_model(tmp_path / "hf", found)
     assert found.rope_scaling == ours.config.rope_scaling
 
@@ -313,7 +313,7 @@ def test_the_command_named_by_a_refusal_prints_a_matching_model_section(tmp_path
     done = subprocess.run(
         command, shell=True, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
     )
-    open_model(tmp_path / "a model", ModelConfig.model_validate(yaml.safe_load(done.stdout)["model"]))
+    open_model(tmp_path / "a model", LlamaConfig.model_validate(yaml.safe_load(done.stdout)["model"]))
 
 
 @pytest.mark.parametrize(

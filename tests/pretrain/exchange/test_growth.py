@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.exchange.growth import GrownWeights, check_growth
+from pretrain.exchange.growth import GrownWeights, growable
 from pretrain.model.loss import next_token_targets, training_loss
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import fill
 from shards import ConfigError
 from tests.pretrain.exchange.test_exchange import Memory
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("topology")
 
 
 def build(**changes: object) -> Transformer:
-    model = Transformer(ModelConfig.model_validate(SMALL | changes))
+    model = Transformer(LlamaConfig.model_validate(SMALL | changes))
     model.initialize(seed=3)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -33,8 +33,8 @@ def build(**changes: object) -> Transformer:
 
 
 def grown(small: Transformer, **changes: object) -> Transformer:
-    large = Transformer(ModelConfig.model_validate(small.config.model_dump() | changes))
-    check_growth(small.config, large.config)
+    large = Transformer(LlamaConfig.model_validate(small.config.model_dump() | changes))
+    growable(small.config, large.config)
     fill(large, GrownWeights(Memory(small), small.config, large.config, seed=4), 0, 1)
     return large
 
@@ -99,4 +99,4 @@ def test_all_of_it_learns(tied: bool) -> None:
 )
 def test_what_would_compute_something_else_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_growth(ModelConfig.model_validate(SMALL), ModelConfig.model_validate(SMALL | changes))
+        growable(LlamaConfig.model_validate(SMALL), LlamaConfig.model_validate(SMALL | changes))

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from pretrain.commands.generate import find_model
-from pretrain.exchange.export import Format, export
+from pretrain.exchange.export import export
 from pretrain.exchange.folder import open_model
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Sampling, generate
+from pretrain.model.architecture import Layout
 from pretrain.model.transformer import Transformer
 from pretrain.model.weights import fill
 from pretrain.topology import ParallelConfig, Topology
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("topology")
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 def test_rows_of_an_embedding_that_have_no_token_are_left_out(
-    layout: Format, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     theirs = build(PLAIN | {"vocab_size": 4160})
@@ -60,7 +61,9 @@ def test_generate_keeps_to_the_ids_that_tokenizer_and_model_share(
     chosen.load(forward, topology)
 
     def continued(prompt: str) -> str:
-        return "".join(generate(forward.next_logits, 2, 64, chosen.codec, prompt, sampling, topology))
+        return "".join(
+            generate(forward.next_logits, forward.config.new_cache, 64, chosen.codec, prompt, sampling, topology)
+        )
 
     assert continued("") != ""
     if rows < 4096:

@@ -8,10 +8,10 @@ from typing import Any
 
 from pretrain.evaluation.plausibility import drawn_loss
 from pretrain.faults.tripwires import Tripwires
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.run.metrics import StepRecord
 
-MODEL = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=4096)
+MODEL = LlamaConfig(dim=32, n_layers=1, n_heads=2, vocab_size=4096)
 RECORD = StepRecord(
     step=1, loss=drawn_loss(MODEL), grad_norm=1.0, learning_rate=1e-3, tokens=1, tokens_per_second=900.0, batch_hash="",
     step_seconds=1.0, data_wait_seconds=0.0, forward_backward_seconds=1.0, optimizer_seconds=0.0, peak_memory_bytes=1,

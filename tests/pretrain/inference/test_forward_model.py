@@ -7,10 +7,10 @@ import torch
 
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.topology import ParallelConfig, Topology
 
-CONFIG = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64)
+CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64)
 
 
 def test_generation_and_scoring_agree_and_neither_compiles(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,17 @@ import torch
 
 from pretrain.inference.generate import Sampling, TextStream, codec_of, generate, sample
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import Topology
 from shards import Tokenizer
 from tests.vocabularies import foreign_pieces
 
 TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
 CODEC = codec_of(TOKENIZER, bos=True)
+
+
+def new_cache(max_length: int) -> KVCache:
+    return KVCache(1, max_length)
 
 
 def ids_of(text: str) -> list[int]:
@@ -33,14 +37,15 @@ def streamed(prompt: list[int], ids: list[int], stop: tuple[str, ...] = ()) -> l
 
 
 def test_greedy_tokens_are_those_of_full_forward_passes(topology: Topology) -> None:
-    model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=4096, init_std=0.3))
+    model = Transformer(LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=4096, init_std=0.3))
     model.initialize(seed=1)
 
     def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return model(tokens, cache=cache)[:, -1]
 
     with torch.no_grad():
-        text = "".join(generate(next_logits, 2, 64, CODEC, "Once", Sampling(max_tokens=20, temperature=0), topology))
+        how = (model.config.new_cache, 64, CODEC, "Once", Sampling(max_tokens=20, temperature=0), topology)
+        text = "".join(generate(next_logits, *how))
         ids = CODEC.encode("Once")
         prompt = len(ids)
         for _ in range(20):
@@ -99,15 +104,14 @@ def test_sampling_keeps_to_the_likely_tokens() -> None:
 
 
 def test_a_seed_draws_the_same_text_again(topology: Topology) -> None:
-    model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=4096))
+    model = Transformer(LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=4096))
     model.initialize(seed=1)
 
     @torch.no_grad()
     def continued(seed: int) -> str:
         sampling = Sampling(max_tokens=8, seed=seed)
-        return "".join(
-            generate(lambda tokens, cache: model(tokens, cache=cache)[:, -1], 1, 64, CODEC, "It", sampling, topology)
-        )
+        how = (new_cache, 64, CODEC, "It", sampling, topology)
+        return "".join(generate(lambda tokens, cache: model(tokens, cache=cache)[:, -1], *how))
 
     assert continued(1) == continued(1) != continued(2)
 
@@ -123,10 +127,10 @@ def test_memory_grows_with_the_continuation_and_not_with_the_context(
 
     prompt = "Once upon a time"
     tokens = len(CODEC.encode(prompt))
-    list(generate(next_logits, 1, 1 << 17, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
-    list(generate(next_logits, 1, tokens + 2, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    list(generate(next_logits, new_cache, 1 << 17, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
+    list(generate(next_logits, new_cache, tokens + 2, CODEC, prompt, Sampling(max_tokens=3, temperature=0), topology))
     assert lengths == [tokens + 3] * 3 + [tokens + 2] * 2
-    assert list(generate(next_logits, 1, tokens, CODEC, prompt, Sampling(), topology)) == []
+    assert list(generate(next_logits, new_cache, tokens, CODEC, prompt, Sampling(), topology)) == []
     assert f"the prompt's {tokens} tokens fill the context of {tokens}" in caplog.text
 
 
@@ -139,7 +143,7 @@ def test_logits_beyond_the_vocabulary_are_never_chosen(topology: Topology, tempe
         return logits
 
     sampling = Sampling(max_tokens=8, temperature=temperature)
-    assert "word" in "".join(generate(next_logits, 1, 64, CODEC, "A", sampling, topology))
+    assert "word" in "".join(generate(next_logits, new_cache, 64, CODEC, "A", sampling, topology))
 
 
 def test_a_prompt_that_the_tokenizer_cannot_spell_is_reported(
@@ -151,7 +155,7 @@ def test_a_prompt_that_the_tokenizer_cannot_spell_is_reported(
         return torch.arange(float(codec.size)).unsqueeze(0)
 
     sampling = Sampling(max_tokens=1, temperature=0)
-    list(generate(next_logits, 1, 64, codec, "the", sampling, topology))
+    list(generate(next_logits, new_cache, 64, codec, "the", sampling, topology))
     assert "cannot spell" not in caplog.text
-    list(generate(next_logits, 1, 64, codec, "the cat", sampling, topology))
+    list(generate(next_logits, new_cache, 64, codec, "the cat", sampling, topology))
     assert "the tokenizer cannot spell a part of the prompt" in caplog.text

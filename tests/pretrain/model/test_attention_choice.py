@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.model import attention_choice
+from pretrain.model.architecture import Heads
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
 from pretrain.topology import ParallelConfig, Topology
 from shards import ConfigError, HeadraceError
@@ -69,12 +70,12 @@ def seconds(monkeypatch: pytest.MonkeyPatch, **of_backend: float | str) -> list[
     ],
 )
 def test_auto_is_what_the_device_can_run(device: str, head_dim: int, dtype: torch.dtype, expected: str) -> None:
-    assert attention_backend(ParallelConfig(), rank(device=device), head_dim, dtype) == expected
+    assert attention_backend(ParallelConfig(), rank(device=device), Heads(4, 2, head_dim), dtype) == expected
 
 
 def test_an_old_gpu_has_no_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert attention_backend(ParallelConfig(), rank(), 64, torch.bfloat16) == "flex"
+    assert attention_backend(ParallelConfig(), rank(), Heads(4, 2, 64), torch.bfloat16) == "flex"
 
 
 @pytest.mark.usefixtures("ampere")
@@ -90,7 +91,7 @@ def test_an_old_gpu_has_no_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_device_cannot_run_is_refused(attention: Any, device: str, head_dim: int, dtype: torch.dtype) -> None:
     parallel = ParallelConfig(attention=attention)
     with pytest.raises(ConfigError, match=rf"parallel\.attention={attention} needs .* use auto"):
-        attention_backend(parallel, rank(device=device), head_dim, dtype)
+        attention_backend(parallel, rank(device=device), Heads(4, 2, head_dim), dtype)
 
 
 @pytest.mark.usefixtures("ampere")

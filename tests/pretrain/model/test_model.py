@@ -8,12 +8,13 @@ import psutil
 import pytest
 import torch
 from fairscale.nn.model_parallel import layers as fairscale_layers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig as TheirConfig
+from transformers import LlamaForCausalLM
 
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of, valid_targets
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import ParallelConfig, Topology
 from tests.reference_model import Shape, batch_loss, piece_logits, pieces
@@ -28,7 +29,7 @@ SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [1] * 20 + [0] * 4])  # [
 
 def build(parallel: dict[str, object] | None = None, **changes: object) -> Transformer:
     values = {"dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 80, "vocab_size": 97, "init_std": 0.2}
-    model = Transformer(ModelConfig.model_validate(values | changes), ParallelConfig.model_validate(parallel or {}))
+    model = Transformer(LlamaConfig.model_validate(values | changes), ParallelConfig.model_validate(parallel or {}))
     model.initialize(seed=5)
     return model
 
@@ -42,7 +43,7 @@ def random_tokens(*shape: int) -> torch.Tensor:
 def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: dict[str, object] | None) -> None:
     ours = build(tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=5e4, rope_scaling=scaling)
     theirs = LlamaForCausalLM(
-        LlamaConfig(
+        TheirConfig(
             hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=kv_heads,
             intermediate_size=80, vocab_size=97, rms_norm_eps=1e-5, tie_word_embeddings=tied,
             rope_parameters={"rope_theta": 5e4, **(scaling or {"rope_type": "default"})}, attn_implementation="eager",
@@ -202,7 +203,7 @@ def test_initial_weights_have_the_configured_spread(init: str, kurtosis: float, 
 def test_weights_that_are_not_drawn_yet_take_no_memory(tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fairscale_layers, "get_model_parallel_world_size", lambda: tp_size)
     before = psutil.Process().memory_info().rss
-    model = Transformer(ModelConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=16_000))
+    model = Transformer(LlamaConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=16_000))
     grown = psutil.Process().memory_info().rss - before
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert weights > 50e6

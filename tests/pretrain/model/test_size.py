@@ -16,14 +16,14 @@ from pretrain.model.size import (
     orthogonalization_flops,
     parameter_count,
 )
-from pretrain.model.transformer import ModelConfig, Transformer
+from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import weight_specs
 from pretrain.muon import orthogonalize
 from pretrain.optim import is_hidden
 from pretrain.topology import ParallelConfig
 
-LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
-LLAMA_70B = ModelConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672, vocab_size=32_000)
+LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
+LLAMA_70B = LlamaConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672, vocab_size=32_000)
 
 
 def test_parameters_of_published_models() -> None:
@@ -42,7 +42,7 @@ def test_flops_of_llama_7b_by_hand() -> None:
 @pytest.mark.usefixtures("topology")
 def test_flops_of_documents_are_those_that_torch_counts() -> None:
     """Compare with torch's counter, which counts the whole square of each attention: twice its causal half."""
-    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+    config = LlamaConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
     model, lengths = Transformer(config), (3, 17, 40)
     model.initialize(seed=0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -62,7 +62,7 @@ def test_flops_of_a_full_row_are_the_published_convention() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_count_is_what_the_model_has(tied: bool, qk_norm: bool) -> None:
-    config = ModelConfig(
+    config = LlamaConfig(
         dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=101, tie_embeddings=tied, qk_norm=qk_norm
     )
     assert parameter_count(config) == sum(p.numel() for p in Transformer(config).parameters())
@@ -93,7 +93,7 @@ def test_muon_keeps_one_moment_of_the_matrices_in_blocks() -> None:
 
 @pytest.mark.usefixtures("topology")
 def test_flops_of_an_orthogonalization_are_those_that_torch_counts() -> None:
-    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+    config = LlamaConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
     with FlopCounterMode(display=False) as counter:
         for name, spec in weight_specs(config).items():
             if is_hidden(name, len(spec.shape)):
@@ -102,7 +102,7 @@ def test_flops_of_an_orthogonalization_are_those_that_torch_counts() -> None:
 
 
 def test_a_ranks_parameters_include_the_padding_of_its_vocabulary() -> None:
-    config = ModelConfig(dim=64, n_layers=1, n_heads=4, vocab_size=4097)
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=4, vocab_size=4097)
 
     def parameters(vocab_size: int) -> int:
         model = config.model_copy(update={"vocab_size": vocab_size})

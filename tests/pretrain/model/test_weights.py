@@ -10,9 +10,10 @@ import torch
 
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.weights import CheckpointWeights
+from pretrain.model.architecture import WeightSpec
 from pretrain.model.parallel import full_shape, shard_dim, slice_of
-from pretrain.model.transformer import ModelConfig, Transformer
-from pretrain.model.weights import WeightSpec, check_splits, weight_specs
+from pretrain.model.transformer import LlamaConfig, Transformer
+from pretrain.model.weights import check_splits, weight_specs
 from shards import CheckpointError, ConfigError
 
 
@@ -20,7 +21,7 @@ from shards import CheckpointError, ConfigError
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_embeddings": True, "n_kv_heads": 1, "ffn_dim": None}])
 def test_specs_are_those_of_the_model(changes: dict[str, object]) -> None:
     values = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 80, "vocab_size": 97}
-    config = ModelConfig.model_validate(values | changes)
+    config = LlamaConfig.model_validate(values | changes)
     found = {
         name: WeightSpec(tuple(full_shape(parameter)), shard_dim(parameter), parameter.slice_multiple if rows else 1)
         for name, parameter in Transformer(config).named_parameters()
@@ -34,7 +35,7 @@ def test_specs_are_those_of_the_model(changes: dict[str, object]) -> None:
 def test_rows_are_padded_to_a_multiple_with_zeros_that_nothing_reads(tied: bool) -> None:
     values = {"dim": 48, "n_layers": 1, "n_heads": 6, "ffn_dim": 80, "vocab_size": 97, "tie_embeddings": tied}
     plain, padded = (
-        Transformer(ModelConfig.model_validate(values | {"vocab_multiple": multiple})) for multiple in (1, 64)
+        Transformer(LlamaConfig.model_validate(values | {"vocab_multiple": multiple})) for multiple in (1, 64)
     )
     plain.initialize(3)
     padded.initialize(3)
@@ -91,7 +92,7 @@ def test_slices_are_equal_and_hold_the_weight_and_then_zeros(dim: int, count: in
     ],
 )
 def test_no_rank_is_left_without_tokens(vocab_size: int, multiple: int, tp_size: int, fits: bool) -> None:
-    config = ModelConfig(dim=64, n_layers=1, n_heads=8, ffn_dim=64, vocab_size=vocab_size, vocab_multiple=multiple)
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=8, ffn_dim=64, vocab_size=vocab_size, vocab_multiple=multiple)
     if fits:
         check_splits(config, tp_size, "--tp")
     else:

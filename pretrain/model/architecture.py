@@ -1,0 +1,229 @@
+"""What a model is asked for by all that trains, saves, scores and runs it, whatever its architecture.
+
+architecture -> {transformer, recurrent} -> architectures. docs/own-model.md shows how to write one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pretrain.model.activations import ActivationMeasurement
+from pretrain.model.attention import AttentionBackend
+from pretrain.model.parallel import slice_bounds, slice_size
+from pretrain.parametrization import Scale
+from pretrain.topology import ParallelConfig, Topology
+from shards import Config
+
+T = TypeVar("T")
+
+# What to make of the final hidden states [B, T, dim] and this rank's slice [vocab_size / tp_size, dim] of the output
+# projection, rounded up: logits, a loss, scores.
+Head = Callable[[Tensor, Tensor], T]
+
+Use = Literal["training", "scoring", "uncompiled"]  # of a forward pass
+
+Precision = Literal["bf16", "fp32"]  # type of the weights in the forward and backward pass
+
+Layout = Literal["hf", "meta", "headrace"]  # of a model's folder: Hugging Face's, Meta's, our own
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A weight's full shape, and how tensor-parallel ranks split it.
+
+    Attributes:
+        shard_dim: the dimension along which they do; None if it is replicated.
+        multiple: what their slices are rounded up to a multiple of.
+    """
+
+    shape: tuple[int, ...]
+    shard_dim: int | None = None
+    multiple: int = 1
+
+    def bounds(self, index: int, count: int) -> tuple[slice, ...]:
+        """Return an index into the whole weight: the slice of rank `index` of `count`, without its padding."""
+        bounds = [slice(0, size) for size in self.shape]
+        if self.shard_dim is not None:
+            size = self.shape[self.shard_dim]
+            bounds[self.shard_dim] = slice(*slice_bounds(size, index, count, self.multiple))
+        return tuple(bounds)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """Return the whole weight, given all ranks' slices with their padding; None if they are not of this shape."""
+        dim = self.shard_dim
+        whole = parts[0] if dim is None else torch.cat(list(parts), dim)
+        stored = list(self.shape)
+        if dim is not None:
+            stored[dim] = slice_size(stored[dim], len(parts), self.multiple) * len(parts)
+        return whole[self.bounds(0, 1)] if list(whole.shape) == stored else None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a layer's attention, over all tensor-parallel ranks."""
+
+    n_heads: int  # of queries
+    n_kv_heads: int
+    head_dim: int
+    dropout: float = 0.0  # share of the attention's weights that is dropped in training
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What a block costs one tensor-parallel rank in training, in numbers per token.
+
+    Memory and speed are estimated from it.
+
+    Attributes:
+        kept: what it keeps of its forward pass for the backward pass.
+        backward: what its backward pass takes beside that: what it computes again, and gradients.
+        moved: what a fused forward pass reads and writes outside of matrix products and attention.
+    """
+
+    kept: float
+    backward: float
+    moved: float
+
+
+class Cache(Protocol):
+    """What a model keeps of the tokens that it has seen of documents that it continues.
+
+    Attributes:
+        length: number of tokens of each document that it has seen.
+    """
+
+    length: int
+
+
+class ModelConfig(Config, ABC):
+    """The config of one architecture. Models with equal configs compute the same function of their weights."""
+
+    # Keys that decide what a model computes from its weights; the others concern initialization and training
+    COMPUTES: ClassVar[tuple[str, ...]] = ("architecture", "dim", "n_layers", "vocab_size", "tie_embeddings")
+    # What its folder can be written and read as, first what is written unless another is asked for
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = ("headrace",)
+    SPLITS: ClassVar[bool] = False  # whether tensor-parallel ranks can share a model
+
+    architecture: str  # a Literal of its name, as the default, in every config class
+    dim: int = Field(ge=1)  # width of the embedding and of what layers pass on
+    n_layers: int = Field(ge=1)  # number of layers
+    vocab_size: int = Field(ge=1)  # number of the tokenizer's pieces; tp_size need not divide it
+    # Each tp rank's rows of embedding and output are rounded up to a multiple of it, by padding that no token has; GPUs
+    # multiply some sizes faster, such as multiples of 64 or 128
+    vocab_multiple: int = Field(1, ge=1)
+    tie_embeddings: bool = False  # the output projection is the embedding
+    dropout: float = Field(0.0, ge=0, lt=1)  # on the embedding and on what each layer adds to it
+
+    @abstractmethod
+    def make(self, parallel: ParallelConfig, attention: AttentionBackend) -> Model:
+        """Make this rank's part of the model on the CPU, with weights that have not been drawn.
+
+        Args:
+            parallel: how it is trained; only memory and speed depend on it.
+            attention: the backend that computes attention, where the model has some.
+        """
+
+    @abstractmethod
+    def layer_specs(self) -> dict[str, WeightSpec]:
+        """List all weights between embedding and output, by name, in the order in which the layers use them."""
+
+    @abstractmethod
+    def new_cache(self, max_length: int) -> Cache:
+        """Make an empty cache for documents of at most so many tokens, prompt and continuation together."""
+
+    @property
+    @abstractmethod
+    def logit_variance(self) -> float | None:
+        """Return the variance of a logit of a model that was just drawn; None if it is not known."""
+
+    @property
+    def heads(self) -> Heads | None:
+        """Return the heads of a layer's attention; None if it has none."""
+        return None
+
+    @property
+    def split_sizes(self) -> Mapping[str, int]:
+        """Return the sizes, by key, that tensor parallelism divides: tp_size must divide each of them."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work in this config, beyond the bounds of single keys."""
+        yield from ()
+
+    def scale_of(self, name: str) -> Scale:
+        """Return how a weight begins and learns relative to the standard parametrization, by its name."""
+        return Scale()
+
+    def products_of(self, squared_lengths: int) -> int:
+        """Count the multiplications of a forward pass other than those by weights.
+
+        Args:
+            squared_lengths: sum over the documents of their length in tokens, squared.
+        """
+        return 0
+
+    def block_costs(self, parallel: ParallelConfig) -> BlockCosts | None:
+        """Return what a block costs; None if it is not known, so that there are no estimates of memory and speed."""
+        return None
+
+    def spelled_out(self) -> dict[str, Any]:
+        """Return all values as JSON has them, with defaults filled in that follow from other keys."""
+        return self.model_dump(mode="json")
+
+    def describe(self) -> str:
+        """Describe the model's shape for a reader, in a few words."""
+        return f"{self.architecture}, {self.n_layers} layers of dim {self.dim}"
+
+    def gives_each_rank_tokens(self, tp_size: int) -> bool:
+        """Return whether every one of `tp_size` equal slices of the vocabulary, rounded up, has a token."""
+        start, end = slice_bounds(self.vocab_size, tp_size - 1, tp_size, self.vocab_multiple)
+        return start < end
+
+
+class Model(nn.Module, ABC):
+    """A model, of which each tensor-parallel rank holds its slices.
+
+    Its weights are named as its config's `layer_specs` lists them, besides "embedding.weight", a `VocabEmbedding`, and
+    "output.weight", an `Output`.
+
+    Attributes:
+        config: the architecture.
+        blocks: its layers, all of one class. The last argument of their forward is a `Use`, and their result what they
+            pass on, [B * T, dim]. ZeRO-3 gathers the weights of one at a time.
+    """
+
+    config: ModelConfig
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def forward(
+        self, tokens: Tensor, segment_ids: Tensor | None = None, head: Head[Any] = ..., cache: Any = None
+    ) -> Any:
+        """Predict each next token.
+
+        Args:
+            tokens: [B, T] int64.
+            segment_ids: [B, T] int64 on the host; neighbours that are equal but for their sign belong to one piece, 0
+                is padding. Needed without a cache.
+            head: what to make of the predictions; the default makes this rank's slice of the logits,
+                [B, T, vocab_size / tp_size], in the weights' type.
+            cache: one of `config.new_cache`, of the preceding tokens, to which these are added; each row is then one
+                piece.
+        Returns:
+            The head's result.
+        """
+
+    @abstractmethod
+    def initialize(self, seed: int) -> None:
+        """Draw all weights, in place; the same in every layout."""
+
+    def measurement(self, topology: Topology) -> ActivationMeasurement:
+        """Return what measures the layers of a model that is not sharded by tokens."""
+        return ActivationMeasurement(self.blocks, topology)

@@ -1,0 +1,35 @@
+"""The architectures by the names that `model.architecture` gives them: the one place that a new one is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator
+
+from pretrain.model.architecture import ModelConfig
+from pretrain.model.recurrent import RecurrentConfig
+from pretrain.model.transformer import LlamaConfig
+from shards import Config
+
+DEFAULT = "llama"  # of configs that name none, as those from before there was a choice
+
+
+def _named(values: Any) -> Any:
+    return {"architecture": DEFAULT, **values} if isinstance(values, Mapping) else values
+
+
+# A config's class says all else of its architecture.
+AnyModelConfig = Annotated[LlamaConfig | RecurrentConfig, Discriminator("architecture"), BeforeValidator(_named)]
+
+
+class _WithModel(Config):
+    model: AnyModelConfig
+
+
+def parse_model(values: Mapping[str, object], at: str) -> ModelConfig:
+    """Validate a model's section, as read from a file; `at` is the key that holds it.
+
+    Raises: ConfigError naming each wrong key, its value, and what would be right.
+    """
+    return _WithModel.parse({"model": values}, at=at).model
