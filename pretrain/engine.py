@@ -76,7 +76,7 @@ class Engine:
         seed: the run's seed; weights and dropout are drawn from it.
         noise_scale: whether to estimate the gradient's noise in each step.
     Attributes:
-        attention: the backend that computes attention, where the model has some.
+        attention: the backend that computes attention; "none" if the model has none.
         average: the moving average of the weights, if one is kept.
     """
 
@@ -100,8 +100,9 @@ class Engine:
             keep_freed_memory()
         # fairscale's layers allocate on the CPU; the weights are drawn on the device where they are trained.
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-        self.attention = attention_backend(parallel, topology, model_config.heads, dtype)
-        model = model_config.make(parallel, self.attention)
+        backend = attention_backend(parallel, topology, model_config.heads, dtype)
+        self.attention = backend if model_config.heads else "none"
+        model = model_config.make(parallel, backend)
         model.to(topology.device).initialize(seed)
         self.model = model
         self._split_tokens = parallel.sequence_parallel

@@ -118,12 +118,12 @@ class Muon(AdamW):
         found: dict[Tensor, list[_Matrix]] = defaultdict(list)
         for (weight, (rows, columns), group), piece, *sizes in zip(self._weights, pieces, *of_ranks, strict=True):
             dim = shard_dim(weight)
-            assert dim is not None, "the blocks' matrices are all split"
+            assert dim is not None or topology.tp_size == 1, "the blocks' matrices are all split"
             before = sum(sizes[topology.tp_rank : topology.rank : topology.tp_size])
             assert piece.size == 0 or piece.start == before, "dp ranks hold consecutive pieces"
             # Every rank has a partition of each group, even if it has no part of a weight.
             flat = self.param_groups[group]["params"][0] if piece.flat is None else piece.flat
-            found[flat].append(_Matrix((rows, columns), dim, piece, tuple(sizes)))
+            found[flat].append(_Matrix((rows, columns), dim or 0, piece, tuple(sizes)))
         self._rounds = {flat: list(_rounds(matrices, topology.world_size)) for flat, matrices in found.items()}
 
     def has(self, flat: Tensor) -> bool:

@@ -103,7 +103,7 @@ def replay(
 def _with_recorded_attention(training: Training, topology: Topology) -> RunConfig:
     """Return the config with the attention that the run measured to be fastest, if the devices are the run's."""
     config, devices = training.config, device_names(topology)
-    if config.parallel.attention != "auto" or not training.starts:
+    if config.parallel.attention != "auto" or config.model.heads is None or not training.starts:
         return config
     recorded = training.starts[0].environment
     if recorded.devices != devices:

@@ -41,13 +41,13 @@ class ModelDescription(Generic[C]):
             ConfigError: naming each key that differs, under both names.
         """
         theirs, ours = computed_by(self.config), computed_by(model)
-        if self.config.architecture != model.architecture:  # they have no other keys in common
-            theirs, ours = (dict[str, object](architecture=config.architecture) for config in (self.config, model))
         differing = [
-            f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours[key]!r}"
+            f"{self.keys.get(key, 'no key for it')}={theirs[key]!r}, but model.{key}={ours.get(key)!r}"
             for key in theirs
-            if theirs[key] != ours[key] and not (key == "vocab_size" and self.config.vocab_size > model.vocab_size)
+            if theirs[key] != ours.get(key) and not (key == "vocab_size" and self.config.vocab_size > model.vocab_size)
         ]
+        if self.config.architecture != model.architecture:  # other keys say nothing then
+            differing = [f"it is a {self.config.architecture}, but model.architecture={model.architecture!r}"]
         if differing:
             raise ConfigError(
                 f"{self.file} describes another model: {'; '.join(differing)}. To print its `model:` section, run"

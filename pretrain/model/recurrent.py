@@ -42,7 +42,12 @@ class RecurrentConfig(ModelConfig):
     context_dim: int = Field(256, ge=1)  # numbers that each layer carries from token to token
     ffn_dim: int = Field(512, ge=1)  # width of the feed-forward network, from the context to dim
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
-    init_std: float = Field(0.02, gt=0)  # of embedding and output; the layers' matrices follow from their widths
+    # Of embedding and output; None: 1 / sqrt(dim). The layers' matrices follow from their widths
+    init_std: float | None = Field(None, gt=0)
+
+    @property
+    def embedding_std(self) -> float:
+        return self.init_std or self.dim**-0.5
 
     def make(self, parallel: ParallelConfig, attention: AttentionBackend) -> Recurrent:
         """Make the model; see `ModelConfig`."""
@@ -70,7 +75,11 @@ class RecurrentConfig(ModelConfig):
     @property
     def logit_variance(self) -> float:
         """Return the variance of a logit of a drawn model; the last norm leaves activations of length sqrt(dim)."""
-        return self.dim * self.init_std**2
+        return self.dim * self.embedding_std**2
+
+    def spelled_out(self) -> dict[str, Any]:
+        """Return all values as JSON has them, with the scale of drawn embeddings."""
+        return self.model_dump(mode="json") | {"init_std": self.embedding_std}
 
     def describe(self) -> str:
         """Describe the model's shape for a reader."""
@@ -187,9 +196,9 @@ class Recurrent(Model):
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                std = self.config.init_std if "blocks." not in name else parameter.shape[1] ** -0.5
+                std = self.config.embedding_std if "blocks." not in name else parameter.shape[1] ** -0.5
                 if name.endswith("w2.weight"):
-                    std *= self.config.init_std / math.sqrt(self.config.n_layers)
+                    std *= self.config.embedding_std / math.sqrt(self.config.n_layers)
                 draw(parameter, seed, name, std, "trunc_normal")
             elif name.endswith("gate.bias"):
                 shortest, longest = map(math.log, _MEMORIES)

@@ -30,7 +30,7 @@ class Environment(msgspec.Struct, frozen=True):
         devices: names of the ranks' devices, each once.
         threads: on CPUs, of a rank; sums over a tensor are split among them.
         packages: versions of the libraries that compute.
-        attention: the backend that computes the attention.
+        attention: the backend that computes the attention; "none" if the model has none.
     """
 
     devices: list[str]

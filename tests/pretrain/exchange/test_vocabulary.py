@@ -25,7 +25,7 @@ from tests.vocabularies import write_model
 pytestmark = pytest.mark.usefixtures("topology")
 
 
-@pytest.mark.parametrize("layout", ["hf", "meta"])
+@pytest.mark.parametrize("layout", ["hf", "meta", "headrace"])
 def test_rows_of_an_embedding_that_have_no_token_are_left_out(
     layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -122,6 +122,38 @@ def test_the_scan_is_an_operator_that_can_be_compiled() -> None:
 
 
 @pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_are_one_graph_that_computes_the_same(
+    checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    tokens = random_tokens(2, 24)
+    head = functools.partial(training_loss, targets=next_token_targets(tokens, SEGMENTS), z_loss=1e-3)
+    found = []
+    for parallel in ({}, {"compile": True, "activation_checkpointing": checkpointing}):
+        model = build(parallel, dropout=0.2).train()
+        with seeded(3, torch.device("cpu")):
+            model(tokens[:, :-1], SEGMENTS[:, :-1], head).total.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("topology")
+def test_in_bf16_contexts_are_still_summed_in_fp32() -> None:
+    model, tokens = build().eval(), random_tokens(1, 400)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())  # the same weights in both
+        whole = model(tokens, torch.ones_like(tokens))
+        cache = model.config.new_cache(400)
+        rounded = model.bfloat16()(tokens, torch.ones_like(tokens)).float()
+        model(tokens, cache=cache)
+    assert all(context.values is not None and context.values.dtype == torch.float32 for context in cache.of_layers)
+    assert float((rounded - whole).norm() / whole.norm()) < 0.02
+
+
+@pytest.mark.usefixtures("topology")
 def test_dropout_changes_training_and_nothing_else() -> None:
     model, tokens = build(dropout=0.5), random_tokens(2, 24)
 
