@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shards.batch import Batch, Origin, Skipped
-from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange
+from shards.config import DataConfig, OverflowTolerance, SourceConfig, WeightChange
+from shards.config_base import Config
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast

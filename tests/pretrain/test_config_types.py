@@ -26,7 +26,8 @@ model: {dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, ffn_dim: 128, vocab_siz
 init_from: a/folder
 data:
   sources:
-    - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+    - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
+      take: [1, 3], hash_range: [0.25, 0.5]}
     - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
     - {name: t, paths: [t], template: "{a} {b}", loss_on: all}
     - {name: m, paths: [m], messages_key: m, chat_format: chatml}
@@ -76,7 +77,8 @@ stages:
   - step: 4
     data:
       sources:
-        - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+        - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
+          take: [1, 3], hash_range: [0.25, 0.5]}
         - {name: d, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5,
           max_epochs: 2}
         - {name: u, paths: [u], template: "{a} {b}", loss_on: all}
