@@ -162,10 +162,12 @@ def undocumented() -> list[str]:
 
 def page() -> str:
     """Put the whole page together."""
-    parts = [HEAD]
+    parts, before = [HEAD], None
     for section in sections(RunConfig):
-        title = f"## `{section.path}`" if section.path else "## The top level"
-        parts.append(f"{title}\n\n{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
+        title = f"## `{section.path}`\n\n" if section.path else "## The top level\n\n"
+        title *= section.path != before  # one key may hold either of two sections
+        parts.append(f"{title}{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
+        before = section.path
     parts.append(SUITE_HEAD)
     for section in sections(SuiteFile):
         title = f"### `{section.path}`\n\n" if section.path else ""
@@ -195,7 +197,7 @@ def _table(section: Section, resumes: bool) -> str:
 def _below(section: Section, key: Key) -> str:
     """Link to the section of a key that has one; return an empty text for a key that holds a value."""
     field = section.config.model_fields[key.path.rpartition(".")[2]]
-    paths = [f"{key.path}{suffix}" for _, suffix in _inner_configs(field.annotation)]
+    paths = dict.fromkeys(f"{key.path}{suffix}" for _, suffix in _inner_configs(field.annotation))
     return ", ".join(f"[`{path}`](#{re.sub(r'[^a-z0-9_-]', '', path.lower())})" for path in paths)
 
 

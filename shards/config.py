@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from shards.config_base import Config, HashRange, Name, Take
 from shards.config_errors import listed, multiples_near
@@ -32,7 +32,34 @@ class OverflowTolerance(Config):
     overflow_tolerance: int = Field(ge=1)  # tokens; a shorter overflow is dropped
 
 
-Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
+class MaxOverflow(Config):
+    """One document per row; what overflows it gets rows of its own or, if that is too much, the document is dropped."""
+
+    max_overflow: int = Field(ge=0)  # tokens beyond seq_len + 1 that a document may have
+
+
+def _check_packing(value: object) -> object:
+    if isinstance(value, Mapping) and sorted(value) not in (["max_overflow"], ["overflow_tolerance"]):
+        raise ValueError(
+            f"{dict(value)} must be {{overflow_tolerance: n}} or {{max_overflow: n}}, with a number of tokens"
+        )
+    return value
+
+
+def _kind_of_packing(value: object) -> str:
+    """Return the name of the packing's class, so that an error is about that one alone; of the others "str"."""
+    if isinstance(value, Mapping):
+        return "MaxOverflow" if "max_overflow" in value else "OverflowTolerance"
+    return type(value).__name__ if isinstance(value, OverflowTolerance | MaxOverflow) else "str"
+
+
+Packing = Annotated[
+    Annotated[Literal["best_fit", "concat", "truncate", "pad"], Tag("str")]
+    | Annotated[OverflowTolerance, Tag("OverflowTolerance")]
+    | Annotated[MaxOverflow, Tag("MaxOverflow")],
+    Discriminator(_kind_of_packing),
+    BeforeValidator(_check_packing),
+]
 
 
 class SourceConfig(Config):

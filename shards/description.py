@@ -14,7 +14,7 @@ import numpy as np
 
 from shards import preparation
 from shards.arrays import Ints
-from shards.config import DataConfig, OverflowTolerance, Packing
+from shards.config import DataConfig, Packing
 from shards.plan.segments import WindowId
 from shards.source import DealRule, Source
 from shards.tokenize.tokenizer import Tokenizer
@@ -149,8 +149,9 @@ def _of_all(found: int, raw_bytes: int, read_bytes: int) -> int:
 def _packings(own: Packing) -> dict[str, Packing]:
     """Return the packings to compare: those without a setting, and the config's."""
     found: dict[str, Packing] = {"best_fit": "best_fit", "concat": "concat", "truncate": "truncate", "pad": "pad"}
-    if isinstance(own, OverflowTolerance):
-        found[f"overflow_tolerance: {own.overflow_tolerance}"] = own
+    if not isinstance(own, str):
+        ((key, tokens),) = own.model_dump().items()
+        found[f"{key}: {tokens}"] = own
     return found
 
 

@@ -190,7 +190,7 @@ def _check_kept(source: Source, rows: Figures) -> None:
         parts = " and ".join(f"{key}={value}" for key, value in source.config.selection.items())
         raise ShardError(
             f"source {source.config.name!r}: {parts} leave no document of its {source.plan.num_records:,} records that "
-            "gives a row; widen them, or leave the source out"
+            "gives a row; widen what they choose, or leave the source out"
         )
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from shards.config import MaxOverflow
 from shards.errors import ShardError
 from shards.plan.cursor import Carried, Cursor, LaneCursor
 from shards.plan.mixing import Mix, mix_of
@@ -154,6 +155,8 @@ class Stream:
         what = "a whole pass over it gives" if whole_pass else f"{len(deals)} consecutive parts of it give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
         parts = "".join(f", or none is in {key}={value}" for key, value in config.selection.items())
+        if isinstance(packing := self.source.packing, MaxOverflow):
+            parts += f", or longer than data.packing.max_overflow={packing.max_overflow} allows"
         raise ShardError(
             f"source {config.name!r}: {what} no row; its lines are blank or bad{last}{parts}; is {config.content_key} "
             "right?"

@@ -49,7 +49,7 @@ class Source:
             stage: the stage's number.
         """
         self.config: SourceConfig = config.sources[number]
-        self.shards = shards
+        self.shards, self.packing = shards, config.packing
         self.number, self.stage, self._seed = number, stage, seed
         self.rules, self.rule = rules, rules[stage]
         tables = [shard.index.table() for shard in shards]

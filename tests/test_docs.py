@@ -44,7 +44,7 @@ def keys_in_schema(schema: dict[str, Any], definitions: dict[str, Any], path: st
     """Yield the paths of all keys by pydantic's JSON schema, with a list's items as []."""
     if "$ref" in schema:
         yield from keys_in_schema(definitions[schema["$ref"].rpartition("/")[2]], definitions, path)
-    for part in schema.get("anyOf", ()):
+    for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
         yield from keys_in_schema(part, definitions, path)
     if isinstance(items := schema.get("items"), dict):
         yield from keys_in_schema(items, definitions, f"{path}[]")

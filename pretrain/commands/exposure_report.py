@@ -8,13 +8,13 @@ from functools import cached_property
 
 from pretrain.exposure import Trained, runs_of
 from pretrain.run.run_folder import Ancestor
-from shards import OverflowTolerance, SourceConfig, Stage, Tokenizer
+from shards import MaxOverflow, OverflowTolerance, SourceConfig, Stage, Tokenizer
 from shards.exposure.grams import Overlap
 from shards.exposure.naming import Documents, Reading
 from shards.exposure.search import DocumentPlace
 from shards.history import Appearance, History
 
-_CUT_OFF = "packing cuts all of its tokens off"
+_CUT_OFF = "packing cuts all of its tokens off, or drops it for its length"
 _HEADER = ("source", "shard", "line", "epoch", "step", "row", "start", "stop", "trained")
 
 
@@ -136,7 +136,8 @@ class Report:
     @cached_property
     def _readings(self) -> dict[DocumentPlace, Reading]:
         """Read the documents of which tokens may be missing."""
-        cuts = any(isinstance(p := stage.data.packing, OverflowTolerance) or p == "truncate" for stage in self._stages)
+        cutting = (OverflowTolerance, MaxOverflow)
+        cuts = any(isinstance(p := stage.data.packing, cutting) or p == "truncate" for stage in self._stages)
         return self._documents.read(
             place
             for number, place in enumerate(self._places)

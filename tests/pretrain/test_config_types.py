@@ -86,7 +86,7 @@ stages:
         - {name: p, paths: [m], messages_key: m, chat_template: p}
       weights: {a: 0.25}
       seq_len: 64
-      packing: {overflow_tolerance: 4}
+      packing: {max_overflow: 4}
       lanes: 8
       decontaminate: {suite: t, splits: [val], match: ngram, min_tokens: 9}
       forget: g
