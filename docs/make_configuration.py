@@ -183,10 +183,12 @@ def undocumented() -> list[str]:
 
 def page() -> str:
     """Put the whole page together."""
-    parts = [HEAD]
+    parts, before = [HEAD], None
     for section in sections(RunConfig):
-        title = f"## {section.title}" if section.path else "## The top level"
-        parts.append(f"{title}\n\n{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
+        title = f"## {section.title}\n\n" if section.path else "## The top level\n\n"
+        title *= section.title != before  # one key may hold either of two sections
+        parts.append(f"{title}{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
+        before = section.title
     parts.append(SUITE_HEAD)
     for section in sections(SuiteFile):
         title = f"### `{section.path}`\n\n" if section.path else ""
@@ -216,7 +218,7 @@ def _table(section: Section, resumes: bool) -> str:
 def _below(section: Section, key: Key) -> str:
     """Link to the section of a key that has one; return an empty text for a key that holds a value."""
     field = section.config.model_fields[key.path.rpartition(".")[2]]
-    titles = [inner.title for inner in _sections_of(field, key.path)]
+    titles = dict.fromkeys(inner.title for inner in _sections_of(field, key.path))
     return ", ".join(f"[{title}](#{_anchor(title)})" for title in titles)
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pretrain.evaluation.scores import Scores, evaluated_steps, labels, record_scores
-from pretrain.run.eval_figure import is_of_task
+from pretrain.run.eval_figure import UNIT_OF, is_of_task, loss_key
 from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
@@ -102,9 +102,10 @@ class Journal:
                         step, record["domain"], record["accuracy"], record["metric"], record["bits_per_byte"],
                     )  # fmt: skip
                 elif record["domain"] == "macro":
+                    key = loss_key([record])
                     _logger.info(
-                        "step %d: held-out macro average %.3f bits per byte, perplexity %.1f",
-                        step, record["bits_per_byte"], record["perplexity"],
+                        "step %d: held-out macro average %.3f %s, perplexity %.1f",
+                        step, record[key], UNIT_OF[key], record["perplexity"],
                     )  # fmt: skip
         return records
 

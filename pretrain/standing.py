@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.evaluation.eval_set import EvalSet
-from pretrain.evaluation.scores import labels, line_names
+from pretrain.evaluation.scores import AVERAGED, labels, line_names
 from pretrain.faults.patience import StopRule, ending
-from pretrain.run.eval_figure import EvalFigure
+from pretrain.run.eval_figure import EvalFigure, no_bytes
 from pretrain.run.events import Event
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import read_starts
@@ -74,9 +74,15 @@ def check_figures(metrics: Mapping[str, str | None], eval_set: EvalSet | None, a
         metrics: figures by the config's key.
         averaged: whether the moving average of the weights is scored as well.
     Raises:
-        ConfigError: if it does not, with the domains that there are.
+        ConfigError: if it does not, with the domains that there are, or does not know the bytes of one that is compared
+            by bits per byte.
     """
     for key, metric in metrics.items():
+        if metric is None:
+            continue
         domains = line_names(eval_set.domains, eval_set.sources, averaged) if eval_set else []
-        if metric is not None and EvalFigure.parse(metric).domain not in domains:
+        figure = EvalFigure.parse(metric)
+        if eval_set is None or figure.domain not in domains:
             raise ConfigError(f"{key}={metric}: the suite has no such domain; it has {', '.join(domains) or 'none'}")
+        if figure.needs_bytes and not eval_set.knows_bytes(figure.domain.removeprefix(AVERAGED)):
+            raise ConfigError(no_bytes(f"{key}={metric}", eval_set.label))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shards.batch import Batch, Origin, Skipped
-from shards.config import Config, DataConfig, OverflowTolerance, SourceConfig, WeightChange
+from shards.config import DataConfig, MaxOverflow, OverflowTolerance, SourceConfig, WeightChange
+from shards.config_base import Config
 from shards.errors import CheckpointError, ConfigError, HeadraceError, ShardError
 from shards.fingerprint import check_fingerprint
 from shards.forecast import Forecast
@@ -29,6 +30,7 @@ __all__ = [
     "HeadraceError",
     "Loader",
     "LoaderState",
+    "MaxOverflow",
     "Origin",
     "OverflowTolerance",
     "Prepared",

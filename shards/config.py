@@ -5,23 +5,13 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from shards.config_errors import explain, listed, multiples_near
+from shards.config_base import Config, HashRange, Name, Take
+from shards.config_errors import listed, multiples_near
 from shards.errors import ConfigError
-
-Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^/\s]+$")]
 
 Step = Annotated[int, Field(ge=1)]  # of an optimizer: the first is step 1
 
@@ -36,56 +26,40 @@ DEFAULT_MAX_DECODER_WINDOW = 128 * MIB
 DEFAULT_TEXT_KEY = "text"  # as in the Pile and Dolma
 
 
-def _with_strict_scalars(schema: Any) -> Any:
-    """Return a pydantic schema, or part of one, with all its scalars made strict.
-
-    pydantic's own strict mode goes too far: it refuses lists for tuples, texts for paths and mappings for sections.
-    """
-    if isinstance(schema, list):
-        return [_with_strict_scalars(part) for part in schema]
-    if not isinstance(schema, dict) or schema.get("type") == "chain":
-        return schema
-    if schema.get("type") in ("bool", "float", "int", "str"):
-        return schema | {"strict": True}
-    if schema.get("type") == "literal" and all(type(value) is int for value in schema["expected"]):
-        # Literals are looked up by equality, and True and 1.0 both equal 1
-        return core_schema.chain_schema([core_schema.int_schema(strict=True), schema])
-    return {key: _with_strict_scalars(part) for key, part in schema.items()}
-
-
-class Config(BaseModel):
-    """Base of every config class: frozen, closed to unknown keys, and strict about the types of values.
-
-    Numbers, booleans and strings are never converted: 8 is an int; "8", 8.0 and True are not. An int is accepted for a
-    float. A list is accepted for a tuple and a string for a path, since YAML has neither.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        strict: CoreSchema = _with_strict_scalars(handler(source))
-        return strict
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], at: str = "") -> Self:
-        """Validate plain values, as read from YAML; `at` is the key that holds them.
-
-        Raises: ConfigError naming each wrong key, its value, and what would be right.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError("\n".join(explain(error, cls, at))) from None
-
-
 class OverflowTolerance(Config):
     """One document per row; what overflows the last full row gets a row of its own only if it is long enough."""
 
     overflow_tolerance: int = Field(ge=1)  # tokens; a shorter overflow is dropped
 
 
-Packing = Literal["best_fit", "concat", "truncate", "pad"] | OverflowTolerance
+class MaxOverflow(Config):
+    """One document per row; what overflows it gets rows of its own or, if that is too much, the document is dropped."""
+
+    max_overflow: int = Field(ge=0)  # tokens beyond seq_len + 1 that a document may have
+
+
+def _check_packing(value: object) -> object:
+    if isinstance(value, Mapping) and sorted(value) not in (["max_overflow"], ["overflow_tolerance"]):
+        raise ValueError(
+            f"{dict(value)} must be {{overflow_tolerance: n}} or {{max_overflow: n}}, with a number of tokens"
+        )
+    return value
+
+
+def _kind_of_packing(value: object) -> str:
+    """Return the name of the packing's class, so that an error is about that one alone; of the others "str"."""
+    if isinstance(value, Mapping):
+        return "MaxOverflow" if "max_overflow" in value else "OverflowTolerance"
+    return type(value).__name__ if isinstance(value, OverflowTolerance | MaxOverflow) else "str"
+
+
+Packing = Annotated[
+    Annotated[Literal["best_fit", "concat", "truncate", "pad"], Tag("str")]
+    | Annotated[OverflowTolerance, Tag("OverflowTolerance")]
+    | Annotated[MaxOverflow, Tag("MaxOverflow")],
+    Discriminator(_kind_of_packing),
+    BeforeValidator(_check_packing),
+]
 
 
 class SourceConfig(Config):
@@ -97,6 +71,8 @@ class SourceConfig(Config):
     )
     # Keys that say how a document is spelled
     FORM_KEYS: ClassVar = ("template", "messages_key", "chat_format", "chat_template")
+    # Keys that choose a part of the records
+    SELECTION_KEYS: ClassVar = ("take", "hash_range")
 
     name: Name  # as shown in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
@@ -120,6 +96,12 @@ class SourceConfig(Config):
     loss_on: Literal["response", "all"] | None = None
     # Column of token ids in a data set or in Parquet files; None = the text is tokenized
     input_ids_key: Name | None = None
+    # Records to read, first and end, numbered from 0 over the shards in order, the end not included; null as the end =
+    # all that follow; None = all
+    take: Take | None = None
+    # The documents to keep: those with a hash of their content, a number from 0 to 1, from the first bound to below the
+    # second; None = all
+    hash_range: HashRange | None = None
     id_key: Name = "id"  # key of the record's id, if it has one (Dolma); dotted as text_key
     source_from: str | None = None  # key of the sub-source to count separately in metrics, e.g. meta.pile_set_name
 
@@ -132,6 +114,11 @@ class SourceConfig(Config):
     def form(self) -> dict[str, str]:
         """Return the keys that say how a document is spelled, by name; empty if it is the value of a single key."""
         return {key: str(value) for key in self.FORM_KEYS if (value := getattr(self, key)) is not None}
+
+    @property
+    def selection(self) -> dict[str, object]:
+        """Return the keys that choose a part of the records, by name, as plain values; empty if all are read."""
+        return {key: list(value) for key in self.SELECTION_KEYS if (value := getattr(self, key)) is not None}
 
     @property
     def content_key(self) -> str:

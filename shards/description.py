@@ -14,7 +14,7 @@ import numpy as np
 
 from shards import preparation
 from shards.arrays import Ints
-from shards.config import DataConfig, OverflowTolerance, Packing
+from shards.config import DataConfig, Packing
 from shards.plan.segments import WindowId
 from shards.source import DealRule, Source
 from shards.tokenize.tokenizer import Tokenizer
@@ -27,7 +27,9 @@ class SourceDescription(NamedTuple):
     """A source, and the documents of it that were looked at.
 
     Attributes:
-        num_shards, num_documents, raw_bytes: of the whole source.
+        num_shards, num_documents, raw_bytes: of all that the source takes; the bytes also of what its hash_range leaves
+            out, and the documents estimated where a sample must tell how many it keeps.
+        selection: the keys that choose a part of its records.
         is_sample: whether only some of its documents were looked at.
         read_bytes: raw bytes that were looked at, about.
         lengths: int64 [documents looked at], tokens of each, BOS and EOS counted.
@@ -36,6 +38,7 @@ class SourceDescription(NamedTuple):
 
     name: str
     weight: float
+    selection: tuple[str, ...]
     num_shards: int
     num_documents: int
     raw_bytes: int
@@ -48,7 +51,7 @@ class SourceDescription(NamedTuple):
     def tokens(self) -> int:
         """Return the source's tokens, those of a sample raised by the bytes that it leaves out."""
         found = int(self.lengths.sum())
-        return round(found * self.raw_bytes / self.read_bytes) if self.is_sample else found
+        return _of_all(found, self.raw_bytes, self.read_bytes) if self.is_sample else found
 
 
 class PackingDescription(NamedTuple):
@@ -118,24 +121,37 @@ def _source(
         skipped += len(documents.skipped)
         for packing, of_it in counts.items():
             of_it += _counts(documents.lengths, config.seq_len, packings[packing], task.key)
+    raw_bytes = source.plan.raw_bytes
+    num_documents = sum(shard.index.num_documents for shard in shards)
+    is_sample = raw_bytes > budget
+    if own.selection:
+        num_documents = sum(map(len, lengths)) + skipped
+        num_documents = _of_all(num_documents, raw_bytes, size) if is_sample else num_documents
     return SourceDescription(
         name=own.name,
         weight=own.weight,
-        num_shards=len(shards),
-        num_documents=sum(shard.index.num_documents for shard in shards),
-        raw_bytes=source.plan.raw_bytes,
-        is_sample=source.plan.raw_bytes > budget,
+        selection=tuple(own.selection),
+        num_shards=sum(stop > first for first, stop in source.taken),
+        num_documents=num_documents,
+        raw_bytes=raw_bytes,
+        is_sample=is_sample,
         read_bytes=size,
         lengths=np.concatenate(lengths),
         num_skipped=skipped,
     )
 
 
+def _of_all(found: int, raw_bytes: int, read_bytes: int) -> int:
+    """Raise what was found in a part of a source to all of it."""
+    return round(found * raw_bytes / max(1, read_bytes))
+
+
 def _packings(own: Packing) -> dict[str, Packing]:
     """Return the packings to compare: those without a setting, and the config's."""
     found: dict[str, Packing] = {"best_fit": "best_fit", "concat": "concat", "truncate": "truncate", "pad": "pad"}
-    if isinstance(own, OverflowTolerance):
-        found[f"overflow_tolerance: {own.overflow_tolerance}"] = own
+    if not isinstance(own, str):
+        ((key, tokens),) = own.model_dump().items()
+        found[f"{key}: {tokens}"] = own
     return found
 
 

@@ -14,6 +14,7 @@ from shards.index.manifest import Shard
 from shards.index.record_table import TABLE_VERSION
 from shards.index.shard_index import hash_tables
 from shards.records.forms import FORM_VERSION, identity_of
+from shards.records.selection import SELECTION_VERSION
 from shards.stages import Stage
 from shards.tokenize.tokenizer import describe
 from shards.windows.packing import PACKER_VERSION
@@ -66,8 +67,11 @@ def fingerprint(
 
 
 def _plain(source: SourceConfig) -> dict[str, object]:
-    """Return what of a source's config decides batches; of a source without a form, just as before there were any."""
-    plain = source.model_dump(mode="json", exclude={*source.MAY_CHANGE, "loss_on", *source.FORM_KEYS})
+    """Return what of a source's config decides batches; just as before there were forms and selections, without any."""
+    newer = {"loss_on", *source.FORM_KEYS, *source.SELECTION_KEYS}
+    plain = source.model_dump(mode="json", exclude={*source.MAY_CHANGE, *newer}) | source.selection
+    if source.hash_range is not None:
+        plain["selection_version"] = SELECTION_VERSION
     if not source.form:
         return plain
     return plain | identity_of(source) | {"loss_on": source.loss_on or "response", "form_version": FORM_VERSION}

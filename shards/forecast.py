@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from shards.arrays import Ints
 from shards.config import DataConfig
+from shards.errors import ShardError
 from shards.hashing import GOLDEN, key_of, mixed
 from shards.plan.segments import WindowId
 from shards.source import DealRule, Source
@@ -105,7 +106,7 @@ def forecast(
         sources: those of all stages, as the first deals them.
         lanes: V of the first.
         steps: optimizer steps that the run should have; None = as many as the data lasts.
-    Raises: ShardError if the data that is looked at cannot be read.
+    Raises: ShardError if the data that is looked at cannot be read, or a source keeps nothing of it.
     """
     config, global_batch_size, pace = stages[0].data, stages[0].global_batch_size, _Pace(stages)
     weightings = _weightings(stages, len(sources))
@@ -175,11 +176,22 @@ def _rows_of_lanes(
         for i, source in enumerate(sources):
             if is_counted:
                 rows[i] = _counted_rows(source, config, lanes, maker)
+                _check_kept(source, rows[i])
             else:
                 rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(sources))
     finally:
         maker.close()
     return rows, is_counted
+
+
+def _check_kept(source: Source, rows: Figures) -> None:
+    """Check that a source keeps some of its records. Raises: ShardError if none of them gives a row."""
+    if source.config.selection and not rows.any():
+        parts = " and ".join(f"{key}={value}" for key, value in source.config.selection.items())
+        raise ShardError(
+            f"source {source.config.name!r}: {parts} leave no document of its {source.plan.num_records:,} records that "
+            "gives a row; widen what they choose, or leave the source out"
+        )
 
 
 def _can_be_packed(sources: Sequence[Source], lanes: int) -> bool:

@@ -64,9 +64,10 @@ class Historian:
 
     def __init__(self, plan: RunPlan, pool: Pool, documents: Sequence[DocumentPlace]) -> None:
         self._plan = plan
-        self._of_source: dict[int, list[int]] = {}  # numbers of the documents of each source
+        self._of_source: dict[int, list[int]] = {}  # numbers of the documents that each source takes
         for number, place in enumerate(documents):
-            self._of_source.setdefault(place.source, []).append(number)
+            if plan.takes(*place):
+                self._of_source.setdefault(place.source, []).append(number)
         columns = {source: np.array([documents[i][1:] for i in found]) for source, found in self._of_source.items()}
         self._whereabouts = {
             source: Whereabouts(source, found[:, 0], found[:, 1] - 1) for source, found in columns.items()

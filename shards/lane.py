@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from shards.config import MaxOverflow
 from shards.errors import ShardError
 from shards.plan.cursor import Carried, Cursor, LaneCursor
 from shards.plan.mixing import Mix, mix_of
@@ -17,7 +18,8 @@ from shards.plan.segments import Deal, WindowId
 from shards.source import Source
 from shards.windows.window import SkippedRecord, Window
 
-# In a row, at most 1 GiB: even if half of all deals had no row, a streak this long has a chance of 1 in 10^19
+# In a row, at most 1 GiB: even if half of all deals had no row, a streak this long has a chance of 1 in 10^19. Of a
+# source that keeps a share of its documents, so many times more
 _MAX_FRUITLESS_DEALS = 64
 
 Take = Callable[[int, WindowId], Window]  # takes each stream's windows in order, once each; a stream's lane, a name
@@ -57,6 +59,8 @@ class Stream:
         ]
         self._passed = 0  # number of carried windows that were read to their end
         self._limit = source.segments_of_lane(lane)
+        low, high = source.config.hash_range or (0.0, 1.0)
+        self._most_fruitless = math.ceil(_MAX_FRUITLESS_DEALS / (high - low))
         self._window: Window | None = None  # the cursor's window, once needed
         # Number of records in the windows already passed, and in what stages before have drawn of carried ones
         self._records: float = records_before
@@ -108,7 +112,7 @@ class Stream:
         """Draw the next row; None if the source has no more for this lane. Add skipped records to `skipped`.
 
         Raises: ShardError if a window cannot be made, or if neither a whole pass over the source nor
-            _MAX_FRUITLESS_DEALS in a row give a row.
+            too many deals in a row give a row.
         """
         fruitless: list[Deal] = []
         begun: int | None = None  # the segment of the deal that this draw begins
@@ -145,13 +149,17 @@ class Stream:
         """Check deals that gave no row. Raises: ShardError if they are the whole source, or too many in a row."""
         seen = {segment for deal in deals for segment in deal.segments}
         whole_pass = len(seen) == self.source.plan.num_segments
-        if not whole_pass and len(deals) < _MAX_FRUITLESS_DEALS:
+        if not whole_pass and len(deals) < self._most_fruitless:
             return
+        config = self.source.config
         what = "a whole pass over it gives" if whole_pass else f"{len(deals)} consecutive parts of it give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
+        parts = "".join(f", or none is in {key}={value}" for key, value in config.selection.items())
+        if isinstance(packing := self.source.packing, MaxOverflow):
+            parts += f", or longer than data.packing.max_overflow={packing.max_overflow} allows"
         raise ShardError(
-            f"source {self.source.config.name!r}: {what} no row; its lines are blank or bad{last}; is "
-            f"{self.source.config.content_key} right?"
+            f"source {config.name!r}: {what} no row; its lines are blank or bad{last}{parts}; is {config.content_key} "
+            "right?"
         )
 
     def progress(self) -> float:

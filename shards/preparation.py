@@ -22,6 +22,8 @@ from shards.index.paths import index_command
 from shards.index.shard_index import Progress, ShardIndex, find, obtain
 from shards.records import hf_datasets
 from shards.records.document_list import DocumentList
+from shards.records.selection import check_take
+from shards.records.texts import misfit
 from shards.stages import Stage
 from shards.storage import files
 from shards.storage.atomic import is_there
@@ -161,16 +163,8 @@ def shard_paths(source: SourceConfig) -> list[str]:
     if source.dataset is not None:
         return hf_datasets.shards_of(source)
     shards = files.with_columns(files.expand(source.paths, source.name), source.column)
-    if source.input_ids_key is not None and (others := [path for path in shards if not files.is_column(path)]):
-        raise ShardError(
-            f"source {source.name!r}: input_ids_key is for a data set or Parquet files, which JSON lines are not: "
-            f"{files.listed(others)}; leave it out, or make them a source of their own"
-        )
-    if source.form and (columns := [path for path in shards if files.is_column(path)]):
-        raise ShardError(
-            f"source {source.name!r}: {source.content_key} reads JSON lines, and of {files.listed(columns)} a single"
-            " column is read; write its rows as JSON lines"
-        )
+    if wrong := misfit(source, shards):
+        raise ShardError(f"source {source.name!r}: {wrong}")
     return shards
 
 
@@ -210,7 +204,7 @@ def _is_arrow(path: str) -> bool:
 def source_shards(config: DataConfig, source: SourceConfig, progress: Progress | None = None) -> list[Shard]:
     """List the shards of a source in the order of its patterns, each with a valid index.
 
-    Raises: as `prepare`; also ShardError if no shard of the source holds a document.
+    Raises: as `prepare`; also ShardError if no shard of the source holds a document, or it takes records beyond them.
     """
     found = index_status(config, source)
     check_amount(config, source, found)
@@ -232,6 +226,7 @@ def source_shards(config: DataConfig, source: SourceConfig, progress: Progress |
     shards = [Shard(path, indexes[path]) for path in paths]
     if not any(shard.index.num_documents for shard in shards):
         raise ShardError(f"source {source.name!r}: no document in {', '.join(paths[:3])}; every line is blank or null")
+    check_take(source, sum(shard.index.num_records for shard in shards))
     _say_doubles(source, shards)
     return shards
 

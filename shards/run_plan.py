@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 from shards.carry import next_state
 from shards.errors import ConfigError
 from shards.index.manifest import Shard
 from shards.plan.cursor import EVERY_SEGMENT, LOADER_STATE_VERSION, Cursor, LaneCursor, LoaderState
-from shards.source import DealRule, Source
+from shards.plan.taken import Range
+from shards.records.selection import taken_of
+from shards.source import DealRule, Source, raw_bytes_of
 from shards.stages import Stage
 
 
@@ -29,6 +32,16 @@ class RunPlan:
         self.stages, self.shards, self._seed = stages, shards, seed
         self.lanes_of = self._count_lanes()
         self._kept: tuple[object, list[Source]] | None = None  # the sources of a stage, and what they were planned by
+
+    def takes(self, source: int, shard: int, line: int) -> bool:
+        """Return whether a source takes a line of one of its shards, counted from 1."""
+        first, stop = self._taken[source][shard]
+        return first < line <= stop
+
+    @cached_property
+    def _taken(self) -> list[list[Range]]:
+        sources = zip(self.stages[-1].data.sources, self.shards, strict=True)
+        return [taken_of(source, [shard.index.num_records for shard in found]) for source, found in sources]
 
     def first_state(self) -> LoaderState:
         """Return the state of all lanes in which the run begins."""
@@ -106,7 +119,7 @@ class RunPlan:
         """Return V of each stage: as many as its config says, else as before."""
         config = self.stages[0].data
         weights = [weights for _, weights in config.weightings()]
-        sizes = [sum(shard.index.raw_bytes for shard in found) for found in self.shards]
+        sizes = [raw_bytes_of(*each) for each in zip(self.stages[-1].data.sources, self.shards, strict=True)]
         drawn = [any(mix[i] > 0 for mix in weights) for i in range(len(config.sources))]
         counts = [config.num_lanes(self.stages[0].global_batch_size, sum(itertools.compress(sizes, drawn)))]
         for stage in self.stages[1:]:

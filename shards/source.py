@@ -5,7 +5,7 @@ manifest, segments -> source -> lane.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from shards.config import DataConfig, SourceConfig
@@ -13,6 +13,8 @@ from shards.hashing import key_of
 from shards.index.manifest import Shard
 from shards.plan.cursor import EVERY_SEGMENT, Numbering
 from shards.plan.segments import Deal, SourcePlan, WindowId, WindowPlan
+from shards.plan.taken import taken_cells
+from shards.records.selection import taken_of
 from shards.windows.window import SpanTask, WindowTask
 
 
@@ -47,10 +49,11 @@ class Source:
             stage: the stage's number.
         """
         self.config: SourceConfig = config.sources[number]
-        self.shards = shards
+        self.shards, self.packing = shards, config.packing
         self.number, self.stage, self._seed = number, stage, seed
         self.rules, self.rule = rules, rules[stage]
         tables = [shard.index.table() for shard in shards]
+        self.taken = taken_of(self.config, [shard.index.num_records for shard in shards])
         plans = {
             rule: SourcePlan(
                 self.config.name,
@@ -61,6 +64,7 @@ class Source:
                 config.plan,
                 rule.segment_lanes,
                 rule.numbering,
+                self.taken,
             )
             for rule in set(rules.values())
         }
@@ -100,3 +104,10 @@ class Source:
 
     def _deal_of(self, name: WindowId) -> Deal:
         return self.plans[name.stage].deal(name.lane, name.segment)
+
+
+def raw_bytes_of(config: SourceConfig, shards: Sequence[Shard]) -> int:
+    """Return the raw bytes that a source takes of its shards, about. Raises: ShardError as `taken_of`."""
+    indexes = [shard.index for shard in shards]
+    taken = taken_of(config, [index.num_records for index in indexes])
+    return taken_cells([index.table() for index in indexes], taken).raw_bytes

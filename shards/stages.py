@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from shards.config import Config, DataConfig, Decontamination, Name, Packing, SourceConfig
+from shards.config import DataConfig, Decontamination, Packing, SourceConfig
+from shards.config_base import Config, Name
 from shards.errors import ConfigError
 
 

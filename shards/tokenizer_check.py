@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from shards.config import DataConfig, SourceConfig
+from shards.config import DEFAULT_MAX_DECODER_WINDOW, DataConfig, SourceConfig
 from shards.errors import ConfigError, ShardError
 from shards.preparation import shard_paths
-from shards.records.texts import sample_of, spread, texts_of
+from shards.records.texts import read_documents, sample_of, spread
 from shards.suites.suite import Suite
 from shards.tokenize.tokenizer import Tokenizer
 
@@ -116,13 +116,13 @@ def check_suite(suite: Suite, tokenizer: Tokenizer) -> None:
     found.check()
 
 
-def _beginning(shard: str, source: SourceConfig, *options: int) -> Iterator[str]:
+def _beginning(shard: str, source: SourceConfig, max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW) -> Iterator[str]:
     """Yield the first texts of a shard."""
     left = _SAMPLED_CHARACTERS
     try:
-        for _, text, _ in texts_of(shard, source, "skip", *options):
-            yield text[:left]
-            left -= len(text)
+        for document in read_documents(shard, source, "skip", max_decoder_window):
+            yield document.text[:left]
+            left -= len(document.text)
             if left <= 0:
                 return
     except ShardError:

@@ -20,6 +20,7 @@ LAYERS = (
         "shards.arrays",
         "shards.hashing",
         "shards.config_errors",
+        "shards.config_base",
         "shards.config",
         "shards.stages",
     ),

@@ -23,13 +23,15 @@ def print_report(console: Console, description: Description, seq_len: int) -> No
     console.print(_quantiles(description.sources, seq_len))
     console.print(_lengths(np.concatenate([source.lengths for source in description.sources])))
     console.print(_packings(description))
+    if chosen := [source.name for source in description.sources if "hash_range" in source.selection]:
+        console.print(f"MB of text of {', '.join(chosen)} are those that hash_range chooses from.", soft_wrap=True)
     sampled = [source for source in description.sources if source.is_sample]
     if sampled:
         read, of_all = (sum(getattr(each, key) for each in sampled) for key in ("read_bytes", "raw_bytes"))
         names = ", ".join(each.name for each in sampled)
         console.print(
-            f"Of {names}, a sample was read: {read / 1e6:,.1f} of {of_all / 1e6:,.1f} MB, spread evenly; their tokens"
-            " (~) are estimated from it. Decontamination is not applied.",
+            f"Of {names}, a sample was read: {read / 1e6:,.1f} of {of_all / 1e6:,.1f} MB, spread evenly; their tokens,"
+            " and the documents of a part, are estimated from it (~). Decontamination is not applied.",
             soft_wrap=True,
         )
 
@@ -39,8 +41,9 @@ def _sources(sources: Sequence[SourceDescription]) -> Table:
     weights = sum(source.weight for source in sources)
     for source in sources:
         about = "~" if source.is_sample else ""
+        documents = f"{about * bool(source.selection)}{source.num_documents:,}"
         table.add_row(
-            source.name, f"{source.weight / weights:.1%}", f"{source.num_shards:,}", f"{source.num_documents:,}",
+            source.name, f"{source.weight / weights:.1%}", f"{source.num_shards:,}", documents,
             f"{source.raw_bytes / 1e6:,.1f}", f"{about}{source.tokens:,}", f"{source.num_skipped:,}",
         )  # fmt: skip
     return table

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from pretrain.exposure import Trained, runs_of
 from pretrain.run.run_folder import Ancestor
-from shards import OverflowTolerance, Stage, Tokenizer
+from shards import MaxOverflow, OverflowTolerance, SourceConfig, Stage, Tokenizer
 from shards.exposure.grams import Overlap
 from shards.exposure.naming import Documents, Reading
 from shards.exposure.search import DocumentPlace
 from shards.history import Appearance, History
 
-_CUT_OFF = "packing cuts all of its tokens off"
+_CUT_OFF = "packing cuts all of its tokens off, or drops it for its length"
 _HEADER = ("source", "shard", "line", "epoch", "step", "row", "start", "stop", "trained")
 
 
@@ -71,7 +71,7 @@ class Report:
 
     def _title(self, number: int) -> str:
         place = self._places[number]
-        title = f"{self._source(place)} {self._documents.path(place)}:{place.line}"
+        title = f"{self._source(place).name} {self._documents.path(place)}:{place.line}"
         if overlap := self._overlaps.get(place):
             part = "is the text" if overlap.whole else "contains the text" if overlap.contains else "shares"
             return f"{title} {part}" + ("" if overlap.contains else f" {overlap.shared_words:,} words of the text")
@@ -80,6 +80,9 @@ class Report:
     def _of_document(self, number: int) -> Iterator[str]:
         pieces, learned = self._pieces[number], self._learned(number)
         read = self._history.read[number]
+        if (reading := self._readings.get(self._places[number])) and reading.left_out:
+            yield f"  not in the run's data: {reading.reason}"
+            return
         if learned:
             yield from self._of_pieces(learned)
             if (length := self._cut_length(number)) is not None:
@@ -133,21 +136,26 @@ class Report:
     @cached_property
     def _readings(self) -> dict[DocumentPlace, Reading]:
         """Read the documents of which tokens may be missing."""
-        cuts = any(isinstance(p := stage.data.packing, OverflowTolerance) or p == "truncate" for stage in self._stages)
-        return self._documents.read(place for number, place in enumerate(self._places) if cuts or self._missed(number))
+        cutting = (OverflowTolerance, MaxOverflow)
+        cuts = any(isinstance(p := stage.data.packing, cutting) or p == "truncate" for stage in self._stages)
+        return self._documents.read(
+            place
+            for number, place in enumerate(self._places)
+            if cuts or self._missed(number) or (self._source(place).selection and not self._pieces[number])
+        )
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.of(self._stages[0].data)
 
-    def _source(self, place: DocumentPlace) -> str:
-        return self._stages[-1].data.sources[place.source].name
+    def _source(self, place: DocumentPlace) -> SourceConfig:
+        return self._stages[-1].data.sources[place.source]
 
     def table(self) -> Iterator[str]:
         """Yield all pieces of all documents, tab-separated under a header line."""
         yield "\t".join(_HEADER)
         for number, place in enumerate(self._places):
-            name = (self._source(place), self._documents.path(place), place.line)
+            name = (self._source(place).name, self._documents.path(place), place.line)
             for one in self._pieces[number]:
                 reason = self._trained.reason(one) or "yes"
                 yield "\t".join(map(str, (*name, one.epoch, one.step, one.slot, one.start, one.stop, reason)))

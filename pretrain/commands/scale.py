@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pretrain.config import RunConfig, load_config
 from pretrain.model.size import flops_per_token, parameter_count
-from pretrain.report.figures import final_loss, last_eval, state_of, usual_speed
+from pretrain.report.figures import final_loss, last_eval, state_of, unit_of, usual_speed
 from pretrain.report.side_by_side import SEED, settings_of
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="key.path=value", help="overrides for that config")
     parser.add_argument("--tokens", type=float, help="that it trains on; default: as train.steps says")
     parser.add_argument(
-        "--training-loss", action="store_true", help="go by it, and not by the held-out bits per byte of the last step"
+        "--training-loss", action="store_true", help="go by it, and not by the held-out loss of the last step"
     )
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set)
     target = _target(config, arguments.tokens)
     sizes = sizes_of(_small_runs(histories, arguments.training_loss))
-    figure = "training loss" if arguments.training_loss else "bits per byte"
+    figure = "training loss" if arguments.training_loss else unit_of(histories)
     console.print(size_table(sizes, figure))
     described = f"target: width {target.width:,}, {target.parameters:,} parameters, {target.tokens:,} tokens"
     told = [described, *_of_other_data(config, histories), *advice(sizes, target, figure)]
@@ -138,14 +138,14 @@ def _of_other_data(config: RunConfig, histories: Sequence[History]) -> Iterator[
 
 def _held_out(history: History, first: History) -> float:
     scored = last_eval(history)
-    if scored is None or scored[0] != history.last_step:
+    if scored is None or scored.step != history.last_step:
         raise ConfigError(f"{history.folder.root} was not scored at its last step; give --training-loss")
     if history.suite() != first.suite():
         raise ConfigError(
             f"{history.folder.root} was scored on {history.suite()}, {first.folder.root} on {first.suite()}; give"
             " --training-loss, or score both on one suite"
         )
-    return scored[1]
+    return scored.loss
 
 
 def _devices(history: History) -> str:

@@ -154,7 +154,7 @@ def best_first(points: Sequence[Point]) -> list[Point]:
 
     def key(point: Point) -> tuple[float, float]:
         scored = last_eval(point.history)
-        cost = scored[1] if scored else final_loss(point.history)
+        cost = scored.loss if scored else final_loss(point.history)
         return -float(point.history.last_step), math.inf if math.isnan(cost) else cost
 
     return sorted(points, key=key)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.evaluation.scores import DocumentScores, Score, total
+from pretrain.evaluation.scores import DocumentScores
+from pretrain.run.eval_figure import UNIT_OF
 from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 
@@ -24,6 +25,8 @@ _MAX_BARS = 60  # bars in a picture; with more domains, only the largest differe
 
 Floats = npt.NDArray[np.float64]
 
+_BITS, _NATS = UNIT_OF["bits_per_byte"], UNIT_OF["nll_per_token"]
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -31,9 +34,10 @@ class Difference:
 
     Attributes:
         name: of the domain; `macro` and `micro` as in evals.jsonl.
-        a, b: bits per byte of each model.
+        a, b: bits per byte of each model, or nats per token where bytes are unknown.
         low, high: bounds of 95 % of the bootstrap's differences b - a; None for a domain of a single document.
         documents: number of documents that both have.
+        unit: of all these figures.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Difference:
     low: float | None
     high: float | None
     documents: int
+    unit: str = _BITS
 
     @property
     def difference(self) -> float:
@@ -57,37 +62,45 @@ class Difference:
 def compare(a: DocumentScores, b: DocumentScores, draws: int = 2000, seed: int = 0) -> list[Difference]:
     """Compare every domain that both have, in a's order, then `macro` and `micro` over these.
 
+    They are compared by bits per byte or, if one of them has documents of token ids alone, by nats per token.
+
     Raises:
-        ConfigError: if they have no document in common.
+        ConfigError: if they have no document in common, or nats per token are of different tokens.
     """
+    unit = _BITS if a.knows_bytes and b.knows_bytes else _NATS
     common = [domain for domain in a.domains if domain in b.domains]
     generator = np.random.default_rng(seed)
     found, means = [], []
-    sums = np.zeros((3, draws))  # over all domains: a's nll, b's nll, bytes
-    wholes: list[tuple[Score, Score]] = []
+    sums = np.zeros((3, draws))  # over all domains: a's nll, b's nll, bytes or tokens
+    wholes = np.zeros(3)
     for domain in common:
         ours, theirs = _paired(a, b, domain)
         if not len(ours):
             continue
-        columns = np.stack([a.nll[ours], b.nll[theirs], a.text_bytes[ours].astype(np.float64)])
+        if unit == _NATS and (a.tokens[ours] != b.tokens[theirs]).any():
+            raise ConfigError(
+                f"{a.suite} and {b.suite} do not know the bytes of all documents, and the same texts of {domain} "
+                "have other tokens in each; score both on texts"
+            )
+        sizes = a.text_bytes if unit == _BITS else a.tokens
+        columns = np.stack([a.nll[ours], b.nll[theirs], sizes[ours].astype(np.float64)])
         drawn = _resampled(columns, draws, generator)
-        wholes.append((_score(a, ours), _score(b, theirs)))
-        differences = _bits(drawn[1], drawn[2]) - _bits(drawn[0], drawn[2])
-        found.append(_difference(domain, *wholes[-1], differences if len(ours) > 1 else None, len(ours)))
+        differences = _figure(drawn[1], drawn[2], unit) - _figure(drawn[0], drawn[2], unit)
+        found.append(_difference(domain, columns.sum(axis=1), differences if len(ours) > 1 else None, len(ours), unit))
         means.append(differences)
         sums += drawn
+        wholes += columns.sum(axis=1)
     if not found:
         raise ConfigError(
             f"the suites {a.suite} and {b.suite} have no document in common; compare evaluations of one suite"
         )
     count = sum(item.documents for item in found)
     macro = [sum(getattr(item, side) for item in found) / len(found) for side in ("a", "b")]
-    micro = (total(x for x, _ in wholes), total(y for _, y in wholes))
-    spread = _interval(np.mean(means, axis=0))
+    spread = _figure(sums[1], sums[2], unit) - _figure(sums[0], sums[2], unit)
     return [
         *found,
-        Difference("macro", macro[0], macro[1], *spread, count),
-        _difference("micro", *micro, _bits(sums[1], sums[2]) - _bits(sums[0], sums[2]), count),
+        Difference("macro", macro[0], macro[1], *_interval(np.mean(means, axis=0)), count, unit),
+        _difference("micro", wholes, spread, count, unit),
     ]
 
 
@@ -155,19 +168,16 @@ def _resampled(columns: Floats, draws: int, generator: np.random.Generator) -> F
     return np.concatenate(parts, axis=1)
 
 
-def _bits(nll: Floats, text_bytes: Floats) -> Floats:
-    return nll / np.log(2) / np.maximum(text_bytes, 1)
+def _figure(nll: Floats, sizes: Floats, unit: str) -> Floats:
+    """Return bits per byte or nats per token. Args: sizes: bytes or tokens."""
+    return nll / (np.log(2) if unit == _BITS else 1.0) / np.maximum(sizes, 1)
 
 
-def _score(scores: DocumentScores, numbers: npt.NDArray[np.int64]) -> Score:
-    columns = (scores.nll, scores.tokens, scores.correct, scores.text_bytes)
-    nll, tokens, correct, text_bytes = (column[numbers].sum() for column in columns)
-    return Score(float(nll), int(tokens), int(correct), int(text_bytes))
-
-
-def _difference(name: str, a: Score, b: Score, differences: Floats | None, documents: int) -> Difference:
+def _difference(name: str, sums: Floats, differences: Floats | None, documents: int, unit: str) -> Difference:
+    """Return the difference of what is summed over documents: a's nll, b's nll, and their bytes or tokens."""
     low, high = (None, None) if differences is None else _interval(differences)
-    return Difference(name, a.bits_per_byte, b.bits_per_byte, low, high, documents)
+    a, b = _figure(sums[:2], sums[2], unit).tolist()
+    return Difference(name, a, b, low, high, documents, unit)
 
 
 def _interval(differences: Floats) -> tuple[float, float]:
@@ -210,7 +220,7 @@ def draw(differences: Sequence[Difference], names: tuple[str, str], path: Path) 
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"bits per byte, {names[1]} minus {names[0]} (95 % bootstrap interval over documents)")
+    axes.set_xlabel(f"{differences[0].unit}, {names[1]} minus {names[0]} (95 % bootstrap interval over documents)")
     title = f"{names[1]} against {names[0]}: green is better, red worse, grey unclear"
     if left_out > 0:
         title += f"\nthe {_MAX_BARS} largest differences of {left_out + _MAX_BARS} domains"

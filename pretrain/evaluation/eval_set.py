@@ -19,9 +19,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
-from pretrain.evaluation.scores import DocumentScores, Sums, label_of
+from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Sums, label_of, source_line
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
-from shards import Config, ConfigError, Tokenizer
+from shards import Config, ConfigError, ShardError, Tokenizer
 from shards.hashing import key_of
 from shards.suites.suite import Suite, SuiteDocument, find, training_shards
 from shards.tokenize.parts import encode_parts, spelled
@@ -61,8 +61,9 @@ class EvalSet:
         seq_len: predicted tokens per row.
         domains: sorted by name; `sources` has each one's source.
         document_domain: [documents], index of its domain.
-        document_key: uint64 [documents], a hash of its text.
-        document_bytes: [documents], UTF-8 bytes of its text, or of its responses if only they are scored.
+        document_key: uint64 [documents], a hash of its text or token ids.
+        document_bytes: [documents], UTF-8 bytes of its text, or of its responses if only they are scored; UNKNOWN_BYTES
+            if it is token ids alone.
         targets: [documents], predicted tokens.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
@@ -78,6 +79,15 @@ class EvalSet:
     targets: npt.NDArray[np.int64]
     rows: list[Row]
     num_rows: int
+
+    def knows_bytes(self, line: str) -> bool:
+        """Return whether the bytes are known of all documents of a domain, a source or an average."""
+        known = np.bincount(self.document_domain, self.document_bytes == UNKNOWN_BYTES, len(self.domains)) == 0
+        return all(
+            is_known
+            for domain, source, is_known in zip(self.domains, self.sources, known.tolist(), strict=True)
+            if line in (domain, source_line(source), *AVERAGES)
+        )
 
     def scores_of(self, sums: Sums) -> DocumentScores:
         """Return the scores of its documents; the sums are those of `scoring.item_sums`."""
@@ -118,7 +128,7 @@ def load_suite(
     Raises:
         ConfigError: if the suite does not exist, one of its sources or domains has nothing to score, or the tokenizer
             cannot spell its texts.
-        ShardError: if one of its files is damaged.
+        ShardError: if one of its files is damaged, or holds token ids that the tokenizer does not have.
     """
     if config.suite is None:
         return None
@@ -131,14 +141,14 @@ def load_suite(
     targets: list[int] = []
     soundness = Soundness(tokenizer, f"suite {suite.name!r}")
     for document, (tokens, given, hidden) in _chosen(suite, tokenizer, config):
-        parts = document.parts
-        soundness.add(document.domain, document.text if parts is None else spelled(tokenizer, parts), tokens)
+        if document.text is not None:
+            parts = document.parts
+            soundness.add(document.domain, document.text if parts is None else spelled(tokenizer, parts), tokens)
         known.setdefault(document.domain, document.source)
         packer.add(len(domains), tokens, given, hidden)
         domains.append(document.domain)
         keys.append(document.key)
-        scored = document.text if parts is None else spelled(tokenizer, parts, document.only_responses)
-        sizes.append(len(scored.encode()))
+        sizes.append(_num_bytes(document, tokenizer))
         targets.append(max(len(tokens) - given, 0) if hidden is None else int((~hidden[given:]).sum()))
     packer.pack()
     soundness.check()
@@ -170,8 +180,17 @@ def _check_not_empty(suite: Suite, known: dict[str, str], scored: set[int], doma
     silent += [domain for number, domain in enumerate(domains) if number not in scored]
     if silent:
         raise ConfigError(
-            f"the suite {suite.name}: there is nothing to predict in {', '.join(silent[:5])}; leave out the empty ones"
+            f"the suite {suite.name}: there is nothing to predict in {', '.join(silent[:5])}; leave out the empty "
+            "ones, or widen take and hash_range where they have any"
         )
+
+
+def _num_bytes(document: SuiteDocument, tokenizer: Tokenizer) -> int:
+    """Count the UTF-8 bytes of what is scored of a document; UNKNOWN_BYTES if its text is not there."""
+    text = document.text
+    if document.parts is not None:
+        text = spelled(tokenizer, document.parts, document.only_responses)
+    return UNKNOWN_BYTES if text is None else len(text.encode())
 
 
 class _Encoded(NamedTuple):
@@ -183,7 +202,15 @@ class _Encoded(NamedTuple):
 
 
 def _encoded(document: SuiteDocument, tokenizer: Tokenizer) -> _Encoded:
+    if (ids := document.token_ids) is not None:
+        if len(wrong := ids[(ids < 0) | (ids >= tokenizer.vocab_size)]):
+            raise ShardError(
+                f"{document.place}: token id {wrong[0]}, but the tokenizer {tokenizer.path} has {tokenizer.vocab_size} "
+                "tokens; name the one that the ids were made with"
+            )
+        return _Encoded(ids.astype(tokenizer.dtype))
     if document.parts is None:
+        assert document.text is not None
         return _Encoded(tokenizer.encode_documents([document.text])[0])
     tokens, _, prompts = encode_parts(tokenizer, [document.parts])
     if not document.only_responses:
@@ -221,9 +248,7 @@ def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, 
     """
     if config.suite is None:
         return
-    trained = fingerprint["shards"]
-    assert isinstance(trained, dict)
-    for found in training_shards(find(config.suite, config.split), trained):
+    for found in training_shards(find(config.suite, config.split), fingerprint):
         _logger.warning("the evaluation suite contains training data: %s; its loss will look too good", found)
 
 

@@ -29,6 +29,8 @@ from shards.storage.atomic import write_atomically
 Sums = npt.NDArray[np.float64]  # [items, 3]: each text's nll in nats, targets, and those that were most likely
 
 _SOURCE = "source:"  # prefix of a source's name in place of a domain's
+AVERAGES = ("macro", "micro")
+UNKNOWN_BYTES = -1  # of a document whose text is unknown
 _LABEL_DIGITS = 8  # digits of the hash of what is scored, in a label
 AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
 
@@ -41,22 +43,22 @@ class Score:
         nll: negative log-likelihood, in nats.
         tokens: number of targets, including end-of-document tokens.
         correct: number of targets that were the most likely token.
-        text_bytes: UTF-8 bytes of the texts.
+        text_bytes: UTF-8 bytes of the texts; None = unknown, since some of them are token ids alone.
     """
 
     nll: float
     tokens: int
     correct: int
-    text_bytes: int
+    text_bytes: int | None
 
     @property
     def nll_per_token(self) -> float:
         return self.nll / max(self.tokens, 1)
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """Loss in bits per byte of text: independent of the tokenizer, since the bytes are the same for all."""
-        return self.nll / math.log(2) / max(self.text_bytes, 1)
+        return None if self.text_bytes is None else self.nll / math.log(2) / max(self.text_bytes, 1)
 
     @property
     def accuracy(self) -> float:
@@ -66,11 +68,12 @@ class Score:
 def total(scores: Iterable[Score]) -> Score:
     """Add up the sums of several scores."""
     listed = list(scores)
+    sizes = [score.text_bytes for score in listed if score.text_bytes is not None]
     return Score(
         nll=math.fsum(score.nll for score in listed),
         tokens=sum(score.tokens for score in listed),
         correct=sum(score.correct for score in listed),
-        text_bytes=sum(score.text_bytes for score in listed),
+        text_bytes=sum(sizes) if len(sizes) == len(listed) else None,
     )
 
 
@@ -82,8 +85,8 @@ class DocumentScores:
         suite: its label.
         domains, sources: each domain's name, and its source's name.
         domain: int32 [documents], index into `domains`.
-        key: uint64 [documents], a hash of the text: equal for the same document in every run.
-        nll, tokens, correct, text_bytes: [documents], as in `Score`.
+        key: uint64 [documents], a hash of the text or the token ids: equal for the same document in every run.
+        nll, tokens, correct, text_bytes: [documents], as in `Score`; bytes are UNKNOWN_BYTES where there is no text.
     """
 
     suite: str
@@ -96,15 +99,20 @@ class DocumentScores:
     correct: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
 
+    @property
+    def knows_bytes(self) -> bool:
+        """Return whether the bytes of all documents are known."""
+        return bool((self.text_bytes != UNKNOWN_BYTES).all())
+
     def by_domain(self) -> dict[str, Score]:
         """Return the sums over each domain's documents, in the order of `domains`."""
         sums = [
             np.bincount(self.domain, weights=values, minlength=len(self.domains)).tolist()
-            for values in (self.nll, self.tokens, self.correct, self.text_bytes)
+            for values in (self.nll, self.tokens, self.correct, self.text_bytes, self.text_bytes == UNKNOWN_BYTES)
         ]
         return {
-            domain: Score(nll, int(tokens), int(correct), int(text_bytes))
-            for domain, nll, tokens, correct, text_bytes in zip(self.domains, *sums, strict=True)
+            domain: Score(nll, int(tokens), int(correct), None if unknown else int(text_bytes))
+            for domain, nll, tokens, correct, text_bytes, unknown in zip(self.domains, *sums, strict=True)
         }
 
     def records(self, step: int) -> list[dict[str, object]]:
@@ -112,7 +120,7 @@ class DocumentScores:
 
         `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
         `macro` averages over domains: the mean of each figure, and the perplexity of the mean loss, so that a large
-        domain weighs no more than a small one.
+        domain weighs no more than a small one. Bits per byte and bytes are None where those of a document are unknown.
         """
         of_domains = self.by_domain()
         records = [_record(step, self.suite, domain, score) for domain, score in of_domains.items()]
@@ -120,20 +128,20 @@ class DocumentScores:
         for source, score in zip(self.sources, of_domains.values(), strict=True):
             members.setdefault(source, []).append(score)
         records += [
-            _record(step, self.suite, _SOURCE + source, total(parts))
+            _record(step, self.suite, source_line(source), total(parts))
             for source, parts in members.items()
             if len(parts) > 1
         ]
         micro = _record(step, self.suite, "micro", total(of_domains.values()))
+        loss, accuracy = (_mean(getattr(s, key) for s in of_domains.values()) for key in ("nll_per_token", "accuracy"))
+        bits = [score.bits_per_byte for score in of_domains.values() if score.bits_per_byte is not None]
         macro = {
-            key: math.fsum(getattr(score, key) for score in of_domains.values()) / len(of_domains)
-            for key in ("nll_per_token", "bits_per_byte", "accuracy")
+            "nll_per_token": loss,
+            "perplexity": perplexity(loss),
+            "bits_per_byte": _mean(bits) if len(bits) == len(of_domains) else None,
+            "accuracy": accuracy,
         }
-        return [
-            *records,
-            {**micro, "domain": "macro", **macro, "perplexity": perplexity(macro["nll_per_token"])},
-            micro,
-        ]
+        return [*records, {**micro, "domain": "macro", **macro}, micro]
 
     def save(self, path: Path) -> None:
         """Write all scores atomically: some 20 bytes per document."""
@@ -159,6 +167,11 @@ class DocumentScores:
         return DocumentScores(**(values | names | {"suite": str(values["suite"])}))
 
 
+def source_line(source: str) -> str:
+    """Return the name of the line of a source that has several domains."""
+    return _SOURCE + source
+
+
 def line_names(domains: Sequence[str], sources: Sequence[str], averaged: bool = False) -> list[str]:
     """Return the names of all lines of an evaluation, given each domain and its source.
 
@@ -166,7 +179,7 @@ def line_names(domains: Sequence[str], sources: Sequence[str], averaged: bool = 
         averaged: whether the moving average of the weights is scored as well.
     """
     several = [source for source, count in Counter(sources).items() if count > 1]
-    names = [*domains, *(_SOURCE + source for source in several), "macro", "micro"]
+    names = [*domains, *map(source_line, several), *AVERAGES]
     return [*(AVERAGED + name for name in names if averaged), *names]
 
 
@@ -269,6 +282,11 @@ def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, objec
         "tokens": score.tokens,
         "bytes": score.text_bytes,
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
 
 
 def perplexity(nll_per_token: float) -> float:

@@ -39,7 +39,7 @@ def step_table(records: Sequence[Mapping[str, object]]) -> Table:
     for head in ("perplexity", "bits per byte", "accuracy", "tokens"):
         table.add_column(head, justify="right")
     for record in records:
-        figures = f"{record['perplexity']:,.2f}", f"{record['bits_per_byte']:.4f}", f"{record['accuracy']:.3f}"
+        figures = f"{record['perplexity']:,.2f}", _digits(record["bits_per_byte"]), f"{record['accuracy']:.3f}"
         style = "bold" if record["domain"] in _AVERAGES else None
         table.add_row(str(record["domain"]), *figures, f"{record['tokens']:,}", style=style)
     return table
@@ -49,7 +49,7 @@ def difference_table(suite: str, names: tuple[str, str], differences: Sequence[D
     """Show two models side by side, with clear differences in colour: green if the second is better."""
     table = Table(
         Column("domain", overflow="fold"),
-        title=f"{suite}: bits per byte, and 95 % intervals of the difference over documents",
+        title=f"{suite}: {differences[0].unit}, and 95 % intervals of the difference over documents",
     )
     for head in (*names, "difference", "from", "to", "documents"):
         table.add_column(head, justify="right")

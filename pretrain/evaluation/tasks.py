@@ -23,7 +23,7 @@ from pretrain.evaluation.rows import Row, RowPacker, Tokens
 from pretrain.evaluation.scores import Sums, label_of
 from pretrain.evaluation.task_scores import CHOICE_METRICS, GREEDY, ChoiceMetric, Metric, TaskItems, TaskScores
 from shards import Config, ConfigError, Tokenizer
-from shards.config import Name
+from shards.config_base import Name
 from shards.hashing import key_of
 from shards.suites.requests import PACKAGED, Instance, Requests, find_requests, read_requests
 from shards.tokenizer_check import Soundness

@@ -10,6 +10,7 @@ import numpy as np
 from pretrain.report.chart import Chart, Floats, Mark, Series, needs_log
 from pretrain.report.figures import number
 from pretrain.report.thinning import thin
+from pretrain.run.eval_figure import loss_key
 from pretrain.run.history import History
 
 POINTS = 300  # of a curve; longer ones are thinned
@@ -163,8 +164,10 @@ def _chosen(domains: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[str], s
     if len(plain) <= _LINES:
         return [*plain, *averages], ""
 
+    key = loss_key(domains.get("micro", {}).values())
+
     def last(name: str) -> float:
-        return number(domains[name][max(domains[name])].get("bits_per_byte"))
+        return number(domains[name][max(domains[name])].get(key))
 
     ordered = sorted(plain, key=last)
     half = _LINES // 2

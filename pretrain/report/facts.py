@@ -50,7 +50,7 @@ def headlines(history: History) -> Iterator[tuple[str, str]]:
     if math.isfinite(loss):
         yield "training loss, last 5 %", f"{loss:.4f}"
     if found := last_eval(history):
-        yield f"bits per byte, held out, step {found[0]:,}", f"{found[1]:.4f}"
+        yield f"{found.unit}, held out, step {found.step:,}", f"{found.loss:.4f}"
     tokens = number(history.metrics.last.get("tokens"))
     if math.isfinite(tokens):
         yield "tokens", short(tokens)

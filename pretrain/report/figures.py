@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
 
 _FRESH_SECONDS = 120.0  # a lease without a heartbeat for so long is not held any more
@@ -47,10 +50,27 @@ def usual_speed(history: History) -> float:
     return float(np.median(finite)) if len(finite) else math.nan
 
 
-def last_eval(history: History, domain: str = "macro") -> tuple[int, float] | None:
-    """Return the step of the last evaluation, and its bits per byte in a domain or average; None without one."""
+class LastEval(NamedTuple):
+    """The last evaluation of a domain or an average."""
+
+    step: int
+    loss: float
+    unit: str  # of the loss
+
+
+def last_eval(history: History, domain: str = "macro") -> LastEval | None:
+    """Return the last evaluation of a domain or average; None without one."""
     of_steps = history.evals.get(history.suite() or "", {}).get(domain, {})
-    return (max(of_steps), number(of_steps[max(of_steps)].get("bits_per_byte"))) if of_steps else None
+    if not of_steps:
+        return None
+    last, key = max(of_steps), loss_key(of_steps.values())
+    return LastEval(last, number(of_steps[last].get(key)), UNIT_OF[key])
+
+
+def unit_of(histories: Sequence[History]) -> str:
+    """Return the unit of the last evaluations' losses, or the several that there are."""
+    units = dict.fromkeys(scored.unit for history in histories if (scored := last_eval(history)))
+    return " or ".join(units) or UNIT_OF["bits_per_byte"]
 
 
 def duration(seconds: float) -> str:

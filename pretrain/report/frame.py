@@ -18,6 +18,7 @@ from pretrain.report.braille import plot
 from pretrain.report.chart import short
 from pretrain.report.curves import marks_of
 from pretrain.report.figures import duration, number, seconds_left, state_of
+from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
 
 _EVENTS = 5  # lines of what happened last
@@ -99,7 +100,8 @@ def _evaluation(history: History) -> Table | None:
     last = max(max(of_steps) for of_steps in domains.values())
     scored = {domain: of_steps for domain, of_steps in domains.items() if last in of_steps}
     table = Table(Column("domain"), title=f"Held-out text, step {last:,} ({label})", title_justify="left", box=None)
-    for head in ("bits per byte", "change", "perplexity"):
+    key = loss_key(scored.get("micro", {}).values())
+    for head in (UNIT_OF[key], "change", "perplexity"):
         table.add_column(head, justify="right")
     # The averages come last, and are never cut off.
     averages = [domain for domain in scored if domain in ("macro", "micro")]
@@ -107,8 +109,8 @@ def _evaluation(history: History) -> Table | None:
     for domain in [*plain[:_DOMAINS], *averages]:
         of_steps = scored[domain]
         before = max((step for step in of_steps if step < last), default=None)
-        figure = number(of_steps[last].get("bits_per_byte"))
-        change = "" if before is None else f"{figure - number(of_steps[before].get('bits_per_byte')):+.4f}"
+        figure = number(of_steps[last].get(key))
+        change = "" if before is None else f"{figure - number(of_steps[before].get(key)):+.4f}"
         perplexity = number(of_steps[last].get("perplexity"))
         table.add_row(
             escape(domain), f"{figure:.4f}", change, short(perplexity), style="bold" if domain in averages else None

@@ -19,8 +19,9 @@ from pretrain.evaluation.scores import DocumentScores
 from pretrain.report.chart import Chart, Floats, Series, needs_log
 from pretrain.report.curves import sentences
 from pretrain.report.facts import Cell, Table
-from pretrain.report.figures import final_loss, last_eval, number, state_of, usual_speed
+from pretrain.report.figures import final_loss, last_eval, number, state_of, unit_of, usual_speed
 from pretrain.report.thinning import thin
+from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
 from shards import ConfigError, HeadraceError
 
@@ -135,10 +136,11 @@ def run_table(histories: Sequence[History]) -> Table:
     for i, (name, history) in enumerate(zip(names_of(histories), histories, strict=True)):
         values = [value_text(of_runs[i]) for of_runs in settings.values()]
         scored = last_eval(history)
-        figures = (final_loss(history), scored[1] if scored else None, scored[0] if scored else None)
+        figures = (final_loss(history), scored.loss if scored else None, scored.step if scored else None)
         rows.append((name, *values, state_of(history), *figures, usual_speed(history)))
     head = (
-        "run", *settings, "state", "training loss, last 5 %", "bits per byte, macro", "at step", "tokens/s, median"
+        "run", *settings, "state", "training loss, last 5 %", f"{unit_of(histories)}, macro", "at step",
+        "tokens/s, median",
     )  # fmt: skip
     note = "" if settings else "The configs do not differ, but for names and folders."
     if unknown:
@@ -216,10 +218,12 @@ def _overlaid_evals(groups: Sequence[Group], note: str) -> Iterator[Chart]:
     macro = [
         [history.evals.get(history.suite() or "", {}).get("macro", {}) for history in group.runs] for group in groups
     ]
-    if series := _of_groups(groups, macro, "bits_per_byte"):
-        labels = sorted({label for of_group in suites for label in of_group if label})
-        about = sentences([f"Macro average of {', '.join(labels)}.", note])
-        yield Chart("runs_bits_per_byte", "Held-out text", "step", "bits per byte", series, note=about)
+    for key, unit in UNIT_OF.items():
+        scored = [[lines if loss_key(lines.values()) == key else {} for lines in of_group] for of_group in macro]
+        if series := _of_groups(groups, scored, key):
+            labels = sorted({label for of_group in suites for label in of_group if label})
+            about = sentences([f"Macro average of {', '.join(labels)}.", note])
+            yield Chart(f"runs_{key}", "Held-out text", "step", unit, series, note=about)
     tasks = [[history.tasks() for history in group.runs] for group in groups]
     names = list(dict.fromkeys(name for of_group in tasks for of_run in of_group for name in of_run))
     more = f"The first {_TASKS} of {len(names)} tasks have a chart." if len(names) > _TASKS else ""
@@ -254,12 +258,13 @@ def by_key(histories: Sequence[History]) -> Iterator[Chart]:
     """Draw, for each swept key, where the runs ended over its values; a line for each choice of the other keys."""
     settings = settings_of(histories).differing
     swept = [key for key in settings if key != SEED]
-    has_evals = all(last_eval(history) for history in histories)
-    what = "bits per byte, macro" if has_evals else "training loss, last 5 %"
+    unit = unit_of(histories)
+    has_evals = all((scored := last_eval(history)) and scored.unit == unit for history in histories)
+    what = f"{unit}, macro" if has_evals else "training loss, last 5 %"
     ends = []
     for history in histories:
         scored = last_eval(history)
-        ends.append(scored[1] if has_evals and scored else final_loss(history))
+        ends.append(scored.loss if has_evals and scored else final_loss(history))
     for key in swept:
         yield _panel(key, settings, swept, np.array(ends), what)
 
@@ -362,12 +367,14 @@ def difference_tables(histories: Sequence[History]) -> list[Table]:
             verdict = f"{better} better, {worse} worse, {len(one.differences) - 2 - better - worse} unclear"
             rows.append((one.name, one.step, macro.b, macro, micro, verdict, macro.documents))
     problems = [f"{one.name}: {one.problem}" for one in found if one.problem]
+    units = dict.fromkeys(one.differences[0].unit for one in found if one.differences)
+    unit = " or ".join(units) or UNIT_OF["bits_per_byte"]
     note = (
-        f"Bits per byte of each run minus those of {first}; below zero is better. An interval holds 95 % of the"
+        f"{unit.capitalize()} of each run minus those of {first}; below zero is better. An interval holds 95 % of the"
         " differences when documents are drawn again, so it tells what is chance of the documents, not of the seed;"
         " where many runs were tried, the best of them looks better than it is. "
     )
-    head = ("run", "step", "bits per byte, macro", "macro", "micro", "domains", "documents")
+    head = ("run", "step", f"{unit}, macro", "macro", "micro", "domains", "documents")
     tables = [Table(f"Differences from {first}", head, tuple(rows), note=note + ". ".join(problems))] if found else []
     for one in found if len(found) == 1 else ():
         of_domains = tuple((item.name, item.a, item.b, item, item.documents) for item in one.differences)

@@ -9,14 +9,36 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from shards import ConfigError
+
 _HIGHER_IS_BETTER = "accuracy"
+_OF_BYTES = "bits_per_byte"
+UNIT_OF = {_OF_BYTES: "bits per byte", "nll_per_token": "nats per token"}  # of a loss in evals.jsonl
 # Of a config's key: a domain, `source:NAME`, macro or micro, and the figure of its line in evals.jsonl
-EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|bits_per_byte|{_HIGHER_IS_BETTER})$"
+EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|{_OF_BYTES}|{_HIGHER_IS_BETTER})$"
 
 
 def is_of_task(record: Mapping[str, object]) -> bool:
     """Return whether a line of evals.jsonl is that of a task; otherwise it is of a domain or an average of a suite."""
     return "metric" in record
+
+
+def knows_bytes(record: Mapping[str, object]) -> bool:
+    """Return whether a line of evals.jsonl counts bytes, as all do but those of token ids without their texts."""
+    return record.get("bytes", 0) is not None
+
+
+def loss_key(records: Iterable[Mapping[str, object]]) -> str:
+    """Return the figure by which lines of evals.jsonl are compared: nats per token if one of them counts no bytes."""
+    return _OF_BYTES if all(map(knows_bytes, records)) else "nll_per_token"
+
+
+def no_bytes(figure: str, suite: str) -> str:
+    """Say why a suite has no bits per byte, and what to compare instead."""
+    return (
+        f"{figure}: the suite {suite} holds token ids without their texts there, so its bytes are unknown; name "
+        "the texts with text_key beside its input_ids_key, or take nll_per_token"
+    )
 
 
 class EvalFigure(NamedTuple):
@@ -32,12 +54,22 @@ class EvalFigure(NamedTuple):
         return cls(*domain_and_name.rsplit("/", 1))
 
     @property
+    def needs_bytes(self) -> bool:
+        """Return whether it is known only where the bytes of the texts are."""
+        return self.name == _OF_BYTES
+
+    @property
     def is_loss(self) -> bool:
         """Return whether a lower value is better, so that its costs are its values."""
         return self.name != _HIGHER_IS_BETTER
 
     def cost(self, record: Mapping[str, object]) -> float:
-        """Return the cost in a line of evals.jsonl; infinite if the figure is not finite, which is null in the file."""
+        """Return the cost in a line of evals.jsonl; infinite if the figure is not finite, which is null in the file.
+
+        Raises: ConfigError for bits per byte of a suite that does not know its bytes.
+        """
+        if self.needs_bytes and not knows_bytes(record):
+            raise ConfigError(no_bytes(f"{self.domain}/{self.name}", str(record["suite"])))
         value = math.nan if record[self.name] is None else float(str(record[self.name]))
         if not math.isfinite(value):
             return math.inf

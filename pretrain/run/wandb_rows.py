@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from pretrain.run.eval_figure import is_of_task
+from pretrain.run.eval_figure import is_of_task, knows_bytes
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import StepLog
 
@@ -29,6 +29,7 @@ _FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_has
 _LATER_FIGURES = ("trained_hash",)
 _EVAL, _TASKS = "eval/", "tasks/"
 _NOT_SHOWN = ("step", "suite", "domain", "metric")  # of a line of evals.jsonl
+_OF_BYTES = ("bits_per_byte", "bytes")  # what a line lacks that does not count bytes
 
 
 class _Sent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -203,7 +204,8 @@ def eval_rows(records: Iterable[Mapping[str, object]], prefixes: Mapping[str, st
         task, own = is_of_task(record), (prefixes or {}).get(str(record["suite"]))
         usual = f"{_TASKS}{record['domain']}/" if task else _EVAL
         prefix = (own or usual) + ("" if task else f"{record['domain']}/")
-        row.update({f"{prefix}{key}": value for key, value in record.items() if key not in _NOT_SHOWN})
+        hidden = _NOT_SHOWN if knows_bytes(record) else (*_NOT_SHOWN, *_OF_BYTES)
+        row.update({f"{prefix}{key}": value for key, value in record.items() if key not in hidden})
     if row:
         yield row
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.report.chart import short
-from pretrain.report.figures import duration, final_loss, last_eval, seconds_left, usual_speed
+from pretrain.report.figures import duration, final_loss, last_eval, seconds_left, unit_of, usual_speed
 from pretrain.sweep.local import Point
 
 _STYLES = {"finished": "green", "training": "bold", "failed": "red", "out": "dim", "waiting": "dim"}
@@ -26,7 +26,8 @@ def sweep_table(points: Sequence[Point]) -> Table:
     for key in keys:
         table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
     table.add_column("state", min_width=8)
-    for head in ("step", "loss", "bits/byte", "at", "tokens/s", "left"):
+    unit = unit_of([point.history for point in points])
+    for head in ("step", "loss", unit.replace(" per ", "/"), "at", "tokens/s", "left"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
         values = [escape(str(point.plan.settings.get(key, ""))) for key in keys]
@@ -44,8 +45,8 @@ def _figures(point: Point) -> Iterator[str]:
     loss = final_loss(history)
     yield f"{loss:.4f}" if math.isfinite(loss) else ""
     scored = last_eval(history)
-    yield f"{scored[1]:.4f}" if scored else ""
-    yield f"{scored[0]:,}" if scored else ""
+    yield f"{scored.loss:.4f}" if scored else ""
+    yield f"{scored.step:,}" if scored else ""
     speed = usual_speed(history)
     yield short(speed) if math.isfinite(speed) else ""
     left = seconds_left(history) if point.state == "training" else None
@@ -55,6 +56,7 @@ def _figures(point: Point) -> Iterator[str]:
 def line_of(point: Point) -> str:
     """Describe a run in one line of a log."""
     step, loss, scored, at, *_ = _figures(point)
-    figures = [f"step {step}", f"loss {loss}" if loss else "", f"bits per byte {scored} at {at}" if scored else ""]
+    last = last_eval(point.history)
+    figures = [f"step {step}", f"loss {loss}" if loss else "", f"{last.unit} {scored} at {at}" if last else ""]
     state = f"{point.state}: {point.note}" if point.note else point.state
     return f"{point.plan.name}: {state}, {', '.join(filter(None, figures))}"

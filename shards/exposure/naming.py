@@ -18,6 +18,8 @@ from shards.exposure.reader import ShardReader
 from shards.exposure.search import DocumentPlace, TextSearch
 from shards.index.manifest import Shard
 from shards.records.document_list import DocumentList, find_shard
+from shards.records.json_lines import Records
+from shards.records.selection import chosen, taken_of
 
 _PLACE = re.compile(r"(.+):(\d+)")
 
@@ -27,6 +29,7 @@ class Reading(NamedTuple):
 
     text: str | None  # None = it holds no document
     reason: str  # why not; empty if it does
+    left_out: bool = False  # since the source keeps only a part of its records
 
 
 class Documents:
@@ -88,14 +91,23 @@ class Documents:
             with closing(ShardReader(self._data, self._data.sources[source], shard)) as reader:
                 for cell in np.unique(cells).tolist():
                     records = reader.read(cell, cell + 1)
-                    texts = dict(zip(records.lines, records.texts, strict=False))
-                    held = set(records.lines)  # rows of token ids have no text
-                    reasons = {bad.line: bad.reason for bad in records.bad}
                     for line in np.array(lines)[cells == cell].tolist():
-                        text = texts.get(line, "") if line in held else None
-                        reason = "" if line in held else reasons.get(line, "the line is blank")
-                        readings[DocumentPlace(source, number, line)] = Reading(text, reason)
+                        place = DocumentPlace(source, number, line)
+                        readings[place] = self._reading(place, records)
         return readings
+
+    def _reading(self, place: DocumentPlace, records: Records) -> Reading:
+        """Say what a line holds. Args: records: those of its cell."""
+        config, listed = self._data.sources[place.source], self._shards[place.source]
+        first, stop = taken_of(config, [shard.index.num_records for shard in listed])[place.shard]
+        if not first < place.line <= stop:
+            return Reading(None, f"take={config.selection['take']} leaves it out", left_out=True)
+        if place.line not in records.lines:
+            reasons = {bad.line: bad.reason for bad in records.bad}
+            return Reading(None, reasons.get(place.line, "the line is blank"))
+        if place.line not in chosen(records, config).lines:
+            return Reading(None, f"hash_range={config.selection['hash_range']} leaves it out", left_out=True)
+        return Reading(records.texts[records.lines.index(place.line)], "")  # empty for token ids
 
     def path(self, place: DocumentPlace) -> str:
         """Return the path of the shard that holds a document."""

@@ -7,7 +7,7 @@ turn. A *deal* is consecutive segments of one lane's sequence within one epoch, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from shards.arrays import Ints, greedy_groups
 from shards.hashing import key_of, permutation, permutations
 from shards.plan.cursor import EVERY_SEGMENT, Cut, Numbering
+from shards.plan.taken import Range, taken_cells
 
 _MAX_SEGMENT_BYTES = 16 << 20  # raw bytes read contiguously from a large source
 _DEAL_BYTES = 16 << 20  # approximate raw bytes of a deal whose segments are smaller
@@ -104,27 +105,33 @@ class SourcePlan:
         version: int,
         segment_lanes: int | None = None,
         numbering: Numbering = EVERY_SEGMENT,
+        taken: Sequence[Range] | None = None,
     ) -> None:
         """Cut a source into segments.
 
         Args:
             name: the source's name; its order depends on it.
             tables: for each shard, int64 [cells + 1, 2]: each cell's first record and raw offset; last, the shard's
-            end. window_limit: raw bytes per window.
+                end.
+            window_limit: raw bytes per window.
             lanes: V.
             seed: the run's seed.
             version: plan version. Under version 1 a segment is at least a window, and each is a deal of its own.
             segment_lanes: V of the stage that added the source, which decides its segments for good; None = `lanes`.
             numbering: the segments to deal, without those that earlier stages have dealt.
+            taken: of each shard, the first record to read and one past the last, all without a gap; None = all.
         """
         self.name, self.num_lanes, self._seed = name, lanes, seed
         self._first, self._gaps = numbering.first, np.array(numbering.gaps, np.int64)
         self._window_limit = window_limit
+        cells = taken_cells(tables, taken or [(0, int(table[-1, 0])) for table in tables])
+        self._skipped, self._shifts, self._head, self._tail = cells[1:]
+        tables = cells.tables
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
         # Offsets and records in the concatenation of all shards, so that one search covers them all.
         ends = np.cumsum([[0, 0], *(table[-1] for table in tables)], axis=0)
-        cells = [end + table[:-1] for end, table in zip(ends[:-1], tables, strict=True)]
-        records, self._offsets = np.ascontiguousarray(np.concatenate([*cells, ends[-1:]]).T)
+        places = [end + table[:-1] for end, table in zip(ends[:-1], tables, strict=True)]
+        records, self._offsets = np.ascontiguousarray(np.concatenate([*places, ends[-1:]]).T)
         self._records, self._shard_ends = records, ends
         self.num_records, self.raw_bytes = int(records[-1]), int(self._offsets[-1])
         wanted = self.raw_bytes // (_SEGMENTS_PER_LANE[version] * (segment_lanes or lanes))
@@ -229,11 +236,12 @@ class SourcePlan:
 
         Args:
             shards: int64 [records], number of each one's shard in the source.
-            records: int64 [records], number of each in its shard, counted from 0.
+            records: int64 [records], number of each in its shard, counted from 0; all of them must be taken.
             epoch: counted from 0.
         """
-        numbers = self._shard_ends[shards, 0] + records
-        assert ((0 <= records) & (numbers < self._shard_ends[1:, 0][shards])).all(), "no such record"
+        begins = self._shard_ends[shards, 0]
+        numbers = begins + records - self._skipped[shards]
+        assert ((begins <= numbers) & (numbers < self._shard_ends[1:, 0][shards])).all(), "no such record"
         columns = self._span_columns
         spans = np.searchsorted(columns.first_records, numbers, side="right") - 1
         segments = np.searchsorted(columns.starts, spans, side="right") - 1
@@ -283,9 +291,13 @@ class SourcePlan:
         cells = greedy_groups(self._offsets, bounds, self._window_limit)
         first_records = np.union1d(self._records[cells], self._first_record)  # only single cells are divided
         starts = np.searchsorted(first_records, np.append(self._first_record, self.num_records))
-        cell_ends = np.append(cells, len(self._offsets) - 1)
+        cell_ends = np.append(cells[1:], len(self._offsets) - 1)
         which = np.searchsorted(self._records[cells], first_records, side="right") - 1
-        cell_sizes, cell_records = (np.diff(column[cell_ends])[which] for column in (self._offsets, self._records))
+        shifts = self._shifts[np.searchsorted(self._shard_cells, cells, side="right") - 1].T
+        begins, ends = (np.stack([self._records[at], self._offsets[at]]) + shifts for at in (cells, cell_ends))
+        begins[:, cells == 0] = np.reshape(self._head, (2, 1))
+        ends[:, cell_ends == len(self._offsets) - 1] = np.reshape(self._tail, (2, 1))
+        cell_records, cell_sizes = (ends - begins)[:, which]
         counts = np.diff(np.append(first_records, self.num_records))
         return _SpanColumns(first_records, cell_sizes * counts // cell_records, starts)
 
@@ -315,15 +327,23 @@ class SourcePlan:
     def _span(self, first: int, stop: int, first_record: int, stop_record: int) -> Span:
         """Make a span of records, numbered in the concatenation of all shards, in cells of one shard."""
         shard = int(np.searchsorted(self._shard_cells, first, side="right")) - 1
-        base_record, base = self._shard_ends[shard].tolist()
+        (cells_record, start), (cells_stop, end) = (
+            (int(self._records[cell] + self._shifts[shard, 0]), int(self._offsets[cell] + self._shifts[shard, 1]))
+            for cell in (first, stop)
+        )
+        if first == 0:
+            cells_record, start = self._head
+        if stop == len(self._offsets) - 1:
+            cells_stop, end = self._tail
+        skipped = int(self._skipped[shard] - self._shard_ends[shard, 0])
         return Span(
             shard=shard,
-            first_record=first_record - base_record,
+            first_record=first_record + skipped,
             num_records=stop_record - first_record,
-            cells_record=int(self._records[first]) - base_record,
-            cells_records=int(self._records[stop] - self._records[first]),
-            start=int(self._offsets[first]) - base,
-            stop=int(self._offsets[stop]) - base,
+            cells_record=cells_record,
+            cells_records=cells_stop - cells_record,
+            start=start,
+            stop=end,
         )
 
 

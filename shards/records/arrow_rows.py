@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
+from shards.arrays import Ints
 from shards.config import SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow
@@ -56,43 +58,50 @@ class Columns:
         return self._open[path]
 
 
-def records_of(rows: Sequence[pa.RecordBatch], first: int, source: SourceConfig, path: str) -> Records:
+def records_of(
+    rows: Sequence[pa.RecordBatch], first: int, source: SourceConfig, path: str, beside: str | None = None
+) -> Records:
     """Return consecutive rows as records of their source.
 
     Args:
         rows: what has the source's column, and its `id_key` and `source_from`, where they exist.
         first: number of the first row, counted from 0.
         path: path of the column.
+        beside: column of the texts that go with token ids; None = those are empty.
     Raises: ShardError for a token id that no vocabulary can have.
     """
     found = Records([], [], [], [], [], None if source.input_ids_key is None else [])
     for batch in rows:
-        _add(found, batch, first, source, path)
+        _add(found, batch, first, source, path, beside)
         first += batch.num_rows
     return found
 
 
-def _add(found: Records, rows: pa.RecordBatch, first: int, source: SourceConfig, path: str) -> None:
+def _add(found: Records, rows: pa.RecordBatch, first: int, source: SourceConfig, path: str, beside: str | None) -> None:
     """Add rows to records; the arguments are those of `records_of`."""
-    column = arrow.column_of(rows, source.column)
-    of_texts = found.token_ids is None
-    values = column.cast(pa.large_binary()).to_pylist() if of_texts else arrow.token_ids(column, path)
-    columns = values, _optional(rows, source.source_from), _optional(rows, source.id_key)
-    for line, (value, sub_source, identity) in enumerate(zip(*columns, strict=True), first + 1):
-        if value is None:
-            found.bad.append(BadRecord(line, f"{source.column!r} is null, or has a null in it"))
+    of_texts = source.column if found.token_ids is None else beside
+    no_text: list[bytes | None] = [b""] * rows.num_rows
+    texts = no_text if of_texts is None else arrow.column_of(rows, of_texts).cast(pa.large_binary()).to_pylist()
+    token_ids: list[Ints | None] = [np.zeros(0, np.int64)] * rows.num_rows
+    if found.token_ids is not None:
+        token_ids = arrow.token_ids(arrow.column_of(rows, source.column), path)
+    columns = texts, token_ids, _optional(rows, source.source_from), _optional(rows, source.id_key)
+    for line, (content, ids, sub_source, identity) in enumerate(zip(*columns, strict=True), first + 1):
+        if content is None or ids is None:
+            null = source.column if ids is None else of_texts
+            found.bad.append(BadRecord(line, f"{null!r} is null, or has a null in it"))
             continue
         try:
-            text = value.decode() if of_texts else ""
+            text = content.decode()
         except UnicodeDecodeError as error:
-            found.bad.append(BadRecord(line, f"{source.column!r} is not UTF-8 at its byte {error.start}"))
+            found.bad.append(BadRecord(line, f"{of_texts!r} is not UTF-8 at its byte {error.start}"))
             continue
         found.texts.append(text)
         found.lines.append(line)
         found.sub_sources.append(name_of(sub_source))
         found.ids.append(None if identity is None else str(identity))
         if found.token_ids is not None:
-            found.token_ids.append(value)
+            found.token_ids.append(ids)
 
 
 def _optional(rows: pa.RecordBatch, column: str | None) -> list[object]:

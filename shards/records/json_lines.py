@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import typing
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -64,6 +64,26 @@ class Records(NamedTuple):
     bad: list[BadRecord]
     token_ids: list[Ints] | None = None  # one array each, if the source has ids instead of texts, which are then empty
     parts: list[list[Part]] | None = None  # what each text is joined of, if the source's documents have a form
+
+    def only(self, numbers: Sequence[int], dropped: Sequence[BadRecord] = ()) -> Records:
+        """Return some of the documents, by their positions. Args: dropped: records to add to the bad ones."""
+        token_ids, parts = self.token_ids, self.parts
+        return Records(
+            texts=[self.texts[i] for i in numbers],
+            lines=[self.lines[i] for i in numbers],
+            sub_sources=[self.sub_sources[i] for i in numbers],
+            ids=[self.ids[i] for i in numbers],
+            bad=[*self.bad, *dropped],
+            token_ids=None if token_ids is None else [token_ids[i] for i in numbers],
+            parts=None if parts is None else [parts[i] for i in numbers],
+        )
+
+
+class Stretch(NamedTuple):
+    """Records of a shard that follow those before, of which some may have been passed over."""
+
+    records: Records
+    end: int  # number of the record after them, counted from 0
 
 
 class _Place:
@@ -289,21 +309,31 @@ def _without_surrogates(text: str) -> str:
 
 
 def read_records(
-    path: str, source: SourceConfig | None = None, max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW
-) -> Iterator[Records]:
-    """Yield a shard's records in order, from its beginning, a block at a time.
+    path: str,
+    source: SourceConfig | None = None,
+    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
+    first: int = 0,
+    stop: int | None = None,
+) -> Iterator[Stretch]:
+    """Yield a shard's records in order, a block at a time, from its beginning to where the last of them is reached.
 
     Args:
         source: the keys to read; None = those of the Pile and Dolma.
         max_decoder_window: in bytes.
+        first, stop: numbers of the first record to parse, and of the first that is not; None = all to the end.
     Raises: ShardError if the shard is missing, damaged or truncated.
     """
     parser = parser_for(source)
     files.stat(path)
-    line = 1
+    number = 0
     for block in _blocks(path, max_decoder_window):
-        yield parser.parse(block, line)
-        line += block.count(b"\n")
+        count = block.count(b"\n") + (not block.endswith(b"\n"))
+        a, b = (min(max(bound - number, 0), count) for bound in (first, number + count if stop is None else stop))
+        wanted = block if (a, b) == (0, count) else b"\n".join(block.split(b"\n")[a:b])
+        yield Stretch(parser.parse(wanted, number + a + 1), number + count)
+        number += count
+        if stop is not None and number >= stop:
+            return
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:

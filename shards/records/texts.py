@@ -6,16 +6,27 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
+
 from shards.config import DEFAULT_MAX_DECODER_WINDOW, DEFAULT_TEXT_KEY, DataConfig, SourceConfig
 from shards.errors import ShardError
 from shards.records import arrow, parquet
-from shards.records.arrow_rows import Columns, records_of
+from shards.records.arrow_rows import records_of
 from shards.records.forms import Part
-from shards.records.json_lines import Document, Records, bad_record_error, first_bad_record, read_records
+from shards.records.json_lines import (
+    Document,
+    Records,
+    Stretch,
+    bad_record_error,
+    first_bad_record,
+    read_records,
+)
+from shards.records.selection import check_take, chosen
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 
@@ -36,8 +47,8 @@ def read_documents(
 
     Args:
         path: a shard in any of the formats; of a Parquet file FILE#COLUMN, or the file if the source names the column.
-        source: the keys to read and the documents' source; None = keys of the Pile and Dolma, and the shard's name
-            without its suffixes.
+        source: the keys to read and the documents' source, whatever part of the shard that takes; None = keys of the
+            Pile and Dolma, and the shard's name without its suffixes.
         on_bad_record: end with an error at a bad record, or skip it.
         max_decoder_window: in bytes.
         advice: what the error suggests about a bad record, if the caller has other options.
@@ -56,21 +67,28 @@ def read_documents(
             raise bad_record_error(shard, first_bad, advice)
 
 
-def texts_of(
-    shard: str,
-    source: SourceConfig,
-    on_bad_record: Literal["fail", "skip"] = "fail",
-    max_decoder_window: int = DEFAULT_MAX_DECODER_WINDOW,
-) -> Iterator[tuple[str | None, str, list[Part] | None]]:
-    """Yield (sub-source, text, parts if it has a form) for each document of a shard. Raises: as `read_documents`."""
-    if not files.is_column(shard):
-        for document in read_documents(shard, source, on_bad_record, max_decoder_window, ADVICE):
-            yield document.source if document.source != source.name else None, document.text, document.parts
-        return
-    for records in records_of_shard(shard, source):
-        if records.bad and on_bad_record == "fail":
-            raise bad_record_error(shard, records.bad[0], ADVICE)
-        yield from zip(records.sub_sources, records.texts, parts_of(records), strict=True)
+def records_of_source(
+    shards: Sequence[str], source: SourceConfig, beside: str | None = None
+) -> Iterator[tuple[str, Records]]:
+    """Yield the records that are a source's, a part at a time, each with its shard; bad ones are for the caller.
+
+    Args:
+        shards: all of the source's, in order.
+        beside: column of the texts that go with token ids; None = texts of token ids are empty.
+    Raises: ShardError if a shard is missing, damaged or truncated, or there are fewer records than the source takes.
+    """
+    first, end = source.take or (0, None)
+    before = 0
+    for shard in shards:
+        count = 0  # of its records so far
+        bounds = max(first - before, 0), None if end is None else end - before
+        for stretch in _stretches(shard, source, DEFAULT_MAX_DECODER_WINDOW, *bounds, beside):
+            yield shard, chosen(stretch.records, source)
+            count = stretch.end
+        before += count
+        if end is not None and before >= end:
+            return
+    check_take(source, before)
 
 
 def parts_of(records: Records) -> Sequence[list[Part] | None]:
@@ -93,32 +111,82 @@ def records_of_shard(
         max_decoder_window: in bytes.
     Raises: ShardError if the shard is missing, damaged or truncated, or holds token ids.
     """
-    if not files.is_column(shard):
-        return read_records(shard, source, max_decoder_window)
-    source = source or source_of_column(shard)
-    if source.input_ids_key is not None:
+    if source is not None and source.input_ids_key is not None and files.is_column(shard):
         raise ShardError(f"{shard}: holds token ids, no texts to read")
-    return _of_parquet(shard, source) if files.is_parquet(shard) else _of_arrow(shard, source)
+    return (records for records, _ in _stretches(shard, source, max_decoder_window))
 
 
-def _of_parquet(shard: str, source: SourceConfig) -> Iterator[Records]:
-    """Yield the records of a column of a Parquet file. Raises: ShardError if it is missing or damaged."""
+def _stretches(
+    shard: str,
+    source: SourceConfig | None,
+    max_decoder_window: int,
+    first: int = 0,
+    stop: int | None = None,
+    beside: str | None = None,
+) -> Iterator[Stretch]:
+    """Yield the records of a shard from one number to another, as `read_records`, in any format.
+
+    Args:
+        beside: column of the texts that go with token ids.
+    """
+    if not files.is_column(shard):
+        return read_records(shard, source, max_decoder_window, first, stop)
+    source = source or source_of_column(shard)
+    of_columns = _of_parquet if files.is_parquet(shard) else _of_arrow
+    return of_columns(shard, source, first, sys.maxsize if stop is None else stop, beside)
+
+
+def _of_parquet(shard: str, source: SourceConfig, first: int, stop: int, beside: str | None) -> Iterator[Stretch]:
+    """Yield the rows of a Parquet file. Raises: ShardError if it is missing or damaged, or lacks a column."""
     with contextlib.closing(parquet.ParquetFile(shard)) as file:
-        arrow.check_column(file.schema, shard, source)
-        first = 0
-        for batch in file.batches(file.present(parquet.columns_of(source))):
-            yield records_of([batch], first, source, shard)
-            first += batch.num_rows
+        _check_columns(file.schema, shard, source, beside)
+        number, stop = min(first, file.num_rows), min(stop, file.num_rows)
+        columns = (*parquet.columns_of(source), *([beside] if beside else ()))
+        for batch in file.batches(file.present(tuple(dict.fromkeys(columns))), number) if number < stop else ():
+            rows = batch.slice(0, stop - number)
+            yield Stretch(records_of([rows], number, source, shard, beside), number + rows.num_rows)
+            number += rows.num_rows
+            if number == stop:
+                return
+        yield Stretch(records_of([], number, source, shard), number)
 
 
-def _of_arrow(shard: str, source: SourceConfig) -> Iterator[Records]:
-    """Yield the records of a column of an Arrow file. Raises: ShardError if it is missing or damaged."""
-    columns = Columns()
-    indexed = files.stat(shard)
+def _of_arrow(shard: str, source: SourceConfig, first: int, stop: int, beside: str | None) -> Iterator[Stretch]:
+    """Yield the rows of an Arrow file. Raises: ShardError if it is missing or damaged, or lacks a column."""
     rows = arrow.table(files.file_of(shard))
-    arrow.check_column(rows.schema, shard, source)
-    for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
-        yield columns.records(shard, indexed, first, min(_ROWS_AT_ONCE, rows.num_rows - first), source)
+    _check_columns(rows.schema, shard, source, beside)
+    number, stop = min(first, rows.num_rows), min(stop, rows.num_rows)
+    while number < stop:
+        part = rows.slice(number, min(_ROWS_AT_ONCE, stop - number))
+        yield Stretch(records_of(part.to_batches(), number, source, shard, beside), number + part.num_rows)
+        number += part.num_rows
+    yield Stretch(records_of([], number, source, shard), number)
+
+
+def _check_columns(schema: pa.Schema, shard: str, source: SourceConfig, beside: str | None) -> None:
+    """Check that a file has the columns to read. Raises: ShardError if it does not."""
+    arrow.check_column(schema, shard, source)
+    if beside is None:
+        return
+    file = files.file_of(shard)
+    if arrow.kind_of(schema, files.column_path(file, beside)) != arrow.TEXTS:
+        raise ShardError(f"{file}: column {beside!r} holds token ids; text_key is for the texts that they spell")
+
+
+def misfit(source: SourceConfig, shards: Sequence[str]) -> str:
+    """Return why some of a source's shards cannot hold its documents, and what would be right; empty if all can."""
+    columns = [path for path in shards if files.is_column(path)]
+    if source.input_ids_key is not None and (others := [path for path in shards if path not in columns]):
+        return (
+            "input_ids_key is for a data set or Parquet files, which JSON lines are not: "
+            f"{files.listed(others)}; leave it out, or make them a source of their own"
+        )
+    if source.form and columns:
+        return (
+            f"{source.content_key} reads JSON lines, and of {files.listed(columns)} a single column is read; write its"
+            " rows as JSON lines"
+        )
+    return ""
 
 
 def spread(paths: Sequence[str]) -> list[str]:

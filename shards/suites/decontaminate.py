@@ -25,6 +25,7 @@ from shards.errors import ConfigError
 from shards.hashing import key_of, mixed
 from shards.index.paths import user_cache
 from shards.records.forms import FORM_VERSION, identity_of
+from shards.records.selection import SELECTION_VERSION
 from shards.storage.atomic import is_there, written_atomically
 from shards.storage.content_hash import hash_file
 from shards.suites import suite
@@ -168,15 +169,21 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
 
     Args:
         index_dir: where filters are kept; None = the user's cache.
-    Raises: ConfigError if the suite does not exist or holds nothing to look for.
+    Raises: ConfigError if the suite does not exist, or holds nothing to look for, or token ids.
     """
     suites = [suite.find(config.suite, split, "data.decontaminate.suite") for split in config.splits]
+    of_ids = [part.source.name for found in suites for part in found.parts if part.source.input_ids_key is not None]
+    if of_ids:
+        raise ConfigError(
+            f"data.decontaminate.suite={config.suite}: its source {of_ids[0]!r} holds token ids; decontamination "
+            "compares texts, so give it a suite of texts"
+        )
     digests = {shard: digest for found in suites for shard, digest in found.content_hashes().items()}
     named = [name for found in suites for part in found.parts for name in _names(part, digests)]
     key = key_of(VERSION, config.match, config.min_tokens, *named)
     path = (index_dir or user_cache()) / f"headrace-decontaminate-{key:016x}.npy"
     if not is_there(path):
-        texts = (document.text for found in suites for document in found.documents())
+        texts = (document.text or "" for found in suites for document in found.documents())
         HashSet.write(path, *_hashes_of_suite(texts, config))
         _logger.info("%s: %d %ss to keep out of the training", path, len(HashSet(path)), config.match)
     decontaminator = Decontaminator(config, path)
@@ -190,9 +197,12 @@ def obtain(config: Decontamination, index_dir: Path | None) -> Decontaminator:
 
 def _names(part: suite.Part, digests: Mapping[str, str]) -> list[str]:
     """List all that the texts of a part of a suite depend on. Args: digests: content hash of each shard."""
-    form = [f"{key}={value}" for key, value in identity_of(part.as_training_source()).items()]
+    reading = part.as_training_source()
+    form = [f"{key}={value}" for key, value in identity_of(reading).items()]
     form += [f"form_version={FORM_VERSION}"] if form else []
-    return [part.source.text_key, *form, *(digests[shard] for shard in part.shards)]
+    form += [f"{key}={value}" for key, value in reading.selection.items()]
+    form += [f"selection_version={SELECTION_VERSION}"] if reading.hash_range else []
+    return [reading.text_key, *form, *(digests[shard] for shard in part.shards)]
 
 
 def _hashes_of_suite(texts: Iterable[str], config: Decontamination) -> tuple[Hashes, Hashes]:

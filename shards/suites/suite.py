@@ -16,19 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 import xxhash
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from shards.config import DEFAULT_TEXT_KEY, Config, Name, SourceConfig
+from shards.arrays import Ints
+from shards.config import DEFAULT_TEXT_KEY, SourceConfig
+from shards.config_base import Config, HashRange, Name, Take
 from shards.errors import ConfigError
 from shards.index.shard_index import content_hash
 from shards.records import hf_datasets
 from shards.records.forms import Part as TextPart
-from shards.records.texts import texts_of
+from shards.records.forms import identity_of
+from shards.records.json_lines import bad_record_error
+from shards.records.selection import are_apart, bytes_of
+from shards.records.texts import ADVICE, misfit, parts_of, records_of_source
 from shards.storage import files
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # a file with such a name is no domain
@@ -44,7 +49,11 @@ class SuiteSource(Config):
     dataset_config: str | None = None  # the data set's configuration, if it has several
     revision: str | None = None  # revision of a data set on the hub; None = the newest
     split: str | None = None  # None = the split that the suite is read with
-    text_key: Name = DEFAULT_TEXT_KEY  # key of the text in a record, or the column of a data set
+    # Key of the text in a record, or the column of a data set; beside input_ids_key, of the texts whose bytes are
+    # counted; None = text, and beside input_ids_key none
+    text_key: Name | None = None
+    # In place of the text, as in data.sources: column of token ids in a data set or in Parquet files
+    input_ids_key: Name | None = None
     # In place of text_key, as in data.sources: a text with keys of the record in braces; the last one's value and what
     # follows it are the response
     template: str | None = None
@@ -52,6 +61,12 @@ class SuiteSource(Config):
     chat_format: Literal["chatml"] | None = None  # how the conversation under messages_key is spelled
     chat_template: Path | None = None  # in place of chat_format: a tokenizer_config.json; relative to this file
     loss_on: Literal["response", "all"] | None = None  # the tokens to score, where there are responses
+    # Records to score, first and end, as in data.sources: numbered from 0 over the shards in order, the end not
+    # included; null as the end = all that follow; None = all
+    take: Take | None = None
+    # The documents to score, as in data.sources: those with a hash of their content, a number from 0 to 1, from the
+    # first bound to below the second; None = all
+    hash_range: HashRange | None = None
     domain_from: str | None = "subdomain"  # key of the domain within the source, may be dotted; None = one domain
 
     @model_validator(mode="after")
@@ -78,13 +93,18 @@ class SuiteDocument(NamedTuple):
 
     source: str
     domain: str  # source or source/subdomain
-    text: str
+    text: str | None  # None = unknown, as beside token ids it may be
+    place: str  # its shard and line, for messages
+    token_ids: Ints | None = None  # what is scored, if the source holds token ids
     parts: list[TextPart] | None = None  # what the text is joined of, if it is no single value of a record
     only_responses: bool = False  # whether only the parts that are responses are scored
 
     @property
     def key(self) -> int:
-        """Return a hash that identifies the text and puts texts in a random order that is the same on every machine."""
+        """Return a hash of what is scored, which puts documents in a random order, the same on every machine."""
+        if self.token_ids is not None:
+            return xxhash.xxh3_64_intdigest(bytes_of(self.token_ids))
+        assert self.text is not None
         scored = self.text.encode() if self.parts is None else msgspec.json.encode([self.parts, self.only_responses])
         return xxhash.xxh3_64_intdigest(scored)
 
@@ -110,10 +130,19 @@ class Suite(NamedTuple):
         """Yield all documents, ordered by source, shard and line. Raises: ShardError for a damaged shard."""
         for part in self.parts:
             source, reading = part.source, part.as_training_source()
-            for shard in part.shards:
-                for sub_source, text, parts in texts_of(shard, reading):
+            beside = None if source.input_ids_key is None else source.text_key
+            for shard, records in records_of_source(part.shards, reading, beside):
+                if records.bad:
+                    raise bad_record_error(shard, records.bad[0], ADVICE)
+                texts: Sequence[str | None]
+                texts = records.texts if source.input_ids_key is None or beside else [None] * len(records.texts)
+                ids: Sequence[Ints | None] = records.token_ids or [None] * len(texts)
+                columns = records.lines, records.sub_sources, texts, ids, parts_of(records)
+                for line, sub_source, text, token_ids, parts in zip(*columns, strict=True):
                     domain = f"{source.name}/{sub_source}" if sub_source is not None else source.name
-                    yield SuiteDocument(source.name, domain, text, parts, not reading.learns_prompts)
+                    only_responses = not reading.learns_prompts
+                    place = f"{shard}, line {line}"
+                    yield SuiteDocument(source.name, domain, text, place, token_ids, parts, only_responses)
 
     def content_hashes(self) -> dict[str, str]:
         """Map shard -> content hash, as in an index: two suites with equal hashes hold the same documents."""
@@ -152,14 +181,45 @@ def find(path: Path, split: str, key: str = "evaluation.suite") -> Suite:
     return Suite(path.resolve().name, tuple(parts))
 
 
-def training_shards(suite: Suite, shards: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+def training_shards(suite: Suite, fingerprint: Mapping[str, Any]) -> list[str]:
     """List the shards of a suite that are trained on, each with the source and shard that it equals.
 
+    A shard of which the training and the suite read parts that have nothing in common is not among them.
+
     Args:
-        shards: source -> (path, content hash) of each of its shards, as in a loader's fingerprint.
+        fingerprint: a loader's.
     """
-    trained = {digest: f"{path} of source {source!r}" for source, pairs in shards.items() for path, digest in pairs}
-    return [f"{shard} is {trained[digest]}" for shard, digest in suite.content_hashes().items() if digest in trained]
+    hashes, found = suite.content_hashes(), []
+    configs = {config["name"]: config for config in fingerprint["config"]["sources"]}
+    for part in suite.parts:
+        ours = [hashes[shard] for shard in part.shards]
+        for name, pairs in fingerprint["shards"].items():
+            theirs = [digest for _, digest in pairs]
+            for shard, digest in zip(part.shards, ours, strict=True):
+                if digest in theirs and not _is_divided(part, ours, configs[name], theirs, digest):
+                    found.append(f"{shard} is {pairs[theirs.index(digest)][0]} of source {name!r}")
+    return found
+
+
+def _is_divided(part: Part, ours: Sequence[str], config: Mapping[str, Any], theirs: Sequence[str], digest: str) -> bool:
+    """Return whether a suite's source and a training source read nothing of a shard that both have.
+
+    Args:
+        ours, theirs: content hashes of the shards of each.
+        config: the training source's, in a fingerprint.
+        digest: the shard's content hash.
+    """
+    reading = part.as_training_source()
+    content = {"text_key": reading.text_key, "input_ids_key": reading.input_ids_key}
+    content |= {key: identity_of(reading).get(key) for key in SourceConfig.FORM_KEYS}
+    of_same_content = content == {key: config.get(key) for key in content}
+    hashes, taken = config.get("hash_range"), config.get("take")
+    if of_same_content and reading.hash_range and hashes and are_apart(reading.hash_range, hashes):
+        return True
+    # Numbers mean the same in both if the same shards come before
+    before, their_before = (list(shards[: shards.index(digest)]) for shards in (ours, theirs))
+    is_single = ours.count(digest) == theirs.count(digest) == 1
+    return bool(reading.take and taken and is_single and before == their_before and are_apart(reading.take, taken))
 
 
 def _from_yaml(path: Path, split: str, key: str) -> Suite:
@@ -195,16 +255,13 @@ def _shards_of(source: SuiteSource, split: str, base: Path, key: str) -> tuple[s
         return tuple(hf_datasets.shards_of(read))
     path = base / Path(source.path or "").expanduser()
     if path.is_file():
-        shards = tuple(files.with_columns([str(path)], source.text_key))
+        shards = tuple(files.with_columns([str(path)], read.column))
     elif not path.is_dir():
         raise ConfigError(f"{key}: source {source.name!r}: {path} is neither a folder nor a file")
-    elif not (shards := _of_split(path, split, source.text_key)):
+    elif not (shards := _of_split(path, split, read.column)):
         raise ConfigError(_not_found(path, split, key, [path]))
-    if read.form and any(map(files.is_column, shards)):
-        raise ConfigError(
-            f"{key}: source {source.name!r}: {read.content_key} reads JSON lines, and of the Parquet files in {path} a"
-            " single column is read; write their rows as JSON lines"
-        )
+    if wrong := misfit(read, shards):
+        raise ConfigError(f"{key}: source {source.name!r}: {wrong}")
     return shards
 
 
@@ -217,7 +274,10 @@ def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
         dataset_config=source.dataset_config,
         revision=source.revision,
         split=split,
-        text_key=source.text_key,
+        text_key=source.text_key or DEFAULT_TEXT_KEY,
+        input_ids_key=source.input_ids_key,
+        take=source.take,
+        hash_range=source.hash_range,
         template=source.template,
         messages_key=source.messages_key,
         chat_format=source.chat_format,
@@ -227,15 +287,15 @@ def _as_training_source(source: SuiteSource, split: str) -> SourceConfig:
     )
 
 
-def _of_split(folder: Path, split: str, text_key: str = DEFAULT_TEXT_KEY) -> tuple[str, ...]:
+def _of_split(folder: Path, split: str, column: str = DEFAULT_TEXT_KEY) -> tuple[str, ...]:
     """List a folder's shards of one split, sorted: <split>/*.jsonl.gz, else <split>.jsonl.gz and the like.
 
     Args:
-        text_key: the column of Parquet files.
+        column: that of Parquet files.
     """
     inside = _shards_in(folder / split) if (folder / split).is_dir() else []
     found = inside or [path for path in _shards_in(folder) if _stem(path) == split]
-    return tuple(files.with_columns(map(str, found), text_key))
+    return tuple(files.with_columns(map(str, found), column))
 
 
 def _shards_in(folder: Path) -> list[Path]:

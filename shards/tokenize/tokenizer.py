@@ -150,9 +150,12 @@ class Tokenizer:
         or leave out.
 
         Args:
-            ids: ids without UNK, with BOS and EOS as configured.
+            ids: ids without UNK, with BOS and EOS as configured or, if another program made them, without.
         """
-        body = ids[len(self._prefix) : len(ids) - len(self._suffix)]
+        prefix, suffix = self._prefix, self._suffix
+        begin = len(prefix) * (ids[: len(prefix)].tolist() == prefix)
+        end = len(ids) - len(suffix) * (ids[max(begin, len(ids) - len(suffix)) :].tolist() == suffix)
+        body = ids[begin:end]
         expected, found = (_plain(spelled) for spelled in (self._kind.normalize(text), self.decode(body)))
         if expected == found:
             return None

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.arrays import Ints
-from shards.config import OverflowTolerance, Packing
+from shards.config import MaxOverflow, OverflowTolerance, Packing
 from shards.hashing import key_of, permutation
 
 _GATHER_TOKENS = 1 << 20
@@ -236,6 +236,8 @@ def _cut_documents(lengths: Ints, order: Ints, seq_len: int, packing: Packing) -
         # Tokens of the last piece that are in no earlier piece; a piece that fills its row overflows nothing.
         overflow = ordered - 1 - (counts - 1) * seq_len
         counts -= (counts > 1) & (overflow < min(packing.overflow_tolerance, seq_len))
+    elif isinstance(packing, MaxOverflow):
+        counts[ordered - (seq_len + 1) > packing.max_overflow] = 0
     documents = np.repeat(order, counts)
     starts = (np.arange(len(documents)) - np.repeat(_offsets(counts)[:-1], counts)) * seq_len
     return documents, starts, np.minimum(lengths[documents] - starts, seq_len + 1)

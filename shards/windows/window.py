@@ -21,6 +21,7 @@ from shards.plan.cursor import Cut
 from shards.plan.segments import Span
 from shards.records.arrow_rows import Columns
 from shards.records.json_lines import BadRecord, Records, bad_record_error, parser_for
+from shards.records.selection import chosen
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 from shards.suites.decontaminate import Decontaminator
@@ -199,7 +200,7 @@ class WindowMaker:
         )
 
     def _read(self, item: SpanTask, source: int, skip_bad: bool) -> Records:
-        """Read the records of a span."""
+        """Read the records of a span that are the source's."""
         span, path = item.span, item.raw.path
         config = self._config.sources[source]
         if files.is_parquet(path):
@@ -213,7 +214,7 @@ class WindowMaker:
             records = self._parsers[source].parse(self._cells.lines(span, item.raw), span.first_record + 1)
         if records.bad and not skip_bad and self._config.on_bad_record == "fail":
             raise bad_record_error(path, records.bad[0])
-        return records
+        return chosen(records, config)
 
     def _join(self, token_ids: list[Ints], lines: list[int], paths: list[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Join rows of token ids as `Tokenizer.encode_documents` returns them. Raises: ShardError for an unknown id."""
@@ -245,12 +246,4 @@ def _decontaminated(records: Records, decontaminator: Decontaminator | None) -> 
         for line, flag in zip(records.lines, flags, strict=True)
         if flag
     ]
-    clean = [i for i, flag in enumerate(flags) if not flag]
-    return Records(
-        texts=[records.texts[i] for i in clean],
-        lines=[records.lines[i] for i in clean],
-        sub_sources=[records.sub_sources[i] for i in clean],
-        ids=[records.ids[i] for i in clean],
-        bad=[*records.bad, *dropped],
-        parts=None if records.parts is None else [records.parts[i] for i in clean],
-    )
+    return records.only([i for i, flag in enumerate(flags) if not flag], dropped)

@@ -27,7 +27,8 @@ init_from: a/folder
 init_optimizer: true
 data:
   sources:
-    - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+    - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
+      take: [1, 3], hash_range: [0.25, 0.5]}
     - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
     - {name: t, paths: [t], template: "{a} {b}", loss_on: all}
     - {name: m, paths: [m], messages_key: m, chat_format: chatml}
@@ -78,7 +79,8 @@ stages:
   - step: 4
     data:
       sources:
-        - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set}
+        - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
+          take: [1, 3], hash_range: [0.25, 0.5]}
         - {name: d, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5,
           max_epochs: 2}
         - {name: u, paths: [u], template: "{a} {b}", loss_on: all}
@@ -86,7 +88,7 @@ stages:
         - {name: p, paths: [m], messages_key: m, chat_template: p}
       weights: {a: 0.25}
       seq_len: 64
-      packing: {overflow_tolerance: 4}
+      packing: {max_overflow: 4}
       attention: row
       lanes: 8
       decontaminate: {suite: t, splits: [val], match: ngram, min_tokens: 9}

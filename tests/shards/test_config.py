@@ -26,6 +26,23 @@ RIGHT = {"seq_len": 32, "tokenizer": "some.model", "sources": [{"name": "a", "pa
         ({"seq_len": "32"}, 'AT.seq_len: "32" is wrong; it should be a whole number'),
         ({"seq_len": Path("x")}, 'AT.seq_len: "x" is wrong'),
         ({"packing": {"overflow_tolerance": 0}}, "AT.packing.overflow_tolerance: 0 is wrong"),
+        (
+            {"packing": {"max_overflow": -1}},
+            "AT.packing.max_overflow: -1 is wrong; it should be greater than or equal to 0",
+        ),
+        ({"packing": {"max_overflow": 1.5}}, "AT.packing.max_overflow: 1.5 is wrong; it should be a whole number"),
+        (
+            {"packing": {"overflow": 3}},
+            "AT.packing: {'overflow': 3} must be {overflow_tolerance: n} or {max_overflow: n}",
+        ),
+        (
+            {"packing": {"max_overflow": 3, "overflow_tolerance": 3}},
+            "AT.packing: {'max_overflow': 3, 'overflow_tolerance': 3} must be {overflow_tolerance: n} or",
+        ),
+        (
+            {"packing": "bestfit"},
+            "AT.packing: \"bestfit\" is wrong; it should be 'best_fit', 'concat', 'truncate' or 'pad'",
+        ),
         ({"sources": [{"name": "a", "paths": ["x"]}] * 2}, "sources: the name 'a' is used twice"),
     ],
 )

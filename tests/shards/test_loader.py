@@ -25,6 +25,7 @@ from shards import (
     ConfigError,
     DataConfig,
     Loader,
+    MaxOverflow,
     OverflowTolerance,
     ShardError,
     Tokenizer,
@@ -84,7 +85,16 @@ def global_batches(
     return batches, states
 
 
-POLICIES = st.sampled_from(["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=9)])
+POLICIES = st.sampled_from(
+    [
+        "best_fit",
+        "concat",
+        "truncate",
+        "pad",
+        OverflowTolerance(overflow_tolerance=9),
+        MaxOverflow(max_overflow=99),
+    ]
+)
 
 
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])

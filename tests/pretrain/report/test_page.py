@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pretrain.commands import dispatch
 from pretrain.commands.train import write_report
@@ -19,6 +21,7 @@ from pretrain.evaluation.compare import compare
 from pretrain.evaluation.scores import ScoresOfAverage, record_scores
 from pretrain.report import facts, side_by_side
 from pretrain.report.curves import POINTS, marks_of
+from pretrain.report.frame import frame
 from pretrain.report.page import all_charts, page
 from pretrain.report.png import draw_all
 from tests.pretrain.report.made_run import SUITE, add_tasks, make_run, read_run, scores_at
@@ -210,6 +213,38 @@ def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
     assert "unscored: it has no evaluation" in averages.note
     assert f"torn: {path}: cannot be read as sums of documents" in averages.note
     assert len(side_by_side.difference_tables(histories[:2])[1].rows) == 5
+
+
+def test_runs_scored_on_token_ids_alone_are_shown_in_nats(tmp_path: Path) -> None:
+    histories = []
+    for rate in (1e-4, 1e-3):
+        folder = make_run(tmp_path / f"lr{rate}", learning_rate=rate)
+        folder.evals.path.unlink()
+        for step in (0, 20, 40):
+            record_scores(folder, step, replace(scores_at(step, rate, 0), text_bytes=np.full(30, -1)))
+        histories.append(read_run(folder))
+    ends = [history.evals[SUITE]["macro"][40]["nll_per_token"] for history in histories]
+    alone, together = page(histories[:1]), page(histories)
+    assert dict(facts.headlines(histories[0]))["nats per token, held out, step 40"] == f"{ends[0]:.4f}"
+    assert "Held-out text by domain" not in charts(alone), "which has no bits per byte"
+    assert {one["name"] for one in charts(alone)["Perplexity by domain"]["series"]} == {
+        "books",
+        "code",
+        "wiki",
+        "macro",
+    }
+    for text in (alone, together):
+        assert not re.search(r"\bnan\b", "".join(parsed(text).itertext()))
+    drawn = charts(together)
+    assert [one["y"][-1] for one in drawn["Held-out text"]["series"]] == pytest.approx(ends, rel=1e-5)
+    assert drawn["By optim.learning_rate"]["series"][0]["y"] == pytest.approx(ends, rel=1e-5)
+    (table, *_) = side_by_side.difference_tables(histories)
+    assert table.head[2] == "nats per token, macro"
+    assert table.rows[0][2] == pytest.approx(ends[1])
+    frames = Console(width=100, record=True)
+    frames.print(frame(histories[0], 100, 60, now=0))
+    assert "nats per token" in (shown := frames.export_text())
+    assert f"{ends[0]:.4f}" in shown
 
 
 def test_a_report_that_fails_leaves_a_finished_run_finished(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,9 +38,21 @@ def read_in(plan: SourcePlan, epochs: int) -> list[dict[tuple[int, int], Name]]:
 
 
 def everything(plan: SourcePlan) -> np.ndarray:
-    """Return (shard, record) of all records of a source."""
-    counts = np.diff(plan._shard_ends[:, 0]).tolist()
-    return np.array([(shard, record) for shard, count in enumerate(counts) for record in range(count)])
+    """Return (shard, record) of all records that a source takes."""
+    places = zip(plan._skipped.tolist(), np.diff(plan._shard_ends[:, 0]).tolist(), strict=True)
+    return np.array([(shard, first + i) for shard, (first, count) in enumerate(places) for i in range(count)])
+
+
+def taken_by_hand(shards: list[list[tuple[int, int]]], first: int, end: int) -> list[tuple[int, int]]:
+    """Return the range of each shard's records that have a number in [first, end), looking at one after the other."""
+    numbers = iter(range(sum(records for cells in shards for records, _ in cells)))
+    found = []
+    for cells in shards:
+        inside = [
+            i for i, number in enumerate(itertools.islice(numbers, sum(n for n, _ in cells))) if first <= number < end
+        ]
+        found.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+    return found
 
 
 CELL = st.integers(1, 40).flatmap(lambda records: st.tuples(st.just(records), st.integers(records, 60 * records)))
@@ -79,6 +93,9 @@ def test_every_record_is_found_where_a_walk_through_all_windows_meets_it(
         plan = SourcePlan("s", tables_of(shards), limit, lanes, seed=7, version=version)
         later = draw.draw(numberings(plan.num_segments))
         other = SourcePlan("s", tables_of(shards), limit, draw.draw(st.integers(1, 9)), 7, version, lanes, later)
+        first = draw.draw(st.integers(0, plan.num_records - 1))
+        taken = taken_by_hand(shards, first, draw.draw(st.integers(first + 1, plan.num_records)))
+        part = SourcePlan("s", tables_of(shards), limit, lanes, 7, version, taken=taken)
     records = everything(plan)
     for epoch, expected in enumerate(read_in(plan, epochs=3)):
         assert len(expected) == plan.num_records
@@ -88,6 +105,43 @@ def test_every_record_is_found_where_a_walk_through_all_windows_meets_it(
         found = np.stack(other.places_of(*records.T, epoch), axis=1)
         nowhere = (-1, -1, -1)
         assert found.tolist() == [list(expected.get((shard, n), nowhere)) for shard, n in records.tolist()]
+    for epoch, expected in enumerate(read_in(part, epochs=2)):
+        assert sorted(expected) == [(shard, n) for shard, (a, b) in enumerate(taken) for n in range(a, b)]
+        assert part.num_records == len(expected)
+        found = np.stack(part.places_of(*everything(part).T, epoch), axis=1)
+        assert found.tolist() == [list(expected[shard, n]) for shard, n in everything(part).tolist()]
+
+
+@settings(max_examples=examples(200))
+@given(
+    shards=st.lists(st.lists(CELL, max_size=6), min_size=1, max_size=4).filter(any),
+    limit=st.sampled_from([1, 300, 2000]),
+    largest=st.sampled_from([1, 100, 3000]),
+    version=st.sampled_from([1, 2]),
+    draw=st.data(),
+)
+def test_spans_of_a_part_name_whole_cells_and_only_those_that_hold_it(
+    shards: list[list[tuple[int, int]]], limit: int, largest: int, version: int, draw: st.DataObject
+) -> None:
+    total = sum(records for cells in shards for records, _ in cells)
+    first = draw.draw(st.integers(0, total - 1))
+    taken = taken_by_hand(shards, first, draw.draw(st.integers(first + 1, total)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "_MAX_SEGMENT_BYTES", largest)
+        plan = SourcePlan("s", tables_of(shards), limit, 3, 7, version, taken=taken)
+        tables = tables_of(shards)
+        for lane in range(3):
+            q = 0
+            while q < plan.segments_of_lane(lane, 1):
+                deal = plan.deal(lane, q)
+                for span in (span for window in deal.windows for span in window.spans):
+                    bounds = tables[span.shard].tolist()
+                    begin, end = [span.cells_record, span.start], [span.cells_record + span.cells_records, span.stop]
+                    inside = bounds[bounds.index(begin) : bounds.index(end)]
+                    last = span.first_record + span.num_records - 1
+                    assert inside[-1][0] <= last < end[0]
+                    assert begin[0] <= span.first_record < (inside[1:] or [end])[0][0]
+                q = deal.next
 
 
 @pytest.mark.parametrize(("version", "lanes"), [(1, 3), (2, 3), (2, 20)])

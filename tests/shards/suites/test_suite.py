@@ -164,7 +164,7 @@ def test_training_shards_in_a_suite_are_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "suite" / "other.jsonl", record("held out"))
     data = config([{"name": "book", "paths": [str(shard)]}], index_dir=tmp_path / "index")
     with Loader(data, 8) as loader:
-        found = training_shards(find(tmp_path / "suite", "val"), loader.fingerprint["shards"])
+        found = training_shards(find(tmp_path / "suite", "val"), loader.fingerprint)
     assert len(found) == 1
     assert "mine.jsonl.zst is" in found[0]
     assert "dolma-handbook-0000.jsonl.zst of source 'book'" in found[0]

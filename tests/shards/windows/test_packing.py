@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import OverflowTolerance, Rows
+from shards import MaxOverflow, OverflowTolerance, Rows
 from shards.arrays import Ints
 from shards.config import Packing
 from shards.windows import packing
@@ -21,7 +21,9 @@ from shards.windows.packing import best_fit, pack, rest_of
 from tests.examples import examples
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=30)
-POLICIES = ["best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5)]
+POLICIES = [
+    "best_fit", "concat", "truncate", "pad", OverflowTolerance(overflow_tolerance=5), MaxOverflow(max_overflow=7),
+]  # fmt: skip
 
 
 def documents_of(lengths: list[int]) -> list[np.ndarray]:
@@ -62,6 +64,8 @@ def expected_targets(lengths: list[int], seq_len: int, packing: Packing) -> Coun
         elif isinstance(packing, OverflowTolerance) and n > seq_len + 1:
             overflow = (n - 1) % seq_len
             last = n - overflow if overflow < packing.overflow_tolerance else n
+        elif isinstance(packing, MaxOverflow) and n > seq_len + 1 + packing.max_overflow:
+            last = 0
         counts.update(range(100 * d + 1, 100 * d + last))
     return counts
 
@@ -112,6 +116,18 @@ def test_pieces_record_where_their_tokens_come_from(
         filled = segment_ids[row] > 0
         assert filled.tolist() == sorted(filled.tolist(), reverse=True)  # padding is at the end
         assert not tokens[row][~filled].any()
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 24), most=st.integers(0, 40))
+def test_a_document_that_overflows_by_too_much_is_dropped_and_another_padded(
+    lengths: list[int], seq_len: int, most: int
+) -> None:
+    documents = documents_of(lengths)
+    kept = [document if len(document) <= seq_len + 1 + most else document[:0] for document in documents]
+    found = pack_documents(documents, seq_len, MaxOverflow(max_overflow=most), 3)
+    expected = pack_documents(kept, seq_len, "pad", 3)
+    for ours, theirs in zip(dense(found), dense(expected), strict=True):
+        assert ours.tolist() == theirs.tolist()
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 24))
