@@ -202,6 +202,46 @@ def test_texts_are_found_and_listed(family: Family, command: Callable[..., Resul
     assert "pile-0.jsonl.zst:4" in said
 
 
+@pytest.mark.parametrize("stage_lanes", [2, 3])
+def test_documents_outside_a_sources_part_are_said_to_be_left_out(
+    command: Callable[..., Result], tmp_path: Path, stage_lanes: int
+) -> None:
+    lines = [record(words(i, 5 + i % 40)) for i in range(120)]
+    for name in "ab":
+        for part in (0, 1):
+            write_shard(tmp_path / f"{name}-{part}.jsonl", b"".join(lines[60 * part : 60 * part + 60]))
+    parts = {"a": {"take": [20, 90]}, "b": {"hash_range": [0.3, 0.8]}}
+    data = {
+        "seq_len": 48, "lanes": 2, "window_bytes": 3000, "tokenizer": str(TOKENIZER),
+        "sources": [{"name": name, "paths": [f"{tmp_path}/{name}-*.jsonl"], **part} for name, part in parts.items()],
+    }  # fmt: skip
+    stages = [{"step": 20, "data": {"lanes": stage_lanes}}]
+    sizes = {"train": {"steps": 60, "global_batch_size": 6, "micro_batch_size": 2}}
+    run = begin(write_config(tmp_path, "part", data=data, stages=stages, **sizes))
+    held: dict[Key, list[tuple[int, ...]]] = defaultdict(list)
+    for one in (one for steps in train(run, 60, {30}).values() for one in steps):
+        held[one[:3]].append(one[3:])
+    lines_of = all_lines(run)
+    listed = tmp_path / "all.jsonl"
+    listed.write_text("".join(json.dumps({"shard": shard, "line": line}) + "\n" for _, shard, line in lines_of))
+    code, table, said = command("--run", run.root, "--file", listed, "--table", "-")
+    assert code == 0, said
+    found: dict[Key, list[tuple[int, ...]]] = defaultdict(list)
+    for key, line in parsed(table):
+        if line["step"]:
+            found[key].append(tuple(int(line[name]) for name in ("step", "row", "start", "stop")))
+        else:
+            assert (key[0], line["trained"]) == ("b", "hash_range=[0.3, 0.8] leaves it out")
+    assert {key: sorted(pieces) for key, pieces in found.items()} == {key: sorted(one) for key, one in held.items()}
+    for shard, line in (("a-0.jsonl", 20), ("a-1.jsonl", 31), ("a-1.jsonl", 30)):
+        code, said, _ = command("--run", run.root, "--doc", f"{shard}:{line}", "--no-proof")
+        is_left_out = "not in the run's data: take=[20, 90] leaves it out" in said
+        assert is_left_out == (line != 30), said
+    name, shard, line = next(key for key in lines_of if key[0] == "b" and not held[key])
+    code, said, _ = command("--run", run.root, "--doc", f"{shard}:{line}", "--no-proof")
+    assert "not in the run's data: hash_range=[0.3, 0.8] leaves it out" in said, said
+
+
 def test_what_cannot_be_found_is_named(family: Family, command: Callable[..., Result], tmp_path: Path) -> None:
     run = ("--run", family.folders["c"].root)
     for arguments, message in (

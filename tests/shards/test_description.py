@@ -9,8 +9,8 @@ import pytest
 
 from pretrain.commands import dispatch
 from pretrain.commands.data_report import histogram
-from shards import DataConfig, OverflowTolerance, Tokenizer, prepare, read_documents
-from shards.description import describe
+from shards import DataConfig, MaxOverflow, OverflowTolerance, SourceConfig, Tokenizer, prepare, read_documents
+from shards.description import SourceDescription, describe
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shards/sample"
 SEQ_LEN = 128
@@ -56,6 +56,37 @@ def test_a_whole_corpus_is_counted(config: DataConfig) -> None:
     assert isinstance(config.packing, OverflowTolerance)
     short = sum(left for over in beyond if over > 0 and 0 < (left := over % SEQ_LEN) < TOLERANCE)
     assert packings[f"overflow_tolerance: {TOLERANCE}"].dropped == pytest.approx(short / sum(lengths))
+
+
+def test_documents_that_are_dropped_for_their_length_count_as_dropped(config: DataConfig) -> None:
+    most = 300
+    found = describe(config.model_copy(update={"packing": MaxOverflow(max_overflow=most)}), 1 << 30)
+    lengths = np.concatenate([source.lengths for source in found.sources])
+    kept = lengths[lengths <= SEQ_LEN + 1 + most]
+    described = next(each for each in found.packings if each.name == f"max_overflow: {most}")
+    assert described.rows == sum(-(-(length - 1) // SEQ_LEN) for length in kept.tolist())
+    assert described.dropped == pytest.approx(1 - kept.sum() / lengths.sum())
+    assert 0 < len(kept) < len(lengths)
+
+
+def test_only_what_a_source_keeps_is_described(config: DataConfig) -> None:
+    (paths,) = (config.sources[0].paths,)
+    texts = [document.text for document in read_documents(Path(paths[0]))]
+    tokenizer, first, end = Tokenizer.of(config), 100, len(texts) - 100
+
+    def of(**part: object) -> SourceDescription:
+        source = SourceConfig.model_validate({"name": "a", "paths": paths, **part})
+        (found,) = describe(config.model_copy(update={"sources": (source,)}), 1 << 30).sources
+        return found
+
+    taken, low, high = of(take=[first, end]), of(hash_range=[0, 0.4]), of(hash_range=[0.4, 1])
+    expected = [len(tokenizer.encode_document(text)) for text in texts]
+    assert sorted(taken.lengths.tolist()) == sorted(expected[first:end])
+    assert (taken.num_documents, taken.tokens) == (end - first, sum(expected[first:end]))
+    assert taken.raw_bytes < of().raw_bytes
+    assert sorted([*low.lengths.tolist(), *high.lengths.tolist()]) == sorted(expected)
+    assert low.num_documents + high.num_documents == len(texts)
+    assert 0.3 * len(texts) < low.num_documents < 0.5 * len(texts)
 
 
 def test_a_sample_is_bounded_and_spread(config: DataConfig) -> None:
