@@ -4,12 +4,14 @@ Trains each size at each rate, with the standard parametrization and with mup, f
 Initial values have a standard deviation of 1 / sqrt(width), under mup that of the base's width.
 Prints the mean loss of the last steps in nats, the best rate of each size by a parabola through the best of the grid
 and its neighbours, and by which factor that rate moves from one size to another. `--depths 2 4 8` goes by depth at the
-first width instead. `--png FILE` draws it. A line is printed as each model ends, since all take a while.
+first width instead. `--png FILE` draws it. A line is printed as each model ends, since all take a while; `--keep FILE`
+also notes it there, and trains none again that is noted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -40,24 +42,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--png", type=Path, help="where to draw a picture")
+    parser.add_argument("--keep", type=Path, help="a file of JSON lines, with losses by size and rate")
     arguments = parser.parse_args()
     sizes = [(width, arguments.layers) for width in arguments.widths]
     if arguments.depths:
         sizes = [(arguments.widths[0], depth) for depth in arguments.depths]
     losses: Losses = defaultdict(dict)
+    kept = read_kept(arguments.keep)
     with tempfile.TemporaryDirectory() as index, started(ParallelConfig()) as topology:
         for parametrization in PARAMETRIZATIONS:
             for size in sizes:
                 for rate in arguments.rates:
-                    found = [
-                        last_loss(parametrization, size, rate, arguments.steps, seed, Path(index), topology)
-                        for seed in range(arguments.seeds)
-                    ]
+                    found = []
+                    for seed in range(arguments.seeds):
+                        what = [parametrization, *size, rate, arguments.steps, seed]
+                        if (known := kept.get(json.dumps(what))) is None:
+                            known = last_loss(parametrization, size, rate, arguments.steps, seed, Path(index), topology)
+                            keep(arguments.keep, what, known)
+                        found.append(known)
                     losses[parametrization, size][rate] = statistics.mean(found)
                     print(f"{parametrization} {size} {rate:.2e} {statistics.mean(found):.4f}", flush=True)
     print(table(losses, arguments.rates))
     if arguments.png:
         draw(losses, arguments.png)
+
+
+def read_kept(path: Path | None) -> dict[str, float]:
+    """Read the losses of earlier runs of this command, by what was trained."""
+    if path is None or not path.exists():
+        return {}
+    return {json.dumps(what): loss for what, loss in map(json.loads, path.read_text().splitlines())}
+
+
+def keep(path: Path | None, what: list[object], loss: float) -> None:
+    """Note what was trained and its loss, if a file is given."""
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps([what, loss]) + "\n")
 
 
 def last_loss(
