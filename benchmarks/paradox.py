@@ -5,12 +5,13 @@ whose base is the small model, it comes out better. Sizes are those of a study t
 weights, a vocabulary of 1,000, rows of 64 tokens, dropout 0. The tokenizer is trained on the bundled text, no row of
 which is seen twice, so the perplexity of the last steps is one on new text. Prints the perplexity at each rate with the
 first seed, and that of all seeds at the small model's best rate and at the standard deep model's own. `--png FILE`
-draws it.
+draws it; `--keep FILE` notes each result, and trains none again that is noted.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -22,7 +23,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_models import SAMPLE, batches, make_engine
+from small_models import SAMPLE, Kept, batches, make_engine
 
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, learning_rate_at
@@ -63,15 +64,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help=f"of {ROWS * LENGTH:,} tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--png", type=Path, help="where to draw a picture")
+    parser.add_argument("--keep", type=Path, help="a file of JSON lines, with losses by model, rate and seed")
     arguments = parser.parse_args()
     found: Perplexities = {}
+    kept = Kept(arguments.keep)
     with tempfile.TemporaryDirectory() as folder, started(ParallelConfig()) as topology:
         tokenizer = make_tokenizer(Path(folder))
 
         def train(model: Model, rate: float, seed: int) -> float:
             """Return the perplexity of a model at a rate, which is trained once for a seed."""
+            run = functools.partial(last_loss, model, rate, arguments.steps, seed, tokenizer, Path(folder), topology)
+            loss = kept.get([*model, rate, arguments.steps, seed], run)
             if (model, rate, seed) not in found:
-                loss = last_loss(model, rate, arguments.steps, seed, tokenizer, Path(folder), topology)
                 found[model, rate, seed] = math.exp(loss)
                 print(f"{model} at {rate:.1e}, seed {seed}: {math.exp(loss):.2f}", flush=True)
             return found[model, rate, seed]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,3 +51,26 @@ def batches(
     with Loader(config, rows, seed) as loader:
         for batch in loader:
             yield torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.segment_ids).long(), batch.n_targets
+
+
+class Kept:
+    """Losses of models that were trained, in a file of JSON lines, so that a command that was killed can go on.
+
+    Args:
+        path: the file; None: nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self._losses = {json.dumps(what): loss for what, loss in map(json.loads, lines)}
+
+    def get(self, what: Sequence[object], train: Callable[[], float]) -> float:
+        """Return the loss of what is named, which is trained unless it was before."""
+        key = json.dumps(list(what))
+        if key not in self._losses:
+            self._losses[key] = train()
+            if self._path:
+                with self._path.open("a") as file:
+                    file.write(json.dumps([what, self._losses[key]]) + "\n")
+        return self._losses[key]

@@ -11,7 +11,7 @@ also notes it there, and trains none again that is noted.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
 import statistics
 import sys
@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_models import BASE_DIM, PARAMETRIZATIONS, batches, make_engine, model_config
+from small_models import BASE_DIM, PARAMETRIZATIONS, Kept, batches, make_engine, model_config
 
 from pretrain.optim import OptimConfig, learning_rate_at
 from pretrain.run.metrics import Meter
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.depths:
         sizes = [(arguments.widths[0], depth) for depth in arguments.depths]
     losses: Losses = defaultdict(dict)
-    kept = read_kept(arguments.keep)
+    kept = Kept(arguments.keep)
     with tempfile.TemporaryDirectory() as index, started(ParallelConfig()) as topology:
         for parametrization in PARAMETRIZATIONS:
             for size in sizes:
@@ -56,29 +56,15 @@ def main() -> None:
                     found = []
                     for seed in range(arguments.seeds):
                         what = [parametrization, *size, rate, arguments.steps, seed]
-                        if (known := kept.get(json.dumps(what))) is None:
-                            known = last_loss(parametrization, size, rate, arguments.steps, seed, Path(index), topology)
-                            keep(arguments.keep, what, known)
-                        found.append(known)
+                        train = functools.partial(
+                            last_loss, parametrization, size, rate, arguments.steps, seed, Path(index), topology
+                        )
+                        found.append(kept.get(what, train))
                     losses[parametrization, size][rate] = statistics.mean(found)
                     print(f"{parametrization} {size} {rate:.2e} {statistics.mean(found):.4f}", flush=True)
     print(table(losses, arguments.rates))
     if arguments.png:
         draw(losses, arguments.png)
-
-
-def read_kept(path: Path | None) -> dict[str, float]:
-    """Read the losses of earlier runs of this command, by what was trained."""
-    if path is None or not path.exists():
-        return {}
-    return {json.dumps(what): loss for what, loss in map(json.loads, path.read_text().splitlines())}
-
-
-def keep(path: Path | None, what: list[object], loss: float) -> None:
-    """Note what was trained and its loss, if a file is given."""
-    if path:
-        with path.open("a") as file:
-            file.write(json.dumps([what, loss]) + "\n")
 
 
 def last_loss(
