@@ -145,7 +145,7 @@ class Suite(NamedTuple):
                     yield SuiteDocument(source.name, domain, text, place, token_ids, parts, only_responses)
 
     def content_hashes(self) -> dict[str, str]:
-        """Map shard -> content hash, as in an index: two suites with equal hashes hold the same documents."""
+        """Map shard -> content hash, as in an index; what the sources choose of a shard is not in it."""
         return {shard: content_hash(shard) for part in self.parts for shard in part.shards}
 
 
