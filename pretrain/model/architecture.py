@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.model.activations import ActivationMeasurement
 from pretrain.model.attention import AttentionBackend
+from pretrain.model.loss import all_logits
 from pretrain.model.parallel import slice_bounds, slice_size
 from pretrain.parametrization import Scale
 from pretrain.topology import ParallelConfig, Topology
@@ -203,7 +204,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, segment_ids: Tensor | None = None, head: Head[Any] = ..., cache: Any = None
+        self, tokens: Tensor, segment_ids: Tensor | None = None, head: Head[Any] = all_logits, cache: Any = None
     ) -> Any:
         """Predict each next token.
 
