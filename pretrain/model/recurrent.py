@@ -26,11 +26,11 @@ from pretrain.model.architecture import Head, Model, ModelConfig, Use, WeightSpe
 from pretrain.model.attention import AttentionBackend
 from pretrain.model.layers import Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
-from pretrain.model.parallel import VocabEmbedding
+from pretrain.model.parallel import VocabEmbedding, full_shape, shard_of
 from pretrain.model.pieces import pieces_of
 from pretrain.topology import ParallelConfig
 
-_MEMORIES = (2.0, 256.0)  # tokens over which the first and the last number of a drawn layer's context are averaged
+_MEMORIES = (1.2, 32.0)  # tokens over which the first and the last number of a drawn layer's context are averaged
 
 
 class RecurrentConfig(ModelConfig):
@@ -194,19 +194,22 @@ class Recurrent(Model):
 
         A layer's additions are drawn as small as the embedding.
         """
+        config = self.config
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = self.config.embedding_std if "blocks." not in name else parameter.shape[1] ** -0.5
-                if name.endswith("w2.weight"):
-                    std *= self.config.embedding_std / math.sqrt(self.config.n_layers)
-                draw(parameter, seed, name, std, "trunc_normal")
-            elif name.endswith("gate.bias"):
+            device = parameter.device
+            if name.endswith("gate.bias"):
                 shortest, longest = map(math.log, _MEMORIES)
                 # a = 1 - 1 / n keeps a share of 1 / e over n tokens; its logit is log(n - 1)
-                lengths = torch.linspace(shortest, longest, len(parameter), device=parameter.device).exp()
+                lengths = torch.linspace(shortest, longest, len(parameter), device=device).exp()
                 parameter.copy_((lengths - 1).log())
-            else:
+            elif parameter.dim() < 2:
                 parameter.fill_(1.0)
+            else:
+                std = parameter.shape[1] ** -0.5 if name.startswith("blocks.") else config.embedding_std
+                if name.endswith("w2.weight"):
+                    std *= config.embedding_std / math.sqrt(config.n_layers)
+                full = draw(name, full_shape(parameter), std, seed, device)
+                parameter.copy_(shard_of(full, parameter))
 
 
 @torch.library.custom_op("headrace::scan", mutates_args=())

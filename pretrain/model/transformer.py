@@ -6,7 +6,7 @@ Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,7 +20,15 @@ from pretrain.model.attention_figures import TransformerMeasurement
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layers import Distribution, Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
-from pretrain.model.parallel import ColumnLinear, RowLinear, VocabEmbedding, enter_branch, leave_branch
+from pretrain.model.parallel import (
+    ColumnLinear,
+    RowLinear,
+    VocabEmbedding,
+    enter_branch,
+    full_shape,
+    leave_branch,
+    shard_of,
+)
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
 from pretrain.model.transformer_costs import block_costs
@@ -274,18 +282,24 @@ class Transformer(Model):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every matrix, and fill the norms' weights."""
-        layers = self.config.base.n_layers if self.config.base else self.config.n_layers
+        """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
         for name, parameter in self.named_parameters():
-            scale = self.config.scale_of(name).init
-            if parameter.dim() < 2:
-                parameter.fill_(scale)
-                continue
-            std = self.config.init_std * scale
-            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
-                std /= (2 * layers) ** 0.5
-            draw(parameter, seed, name, std, self.config.init)
+            full = initial_weight(name, full_shape(parameter), self.config, seed, parameter.device)
+            parameter.copy_(shard_of(full, parameter))
 
     def measurement(self, topology: Topology) -> TransformerMeasurement:
         """Return what measures the layers, with their attention and SwiGLU."""
         return TransformerMeasurement(self.blocks, self.config.hidden_dim, topology)
+
+
+def initial_weight(
+    name: str, shape: Sequence[int], config: LlamaConfig, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the whole initial value of a weight of this name and shape, in fp32."""
+    scale = config.scale_of(name).init
+    if len(shape) < 2:
+        return torch.full(tuple(shape), scale, device=device)
+    std = config.init_std * scale
+    if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+        std /= (2 * (config.base or config).n_layers) ** 0.5
+    return draw(name, shape, std, seed, device, config.init)
