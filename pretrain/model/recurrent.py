@@ -140,7 +140,7 @@ class RecurrentBlock(nn.Module):
             new = torch.cat((new[:, :1] + kept[:, :1] * context.values.unsqueeze(1), new[:, 1:]), dim=1)
         carried = scan(kept, new)
         if context is not None:
-            context.values = carried[:, -1]
+            context.values = carried[:, -1].clone()  # a view would keep the contexts of all tokens
         hidden = F.silu(self.w1(self.context_norm(carried.flatten(0, 1).to(x.dtype))))
         return x + self.dropout(self.w2(hidden))
 

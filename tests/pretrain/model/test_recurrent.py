@@ -93,7 +93,9 @@ def test_contexts_give_each_token_the_logits_of_one_forward_pass_in_memory_that_
         parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 10, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
     assert cache.length == 24
-    assert [context.values.shape for context in cache.of_layers if context.values is not None] == [(2, 20)] * 3
+    kept = [context.values for context in cache.of_layers if context.values is not None]
+    assert [values.shape for values in kept] == [(2, 20)] * 3
+    assert [values.untyped_storage().nbytes() for values in kept] == [2 * 20 * 4] * 3
 
 
 @settings(max_examples=examples(100))
