@@ -36,5 +36,5 @@ def parse_model(values: Mapping[str, object], at: str) -> ModelConfig:
 
 
 def without_default(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section as it was before architectures had names, if it is of the one that there was; or else all of it."""
+    """Return a section as it was before architectures had names, if it is of the only one that there was then."""
     return {key: value for key, value in model.items() if (key, value) != ("architecture", _DEFAULT)}
