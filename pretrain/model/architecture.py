@@ -77,7 +77,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a block costs one tensor-parallel rank in training, in numbers per token.
+    """What a block costs one tensor-parallel rank in training, in bytes per token.
 
     Memory and speed are estimated from it.
 
@@ -169,8 +169,13 @@ class ModelConfig(Config, ABC):
         """
         return 0
 
-    def block_costs(self, parallel: ParallelConfig) -> BlockCosts | None:
-        """Return what a block costs; None if it is not known, so that there are no estimates of memory and speed."""
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts | None:
+        """Return what a block costs; None if it is not known, so that there are no estimates of memory and speed.
+
+        Args:
+            seq_len: tokens per row.
+            bytes_per_weight: 2 for bf16, 4 for fp32.
+        """
         return None
 
     def spelled_out(self) -> dict[str, Any]:

@@ -150,9 +150,9 @@ class LlamaConfig(ModelConfig):
         """Count the multiplications of attention: the causal half of each document's products, scores and values."""
         return self.n_layers * self.n_heads * self.head_dim * squared_lengths
 
-    def block_costs(self, parallel: ParallelConfig) -> BlockCosts:
-        """Return what a block costs."""
-        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel)
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
+        """Return what a block costs; it does not depend on the rows' length."""
+        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel, bytes_per_weight)
 
     def spelled_out(self) -> dict[str, Any]:
         """Return all values as JSON has them, with the number of key-value heads and SwiGLU's width."""
