@@ -24,7 +24,7 @@ from pretrain.ema import EmaConfig
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.faults.patience import StopRule
 from pretrain.model.architecture import ModelConfig, Precision
-from pretrain.model.architectures import DEFAULT, AnyModelConfig
+from pretrain.model.architectures import AnyModelConfig, without_default
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.model.weights import weight_specs
@@ -252,9 +252,7 @@ class RunConfig(Config):
     def hash(self) -> str:
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
-        if values["model"]["architecture"] == DEFAULT:
-            del values["model"]["architecture"]  # configs of before there were others have the same hash
-        canonical = json.dumps(values, sort_keys=True)
+        canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -82,7 +82,7 @@ class StepTime:
 
 def why_unknown(work: Workload, device: Device) -> str:
     """Return why there is no estimate for a workload on a device; empty if there is one."""
-    if work.model.block_costs(work.parallel) is None:
+    if work.block_costs is None:
         return f"model.architecture={work.model.architecture}"
     if work.bytes_per_weight != 2:
         return "precision=fp32"
@@ -132,12 +132,12 @@ def _bytes_moved(work: Workload) -> float:
     written, read, and added to the fp32 sum.
     """
     config, parallel = work.model, work.parallel
-    costs = config.block_costs(parallel)
+    costs = work.block_costs
     assert costs, "or `why_unknown` says so"
     passes = 3 if parallel.activation_checkpointing == "none" else 4
     blocks = config.n_layers * passes * costs.moved * (1 if parallel.compile else _UNFUSED)
-    head = _HEAD_PASSES * work.vocab_rows
-    return work.tokens * work.bytes_per_weight * (blocks + head) + 12 * work.parameters
+    head = _HEAD_PASSES * work.vocab_rows * work.bytes_per_weight
+    return work.tokens * (blocks + head) + 12 * work.parameters
 
 
 def _optimizer_bytes(work: Workload) -> float:

@@ -66,6 +66,7 @@ class HFModel:
     """
 
     def __init__(self, folder: Path, expected: ModelConfig | None = None) -> None:
+        self.folder = folder
         self.description = read_config(folder / CONFIG)
         config = self.description.config
         self.specs = read_specs(config, expected)

@@ -38,6 +38,7 @@ class OwnModel:
     """
 
     def __init__(self, folder: Path, expected: ModelConfig | None = None) -> None:
+        self.folder = folder
         self.description = _read_config(folder / CONFIG)
         config = self.description.config
         self.specs = read_specs(config, expected)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.model.activations import ActivationMeasurement
 from pretrain.model.attention import AttentionBackend
+from pretrain.model.loss import all_logits
 from pretrain.model.parallel import slice_bounds, slice_size
 from pretrain.parametrization import Scale
 from pretrain.topology import ParallelConfig, Topology
@@ -77,7 +78,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a block costs one tensor-parallel rank in training, in numbers per token.
+    """What a block costs one tensor-parallel rank in training, in bytes per token.
 
     Memory and speed are estimated from it.
 
@@ -169,8 +170,13 @@ class ModelConfig(Config, ABC):
         """
         return 0
 
-    def block_costs(self, parallel: ParallelConfig) -> BlockCosts | None:
-        """Return what a block costs; None if it is not known, so that there are no estimates of memory and speed."""
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts | None:
+        """Return what a block costs; None if it is not known, so that there are no estimates of memory and speed.
+
+        Args:
+            seq_len: tokens per row.
+            bytes_per_weight: 2 for bf16, 4 for fp32.
+        """
         return None
 
     def spelled_out(self) -> dict[str, Any]:
@@ -204,7 +210,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, segment_ids: Tensor | None = None, head: Head[Any] = ..., cache: Any = None
+        self, tokens: Tensor, segment_ids: Tensor | None = None, head: Head[Any] = all_logits, cache: Any = None
     ) -> Any:
         """Predict each next token.
 

@@ -12,11 +12,11 @@ from pretrain.model.recurrent import RecurrentConfig
 from pretrain.model.transformer import LlamaConfig
 from shards import Config
 
-DEFAULT = "llama"  # of configs that name none, as those from before there was a choice
+_DEFAULT = "llama"  # of configs that name none, as those from before there was a choice
 
 
 def _named(values: Any) -> Any:
-    return {"architecture": DEFAULT, **values} if isinstance(values, Mapping) else values
+    return {"architecture": _DEFAULT, **values} if isinstance(values, Mapping) else values
 
 
 # A config's class says all else of its architecture.
@@ -33,3 +33,8 @@ def parse_model(values: Mapping[str, object], at: str) -> ModelConfig:
     Raises: ConfigError naming each wrong key, its value, and what would be right.
     """
     return _WithModel.parse({"model": values}, at=at).model
+
+
+def without_default(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section as it was before architectures had names, if it is of the only one that there was then."""
+    return {key: value for key, value in model.items() if (key, value) != ("architecture", _DEFAULT)}

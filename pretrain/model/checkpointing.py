@@ -16,6 +16,7 @@ from pretrain.topology import Checkpointing
 # Costly to compute again for what they take to keep: matrix products, attention, and whatever waits for other ranks.
 _KEPT = {
     torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.headrace.piece_attention.default,
     torch.ops.higher_order.flex_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

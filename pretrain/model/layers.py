@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.model.architecture import Head, ModelConfig, Use
 from pretrain.model.checkpointing import checkpointed
-from pretrain.model.parallel import ColumnLinear, full_shape, on_sharded_activations, shard_of
+from pretrain.model.parallel import ColumnLinear, on_sharded_activations
 from pretrain.rng import derive_seed
 from pretrain.topology import ParallelConfig
 
@@ -60,29 +60,22 @@ def computations(compute: Callable[..., Tensor], parallel: ParallelConfig) -> di
     return {"training": train, "scoring": score, "uncompiled": compute}
 
 
-def drawn(
+def draw(
     name: str,
     shape: Sequence[int],
-    seed: int,
     std: float,
-    distribution: Distribution,
+    seed: int,
     device: torch.device | str = "cpu",
+    distribution: Distribution = "trunc_normal",
 ) -> Tensor:
-    """Draw a whole matrix in fp32 from its own generator, so that every tp_size gets the same weights.
+    """Draw a whole matrix, in fp32, from its own generator, so that every layout gets the same weights.
 
     Args:
-        name: of the weight, by which the generator is seeded.
-        seed: of the run.
+        name: of the weight; with the run's seed it decides what is drawn.
         distribution: normal, or trunc_normal, which is cut at three standard deviations.
     """
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "init", name))
     full = torch.empty(tuple(shape), device=device)
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "init", name))
     if distribution == "trunc_normal":
         return nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
     return nn.init.normal_(full, std=std, generator=generator)
-
-
-def draw(parameter: nn.Parameter, seed: int, name: str, std: float, distribution: Distribution) -> None:
-    """Draw a matrix, of which this rank may hold a slice, in place; see `drawn`."""
-    full = drawn(name, full_shape(parameter), seed, std, distribution, parameter.device)
-    parameter.copy_(shard_of(full, parameter))

@@ -14,6 +14,7 @@ Shapes: B rows, T tokens per row, C context_dim.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,15 +23,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pretrain.model.activations import ActivationMeasurement, sums
 from pretrain.model.architecture import Head, Model, ModelConfig, Use, WeightSpec
 from pretrain.model.attention import AttentionBackend
 from pretrain.model.layers import Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
-from pretrain.model.parallel import VocabEmbedding
+from pretrain.model.parallel import VocabEmbedding, full_shape, shard_of
 from pretrain.model.pieces import pieces_of
-from pretrain.topology import ParallelConfig
+from pretrain.topology import ParallelConfig, Topology
 
-_MEMORIES = (2.0, 256.0)  # tokens over which the first and the last number of a drawn layer's context are averaged
+_MEMORIES = (1.2, 32.0)  # tokens over which the first and the last number of a drawn layer's context are averaged
 
 
 class RecurrentConfig(ModelConfig):
@@ -140,7 +142,7 @@ class RecurrentBlock(nn.Module):
             new = torch.cat((new[:, :1] + kept[:, :1] * context.values.unsqueeze(1), new[:, 1:]), dim=1)
         carried = scan(kept, new)
         if context is not None:
-            context.values = carried[:, -1]
+            context.values = carried[:, -1].clone()  # a view would keep the contexts of all tokens
         hidden = F.silu(self.w1(self.context_norm(carried.flatten(0, 1).to(x.dtype))))
         return x + self.dropout(self.w2(hidden))
 
@@ -194,19 +196,56 @@ class Recurrent(Model):
 
         A layer's additions are drawn as small as the embedding.
         """
+        config = self.config
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = self.config.embedding_std if "blocks." not in name else parameter.shape[1] ** -0.5
-                if name.endswith("w2.weight"):
-                    std *= self.config.embedding_std / math.sqrt(self.config.n_layers)
-                draw(parameter, seed, name, std, "trunc_normal")
-            elif name.endswith("gate.bias"):
+            device = parameter.device
+            if name.endswith("gate.bias"):
                 shortest, longest = map(math.log, _MEMORIES)
                 # a = 1 - 1 / n keeps a share of 1 / e over n tokens; its logit is log(n - 1)
-                lengths = torch.linspace(shortest, longest, len(parameter), device=parameter.device).exp()
+                lengths = torch.linspace(shortest, longest, len(parameter), device=device).exp()
                 parameter.copy_((lengths - 1).log())
-            else:
+            elif parameter.dim() < 2:
                 parameter.fill_(1.0)
+            else:
+                std = parameter.shape[1] ** -0.5 if name.startswith("blocks.") else config.embedding_std
+                if name.endswith("w2.weight"):
+                    std *= config.embedding_std / math.sqrt(config.n_layers)
+                full = draw(name, full_shape(parameter), std, seed, device)
+                parameter.copy_(shard_of(full, parameter))
+
+    def measurement(self, topology: Topology) -> RecurrentMeasurement:
+        """Return what measures the layers, with what their contexts keep."""
+        return RecurrentMeasurement(self.blocks, topology)
+
+
+class RecurrentMeasurement(ActivationMeasurement):
+    """Gathers one more figure of each layer.
+
+    context_kept: mean share of a context that is carried on from one token to the next, over numbers and tokens.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, topology: Topology) -> None:
+        super().__init__(blocks, topology)
+        self._kept = torch.zeros(len(blocks), 2, dtype=torch.float64, device=topology.device)  # count, sum
+
+    def watch(self, segment_ids: Tensor, tokens: Tensor, hooks: ExitStack) -> None:
+        """Let all layers be measured in the next pass."""
+        super().watch(segment_ids, tokens, hooks)
+        for number, block in enumerate(self._blocks):
+            gate = block.get_submodule("gate")
+            hooks.enter_context(gate.register_forward_hook(self._measures_gate(number, tokens)))
+
+    def finish(self) -> dict[str, list[float]]:
+        """Return the figures over all passes and ranks. Every rank must call it."""
+        self._topology.sum_over_all(self._kept)
+        return super().finish() | {"context_kept": (self._kept[:, 1] / self._kept[:, 0]).tolist()}
+
+    def _measures_gate(self, number: int, tokens: Tensor) -> Any:
+        def measure(_gate: nn.Module, _inputs: tuple[Tensor], logits: Tensor) -> None:
+            kept = torch.sigmoid(logits[tokens].float())
+            self._kept[number] += sums(kept.numel(), kept)
+
+        return measure
 
 
 @torch.library.custom_op("headrace::scan", mutates_args=())

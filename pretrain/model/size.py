@@ -148,6 +148,11 @@ class Workload:
         return slice_size(self.model.vocab_size, self.parallel.tp_size, self.model.vocab_multiple)
 
     @property
+    def block_costs(self) -> BlockCosts | None:
+        """Return what a block costs per token; None if it is not known of the architecture."""
+        return self.model.block_costs(self.parallel, self.seq_len, self.bytes_per_weight)
+
+    @property
     def reduce_bytes(self) -> int:
         """Return the bytes of a gradient on its way to other dp ranks."""
         return 4 if self.parallel.reduce_dtype == "fp32" else 2
@@ -160,7 +165,7 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
         None if it is not known what the architecture's blocks keep.
     """
     parallel, own = work.parallel, work.parameters // work.dp_size
-    stage, costs = parallel.applied_zero_stage, work.model.block_costs(parallel)
+    stage, costs = parallel.applied_zero_stage, work.block_costs
     if costs is None:
         return None
     weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)
@@ -195,7 +200,7 @@ def _activations(work: Workload, costs: BlockCosts) -> float:
     """
     config, weight_bytes = work.model, work.bytes_per_weight
     of_dropout = _kept_of_dropout(work) if work.parallel.activation_checkpointing == "none" else 0
-    blocks = config.n_layers * work.tokens * (weight_bytes * costs.kept + of_dropout)
+    blocks = config.n_layers * work.tokens * (costs.kept + of_dropout)
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
     return max(
         blocks + ends + _loss_bytes(work),
@@ -254,7 +259,7 @@ def _loss_bytes(work: Workload) -> float:
 def _backward_bytes(work: Workload, costs: BlockCosts) -> float:
     """Estimate what a block's backward pass takes beside what is kept, with the gradient of its largest matrix."""
     matrix = math.prod(_largest_matrix(work)) / work.parallel.tp_size
-    found = work.bytes_per_weight * (work.tokens * costs.backward + matrix)
+    found = work.tokens * costs.backward + work.bytes_per_weight * matrix
     if pairs := _dropped_pairs(work):
         again = 0 if work.parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
         found += work.tokens * (again + 4 * pairs)  # the gradient of what is left of the weights, and of all

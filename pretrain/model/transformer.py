@@ -153,9 +153,9 @@ class LlamaConfig(ModelConfig):
         """Count the multiplications of attention: the causal half of each document's products, scores and values."""
         return self.n_layers * self.n_heads * self.head_dim * squared_lengths
 
-    def block_costs(self, parallel: ParallelConfig) -> BlockCosts:
-        """Return what a block costs."""
-        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel)
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
+        """Return what a block costs; it does not depend on the rows' length."""
+        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel, bytes_per_weight)
 
     def spelled_out(self) -> dict[str, Any]:
         """Return all values as JSON has them, with the number of key-value heads and SwiGLU's width."""
@@ -286,7 +286,7 @@ class Transformer(Model):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every matrix, and fill the norms' weights."""
+        """Draw every matrix from its own generator, seeded by its name, so that every tp_size gets the same weights."""
         for name, parameter in self.named_parameters():
             full = initial_weight(name, full_shape(parameter), self.config, seed, parameter.device)
             parameter.copy_(shard_of(full, parameter))
@@ -306,4 +306,4 @@ def initial_weight(
     std = config.init_std * scale
     if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
         std /= (2 * (config.base or config).n_layers) ** 0.5
-    return drawn(name, shape, seed, std, config.init, device)
+    return draw(name, shape, std, seed, device, config.init)

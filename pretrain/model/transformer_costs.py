@@ -6,8 +6,10 @@ from pretrain.model.architecture import BlockCosts, Heads
 from pretrain.topology import ParallelConfig
 
 
-def block_costs(dim: int, hidden_dim: int, heads: Heads, qk_norm: bool, parallel: ParallelConfig) -> BlockCosts:
-    """Count what a block costs one rank, in numbers per token; `benchmarks/memory_model.py` compares.
+def block_costs(
+    dim: int, hidden_dim: int, heads: Heads, qk_norm: bool, parallel: ParallelConfig, bytes_per_weight: int
+) -> BlockCosts:
+    """Count what a block costs one rank, in bytes per token; `benchmarks/memory_model.py` compares.
 
     A fused forward pass: each branch's sum and the norm after it read 2 dim and write 2 dim; rotations read and write
     queries and keys; SwiGLU reads two products and writes one.
@@ -26,7 +28,8 @@ def block_costs(dim: int, hidden_dim: int, heads: Heads, qk_norm: bool, parallel
     gradients = dim + (0 if parallel.compile else 2 * hidden)
     stream = dim / (parallel.tp_size if parallel.sequence_parallel else 1)
     moved = 8 * stream + (2 * (queries + keys) + 3 * hidden_dim) / parallel.tp_size
-    return BlockCosts(kept, again + gradients, moved)
+    numbers = (kept, again + gradients, moved)
+    return BlockCosts(*(bytes_per_weight * count for count in numbers))
 
 
 def _kept(dim: int, hidden_dim: int, queries: int, keys: int, qk_norm: bool, parallel: ParallelConfig) -> float:

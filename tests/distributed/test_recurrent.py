@@ -70,7 +70,7 @@ def test_every_change_of_layout_keeps_losses_and_layers_figures(tmp_path: Path) 
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in found] == pytest.approx([m[key] for m in wanted], rel=1e-4), key
     for mine, theirs in zip(read(changed, "layers.jsonl"), read(straight, "layers.jsonl"), strict=True):
-        assert mine["layers"].keys() >= {"residual_rms", "update_ratio", "weight_norm"}
+        assert mine["layers"].keys() >= {"residual_rms", "context_kept", "update_ratio"}
         for key, values in theirs["layers"].items():
             assert mine["layers"][key] == pytest.approx(values, rel=1e-3), key
 

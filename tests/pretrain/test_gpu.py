@@ -12,6 +12,7 @@ from pretrain.model.architecture import Heads
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
 from pretrain.model.pieces import pieces_of
+from pretrain.model.recurrent import scan
 from pretrain.model.rotary import rotary_angles, rotate
 from pretrain.topology import ParallelConfig, Topology
 from tests.distributed.parity import LEARNING_RATES, OPTIM, global_batches, model_config, run_case
@@ -136,3 +137,16 @@ def test_the_loss_is_scaled_without_rounding_the_scale(
         norms.append([float(gradient.double().norm()) for gradient in gradients])
     for whole, scaled in zip(*norms, strict=True):
         assert scaled / whole == pytest.approx(0.3343, rel=2e-4)
+
+
+@pytest.mark.parametrize("length", [1, 64, 1000])
+def test_a_scan_on_cuda_equals_that_on_the_cpu(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    kept, new, gradient = (torch.rand(3, length, 40, generator=generator) for _ in range(3))
+    found = []
+    for device in ("cpu", "cuda"):
+        inputs = [x.to(device).requires_grad_() for x in (kept, new)]
+        out = scan(*inputs)
+        found.append([x.cpu() for x in (out, *torch.autograd.grad(out, inputs, gradient.to(device)))])
+    for on_cpu, on_cuda in zip(*found, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.cluster import preflight
 from pretrain.cluster.preflight import Finding
 from pretrain.devices import device_of_slurm
+from pretrain.model.recurrent import RecurrentConfig
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import LlamaConfig
 from pretrain.run.lease import Lease
@@ -103,6 +104,18 @@ def test_speed_is_estimated_with_what_is_known() -> None:
     assert "bound by links of dp ranks" in speed(network_bandwidth=1.25e9).text
     assert "(assumed; set --network GBIT)" in speed(device=device_of_slurm("l40s")).text
     assert speed(device=device_of_slurm("v100")).text == "there is no estimate for V100, which has no bf16"
+
+
+def test_what_is_not_known_of_an_architecture_is_said() -> None:
+    model = RecurrentConfig(dim=64, n_layers=2, vocab_size=512)
+    work = Workload(model, ParallelConfig(), 2, 4, seq_len=64, bytes_per_weight=2)
+    hardware = preflight.hardware_of(["h100"])
+    said = [
+        *preflight.memory_findings(work, 1, hardware.gpu_bytes),
+        *preflight.speed_findings(work, 1, 100, 1, 2, hardware),
+    ]
+    assert [(finding.level, finding.about) for finding in said] == [("note", "memory"), ("note", "speed")]
+    assert all("there is no estimate for model.architecture=recurrent" in finding.text for finding in said)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pretrain.model.recurrent import Recurrent, RecurrentConfig, scan
 from pretrain.model.size import flops_per_token, parameter_count
 from pretrain.model.weights import weight_specs
 from pretrain.rng import seeded
-from pretrain.topology import ParallelConfig
+from pretrain.topology import ParallelConfig, Topology
 from tests.examples import examples
 
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [-1] * 8 + [1] * 12 + [0] * 4])  # three pieces; one, and padding
@@ -84,6 +84,24 @@ def test_loss_and_gradients_equal_those_of_a_loop_over_the_tokens_of_each_piece(
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_layers_are_measured_by_the_tokens_that_are_no_padding(topology: Topology) -> None:
+    model, tokens = build().eval(), random_tokens(2, 24)
+    measurement = model.measurement(topology)
+    seen: dict[int, list[Tensor]] = {i: [] for i in range(3)}
+    with torch.no_grad(), measurement.of(SEGMENTS):
+        for i, block in enumerate(model.blocks):
+            block.register_forward_hook(lambda _block, inputs, x, i=i: seen[i].extend((inputs[0], x)))
+        model(tokens, SEGMENTS)
+    found, real = measurement.finish(), SEGMENTS.flatten() != 0
+    for i, (before, after) in seen.items():
+        weights = model.blocks[i].state_dict()
+        read = normalized(before[real], weights["norm.weight"])
+        kept = torch.sigmoid(read @ weights["gate.weight"].T + weights["gate.bias"])
+        assert found["context_kept"][i] == pytest.approx(float(kept.mean()), rel=1e-5)
+        assert found["residual_rms"][i] == pytest.approx(float(after[real].square().mean()) ** 0.5, rel=1e-5)
+        assert found["residual_max"][i] == pytest.approx(float(after[real].abs().max()), rel=1e-5)
+
+
 @pytest.mark.usefixtures("topology")
 def test_contexts_give_each_token_the_logits_of_one_forward_pass_in_memory_that_does_not_grow() -> None:
     model, tokens = build().eval(), random_tokens(2, 24)
@@ -93,7 +111,9 @@ def test_contexts_give_each_token_the_logits_of_one_forward_pass_in_memory_that_
         parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 10, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
     assert cache.length == 24
-    assert [context.values.shape for context in cache.of_layers if context.values is not None] == [(2, 20)] * 3
+    kept = [context.values for context in cache.of_layers if context.values is not None]
+    assert [values.shape for values in kept] == [(2, 20)] * 3
+    assert [values.untyped_storage().nbytes() for values in kept] == [2 * 20 * 4] * 3
 
 
 @settings(max_examples=examples(100))
