@@ -18,7 +18,7 @@ from pretrain.model.architecture import BlockCosts, Head, Heads, Layout, Model, 
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.attention_figures import TransformerMeasurement
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.layers import Distribution, Output, RMSNorm, computations, drawn
+from pretrain.model.layers import Distribution, Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import (
     ColumnLinear,
