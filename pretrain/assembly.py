@@ -21,12 +21,13 @@ from pretrain.checkpoint.duration import save_time
 from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import Layout, RunState
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_parts, warn_of_training_shards
 from pretrain.evaluation.tasks import TaskSet
-from pretrain.exchange.folder import content_hash, file_hashes, open_model
+from pretrain.exchange.base import folder_hash, open_base
+from pretrain.exchange.folder import open_model
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
 from pretrain.faults.spikes import SpikeWatch, StepFigures, last_figures, unapplied_in_a_row
@@ -250,6 +251,8 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
     """Restore the run from a checkpoint or, without one, begin it."""
     config, topology = start.config, start.topology
     if choice.checkpoint:
+        if start.engine is None:  # or it has the model that adapters are trained on
+            load_base(config, choice.checkpoint, engine, topology)
         layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
@@ -266,11 +269,20 @@ def first_state(config: RunConfig, engine: Engine, topology: Topology) -> RunSta
     )  # fmt: skip
 
 
+def load_base(config: RunConfig, checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
+    """Load the model that a run's adapters are trained on into a new engine, if it has any; every rank calls it.
+
+    Raises ConfigError if those in the checkpoint were trained on another one.
+    """
+    if base := open_base(config.init_from, config.model, topology):
+        base.check(checkpoint)
+        engine.set_weights(base.weights)
+
+
 def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
     """Load the weights of another model into the engine; return the hash of its files."""
     engine.set_weights(open_model(model, config.model))
-    hashes = topology.gather_objects(file_hashes(model, topology.rank, topology.world_size))
-    found = content_hash([line for part in hashes for line in part])
+    found = folder_hash(model, topology)
     _logger.info("starting from the weights in %s (hash of the files: %s)", model, found)
     return found
 

@@ -26,7 +26,7 @@ from pretrain.faults.patience import StopRule
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.model.transformer import ModelConfig, Precision
-from pretrain.model.weights import weight_specs
+from pretrain.model.weights import trained_specs
 from pretrain.optim import OptimConfig, SchedulePart, is_named
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
@@ -97,7 +97,8 @@ class RunConfig(Config):
 
     run: RunPart
     model: ModelConfig
-    # Folder of a model in Hugging Face's or Meta's layout to take initial weights from; None: random initialization
+    # Folder of a model in Hugging Face's or Meta's layout to take initial weights from; None: random initialization.
+    # With model.lora it is read at every start, and may have moved as long as its files are the same
     init_from: Path | None = None
     data: DataConfig
     train: TrainConfig
@@ -324,6 +325,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if model:
         yield from _head_problems(model)
         yield from _pattern_problems(model, parts.get("optim") or OptimConfig())
+        if model.lora:
+            yield from _adapter_problems(model, parts)
     if model and parallel:
         for key, value in model.split_sizes.items():
             yield from _not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
@@ -393,9 +396,30 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
     yield from _not_divisible("model.n_heads", model.n_heads, "model.n_kv_heads", model.kv_heads)
 
 
+def _adapter_problems(model: ModelConfig, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what cannot go together with adapters."""
+    assert model.lora is not None
+    if parts.get("init_from", model) is None:
+        yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
+    if model.parametrization == "mup":
+        yield (
+            "model.lora: parametrization=mup scales the learning rates of weights that adapters leave as they are; set"
+            " parametrization: standard, under which the model in init_from computes the same"
+        )
+    optim: OptimConfig | None = parts.get("optim")
+    if optim and optim.name == "muon":
+        yield "model.lora: optim.name=muon orthogonalizes whole matrices, not the factors of an update; set adamw"
+    parallel: ParallelConfig | None = parts.get("parallel")
+    if parallel and parallel.sequence_parallel and model.lora.dropout:
+        yield (
+            f"model.lora.dropout={model.lora.dropout}: with parallel.sequence_parallel each tensor-parallel rank draws"
+            " masks of its own, but all of them read the same inputs here; set one of the two to 0 or false"
+        )
+
+
 def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
-    """Yield patterns that match no weight."""
-    names = weight_specs(model)
+    """Yield patterns that match no weight that is trained."""
+    names = trained_specs(model)
     for pattern in optim.learning_rate_groups:
         if not any(is_named(name, pattern) for name in names):
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)

@@ -2,6 +2,8 @@
 
     hf      what `transformers.AutoModelForCausalLM` and `AutoTokenizer` load: safetensors, config.json, tokenizer
     meta    Meta's layout: consolidated.XX.pth for each of --tp ranks, params.json, tokenizer.model
+    peft    of a run with model.lora, the adapters alone, which `peft.PeftModel` loads onto the model in init_from:
+            adapter_model.safetensors, adapter_config.json. The other two layouts get weights with the updates added
 
 The checkpoint may have any topology; it is read weight by weight, on the CPU, after its files have been verified. The
 run may be training meanwhile. The folder appears once it is complete.
@@ -14,6 +16,7 @@ Exit codes: 0 done, 2 no such run, step or model, or the layout cannot represent
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +24,12 @@ import torch
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import Checkpoint, wanted_step
-from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
-from pretrain.exchange.export import DTYPES, export
+from pretrain.exchange.base import Base, open_base, run_weights
+from pretrain.exchange.export import DTYPES, export, export_adapters
 from pretrain.exchange.folder import describe
-from pretrain.model.weights import Weights, weight_specs
+from pretrain.model.weights import Weights
 from shards import CheckpointError, ConfigError, Tokenizer
 
 
@@ -39,13 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("trained", "ema"), default="trained", help="ema: their moving average (train.ema)"
     )
-    add_output_arguments(parser, required=False)
+    add_output_arguments(parser, required=False, formats=("hf", "meta", "peft"))
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_output_arguments(
+    parser: argparse.ArgumentParser, required: bool, formats: Sequence[str] = ("hf", "meta")
+) -> None:
     """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
     parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--format", choices=("hf", "meta"), default="hf")
+    parser.add_argument("--format", choices=formats, default="hf")
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="fp32: the optimizer's exact weights; default: the run's precision"
@@ -61,22 +66,48 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
     averaged = arguments.weights == "ema"
-    dtype = write(open_weights(checkpoint, config, averaged), config, arguments)
+    base = open_base(config.init_from, config.model)
+    if arguments.format == "peft":
+        dtype = write_adapters(checkpoint, config, base, arguments)
+    else:
+        dtype = write(open_weights(checkpoint, config, base, averaged), config, arguments)
     of = "the average of the weights up to " if averaged else ""
     print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
 
 
-def open_weights(checkpoint: Checkpoint, config: RunConfig, averaged: bool = False) -> CheckpointWeights:
-    """Open a checkpoint's weights.
+def open_weights(checkpoint: Checkpoint, config: RunConfig, base: Base | None, averaged: bool = False) -> Weights:
+    """Open a checkpoint's weights, with the updates of adapters added.
 
     Args:
+        base: the model under the adapters, as `open_base` returned it.
         averaged: whether to open their moving average.
-    Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer is not the run's.
+    Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer or the base is not the run's.
     """
+    check(checkpoint, config)
+    return run_weights(checkpoint, config.model, base, averaged, merged=True)
+
+
+def check(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Check a checkpoint's files and tokenizer. Raises HeadraceError if one is damaged, or it is not the run's."""
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
     check_tokenizer(checkpoint, Tokenizer.of(config.data), config.data.tokenizer)
-    return CheckpointWeights(checkpoint, weight_specs(config.model), averaged)
+
+
+def write_adapters(
+    checkpoint: Checkpoint, config: RunConfig, base: Base | None, arguments: argparse.Namespace
+) -> torch.dtype:
+    """Write the adapters in a checkpoint for peft; return the type of their weights.
+
+    Raises: ConfigError if the run has none; HeadraceError as `open_weights`.
+    """
+    if base is None:
+        raise ConfigError("--format peft: the run trains all weights, and has no adapters; use --format hf or meta")
+    check(checkpoint, config)
+    weights = run_weights(checkpoint, config.model, base, averaged=arguments.weights == "ema")
+    dtype = DTYPES[arguments.dtype or config.precision]
+    export_adapters(weights, config.model, base.folder, arguments.to, dtype)
+    return dtype
 
 
 def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Export a run's model as a folder for other programs. commands.export -> export -> {hf, meta, tokenizer_files}.
+"""Export a run's model as a folder for other programs. commands.export -> export -> {hf, meta, peft, tokenizer_files}.
 
 The folder appears at the end, complete, or not at all.
 """
@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 
-from pretrain.exchange import hf, meta
+from pretrain.exchange import hf, meta, peft
 from pretrain.exchange.tokenizer_files import is_json, write_tokenizer
 from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import Weights, check_splits, weight_specs
+from pretrain.model.weights import Weights, check_splits, trained_specs, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
 from shards.storage.atomic import fsync_folder, is_there, partial_name
 
@@ -69,6 +69,22 @@ def export(
             hf.write_config(folder, model, data.seq_len, dtype, ids)
             write_tokenizer(tokenizer, folder, data.bos, data.seq_len)
             hf.write_weights(folder, weights, specs, dtype, max_shard_bytes)
+
+
+def export_adapters(weights: Weights, model: ModelConfig, base: Path, to: Path, dtype: torch.dtype) -> None:
+    """Write a model's adapters into a new folder, as `peft` loads them.
+
+    Args:
+        weights: of the adapters, read one at a time.
+        model: with the adapters.
+        base: folder of the model that they were trained on.
+        dtype: type to round the weights to.
+    Raises:
+        ConfigError: if the folder exists already.
+    """
+    with _atomic_folder(to) as folder:
+        peft.write_config(folder, model, base)
+        peft.write_weights(folder, weights, trained_specs(model), dtype)
 
 
 @contextmanager

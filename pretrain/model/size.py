@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.parallel import slice_size
 from pretrain.model.transformer import ModelConfig
-from pretrain.model.weights import weight_specs
+from pretrain.model.weights import trained_specs, weight_specs
 from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimizerName, is_hidden
 from pretrain.topology import Checkpointing, ParallelConfig
 
@@ -17,8 +17,13 @@ _REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLRE
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Count the trainable parameters of the whole model; tied embeddings count once."""
+    """Count the parameters of the whole model without adapters; tied embeddings count once."""
     return sum(math.prod(spec.shape) for spec in weight_specs(config).values())
+
+
+def trained_count(config: ModelConfig) -> int:
+    """Count the parameters that a training changes: those of the adapters, if there are any, or else all."""
+    return sum(math.prod(spec.shape) for spec in trained_specs(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -35,7 +40,8 @@ def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int)
 
     Two per token and weight of every matrix multiplication in the forward pass (the embedding is a look-up and has
     none) and twice that in the backward pass; plus, in each layer, the causal half of the length x length products of
-    each document's attention, twice (scores and values). Recomputation is not counted.
+    each document's attention, twice (scores and values). A frozen matrix has no gradient of its own, so its backward
+    pass takes as much as its forward pass. Recomputation is not counted.
 
     Args:
         n_tokens: tokens of all documents together.
@@ -43,6 +49,8 @@ def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int)
     """
     matrices = config.n_layers * _block_matrices(config) + config.vocab_size * config.dim
     products = config.n_layers * config.n_heads * config.head_dim * squared_lengths
+    if config.lora:
+        return (4 * matrices + 6 * trained_count(config)) * n_tokens + 6 * products
     return 6 * (matrices * n_tokens + products)
 
 
@@ -65,13 +73,13 @@ def _block_matrices(config: ModelConfig) -> int:
 def checkpoint_bytes(
     config: ModelConfig, bytes_per_weight: int, optimizer: OptimizerName = "adamw", averaged: bool = False
 ) -> int:
-    """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
+    """Return the size of a checkpoint in bytes: the weights that are trained, and the optimizer's state of them.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
         averaged: whether there is a moving average of the weights.
     """
-    return bytes_per_weight * parameter_count(config) + _state_bytes(config, optimizer, averaged)
+    return bytes_per_weight * trained_count(config) + _state_bytes(config, optimizer, averaged)
 
 
 def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool) -> int:
@@ -80,7 +88,7 @@ def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool) 
     It is master weights, two moments of each or one under Muon, and the average.
     """
     under_muon = config.n_layers * _block_matrices(config) if optimizer == "muon" else 0
-    return (16 if averaged else 12) * parameter_count(config) - 4 * under_muon
+    return (16 if averaged else 12) * trained_count(config) - 4 * under_muon
 
 
 @dataclass(frozen=True)
@@ -126,12 +134,23 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one tp rank's slice of the model, with the padding of its vocabulary."""
-        return parameter_count(self._padded_model) // self.parallel.tp_size
+        """Parameters of one tp rank's slice of the model, with the padding of its vocabulary and with its adapters."""
+        of_model = parameter_count(self._padded_model) // self.parallel.tp_size
+        return of_model + self.trained if self.model.lora else of_model
+
+    @property
+    def trained(self) -> int:
+        """Return how many of them are trained."""
+        if self.model.lora is None:
+            return self.parameters
+        tp_size, specs = self.parallel.tp_size, trained_specs(self.model).values()
+        return sum(math.prod(spec.shape) // (1 if spec.shard_dim is None else tp_size) for spec in specs)
 
     @property
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
+        if self.model.lora:
+            return (16 if self.averaged else 12) * self.trained // self.dp_size
         whole = _state_bytes(self._padded_model, self.optimizer, self.averaged)
         return whole // (self.parallel.tp_size * self.dp_size)
 
@@ -155,12 +174,11 @@ def memory_per_rank(work: Workload) -> MemoryEstimate:
 
     The optimizer's state is fp32, even of fp32 weights.
     """
-    parallel, own = work.parallel, work.parameters // work.dp_size
-    stage = parallel.applied_zero_stage
-    weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)
+    parallel, stage = work.parallel, work.parallel.applied_zero_stage
+    weights = work.bytes_per_weight * (work.parameters // work.dp_size if stage == 3 else work.parameters)
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
-        gradients=4 * (work.parameters if stage == 1 else own),
+        gradients=4 * (work.trained if stage == 1 else work.trained // work.dp_size),
         optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work)),
@@ -204,7 +222,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.trained / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted((work.model.dim, work.model.hidden_dim))
@@ -224,7 +242,7 @@ def _kept_by_block(work: Workload) -> float:
     if parallel.activation_checkpointing == "full":
         return stream
     queries, keys = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
-    kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * config.hidden_dim)
+    kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * config.hidden_dim) + _kept_by_adapters(work)
     if parallel.activation_checkpointing == "selective":
         # Gathered tokens are kept, since gathering them again would wait for other ranks. Uncompiled, all results of
         # matrix products and collectives are, needed or not.
@@ -236,6 +254,18 @@ def _kept_by_block(work: Workload) -> float:
     return kept + (of_rank * (queries + keys) if config.qk_norm else 0)
 
 
+def _kept_by_adapters(work: Workload) -> float:
+    """Count the numbers per token that the adapters of a block keep: A x, and with dropout their inputs and masks."""
+    config, lora = work.model, work.model.lora
+    if lora is None:
+        return 0
+    kept = float(lora.r * len(lora.targets))
+    if lora.dropout and work.parallel.activation_checkpointing == "none":
+        split = {"wo": config.n_heads * config.head_dim, "w2": config.hidden_dim}
+        kept += 2 * sum(split[name] / work.parallel.tp_size if name in split else config.dim for name in lora.targets)
+    return kept
+
+
 def _loss_bytes(work: Workload) -> float:
     """Estimate what the loss takes: the gradients of states and weight, and the logits of a chunk in two types."""
     config, weight_bytes = work.model, work.bytes_per_weight
@@ -243,6 +273,8 @@ def _loss_bytes(work: Workload) -> float:
     states, weight = work.tokens * config.dim, width * config.dim
     logits = min(CHUNK_LOGITS, work.tokens * width)
     chunk = logits * weight_bytes + min(logits, CHUNK_LOGITS / 2) * 4  # exponentials of a quarter, and of that before
+    if config.lora:
+        return 2 * states * weight_bytes + chunk
     if weight > SUMMED_WEIGHTS:
         return states * (weight_bytes + 8) + weight * weight_bytes + chunk
     return 2 * states * weight_bytes + weight * (4 + weight_bytes) + chunk
@@ -251,7 +283,8 @@ def _loss_bytes(work: Workload) -> float:
 def _backward_bytes(work: Workload) -> float:
     """Estimate what a block's backward pass takes beside what is kept: what it computes again, and gradients.
 
-    The gradients are those of the stream and of a matrix; uncompiled, also of two of SwiGLU's products.
+    The gradients are those of the stream and, unless it is frozen, of a matrix; uncompiled, also of two of SwiGLU's
+    products.
     """
     config, parallel = work.model, work.parallel
     hidden = config.hidden_dim / parallel.tp_size
@@ -262,7 +295,8 @@ def _backward_bytes(work: Workload) -> float:
         "full": _kept_by_block(_with_checkpointing(work, "none")) - _kept_by_block(work),
     }[parallel.activation_checkpointing]
     gradients = config.dim + (0 if parallel.compile else 2 * hidden)
-    return work.bytes_per_weight * (work.tokens * (again + gradients) + config.dim * hidden)
+    of_matrix = 0 if config.lora else config.dim * hidden
+    return work.bytes_per_weight * (work.tokens * (again + gradients) + of_matrix)
 
 
 def _with_checkpointing(work: Workload, what: Checkpointing) -> Workload:
@@ -278,8 +312,8 @@ def _reduction_bytes(work: Workload, blocks: float) -> float:
     nothing more. In another type than the gradients', there is a copy in that type too.
     """
     if work.parallel.applied_zero_stage == 1:
-        copy = 4 if work.parameters <= _REDUCED_TOGETHER else 0
-        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.parameters
-    reduced = min(work.reduce_bucket, work.parameters)
+        copy = 4 if work.trained <= _REDUCED_TOGETHER else 0
+        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.trained
+    reduced = min(work.reduce_bucket, work.trained)
     cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
-    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.parameters)
+    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.trained)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.checkpointing import checkpointed
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.lora import LoraConfig, adapted, attach_adapters, draw_adapter, is_adapter
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import (
     ColumnLinear,
@@ -70,6 +71,7 @@ class ModelConfig(Config):
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
     parametrization: Literal["standard", "mup"] = "standard"
     base: MupBase | None = None  # needed for mup
+    lora: LoraConfig | None = None  # trains adapters of the model in init_from, which stays as it is; null: all weights
 
     @model_validator(mode="after")
     def _has_base(self) -> Self:
@@ -148,13 +150,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim], where N = B * T."""
         rows, length = cos.shape[:2]
-        q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
-        k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
-        v = self.wv(x).view(rows, length, -1, self.head_dim)
+        wq, wk, wv, wo = adapted(self.wq, self.wk, self.wv, self.wo)
+        q = wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
+        k = wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
+        v = wv(x).view(rows, length, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, sharded=True), self.k_norm(k, sharded=True)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, T, H, D]
-        return self.wo(out.reshape(rows * length, -1))
+        return wo(out.reshape(rows * length, -1))
 
 
 class FeedForward(nn.Module):
@@ -168,7 +171,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        w1, w3, w2 = adapted(self.w1, self.w3, self.w2)
+        return w2(F.silu(w1(x)) * w3(x))
 
 
 class Block(nn.Module):
@@ -240,6 +244,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             # One parameter in two layers, since both split the vocabulary the same way
             self.output.weight = self.embedding.weight
+        if config.lora:
+            attach_adapters(self, config.lora)
 
     def forward(
         self,
@@ -271,6 +277,8 @@ class Transformer(nn.Module):
             attends, positions = cache.attends, cache.positions(tokens)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.dropout(leave_branch(self.embedding(tokens.flatten()), split_tokens))
+        if config.lora and torch.is_grad_enabled():
+            x.requires_grad_()  # or ZeRO-3 would take the first block's gradients before they are computed
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, cos, sin, attend, use)
         if cache is not None:
@@ -292,7 +300,9 @@ class Transformer(nn.Module):
                 std /= (2 * layers) ** 0.5
             generator = torch.Generator(parameter.device).manual_seed(derive_seed(seed, "init", name))
             full = torch.empty(full_shape(parameter), device=parameter.device)
-            if self.config.init == "trunc_normal":
+            if is_adapter(name):
+                draw_adapter(name, full, generator)
+            elif self.config.init == "trunc_normal":
                 nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
             else:
                 nn.init.normal_(full, std=std, generator=generator)

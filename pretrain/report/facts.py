@@ -11,7 +11,7 @@ import numpy as np
 from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.evaluation.compare import Difference
-from pretrain.model.size import parameter_count
+from pretrain.model.size import parameter_count, trained_count
 from pretrain.model.transformer import ModelConfig
 from pretrain.report.chart import short
 from pretrain.report.curves import parts_of
@@ -103,10 +103,12 @@ def _model(history: History) -> str:
         config = ModelConfig.parse(model, at="model")
     except ConfigError:  # another version of this program wrote it
         return ", ".join(f"{key} {value}" for key, value in model.items())
+    lora = config.lora
+    adapters = f"; trained are adapters of rank {lora.r}, {trained_count(config):,} parameters" if lora else ""
     heads = f"{config.n_heads} heads, {config.kv_heads} for keys and values"
     return (
         f"{parameter_count(config):,} parameters: {config.n_layers} layers of dim {config.dim}, {heads},"
-        f" vocabulary of {config.vocab_size:,}; {history.value('precision')}"
+        f" vocabulary of {config.vocab_size:,}; {history.value('precision')}{adapters}"
     )
 
 
