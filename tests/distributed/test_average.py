@@ -23,7 +23,7 @@ def written(command: object, *words: object) -> dict[str, Tensor]:
     command.add_arguments(parser)
     arguments = parser.parse_args([str(word) for word in words])
     assert command.run(arguments) == 0
-    return load_file(arguments.to / "model.safetensors")
+    return load_file(next(arguments.to.glob("*.safetensors")))
 
 
 @pytest.mark.distributed
