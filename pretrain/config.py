@@ -408,7 +408,7 @@ def _adapter_problems(model: ModelConfig, parts: Mapping[str, Any]) -> Iterator[
         )
     optim: OptimConfig | None = parts.get("optim")
     if optim and optim.name == "muon":
-        yield "model.lora: optim.name=muon orthogonalizes whole matrices, not factors of an update; set optim.name: adamw"
+        yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"
     parallel: ParallelConfig | None = parts.get("parallel")
     if parallel and parallel.sequence_parallel and model.lora.dropout:
         yield (

@@ -119,14 +119,14 @@ def test_memory_counts_states_of_the_adapters_alone() -> None:
     ("overrides", "message"),
     [
         (["init_from=null"], "model.lora: adapters are trained on a model that exists; set init_from"),
-        (["optim.name=muon"], "model.lora: optim.name=muon orthogonalizes whole matrices"),
+        (["optim.name=muon"], "model.lora: optim.name=muon orthogonalizes matrices"),
         (["model.parametrization=mup", "model.base={dim: 8, n_layers: 1}"], "set parametrization: standard"),
         (["model.lora.targets=[wq, w4]"], "\"w4\" is wrong; it should be 'wq', 'wk'"),
         (["model.lora.targets=[wq, wq]"], "model.lora.targets: name each matrix once"),
         (["model.lora.targets=[]"], "model.lora.targets: name each matrix once, and at least one"),
         (
             ["optim.learning_rate_groups={norm.weight: 2.0}"],
-            "no weight's name matches 'norm.weight'; the names are blo",
+            "no weight's name matches 'norm.weight'; the names are",
         ),
         (
             ["model.lora.dropout=0.1", "parallel.tp_size=2", "parallel.sequence_parallel=true"],
