@@ -277,6 +277,7 @@ def load_base(config: RunConfig, checkpoint: Checkpoint, engine: Engine, topolog
     if base := open_base(config.init_from, config.model, topology):
         base.check(checkpoint)
         engine.set_weights(base.weights)
+        _logger.info("the adapters are of the model in %s (hash of the files: %s)", base.folder, base.hash)
 
 
 def _load_weights(config: RunConfig, model: Path, engine: Engine, topology: Topology) -> str:
