@@ -24,12 +24,13 @@ import torch
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import Checkpoint, wanted_step
+from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
 from pretrain.exchange.base import Base, open_base, run_weights
 from pretrain.exchange.export import DTYPES, export, export_adapters
 from pretrain.exchange.folder import describe
-from pretrain.model.weights import Weights
+from pretrain.model.weights import Weights, trained_specs
 from shards import CheckpointError, ConfigError, Tokenizer
 
 
@@ -66,10 +67,10 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
     averaged = arguments.weights == "ema"
-    base = open_base(config.init_from, config.model)
     if arguments.format == "peft":
-        dtype = write_adapters(checkpoint, config, base, arguments)
+        dtype = write_adapters(checkpoint, config, arguments)
     else:
+        base = open_base(config.init_from, config.model)
         dtype = write(open_weights(checkpoint, config, base, averaged), config, arguments)
     of = "the average of the weights up to " if averaged else ""
     print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {dtype}, {arguments.format} layout")
@@ -94,19 +95,17 @@ def check(checkpoint: Checkpoint, config: RunConfig) -> None:
     check_tokenizer(checkpoint, Tokenizer.of(config.data), config.data.tokenizer)
 
 
-def write_adapters(
-    checkpoint: Checkpoint, config: RunConfig, base: Base | None, arguments: argparse.Namespace
-) -> torch.dtype:
-    """Write the adapters in a checkpoint for peft; return the type of their weights.
+def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argparse.Namespace) -> torch.dtype:
+    """Write the adapters in a checkpoint for peft, without reading their model; return the type of their weights.
 
     Raises: ConfigError if the run has none; HeadraceError as `open_weights`.
     """
-    if base is None:
+    if config.model.lora is None:
         raise ConfigError("--format peft: the run trains all weights, and has no adapters; use --format hf or meta")
     check(checkpoint, config)
-    weights = run_weights(checkpoint, config.model, base, averaged=arguments.weights == "ema")
+    weights = CheckpointWeights(checkpoint, trained_specs(config.model), arguments.weights == "ema")
     dtype = DTYPES[arguments.dtype or config.precision]
-    export_adapters(weights, config.model, base.folder, arguments.to, dtype)
+    export_adapters(weights, config.model, str(config.init_from), arguments.to, dtype)
     return dtype
 
 

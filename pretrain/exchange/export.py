@@ -71,13 +71,13 @@ def export(
             hf.write_weights(folder, weights, specs, dtype, max_shard_bytes)
 
 
-def export_adapters(weights: Weights, model: ModelConfig, base: Path, to: Path, dtype: torch.dtype) -> None:
+def export_adapters(weights: Weights, model: ModelConfig, base: str, to: Path, dtype: torch.dtype) -> None:
     """Write a model's adapters into a new folder, as `peft` loads them.
 
     Args:
         weights: of the adapters, read one at a time.
         model: with the adapters.
-        base: folder of the model that they were trained on.
+        base: the model that they were trained on, by its folder or name.
         dtype: type to round the weights to.
     Raises:
         ConfigError: if the folder exists already.

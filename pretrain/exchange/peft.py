@@ -24,11 +24,11 @@ def peft_name(name: str) -> str:
     return f"base_model.model.{module}.{_PARTS[part]}.weight"
 
 
-def write_config(folder: Path, model: ModelConfig, base: Path) -> None:
+def write_config(folder: Path, model: ModelConfig, base: str) -> None:
     """Write adapter_config.json.
 
     Args:
-        base: folder of the model that the adapters were trained on, which peft takes as its name.
+        base: the model that the adapters were trained on, by its folder or name.
     """
     lora = model.lora
     assert lora is not None
@@ -36,9 +36,9 @@ def write_config(folder: Path, model: ModelConfig, base: Path) -> None:
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base,
         "r": lora.r,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # peft expects an int
         "lora_dropout": lora.dropout,
         "target_modules": sorted({hf_name(name).split(".")[-2] for name in ours}),
         "bias": "none",

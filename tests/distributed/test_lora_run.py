@@ -16,6 +16,7 @@ from pretrain.commands import average, export
 from pretrain.config import load_config
 from pretrain.exchange.folder import content_hash, file_hashes
 from pretrain.run.run_folder import RunFolder
+from shards import ConfigError
 from tests.distributed.evaluation import write_suite
 from tests.distributed.ranks import run_ranks, run_starts
 from tests.distributed.test_average import written
@@ -113,6 +114,8 @@ def test_exports_and_continuations_are_of_the_model_with_its_adapters(
         return tmp_path / name
 
     merged, adapters = exported("merged"), exported("adapters", "--format", "peft")
+    with pytest.raises(ConfigError, match="--to .* exists already"):
+        exported("adapters", "--format", "peft")
     exported("mean", "--steps", str(STEPS // 2), str(STEPS), command=average)
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters).eval()
     assert {path.name for path in adapters.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
