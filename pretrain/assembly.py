@@ -21,13 +21,14 @@ from pretrain.checkpoint.duration import save_time
 from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.state import Layout, RunState, read_state
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import find_or_convert
 from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, load_parts, warn_of_training_shards
 from pretrain.evaluation.tasks import TaskSet
-from pretrain.exchange.folder import content_hash, file_hashes, open_model
+from pretrain.exchange.base import model_hash, open_base
+from pretrain.exchange.folder import open_model
 from pretrain.exchange.run_model import RunModel
 from pretrain.faults.deadline import Deadline, job_end
 from pretrain.faults.interrupt import Interrupt
@@ -252,6 +253,8 @@ def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine,
     """Restore the run from a checkpoint or, without one, begin it."""
     config, topology = start.config, start.topology
     if choice.checkpoint:
+        if start.engine is None:  # or it has the model that adapters are trained on
+            load_base(config, choice.checkpoint, engine, topology)
         layout = layout_of(config, topology)
         conversion = start.interrupt.starting()
         state = restore(choice.checkpoint, store, layout, engine, loader, topology, conversion)
@@ -273,11 +276,21 @@ def first_state(config: RunConfig, store: CheckpointStore, engine: Engine, topol
     )  # fmt: skip
 
 
+def load_base(config: RunConfig, checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
+    """Load the model that a run's adapters are trained on into a new engine, if it has any; every rank calls it.
+
+    Raises ConfigError if those in the checkpoint were trained on another one.
+    """
+    if base := open_base(config.init_from, config.model, topology):
+        base.check(checkpoint)
+        engine.set_weights(base.weights)
+        _logger.info("the adapters are of the model in %s (hash of the files: %s)", base.folder, base.hash)
+
+
 def _load_model(config: RunConfig, path: Path, store: CheckpointStore, engine: Engine, topology: Topology) -> str:
     """Load another model into the engine; return the hash of its files."""
     model = open_model(path, config.model)
-    own = topology.together(lambda: file_hashes(model, topology.rank, topology.world_size))
-    found = content_hash([line for part in topology.gather_objects(own) for line in part])
+    found = model_hash(model, topology)
     if isinstance(model, RunModel) and config.init_optimizer:
         topology.together(store.discard_universal if topology.is_main else lambda: None)  # another's of this step
         saved, wanted = read_state(model.checkpoint).layout, layout_of(config, topology)

@@ -27,7 +27,7 @@ from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.architectures import AnyModelConfig, without_default
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.size import Workload, checkpoint_bytes
-from pretrain.model.weights import weight_specs
+from pretrain.model.weights import trained_specs
 from pretrain.optim import OptimConfig, SchedulePart, is_named
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
@@ -99,7 +99,8 @@ class RunConfig(Config):
     run: RunPart
     model: AnyModelConfig
     # A model to take initial weights from: a folder that was exported or downloaded, or a run's, with @STEP for another
-    # checkpoint than the newest; None: random initialization
+    # checkpoint than the newest; None: random initialization. With model.lora it is read at every start, and may have
+    # moved as long as its files are the same
     init_from: Path | None = None
     init_optimizer: bool = False  # of a run, take the optimizer's state too
     data: DataConfig
@@ -333,6 +334,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if model:
         yield from model.problems()
         yield from _pattern_problems(model, parts.get("optim") or OptimConfig())
+        if model.adapters:
+            yield from _adapter_problems(model, parts)
     if model and parallel:
         yield from _layout_problems(model, parallel)
         for key, value in model.split_sizes.items():
@@ -409,9 +412,25 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         )
 
 
+def _adapter_problems(model: ModelConfig, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what cannot go together with adapters."""
+    assert model.adapters is not None
+    if parts.get("init_from", model) is None:
+        yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
+    optim: OptimConfig | None = parts.get("optim")
+    if optim and optim.name == "muon":
+        yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"
+    parallel: ParallelConfig | None = parts.get("parallel")
+    if parallel and parallel.sequence_parallel and model.adapters.dropout:
+        yield (
+            f"model.lora.dropout={model.adapters.dropout}: with parallel.sequence_parallel each tensor-parallel rank"
+            " draws masks of its own, but all of them read the same inputs here; set one of the two to 0 or false"
+        )
+
+
 def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
-    """Yield patterns that match no weight."""
-    names = weight_specs(model)
+    """Yield patterns that match no weight that is trained."""
+    names = trained_specs(model)
     for pattern in optim.learning_rate_groups:
         if not any(is_named(name, pattern) for name in names):
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)

@@ -72,7 +72,9 @@ def compare_for_resume(old: RunConfig, new: RunConfig, step: int) -> tuple[list[
     # If unset, the number of lanes follows from the data, and the comparison of fingerprints covers it.
     changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
     begun = max(sum(stage.step < step for stage in config.stages) for config in (old, new))
-    free = [change for change in changes if may_change(change.key) or _is_future(change.key, begun)]
+    # Of a model that is read at every start, the hash of the files is compared.
+    moved = ["init_from"] if new.model.adapters else []
+    free = [c for c in changes if may_change(c.key) or _is_future(c.key, begun) or c.key in moved]
     return [change for change in changes if change not in free], free
 
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +29,10 @@ from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.gradient_noise import MicroBatchNorms
 from pretrain.host_memory import keep_freed_memory
 from pretrain.layer_figures import LayerMeasurement
-from pretrain.model.architecture import Cache, Model, ModelConfig
+from pretrain.model.architecture import Cache, ModelConfig
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
+from pretrain.model.lora import is_adapter
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.weights import Weights
@@ -40,11 +40,12 @@ from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
+from pretrain.saved_weights import load_trained, trained_state, universal_info
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
 from pretrain.weight_average import WeightAverage
-from pretrain.zero_pieces import OwnPiece, set_whole
+from pretrain.zero_pieces import own_pieces, set_whole
 from shards import CheckpointError
 
 
@@ -103,6 +104,9 @@ class Engine:
         backend = attention_backend(parallel, topology, model_config.heads, dtype)
         self.attention = backend if model_config.heads else "none"
         model = model_config.make(parallel, backend)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # in fp32 there would be more of them for a moment than ever again
+                parameter.data = torch.empty_like(parameter, dtype=dtype, device=topology.device)
         model.to(topology.device).initialize(seed)
         self.model = model
         self._split_tokens = parallel.sequence_parallel
@@ -110,7 +114,7 @@ class Engine:
             training_loss, z_loss=optim_config.z_loss, compiled=parallel.compile and topology.device.type == "cuda"
         )
         self._compilations = CompilationLog()
-        self._universal_info = _universal_checkpoint_info(model)
+        self._universal_info = universal_info(model)
         self._groups = parameter_groups(model.named_parameters(), optim_config, model_config.scale_of)
         optimizer = make_optimizer(self._groups, optim_config, topology, seed, dtype)
         # On CPUs the first start would compile this op, which takes a minute and is only used for inference.
@@ -134,6 +138,8 @@ class Engine:
         if isinstance(optimizer, Muon):
             optimizer.locate(self.deepspeed.optimizer)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
+        # Its own would keep the second name of a frozen weight that two layers share.
+        self.deepspeed.module_state_dict = lambda **_: trained_state(model)
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
@@ -283,16 +289,20 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:
-        """Replace the initial weights before the first step. Every rank must call it.
+        """Replace the initial weights before the first step, but for those of adapters. Every rank must call it.
 
         Each rank reads its own slices, one at a time. The fp32 master weights receive them unrounded, whatever the
-        precision of the forward pass.
+        precision of the forward pass; a frozen weight has no master.
         """
         topology = self.topology
         for name, parameter in self.model.named_parameters():
+            if is_adapter(name):
+                continue
             part = weights.read(name, topology.tp_rank, topology.tp_size)
             value = padded_for(part, parameter).to(topology.device, torch.float32)
             set_whole(parameter, value)
+            if not parameter.requires_grad:
+                continue
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
                 padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
@@ -302,18 +312,17 @@ class Engine:
 
     @torch.no_grad()
     def state_hash(self) -> StateHash:
-        """Hash the fp32 weights and their moments, the same in every layout. Every rank must call it.
+        """Hash the fp32 weights that are trained, and their moments, the same in every layout. Every rank must call it.
 
         The moving average of the weights counts as a moment.
         """
         topology = self.topology
         weights, moments = [], []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter, piece in own_pieces(self.model, self.deepspeed.optimizer, topology.dp_rank):
             dim = shard_dim(parameter)
             if dim is None and topology.tp_rank > 0:
                 continue  # every tensor-parallel rank has a copy, which counts once
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.dp_rank)
             place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
             size = max(0, _size_without_padding(parameter, shape) - piece.start)
             weights.append(hash_sum(piece.weights[:size].to(topology.device), name, place))
@@ -335,6 +344,7 @@ class Engine:
             tag="engine",
             client_state={"universal_checkpoint_info": self._universal_info},
             save_latest=False,  # the store decides which is newest, and DeepSpeed does not write that file atomically
+            exclude_frozen_parameters=True,  # they are read from where they came from
         )
 
     def load(self, folder: Path) -> None:
@@ -373,7 +383,9 @@ class Engine:
     def _load(self, folder: Path, universal: bool) -> None:
         self.deepspeed._config.load_universal_checkpoint = universal  # DeepSpeed reads it nowhere else
         try:
-            path, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
+            path, _ = self.deepspeed.load_checkpoint(
+                str(folder), tag="engine", load_lr_scheduler_states=False, custom_load_fn=load_trained
+            )
         except (RuntimeError, KeyError, AssertionError, OSError) as error:
             raise CheckpointError(f"{folder / 'engine'} does not fit this model: {error}") from error
         if path is None:
@@ -392,19 +404,3 @@ def _size_without_padding(parameter: Any, shape: tuple[int, ...]) -> int:
     if shard_dim(parameter) != 0:
         return math.prod(shape)  # only rows are padded
     return size_without_padding(parameter) * math.prod(shape[1:])
-
-
-def _universal_checkpoint_info(model: Model) -> dict[str, object]:
-    """Describe the weights, by their tags, as DeepSpeed's conversion to another topology requires."""
-    names: dict[int | None, list[str]] = {None: [], 0: [], 1: []}
-    for name, parameter in model.named_parameters():
-        names[shard_dim(parameter)].append(f"^{re.escape(name)}$")
-    return {
-        "universal_checkpoint_version": 0.2,
-        "tp_replicated_parameter_patterns": names[None],
-        "parameter_to_average_patterns": [],
-        "parameter_with_row_parallelism_patterns": names[1],
-        "vocabulary_parameter_patterns": [n for n in names[0] if n.startswith(("^embedding", "^output"))],
-        "original_vocab_size": model.config.vocab_size,
-        "vocab_multiple": model.config.vocab_multiple,  # for our own conversion; DeepSpeed ignores it
-    }

@@ -73,7 +73,7 @@ class MicroBatchNorms:
         self._norms: list[Tensor] = []
         for parameter in model.parameters() if is_on else ():
             # A weight of which every tensor-parallel rank has a copy counts once.
-            if topology.tp_rank == 0 or shard_dim(parameter) is not None:
+            if parameter.requires_grad and (topology.tp_rank == 0 or shard_dim(parameter) is not None):
                 parameter.register_hook(self._note)  # type: ignore[no-untyped-call]
         self._is_on = is_on
 

@@ -30,7 +30,7 @@ from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.faults.interrupt import Interrupt
 from pretrain.inference.generate import Sampling, codec_of, generate
 from pretrain.loop import train
-from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count
+from pretrain.model.size import flops_per_token, memory_per_rank, parameter_count, trained_count
 from pretrain.run.events import check_command
 from pretrain.run.lease import Lease
 from pretrain.run.once import Once
@@ -138,7 +138,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {vocab_size}"
             f" tokens; set model.vocab_size={vocab_size}"
         )
-    if config.init_from and not checkpoints_of(config).steps():
+    if config.init_from and (config.model.adapters or not checkpoints_of(config).steps()):
         _check_initial_model(config, config.init_from, tokenizer)
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
@@ -324,8 +324,10 @@ def announce(config: RunConfig, topology: Topology) -> None:
     if config.parallel.zero_stage == 0:
         _logger.info("parallel.zero_stage=0 runs as stage 1: it has the same communication and less memory")
     _logger.info(
-        "model: %s parameters, %s FLOPs a token; %s tokens a step, %s",
-        f"{parameter_count(model):,}", f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
+        "model: %s parameters%s, %s FLOPs a token; %s tokens a step, %s",
+        f"{parameter_count(model):,}",
+        f" under adapters of {trained_count(model):,}, which are trained" if model.adapters else "",
+        f"{flops_per_token(model, seq_len):.4g}", f"{tokens_per_step:,}",
         f"{config.tokens_until(train.steps):,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
     )  # fmt: skip
     _logger.info(

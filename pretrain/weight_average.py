@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.zero_files import AVERAGE
 from pretrain.topology import Topology
-from pretrain.zero_pieces import OwnPiece, flat_partitions, set_whole
+from pretrain.zero_pieces import flat_partitions, own_pieces, set_whole
 
 
 class WeightAverage:
@@ -50,8 +50,7 @@ class WeightAverage:
     @torch.no_grad()
     def show(self, average: bool) -> None:
         """Let the forward pass use the average, or the weights again, to the last bit."""
-        for parameter in self._model.parameters():
-            piece = OwnPiece(parameter, self._optimizer, self._topology.dp_rank)
+        for _, parameter, piece in own_pieces(self._model, self._optimizer, self._topology.dp_rank):
             values = piece.state(AVERAGE) if average else piece.weights
             whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=self._topology.device)
             whole[piece.start :][: len(values)] = values
@@ -63,13 +62,12 @@ class WeightAverage:
         Args:
             folder: this tensor-parallel rank's.
         """
-        for name, parameter in self._model.named_parameters():
+        for name, _, piece in own_pieces(self._model, self._optimizer, self._topology.dp_rank):
             file = folder / "engine/zero" / name / f"{AVERAGE}.pt"
             if not file.exists():
                 self.drop()  # that of an engine which goes back
                 return
             for flat, state in self._partitions():
                 state.setdefault(AVERAGE, torch.zeros_like(flat))
-            piece = OwnPiece(parameter, self._optimizer, self._topology.dp_rank)
             own, saved = piece.state(AVERAGE), torch.load(file, map_location="cpu", mmap=True)["param"].view(-1)
             own.copy_(saved[piece.start :][: len(own)])

@@ -1,4 +1,4 @@
-"""Measure what one optimizer step does to each weight. engine, zero_pieces -> weight_norms -> layer_figures."""
+"""Measure what one optimizer step does to each trained weight. engine, zero_pieces -> weight_norms -> layer_figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.model.parallel import shard_dim
 from pretrain.topology import Topology
-from pretrain.zero_pieces import OwnPiece
+from pretrain.zero_pieces import own_pieces
 
 _RUN = 4096  # values whose squares are summed in fp32
 
@@ -48,9 +48,9 @@ class WeightMeasurement:
         self._names = []
         self._pieces = []
         self._counts = []
-        for name, parameter in model.named_parameters():
+        for name, parameter, piece in own_pieces(model, optimizer, topology.dp_rank):
             self._names.append(name)
-            self._pieces.append(OwnPiece(parameter, optimizer, topology.dp_rank))
+            self._pieces.append(piece)
             # A weight of which every tensor-parallel rank has a copy counts once.
             self._counts.append(topology.tp_rank == 0 or shard_dim(parameter) is not None)
         self._before = [piece.weights.clone() for piece in self._pieces]

@@ -7,13 +7,13 @@ ZeRO-3 and in another for the other stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.checkpoint.zero_files import AVERAGE
 from pretrain.optim import moments_of
@@ -92,6 +92,17 @@ class OwnPiece:
     def cut(self, flat: Tensor) -> Tensor:
         """Return this piece of a flat tensor that holds those of other weights as well."""
         return flat[self.place : self.place + self.size]
+
+
+def own_pieces(model: nn.Module, optimizer: Any, dp_rank: int) -> Iterator[tuple[str, nn.Parameter, OwnPiece]]:
+    """Yield the weights of a model that are trained, each with its name and this rank's piece.
+
+    Args:
+        optimizer, dp_rank: as for `OwnPiece`.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, OwnPiece(parameter, optimizer, dp_rank)
 
 
 def flat_partitions(optimizer: Any) -> Sequence[Tensor]:

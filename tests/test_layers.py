@@ -55,6 +55,7 @@ LAYERS = (
     ("pretrain.checkpoint", "pretrain.deepspeed_keys"),
     (
         "pretrain.zero_pieces",
+        "pretrain.saved_weights",
         "pretrain.weight_average",
         "pretrain.weight_norms",
         "pretrain.layer_figures",

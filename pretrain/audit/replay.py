@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain import data_end
-from pretrain.assembly import first_state, layout_of, make_engine, open_loader
+from pretrain.assembly import first_state, layout_of, load_base, make_engine, open_loader
 from pretrain.audit.interval import Figures, Interval, Training
 from pretrain.checkpoint.resume import open_verified, restore
 from pretrain.checkpoint.state import RunState, read_state
@@ -114,12 +114,16 @@ def _with_recorded_attention(training: Training, topology: Topology) -> RunConfi
 
 def _check_dropout(training: Training, topology: Topology) -> None:
     """Raise ConfigError if the model has dropout and would draw other masks than the run did."""
-    config = training.config
-    keys = ("dropout", "attention_dropout")
-    drawn = [f"model.{key}={share}" for key in keys if (share := getattr(config.model, key))]
+    config, model = training.config, training.config.model
+    rates = {
+        "model.dropout": model.dropout,
+        "model.attention_dropout": model.heads.dropout if model.heads else 0.0,
+        "model.lora.dropout": model.adapters.dropout if model.adapters else 0.0,
+    }
+    drawn = ", ".join(f"{key}={rate}" for key, rate in rates.items() if rate)
     if not drawn:
         return
-    what = f"{' and '.join(drawn)}: masks are drawn for each data-parallel rank and micro-step"
+    what = f"{drawn}: masks are drawn for each data-parallel rank and micro-step"
     if not training.starts:
         raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
     here = (topology.dp_size, _micro_batches(config, topology.dp_size), config.parallel.sequence_parallel)
@@ -149,6 +153,7 @@ def _restored(
 ) -> RunState:
     """Restore a run at a checkpoint, which is verified first, and converted elsewhere if it has another layout."""
     checkpoint = open_verified(store, step, topology)
+    load_base(config, checkpoint, engine, topology)
     layout = layout_of(config, topology)
     with ExitStack() as stack:
         own = store

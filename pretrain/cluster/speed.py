@@ -120,8 +120,10 @@ def _flops(work: Workload) -> float:
     """Count one rank's FLOPs of a micro-step in rows of one document each; shorter ones have less attention."""
     config = work.model
     of_model = flops_per_token(config, work.seq_len)
-    of_blocks = of_model - 6 * config.vocab_size * config.dim
-    again = of_blocks / 3 if work.parallel.activation_checkpointing == "full" else 0  # one more forward pass
+    # A frozen matrix has no gradient of its own
+    passes = 2 if config.adapters else 3
+    of_blocks = of_model - 2 * passes * config.vocab_size * config.dim
+    again = of_blocks / passes if work.parallel.activation_checkpointing == "full" else 0  # one more forward pass
     return work.tokens * (of_model + again) / work.parallel.tp_size
 
 
@@ -137,18 +139,18 @@ def _bytes_moved(work: Workload) -> float:
     passes = 3 if parallel.activation_checkpointing == "none" else 4
     blocks = config.n_layers * passes * costs.moved * (1 if parallel.compile else _UNFUSED)
     head = _HEAD_PASSES * work.vocab_rows * work.bytes_per_weight
-    return work.tokens * (blocks + head) + 12 * work.parameters
+    return work.tokens * (blocks + head) + 12 * work.trained
 
 
 def _optimizer_bytes(work: Workload) -> float:
     """Count the bytes that one rank reads and writes after the last micro-step.
 
-    AdamW reads weight, gradient and two moments of each of the rank's own parameters and writes all but the gradient,
-    and a bf16 copy. Before, the norm reads the gradients, clipping reads and writes them, and afterwards they are set
-    to zero.
+    AdamW reads weight, gradient and two moments of each of the rank's own trained parameters and writes all but the
+    gradient, and a bf16 copy. Before, the norm reads the gradients, clipping reads and writes them, and afterwards they
+    are set to zero.
     """
-    own = work.parameters / work.dp_size
-    gradients = work.parameters if work.parallel.applied_zero_stage == 1 else own
+    own = work.trained / work.dp_size
+    gradients = work.trained if work.parallel.applied_zero_stage == 1 else own
     return (14 + 4 * work.moment_bytes) * own + 16 * gradients
 
 
@@ -163,7 +165,8 @@ def tensor_parallel_bytes(work: Workload) -> float:
     """Count the bytes of all that the tp ranks sum in a micro-step; gathering and scattering tokens count half each.
 
     Besides the blocks' sums there are those of the embedding and of the gradient before the output projection. What is
-    computed again needs the first branch's sum; with sequence parallelism also both branches' tokens.
+    computed again needs the first branch's sum; with sequence parallelism also both branches' tokens. The gradients of
+    adapters, which do not grow with the tokens, are left out.
     """
     config, parallel = work.model, work.parallel
     if parallel.tp_size == 1:
@@ -197,8 +200,9 @@ def data_parallel_bytes(work: Workload) -> DataParallelBytes:
     gradients, and each rank keeps its own (`use_multi_rank_bucket_allreduce`). Both gather the new weights. ZeRO-3
     scatters its gradients and gathers weights, for the backward pass again unless all of them fit.
     """
-    gradients, weights = work.reduce_bytes * work.parameters, work.bytes_per_weight * work.parameters
+    gradients, weights = work.reduce_bytes * work.trained, work.bytes_per_weight * work.trained
     if work.parallel.applied_zero_stage == 3:
+        weights = work.bytes_per_weight * work.parameters
         passes = 1 if work.parameters <= work.gathered_weights else 2
         return DataParallelBytes(scattered=gradients, gathered=passes * weights)
     if work.parallel.applied_zero_stage == 2:

@@ -16,6 +16,7 @@ from pretrain import log
 from pretrain.checkpoint.weights import AveragedWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.commands.export import add_output_arguments, open_weights, write
+from pretrain.exchange.base import open_base
 from shards import ConfigError
 
 
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(steps) < 2:
         raise ConfigError(f"--steps {steps[0]}: an average needs at least two different steps")
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
-    sources = [open_weights(checkpoints.find(step), config) for step in steps]
+    base = open_base(config.init_from, config.model)
+    sources = [open_weights(checkpoints.find(step), config, base) for step in steps]
     written = write(AveragedWeights(sources), config, arguments)
     print(f"{arguments.to}: mean of steps {', '.join(map(str, steps))} of {folder.root}, {written}")
     return 0

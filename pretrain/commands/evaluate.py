@@ -39,6 +39,7 @@ from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
 from pretrain.evaluation.tasks import TaskConfig
+from pretrain.exchange.base import Base, open_base
 from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import Precision
@@ -94,14 +95,15 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
+        base = open_base(config.init_from, config.model, topology)
         if wanted.of_harness:
-            load_checkpoint(model, store, _one_step(arguments.steps), topology)
+            load_checkpoint(model, store, _one_step(arguments.steps), topology, base)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
         evaluation = wanted.applied_to(config.evaluation)
         if wanted.of_harness and evaluation.is_empty:
             return
-        evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology)
+        evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(evaluation, read_data(store.find()).fingerprint)
@@ -209,11 +211,12 @@ def _evaluator(
     seq_len: int,
     precision: str,
     topology: Topology,
+    base: Base | None = None,
 ) -> Evaluator:
     if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite with a folder or YAML file, or --tasks")
     parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
-    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE)
+    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, base)
 
 
 def _print(records: Sequence[Mapping[str, object]]) -> None:

@@ -3,6 +3,8 @@
     hf      what `transformers.AutoModelForCausalLM` and `AutoTokenizer` load: safetensors, config.json, tokenizer
     meta    Meta's layout: consolidated.XX.pth for each of --tp ranks, params.json, tokenizer.model
     headrace    our own, for every architecture: safetensors, config.json, tokenizer; the only one of some
+    peft    of a run with model.lora, the adapters alone, which `peft.PeftModel` loads onto the model in init_from:
+            adapter_model.safetensors, adapter_config.json. The other layouts get weights with the updates added
 
 The checkpoint may have any topology; it is read weight by weight, on the CPU, after its files have been verified. The
 run may be training meanwhile. The folder appears once it is complete.
@@ -15,6 +17,7 @@ Exit codes: 0 done, 2 no such run, step or model, or the layout cannot represent
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain import log
@@ -23,10 +26,13 @@ from pretrain.checkpoint.store import Checkpoint, wanted_step
 from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
-from pretrain.exchange.export import DTYPES, export
+from pretrain.exchange.base import Base, open_base, run_weights
+from pretrain.exchange.export import DTYPES, export, export_adapters
 from pretrain.exchange.folder import describe
-from pretrain.model.weights import Weights, weight_specs
+from pretrain.model.weights import Weights, trained_specs
 from shards import CheckpointError, ConfigError, Tokenizer
+
+_FORMATS = ("hf", "meta", "headrace")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,15 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("trained", "ema"), default="trained", help="ema: their moving average (train.ema)"
     )
-    add_output_arguments(parser, required=False)
+    add_output_arguments(parser, required=False, formats=(*_FORMATS, "peft"))
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser, required: bool, formats: Sequence[str] = _FORMATS) -> None:
     """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
     parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument(
-        "--format", choices=("hf", "meta", "headrace"), help="default: hf, or headrace for an architecture of our own"
-    )
+    parser.add_argument("--format", choices=formats, help="default: hf, or headrace for an architecture of our own")
     parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="fp32: the optimizer's exact weights; default: the run's precision"
@@ -62,22 +66,46 @@ def export_run(arguments: argparse.Namespace) -> None:
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
     averaged = arguments.weights == "ema"
-    written = write(open_weights(checkpoint, config, averaged), config, arguments)
+    if arguments.format == "peft":
+        written = write_adapters(checkpoint, config, arguments)
+    else:
+        base = open_base(config.init_from, config.model)
+        written = write(open_weights(checkpoint, config, base, averaged), config, arguments)
     of = "the average of the weights up to " if averaged else ""
     print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {written}")
 
 
-def open_weights(checkpoint: Checkpoint, config: RunConfig, averaged: bool = False) -> CheckpointWeights:
-    """Open a checkpoint's weights.
+def open_weights(checkpoint: Checkpoint, config: RunConfig, base: Base | None, averaged: bool = False) -> Weights:
+    """Open a checkpoint's weights, with the updates of adapters added.
 
     Args:
+        base: the model under the adapters, as `open_base` returned it.
         averaged: whether to open their moving average.
-    Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer is not the run's.
+    Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer or the base is not the run's.
     """
+    check(checkpoint, config)
+    return run_weights(checkpoint, config.model, base, averaged, merged=True)
+
+
+def check(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Check a checkpoint's files and tokenizer. Raises HeadraceError if one is damaged, or it is not the run's."""
     if broken := checkpoint.broken_files():
         raise CheckpointError("; ".join(broken))
     check_tokenizer(checkpoint, Tokenizer.of(config.data), config.data.tokenizer)
-    return CheckpointWeights(checkpoint, weight_specs(config.model), averaged)
+
+
+def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argparse.Namespace) -> str:
+    """Write the adapters in a checkpoint for peft, without reading their model; return their type and the layout.
+
+    Raises: ConfigError if the run has none; HeadraceError as `open_weights`.
+    """
+    if config.model.adapters is None:
+        raise ConfigError("--format peft: the run trains all weights, and has no adapters; use --format hf or meta")
+    check(checkpoint, config)
+    weights = CheckpointWeights(checkpoint, trained_specs(config.model), arguments.weights == "ema")
+    dtype = DTYPES[arguments.dtype or config.precision]
+    export_adapters(weights, config.model, str(config.init_from), arguments.to, dtype)
+    return f"{dtype}, peft layout"
 
 
 def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import wanted_step
 from pretrain.commands.begun_run import open_run
 from pretrain.evaluation.checkpoints import load_checkpoint
+from pretrain.exchange.base import open_base
 from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
@@ -75,9 +76,14 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
     tokenizer = Tokenizer.of(config.data)
     check_tokenizer(checkpoints.find(arguments.step), tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
+
+    def load(forward: ForwardModel, topology: Topology) -> None:
+        base = open_base(config.init_from, config.model, topology)
+        load_checkpoint(forward, checkpoints, arguments.step, topology, base)
+
     return ChosenModel(
         config.model,
-        lambda forward, topology: load_checkpoint(forward, checkpoints, arguments.step, topology),
+        load,
         codec,
         config.data.seq_len,
         arguments.precision or config.precision,

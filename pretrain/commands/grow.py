@@ -23,6 +23,7 @@ from pretrain.checkpoint.store import wanted_step
 from pretrain.commands.begun_run import open_run
 from pretrain.commands.export import open_weights
 from pretrain.config import load_config
+from pretrain.exchange.base import open_base
 from pretrain.exchange.export import export
 from pretrain.exchange.growth import GrownWeights, growable
 from pretrain.model.loss import next_token_targets, target_scores
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     large = load_config(arguments.config, arguments.overrides)
     before, after = growable(config.model, large.model)
     checkpoint = checkpoints.find(arguments.step)
-    weights = open_weights(checkpoint, config)
+    weights = open_weights(checkpoint, config, open_base(config.init_from, config.model))
     grown = GrownWeights(weights, before, after, large.run.seed)
     with started(ParallelConfig()):
         losses = loss_of(before, weights), loss_of(after, grown)

@@ -34,6 +34,7 @@ from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
 from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.evaluation.document_losses import document_losses
+from pretrain.exchange.base import open_base
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.provenance import batch_of_step, texts
 from pretrain.topology import ParallelConfig, started
@@ -82,7 +83,8 @@ def print_losses(step: int, batch: Batch, config: RunConfig, checkpoints: Checkp
     alone = ParallelConfig()
     with started(alone) as topology:
         model = ForwardModel(config.model, alone, config.precision, topology)
-        load_checkpoint(model, checkpoints, before[-1], topology)
+        base = open_base(config.init_from, config.model, topology)
+        load_checkpoint(model, checkpoints, before[-1], topology, base)
         rows = config.stage_at(step - 1).micro_rows or _BATCH_SIZE
         losses = document_losses(model.score, batch, rows, topology.device)
     print("loss", "targets", "source", "shard", "line", sep="\t")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from pretrain.checkpoint.resume import open_verified
 from pretrain.checkpoint.store import CheckpointStore, WantedStep
-from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import Scores, evaluated_steps, record_scores
 from pretrain.evaluation.scoring import Part, evaluate
+from pretrain.exchange.base import Base, run_weights
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.model.weights import Weights, weight_specs
+from pretrain.model.weights import Weights
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import HeadraceError
@@ -30,12 +30,17 @@ _PATIENCE_SECONDS = 3600.0  # how long to wait for an idle run
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One model, and a suite, tasks or both, for evaluating any number of weights."""
+    """One model, and a suite, tasks or both, for evaluating any number of weights.
+
+    Attributes:
+        base: the model under the adapters, if it is of a run that trains some.
+    """
 
     model: ForwardModel
     parts: Sequence[Part[Scores]]
     topology: Topology
     batch_size: int
+    base: Base | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -60,7 +65,7 @@ class Evaluator:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
         try:
-            load_checkpoint(self.model, store, step, self.topology)
+            load_checkpoint(self.model, store, step, self.topology, self.base)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
         return self._score(labels)
@@ -76,13 +81,16 @@ def missing_labels(folder: RunFolder, labels: Sequence[str], step: int) -> list[
     return [label for label in labels if step not in done[label]]
 
 
-def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: WantedStep, topology: Topology) -> int:
+def load_checkpoint(
+    model: ForwardModel, store: CheckpointStore, step: WantedStep, topology: Topology, base: Base | None = None
+) -> int:
     """Load one checkpoint's weights into a model, the same one on every rank. Every rank must call it.
 
     The files are compared with their hashes first, each by one rank, so that not every rank reads all of them.
 
     Args:
         step: None: the newest that rank 0 sees; others may see a newer one if a training saves meanwhile.
+        base: the model under the run's adapters, as `open_base` returned it.
     Returns:
         The step.
     Raises:
@@ -90,7 +98,7 @@ def load_checkpoint(model: ForwardModel, store: CheckpointStore, step: WantedSte
     """
     chosen = topology.broadcast_object(topology.together(lambda: store.find(step).step if topology.is_main else -1))
     checkpoint = open_verified(store, chosen, topology)
-    topology.together(lambda: model.set_weights(CheckpointWeights(checkpoint, weight_specs(model.config))))
+    topology.together(lambda: model.set_weights(run_weights(checkpoint, model.config, base)))
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Export a run's model as a folder. commands.export -> export -> {hf, meta, own, tokenizer_files}.
+"""Export a run's model as a folder. commands.export -> export -> {hf, meta, own, peft, tokenizer_files}.
 
 The folder appears at the end, complete, or not at all.
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from pretrain.exchange import hf, meta, own
+from pretrain.exchange import hf, meta, own, peft
 from pretrain.exchange.tokenizer_files import is_json, write_tokenizer
 from pretrain.model.architecture import Layout, ModelConfig
 from pretrain.model.transformer import LlamaConfig
-from pretrain.model.weights import Weights, check_splits, weight_specs
+from pretrain.model.weights import Weights, check_splits, trained_specs, weight_specs
 from shards import ConfigError, DataConfig, Tokenizer
 from shards.storage.atomic import fsync_folder, is_there, partial_name
 
@@ -86,6 +86,22 @@ def _check_meta_splits(model: ModelConfig, tp_size: int) -> None:
             f"--tp={tp_size} does not divide the model's vocab_size={model.vocab_size}, and Meta's files have"
             " no padding; choose a divisor, such as --tp 1"
         )
+
+
+def export_adapters(weights: Weights, model: ModelConfig, base: str, to: Path, dtype: torch.dtype) -> None:
+    """Write a model's adapters into a new folder, as `peft` loads them.
+
+    Args:
+        weights: of the adapters, read one at a time.
+        model: with the adapters.
+        base: the model that they were trained on, by its folder or name.
+        dtype: type to round the weights to.
+    Raises:
+        ConfigError: if the folder exists already.
+    """
+    with _atomic_folder(to) as folder:
+        peft.write_config(folder, model, base)
+        peft.write_weights(folder, weights, trained_specs(model), dtype)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def write_model(
         ids: bos_token_id and eos_token_id; None if there is none.
         max_shard_bytes: maximum size of a file.
     """
-    config = config.model_copy(update={"vocab_multiple": 1})  # a folder has no padding
+    config = config.merged().model_copy(update={"vocab_multiple": 1})  # a folder has no padding
     values = {
         "format": _FORMAT,
         "architecture": config.architecture,

@@ -43,6 +43,8 @@ class RunModel:
         file = folder.config
         tree = read_tree(file)[0]
         config = parse_model(tree["model"], f"{file}: model")
+        if config.adapters:
+            raise ConfigError(f"init_from={path}: the run trains adapters; export it, which adds them to its model")
         keys = {key: f"model.{key}" for key in config.model_dump()}
         self.description = ModelDescription(file, config, keys, tree["data"]["seq_len"])
         self.specs = read_specs(config, expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.model.activations import ActivationMeasurement
 from pretrain.model.attention import AttentionBackend
+from pretrain.model.lora import LoraConfig
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import slice_bounds, slice_size
 from pretrain.parametrization import Scale
@@ -148,6 +149,18 @@ class ModelConfig(Config, ABC):
     def heads(self) -> Heads | None:
         """Return the heads of a layer's attention; None if it has none."""
         return None
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Return what is trained in place of the weights, which then stay as they are in init_from; None: the weights.
+
+        A model with adapters has called `attach_adapters`.
+        """
+        return None
+
+    def merged(self) -> Self:
+        """Return the config of the model whose weights have the adapters' updates added."""
+        return self
 
     @property
     def split_sizes(self) -> Mapping[str, int]:

@@ -146,9 +146,11 @@ class _LossWithGradients(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kernels = _Kernels(compiled)
-        order = _by_targets if weight.numel() <= SUMMED_WEIGHTS else _by_vocabulary
-        nll, logsumexp, *ctx.gradients = order(states, weight, tokens, z_loss, kernels)
+        kernels, is_frozen = _Kernels(compiled), not ctx.needs_input_grad[1]
+        if is_frozen or weight.numel() <= SUMMED_WEIGHTS:
+            nll, logsumexp, *ctx.gradients = _by_targets(states, weight, tokens, z_loss, kernels, is_frozen)
+        else:
+            nll, logsumexp, *ctx.gradients = _by_vocabulary(states, weight, tokens, z_loss, kernels)
         total = nll.sum() + z_loss * logsumexp.square().sum()
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(nll, logsumexp)
@@ -158,7 +160,8 @@ class _LossWithGradients(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_states, of_weight = ctx.gradients
         del ctx.gradients  # they may be as large as the weight in fp32
-        return _scaled(of_states, scale, ctx.dtype), _scaled(of_weight, scale, ctx.dtype), None, None, None
+        scaled = None if of_weight is None else _scaled(of_weight, scale, ctx.dtype)
+        return _scaled(of_states, scale, ctx.dtype), scaled, None, None, None
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,16 +187,17 @@ class _Kernels:
 
 
 def _by_targets(
-    states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, kernels: _Kernels
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states: Tensor, weight: Tensor, tokens: Tensor, z_loss: float, kernels: _Kernels, is_frozen: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return nll, logsumexp and the gradients of states and weight, chunk of targets by chunk.
 
-    Each chunk is projected once, but the weight's gradient has to be summed over the chunks, in fp32.
+    Each chunk is projected once, but the weight's gradient has to be summed over the chunks, in fp32; a frozen weight
+    has none.
     """
     nll = torch.empty(len(tokens), device=states.device)
     logsumexp = torch.empty_like(nll)
     of_states = torch.empty_like(states)
-    of_weight = torch.zeros_like(weight, dtype=torch.float32)
+    of_weight = None if is_frozen else torch.zeros_like(weight, dtype=torch.float32)
     for chunk, logits, columns in _chunks(states, weight, tokens):
         for rows in _blocks(logits):
             powers, part = kernels.exponentials(logits[rows], columns[rows])
@@ -203,7 +207,8 @@ def _by_targets(
             # The gradient takes the logits' memory.
             logits[rows] = kernels.gradient(powers, columns[rows], part[2], figures.logsumexp, z_loss)
         torch.mm(logits, weight, out=of_states[chunk])
-        of_weight += logits.t() @ states[chunk]
+        if of_weight is not None:
+            of_weight += logits.t() @ states[chunk]
     return nll, logsumexp, of_states, of_weight
 
 

@@ -42,7 +42,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has
         held = out_features if multiple is None else _padded_size(out_features, multiple)
         with _Untouched():
             super().__init__(in_features, held, bias=False, gather_output=False, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0, whole_size=out_features, multiple=multiple or 1)
+        tag(self.weight, shard_dim=0, whole_size=out_features, multiple=multiple or 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -54,7 +54,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
     def __init__(self, in_features: int, out_features: int) -> None:
         with _Untouched():
             super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=_undrawn)
-        _tag(self.weight, shard_dim=1, whole_size=in_features, multiple=1)
+        tag(self.weight, shard_dim=1, whole_size=in_features, multiple=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -72,7 +72,7 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     def __init__(self, vocab_size: int, dim: int, multiple: int) -> None:
         with _Untouched():
             super().__init__(_padded_size(vocab_size, multiple), dim, init_method=_undrawn)
-        _tag(self.weight, shard_dim=0, whole_size=vocab_size, multiple=multiple)
+        tag(self.weight, shard_dim=0, whole_size=vocab_size, multiple=multiple)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if get_model_parallel_world_size() == 1:
@@ -102,10 +102,16 @@ class _Untouched(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tag(weight: nn.Parameter, shard_dim: int, whole_size: int, multiple: int) -> None:
+def tag(weight: nn.Parameter, shard_dim: int, whole_size: int, multiple: int) -> None:
+    """Mark a weight as this rank's slice of a whole one.
+
+    Args:
+        shard_dim, whole_size: the dimension along which it is split, and its size without padding.
+        multiple: what slices along it are rounded up to a multiple of.
+    """
     weight.shard_dim = shard_dim  # type: ignore[attr-defined]
-    weight.whole_size = whole_size  # type: ignore[attr-defined]  # along that dimension, without padding
-    weight.slice_multiple = multiple  # type: ignore[attr-defined]  # what slices along it are rounded up to
+    weight.whole_size = whole_size  # type: ignore[attr-defined]
+    weight.slice_multiple = multiple  # type: ignore[attr-defined]
     # DeepSpeed looks for this name; without it the norm would leave out the slices of tp ranks > 0.
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 

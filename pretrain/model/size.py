@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pretrain.model.architecture import BlockCosts, ModelConfig
 from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.parallel import slice_size
-from pretrain.model.weights import weight_specs
+from pretrain.model.weights import trained_specs, weight_specs
 from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimizerName, is_hidden
 from pretrain.topology import ParallelConfig
 
@@ -16,8 +16,13 @@ _REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLRE
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Count the trainable parameters of the whole model; tied embeddings count once."""
+    """Count the parameters of the whole model without adapters; tied embeddings count once."""
     return sum(math.prod(spec.shape) for spec in weight_specs(config).values())
+
+
+def trained_count(config: ModelConfig) -> int:
+    """Count the parameters that a training changes: those of the adapters, if there are any, or else all."""
+    return sum(math.prod(spec.shape) for spec in trained_specs(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -34,14 +39,18 @@ def flops_of_documents(config: ModelConfig, n_tokens: int, squared_lengths: int)
 
     Two per token and weight of every matrix multiplication in the forward pass (the embedding is a look-up and has
     none) and twice that in the backward pass; likewise for products of activations, such as those of attention within
-    each document. Recomputation is not counted.
+    each document. A frozen matrix has no gradient of its own, so its backward pass takes as much as its forward pass.
+    Recomputation is not counted.
 
     Args:
         n_tokens: tokens of all documents together.
         squared_lengths: sum over the documents of their length in tokens, squared.
     """
     matrices = sum(math.prod(shape) for shape in _block_matrices(config)) + config.vocab_size * config.dim
-    return 6 * (matrices * n_tokens + config.products_of(squared_lengths))
+    products = config.products_of(squared_lengths)
+    if config.adapters:
+        return (4 * matrices + 6 * trained_count(config)) * n_tokens + 6 * products
+    return 6 * (matrices * n_tokens + products)
 
 
 def orthogonalization_flops(config: ModelConfig) -> int:
@@ -65,14 +74,14 @@ def checkpoint_bytes(
     averaged: bool = False,
     moment_bytes: int = 4,
 ) -> int:
-    """Return the size of the whole model's checkpoint in bytes: the training weights and the optimizer's state.
+    """Return the size of a checkpoint in bytes: the weights that are trained, and the optimizer's state of them.
 
     Args:
         bytes_per_weight: 2 for bf16, 4 for fp32.
         averaged: whether there is a moving average of the weights.
         moment_bytes: of one moment of one weight.
     """
-    return bytes_per_weight * parameter_count(config) + _state_bytes(config, optimizer, averaged, moment_bytes)
+    return bytes_per_weight * trained_count(config) + _state_bytes(config, optimizer, averaged, moment_bytes)
 
 
 def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool, moment_bytes: int) -> int:
@@ -81,8 +90,8 @@ def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool, 
     It is master weights in fp32, two moments of each or one under Muon, and the average in fp32.
     """
     under_muon = sum(math.prod(shape) for shape in _block_matrices(config)) if optimizer == "muon" else 0
-    moments = 2 * parameter_count(config) - under_muon
-    return (8 if averaged else 4) * parameter_count(config) + moment_bytes * moments
+    moments = 2 * trained_count(config) - under_muon
+    return (8 if averaged else 4) * trained_count(config) + moment_bytes * moments
 
 
 @dataclass(frozen=True)
@@ -129,12 +138,23 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one tp rank's slice of the model, with the padding of its vocabulary."""
-        return parameter_count(self._padded_model) // self.parallel.tp_size
+        """Parameters of one tp rank's slice of the model, with the padding of its vocabulary and with its adapters."""
+        of_model = parameter_count(self._padded_model) // self.parallel.tp_size
+        return of_model + self.trained if self.model.adapters else of_model
+
+    @property
+    def trained(self) -> int:
+        """Return how many of them are trained."""
+        if self.model.adapters is None:
+            return self.parameters
+        tp_size, specs = self.parallel.tp_size, trained_specs(self.model).values()
+        return sum(math.prod(spec.shape) // (1 if spec.shard_dim is None else tp_size) for spec in specs)
 
     @property
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
+        if self.model.adapters:
+            return ((8 if self.averaged else 4) + 2 * self.moment_bytes) * self.trained // self.dp_size
         whole = _state_bytes(self._padded_model, self.optimizer, self.averaged, self.moment_bytes)
         return whole // (self.parallel.tp_size * self.dp_size)
 
@@ -164,14 +184,14 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
     Returns:
         None if it is not known what the architecture's blocks keep.
     """
-    parallel, own = work.parallel, work.parameters // work.dp_size
-    stage, costs = parallel.applied_zero_stage, work.block_costs
+    parallel, costs = work.parallel, work.block_costs
     if costs is None:
         return None
-    weights = work.bytes_per_weight * (own if stage == 3 else work.parameters)
+    stage = parallel.applied_zero_stage
+    weights = work.bytes_per_weight * (work.parameters // work.dp_size if stage == 3 else work.parameters)
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
-        gradients=4 * (work.parameters if stage == 1 else own),
+        gradients=4 * (work.trained if stage == 1 else work.trained // work.dp_size),
         optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work, costs)),
@@ -216,7 +236,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.trained / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted(_largest_matrix(work))
@@ -251,14 +271,19 @@ def _loss_bytes(work: Workload) -> float:
     states, weight = work.tokens * config.dim, width * config.dim
     logits = min(CHUNK_LOGITS, work.tokens * width)
     chunk = logits * weight_bytes + min(logits, CHUNK_LOGITS / 2) * 4  # exponentials of a quarter, and of that before
+    if config.adapters:
+        return 2 * states * weight_bytes + chunk
     if weight > SUMMED_WEIGHTS:
         return states * (weight_bytes + 8) + weight * weight_bytes + chunk
     return 2 * states * weight_bytes + weight * (4 + weight_bytes) + chunk
 
 
 def _backward_bytes(work: Workload, costs: BlockCosts) -> float:
-    """Estimate what a block's backward pass takes beside what is kept, with the gradient of its largest matrix."""
-    matrix = math.prod(_largest_matrix(work)) / work.parallel.tp_size
+    """Estimate what a block's backward pass takes beside what is kept, with the gradient of its largest matrix.
+
+    A frozen matrix has none.
+    """
+    matrix = 0 if work.model.adapters else math.prod(_largest_matrix(work)) / work.parallel.tp_size
     found = work.tokens * costs.backward + work.bytes_per_weight * matrix
     if pairs := _dropped_pairs(work):
         again = 0 if work.parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
@@ -274,8 +299,8 @@ def _reduction_bytes(work: Workload, blocks: float) -> float:
     nothing more. In another type than the gradients', there is a copy in that type too.
     """
     if work.parallel.applied_zero_stage == 1:
-        copy = 4 if work.parameters <= _REDUCED_TOGETHER else 0
-        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.parameters
-    reduced = min(work.reduce_bucket, work.parameters)
+        copy = 4 if work.trained <= _REDUCED_TOGETHER else 0
+        return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.trained
+    reduced = min(work.reduce_bucket, work.trained)
     cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
-    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.parameters)
+    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.trained)

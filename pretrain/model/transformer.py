@@ -19,6 +19,7 @@ from pretrain.model.attention import Attend, AttentionBackend, attention_within_
 from pretrain.model.attention_figures import TransformerMeasurement
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layers import Distribution, Output, RMSNorm, computations, draw
+from pretrain.model.lora import LoraConfig, adapted, attach_adapters, drawn_adapter, is_adapter
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import (
     ColumnLinear,
@@ -62,6 +63,7 @@ class LlamaConfig(ModelConfig):
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
     parametrization: Literal["standard", "mup"] = "standard"
     base: MupBase | None = None  # needed for mup
+    lora: LoraConfig | None = None  # trains adapters of the model in init_from, which stays as it is; null: all weights
 
     @model_validator(mode="after")
     def _has_base(self) -> Self:
@@ -127,12 +129,21 @@ class LlamaConfig(ModelConfig):
         return Heads(self.n_heads, self.kv_heads, self.head_dim, self.attention_dropout)
 
     @property
+    def adapters(self) -> LoraConfig | None:
+        """Return the adapters that are trained, if any."""
+        return self.lora
+
+    def merged(self) -> Self:
+        """Return the config without adapters."""
+        return self.model_copy(update={"lora": None})
+
+    @property
     def split_sizes(self) -> Mapping[str, int]:
         """Return the sizes, by key, that tensor parallelism divides: tp_size must divide each of them."""
         return {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "ffn_dim": self.hidden_dim}
 
     def problems(self) -> Iterator[str]:
-        """Yield what cannot work in the sizes of heads."""
+        """Yield what cannot work in the sizes of heads, and with adapters."""
         yield from not_divisible("model.dim", self.dim, "model.n_heads", self.n_heads)
         if self.dim % self.n_heads == 0 and self.head_dim % 2:
             yield (
@@ -140,6 +151,11 @@ class LlamaConfig(ModelConfig):
                 "rotary positions need an even head size"
             )
         yield from not_divisible("model.n_heads", self.n_heads, "model.n_kv_heads", self.kv_heads)
+        if self.lora and self.parametrization == "mup":
+            yield (
+                "model.lora: parametrization=mup scales the learning rates of weights that adapters leave as they are;"
+                " set parametrization: standard, under which the model in init_from computes the same"
+            )
 
     def scale_of(self, name: str) -> Scale:
         """Return how a weight begins and learns relative to the standard parametrization, by its name."""
@@ -155,7 +171,8 @@ class LlamaConfig(ModelConfig):
 
     def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
         """Return what a block costs; it does not depend on the rows' length."""
-        return block_costs(self.dim, self.hidden_dim, self.heads, self.qk_norm, parallel, bytes_per_weight)
+        heads, qk_norm, lora = self.heads, self.qk_norm, self.lora
+        return block_costs(self.dim, self.hidden_dim, heads, qk_norm, lora, parallel, bytes_per_weight)
 
     def spelled_out(self) -> dict[str, Any]:
         """Return all values as JSON has them, with the number of key-value heads and SwiGLU's width."""
@@ -183,13 +200,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim], where N = B * T."""
         rows, length = cos.shape[:2]
-        q = self.wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
-        k = self.wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
-        v = self.wv(x).view(rows, length, -1, self.head_dim)
+        wq, wk, wv, wo = adapted(self.wq, self.wk, self.wv, self.wo)
+        q = wq(x).view(rows, length, -1, self.head_dim)  # [B, T, H, D]
+        k = wk(x).view(rows, length, -1, self.head_dim)  # [B, T, K, D]
+        v = wv(x).view(rows, length, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, sharded=True), self.k_norm(k, sharded=True)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, T, H, D]
-        return self.wo(out.reshape(rows * length, -1))
+        return wo(out.reshape(rows * length, -1))
 
 
 class FeedForward(nn.Module):
@@ -203,7 +221,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        w1, w3, w2 = adapted(self.w1, self.w3, self.w2)
+        return w2(F.silu(w1(x)) * w3(x))
 
 
 class Block(nn.Module):
@@ -256,6 +275,8 @@ class Transformer(Model):
         if config.tie_embeddings:
             # One parameter in two layers, since both split the vocabulary the same way
             self.output.weight = self.embedding.weight
+        if config.lora:
+            attach_adapters(self, config.lora)
 
     def forward(
         self,
@@ -277,6 +298,8 @@ class Transformer(Model):
             attends, positions = cache.attends, cache.positions(tokens)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.dropout(leave_branch(self.embedding(tokens.flatten()), split_tokens))
+        if config.lora and torch.is_grad_enabled():
+            x.requires_grad_()  # or ZeRO-3 would take the first block's gradients before they are computed
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, cos, sin, attend, use)
         if cache is not None:
@@ -300,6 +323,8 @@ def initial_weight(
     name: str, shape: Sequence[int], config: LlamaConfig, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return the whole initial value of a weight of this name and shape, in fp32."""
+    if is_adapter(name):
+        return drawn_adapter(name, shape, seed, device)
     scale = config.scale_of(name).init
     if len(shape) < 2:
         return torch.full(tuple(shape), scale, device=device)

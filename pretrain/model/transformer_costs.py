@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pretrain.model.architecture import BlockCosts, Heads
+from pretrain.model.lora import LoraConfig
 from pretrain.topology import ParallelConfig
 
 
 def block_costs(
-    dim: int, hidden_dim: int, heads: Heads, qk_norm: bool, parallel: ParallelConfig, bytes_per_weight: int
+    dim: int,
+    hidden_dim: int,
+    heads: Heads,
+    qk_norm: bool,
+    lora: LoraConfig | None,
+    parallel: ParallelConfig,
+    bytes_per_weight: int,
 ) -> BlockCosts:
     """Count what a block costs one rank, in bytes per token; `benchmarks/memory_model.py` compares.
 
@@ -15,14 +24,14 @@ def block_costs(
     queries and keys; SwiGLU reads two products and writes one.
     """
     queries, keys = heads.n_heads * heads.head_dim, heads.n_kv_heads * heads.head_dim
-    kept = _kept(dim, hidden_dim, queries, keys, qk_norm, parallel)
+    kept = _kept(dim, hidden_dim, queries, keys, qk_norm, lora, parallel)
     hidden = hidden_dim / parallel.tp_size
     products = hidden * (1 if parallel.compile else 2)
     without = parallel.model_copy(update={"activation_checkpointing": "none"})
     again = {
         "none": 0.0,
         "selective": 2 * dim + products,
-        "full": _kept(dim, hidden_dim, queries, keys, qk_norm, without) - kept,
+        "full": _kept(dim, hidden_dim, queries, keys, qk_norm, lora, without) - kept,
     }[parallel.activation_checkpointing]
     # Those of the stream; uncompiled, also of two of SwiGLU's products
     gradients = dim + (0 if parallel.compile else 2 * hidden)
@@ -32,7 +41,15 @@ def block_costs(
     return BlockCosts(*(bytes_per_weight * count for count in numbers))
 
 
-def _kept(dim: int, hidden_dim: int, queries: int, keys: int, qk_norm: bool, parallel: ParallelConfig) -> float:
+def _kept(
+    dim: int,
+    hidden_dim: int,
+    queries: int,
+    keys: int,
+    qk_norm: bool,
+    lora: LoraConfig | None,
+    parallel: ParallelConfig,
+) -> float:
     """Count the numbers per token that a block keeps of its forward pass, on one tp rank.
 
     Divided among the tp ranks: queries, keys, values, attention's output, SwiGLU's products. The residual stream, twice
@@ -44,6 +61,7 @@ def _kept(dim: int, hidden_dim: int, queries: int, keys: int, qk_norm: bool, par
     if parallel.activation_checkpointing == "full":
         return stream
     kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * hidden_dim)
+    kept += _kept_by_adapters(dim, {"wo": queries, "w2": hidden_dim}, lora, parallel) if lora else 0
     if parallel.activation_checkpointing == "selective":
         # Gathered tokens are kept, since gathering them again would wait for other ranks. Uncompiled, all results of
         # matrix products and collectives are, needed or not.
@@ -53,3 +71,15 @@ def _kept(dim: int, hidden_dim: int, queries: int, keys: int, qk_norm: bool, par
         return kept
     kept += 2 * dim + of_rank * hidden_dim * (1 if parallel.compile else 2)
     return kept + (of_rank * (queries + keys) if qk_norm else 0)
+
+
+def _kept_by_adapters(dim: int, split: Mapping[str, int], lora: LoraConfig, parallel: ParallelConfig) -> float:
+    """Count the numbers per token that the adapters of a block keep: A x, and with dropout their inputs and masks.
+
+    Args:
+        split: widths of the inputs that the tp ranks divide, by the matrix that reads them; the others read dim.
+    """
+    kept = float(lora.r * len(lora.targets))
+    if lora.dropout and parallel.activation_checkpointing == "none":
+        kept += 2 * sum(split[name] / parallel.tp_size if name in split else dim for name in lora.targets)
+    return kept

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.model.architecture import ModelConfig, WeightSpec
+from pretrain.model.lora import is_adapter
 from pretrain.model.parallel import padded_for
 from shards import ConfigError
 
@@ -27,10 +28,61 @@ class Weights(Protocol):
 
 
 def weight_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """List all weights in the order in which the layers use them; a tied output projection is not listed."""
+    """List all weights but those of adapters, in the order in which the layers use them.
+
+    A tied output projection is not listed.
+    """
     vocabulary = WeightSpec((config.vocab_size, config.dim), 0, config.vocab_multiple)
     output = {} if config.tie_embeddings else {"output.weight": vocabulary}
     return {"embedding.weight": vocabulary, **config.layer_specs(), **output}
+
+
+def trained_specs(config: ModelConfig) -> dict[str, WeightSpec]:
+    """List the weights that a training changes and saves: the adapters', if there are any, or else all."""
+    lora, specs = config.adapters, weight_specs(config)
+    if lora is None:
+        return specs
+    adapters = {}
+    for name, spec in specs.items():
+        layer = name.removesuffix(".weight")
+        if layer.rpartition(".")[2] in lora.targets:
+            outputs, inputs = spec.shape
+            a_dim, b_dim = (None, 0) if spec.shard_dim == 0 else (1, None)
+            adapters[f"{layer}.lora.a"] = WeightSpec((lora.r, inputs), a_dim)
+            adapters[f"{layer}.lora.b"] = WeightSpec((outputs, lora.r), b_dim)
+    return adapters
+
+
+class AdaptedWeights:
+    """The weights of a model and of its adapters, each from its own source; a `Weights`."""
+
+    def __init__(self, base: Weights, adapters: Weights) -> None:
+        self._base, self._adapters = base, adapters
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """Read a weight of the model or of an adapter, or its slice for tensor-parallel rank `index` of `count`."""
+        return (self._adapters if is_adapter(name) else self._base).read(name, index, count)
+
+
+class MergedWeights:
+    """The weights of a model with its adapters' updates added: W + (alpha / r) B A; a `Weights`.
+
+    Args:
+        config: of the model, with its adapters.
+    """
+
+    def __init__(self, base: Weights, adapters: Weights, config: ModelConfig) -> None:
+        assert config.adapters is not None
+        self._base, self._adapters = base, adapters
+        self._scale, self._names = config.adapters.scale, trained_specs(config).keys()
+
+    def read(self, name: str, index: int = 0, count: int = 1) -> Tensor:
+        """Read a weight, or its slice for tensor-parallel rank `index` of `count`; in fp32 if it has an update."""
+        weight, layer = self._base.read(name, index, count), name.removesuffix(".weight")
+        if f"{layer}.lora.a" not in self._names:
+            return weight
+        a, b = (self._adapters.read(f"{layer}.lora.{part}", index, count).float() for part in "ab")
+        return weight.float() + self._scale * (b @ a)
 
 
 @torch.no_grad()

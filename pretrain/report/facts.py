@@ -12,7 +12,7 @@ from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.evaluation.compare import Difference
 from pretrain.model.architectures import parse_model
-from pretrain.model.size import parameter_count
+from pretrain.model.size import parameter_count, trained_count
 from pretrain.report.chart import short
 from pretrain.report.curves import parts_of
 from pretrain.report.figures import duration, final_loss, last_eval, number, usual_speed
@@ -103,9 +103,11 @@ def _model(history: History) -> str:
         config = parse_model(model, at="model")
     except ConfigError:  # another version of this program wrote it
         return ", ".join(f"{key} {value}" for key, value in model.items())
+    lora = config.adapters
+    adapters = f"; trained are adapters of rank {lora.r}, {trained_count(config):,} parameters" if lora else ""
     return (
         f"{parameter_count(config):,} parameters: {config.describe()},"
-        f" vocabulary of {config.vocab_size:,}; {history.value('precision')}"
+        f" vocabulary of {config.vocab_size:,}; {history.value('precision')}{adapters}"
     )
 
 

@@ -23,7 +23,7 @@ def written(command: object, *words: object) -> dict[str, Tensor]:
     command.add_arguments(parser)
     arguments = parser.parse_args([str(word) for word in words])
     assert command.run(arguments) == 0
-    return load_file(arguments.to / "model.safetensors")
+    return load_file(next(arguments.to.glob("*.safetensors")))
 
 
 @pytest.mark.distributed
@@ -48,5 +48,7 @@ def test_an_average_is_the_mean_of_the_exports(tmp_path: Path) -> None:
         assert weight.dim() == 1 or not torch.equal(exports[1][name], exports[3][name])
     with pytest.raises(ConfigError, match="at least two different steps"):
         written(average, "--run", run, "--steps", 3, 3, "--to", tmp_path / "one")
+    with pytest.raises(ConfigError, match="--format peft: the run trains all weights, and has no adapters"):
+        written(export, "--run", run, "--format", "peft", "--to", tmp_path / "adapters")
     with pytest.raises(CheckpointError, match="4"):
         written(average, "--run", run, "--steps", 3, 4, "--to", tmp_path / "other")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pretrain.config import RunConfig
+from pretrain.model.lora import LoraConfig
 from shards import Config, ConfigError
 from shards.suites.suite import SuiteFile
 
@@ -98,6 +99,7 @@ stages:
 """)
 # Keys that exclude another one above, or whose values are of other types than the one above.
 OTHERS = {
+    "model.lora",
     "train.epochs",
     "train.ema.decay",
     "train.ema.half_life_tokens",
@@ -105,6 +107,8 @@ OTHERS = {
     "stages.data.sources.input_ids_key",
 }
 SUITE = {"name": "a", "sources": [{"name": "b", "path": "p", "text_key": "t", "domain_from": "d", "split": "val"}]}
+LORA = {"r": 8, "alpha": 1.5, "dropout": 0.5, "targets": ["wq", "w2"]}
+TREES: dict[type[Config], dict[str, Any]] = {RunConfig: FULL, SuiteFile: SUITE, LoraConfig: LORA}
 
 
 def wrong_values(right: object) -> list[object]:
@@ -158,7 +162,7 @@ def test_the_full_config_is_valid_and_has_every_key() -> None:
     ("kind", "path", "wrong"),
     [
         pytest.param(kind, path, wrong, id=f"{in_words(path)}={wrong!r}")
-        for kind, tree in ((RunConfig, FULL), (SuiteFile, SUITE))
+        for kind, tree in TREES.items()
         for path, right in places(tree)
         if path[0] != "deepspeed"  # DeepSpeed's own keys have their own table
         for wrong in wrong_values(right)
@@ -168,9 +172,8 @@ def test_the_full_config_is_valid_and_has_every_key() -> None:
 def test_a_value_of_a_wrong_type_is_refused_by_name(
     kind: type[Config], path: tuple[str | int, ...], wrong: object
 ) -> None:
-    tree = FULL if kind is RunConfig else SUITE
     with pytest.raises(ConfigError) as caught:
-        kind.parse(replaced(tree, path, wrong))
+        kind.parse(replaced(TREES[kind], path, wrong))
     assert str(caught.value).startswith(in_words(path)), caught.value
 
 

@@ -74,7 +74,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
         write_complete(folder, [], 0.0)
-    monkeypatch.setattr(checkpoints, "CheckpointWeights", lambda checkpoint, specs: checkpoint.step)
+    monkeypatch.setattr(checkpoints, "run_weights", lambda checkpoint, model, base: checkpoint.step)
     return tmp_path
 
 

@@ -27,6 +27,10 @@ CASES = [
     "llama-7b-pile-dolma-tp2 32 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false",
     "llama-7b-pile-dolma-tp2 32 model.n_layers=3 train.micro_batch_size=1 parallel.compile=false"
     " parallel.activation_checkpointing=full parallel.sequence_parallel=true",
+    "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=3"
+    " init_from=a model.lora.r=16 model.lora.alpha=32",
+    "llama-7b-pile-dolma-tp2 32 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false"
+    " init_from=a model.lora.r=16 model.lora.alpha=32 model.lora.dropout=0.1",
 ]
 Simulated = Callable[[str], dict[str, object]]
 
