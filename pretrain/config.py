@@ -417,6 +417,8 @@ def _adapter_problems(model: ModelConfig, parts: Mapping[str, Any]) -> Iterator[
     assert model.adapters is not None
     if parts.get("init_from", model) is None:
         yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
+    if parts.get("init_optimizer"):
+        yield "model.lora: the state of an optimizer of all weights means nothing to adapters; leave init_optimizer out"
     optim: OptimConfig | None = parts.get("optim")
     if optim and optim.name == "muon":
         yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     log.set_up(0)
     folder, config, checkpoints = open_run(arguments.run)
     large = load_config(arguments.config, arguments.overrides)
-    before, after = growable(config.model, large.model)
+    before, after = growable(config.model.merged(), large.model.merged())
     checkpoint = checkpoints.find(arguments.step)
     weights = open_weights(checkpoint, config, open_base(config.init_from, config.model))
     grown = GrownWeights(weights, before, after, large.run.seed)

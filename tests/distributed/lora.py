@@ -25,7 +25,7 @@ from pretrain.exchange.folder import open_model
 from pretrain.model.lora import LoraConfig, is_adapter
 from pretrain.model.parallel import padded_for
 from pretrain.model.pieces import valid_targets
-from pretrain.model.transformer import ModelConfig
+from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig
 from pretrain.run.metrics import Meter
@@ -36,7 +36,7 @@ from tests.distributed.parity import GLOBAL_ROWS, RELEASED, SEED, global_batches
 STAGES, STEPS, SAVED, LATER = (1, 2, 3), 10, 5, 7
 OPTIM = OptimConfig(weight_decay=0.1, grad_clip=0.5)
 RATE = 1e-2
-BASE = ModelConfig(
+BASE = LlamaConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64, tie_embeddings=True, init_std=0.2
 )
 LORA = LoraConfig(r=3, alpha=12)

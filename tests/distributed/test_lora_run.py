@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pretrain.commands import average, export
 from pretrain.config import load_config
-from pretrain.exchange.folder import content_hash, file_hashes
+from pretrain.exchange.base import model_hash
+from pretrain.exchange.folder import open_model
 from pretrain.run.run_folder import RunFolder
 from shards import ConfigError
 from tests.distributed.evaluation import write_suite
@@ -132,6 +134,13 @@ def test_exports_and_continuations_are_of_the_model_with_its_adapters(
     assert said[0] == said[1] != ""
 
 
+def test_a_run_with_adapters_grows_as_the_merged_model(run: RunFolder, tmp_path: Path) -> None:
+    deeper = ("--config", str(run.config), "--to", str(tmp_path / "grown"), "model.n_layers=3")
+    said = " ".join(run_ranks(1, "pretrain", "grow", "--run", str(run.root), *deeper).split())
+    before, after = re.search(r"loss on random tokens ([\d.]+) nats before, ([\d.]+) after", said).groups()  # type: ignore[union-attr]
+    assert float(after) == pytest.approx(float(before), abs=2e-6)
+
+
 def test_another_base_is_refused_with_both_hashes_and_a_moved_one_is_not(
     run: RunFolder, base: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +156,6 @@ def test_another_base_is_refused_with_both_hashes_and_a_moved_one_is_not(
     codes, output = run_starts(config, [(1, [*more[:2], f"train.steps={STEPS + 2}"], "")])
     assert codes == [[2]], output
     trained_on = json.loads((run.checkpoints / f"step_{STEPS:08d}" / "state.json").read_text())["init_hash"]
-    found = content_hash(file_hashes(moved))
+    found = model_hash(open_model(moved))
     assert f"the hash of its files is {found}, not {trained_on}" in " ".join(output.split())
     assert contents(tmp_path / "run") == before

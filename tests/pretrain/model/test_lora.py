@@ -13,18 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import load_config
 from pretrain.config_changes import compare_for_resume
+from pretrain.model.architecture import WeightSpec
 from pretrain.model.lora import LoraConfig
 from pretrain.model.loss import Targets, training_loss
 from pretrain.model.size import Workload, checkpoint_bytes, flops_of_documents, memory_per_rank, parameter_count
-from pretrain.model.transformer import ModelConfig, Transformer
-from pretrain.model.weights import AdaptedWeights, MergedWeights, WeightSpec, fill, trained_specs, weight_specs
+from pretrain.model.transformer import LlamaConfig, Transformer
+from pretrain.model.weights import AdaptedWeights, MergedWeights, fill, trained_specs, weight_specs
 from pretrain.topology import ParallelConfig
 from shards import ConfigError
 
-SMALL = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
+SMALL = LlamaConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)
 LORA = LoraConfig(r=3, alpha=12, targets=("wk", "wo", "w3", "w2"))
 ADAPTED = SMALL.model_copy(update={"lora": LORA})
-LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
+LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 QUICKSTART = Path("configs/quickstart.yaml")
 
 
@@ -119,6 +120,7 @@ def test_memory_counts_states_of_the_adapters_alone() -> None:
     ("overrides", "message"),
     [
         (["init_from=null"], "model.lora: adapters are trained on a model that exists; set init_from"),
+        (["init_optimizer=true"], "model.lora: the state of an optimizer of all weights means nothing to adapters"),
         (["optim.name=muon"], "model.lora: optim.name=muon orthogonalizes matrices"),
         (["model.parametrization=mup", "model.base={dim: 8, n_layers: 1}"], "set parametrization: standard"),
         (["model.lora.targets=[wq, w4]"], "\"w4\" is wrong; it should be 'wq', 'wk'"),
