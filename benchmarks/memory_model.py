@@ -260,6 +260,7 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
         mock.patch.object(Topology, "gather_objects", lambda topology, value: [value] * topology.world_size),
         mock.patch.object(gc, "collect"),  # DeepSpeed does it thirty times at a start
         mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
+        mock.patch("pretrain.model.recurrent.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),
         mock.patch("pretrain.model.loss._CACHED_LOGITS", CHUNK_LOGITS // 4),  # as on CUDA
         mock.patch("torch.compile", functools.partial(torch.compile, backend=backend(ledger))),

@@ -1,6 +1,6 @@
 """Scale initial weights and learning rates with a model's size, so that what suits a small one suits a large one.
 
-ModelConfig -> parametrization -> {initialization, parameter groups}. The maximal-update parametrization is usually
+LlamaConfig -> parametrization -> {initialization, parameter groups}. The maximal-update parametrization is usually
 written with multipliers in the forward pass: on the attention logits, each branch's output and the model's output.
 AdamW's updates do not depend on the scale of gradients, so a multiplier on what a weight is applied to is the same as
 one on its initial values and its learning rate (Yang et al. 2022, appendix J.2.1). Here all multipliers are moved into

@@ -82,7 +82,8 @@ class StepTime:
 
 def why_unknown(work: Workload, device: Device) -> str:
     """Return why there is no estimate for a workload on a device; empty if there is one."""
-    if work.block_costs is None:
+    costs = work.block_costs
+    if costs is None or costs.moved is None:
         return f"model.architecture={work.model.architecture}"
     if work.bytes_per_weight != 2:
         return "precision=fp32"
@@ -135,7 +136,8 @@ def _bytes_moved(work: Workload) -> float:
     """
     config, parallel = work.model, work.parallel
     costs = work.block_costs
-    assert costs, "or `why_unknown` says so"
+    assert costs is not None, "or `why_unknown` says so"
+    assert costs.moved is not None, "likewise"
     passes = 3 if parallel.activation_checkpointing == "none" else 4
     blocks = config.n_layers * passes * costs.moved * (1 if parallel.compile else _UNFUSED)
     head = _HEAD_PASSES * work.vocab_rows * work.bytes_per_weight

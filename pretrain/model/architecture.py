@@ -86,12 +86,13 @@ class BlockCosts:
     Attributes:
         kept: what it keeps of its forward pass for the backward pass.
         backward: what its backward pass takes beside that: what it computes again, and gradients.
-        moved: what a fused forward pass reads and writes outside of matrix products and attention.
+        moved: what a fused forward pass reads and writes outside of matrix products and attention; None if the time of
+            a block does not follow from it.
     """
 
     kept: float
     backward: float
-    moved: float
+    moved: float | None
 
 
 class Cache(Protocol):

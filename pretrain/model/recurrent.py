@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.model.activations import ActivationMeasurement, sums
-from pretrain.model.architecture import Head, Model, ModelConfig, Use, WeightSpec
+from pretrain.model.architecture import BlockCosts, Head, Model, ModelConfig, Use, WeightSpec
 from pretrain.model.attention import AttentionBackend
 from pretrain.model.layers import Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
@@ -78,6 +78,25 @@ class RecurrentConfig(ModelConfig):
     def logit_variance(self) -> float:
         """Return the variance of a logit of a drawn model; the last norm leaves activations of length sqrt(dim)."""
         return self.dim * self.embedding_std**2
+
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
+        """Return what a block takes; how long that takes is not known, since a scan waits for its many small steps.
+
+        A scan's inputs and outputs are fp32. Uncompiled, so are both gates, and contexts are kept in both types.
+        """
+        dim, context, hidden = self.dim, self.context_dim, self.ffn_dim
+        products = 2 * context + hidden  # of matrices; their inputs are the normalized stream and context, and SwiGLU's
+        compiled = bytes_per_weight * (2 * dim + context + hidden + products) + 8 * context
+        rounded = context * bytes_per_weight if bytes_per_weight < 4 else 0
+        whole = compiled if parallel.compile else compiled + 8 * context - bytes_per_weight * context + rounded
+        kept = {
+            "none": whole,
+            "selective": bytes_per_weight * (dim + products + (0 if parallel.compile else dim)),
+            "full": bytes_per_weight * dim,
+        }[parallel.activation_checkpointing]
+        # Of the stream, and of what a scan returns and reads; compiled, they replace what was kept
+        gradients = 0 if parallel.compile else bytes_per_weight * dim + 8 * context
+        return BlockCosts(kept, whole - kept + gradients, moved=None)
 
     def spelled_out(self) -> dict[str, Any]:
         """Return all values as JSON has them, with the scale of drawn embeddings."""

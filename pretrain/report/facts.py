@@ -100,7 +100,7 @@ def _model(history: History) -> str:
     if not isinstance(model, dict):
         return ""
     try:
-        config = parse_model(model, at="model")
+        config = parse_model(model, at="")
     except ConfigError:  # another version of this program wrote it
         return ", ".join(f"{key} {value}" for key, value in model.items())
     lora = config.adapters

@@ -106,16 +106,25 @@ def test_speed_is_estimated_with_what_is_known() -> None:
     assert speed(device=device_of_slurm("v100")).text == "there is no estimate for V100, which has no bf16"
 
 
-def test_what_is_not_known_of_an_architecture_is_said() -> None:
-    model = RecurrentConfig(dim=64, n_layers=2, vocab_size=512)
-    work = Workload(model, ParallelConfig(), 2, 4, seq_len=64, bytes_per_weight=2)
+class Unmeasured(RecurrentConfig):
+    """An architecture of which nobody has said what its blocks keep."""
+
+    def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("kind", "unknown"), [(RecurrentConfig, ["speed"]), (Unmeasured, ["memory", "speed"])])
+def test_what_is_not_known_of_an_architecture_is_said(kind: type[RecurrentConfig], unknown: list[str]) -> None:
+    work = Workload(kind(dim=64, n_layers=2, vocab_size=512), ParallelConfig(), 2, 4, seq_len=64, bytes_per_weight=2)
     hardware = preflight.hardware_of(["h100"])
     said = [
         *preflight.memory_findings(work, 1, hardware.gpu_bytes),
         *preflight.speed_findings(work, 1, 100, 1, 2, hardware),
     ]
-    assert [(finding.level, finding.about) for finding in said] == [("note", "memory"), ("note", "speed")]
-    assert all("there is no estimate for model.architecture=recurrent" in finding.text for finding in said)
+    assert [finding.about for finding in said] == ["memory", "speed"]
+    none = [finding for finding in said if "there is no estimate for model.architecture=recurrent" in finding.text]
+    assert [finding.about for finding in none] == unknown
+    assert all(finding.level == "note" for finding in none)
 
 
 @pytest.mark.parametrize(

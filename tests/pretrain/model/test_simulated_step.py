@@ -20,6 +20,9 @@ MICRO_STEPS = 2  # of a simulated step
 # Small micro-batches keep the loss short, of which a simulation runs every chunk.
 CASES = [
     "quickstart 1",
+    "quickstart-recurrent 1",
+    "quickstart-recurrent 2 precision=bf16 parallel.compile=true parallel.activation_checkpointing=selective",
+    "quickstart-recurrent 1 model.vocab_size=64 model.n_layers=1 parallel.activation_checkpointing=full precision=bf16",
     "llama-125m-pile 8 model.n_layers=1 train.micro_batch_size=4 parallel.activation_checkpointing=selective",
     "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=2",
     "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=3"
