@@ -75,9 +75,13 @@ class RecurrentConfig(ModelConfig):
         return Contexts(self.n_layers)
 
     @property
-    def logit_variance(self) -> float:
-        """Return the variance of a logit of a drawn model; the last norm leaves activations of length sqrt(dim)."""
-        return self.dim * self.embedding_std**2
+    def logit_variance(self) -> float | None:
+        """Return the variance of a logit of a drawn model; the last norm leaves activations of length sqrt(dim).
+
+        Those are mostly the token's embedding. Where that is the output too, the logit of the token itself stands out,
+        by how much is not known.
+        """
+        return None if self.tie_embeddings else self.dim * self.embedding_std**2
 
     def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
         """Return what a block takes; how long that takes is not known, since a scan waits for its many small steps.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretrain.evaluation.plausibility import doubt_of_first_loss
 from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.recurrent import Recurrent, RecurrentConfig, scan
 from pretrain.model.size import flops_per_token, parameter_count
@@ -217,3 +218,10 @@ def test_a_drawn_model_begins_at_the_loss_that_is_expected_of_it() -> None:
         logits = model(tokens, torch.ones_like(tokens))
     assert float(logits.var()) == pytest.approx(model.config.logit_variance, rel=0.2)
     assert math.isfinite(float(logits.sum()))
+
+
+@pytest.mark.parametrize(("tied", "doubted"), [(False, True), (True, False)])
+def test_a_first_loss_is_doubted_only_where_it_is_known(tied: bool, doubted: bool) -> None:
+    config = RecurrentConfig(dim=256, n_layers=1, vocab_size=4096, tie_embeddings=tied)
+    assert (doubt_of_first_loss(13.6, config, "step 1") is not None) == doubted
+    assert doubt_of_first_loss(8.9, config, "step 1") is None
