@@ -21,7 +21,7 @@ from pretrain.topology import Topology
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of AdamW's
 
-_AT_ONCE = 1 << 24  # moments that are there in fp32 too
+_AT_ONCE = 1 << 24  # elements of which an fp32 copy exists at a time
 
 
 class AdamW(torch.optim.AdamW):

@@ -102,7 +102,7 @@ class RunConfig(Config):
     # checkpoint than the newest; None: random initialization. With model.lora it is read at every start, and may have
     # moved as long as its files are the same
     init_from: Path | None = None
-    init_optimizer: bool = False  # of a run, take the optimizer's state too
+    init_optimizer: bool = False  # also take the optimizer's state of the run that init_from names
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()

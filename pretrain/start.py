@@ -24,7 +24,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
 from pretrain.evaluation.tasks import check_tasks
-from pretrain.exchange.folder import named_exactly, open_model
+from pretrain.exchange.folder import open_model, pinned
 from pretrain.exchange.run_model import RunModel
 from pretrain.exchange.tokenizer_files import check_tokenizer
 from pretrain.faults.interrupt import Interrupt
@@ -207,7 +207,7 @@ def claim_run(
     begun = load_config(folder.config, begun=True) if folder.has_begun() and not replaced else None
     config = config.settled(begun)
     if config.init_from:
-        exactly = named_exactly(config.init_from, begun.init_from if begun else None)
+        exactly = pinned(config.init_from, begun.init_from if begun else None)
         config = config.model_copy(update={"init_from": exactly})
     if not replaced:
         config = config.passing_over(folder.rewinds())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,8 +97,8 @@ class SourceConfig(Config):
     loss_on: Literal["response", "all"] | None = None
     # Column of token ids in a data set or in Parquet files; None = the text is tokenized
     input_ids_key: Name | None = None
-    # Records to read, first and end, numbered from 0 over the shards in order, the end not included; null as the end =
-    # all that follow; None = all
+    # Records to read, [first, end], numbered from 0 over all shards in order, the end not included; null as the end =
+    # to the last; None = all
     take: Take | None = None
     # The documents to keep: those with a hash of their content, a number from 0 to 1, from the first bound to below the
     # second; None = all
@@ -119,6 +120,11 @@ class SourceConfig(Config):
     def selection(self) -> dict[str, object]:
         """Return the keys that choose a part of the records, by name, as plain values; empty if all are read."""
         return {key: list(value) for key in self.SELECTION_KEYS if (value := getattr(self, key)) is not None}
+
+    @property
+    def selection_texts(self) -> dict[str, str]:
+        """Return `selection` as a config has it, `key: value`, by key, for messages."""
+        return {key: f"{key}: {json.dumps(value)}" for key, value in self.selection.items()}
 
     @property
     def content_key(self) -> str:

@@ -187,7 +187,7 @@ def _rows_of_lanes(
 def _check_kept(source: Source, rows: Figures) -> None:
     """Check that a source keeps some of its records. Raises: ShardError if none of them gives a row."""
     if source.config.selection and not rows.any():
-        parts = " and ".join(f"{key}={value}" for key, value in source.config.selection.items())
+        parts = " and ".join(source.config.selection_texts.values())
         raise ShardError(
             f"source {source.config.name!r}: {parts} leave no document of its {source.plan.num_records:,} records that "
             "gives a row; widen what they choose, or leave the source out"

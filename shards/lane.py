@@ -154,7 +154,7 @@ class Stream:
         config = self.source.config
         what = "a whole pass over it gives" if whole_pass else f"{len(deals)} consecutive parts of it give"
         last = f": the last, line {skipped[-1][1].line} of its shard, {skipped[-1][1].reason}" if skipped else ""
-        parts = "".join(f", or none is in {key}={value}" for key, value in config.selection.items())
+        parts = "".join(f", or none is in {text}" for text in config.selection_texts.values())
         if isinstance(packing := self.source.packing, MaxOverflow):
             parts += f", or longer than data.packing.max_overflow={packing.max_overflow} allows"
         raise ShardError(

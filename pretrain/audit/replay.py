@@ -114,13 +114,8 @@ def _with_recorded_attention(training: Training, topology: Topology) -> RunConfi
 
 def _check_dropout(training: Training, topology: Topology) -> None:
     """Raise ConfigError if the model has dropout and would draw other masks than the run did."""
-    config, model = training.config, training.config.model
-    rates = {
-        "model.dropout": model.dropout,
-        "model.attention_dropout": model.heads.dropout if model.heads else 0.0,
-        "model.lora.dropout": model.adapters.dropout if model.adapters else 0.0,
-    }
-    drawn = ", ".join(f"{key}={rate}" for key, rate in rates.items() if rate)
+    config = training.config
+    drawn = ", ".join(f"model.{key}={share}" for key, share in config.model.dropouts.items() if share)
     if not drawn:
         return
     what = f"{drawn}: masks are drawn for each data-parallel rank and micro-step"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
@@ -29,10 +30,11 @@ from pretrain.config import RunConfig
 from pretrain.exchange.base import Base, open_base, run_weights
 from pretrain.exchange.export import DTYPES, export, export_adapters
 from pretrain.exchange.folder import describe
+from pretrain.model.architecture import Layout
 from pretrain.model.weights import Weights, trained_specs
 from shards import CheckpointError, ConfigError, Tokenizer
 
-_FORMATS = ("hf", "meta", "headrace")
+_FORMATS = get_args(Layout)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +102,10 @@ def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argpars
     Raises: ConfigError if the run has none; HeadraceError as `open_weights`.
     """
     if config.model.adapters is None:
-        raise ConfigError("--format peft: the run trains all weights, and has no adapters; use --format hf or meta")
+        raise ConfigError(
+            "--format peft: the run trains all weights, and has no adapters; use --format"
+            f" {' or '.join(config.model.LAYOUTS)}"
+        )
     check(checkpoint, config)
     weights = CheckpointWeights(checkpoint, trained_specs(config.model), arguments.weights == "ema")
     dtype = DTYPES[arguments.dtype or config.precision]

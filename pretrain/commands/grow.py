@@ -2,7 +2,7 @@
 
 Writes a larger model that computes what the run's does: wider, deeper, with more heads or a wider feed-forward network,
 as the `model:` section of the config asks. A run with that config and `init_from: models/grown` then begins with the
-loss at which the smaller one is. Both models are run on a few random tokens, and their losses are printed.
+smaller model's loss. Both models are run on a few random tokens, and their losses are printed.
 
 The optimizer's state is not taken along: a new weight's moments would be zero, and its first updates several times the
 learning rate. So give the new run a warm-up.

@@ -60,17 +60,16 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
     return model
 
 
-def named_exactly(path: Path, begun: Path | None = None) -> Path:
-    """Return the path that goes on to name the same model: of a run, with the step of its newest checkpoint.
+def pinned(path: Path, begun: Path | None = None) -> Path:
+    """Return a path that goes on to name the same model: a run's with the step of its newest checkpoint.
 
     Args:
-        begun: what a run has begun with that goes on with this path; of the same run it is what the path means.
+        begun: init_from of the run that is resumed, which keeps the checkpoint that it began with; None for a new run.
     """
     if begun is not None:
         return begun if run_model.is_checkpoint_of(begun, path) else path
-    if (path / CONFIG).exists() or (path / meta.PARAMS).exists() or not run_model.is_run(path):
-        return path
-    return run_model.RunModel(path).path
+    model = open_model(path)
+    return model.path if isinstance(model, run_model.RunModel) else path
 
 
 def describe(folder: Path) -> str:

@@ -78,7 +78,6 @@ def write_model(
     config = config.merged().model_copy(update={"vocab_multiple": 1})  # a folder has no padding
     values = {
         "format": _FORMAT,
-        "architecture": config.architecture,
         "model": config.model_dump(mode="json"),
         "seq_len": seq_len,
         "dtype": str(dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ import torch
 from pretrain.exchange.hf import hf_name
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.architecture import ModelConfig, WeightSpec
-from pretrain.model.weights import Weights, weight_specs
+from pretrain.model.weights import Weights, trained_specs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PARTS = {"lora.a": "lora_A", "lora.b": "lora_B"}
@@ -32,7 +32,6 @@ def write_config(folder: Path, model: ModelConfig, base: str) -> None:
     """
     lora = model.adapters
     assert lora is not None
-    ours = [name for name in weight_specs(model) if name.removesuffix(".weight").rpartition(".")[2] in lora.targets]
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -40,7 +39,7 @@ def write_config(folder: Path, model: ModelConfig, base: str) -> None:
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # peft expects an int
         "lora_dropout": lora.dropout,
-        "target_modules": sorted({hf_name(name).split(".")[-2] for name in ours}),
+        "target_modules": sorted({peft_name(name).split(".")[-3] for name in trained_specs(model)}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -152,6 +152,11 @@ class ModelConfig(Config, ABC):
         return None
 
     @property
+    def dropouts(self) -> Mapping[str, float]:
+        """Return the shares that are dropped in training, by key; an audit of a run with any needs the run's ranks."""
+        return {"dropout": self.dropout}
+
+    @property
     def adapters(self) -> LoraConfig | None:
         """Return what is trained in place of the weights, which then stay as they are in init_from; None: the weights.
 

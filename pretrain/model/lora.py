@@ -43,6 +43,10 @@ class LoraConfig(Config):
             raise ValueError("name each matrix once, and at least one of wq, wk, wv, wo, w1, w2, w3")
         return targets
 
+    def adapts(self, layer: str) -> bool:
+        """Return whether the layer of this name in the model gets an adapter."""
+        return layer.rpartition(".")[2] in self.targets
+
     @property
     def scale(self) -> float:
         return self.alpha / self.r
@@ -105,7 +109,7 @@ def attach_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Freeze a model, and give those of its layers that the config names an adapter to train."""
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
-        if name.rpartition(".")[2] in config.targets:
+        if config.adapts(name):
             assert isinstance(layer, ColumnLinear | RowLinear), f"{name} is no matrix"
             layer.lora = Adapter(config, layer)
 
@@ -113,7 +117,7 @@ def attach_adapters(model: nn.Module, config: LoraConfig) -> None:
 def adapted(*layers: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     """Return a function for each layer of a branch: what it computes, with its adapter's update if it has one."""
     adapters: list[Adapter | None] = [getattr(layer, "lora", None) for layer in layers]
-    prepared = iter(_on_sharded_activations([adapter.replicated for adapter in adapters if adapter is not None]))
+    prepared = iter(_all_on_sharded_activations([adapter.replicated for adapter in adapters if adapter is not None]))
     return [
         layer if adapter is None else _with_update(layer, adapter, next(prepared))
         for layer, adapter in zip(layers, adapters, strict=True)
@@ -124,8 +128,8 @@ def _with_update(layer: nn.Module, adapter: Adapter, replicated: Tensor) -> Call
     return lambda x: layer(x) + adapter(x, replicated)
 
 
-def _on_sharded_activations(weights: list[nn.Parameter]) -> list[Tensor]:
-    """Do what the function of `parallel` does for several weights, with one collective for all of them."""
+def _all_on_sharded_activations(weights: list[nn.Parameter]) -> list[Tensor]:
+    """Apply `on_sharded_activations` to several weights with one collective."""
     if tp_size() == 1 or not weights:
         return list(weights)
     together = on_sharded_activations(torch.cat([weight.flatten() for weight in weights]))

@@ -81,17 +81,21 @@ def checkpoint_bytes(
         averaged: whether there is a moving average of the weights.
         moment_bytes: of one moment of one weight.
     """
-    return bytes_per_weight * trained_count(config) + _state_bytes(config, optimizer, averaged, moment_bytes)
+    trained = trained_count(config)
+    return bytes_per_weight * trained + _state_bytes(trained, _under_muon(config, optimizer), averaged, moment_bytes)
 
 
-def _state_bytes(config: ModelConfig, optimizer: OptimizerName, averaged: bool, moment_bytes: int) -> int:
-    """Return the bytes of a whole model's state in the optimizer.
+def _under_muon(config: ModelConfig, optimizer: OptimizerName) -> int:
+    """Count the weights of a whole model that Muon trains."""
+    return sum(math.prod(shape) for shape in _block_matrices(config)) if optimizer == "muon" else 0
+
+
+def _state_bytes(trained: int, under_muon: int, averaged: bool, moment_bytes: int) -> int:
+    """Return the bytes of the state of so many weights in the optimizer, some of them under Muon.
 
     It is master weights in fp32, two moments of each or one under Muon, and the average in fp32.
     """
-    under_muon = sum(math.prod(shape) for shape in _block_matrices(config)) if optimizer == "muon" else 0
-    moments = 2 * trained_count(config) - under_muon
-    return (8 if averaged else 4) * trained_count(config) + moment_bytes * moments
+    return (8 if averaged else 4) * trained + moment_bytes * (2 * trained - under_muon)
 
 
 @dataclass(frozen=True)
@@ -153,10 +157,8 @@ class Workload:
     @property
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
-        if self.model.adapters:
-            return ((8 if self.averaged else 4) + 2 * self.moment_bytes) * self.trained // self.dp_size
-        whole = _state_bytes(self._padded_model, self.optimizer, self.averaged, self.moment_bytes)
-        return whole // (self.parallel.tp_size * self.dp_size)
+        under_muon = _under_muon(self.model, self.optimizer) // self.parallel.tp_size
+        return _state_bytes(self.trained, under_muon, self.averaged, self.moment_bytes) // self.dp_size
 
     @property
     def _padded_model(self) -> ModelConfig:
@@ -219,8 +221,7 @@ def _activations(work: Workload, costs: BlockCosts) -> float:
     of gradients; and an update: Muon's, and one that is measured, from a copy of the rank's fp32 weights.
     """
     config, weight_bytes = work.model, work.bytes_per_weight
-    of_dropout = _kept_of_dropout(work) if work.parallel.activation_checkpointing == "none" else 0
-    blocks = config.n_layers * work.tokens * (costs.kept + of_dropout)
+    blocks = config.n_layers * work.tokens * costs.kept
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
     return max(
         blocks + ends + _loss_bytes(work),
@@ -248,22 +249,6 @@ def _largest_matrix(work: Workload) -> tuple[int, ...]:
     return max(_block_matrices(work.model), key=math.prod)
 
 
-def _kept_of_dropout(work: Workload) -> float:
-    """Return the bytes per token that a block keeps of attention with dropout, which makes the matrix of all weights.
-
-    These are the weights in fp32, which of them were dropped, and what is left of them. Compiled, what is left is
-    computed again in bf16. Any checkpointing leaves all of it to be computed again.
-    """
-    left = 0 if work.parallel.compile and work.bytes_per_weight == 2 else work.bytes_per_weight
-    return (5 + left) * _dropped_pairs(work)
-
-
-def _dropped_pairs(work: Workload) -> float:
-    """Count the weights of a block's attention per token, on one tp rank, if it has dropout."""
-    heads = work.model.heads
-    return heads.n_heads * work.seq_len / work.parallel.tp_size if heads and heads.dropout else 0
-
-
 def _loss_bytes(work: Workload) -> float:
     """Estimate what the loss takes: the gradients of states and weight, and the logits of a chunk in two types."""
     config, weight_bytes = work.model, work.bytes_per_weight
@@ -284,11 +269,7 @@ def _backward_bytes(work: Workload, costs: BlockCosts) -> float:
     A frozen matrix has none.
     """
     matrix = 0 if work.model.adapters else math.prod(_largest_matrix(work)) / work.parallel.tp_size
-    found = work.tokens * costs.backward + work.bytes_per_weight * matrix
-    if pairs := _dropped_pairs(work):
-        again = 0 if work.parallel.activation_checkpointing == "none" else _kept_of_dropout(work)
-        found += work.tokens * (again + 4 * pairs)  # the gradient of what is left of the weights, and of all
-    return found
+    return work.tokens * costs.backward + work.bytes_per_weight * matrix
 
 
 def _reduction_bytes(work: Workload, blocks: float) -> float:

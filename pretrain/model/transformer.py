@@ -55,15 +55,14 @@ class LlamaConfig(ModelConfig):
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
-    # On the attention's weights, each the share of a token in what another takes over; costs time and memory, see
-    # docs/models.md
+    # Share of the attention's weights that are set to 0 in training; costs time and memory, see docs/models.md
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     init: Distribution = "trunc_normal"  # trunc_normal: cut at three standard deviations
     init_std: float = Field(0.02, gt=0)  # output projections of both branches get init_std / sqrt(2 n_layers)
     # mup: learning rate and init_std are those of `base`, and are scaled for this model's size
     parametrization: Literal["standard", "mup"] = "standard"
     base: MupBase | None = None  # needed for mup
-    lora: LoraConfig | None = None  # trains adapters of the model in init_from, which stays as it is; null: all weights
+    lora: LoraConfig | None = None  # trains adapters of the model in init_from, which stays as it is; None: all weights
 
     @model_validator(mode="after")
     def _has_base(self) -> Self:
@@ -129,6 +128,12 @@ class LlamaConfig(ModelConfig):
         return Heads(self.n_heads, self.kv_heads, self.head_dim, self.attention_dropout)
 
     @property
+    def dropouts(self) -> Mapping[str, float]:
+        """Return the shares that are dropped in training, by key."""
+        of_adapters = self.lora.dropout if self.lora else 0.0
+        return {**super().dropouts, "attention_dropout": self.attention_dropout, "lora.dropout": of_adapters}
+
+    @property
     def adapters(self) -> LoraConfig | None:
         """Return the adapters that are trained, if any."""
         return self.lora
@@ -170,9 +175,9 @@ class LlamaConfig(ModelConfig):
         return self.n_layers * self.n_heads * self.head_dim * squared_lengths
 
     def block_costs(self, parallel: ParallelConfig, seq_len: int, bytes_per_weight: int) -> BlockCosts:
-        """Return what a block costs; it does not depend on the rows' length."""
+        """Return what a block costs; it depends on the rows' length where attention has dropout."""
         heads, qk_norm, lora = self.heads, self.qk_norm, self.lora
-        return block_costs(self.dim, self.hidden_dim, heads, qk_norm, lora, parallel, bytes_per_weight)
+        return block_costs(self.dim, self.hidden_dim, heads, qk_norm, lora, parallel, seq_len, bytes_per_weight)
 
     def spelled_out(self) -> dict[str, Any]:
         """Return all values as JSON has them, with the number of key-value heads and SwiGLU's width."""

@@ -16,12 +16,17 @@ def block_costs(
     qk_norm: bool,
     lora: LoraConfig | None,
     parallel: ParallelConfig,
+    seq_len: int,
     bytes_per_weight: int,
 ) -> BlockCosts:
     """Count what a block costs one rank, in bytes per token; `benchmarks/memory_model.py` compares.
 
     A fused forward pass: each branch's sum and the norm after it read 2 dim and write 2 dim; rotations read and write
     queries and keys; SwiGLU reads two products and writes one.
+
+    Attention with dropout makes the matrix of all its weights. Kept of it are the weights in fp32, which of them were
+    dropped, and what is left of them; compiled, what is left is computed again in bf16. Any checkpointing leaves all of
+    it to be computed again.
     """
     queries, keys = heads.n_heads * heads.head_dim, heads.n_kv_heads * heads.head_dim
     kept = _kept(dim, hidden_dim, queries, keys, qk_norm, lora, parallel)
@@ -37,8 +42,15 @@ def block_costs(
     gradients = dim + (0 if parallel.compile else 2 * hidden)
     stream = dim / (parallel.tp_size if parallel.sequence_parallel else 1)
     moved = 8 * stream + (2 * (queries + keys) + 3 * hidden_dim) / parallel.tp_size
-    numbers = (kept, again + gradients, moved)
-    return BlockCosts(*(bytes_per_weight * count for count in numbers))
+    pairs = heads.n_heads * seq_len / parallel.tp_size if heads.dropout else 0.0
+    left = 0 if parallel.compile and bytes_per_weight == 2 else bytes_per_weight
+    matrix, is_kept = (5 + left) * pairs, parallel.activation_checkpointing == "none"
+    return BlockCosts(
+        kept=bytes_per_weight * kept + (matrix if is_kept else 0),
+        # With the gradients of what is left of the attention's weights, and of all of them
+        backward=bytes_per_weight * (again + gradients) + 4 * pairs + (0 if is_kept else matrix),
+        moved=bytes_per_weight * moved,
+    )
 
 
 def _kept(

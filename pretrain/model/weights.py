@@ -45,7 +45,7 @@ def trained_specs(config: ModelConfig) -> dict[str, WeightSpec]:
     adapters = {}
     for name, spec in specs.items():
         layer = name.removesuffix(".weight")
-        if layer.rpartition(".")[2] in lora.targets:
+        if lora.adapts(layer):
             outputs, inputs = spec.shape
             a_dim, b_dim = (None, 0) if spec.shard_dim == 0 else (1, None)
             adapters[f"{layer}.lora.a"] = WeightSpec((lora.r, inputs), a_dim)

@@ -101,12 +101,12 @@ class Documents:
         config, listed = self._data.sources[place.source], self._shards[place.source]
         first, stop = taken_of(config, [shard.index.num_records for shard in listed])[place.shard]
         if not first < place.line <= stop:
-            return Reading(None, f"take={config.selection['take']} leaves it out", left_out=True)
+            return Reading(None, f"{config.selection_texts['take']} leaves it out", left_out=True)
         if place.line not in records.lines:
             reasons = {bad.line: bad.reason for bad in records.bad}
             return Reading(None, reasons.get(place.line, "the line is blank"))
         if place.line not in chosen(records, config).lines:
-            return Reading(None, f"hash_range={config.selection['hash_range']} leaves it out", left_out=True)
+            return Reading(None, f"{config.selection_texts['hash_range']} leaves it out", left_out=True)
         return Reading(records.texts[records.lines.index(place.line)], "")  # empty for token ids
 
     def path(self, place: DocumentPlace) -> str:

@@ -124,9 +124,9 @@ class SourcePlan:
         self.name, self.num_lanes, self._seed = name, lanes, seed
         self._first, self._gaps = numbering.first, np.array(numbering.gaps, np.int64)
         self._window_limit = window_limit
-        cells = taken_cells(tables, taken or [(0, int(table[-1, 0])) for table in tables])
-        self._skipped, self._shifts, self._head, self._tail = cells[1:]
-        tables = cells.tables
+        part = taken_cells(tables, taken or [(0, int(table[-1, 0])) for table in tables])
+        self._skipped, self._shifts, self._head, self._tail = part.skipped, part.shifts, part.head, part.tail
+        tables = part.tables
         self._shard_cells = np.cumsum([0, *(len(table) - 1 for table in tables)])  # each shard's first cell
         # Offsets and records in the concatenation of all shards, so that one search covers them all.
         ends = np.cumsum([[0, 0], *(table[-1] for table in tables)], axis=0)

@@ -23,8 +23,8 @@ class TakenCells(NamedTuple):
         tables: of each shard, int64 [cells + 1, 2]: the records and raw bytes that are taken before each cell, and of
             all. A cell that is cut has a share of its bytes, as if all its records had equal length.
         skipped: int64 [shards], the first record that is taken.
-        shifts: int64 [shards, 2], what leads from a bound between cells in the concatenation of `tables` to its record
-            and raw offset in the shard, if neither cell beside it is cut.
+        shifts: int64 [shards, 2], what to add to a place in the concatenation of `tables` to get the record and raw
+            offset in the shard; right for bounds beside no cell that is cut.
         head, tail: record and raw offset, in their shards, where the first cell of all begins and the last one ends.
     """
 

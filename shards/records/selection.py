@@ -74,8 +74,8 @@ def _in_range(contents: Iterable[bytes], bounds: HashRange) -> list[int]:
     return [number for number, digest in enumerate(hashes) if low <= digest < high]
 
 
-def are_apart(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
-    """Return whether two ranges of numbers, or of hashes, have nothing in common; None as the end = none."""
+def are_disjoint(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+    """Return whether two ranges of numbers, or of hashes, have nothing in common; None as the end: no bound."""
     firsts = (bounds[0] or 0 for bounds in (one, other))
     ends = (math.inf if bounds[1] is None else bounds[1] for bounds in (one, other))
     return max(firsts) >= min(ends)

@@ -32,7 +32,7 @@ from shards.records import hf_datasets
 from shards.records.forms import Part as TextPart
 from shards.records.forms import identity_of
 from shards.records.json_lines import bad_record_error
-from shards.records.selection import are_apart, bytes_of
+from shards.records.selection import are_disjoint, bytes_of
 from shards.records.texts import ADVICE, misfit, parts_of, records_of_source
 from shards.storage import files
 
@@ -202,7 +202,7 @@ def training_shards(suite: Suite, fingerprint: Mapping[str, Any]) -> list[str]:
 
 
 def _is_divided(part: Part, ours: Sequence[str], config: Mapping[str, Any], theirs: Sequence[str], digest: str) -> bool:
-    """Return whether a suite's source and a training source read nothing of a shard that both have.
+    """Return whether a suite's source and a training source read no record in common of a shard that both have.
 
     Args:
         ours, theirs: content hashes of the shards of each.
@@ -214,12 +214,12 @@ def _is_divided(part: Part, ours: Sequence[str], config: Mapping[str, Any], thei
     content |= {key: identity_of(reading).get(key) for key in SourceConfig.FORM_KEYS}
     of_same_content = content == {key: config.get(key) for key in content}
     hashes, taken = config.get("hash_range"), config.get("take")
-    if of_same_content and reading.hash_range and hashes and are_apart(reading.hash_range, hashes):
+    if of_same_content and reading.hash_range and hashes and are_disjoint(reading.hash_range, hashes):
         return True
     # Numbers mean the same in both if the same shards come before
     before, their_before = (list(shards[: shards.index(digest)]) for shards in (ours, theirs))
     is_single = ours.count(digest) == theirs.count(digest) == 1
-    return bool(reading.take and taken and is_single and before == their_before and are_apart(reading.take, taken))
+    return bool(reading.take and taken and is_single and before == their_before and are_disjoint(reading.take, taken))
 
 
 def _from_yaml(path: Path, split: str, key: str) -> Suite:

@@ -56,22 +56,7 @@ def test_bf16_moments_train_almost_as_fp32_moments_do(topology: Topology, monkey
     assert apart < 0.03
 
 
-def test_rounding_to_the_nearest_would_not_do(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.adamw.rounded_at_random", lambda values, _: values.bfloat16())
-    weight = torch.nn.Parameter(torch.zeros(1000))
-    nearest = optimizer(weight, "bf16", topology)
-    drawn = gradients(1000, 400)
-    for gradient in drawn:
-        weight.grad = gradient.clone()
-        nearest.step()
-    expected = torch.zeros(1000)
-    for gradient in drawn:
-        expected = BETAS[1] * expected + (1 - BETAS[1]) * gradient.square()
-    ratio = nearest.state[weight]["exp_avg_sq"].float() / expected
-    assert abs(ratio.mean() - 1) > 0.1
-
-
-def test_what_is_drawn_depends_on_seed_step_and_rank_alone(topology: Topology) -> None:
+def test_a_resume_draws_what_an_uninterrupted_run_draws(topology: Topology) -> None:
     whole = torch.nn.Parameter(torch.zeros(1000))
     first = optimizer(whole, "bf16", topology)
     drawn = gradients(1000, 4)

@@ -51,7 +51,7 @@ SEGMENTS = torch.tensor([[1] * 9 + [2] * 16, [1] * 20 + [0] * 5])
         {"ffn_dim": 96},
         {"dim": 64, "n_heads": 8, "norm_eps": 5e-5},  # more query heads of as many groups
         WIDER,
-        {**WIDER, "n_heads": 8, "n_layers": 3},
+        {**WIDER, "n_layers": 3},
     ],
 )
 def test_its_logits_are_those_of_the_smaller_model(tied: bool, changes: dict[str, object]) -> None:
