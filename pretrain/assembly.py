@@ -292,9 +292,8 @@ def _load_model(config: RunConfig, path: Path, store: CheckpointStore, engine: E
     model = open_model(path, config.model)
     found = model_hash(model, topology)
     if isinstance(model, RunModel) and config.init_optimizer:
-        topology.together(
-            store.discard_universal if topology.is_main else lambda: None
-        )  # one of another run, of the same step
+        # There may be a conversion of another run's checkpoint of the same step
+        topology.together(store.discard_universal if topology.is_main else lambda: None)
         saved, wanted = read_state(model.checkpoint).layout, layout_of(config, topology)
         engine.load_universal(find_or_convert(store, model.checkpoint, saved, wanted, topology))
         engine.average.drop()

@@ -16,6 +16,12 @@ from shards import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+_SUITES = ("held-out", "held-out-by-hash", "instructions-held-out", "wikipedia-held-out")
+EXPERIMENTS = [
+    path
+    for path in sorted((ROOT / "configs/experiments").glob("*.yaml"))
+    if path.stem not in _SUITES and not path.name.endswith(".sweep.yaml")
+]
 
 SMALL = """\
 run: {name: small, seed: 7}
@@ -333,6 +339,11 @@ def test_an_additional_source_is_refused(small: Path, tmp_path: Path) -> None:
     more.write_text(SMALL.replace("train:", '    - {name: third, paths: ["x"]}\ntrain:'))
     refused, _ = compare_for_resume(load_config(small), load_config(more), 10)
     assert "data.sources.2.name" in [change.key for change in refused]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_configs_of_experiments_parse(path: Path) -> None:
+    load_config(path).check(1)
 
 
 def test_a_key_without_a_rule_may_not_change() -> None:
