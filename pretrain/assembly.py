@@ -297,9 +297,10 @@ def _load_model(config: RunConfig, path: Path, store: CheckpointStore, engine: E
         saved, wanted = read_state(model.checkpoint).layout, layout_of(config, topology)
         engine.load_universal(find_or_convert(store, model.checkpoint, saved, wanted, topology))
         engine.average.drop()
+        what = "weights and optimizer"
     else:
         engine.set_weights(model)
-    what = "weights and optimizer" if config.init_optimizer else "weights"
+        what = "weights"
     _logger.info("starting from the %s in %s (hash of the files: %s)", what, path, found)
     return found
 

@@ -45,11 +45,10 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
 
 def texts(batch: Batch, data: DataConfig) -> Iterator[str]:
     """Decode each piece of a global batch, in the order of `batch.origins()`; only its tokens in the row count."""
-    tokenizer = Tokenizer.of(data)
+    tokenizer, pieces = Tokenizer.of(data), batch.pieces
     for slot, origins in itertools.groupby(batch.origins(), key=lambda origin: origin.slot):
-        tokens, segment_ids = batch.tokens[slot], batch.segment_ids[slot]
         for piece, _ in enumerate(origins, 1):
-            yield tokenizer.decode(tokens[abs(segment_ids) == piece])  # nothing, if its document is forgotten
+            yield tokenizer.decode(batch.tokens[slot][pieces[slot] == piece])  # nothing, if its document is forgotten
 
 
 def newest_fingerprint(folder: RunFolder) -> tuple[int, dict[str, object]] | None:

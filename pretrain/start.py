@@ -79,7 +79,8 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
     """
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
-    tokenizer = check_inputs(config)
+    starts_over = fresh and Once(config.folder.root, "--fresh").is_due()
+    tokenizer = check_inputs(config, starts_over)
     folder = config.folder
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -125,9 +126,11 @@ def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, top
     return "".join(parts)
 
 
-def check_inputs(config: RunConfig) -> Tokenizer:
+def check_inputs(config: RunConfig, starts_over: bool = False) -> Tokenizer:
     """Check that the tokenizer fits the model and that the evaluation's texts exist; return the tokenizer.
 
+    Args:
+        starts_over: whether the run begins anew, whatever there is of it.
     Raises:
         ConfigError, ShardError: if something is missing or does not fit.
     """
@@ -138,7 +141,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {vocab_size}"
             f" tokens; set model.vocab_size={vocab_size}"
         )
-    if config.init_from and (config.model.adapters or not checkpoints_of(config).steps()):
+    if config.init_from and (starts_over or config.model.adapters or not checkpoints_of(config).steps()):
         _check_initial_model(config, config.init_from, tokenizer)
     if config.evaluation.suite:
         suite.find(config.evaluation.suite, config.evaluation.split)
@@ -157,6 +160,11 @@ def _check_initial_model(config: RunConfig, path: Path, tokenizer: Tokenizer) ->
     if config.init_optimizer:
         model.check_optimizer(config.optim.name, config.model)
     if model.tokenizer_hash != tokenizer.content_hash:
+        if Tokenizer(model.tokenizer, bos=False, eos=False).content_hash != model.tokenizer_hash:
+            raise ConfigError(
+                f"init_from={path}: the run read another tokenizer from {model.tokenizer} than is there now, so it"
+                f" cannot be compared with {key}; put that of the run back"
+            )
         check_tokenizer(model.tokenizer, tokenizer, key)
 
 

@@ -139,6 +139,20 @@ class Batch:
         return _targets(self.segment_ids)
 
     @property
+    def pieces(self) -> npt.NDArray[np.int32]:
+        """The number of each token's piece in its row, counted from 1, 0 for padding; int32 [rows, seq_len + 1].
+
+        It is that in `origins`, where segment ids may join pieces; of a forgotten document it is 0.
+        """
+        numbers = np.zeros_like(self.segment_ids)
+        for i, (row, _) in enumerate(self._draws):
+            if row is not None:
+                begin, end = row.window.rows.row_pieces[row.number : row.number + 2]
+                lengths = row.window.rows.lengths[begin:end]
+                numbers[i, : lengths.sum()] = np.repeat(np.arange(1, end - begin + 1), lengths)
+        return numbers * (self.segment_ids != 0)
+
+    @property
     def num_rows(self) -> int:
         """Return the number of rows that hold tokens; an exhausted lane yields empty rows."""
         return sum(draw.row is not None for draw in self._draws)

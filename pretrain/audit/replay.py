@@ -81,6 +81,7 @@ def replay(
     """
     config = _with_recorded_attention(training, topology)
     _check_dropout(training, topology)
+    _check_rounding(training, topology)
     with ExitStack() as stack:
         loader = open_loader(config, topology, prepared, stack)
         engine = make_engine(config, topology, recorded.before.step)
@@ -121,14 +122,34 @@ def _check_dropout(training: Training, topology: Topology) -> None:
     what = f"{drawn}: masks are drawn for each data-parallel rank and micro-step"
     if not training.starts:
         raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
-    here = (topology.dp_size, _micro_batches(config, topology.dp_size), config.parallel.sequence_parallel)
+    here = _drawn_by(config, topology.dp_size, topology.tp_size)
     for start, run in zip(training.starts, training.recorded, strict=True):
-        wanted = (start.dp_size, _micro_batches(run, start.dp_size), run.parallel.sequence_parallel)
+        wanted = _drawn_by(run, start.dp_size, start.tp_size)
         if wanted != here:
             raise ConfigError(
                 f"{what}, so other numbers of these train another model; audit the steps after {start.step} on"
                 f" {start.dp_size * start.tp_size} ranks with parallel.tp_size={start.tp_size},"
-                f" train.micro_batch_size={wanted[1][0]} and parallel.sequence_parallel={str(wanted[2]).lower()}"
+                f" train.micro_batch_size={wanted[1][0]} and parallel.sequence_parallel={str(wanted[2] > 0).lower()}"
+            )
+
+
+def _drawn_by(config: RunConfig, dp_size: int, tp_size: int) -> tuple[int, list[int], int]:
+    """Return what masks depend on: dp ranks, their micro-batches, and the tp ranks that have tokens of their own."""
+    return dp_size, _micro_batches(config, dp_size), tp_size if config.parallel.sequence_parallel else 0
+
+
+def _check_rounding(training: Training, topology: Topology) -> None:
+    """Raise ConfigError if moments are rounded at random and would be rounded otherwise than in the run."""
+    config = training.config
+    if config.optim.moments == "fp32":
+        return
+    here = (topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+    for start in training.starts:
+        if here != (start.tp_size, start.dp_size, start.zero_stage):
+            raise ConfigError(
+                f"optim.moments={config.optim.moments}: each rank rounds its part at random, so another layout trains"
+                f" another model; audit the steps after {start.step} on {start.dp_size * start.tp_size} ranks with"
+                f" parallel.tp_size={start.tp_size} and parallel.zero_stage={start.zero_stage}"
             )
 
 

@@ -204,11 +204,12 @@ def _common(metadata: Saved, partitions: Sequence[Sequence[Partition]]) -> dict[
     model_states = {key: value for key, value in metadata.items() if key not in weights}
     model_states["mp_world_size"] = 1  # each tensor-parallel rank's folder holds only its own slices
     step = next(iter(partitions[0][0].values())).states["step"]
-    # One for each group of weights; the config's are used instead.
+    # One for each group of weights; the config's are used instead. ZeRO-1 and 2 load as many groups as they find here,
+    # and a run that begins with another's optimizer may have more groups: at most one for each weight.
     no_hyperparameters: list[dict[str, object]] = [{} for _ in metadata["param_shapes"]]
     optimizer_state = {
         "ds_version": metadata["ds_version"],
-        "param_groups": no_hyperparameters,  # read by ZeRO-1 and 2
+        "param_groups": [{} for _ in _names(metadata)],  # read by ZeRO-1 and 2
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": no_hyperparameters},  # read by ZeRO-3
     }
     return {

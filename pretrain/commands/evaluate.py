@@ -40,7 +40,7 @@ from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_s
 from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
 from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.base import Base, open_base
-from pretrain.exchange.folder import open_model, open_tokenizer
+from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import Precision
 from pretrain.model.weights import check_splits
@@ -164,7 +164,7 @@ def _one_step(text: str) -> WantedStep:
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
     """Score a model in a folder. Raises HeadraceError if there is no such model or suite."""
-    weights = open_model(arguments.model)
+    weights = open_exported(arguments.model)
     config = weights.description.config
     check_splits(config, arguments.tp, "--tp")
     tokenizer = open_tokenizer(arguments.model, arguments.tokenizer)

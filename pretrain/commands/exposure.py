@@ -110,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     report = Report(
         config.run.name, folder.ancestors(), begun.checkpoints.steps(), stages, documents, trained, *asked, history
     )
+    if config.init_from:
+        notes.append(f"the run began with the weights in {config.init_from}, and nothing is said of their training")
     if arguments.list:
         _write_list(arguments.list, config, documents, asked.places)
         notes.append(f"{arguments.list} lists them for data.forget")

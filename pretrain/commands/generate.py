@@ -22,7 +22,7 @@ from pretrain.checkpoint.store import wanted_step
 from pretrain.commands.begun_run import open_run
 from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.exchange.base import open_base
-from pretrain.exchange.folder import open_codec, open_model
+from pretrain.exchange.folder import open_codec, open_exported
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.model.architecture import ModelConfig, Precision
@@ -63,7 +63,7 @@ class ChosenModel:
 def find_model(arguments: argparse.Namespace) -> ChosenModel:
     """Find the model that the arguments name. Raises HeadraceError if there is none."""
     if arguments.model:
-        model = open_model(arguments.model)
+        model = open_exported(arguments.model)
         description, codec = model.description, open_codec(arguments.model)
         return ChosenModel(
             description.config,

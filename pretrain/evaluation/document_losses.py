@@ -34,6 +34,7 @@ def document_losses(score: Score, batch: Batch, batch_size: int, device: torch.d
         The documents by falling loss.
     """
     sums: dict[tuple[str, str, int], list[float]] = {}
+    numbers = batch.pieces
     pieces = {
         slot: [(origin.source, origin.shard, origin.line) for origin in origins]
         for slot, origins in itertools.groupby(batch.origins(), key=lambda origin: origin.slot)
@@ -45,7 +46,7 @@ def document_losses(score: Score, batch: Batch, batch_size: int, device: torch.d
         targets = next_token_targets(ids, segment_ids)
         nll = score(ids[:, :-1], segment_ids[:, :-1], targets).nll.double().cpu().numpy()
         rows, columns = np.divmod(targets.positions.cpu().numpy(), segment_ids.shape[1] - 1)
-        for row, piece, value in zip(rows, segment_ids.abs().numpy()[rows, columns], nll, strict=True):
+        for row, piece, value in zip(rows, numbers[first + rows, columns], nll, strict=True):
             of_document = sums.setdefault(pieces[first + int(row)][int(piece) - 1], [0.0, 0])
             of_document[0] += float(value)
             of_document[1] += 1

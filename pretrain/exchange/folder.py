@@ -60,6 +60,16 @@ def open_model(folder: Path, expected: ModelConfig | None = None) -> Model:
     return model
 
 
+def open_exported(folder: Path) -> Model:
+    """Open the model in a folder that is no run's. Raises ConfigError if it is one, or as `open_model`."""
+    model = open_model(folder)
+    if isinstance(model, run_model.RunModel):
+        raise ConfigError(
+            f"--model {folder}: that is a run; name it with --run, and its checkpoint with --step or --steps"
+        )
+    return model
+
+
 def pinned(path: Path, begun: Path | None = None) -> Path:
     """Return a path that goes on to name the same model: a run's with the step of its newest checkpoint.
 

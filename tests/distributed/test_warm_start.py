@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.exchange.folder import open_exported
+from shards import ConfigError
 from tests.distributed.ranks import run_starts
 from tests.tiny_run import write_config
 
@@ -48,7 +50,12 @@ def losses(root: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, ["precision=bf16"]), (2, ["parallel.tp_size=2"]), (2, ["parallel.zero_stage=3", "run.seed=9"])],
+    [
+        (1, ["precision=bf16"]),
+        (2, ["parallel.tp_size=2"]),
+        (2, ["parallel.zero_stage=3", "run.seed=9"]),
+        (1, ["optim.learning_rate_groups={'*.w2.weight': 1.0001}"]),
+    ],
 )
 def test_a_run_goes_on_with_the_optimizer_of_another(
     parent: Path, tmp_path: Path, ranks: int, layout: list[str]
@@ -91,6 +98,12 @@ def test_a_grown_model_goes_on_where_the_smaller_one_was(parent: Path, tmp_path:
     assert before == after
     run(tmp_path, "child", parent.parent, f"init_from={tmp_path / 'grown'}", "train.steps=1", *large)
     assert losses(tmp_path / "child") == pytest.approx(losses(parent)[2:3], rel=1e-5)
+
+
+def test_a_run_is_no_model_for_commands_that_take_an_exported_one(parent: Path) -> None:
+    for path in (parent, parent.with_name("parent@2")):
+        with pytest.raises(ConfigError, match="that is a run; name it with --run"):
+            open_exported(path)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_a_row_is_one_piece_with_the_targets_of_its_documents(corpus: Path, pack
         assert one.source_tokens == other.source_tokens
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_a_token_knows_its_piece_whatever_attends_to_it(corpus: Path, packing: str) -> None:
+    apart, joined = (batches(corpus, packing=packing, attention=attention) for attention in ("document", "row"))
+    for one, other in zip(apart, joined, strict=True):
+        assert np.array_equal(one.pieces, np.abs(one.segment_ids))
+        assert np.array_equal(other.pieces, one.pieces)
+
+
 def test_squared_lengths_are_those_of_the_pieces(corpus: Path) -> None:
     for batch in batches(corpus):
         lengths = [np.bincount(row[row > 0]) for row in batch.segment_ids]
@@ -53,7 +61,11 @@ def test_nothing_attends_to_a_forgotten_document(corpus: Path, tmp_path: Path) -
     lines = [f'{{"shard": "{corpus / "texts.jsonl"}", "line": {line}}}\n' for line in range(5, 200, 7)]
     listed.write_text("".join(lines))
     split = 0
-    for batch in batches(corpus, attention="row", forget=listed):
+    for apart, batch in zip(
+        *(batches(corpus, attention=one, forget=listed) for one in ("document", "row")), strict=True
+    ):
+        assert np.array_equal(batch.pieces, apart.pieces)
+        assert np.array_equal(batch.pieces, np.abs(apart.segment_ids))
         for ids, tokens in zip(np.abs(batch.segment_ids), batch.tokens, strict=True):
             assert not tokens[ids == 0].any()
             inside = np.flatnonzero(ids)
