@@ -124,7 +124,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.dp_size),
+                config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.zero_size),
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )
@@ -140,7 +140,7 @@ class Engine:
     def set_batches(self, micro_batch_size: int, micro_steps: int) -> None:
         """Change the batches of the steps to come, between two steps; the arguments are those of the class."""
         self.micro_batch_size = micro_batch_size
-        sizes = batch_sizes(micro_batch_size, micro_steps, self.topology.dp_size)
+        sizes = batch_sizes(micro_batch_size, micro_steps, self.topology.zero_size)
         for name, size in sizes.items():
             setattr(self.deepspeed._config, name, size)
         self.deepspeed.optimizer.gradient_accumulation_steps = micro_steps
@@ -199,8 +199,8 @@ class Engine:
             group["lr"] = learning_rate * own["learning_rate_scale"]
         self._norms.begin(len(micro_batches))
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll and z-loss
-        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.full((), self.topology.dp_size / n_targets, device=device)  # no copy from the host
+        # DeepSpeed averages gradients over ranks, but the loss is a sum over them.
+        scale = torch.full((), self.topology.zero_size / n_targets, device=device)  # no copy from the host
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
@@ -216,7 +216,7 @@ class Engine:
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
         # The same bits on all tensor-parallel ranks, so that they refuse together
-        sums = self.topology.broadcast_in_tp(self.topology.sum_over_dp(sums))
+        sums = self.topology.broadcast_in_tp(self.topology.sum_over_zero(sums))
         loss, z_loss_mean = (sums / n_targets).tolist()
         with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
             if measurement:
@@ -295,8 +295,8 @@ class Engine:
             set_whole(parameter, value)
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
-                safe_set_local_fp32_param(parameter, padded[size * topology.dp_rank :][:size])
+                padded = F.pad(value.flatten(), (0, size * topology.zero_size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[size * topology.zero_rank :][:size])
             else:
                 safe_set_full_fp32_param(parameter, value)
 
@@ -313,7 +313,7 @@ class Engine:
             if dim is None and topology.tp_rank > 0:
                 continue  # every tensor-parallel rank has a copy, which counts once
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.dp_rank)
+            piece = OwnPiece(parameter, self.deepspeed.optimizer, topology.zero_rank)
             place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
             size = max(0, _size_without_padding(parameter, shape) - piece.start)
             weights.append(hash_sum(piece.weights[:size].to(topology.device), name, place))
@@ -357,7 +357,7 @@ class Engine:
         def read(weight: str, key: str, param: object) -> Tensor:
             if key == "exp_avg_sq" and id(param) in under_muon:
                 return torch.empty(0)
-            return read_piece(Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size)
+            return read_piece(Path(weight) / f"{key}.pt", topology.zero_rank, topology.zero_size)
 
         # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank.
         self.deepspeed.optimizer.load_hp_checkpoint_state = read

@@ -1,6 +1,7 @@
 """Ranks, groups, the device, and the few collectives that training needs. The only user of fairscale's `initialize`.
 
-World ranks are laid out with tensor-parallel ranks adjacent: rank = dp_rank * tp_size + tp_rank.
+World ranks are laid out with tensor-parallel ranks adjacent, then those that share the tokens of the same rows:
+rank = (dp_rank * sp_size + sp_rank) * tp_size + tp_rank.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ class Topology:
     Attributes:
         rank, world_size: among all processes of the run.
         tp_rank, tp_size: within the group that shares one copy of the model.
-        dp_rank, dp_size: place among the ranks that divide each global batch.
+        dp_rank, dp_size: place among the groups that divide the rows of each global batch.
         device: the device that this process computes on.
+        sp_rank, sp_size: within the group that divides the tokens of the same rows.
     """
 
     rank: int
@@ -87,6 +89,8 @@ class Topology:
     dp_rank: int
     dp_size: int
     device: torch.device
+    sp_rank: int = 0
+    sp_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -98,8 +102,23 @@ class Topology:
         return fairscale_groups.get_model_parallel_group()
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
+    def zero_rank(self) -> int:
+        """Return the place among the ranks that divide the optimizer's state and average gradients."""
+        return self.dp_rank * self.sp_size + self.sp_rank
+
+    @property
+    def zero_size(self) -> int:
+        """Return how many ranks divide it: all that have the same weights, whichever tokens they train on."""
+        return self.dp_size * self.sp_size
+
+    @property
+    def zero_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Return whether this rank reads the rows of its dp rank, and passes them on to all that share them."""
+        return self.tp_rank == 0 and self.sp_rank == 0
 
     def sum_int64(self, values: list[int]) -> list[int]:
         """Sum each value over all ranks, mod 2^64, so that hashes can be summed too.
@@ -110,9 +129,9 @@ class Topology:
         dist.all_reduce(tensor)
         return [v % 2**64 for v in tensor.tolist()]
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the dp ranks, in place; every tp rank must hold the same values."""
-        dist.all_reduce(values, group=self.dp_group)
+    def sum_over_zero(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the ranks with the same weights, in place; every tp rank must hold the same values."""
+        dist.all_reduce(values, group=self.zero_group)
         return values
 
     def sum_over_all(self, values: torch.Tensor) -> torch.Tensor:
@@ -125,9 +144,9 @@ class Topology:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def max_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Take the largest of each value over the dp ranks, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.dp_group)
+    def max_over_zero(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each value over the ranks with the same weights, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.zero_group)
         return values
 
     def any(self, value: bool) -> bool:
@@ -188,7 +207,10 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """The functions that DeepSpeed calls on an `mpu`, under Megatron's names; fairscale's own module lacks half."""
+    """The functions that DeepSpeed calls on an `mpu`, under Megatron's names; fairscale's own module lacks half.
+
+    What both call data parallel is everything over which gradients are averaged: `Topology.zero_group`.
+    """
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()

@@ -51,11 +51,11 @@ class WeightAverage:
     def show(self, average: bool) -> None:
         """Let the forward pass use the average, or the weights again, to the last bit."""
         for parameter in self._model.parameters():
-            piece = OwnPiece(parameter, self._optimizer, self._topology.dp_rank)
+            piece = OwnPiece(parameter, self._optimizer, self._topology.zero_rank)
             values = piece.state(AVERAGE) if average else piece.weights
             whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=self._topology.device)
             whole[piece.start :][: len(values)] = values
-            set_whole(parameter, self._topology.sum_over_dp(whole))  # the other ranks' pieces are zero here
+            set_whole(parameter, self._topology.sum_over_zero(whole))  # the other ranks' pieces are zero here
 
     def load_universal(self, folder: Path) -> None:
         """Load the average from a conversion, of which DeepSpeed's ZeRO-3 reads only the moments.
@@ -70,6 +70,6 @@ class WeightAverage:
                 return
             for flat, state in self._partitions():
                 state.setdefault(AVERAGE, torch.zeros_like(flat))
-            piece = OwnPiece(parameter, self._optimizer, self._topology.dp_rank)
+            piece = OwnPiece(parameter, self._optimizer, self._topology.zero_rank)
             own, saved = piece.state(AVERAGE), torch.load(file, map_location="cpu", mmap=True)["param"].view(-1)
             own.copy_(saved[piece.start :][: len(own)])

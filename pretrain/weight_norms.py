@@ -50,7 +50,7 @@ class WeightMeasurement:
         self._counts = []
         for name, parameter in model.named_parameters():
             self._names.append(name)
-            self._pieces.append(OwnPiece(parameter, optimizer, topology.dp_rank))
+            self._pieces.append(OwnPiece(parameter, optimizer, topology.zero_rank))
             # A weight of which every tensor-parallel rank has a copy counts once.
             self._counts.append(topology.tp_rank == 0 or shard_dim(parameter) is not None)
         self._before = [piece.weights.clone() for piece in self._pieces]

@@ -86,7 +86,7 @@ def item_sums(
         # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.items, of_pieces.T)
-    return topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
+    return topology.sum_over_zero(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
 
 
 def _scored_rows(

@@ -58,7 +58,7 @@ class TransformerMeasurement(ActivationMeasurement):
         for found in (self._hidden, self._entropy):
             topology.sum_over_all(found)
         topology.max_over_all(self._largest_logit)
-        topology.max_over_dp(self._units)
+        topology.max_over_zero(self._units)
         rms = (self._hidden[:, 1] / self._hidden[:, 0]).sqrt()
         dead = topology.sum_over_all((self._units <= _DEAD * rms.unsqueeze(1)).double().mean(1))
         figures = {

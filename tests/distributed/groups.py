@@ -38,7 +38,7 @@ def main() -> None:
         assert len(made) == sum(size for size in (here.dp_size, here.tp_size) if size > 1)
         assert (here.tp_rank, here.dp_rank) == tuple(ranks.index(here.rank) for ranks in found)
         assert dist.get_process_group_ranks(here.tp_group) == found[0]
-        assert dist.get_process_group_ranks(here.dp_group) == found[1]
+        assert dist.get_process_group_ranks(here.zero_group) == found[1]
         fairscale_groups.destroy_model_parallel()
         with contextlib.redirect_stdout(io.StringIO()):
             fairscale_groups.initialize_model_parallel(tp_size)
