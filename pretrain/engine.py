@@ -74,7 +74,8 @@ class Engine:
         micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
         topology: this process's place among the ranks.
         seed: the run's seed; weights and dropout are drawn from it.
-        noise_scale: whether to estimate the gradient's noise in each step.
+        noise_scale: whether to estimate the gradient's noise in each step. With split rows it is not: what a rank adds
+            to the gradient is not that of its own tokens' loss, since other ranks' attend to them.
     Attributes:
         attention: the backend that computes attention; "none" if the model has none.
         average: the moving average of the weights, if one is kept.
@@ -130,7 +131,7 @@ class Engine:
             )
 
         self.average = WeightAverage(model, self.deepspeed.optimizer, topology)
-        self._norms = MicroBatchNorms(model, topology, noise_scale)
+        self._norms = MicroBatchNorms(model, topology, noise_scale and topology.sp_size == 1)
         if isinstance(optimizer, Muon):
             optimizer.locate(self.deepspeed.optimizer)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
@@ -261,7 +262,8 @@ class Engine:
     def _dropout_seed(self, step: int, micro_step: int) -> int:
         """Return a seed that differs on ranks with different tokens."""
         topology = self.topology
-        tokens_of = [topology.tp_rank] if self._split_tokens else []
+        tokens_of: list[str | int] = [topology.tp_rank] if self._split_tokens else []
+        tokens_of += ["sp", topology.sp_rank] if topology.sp_size > 1 else []
         return derive_seed(self.seed, "dropout", step, micro_step, topology.dp_rank, *tokens_of)
 
     def _forward(self, tokens: Tensor, segment_ids: Tensor) -> Loss:

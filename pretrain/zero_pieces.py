@@ -1,8 +1,8 @@
 """Find the part of a weight that ZeRO has given a rank to optimize. engine -> zero_pieces.
 
 Each ZeRO rank optimizes one contiguous piece of a weight, or of this tensor-parallel rank's slice of it. Its fp32
-values lie in a flat tensor with those of other weights; where, and where its gradient is, DeepSpeed tells in one way for
-ZeRO-3 and in another for the other stages.
+values lie in a flat tensor with those of other weights; where, and where its gradient is, DeepSpeed tells in one way
+for ZeRO-3 and in another for the other stages.
 """
 
 from __future__ import annotations

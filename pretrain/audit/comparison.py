@@ -151,7 +151,7 @@ def obstacles_to_equality(training: Training, replay: Replay) -> list[str]:
 
 def layout_of_start(start: StartRecord) -> Layout:
     """Return the layout that a start trained in."""
-    return Layout(start.tp_size, start.dp_size, start.zero_stage)
+    return Layout(start.tp_size, start.dp_size, start.zero_stage, start.sp_size)
 
 
 def _conditions(start: StartRecord, config: RunConfig) -> dict[str, object]:
