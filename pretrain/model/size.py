@@ -124,8 +124,13 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens per forward pass."""
-        return self.micro_batch_size * self.seq_len
+        """Tokens of one rank per forward pass."""
+        return self.micro_batch_size * self.seq_len // self.parallel.sp_size
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks that divide the optimizer's state; those that share rows do so too."""
+        return self.dp_size * self.parallel.sp_size
 
     @property
     def parameters(self) -> int:
@@ -136,7 +141,7 @@ class Workload:
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
         whole = _state_bytes(self._padded_model, self.optimizer, self.averaged, self.moment_bytes)
-        return whole // (self.parallel.tp_size * self.dp_size)
+        return whole // (self.parallel.tp_size * self.zero_size)
 
     @property
     def _padded_model(self) -> ModelConfig:
@@ -149,7 +154,7 @@ class Workload:
 
     @property
     def reduce_bytes(self) -> int:
-        """Return the bytes of a gradient on its way to other dp ranks."""
+        """Return the bytes of a gradient on its way to other ranks."""
         return 4 if self.parallel.reduce_dtype == "fp32" else 2
 
 
@@ -159,7 +164,7 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
     Returns:
         None if it is not known what the architecture's blocks keep.
     """
-    parallel, own = work.parallel, work.parameters // work.dp_size
+    parallel, own = work.parallel, work.parameters // work.zero_size
     stage, costs = parallel.applied_zero_stage, work.model.block_costs(parallel)
     if costs is None:
         return None
@@ -211,7 +216,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.parameters / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.parameters / work.zero_size if work.layers_measured and work.parallel.offload == "none" else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted(_largest_matrix(work))
@@ -235,7 +240,7 @@ def _kept_of_dropout(work: Workload) -> float:
 
 def _dropped_pairs(work: Workload) -> float:
     """Count the weights of a block's attention per token, on one tp rank, if it has dropout."""
-    heads = work.model.heads
+    heads = work.model.heads  # of whole rows a rank has fewer heads, but of as many tokens more
     return heads.n_heads * work.seq_len / work.parallel.tp_size if heads and heads.dropout else 0
 
 

@@ -139,7 +139,7 @@ def run_case(
 
 
 def copies_equal(engine: Engine, topology: Topology) -> bool:
-    """Return whether every weight has the same bits wherever it is: on ZeRO's ranks, replicated ones on tp ranks too."""
+    """Return whether every weight has the same bits on ZeRO's ranks, and a replicated one on tp ranks too."""
     equal = True
     for parameter in engine.model.parameters():
         partitioned = hasattr(parameter, "ds_tensor")  # ZeRO-3 keeps a slice
