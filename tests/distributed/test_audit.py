@@ -185,6 +185,9 @@ def test_dropout_is_audited_on_the_ranks_that_drew_it(tmp_path: Path) -> None:
     assert code == 2, output
     assert "model.dropout=0.1: masks are drawn for each data-parallel rank" in words(output)
     assert "on 1 ranks with parallel.tp_size=1, train.micro_batch_size=2" in words(output)
+    code, output = audit(run, "parallel.sp_size=2", ranks=2)
+    assert code == 2, output
+    assert "on 1 ranks with parallel.tp_size=1, parallel.sp_size=1, train.micro_batch_size=2" in words(output)
     (run / "starts.jsonl").unlink()  # as if an older version had trained it
     code, output = audit(run)
     assert code == 2, output
