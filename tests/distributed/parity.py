@@ -134,11 +134,11 @@ def run_case(
         "layers": layers,
         "noise": noise,
         "micro_batches": [list(rows) for rows in micro_batches(topology.dp_size, micro_batch_size)],
-        "copies_equal": copies_equal(engine, topology),
+        "replicated_equal": replicated_equal(engine, topology),
     }
 
 
-def copies_equal(engine: Engine, topology: Topology) -> bool:
+def replicated_equal(engine: Engine, topology: Topology) -> bool:
     """Return whether every weight has the same bits on ZeRO's ranks, and a replicated one on tp ranks too."""
     equal = True
     for parameter in engine.model.parameters():

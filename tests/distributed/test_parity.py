@@ -136,4 +136,4 @@ def test_training_equals_the_reference(
             near = pytest.approx(wanted[0], abs=tolerance * expected["history"][step][1] ** 2)
             assert found[0] == near, f"{case}, step {step}: signal"
             assert found[1] == pytest.approx(wanted[1], rel=tolerance), f"{case}, step {step}: variance"
-        assert result["copies_equal"], f"{case}: copies of a weight differ between ranks"
+        assert result["replicated_equal"], f"{case}: copies of a weight differ between ranks"
