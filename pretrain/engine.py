@@ -36,13 +36,14 @@ from pretrain.model.compilation import CompilationLog
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.weights import Weights
+from pretrain.mpu import ModelParallelUnit
 from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
-from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from pretrain.topology import ParallelConfig, Topology
 from pretrain.weight_average import WeightAverage
 from pretrain.zero_pieces import OwnPiece, set_whole
 from shards import CheckpointError
@@ -126,7 +127,7 @@ class Engine:
                 model=model,
                 optimizer=optimizer,
                 config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.zero_size),
-                mpu=ModelParallelUnit(),
+                mpu=ModelParallelUnit(topology),
                 dist_init_required=False,
             )
 

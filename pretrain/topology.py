@@ -215,35 +215,6 @@ class Topology:
         dist.barrier()
 
 
-class ModelParallelUnit:
-    """The functions that DeepSpeed calls on an `mpu`, under Megatron's names; fairscale's own module lacks half.
-
-    What both call data parallel is everything over which gradients are averaged: `Topology.zero_group`.
-    """
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return fairscale_groups.get_data_parallel_group()
-
-    def get_data_parallel_rank(self) -> int:
-        return int(fairscale_groups.get_data_parallel_rank())
-
-    def get_data_parallel_world_size(self) -> int:
-        return int(fairscale_groups.get_data_parallel_world_size())
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return fairscale_groups.get_model_parallel_group()
-
-    def get_model_parallel_rank(self) -> int:
-        return int(fairscale_groups.get_model_parallel_rank())
-
-    def get_model_parallel_world_size(self) -> int:
-        return int(fairscale_groups.get_model_parallel_world_size())
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-
-
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor from the host to a device, without waiting for what the device still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
