@@ -1,25 +1,34 @@
-"""Check on two ranks that share rows what their exchanges cost, and that a continuation is not divided.
+"""Check on ranks that share rows what their exchanges cost, and that a continuation is not divided.
 
-Usage: python -m tests.distributed.sequence
+Usage: python -m tests.distributed.sequence SP_SIZE FOLDER. Rank 0 leaves FOLDER/SP_SIZE.json: the figures of steps on
+rows of which only the first rank has any tokens.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.cluster.speed import sequence_bytes
+from pretrain.deepspeed_keys import deepspeed_config
+from pretrain.engine import Engine
 from pretrain.model.loss import last_logits, next_token_targets, training_loss
 from pretrain.model.size import Workload
 from pretrain.model.transformer import LlamaConfig, Transformer
-from pretrain.topology import Checkpointing, ParallelConfig, started
+from pretrain.optim import OptimConfig
+from pretrain.run.metrics import Meter
+from pretrain.topology import Checkpointing, ParallelConfig, Topology, started
 
 SP_SIZE, ROWS, SEQ_LEN = 2, 3, 24
+OPTIM = OptimConfig(z_loss=1e-3)
 
 
 class Exchanges(TorchDispatchMode):
@@ -76,8 +85,30 @@ def check_continuations() -> None:
         torch.testing.assert_close(continued, parts[:, -1])
 
 
+def figures_of_padding(topology: Topology, zero_stage: Literal[2, 3]) -> list[object]:
+    """Train three steps on rows whose second half is padding; return their losses, norms and layers' figures."""
+    parallel = ParallelConfig(sp_size=topology.sp_size, zero_stage=zero_stage)
+    derived = deepspeed_config(parallel, OPTIM, "fp32", {})
+    engine = Engine(model_config(3), OPTIM, parallel, derived, ROWS, 1, topology, seed=1)
+    tokens = torch.randint(1, 32, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(2))
+    segment_ids = torch.zeros_like(tokens)
+    segment_ids[:, : SEQ_LEN // 2] = 1
+    found: list[object] = []
+    for step in range(3):
+        stats = engine.train_step(tokens, segment_ids, ROWS * (SEQ_LEN // 2 - 1), step, 1e-2, Meter(), measured=True)
+        assert stats.layers
+        found.append([stats.loss, stats.grad_norm, *stats.layers.activations.values()])
+    return found
+
+
 def main() -> None:
-    with started(ParallelConfig(sp_size=SP_SIZE)):
+    sp_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    with started(ParallelConfig(sp_size=sp_size)) as topology:
+        figures = [figures_of_padding(topology, stage) for stage in (2, 3)]
+        if topology.is_main:
+            (folder / f"{sp_size}.json").write_text(json.dumps(figures))
+        if sp_size == 1:
+            return
         for n_kv_heads in (6, 3, 1):
             check_costs(n_kv_heads, "none", each_way=2)
         check_costs(2, "selective", each_way=2)
