@@ -126,14 +126,17 @@ def _check_dropout(training: Training, topology: Topology) -> None:
     what = f"{drawn}: masks are drawn for each data-parallel rank and micro-step"
     if not training.starts:
         raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
-    here = (topology.dp_size, _micro_batches(config, topology.dp_size), config.parallel.sequence_parallel)
+    split = config.parallel.sequence_parallel
+    here = (topology.dp_size, topology.sp_size, _micro_batches(config, topology.dp_size), split)
     for start, run in zip(training.starts, training.recorded, strict=True):
-        wanted = (start.dp_size, _micro_batches(run, start.dp_size), run.parallel.sequence_parallel)
-        if wanted != here:
+        micro_batches, split = _micro_batches(run, start.dp_size), run.parallel.sequence_parallel
+        if (start.dp_size, start.sp_size, micro_batches, split) != here:
+            of_rows = f" parallel.sp_size={start.sp_size}," if (start.sp_size, topology.sp_size) != (1, 1) else ""
             raise ConfigError(
                 f"{what}, so other numbers of these train another model; audit the steps after {start.step} on"
-                f" {start.dp_size * start.tp_size} ranks with parallel.tp_size={start.tp_size},"
-                f" train.micro_batch_size={wanted[1][0]} and parallel.sequence_parallel={str(wanted[2]).lower()}"
+                f" {start.dp_size * start.sp_size * start.tp_size} ranks with"
+                f" parallel.tp_size={start.tp_size},{of_rows}"
+                f" train.micro_batch_size={micro_batches[0]} and parallel.sequence_parallel={str(split).lower()}"
             )
 
 
@@ -157,7 +160,7 @@ def _restored(
     layout = layout_of(config, topology)
     with ExitStack() as stack:
         own = store
-        if read_state(checkpoint).layout != layout:
+        if not read_state(checkpoint).layout.has_files_of(layout):
             own = stack.enter_context(_scratch_store(config, scratch, topology))
         state = restore(checkpoint, own, layout, engine, loader, topology, contextlib.nullcontext())
         topology.barrier()  # all ranks have read it
