@@ -1,8 +1,9 @@
-"""Count what ranks send each other: `python benchmarks/collectives.py [--tp-size 2] [--dp-size 2]`.
+"""Count what ranks send each other: `python benchmarks/collectives.py [--tp-size 2] [--sp-size 2] [--dp-size 2]`.
 
-Of tensor-parallel ranks the calls and bytes of a layer, forward and backward apart: the difference between models of
-three layers and of two. Of data-parallel ranks those of a whole optimizer step, for each ZeRO stage, beside the
-parameters' number. Bytes are those of each collective's input on one rank, as the program hands it over.
+Of tensor-parallel ranks, and of those that share the tokens of rows, the calls and bytes of a layer, forward and
+backward apart: the difference between models of three layers and of two. Of data-parallel ranks those of a whole
+optimizer step, for each ZeRO stage, beside the parameters' number. Bytes are those of each collective's input on one
+rank, as the program hands it over.
 `--root CHECKOUT` counts the layers of another checkout.
 """
 
@@ -56,7 +57,8 @@ class Collectives(TorchDispatchMode):
 def counted(layers: int, parallel: ParallelConfig) -> tuple[Collectives, Collectives]:
     """Count the collectives of a forward and of a backward pass."""
     config = LlamaConfig.model_validate(MODEL | {"n_layers": layers})
-    model = Transformer(config, parallel) if parallel.model_fields_set - {"tp_size"} else Transformer(config)
+    whole = not parallel.model_fields_set - {"tp_size"}
+    model = Transformer(config) if whole else Transformer(config, parallel, "varlen")
     model.initialize(seed=0)
     model.bfloat16().train()
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
@@ -96,9 +98,9 @@ def count_step(rank: int, world_size: int, port: int, parallel: ParallelConfig, 
             print(f"  {kind:28} {calls:4} calls, {found.bytes[kind] / 1e6:8.2f} MB a step", flush=True)
 
 
-def run(rank: int, parallel: ParallelConfig, port: int) -> None:
+def run(rank: int, world_size: int, parallel: ParallelConfig, port: int) -> None:
     """Count on one rank; rank 0 prints."""
-    set_environment(rank, parallel.tp_size, port)
+    set_environment(rank, world_size, port)
     with started(parallel) as topology:
         two, three = counted(2, parallel), counted(3, parallel)
     if not topology.is_main:
@@ -113,18 +115,19 @@ def run(rank: int, parallel: ParallelConfig, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--sp-size", type=int, default=2)
     parser.add_argument("--root", type=Path, help="another checkout, whose model is counted instead")
     parser.add_argument("--dp-size", type=int, default=2)
     arguments = parser.parse_args()
-    layouts: list[dict[str, Any]] = [{}]
+    layouts: list[dict[str, Any]] = [{"tp_size": arguments.tp_size}]
     if not arguments.root:
-        layouts.append({"sequence_parallel": True})
+        layouts.append({"tp_size": arguments.tp_size, "sequence_parallel": True})
+        layouts.append({"sp_size": arguments.sp_size})
     for layout in layouts:
-        parallel = ParallelConfig.model_validate({"tp_size": arguments.tp_size, **layout})
-        print(
-            f"tp_size {parallel.tp_size} {layout or ''}: {ROWS} x {LENGTH} tokens, dim {MODEL['dim']}, bf16", flush=True
-        )
-        torch.multiprocessing.spawn(run, (parallel, free_port()), nprocs=parallel.tp_size)
+        ranks = layout.get("tp_size", 1) * layout.get("sp_size", 1)
+        print(f"{layout}: {ROWS} x {LENGTH} tokens, dim {MODEL['dim']}, bf16", flush=True)
+        where = ranks, ParallelConfig.model_validate(layout), free_port()
+        torch.multiprocessing.spawn(run, where, nprocs=ranks)
     if arguments.root:
         return
     parameters = parameter_count(LlamaConfig.model_validate(MODEL | {"n_layers": 4}))

@@ -24,6 +24,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import operator
 import os
@@ -58,6 +59,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.engine import Engine
 from pretrain.model.loss import CHUNK_LOGITS, Targets
 from pretrain.model.pieces import Pieces, pieces_of
+from pretrain.model.sequence import own_part
 from pretrain.model.size import memory_per_rank
 from pretrain.run.metrics import Meter
 from pretrain.topology import Checkpointing, Topology
@@ -231,8 +233,8 @@ def _one_piece_a_row(segment_ids: Tensor, device: torch.device) -> Pieces:
 
 def _all_targets(tokens: Tensor, _segment_ids: Tensor) -> Targets:
     """Return a target for each position, since fake segment ids do not tell which have none."""
-    positions = torch.arange(tokens[:, 1:].numel())
-    return Targets(positions, tokens[:, 1:].flatten())
+    targets = own_part(tokens[:, 1:])
+    return Targets(torch.arange(targets.numel()), targets.flatten())
 
 
 def _apply_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
@@ -246,12 +248,14 @@ def _apply_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn
 @contextlib.contextmanager
 def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topology]:
     """Take part in a training of ranks that do not exist, as rank 0, with tensors that have no memory."""
-    tp_size = config.parallel.tp_size
-    dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
-    mesh = init_device_mesh("cpu", (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    tp_size, sp_size = config.parallel.tp_size, config.parallel.sp_size
+    sizes = (dp_size, sp_size, tp_size)
+    dist.init_process_group("fake", rank=0, world_size=math.prod(sizes), store=FakeStore())
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "sp", "tp"))
     patches = [
-        mock.patch.object(fairscale_groups, "_DATA_PARALLEL_GROUP", mesh.get_group("dp")),
+        mock.patch.object(fairscale_groups, "_DATA_PARALLEL_GROUP", mesh["dp", "sp"]._flatten("zero").get_group()),
         mock.patch.object(fairscale_groups, "_MODEL_PARALLEL_GROUP", mesh.get_group("tp")),
+        mock.patch("pretrain.topology._sequence_group", mesh.get_group("sp") if sp_size > 1 else None),
         mock.patch.dict(os.environ, LOCAL_RANK="0"),
         mock.patch.object(nn.Module, "_apply", _apply_in_place),
         mock.patch.object(F, "rms_norm", _norm),
@@ -270,12 +274,12 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
     with contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True):
         for patch in patches:
             stack.enter_context(patch)
-        yield Topology(0, tp_size * dp_size, 0, tp_size, 0, dp_size, torch.device("cpu"))
+        yield Topology(0, math.prod(sizes), 0, tp_size, 0, dp_size, torch.device("cpu"), 0, sp_size)
     dist.destroy_process_group()
 
 
 def simulate(config: RunConfig, dp_size: int) -> Simulation:
-    """Run two steps of the engine on one of dp_size x tp_size ranks, and measure the second."""
+    """Run two steps of the engine on one of dp_size x sp_size x tp_size ranks, and measure the second."""
     rows = config.stage_at(0).micro_batch_size(dp_size)
     ledger = Ledger()
     meter = PeakMeter(ledger)

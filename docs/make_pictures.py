@@ -166,7 +166,7 @@ BATCH = Picture(
                 Box(
                     "loss",
                     "Loss and step",
-                    ("sum of nll * dp_size / N, backward,", "clip, AdamW: DeepSpeed"),
+                    ("sum of nll * ranks / N, backward,", "clip, AdamW: DeepSpeed"),
                     marked=True,
                 ),
                 Box("record", "Record", ("metrics.jsonl, wandb: loss,", "batch_hash, tokens of each source")),

@@ -191,14 +191,14 @@ def _begin_folder(start: Start, store: CheckpointStore, step: int, begun: StartR
 
 
 def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None, stack: ExitStack) -> Loader | None:
-    """Open the loader on the first rank of each tensor-parallel group; every rank calls it.
+    """Open the loader on the ranks that read rows; every rank calls it.
 
     Args:
         prepared: what `shards.prepare` returned on rank 0.
         stack: closes the loader's workers.
     """
     loader = None
-    if topology.tp_rank == 0:
+    if topology.reads_rows:
         loader = Loader(
             config.data,
             config.train.global_batch_size,
@@ -246,7 +246,7 @@ def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
 
 def layout_of(config: RunConfig, topology: Topology) -> Layout:
     """Return how the engine's state lies on the ranks."""
-    return Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+    return Layout(topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage, topology.sp_size)
 
 
 def _state(start: Start, choice: Choice, store: CheckpointStore, engine: Engine, loader: Loader | None) -> RunState:

@@ -26,6 +26,7 @@ from pretrain.faults.patience import StopRule
 from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.architectures import AnyModelConfig, without_default
 from pretrain.model.attention_choice import AttentionShape
+from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.model.weights import trained_specs
 from pretrain.optim import OptimConfig, SchedulePart, is_named
@@ -208,7 +209,8 @@ class RunConfig(Config):
         """
         self.check(dp_size)
         first = self.stage_at(0)
-        batch = batch_sizes(first.micro_batch_size(dp_size), first.micro_steps(dp_size), dp_size)
+        zero_size = dp_size * self.parallel.sp_size
+        batch = batch_sizes(first.micro_batch_size(dp_size), first.micro_steps(dp_size), zero_size)
         derived = dump({"derived for DeepSpeed": batch | self.deepspeed_config()})
         commented = "".join(f"# {line}\n" for line in derived.splitlines())
         return f"{self.to_yaml()}\n# On {dp_size} data-parallel ranks:\n{commented}"
@@ -237,14 +239,15 @@ class RunConfig(Config):
 
     def attention_shape(self, dp_size: int, stage: RunStage) -> AttentionShape | None:
         """Return the attention of one layer on one rank in a stage, from which the fastest backend can be found."""
-        tp_size, heads = self.parallel.tp_size, self.model.heads
+        tp_size, sp_size, heads = self.parallel.tp_size, self.parallel.sp_size, self.model.heads
         if heads is None:
             return None
+        kv_heads = heads.n_kv_heads // tp_size
         return AttentionShape(
             rows=stage.micro_batch_size(dp_size),
             length=stage.data.seq_len,
-            n_heads=heads.n_heads // tp_size,
-            n_kv_heads=heads.n_kv_heads // tp_size,
+            n_heads=heads.n_heads // (tp_size * sp_size),
+            n_kv_heads=kv_heads * copies_of_kv_heads(kv_heads, sp_size) // sp_size,
             head_dim=heads.head_dim,
             dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
             dropout=heads.dropout,
@@ -253,6 +256,8 @@ class RunConfig(Config):
     def hash(self) -> str:
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
+        if self.parallel.sp_size == 1:
+            del values["parallel"]["sp_size"]  # configs of before there was another have the same hash
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -384,8 +389,8 @@ def _stage_problems(
         return
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
-        if parallel and parallel.sequence_parallel:
-            yield from not_divisible(f"{at}data.seq_len", stage.data.seq_len, "parallel.tp_size", parallel.tp_size)
+        if parallel:
+            yield from _length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
         if stage.micro_rows:
             rows = (f"{at}train.global_batch_size", stage.global_batch_size)
             yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
@@ -398,11 +403,28 @@ def _stage_problems(
         yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"
 
 
+def _length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield why rows of this length cannot be divided among ranks."""
+    if parallel.sequence_parallel and parallel.sp_size > 1:
+        both = parallel.tp_size * parallel.sp_size
+        yield from not_divisible(key, seq_len, "parallel.tp_size times parallel.sp_size", both)
+    elif parallel.sequence_parallel:
+        yield from not_divisible(key, seq_len, "parallel.tp_size", parallel.tp_size)
+    else:
+        yield from not_divisible(key, seq_len, "parallel.sp_size", parallel.sp_size)
+
+
 def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Yield what of a layout an architecture knows nothing of."""
     named = f"model.architecture={model.architecture}"
     if parallel.tp_size > 1 and not model.SPLITS:
         yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
+    if parallel.sp_size > 1 and not model.SPLITS_ROWS:
+        yield f"parallel.sp_size={parallel.sp_size}: {named} cannot divide a row over ranks; set parallel.sp_size=1"
+    if model.SPLITS_ROWS and model.heads and model.heads.n_heads % parallel.tp_size == 0:
+        of_rank = model.heads.n_heads // parallel.tp_size
+        key = "model.n_heads" if parallel.tp_size == 1 else f"model.n_heads / parallel.tp_size ({parallel.tp_size})"
+        yield from not_divisible(key, of_rank, "parallel.sp_size", parallel.sp_size)
     if parallel.attention != "auto" and model.heads is None:
         yield f"parallel.attention={parallel.attention}: {named} has no attention; leave it out"
     if model.heads and model.heads.dropout and parallel.attention in ("flex", "varlen"):

@@ -90,10 +90,10 @@ def deepspeed_config(
     return _merged(derived, extra)
 
 
-def batch_sizes(micro_batch_size: int, micro_steps: int, dp_size: int) -> DeepSpeedConfig:
+def batch_sizes(micro_batch_size: int, micro_steps: int, zero_size: int) -> DeepSpeedConfig:
     """Return the part of DeepSpeed's configuration that splits a global batch."""
     return {
-        "train_batch_size": micro_batch_size * micro_steps * dp_size,
+        "train_batch_size": micro_batch_size * micro_steps * zero_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_steps,
     }

@@ -36,6 +36,7 @@ from pretrain.model.lora import is_adapter
 from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.weights import Weights
+from pretrain.mpu import ModelParallelUnit
 from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.rng import derive_seed, seeded
@@ -43,7 +44,7 @@ from pretrain.run.metrics import Meter
 from pretrain.saved_weights import load_trained, trained_state, universal_info
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
-from pretrain.topology import ModelParallelUnit, ParallelConfig, Topology
+from pretrain.topology import ParallelConfig, Topology
 from pretrain.weight_average import WeightAverage
 from pretrain.zero_pieces import own_pieces, set_whole
 from shards import CheckpointError
@@ -75,7 +76,8 @@ class Engine:
         micro_batch_size, micro_steps: rows of one forward pass on this rank, and forward passes in one optimizer step.
         topology: this process's place among the ranks.
         seed: the run's seed; weights and dropout are drawn from it.
-        noise_scale: whether to estimate the gradient's noise in each step.
+        noise_scale: whether to estimate the gradient's noise in each step. With split rows it is not: what a rank adds
+            to the gradient is not that of its own tokens' loss, since other ranks' attend to them.
     Attributes:
         attention: the backend that computes attention; "none" if the model has none.
         average: the moving average of the weights, if one is kept.
@@ -128,13 +130,13 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.dp_size),
-                mpu=ModelParallelUnit(),
+                config=ds_config | batch_sizes(micro_batch_size, micro_steps, topology.zero_size),
+                mpu=ModelParallelUnit(topology),
                 dist_init_required=False,
             )
 
         self.average = WeightAverage(model, self.deepspeed.optimizer, topology)
-        self._norms = MicroBatchNorms(model, topology, noise_scale)
+        self._norms = MicroBatchNorms(model, topology, noise_scale and topology.sp_size == 1)
         if isinstance(optimizer, Muon):
             optimizer.locate(self.deepspeed.optimizer)
         self._communication = CommunicationTimer(deepspeed.comm.comm.cdb)
@@ -146,7 +148,7 @@ class Engine:
     def set_batches(self, micro_batch_size: int, micro_steps: int) -> None:
         """Change the batches of the steps to come, between two steps; the arguments are those of the class."""
         self.micro_batch_size = micro_batch_size
-        sizes = batch_sizes(micro_batch_size, micro_steps, self.topology.dp_size)
+        sizes = batch_sizes(micro_batch_size, micro_steps, self.topology.zero_size)
         for name, size in sizes.items():
             setattr(self.deepspeed._config, name, size)
         self.deepspeed.optimizer.gradient_accumulation_steps = micro_steps
@@ -205,8 +207,8 @@ class Engine:
             group["lr"] = learning_rate * own["learning_rate_scale"]
         self._norms.begin(len(micro_batches))
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll and z-loss
-        # DeepSpeed averages gradients over dp ranks, but the loss is a sum over them.
-        scale = torch.full((), self.topology.dp_size / n_targets, device=device)  # no copy from the host
+        # DeepSpeed averages gradients over ranks, but the loss is a sum over them.
+        scale = torch.full((), self.topology.zero_size / n_targets, device=device)  # no copy from the host
         for micro_step, (ids, segments) in enumerate(micro_batches):
             if micro_step:
                 self.deepspeed.step()  # inside a step it only counts the micro-step
@@ -222,7 +224,7 @@ class Engine:
             sums += torch.stack((loss.nll.sum(), z_loss)).double()
         # Before the update, which a limit of the loss may refuse; DeepSpeed waits for the gradient's norm anyway.
         # The same bits on all tensor-parallel ranks, so that they refuse together
-        sums = self.topology.broadcast_in_tp(self.topology.sum_over_dp(sums))
+        sums = self.topology.broadcast_in_tp(self.topology.sum_over_zero(sums))
         loss, z_loss_mean = (sums / n_targets).tolist()
         with meter.device_part("optimizer"), self._refusing(loss, limits) as refused:
             if measurement:
@@ -267,7 +269,8 @@ class Engine:
     def _dropout_seed(self, step: int, micro_step: int) -> int:
         """Return a seed that differs on ranks with different tokens."""
         topology = self.topology
-        tokens_of = [topology.tp_rank] if self._split_tokens else []
+        tokens_of: list[str | int] = [topology.tp_rank] if self._split_tokens else []
+        tokens_of += ["sp", topology.sp_rank] if topology.sp_size > 1 else []
         return derive_seed(self.seed, "dropout", step, micro_step, topology.dp_rank, *tokens_of)
 
     def _forward(self, tokens: Tensor, segment_ids: Tensor) -> Loss:
@@ -305,8 +308,8 @@ class Engine:
                 continue
             if hasattr(parameter, "ds_id"):
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                padded = F.pad(value.flatten(), (0, size * topology.dp_size - value.numel()))
-                safe_set_local_fp32_param(parameter, padded[size * topology.dp_rank :][:size])
+                padded = F.pad(value.flatten(), (0, size * topology.zero_size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[size * topology.zero_rank :][:size])
             else:
                 safe_set_full_fp32_param(parameter, value)
 
@@ -318,7 +321,7 @@ class Engine:
         """
         topology = self.topology
         weights, moments = [], []
-        for name, parameter, piece in own_pieces(self.model, self.deepspeed.optimizer, topology.dp_rank):
+        for name, parameter, piece in own_pieces(self.model, self.deepspeed.optimizer, topology.zero_rank):
             dim = shard_dim(parameter)
             if dim is None and topology.tp_rank > 0:
                 continue  # every tensor-parallel rank has a copy, which counts once
@@ -367,7 +370,7 @@ class Engine:
         def read(weight: str, key: str, param: object) -> Tensor:
             if key == "exp_avg_sq" and id(param) in under_muon:
                 return torch.empty(0)
-            return read_piece(Path(weight) / f"{key}.pt", topology.dp_rank, topology.dp_size)
+            return read_piece(Path(weight) / f"{key}.pt", topology.zero_rank, topology.zero_size)
 
         # ZeRO-3 reads a weight's state with this; DeepSpeed's own function would read all of it on every rank.
         self.deepspeed.optimizer.load_hp_checkpoint_state = read

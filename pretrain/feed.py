@@ -1,8 +1,8 @@
 """The global batch of a step, on the device, with its totals over all ranks. loader -> feed -> trainer.
 
-In each tensor-parallel group only rank 0 has a loader; it passes its rows on to the others. What the ranks must know of
-each other before the first backward pass (the number of valid targets, by which the loss is divided) travels in one
-collective, with everything else that they exchange once a step, such as a request to stop.
+Of the ranks that share the same rows only the first has a loader; it passes them on to the others. What the ranks must
+know of each other before the first backward pass (the number of valid targets, by which the loss is divided) travels in
+one collective, with everything else that they exchange once a step, such as a request to stop.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Feed:
     """Draws one global batch per step.
 
     Args:
-        loader: this dp rank's loader; None on the other ranks of its tensor-parallel group.
+        loader: this dp rank's loader; None on the ranks that do not read rows.
         stages: all stages of the run.
     """
 
@@ -280,14 +280,14 @@ class Feed:
         return sorted(found for part in self._topology.gather_objects(own) for found in part)
 
     def _shared(self, batch: Batch | None) -> Tensor:
-        """Return this dp rank's (tokens, segment_ids) on each tp rank's host: [2, rows, seq_len + 1] int64."""
+        """Return this dp rank's (tokens, segment_ids) on each of its ranks' hosts: [2, rows, seq_len + 1] int64."""
         if batch is None:
             stage = self._stages[self._stage]
             shape = (2, stage.global_batch_size // self._topology.dp_size, stage.data.seq_len + 1)
             rows = torch.empty(shape, dtype=torch.int32)
         else:
             rows = torch.stack((torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_ids)))
-        return self._topology.broadcast_in_tp(rows).long()
+        return self._topology.share_rows(rows).long()
 
     def origins(self) -> list[Origin]:
         """Return the origin of every piece of the last global batch, by slot; every rank calls it."""

@@ -57,7 +57,7 @@ class _Matrix:
         shape: of the whole matrix.
         shard_dim: along which the tensor-parallel ranks split it.
         own: this rank's piece.
-        sizes: elements of the pieces, by rank; in a slice, those of the dp ranks follow each other.
+        sizes: elements of the pieces, by rank; in a slice, those of ZeRO's ranks follow each other.
     """
 
     shape: tuple[int, int]
@@ -113,14 +113,14 @@ class Muon(AdamW):
         Every rank must call it, once.
         """
         topology = self._topology
-        pieces = [OwnPiece(weight, optimizer, topology.dp_rank) for weight, _, _ in self._weights]
+        pieces = [OwnPiece(weight, optimizer, topology.zero_rank) for weight, _, _ in self._weights]
         of_ranks = topology.gather_objects([piece.size for piece in pieces])
         found: dict[Tensor, list[_Matrix]] = defaultdict(list)
         for (weight, (rows, columns), group), piece, *sizes in zip(self._weights, pieces, *of_ranks, strict=True):
             dim = shard_dim(weight)
             assert dim is not None or topology.tp_size == 1, "the blocks' matrices are all split"
             before = sum(sizes[topology.tp_rank : topology.rank : topology.tp_size])
-            assert piece.size == 0 or piece.start == before, "dp ranks hold consecutive pieces"
+            assert piece.size == 0 or piece.start == before, "ZeRO's ranks hold consecutive pieces"
             # Every rank has a partition of each group, even if it has no part of a weight.
             flat = self.param_groups[group]["params"][0] if piece.flat is None else piece.flat
             found[flat].append(_Matrix((rows, columns), dim or 0, piece, tuple(sizes)))

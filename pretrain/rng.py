@@ -1,8 +1,8 @@
 """Seeds that depend on the place of a computation in the run, never on what ran before it.
 
 A run that resumes at step k draws the same dropout masks as one that never stopped, because the generator is seeded
-anew for each (step, micro-step, dp_rank). Tensor-parallel ranks that hold the same activations share a seed and
-drop the same ones; under sequence parallelism each has tokens, and a seed, of its own.
+anew for each (step, micro-step, dp_rank), and sp_rank where ranks share rows. Tensor-parallel ranks that hold the same
+activations share a seed and drop the same ones; under sequence parallelism each has tokens, and a seed, of its own.
 """
 
 from __future__ import annotations

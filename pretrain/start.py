@@ -37,7 +37,7 @@ from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
 from pretrain.standing import learn_from_records
 from pretrain.startup_barrier import StartupBarrier
-from pretrain.topology import Topology, dp_size_of, started, world_size_of
+from pretrain.topology import Topology, dp_size_of, named_layout, started, world_size_of
 from shards import ConfigError, Prepared, Tokenizer, installation, tokenizer_check
 from shards.storage.atomic import is_there
 from shards.suites import suite
@@ -339,12 +339,18 @@ def announce(config: RunConfig, topology: Topology) -> None:
         f"{config.tokens_until(train.steps):,} in {train.steps} steps" if train.steps else f"{train.epochs} epochs",
     )  # fmt: skip
     _logger.info(
-        "layout: %d ranks (tp %d x dp %d) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
-        topology.world_size, topology.tp_size, topology.dp_size, topology.device.type, config.precision,
+        "layout: %d ranks (%s) on %s, %s, ZeRO-%d, %d micro-steps of %d rows",
+        topology.world_size, named_layout(topology.tp_size, topology.sp_size, topology.dp_size),
+        topology.device.type, config.precision,
         config.parallel.applied_zero_stage, stages[0].micro_steps(topology.dp_size),
         stages[0].micro_batch_size(topology.dp_size),
     )  # fmt: skip
-    if config.metrics.noise_scale and any(s.micro_steps(topology.dp_size) * topology.dp_size == 1 for s in stages):
+    if config.metrics.noise_scale and topology.sp_size > 1:
+        _logger.info(
+            "the gradient noise scale is not measured with parallel.sp_size=%d: a rank's gradient is not that of the"
+            " loss of its own tokens", topology.sp_size,
+        )  # fmt: skip
+    elif config.metrics.noise_scale and any(s.micro_steps(topology.dp_size) * topology.dp_size == 1 for s in stages):
         _logger.info(
             "the gradient noise scale is not measured where a step is one micro-batch on one rank; a smaller"
             " train.micro_batch_size makes several"

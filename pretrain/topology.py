@@ -1,6 +1,7 @@
 """Ranks, groups, the device, and the few collectives that training needs. The only user of fairscale's `initialize`.
 
-World ranks are laid out with tensor-parallel ranks adjacent: rank = dp_rank * tp_size + tp_rank.
+World ranks are laid out with tensor-parallel ranks adjacent, then those that share the tokens of the same rows:
+rank = (dp_rank * sp_size + sp_rank) * tp_size + tp_rank.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class ParallelConfig(Config):
     """How the model and its training state are laid out over ranks, and what is traded for memory."""
 
     tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
-    zero_stage: Literal[0, 1, 2, 3] = 1  # what dp ranks divide: 1 optimizer state, 2 also gradients, 3 also weights
+    # Ranks that share the tokens of each row, for rows too long for one; in attention they divide the heads instead
+    sp_size: int = Field(1, ge=1)
+    # What ranks with the same weights divide: 1 optimizer state, 2 also gradients, 3 also weights
+    zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; "parameters" needs zero_stage 3
     sequence_parallel: bool = False  # tp ranks also divide the tokens between branches; needs tp_size > 1
     # What a block computes again in the backward pass instead of keeping it: selective: norms, rotations, products and
@@ -76,8 +80,9 @@ class Topology:
     Attributes:
         rank, world_size: among all processes of the run.
         tp_rank, tp_size: within the group that shares one copy of the model.
-        dp_rank, dp_size: place among the ranks that divide each global batch.
+        dp_rank, dp_size: place among the groups that divide the rows of each global batch.
         device: the device that this process computes on.
+        sp_rank, sp_size: within the group that divides the tokens of the same rows.
     """
 
     rank: int
@@ -87,6 +92,8 @@ class Topology:
     dp_rank: int
     dp_size: int
     device: torch.device
+    sp_rank: int = 0
+    sp_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -98,8 +105,23 @@ class Topology:
         return fairscale_groups.get_model_parallel_group()
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
+    def zero_rank(self) -> int:
+        """Return the place among the ranks that divide the optimizer's state and average gradients."""
+        return self.dp_rank * self.sp_size + self.sp_rank
+
+    @property
+    def zero_size(self) -> int:
+        """Return how many ranks divide it: all that have the same weights, whichever tokens they train on."""
+        return self.dp_size * self.sp_size
+
+    @property
+    def zero_group(self) -> dist.ProcessGroup:
         return fairscale_groups.get_data_parallel_group()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Return whether this rank reads the rows of its dp rank, and passes them on to all that share them."""
+        return self.tp_rank == 0 and self.sp_rank == 0
 
     def sum_int64(self, values: list[int]) -> list[int]:
         """Sum each value over all ranks, mod 2^64, so that hashes can be summed too.
@@ -110,9 +132,9 @@ class Topology:
         dist.all_reduce(tensor)
         return [v % 2**64 for v in tensor.tolist()]
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the dp ranks, in place; every tp rank must hold the same values."""
-        dist.all_reduce(values, group=self.dp_group)
+    def sum_over_zero(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the ranks with the same weights, in place; every tp rank must hold the same values."""
+        dist.all_reduce(values, group=self.zero_group)
         return values
 
     def sum_over_all(self, values: torch.Tensor) -> torch.Tensor:
@@ -125,9 +147,9 @@ class Topology:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def max_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Take the largest of each value over the dp ranks, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.dp_group)
+    def max_over_zero(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each value over the ranks with the same weights, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.zero_group)
         return values
 
     def any(self, value: bool) -> bool:
@@ -146,6 +168,12 @@ class Topology:
         received = parts[0].new_empty(sum(sizes))
         dist.all_to_all_single(received, torch.cat(list(parts)), list(sizes), [part.numel() for part in parts])
         return torch.split(received, list(sizes))
+
+    def share_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy the tensor of the rank that reads the rows to all ranks that share them, in place."""
+        if self.sp_size > 1 and self.tp_rank == 0:
+            dist.broadcast(tensor, src=self.rank - self.sp_rank * self.tp_size, group=sequence_group())
+        return self.broadcast_in_tp(tensor)
 
     def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy tp rank 0's tensor to every tp rank, in place."""
@@ -185,32 +213,6 @@ class Topology:
 
     def barrier(self) -> None:
         dist.barrier()
-
-
-class ModelParallelUnit:
-    """The functions that DeepSpeed calls on an `mpu`, under Megatron's names; fairscale's own module lacks half."""
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return fairscale_groups.get_data_parallel_group()
-
-    def get_data_parallel_rank(self) -> int:
-        return int(fairscale_groups.get_data_parallel_rank())
-
-    def get_data_parallel_world_size(self) -> int:
-        return int(fairscale_groups.get_data_parallel_world_size())
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return fairscale_groups.get_model_parallel_group()
-
-    def get_model_parallel_rank(self) -> int:
-        return int(fairscale_groups.get_model_parallel_rank())
-
-    def get_model_parallel_world_size(self) -> int:
-        return int(fairscale_groups.get_model_parallel_world_size())
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -278,19 +280,35 @@ def dp_size_of(world_size: int, parallel: ParallelConfig) -> int:
     """Return the number of data-parallel ranks in a world of this size.
 
     Raises:
-        ConfigError: if tp_size does not divide the number of ranks.
+        ConfigError: if the number of ranks that share the same rows does not divide that of all.
     """
-    if world_size % parallel.tp_size:
+    sharing = parallel.tp_size * parallel.sp_size
+    if world_size % sharing:
+        named = f"parallel.tp_size={parallel.tp_size}"
+        if parallel.sp_size > 1:
+            named += f" times parallel.sp_size={parallel.sp_size}"
         raise ConfigError(
-            f"parallel.tp_size={parallel.tp_size} does not divide the {world_size} ranks that were started;"
-            f" start a multiple of {parallel.tp_size}"
+            f"{named} does not divide the {world_size} ranks that were started; start a multiple of {sharing}"
         )
-    return world_size // parallel.tp_size
+    return world_size // sharing
+
+
+def named_layout(tp_size: int, sp_size: int, dp_size: int) -> str:
+    """Name a layout in a few words; a run without sequence parallelism need not know of it."""
+    return f"tp {tp_size} x dp {dp_size}" if sp_size == 1 else f"tp {tp_size} x sp {sp_size} x dp {dp_size}"
+
+
+_sequence_group: dist.ProcessGroup | None = None  # kept as fairscale keeps the others, for the layers to find
+
+
+def sequence_group() -> dist.ProcessGroup | None:
+    """Return the group of the ranks that divide the tokens of the same rows; None if each has whole rows."""
+    return _sequence_group
 
 
 @contextlib.contextmanager
 def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = None) -> Iterator[Topology]:
-    """Join the process group, form the tensor- and data-parallel groups, and leave them at the end.
+    """Join the process group, form the groups within it, and leave them at the end.
 
     Args:
         store: where the ranks have met; None: they meet now.
@@ -314,19 +332,22 @@ def started(parallel: ParallelConfig, store: distributed_c10d.Store | None = Non
         world_size=world_size if store else -1,
         device_id=device if device.type == "cuda" else None,
     )
-    _form_groups(device, dp_size, parallel.tp_size, timeout)
-    rank = dist.get_rank()
+    _form_groups(device, dp_size, parallel, timeout)
+    rank, zero_rank = dist.get_rank(), dist.get_rank() // parallel.tp_size
     yield Topology(
         rank=rank,
         world_size=world_size,
         tp_rank=rank % parallel.tp_size,
         tp_size=parallel.tp_size,
-        dp_rank=rank // parallel.tp_size,
+        dp_rank=zero_rank // parallel.sp_size,
         dp_size=dp_size,
         device=device,
+        sp_rank=zero_rank % parallel.sp_size,
+        sp_size=parallel.sp_size,
     )
     # Not done after an error: under NCCL, leaving a group waits for ranks that may be gone.
     fairscale_groups.destroy_model_parallel()
+    _set_sequence_group(None)
     dist.destroy_process_group()
     for name in own:  # or what this process starts next would take itself for a rank
         os.environ.pop(name, None)
@@ -337,16 +358,30 @@ def backend_of(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _form_groups(device: torch.device, dp_size: int, tp_size: int, timeout: timedelta) -> None:
-    """Form this rank's tensor- and data-parallel groups, and register them with fairscale's layers.
+def _set_sequence_group(group: dist.ProcessGroup | None) -> None:
+    global _sequence_group
+    _sequence_group = group
+
+
+def _form_groups(device: torch.device, dp_size: int, parallel: ParallelConfig, timeout: timedelta) -> None:
+    """Form this rank's groups: of tensor-parallel ranks, of ZeRO's, and of those that divide the tokens of rows.
+
+    The first two are registered with fairscale's layers, which know the second as data-parallel.
 
     fairscale's own function also forms a group of one rank for every pipeline slot, and all ranks wait for each: 98
     groups at 64 ranks, most of them unused. Under NCCL, a mesh splits the world only once per dimension.
     """
-    mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
-    fairscale_groups._DATA_PARALLEL_GROUP = mesh.get_group("dp")
-    fairscale_groups._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
-    for group in (mesh.get_group("dp"), mesh.get_group("tp")):
+    tp_size, sp_size = parallel.tp_size, parallel.sp_size
+    if sp_size == 1:
+        mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("zero", "tp"))
+        groups = [mesh.get_group("zero"), mesh.get_group("tp")]
+    else:
+        mesh = init_device_mesh(device.type, (dp_size, sp_size, tp_size), mesh_dim_names=("dp", "sp", "tp"))
+        zero = mesh["dp", "sp"]._flatten("zero").get_group()
+        groups = [zero, mesh.get_group("tp"), mesh.get_group("sp")]
+        _set_sequence_group(groups[2])
+    fairscale_groups._DATA_PARALLEL_GROUP, fairscale_groups._MODEL_PARALLEL_GROUP = groups[:2]
+    for group in groups:
         distributed_c10d._set_pg_timeout(timeout, group)  # a mesh has no argument for it
 
 

@@ -50,11 +50,11 @@ class WeightAverage:
     @torch.no_grad()
     def show(self, average: bool) -> None:
         """Let the forward pass use the average, or the weights again, to the last bit."""
-        for _, parameter, piece in own_pieces(self._model, self._optimizer, self._topology.dp_rank):
+        for _, parameter, piece in own_pieces(self._model, self._optimizer, self._topology.zero_rank):
             values = piece.state(AVERAGE) if average else piece.weights
             whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=self._topology.device)
             whole[piece.start :][: len(values)] = values
-            set_whole(parameter, self._topology.sum_over_dp(whole))  # the other ranks' pieces are zero here
+            set_whole(parameter, self._topology.sum_over_zero(whole))  # the other ranks' pieces are zero here
 
     def load_universal(self, folder: Path) -> None:
         """Load the average from a conversion, of which DeepSpeed's ZeRO-3 reads only the moments.
@@ -62,7 +62,7 @@ class WeightAverage:
         Args:
             folder: this tensor-parallel rank's.
         """
-        for name, _, piece in own_pieces(self._model, self._optimizer, self._topology.dp_rank):
+        for name, _, piece in own_pieces(self._model, self._optimizer, self._topology.zero_rank):
             file = folder / "engine/zero" / name / f"{AVERAGE}.pt"
             if not file.exists():
                 self.drop()  # that of an engine which goes back

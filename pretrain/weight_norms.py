@@ -48,7 +48,7 @@ class WeightMeasurement:
         self._names = []
         self._pieces = []
         self._counts = []
-        for name, parameter, piece in own_pieces(model, optimizer, topology.dp_rank):
+        for name, parameter, piece in own_pieces(model, optimizer, topology.zero_rank):
             self._names.append(name)
             self._pieces.append(piece)
             # A weight of which every tensor-parallel rank has a copy counts once.

@@ -1,8 +1,8 @@
 """Find the part of a weight that ZeRO has given a rank to optimize. engine -> zero_pieces.
 
-Each dp rank optimizes one contiguous piece of a weight, or of this tensor-parallel rank's slice of it. Its fp32 values
-lie in a flat tensor with those of other weights; where, and where its gradient is, DeepSpeed tells in one way for
-ZeRO-3 and in another for the other stages.
+Each ZeRO rank optimizes one contiguous piece of a weight, or of this tensor-parallel rank's slice of it. Its fp32
+values lie in a flat tensor with those of other weights; where, and where its gradient is, DeepSpeed tells in one way
+for ZeRO-3 and in another for the other stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OwnPiece:
     Args:
         parameter: a parameter of the model.
         optimizer: DeepSpeed's optimizer, which wraps PyTorch's.
-        dp_rank: this rank's number among those that share the weight.
+        zero_rank: this rank's number among those that share the weight.
     Attributes:
         start: where it begins, in elements of this tensor-parallel rank's flat slice of the weight.
         size: its elements.
@@ -35,7 +35,7 @@ class OwnPiece:
         weights: the fp32 values: the live ones, which the next step changes, on the host if they are offloaded.
     """
 
-    def __init__(self, parameter: Any, optimizer: Any, dp_rank: int) -> None:
+    def __init__(self, parameter: Any, optimizer: Any, zero_rank: int) -> None:
         self._parameter = parameter
         self._states = optimizer.optimizer.state
         self._partitioned = hasattr(parameter, "ds_id")  # by ZeRO-3
@@ -45,7 +45,7 @@ class OwnPiece:
         self.start = self.size = self.place = group = 0
         if self._partitioned:
             size = parameter.ds_tensor.numel()  # including the padding
-            self.start = min(size * dp_rank, parameter.ds_numel)
+            self.start = min(size * zero_rank, parameter.ds_numel)
             self.size = min(size, parameter.ds_numel - self.start)
             part, self.place, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             self.flat = optimizer.fp32_partitioned_groups_flat[part]
@@ -77,7 +77,7 @@ class OwnPiece:
 
     @property
     def gradient(self) -> Tensor:
-        """Return the gradient, summed over micro-steps and averaged over the dp ranks.
+        """Return the gradient, summed over micro-steps and averaged over the ZeRO ranks.
 
         It exists between the last backward pass of a step and the optimizer's step, and is not clipped then.
         """
@@ -86,7 +86,7 @@ class OwnPiece:
         if self._mapping is None:
             return torch.empty_like(self.weights)
         held = self._mapping.get_lp_grad_fragment(self._parameter._index_in_param_group).flatten()
-        # The bf16 optimizer holds a whole gradient on every dp rank.
+        # The bf16 optimizer holds a whole gradient on every ZeRO rank.
         return held[self.start :][: self.size] if held.numel() == self._parameter.numel() else held
 
     def cut(self, flat: Tensor) -> Tensor:
@@ -94,15 +94,15 @@ class OwnPiece:
         return flat[self.place : self.place + self.size]
 
 
-def own_pieces(model: nn.Module, optimizer: Any, dp_rank: int) -> Iterator[tuple[str, nn.Parameter, OwnPiece]]:
+def own_pieces(model: nn.Module, optimizer: Any, zero_rank: int) -> Iterator[tuple[str, nn.Parameter, OwnPiece]]:
     """Yield the weights of a model that are trained, each with its name and this rank's piece.
 
     Args:
-        optimizer, dp_rank: as for `OwnPiece`.
+        optimizer, zero_rank: as for `OwnPiece`.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield name, parameter, OwnPiece(parameter, optimizer, dp_rank)
+            yield name, parameter, OwnPiece(parameter, optimizer, zero_rank)
 
 
 def flat_partitions(optimizer: Any) -> Sequence[Tensor]:
@@ -117,11 +117,11 @@ def flat_partitions(optimizer: Any) -> Sequence[Tensor]:
 
 
 def set_whole(parameter: Any, values: Tensor) -> None:
-    """Set what the forward pass uses of a weight, or of this tensor-parallel rank's slice; every dp rank must call it.
+    """Set what the forward pass uses of a weight, or of this tensor-parallel rank's slice; all ZeRO ranks must call it.
 
     Args:
-        values: all of them, flat or in shape, of which ZeRO-3 keeps a part on each dp rank.
+        values: all of them, flat or in shape, of which ZeRO-3 keeps a part on each ZeRO rank.
     """
-    # Under ZeRO-3 all dp ranks get dp rank 0's.
+    # Under ZeRO-3 all ZeRO ranks get rank 0's.
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(values.view(parameter.shape))

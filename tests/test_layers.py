@@ -64,6 +64,7 @@ LAYERS = (
         "pretrain.muon",
         "pretrain.step_stats",
         "pretrain.step_hooks",
+        "pretrain.mpu",
         "pretrain.engine",
     ),
     ("pretrain.inference",),

@@ -17,7 +17,7 @@ _NUMBERS, _HASHES = ("loss", "grad_norm"), ("weight_hash", "optimizer_hash")
 BATCHES = ("batch_hash", "trained_hash")  # chains of what was read, and of what was trained on
 _RATE_TOLERANCE = 1e-9  # relative; the schedule is computed in double precision, by other libraries elsewhere
 # Parts of `parallel` that change no bit, or are compared as part of the layout and the environment
-_COMPARED_ELSEWHERE = {"timeout_minutes", "attention", "tp_size", "zero_stage"}
+_COMPARED_ELSEWHERE = {"timeout_minutes", "attention", "tp_size", "sp_size", "zero_stage"}
 
 
 class Tolerance(NamedTuple):
@@ -151,7 +151,7 @@ def obstacles_to_equality(training: Training, replay: Replay) -> list[str]:
 
 def layout_of_start(start: StartRecord) -> Layout:
     """Return the layout that a start trained in."""
-    return Layout(start.tp_size, start.dp_size, start.zero_stage)
+    return Layout(start.tp_size, start.dp_size, start.zero_stage, start.sp_size)
 
 
 def _conditions(start: StartRecord, config: RunConfig) -> dict[str, object]:

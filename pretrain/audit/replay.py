@@ -122,20 +122,25 @@ def _check_dropout(training: Training, topology: Topology) -> None:
     what = f"{drawn}: masks are drawn for each data-parallel rank and micro-step"
     if not training.starts:
         raise ConfigError(f"{what}, and the run did not record how many there were; it cannot be audited")
-    here = _drawn_by(config, topology.dp_size, topology.tp_size)
+    here = _drawn_by(config, topology.dp_size, topology.sp_size, topology.tp_size)
     for start, run in zip(training.starts, training.recorded, strict=True):
-        wanted = _drawn_by(run, start.dp_size, start.tp_size)
+        wanted = _drawn_by(run, start.dp_size, start.sp_size, start.tp_size)
         if wanted != here:
+            of_rows = f" parallel.sp_size={start.sp_size}," if (start.sp_size, topology.sp_size) != (1, 1) else ""
+            split = str(run.parallel.sequence_parallel).lower()
             raise ConfigError(
                 f"{what}, so other numbers of these train another model; audit the steps after {start.step} on"
-                f" {start.dp_size * start.tp_size} ranks with parallel.tp_size={start.tp_size},"
-                f" train.micro_batch_size={wanted[1][0]} and parallel.sequence_parallel={str(wanted[2] > 0).lower()}"
+                f" {start.dp_size * start.sp_size * start.tp_size} ranks with"
+                f" parallel.tp_size={start.tp_size},{of_rows}"
+                f" train.micro_batch_size={_micro_batches(run, start.dp_size)[0]} and"
+                f" parallel.sequence_parallel={split}"
             )
 
 
-def _drawn_by(config: RunConfig, dp_size: int, tp_size: int) -> tuple[int, list[int], int]:
-    """Return what masks depend on: dp ranks, their micro-batches, and the tp ranks that have tokens of their own."""
-    return dp_size, _micro_batches(config, dp_size), tp_size if config.parallel.sequence_parallel else 0
+def _drawn_by(config: RunConfig, dp_size: int, sp_size: int, tp_size: int) -> tuple[int, int, list[int], int]:
+    """Return what masks depend on: dp and sp ranks, micro-batches, and the tp ranks that have tokens of their own."""
+    split = tp_size if config.parallel.sequence_parallel else 0
+    return dp_size, sp_size, _micro_batches(config, dp_size), split
 
 
 def _check_rounding(training: Training, topology: Topology) -> None:
@@ -143,12 +148,13 @@ def _check_rounding(training: Training, topology: Topology) -> None:
     config = training.config
     if config.optim.moments == "fp32":
         return
-    here = (topology.tp_size, topology.dp_size, config.parallel.applied_zero_stage)
+    here = (topology.tp_size, topology.zero_size, config.parallel.applied_zero_stage)
     for start in training.starts:
-        if here != (start.tp_size, start.dp_size, start.zero_stage):
+        if here != (start.tp_size, start.dp_size * start.sp_size, start.zero_stage):
+            ranks = start.dp_size * start.sp_size * start.tp_size
             raise ConfigError(
                 f"optim.moments={config.optim.moments}: each rank rounds its part at random, so another layout trains"
-                f" another model; audit the steps after {start.step} on {start.dp_size * start.tp_size} ranks with"
+                f" another model; audit the steps after {start.step} on {ranks} ranks with"
                 f" parallel.tp_size={start.tp_size} and parallel.zero_stage={start.zero_stage}"
             )
 
@@ -173,7 +179,7 @@ def _restored(
     layout = layout_of(config, topology)
     with ExitStack() as stack:
         own = store
-        if read_state(checkpoint).layout != layout:
+        if not read_state(checkpoint).layout.has_files_of(layout):
             own = stack.enter_context(_scratch_store(config, scratch, topology))
         state = restore(checkpoint, own, layout, engine, loader, topology, contextlib.nullcontext())
         topology.barrier()  # all ranks have read it

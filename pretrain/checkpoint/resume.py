@@ -119,7 +119,7 @@ def restore(
     """
     state = read_state(checkpoint)
     topology.together(lambda: _restore_loader(checkpoint, loader))
-    if state.layout == layout:
+    if state.layout.has_files_of(layout):
         engine.load(checkpoint.folder)
     else:
         with conversion:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from pretrain.checkpoint.store import Checkpoint
+from pretrain.topology import named_layout
 from shards import CheckpointError, ConfigError, Tokenizer
 
 _CHECKPOINT_VERSION = 1  # version of state.json and data.json
@@ -21,9 +22,18 @@ class Layout:
     tp_size: int
     dp_size: int
     zero_stage: int
+    sp_size: int = 1
 
     def __str__(self) -> str:
-        return f"tp {self.tp_size} x dp {self.dp_size}, ZeRO-{self.zero_stage}"
+        return f"{named_layout(self.tp_size, self.sp_size, self.dp_size)}, ZeRO-{self.zero_stage}"
+
+    def has_files_of(self, other: Layout) -> bool:
+        """Return whether the files of both are divided alike: ZeRO does not ask which ranks share the same rows."""
+        return self._files == other._files
+
+    @property
+    def _files(self) -> tuple[int, int, int]:
+        return self.tp_size, self.dp_size * self.sp_size, self.zero_stage
 
 
 class RunState(msgspec.Struct, frozen=True):
@@ -37,7 +47,7 @@ class RunState(msgspec.Struct, frozen=True):
         trained_hash: the same of what was trained on; empty if that is all that was read.
         restarts: how often the run was resumed.
         config_hash: hash of the config that it last ran with.
-        tp_size, dp_size, zero_stage: the layout of the engine's files.
+        tp_size, dp_size, zero_stage, sp_size: the layout of the engine's files.
         init_hash: hash of the files in init_from; empty if the weights were initialized randomly.
         average_total: sum of the weights of the steps in the moving average (train.ema); 0 if there is none.
     """
@@ -54,11 +64,12 @@ class RunState(msgspec.Struct, frozen=True):
     init_hash: str = ""
     trained_hash: str = ""
     average_total: float = 0.0
+    sp_size: int = 1  # states of before there was another lack it
     version: int = _CHECKPOINT_VERSION
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.tp_size, self.dp_size, self.zero_stage)
+        return Layout(self.tp_size, self.dp_size, self.zero_stage, self.sp_size)
 
     def resumed(self, layout: Layout) -> RunState:
         """Return this state as a run with the given layout resumes from it."""

@@ -125,7 +125,11 @@ def memory_findings(work: Workload, micro_steps: int, gpu_bytes: float | None) -
     ways = _fitting(work, work.micro_batch_size * micro_steps, limit)
     if need.total > limit:
         listed = ", or ".join(itertools.islice(ways, 3))
-        advice = f"this would fit: {listed}" if listed else "take a larger parallel.tp_size, more GPUs"
+        advice = (
+            f"this would fit: {listed}"
+            if listed
+            else "take a larger parallel.tp_size or, for long rows, parallel.sp_size, more GPUs"
+        )
         yield Finding("error" if need.total > gpu_bytes else "warning", "memory", f"{text}; {advice}")
         return
     best = next(ways) if need.total < gpu_bytes / 2 else ""

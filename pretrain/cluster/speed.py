@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pretrain.devices import Device
 from pretrain.model.size import Workload, flops_per_token, orthogonalization_flops
+from pretrain.model.transformer_costs import exchanged_numbers
 
 # Attainable shares of what data sheets say. The best shapes of matrix products reach 0.8 to 0.86 of the peak on A100,
 # H100 and GH200 (Bekman, Machine Learning Engineering, "Maximum Achievable Matmul FLOPS"); those of a step are smaller,
@@ -50,13 +51,14 @@ class StepTime:
         products: matrix products and attention, and with checkpointing those that are computed again.
         memory: the other operations of forward and backward passes, which wait for the GPU's memory.
         optimizer: clipping and the update, which wait for it too, and Muon's matrix products.
-        tensor_parallel, data_parallel: links, as far as they do not work beside the rest.
+        tensor_parallel, sequence, data_parallel: links, as far as they do not work beside the rest.
     """
 
     products: float
     memory: float
     optimizer: float
     tensor_parallel: float
+    sequence: float
     data_parallel: float
 
     @property
@@ -71,6 +73,7 @@ class StepTime:
             "memory traffic": self.memory,
             "optimizer": self.optimizer,
             "links of tp ranks": self.tensor_parallel,
+            "links of sp ranks": self.sequence,
             "links of dp ranks": self.data_parallel,
         }
 
@@ -108,13 +111,14 @@ def step_time(work: Workload, micro_steps: int, cluster: Cluster) -> StepTime:
         optimizer=_optimizer_bytes(work) / (_MEMORY_SHARE * device.memory_bandwidth)
         + _optimizer_flops(work) / (_PRODUCTS_SHARE * device.flops),
         tensor_parallel=micro_steps * _tensor_parallel_seconds(work, cluster),
+        sequence=micro_steps * _sequence_seconds(work, cluster),
         data_parallel=micro_steps * max(0.0, every_micro_step - beside) + once,
     )
 
 
 def tokens_per_second(work: Workload, micro_steps: int, seconds: float) -> float:
     """Return the tokens a second of all ranks together, given the seconds of a step."""
-    return work.tokens * micro_steps * work.dp_size / seconds
+    return work.tokens * micro_steps * work.zero_size / seconds
 
 
 def _flops(work: Workload) -> float:
@@ -151,7 +155,7 @@ def _optimizer_bytes(work: Workload) -> float:
     gradient, and a bf16 copy. Before, the norm reads the gradients, clipping reads and writes them, and afterwards they
     are set to zero.
     """
-    own = work.trained / work.dp_size
+    own = work.trained / work.zero_size
     gradients = work.trained if work.parallel.applied_zero_stage == 1 else own
     return (14 + 4 * work.moment_bytes) * own + 16 * gradients
 
@@ -160,7 +164,7 @@ def _optimizer_flops(work: Workload) -> float:
     """Count one rank's FLOPs of an update: Muon deals matrices to all ranks."""
     if work.optimizer == "adamw":
         return 0
-    return orthogonalization_flops(work.model) / (work.parallel.tp_size * work.dp_size)
+    return orthogonalization_flops(work.model) / (work.parallel.tp_size * work.zero_size)
 
 
 def tensor_parallel_bytes(work: Workload) -> float:
@@ -184,9 +188,33 @@ def _tensor_parallel_seconds(work: Workload, cluster: Cluster) -> float:
     return _ring(2 * tensor_parallel_bytes(work), tp_size) / bandwidth
 
 
+def sequence_bytes(work: Workload) -> float:
+    """Count the bytes that one rank gives to exchanges of heads for tokens in a micro-step, its own part included.
+
+    Forward and backward pass exchange as much; recomputed blocks, what they did forward once more.
+    """
+    config, parallel = work.model, work.parallel
+    if parallel.sp_size == 1 or config.heads is None:
+        return 0
+    passes = 3 if parallel.activation_checkpointing == "full" else 2
+    exchanged = exchanged_numbers(config.heads, parallel)
+    return config.n_layers * passes * exchanged * work.tokens * work.bytes_per_weight
+
+
+def _sequence_seconds(work: Workload, cluster: Cluster) -> float:
+    """Estimate how long one rank waits for the ranks that share its rows in a micro-step.
+
+    A rank sends to each of the others; where they lie on several nodes, the ranks of a node share its network.
+    """
+    tp_size, sp_size = work.parallel.tp_size, work.parallel.sp_size
+    within_node = cluster.gpus_per_node % (tp_size * sp_size) == 0
+    bandwidth = cluster.bandwidth(within_node, sharing=cluster.gpus_per_node)
+    return _ring(sequence_bytes(work), sp_size) / bandwidth
+
+
 @dataclass(frozen=True)
 class DataParallelBytes:
-    """Bytes that a dp group reduces, and that it gathers, in each micro-step and once at a step's end."""
+    """Bytes that ranks with the same weights reduce, and gather, in each micro-step and once at a step's end."""
 
     reduced: float = 0
     reduced_once: float = 0
@@ -196,7 +224,7 @@ class DataParallelBytes:
 
 
 def data_parallel_bytes(work: Workload) -> DataParallelBytes:
-    """Count what the dp ranks exchange.
+    """Count what the ranks with the same weights exchange.
 
     ZeRO-1 all-reduces the gradients once. ZeRO-2 does so in each micro-step: DeepSpeed's buckets hold several ranks'
     gradients, and each rank keeps its own (`use_multi_rank_bucket_allreduce`). Both gather the new weights. ZeRO-3
@@ -213,14 +241,14 @@ def data_parallel_bytes(work: Workload) -> DataParallelBytes:
 
 
 def _data_parallel_seconds(work: Workload, cluster: Cluster) -> tuple[float, float]:
-    """Estimate how long the dp ranks' links work: in each micro-step, and once at the end of a step."""
-    # The ranks of a node that belong to one tp group are in as many dp groups, which share the node's network.
+    """Estimate how long the links of ranks with the same weights work: in each micro-step, and once at a step's end."""
+    # The ranks of a node that belong to one tp group are in as many such groups, which share the node's network.
     sharing = min(work.parallel.tp_size, cluster.gpus_per_node)
     bandwidth = cluster.bandwidth(cluster.nodes == 1, sharing)
     found = data_parallel_bytes(work)
     each = 2 * found.reduced + found.scattered + found.gathered
     once = 2 * found.reduced_once + found.gathered_once
-    return _ring(each, work.dp_size) / bandwidth, _ring(once, work.dp_size) / bandwidth
+    return _ring(each, work.zero_size) / bandwidth, _ring(once, work.zero_size) / bandwidth
 
 
 def _ring(size: float, ranks: int) -> float:

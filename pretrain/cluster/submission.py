@@ -19,7 +19,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.model.size import Workload, memory_per_rank, parameter_count
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import check_inputs, check_same_run
-from pretrain.topology import dp_size_of
+from pretrain.topology import dp_size_of, named_layout
 from shards import ConfigError, HeadraceError, installation
 
 _TEMPLATES = Path(__file__).parent / "templates"  # in a clone, the folder slurm/
@@ -133,11 +133,15 @@ def layout_findings(config: RunConfig, request: slurm.JobRequest) -> Iterator[Fi
     first = config.stage_at(0)
     yield Finding(
         "ok", "layout",
-        f"{devices}: {request.ranks} ranks, tp {parallel.tp_size} x dp {dp_size}, ZeRO-{parallel.applied_zero_stage};"
+        f"{devices}: {request.ranks} ranks, {named_layout(parallel.tp_size, parallel.sp_size, dp_size)},"
+        f" ZeRO-{parallel.applied_zero_stage};"
         f" {first.micro_steps(dp_size)} micro-steps of {first.micro_batch_size(dp_size)} rows{others}",
     )  # fmt: skip
     if each % parallel.tp_size:
         text = f"parallel.tp_size={parallel.tp_size} spans nodes of {each} ranks: every layer waits for the network"
+        yield Finding("warning", "layout", text)
+    elif each % (parallel.tp_size * parallel.sp_size):
+        text = f"parallel.sp_size={parallel.sp_size} spans nodes of {each} ranks: attention waits for the network"
         yield Finding("warning", "layout", text)
 
 

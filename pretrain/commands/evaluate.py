@@ -43,7 +43,7 @@ from pretrain.exchange.base import Base, open_base
 from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import Precision
-from pretrain.model.weights import check_splits
+from pretrain.model.weights import check_row_splits, check_splits
 from pretrain.run.eval_figure import is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own files for the harness")
     parser.add_argument("--limit", type=int, help="number of questions per task")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
+    parser.add_argument("--sp", type=int, default=1, metavar="N", help="ranks that share the tokens of each row")
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model or tokenizer.json")
     parser.add_argument("--seq-len", type=int, help="tokens per window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
@@ -81,8 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Score checkpoints of a run. Raises HeadraceError if the run, suite or checkpoint does not exist."""
-    # Scoring never splits tokens, and would not fit all ranks or lengths if it did.
-    layout = [f"parallel.tp_size={arguments.tp}", "parallel.sequence_parallel=false"]
+    # Scoring never splits tokens between branches, and would not fit all ranks or lengths if it did.
+    layout = [f"parallel.tp_size={arguments.tp}", f"parallel.sp_size={arguments.sp}"]
+    layout.append("parallel.sequence_parallel=false")
     overrides = [*arguments.overrides, *layout]
     for key, value in (
         ("evaluation.suite", arguments.suite), ("evaluation.split", arguments.split),
@@ -166,7 +168,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     """Score a model in a folder. Raises HeadraceError if there is no such model or suite."""
     weights = open_exported(arguments.model)
     config = weights.description.config
+    seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
     check_splits(config, arguments.tp, "--tp")
+    check_row_splits(config, arguments.tp, arguments.sp, seq_len, "--sp")
     tokenizer = open_tokenizer(arguments.model, arguments.tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
@@ -181,8 +185,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         values[key.removeprefix("evaluation.")] = int(value)
     evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
     wanted = WantedTasks.of(arguments)
-    seq_len, precision = arguments.seq_len or 2048, arguments.precision or "bf16"
-    parallel = ParallelConfig(tp_size=arguments.tp)
+    parallel = ParallelConfig(tp_size=arguments.tp, sp_size=arguments.sp)
     with started(parallel) as topology:
         model = ForwardModel(config, parallel, _precision(precision), topology)
         if wanted.of_harness:

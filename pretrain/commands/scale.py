@@ -151,4 +151,5 @@ def _held_out(history: History, first: History) -> float:
 def _devices(history: History) -> str:
     start = history.starts[-1] if history.starts else {}
     names = (start.get("environment") or {}).get("devices") or ["unknown devices"]
-    return f"{int(start.get('tp_size', 1)) * int(start.get('dp_size', 1))} x {', '.join(names)}"
+    ranks = math.prod(int(start.get(key, 1)) for key in ("tp_size", "sp_size", "dp_size"))
+    return f"{ranks} x {', '.join(names)}"

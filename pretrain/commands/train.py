@@ -129,7 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         # Without a launcher, show the layout of one copy of the model.
-        ranks = world_size_of(os.environ) if "WORLD_SIZE" in os.environ else config.parallel.tp_size
+        fewest = config.parallel.tp_size * config.parallel.sp_size
+        ranks = world_size_of(os.environ) if "WORLD_SIZE" in os.environ else fewest
         print(config.describe(dp_size_of(ranks, config.parallel)), end="")
         return 0
     rank = int(os.environ.get("RANK", "0"))

@@ -102,7 +102,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
         """Return greedy continuations, each up to the first of its stop strings."""
         topology = self._topology
         answered = [self._continue(*request.args) for request in requests[topology.dp_rank :: topology.dp_size]]
-        answers = topology.gather_objects(answered)[:: topology.tp_size]
+        answers = topology.gather_objects(answered)[:: topology.world_size // topology.dp_size]
         return [answers[i % topology.dp_size][i // topology.dp_size] for i in range(len(requests))]
 
     @torch.no_grad()

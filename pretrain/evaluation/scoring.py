@@ -17,9 +17,11 @@ from torch import Tensor
 from pretrain.evaluation.rows import Row, dense
 from pretrain.evaluation.scores import Sums
 from pretrain.model.loss import Scores, Targets
+from pretrain.model.sequence import own_part, own_tokens
 from pretrain.topology import Topology, copy_to
 
-# tokens [B, T] on the device, segment ids [B, T] on the host, targets -> their scores, the same on every tp rank
+# tokens [B, T] on the device, segment ids [B, T] on the host, targets of this rank's positions -> their scores, the
+# same on every tp rank
 Score = Callable[[Tensor, Tensor, Targets], Scores]
 
 Result = TypeVar("Result", covariant=True)
@@ -86,7 +88,7 @@ def item_sums(
         # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.items, of_pieces.T)
-    return topology.sum_over_dp(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
+    return topology.sum_over_zero(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
 
 
 def _scored_rows(
@@ -96,18 +98,22 @@ def _scored_rows(
 
     Yields:
         Each row, with float32 [3, seq_len]: for each next token its negative log-likelihood, 1, and whether it was the
-        most likely one; 0 where there is no target.
+        most likely one; 0 where there is no target, or another rank has the position.
     """
+    own = own_tokens(seq_len)
     # Every rank makes as many forward passes as every other (ZeRO-3 gathers weights in each); the last may be empty.
     passes = -(-num_rows // (topology.dp_size * batch_size))
     for start in range(0, passes * batch_size, batch_size):
         batch = rows[start : start + batch_size]
         tokens, segment_ids, is_target = dense(batch, batch_size, seq_len)
         ids, segments = copy_to(topology.device, torch.from_numpy(tokens)), torch.from_numpy(segment_ids)
-        positions = copy_to(topology.device, torch.from_numpy(np.flatnonzero(is_target)))
-        targets = Targets(positions, ids[:, 1:].flatten()[positions])
+        positions = copy_to(topology.device, torch.from_numpy(np.flatnonzero(is_target[:, own])))
+        targets = Targets(positions, own_part(ids[:, 1:]).flatten()[positions])
         scores = score(ids[:, :-1], segments[:, :-1], targets)
-        figures = torch.zeros(3, batch_size * seq_len, device=topology.device)
-        figures[:, targets.positions] = torch.stack((scores.nll, torch.ones_like(scores.nll), scores.correct.float()))
-        by_row = figures.view(3, batch_size, seq_len).swapaxes(0, 1).cpu().numpy()
+        figures = torch.zeros(3, batch_size, seq_len, device=topology.device)
+        found = torch.stack((scores.nll, torch.ones_like(scores.nll), scores.correct.float()))
+        own_figures = torch.zeros_like(figures[:, :, own]).flatten(1)
+        own_figures[:, targets.positions] = found
+        figures[:, :, own] = own_figures.view(3, batch_size, -1)
+        by_row = figures.swapaxes(0, 1).cpu().numpy()
         yield from zip(batch, by_row, strict=False)  # the last batch is not full

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.model.sequence import own_part
 from pretrain.topology import Topology, copy_to
 
 
@@ -36,22 +37,23 @@ class ActivationMeasurement:
     @contextmanager
     def of(self, segment_ids: Tensor) -> Iterator[None]:
         """Measure the forward pass inside the block, of rows with these segment ids [B, T], on the host."""
-        tokens = copy_to(self._topology.device, segment_ids.flatten().nonzero().flatten())
         with ExitStack() as hooks:
-            if len(tokens):
-                self.watch(segment_ids, tokens, hooks)
+            if segment_ids.any():
+                own = own_part(segment_ids).flatten().nonzero().flatten()
+                self.watch(segment_ids, copy_to(self._topology.device, own), hooks)
             yield
 
     def watch(self, segment_ids: Tensor, tokens: Tensor, hooks: ExitStack) -> None:
         """Let all blocks be measured in the next pass.
 
         Args:
-            tokens: which of the flattened tokens are no padding.
+            tokens: which of the flattened tokens that this rank has are no padding; there may be none.
             hooks: removes the hooks that are entered into it.
         """
         for number, block in enumerate(self._blocks):
             hooks.enter_context(block.register_forward_pre_hook(_uncompiled))
-            hooks.enter_context(block.register_forward_hook(self._measures_stream(number, tokens)))
+            if len(tokens):
+                hooks.enter_context(block.register_forward_hook(self._measures_stream(number, tokens)))
 
     def finish(self) -> dict[str, list[float]]:
         """Return the figures over all passes and ranks. Every rank must call it."""

@@ -113,6 +113,7 @@ class ModelConfig(Config, ABC):
     # What its folder can be written and read as, first what is written unless another is asked for
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("headrace",)
     SPLITS: ClassVar[bool] = False  # whether tensor-parallel ranks can share a model
+    SPLITS_ROWS: ClassVar[bool] = False  # whether sequence-parallel ranks can divide the tokens of a row
 
     architecture: str  # a Literal of its name, as the default, in every config class
     dim: int = Field(ge=1)  # width of the embedding and of what layers pass on
@@ -242,7 +243,8 @@ class Model(nn.Module, ABC):
             cache: one of `config.new_cache`, of the preceding tokens, to which these are added; each row is then one
                 piece.
         Returns:
-            The head's result.
+            The head's result. Under sequence parallelism, which needs `SPLITS_ROWS`, every rank is given whole rows,
+            and without a cache the head is given this rank's T / sp_size of the positions.
         """
 
     @abstractmethod

@@ -36,7 +36,7 @@ class AttentionShape:
 
     Attributes:
         rows, length: of a micro-batch; length in tokens.
-        n_heads, n_kv_heads: heads of this tensor-parallel rank.
+        n_heads, n_kv_heads: heads of this rank.
         dropout: model.attention_dropout.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pretrain.model.activations import ActivationMeasurement, sums
 from pretrain.model.attention import Attend
 from pretrain.model.pieces import Pieces, pieces_of
+from pretrain.model.sequence import to_own_heads
 from pretrain.topology import Topology, copy_to
 
 # Queries of a row whose attention is measured; of a longer row, so many that are evenly spaced
@@ -50,7 +51,8 @@ class TransformerMeasurement(ActivationMeasurement):
         for number, block in enumerate(self._blocks):
             hooks.enter_context(block.register_forward_pre_hook(self._measures_attention(number, pieces, real)))
             network = block.get_submodule("feed_forward.w2")
-            hooks.enter_context(network.register_forward_pre_hook(self._measures_units(number, tokens)))
+            if len(tokens):
+                hooks.enter_context(network.register_forward_pre_hook(self._measures_units(number, tokens)))
 
     def finish(self) -> dict[str, list[float]]:
         """Return the figures over all passes and ranks. Every rank must call it."""
@@ -58,7 +60,7 @@ class TransformerMeasurement(ActivationMeasurement):
         for found in (self._hidden, self._entropy):
             topology.sum_over_all(found)
         topology.max_over_all(self._largest_logit)
-        topology.max_over_dp(self._units)
+        topology.max_over_zero(self._units)
         rms = (self._hidden[:, 1] / self._hidden[:, 0]).sqrt()
         dead = topology.sum_over_all((self._units <= _DEAD * rms.unsqueeze(1)).double().mean(1))
         figures = {
@@ -85,7 +87,8 @@ class TransformerMeasurement(ActivationMeasurement):
 
     def _measured(self, number: int, attend: Attend, pieces: Pieces, real: Tensor) -> Attend:
         def measured(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for largest, entropies in _attention_rows(q, k, pieces.numbers, real):
+            queries, keys, _ = to_own_heads(q, k, v)  # of whole rows, which `attend` exchanges for itself once more
+            for largest, entropies in _attention_rows(queries, keys, pieces.numbers, real):
                 self._largest_logit[number] = torch.maximum(self._largest_logit[number], largest)
                 self._entropy[number] += sums(entropies.numel(), entropies)
             return attend(q, k, v)

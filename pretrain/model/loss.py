@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pretrain.model.parallel import gather_over_tp, size_without_padding, tp_rank
 from pretrain.model.pieces import valid_targets
+from pretrain.model.sequence import own_part
 from pretrain.topology import copy_to
 
 CHUNK_LOGITS = 1 << 25  # logits of a chunk, on one rank: 67 MB in bf16; a GPU also holds 34 MB of exponentials
@@ -30,7 +31,7 @@ class Targets(NamedTuple):
     """The tokens to predict, and the positions to predict them from; a position that is not listed costs nothing.
 
     Attributes:
-        positions: [M] int64, indices into the flattened positions [B * T].
+        positions: [M] int64, indices into the flattened positions [B * T] that this rank has.
         tokens: [M] int64, the token that follows each.
     """
 
@@ -41,12 +42,14 @@ class Targets(NamedTuple):
 def next_token_targets(tokens: Tensor, segment_ids: Tensor) -> Targets:
     """Return the targets of packed rows: each token that follows another of the same piece and belongs to no prompt.
 
+    Of split rows they are those of this rank's positions.
+
     Args:
         tokens: [B, T + 1] int64 on the device; the first T are the positions.
         segment_ids: [B, T + 1] on the host, so that their number is known without waiting for the device.
     """
-    positions = copy_to(tokens.device, valid_targets(segment_ids).flatten().nonzero().squeeze(1))
-    return Targets(positions, tokens[:, 1:].flatten()[positions])
+    positions = copy_to(tokens.device, own_part(valid_targets(segment_ids)).flatten().nonzero().squeeze(1))
+    return Targets(positions, own_part(tokens[:, 1:]).flatten()[positions])
 
 
 class Loss(NamedTuple):

@@ -137,8 +137,13 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens per forward pass."""
-        return self.micro_batch_size * self.seq_len
+        """Tokens of one rank per forward pass."""
+        return self.micro_batch_size * self.seq_len // self.parallel.sp_size
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks that divide the optimizer's state; those that share rows do so too."""
+        return self.dp_size * self.parallel.sp_size
 
     @property
     def parameters(self) -> int:
@@ -158,7 +163,7 @@ class Workload:
     def optimizer_bytes(self) -> int:
         """Return the bytes of one rank's part of the optimizer's state."""
         under_muon = _under_muon(self.model, self.optimizer) // self.parallel.tp_size
-        return _state_bytes(self.trained, under_muon, self.averaged, self.moment_bytes) // self.dp_size
+        return _state_bytes(self.trained, under_muon, self.averaged, self.moment_bytes) // self.zero_size
 
     @property
     def _padded_model(self) -> ModelConfig:
@@ -176,7 +181,7 @@ class Workload:
 
     @property
     def reduce_bytes(self) -> int:
-        """Return the bytes of a gradient on its way to other dp ranks."""
+        """Return the bytes of a gradient on its way to other ranks."""
         return 4 if self.parallel.reduce_dtype == "fp32" else 2
 
 
@@ -190,10 +195,10 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
     if costs is None:
         return None
     stage = parallel.applied_zero_stage
-    weights = work.bytes_per_weight * (work.parameters // work.dp_size if stage == 3 else work.parameters)
+    weights = work.bytes_per_weight * (work.parameters // work.zero_size if stage == 3 else work.parameters)
     return MemoryEstimate(
         weights=0 if parallel.offload == "parameters" else weights,
-        gradients=4 * (work.trained if stage == 1 else work.trained // work.dp_size),
+        gradients=4 * (work.trained if stage == 1 else work.trained // work.zero_size),
         optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work, costs)),
@@ -237,7 +242,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.trained / work.dp_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.trained / work.zero_size if work.layers_measured and work.parallel.offload == "none" else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted(_largest_matrix(work))

@@ -1,7 +1,7 @@
 """The LLaMA-class transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 tokens, segment ids -> final hidden states -> a head's result: logits, or the loss without them (`loss.py`).
-Shapes: B rows, T tokens per row, H and K this rank's query and key-value heads, D head_dim.
+Shapes: B rows, T tokens per row on this rank, H and K this rank's query and key-value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pretrain.model.parallel import (
 )
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
+from pretrain.model.sequence import over_whole_rows, own_part
 from pretrain.model.transformer_costs import block_costs
 from pretrain.parametrization import MupBase, Scale, Size, scale_of
 from pretrain.topology import ParallelConfig, Topology
@@ -46,6 +47,7 @@ class LlamaConfig(ModelConfig):
     )  # fmt: skip
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("hf", "meta", "headrace")
     SPLITS: ClassVar = True
+    SPLITS_ROWS: ClassVar = True
 
     architecture: Literal["llama"] = "llama"  # chooses these keys; a model without it is a LLaMA
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
@@ -297,8 +299,9 @@ class Transformer(Model):
             assert segment_ids is not None
             pieces = pieces_of(segment_ids, tokens.device)
             dropout = config.attention_dropout if self.training else 0.0
-            attends = [attention_within_pieces(pieces, self.attention_backend, dropout)] * config.n_layers
-            positions = pieces.positions
+            attend = attention_within_pieces(pieces, self.attention_backend, dropout)
+            attends = [over_whole_rows(attend)] * config.n_layers
+            tokens, positions = own_part(tokens), own_part(pieces.positions)
         else:
             attends, positions = cache.attends, cache.positions(tokens)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)

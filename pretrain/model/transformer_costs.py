@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pretrain.model.architecture import BlockCosts, Heads
 from pretrain.model.lora import LoraConfig
+from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.topology import ParallelConfig
 
 
@@ -29,19 +30,22 @@ def block_costs(
     it to be computed again.
     """
     queries, keys = heads.n_heads * heads.head_dim, heads.n_kv_heads * heads.head_dim
-    kept = _kept(dim, hidden_dim, queries, keys, qk_norm, lora, parallel)
+    exchanged = exchanged_numbers(heads, parallel)
+    kept = _kept(dim, hidden_dim, queries, keys, exchanged, qk_norm, lora, parallel)
     hidden = hidden_dim / parallel.tp_size
     products = hidden * (1 if parallel.compile else 2)
     without = parallel.model_copy(update={"activation_checkpointing": "none"})
     again = {
         "none": 0.0,
         "selective": 2 * dim + products,
-        "full": _kept(dim, hidden_dim, queries, keys, qk_norm, lora, without) - kept,
+        "full": _kept(dim, hidden_dim, queries, keys, exchanged, qk_norm, lora, without) - kept,
     }[parallel.activation_checkpointing]
     # Those of the stream; uncompiled, also of two of SwiGLU's products
     gradients = dim + (0 if parallel.compile else 2 * hidden)
     stream = dim / (parallel.tp_size if parallel.sequence_parallel else 1)
     moved = 8 * stream + (2 * (queries + keys) + 3 * hidden_dim) / parallel.tp_size
+    moved += 4 * exchanged  # read and written in another order, before and after
+    # Of whole rows an sp rank has fewer heads, but of as many tokens more
     pairs = heads.n_heads * seq_len / parallel.tp_size if heads.dropout else 0.0
     left = 0 if parallel.compile and bytes_per_weight == 2 else bytes_per_weight
     matrix, is_kept = (5 + left) * pairs, parallel.activation_checkpointing == "none"
@@ -53,11 +57,24 @@ def block_costs(
     )
 
 
+def exchanged_numbers(heads: Heads, parallel: ParallelConfig) -> float:
+    """Count the numbers per token that a rank exchanges in a block's forward pass, to give each rank its heads.
+
+    They are queries, keys, values and attention's output, of each tensor-parallel rank its own, and keys and values as
+    often as ranks need them. The backward pass exchanges as many gradients.
+    """
+    if parallel.sp_size == 1:
+        return 0
+    copies = copies_of_kv_heads(heads.n_kv_heads // parallel.tp_size, parallel.sp_size)
+    return 2 * (heads.n_heads + copies * heads.n_kv_heads) * heads.head_dim / parallel.tp_size
+
+
 def _kept(
     dim: int,
     hidden_dim: int,
     queries: int,
     keys: int,
+    exchanged: float,
     qk_norm: bool,
     lora: LoraConfig | None,
     parallel: ParallelConfig,
@@ -66,7 +83,8 @@ def _kept(
 
     Divided among the tp ranks: queries, keys, values, attention's output, SwiGLU's products. The residual stream, twice
     since each branch adds to it, is divided by sequence parallelism only; the branches' inputs are whole in any case.
-    Compiled blocks compute again what is cheap, and so does selective checkpointing.
+    Compiled blocks compute again what is cheap, and so does selective checkpointing. What attention reads is kept as it
+    was received, and its output also as it was sent back.
     """
     of_rank = 1 / parallel.tp_size
     stream = dim * (of_rank if parallel.sequence_parallel else 1)
@@ -75,12 +93,15 @@ def _kept(
     kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * hidden_dim)
     kept += _kept_by_adapters(dim, {"wo": queries, "w2": hidden_dim}, lora, parallel) if lora else 0
     if parallel.activation_checkpointing == "selective":
+        kept += exchanged
         # Gathered tokens are kept, since gathering them again would wait for other ranks. Uncompiled, all results of
         # matrix products and collectives are, needed or not.
         kept += 2 * dim if parallel.sequence_parallel else 0
         if not parallel.compile:
             kept += 2 * dim + stream if parallel.tp_size > 1 else dim
         return kept
+    if exchanged:
+        kept += exchanged - of_rank * (queries + 2 * keys)
     kept += 2 * dim + of_rank * hidden_dim * (1 if parallel.compile else 2)
     return kept + (of_rank * (queries + keys) if qk_norm else 0)
 

@@ -104,3 +104,14 @@ def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
             f"{key}={tp_size} leaves ranks without any of the model's vocab_size={config.vocab_size}, of which each"
             f" holds a multiple of vocab_multiple={config.vocab_multiple}"
         )
+
+
+def check_row_splits(config: ModelConfig, tp_size: int, sp_size: int, seq_len: int, key: str) -> None:
+    """Check that `sp_size` ranks can divide rows of `seq_len` tokens. Raises ConfigError that names `key`."""
+    if sp_size > 1 and not config.SPLITS_ROWS:
+        named = f"a model of architecture={config.architecture}"
+        raise ConfigError(f"{key}={sp_size}: {named} cannot divide a row over ranks; make it 1")
+    if config.heads and config.heads.n_heads % (tp_size * sp_size):
+        raise ConfigError(f"{key}={sp_size} does not divide the {config.heads.n_heads // tp_size} heads of a rank")
+    if seq_len % sp_size:
+        raise ConfigError(f"{key}={sp_size} does not divide the {seq_len} tokens of a row")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pretrain.report.curves import parts_of
 from pretrain.report.figures import duration, final_loss, last_eval, number, usual_speed
 from pretrain.run.history import History
 from pretrain.stages import StageConfig, StageTrain, stages_of
+from pretrain.topology import named_layout
 from shards import CheckpointError, ConfigError, DataConfig
 from shards.config import with_recorded_plan
 
@@ -114,9 +116,9 @@ def _model(history: History) -> str:
 def _hardware(history: History) -> Iterator[tuple[str, str]]:
     start = history.starts[-1]
     environment = start.get("environment") or {}
-    sizes = [start.get(key) for key in ("tp_size", "dp_size", "zero_stage")]
-    ranks = sizes[0] * sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else "?"
-    yield "Layout", f"{ranks} ranks: tp {sizes[0]} x dp {sizes[1]}, ZeRO-{sizes[2]}"
+    sizes = _layout_sizes(start)
+    ranks = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else "?"
+    yield "Layout", f"{ranks} ranks: {named_layout(*sizes)}, ZeRO-{start.get('zero_stage')}"
     threads = f", {environment['threads']} threads a rank" if environment.get("threads") else ""
     yield "Devices", ", ".join(environment.get("devices") or []) + threads
     yield "Hosts", ", ".join(start.get("hosts") or [])
@@ -275,11 +277,16 @@ def provenance_of(history: History) -> tuple[list[tuple[str, str]], list[Table]]
     return facts, tables
 
 
+def _layout_sizes(start: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Return tp_size, sp_size and dp_size as a start recorded them."""
+    return start.get("tp_size"), start.get("sp_size", 1), start.get("dp_size")
+
+
 def _start_tables(history: History) -> Iterator[Table]:
     rows = tuple(
         (
             int(start["step"]), str(start.get("time")), f"{start.get('program')} {start.get('commit') or ''}".strip(),
-            str(start.get("config_hash")), f"tp {start.get('tp_size')} x dp {start.get('dp_size')}",
+            str(start.get("config_hash")), named_layout(*_layout_sizes(start)),
             ", ".join(start.get("hosts") or []),
         )
         for start in history.starts

@@ -47,7 +47,7 @@ class StartRecord(msgspec.Struct, frozen=True):
         time: in UTC, ISO 8601.
         program, commit: version of this program and, in a clone, its commit, with "+" if files differ.
         config_hash: names the config in the folder configs/.
-        tp_size, dp_size, zero_stage: the layout.
+        tp_size, dp_size, zero_stage, sp_size: the layout.
         environment: the same on all ranks, but for the device.
         hosts: names of the nodes.
         suite: the label of its evaluations; empty if it makes none, or an older program did not record it.
@@ -64,6 +64,7 @@ class StartRecord(msgspec.Struct, frozen=True):
     environment: Environment
     hosts: list[str]
     suite: str = ""
+    sp_size: int = 1
 
 
 def describe_start(
@@ -82,6 +83,7 @@ def describe_start(
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
         suite=suite,
+        sp_size=topology.sp_size,
     )
 
 

@@ -1,6 +1,6 @@
 """Score a suite and tasks on every rank with several batch sizes and ZeRO stages; rank 0 writes what comes out.
 
-Usage: python -m tests.distributed.evaluation TP_SIZE SUITE TASKS FOLDER
+Usage: python -m tests.distributed.evaluation TP_SIZE SP_SIZE SUITE TASKS FOLDER
 """
 
 from __future__ import annotations
@@ -75,15 +75,17 @@ def nearly(line: Mapping[str, object]) -> dict[str, object]:
 
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
     config = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4096, init_std=0.15)
-    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "zero_stage": zero_stage})
+    layout = {"tp_size": topology.tp_size, "sp_size": topology.sp_size, "zero_stage": zero_stage}
+    parallel = ParallelConfig.model_validate(layout)
     derived = deepspeed_config(parallel, OptimConfig(), "fp32", {})
     return Engine(config, OptimConfig(), parallel, derived, 1, 1, topology, seed=0)
 
 
 def main() -> None:
-    tp_size, (suite, tasks, folder) = int(sys.argv[1]), map(Path, sys.argv[2:])
+    tp_size, sp_size = map(int, sys.argv[1:3])
+    suite, tasks, folder = map(Path, sys.argv[3:])
     configs = [TaskConfig(requests=str(path)) for path in sorted(tasks.glob("*.jsonl"))]
-    with started(ParallelConfig(tp_size=tp_size)) as topology:
+    with started(ParallelConfig(tp_size=tp_size, sp_size=sp_size)) as topology:
         tokenizer, own = Tokenizer(TOKENIZER), (topology.dp_rank, topology.dp_size)
         eval_set = load_suite(EvaluationConfig(suite=suite), tokenizer, SEQ_LEN, "fp32", *own)
         assert eval_set is not None

@@ -1,6 +1,6 @@
 """Train five steps on every rank for each way of splitting the work; rank 0 prints the results of each case.
 
-Usage: python -m tests.distributed.parity TP_SIZE FOLDER
+Usage: python -m tests.distributed.parity TP_SIZE SP_SIZE FOLDER
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.1, grad_clip=0.5, z_loss=
 
 
 def model_config(tied: bool) -> LlamaConfig:
+    """Return a model with fewer heads of keys and values than the sequence-parallel ranks that there are at most."""
     return LlamaConfig(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64, qk_norm=True, tie_embeddings=tied,
         init_std=0.2,
@@ -71,6 +72,9 @@ def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]]]:
     """Yield the precision, whether the embeddings are tied, the rows of a micro-batch, and how it is laid out."""
+    if topology.sp_size > 1:
+        yield from layouts_of_split_rows(topology)
+        return
     rows = GLOBAL_ROWS // topology.dp_size
     for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
         yield precision, tied, micro, {"zero_stage": stage}
@@ -84,6 +88,16 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective", **split, "compile": True}
 
 
+def layouts_of_split_rows(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]]]:
+    """Yield fewer of the same: whatever tokens' ranks divide or exchange, each way once or twice."""
+    split = {"sequence_parallel": topology.tp_size > 1}
+    for stage, tied in ((1, False), (2, True), (3, False)):
+        yield "fp32", tied, 2, {"zero_stage": stage, **split}
+    yield "fp32", True, 4, {"zero_stage": 1, "attention": "sdpa", "activation_checkpointing": "full"}
+    yield "fp32", False, 2, {"zero_stage": 3, "activation_checkpointing": "selective", **split, "compile": True}
+    yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective"}
+
+
 def micro_batches(dp_size: int, micro_batch_size: int) -> list[range]:
     """Return the rows of each micro-batch of a step, on all dp ranks."""
     of_ranks = [range(rank, GLOBAL_ROWS, dp_size) for rank in range(dp_size)]
@@ -93,8 +107,8 @@ def micro_batches(dp_size: int, micro_batch_size: int) -> list[range]:
 def run_case(
     topology: Topology, precision: str, tied: bool, micro_batch_size: int, layout: dict[str, Any], folder: Path
 ) -> dict[str, object]:
-    """Train five steps; return the figures, and whether replicated weights stayed equal on the tp ranks."""
-    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, **layout})
+    """Train five steps; return the figures, and whether copies of weights stayed equal."""
+    parallel = ParallelConfig.model_validate({"tp_size": topology.tp_size, "sp_size": topology.sp_size, **layout})
     micro_steps = GLOBAL_ROWS // (topology.dp_size * micro_batch_size)
     ds_config = deepspeed_config(parallel, OPTIM, precision, RELEASED if parallel.zero_stage == 3 else {})
     engine = Engine(model_config(tied), OPTIM, parallel, ds_config, micro_batch_size, micro_steps, topology, SEED, True)
@@ -112,7 +126,7 @@ def run_case(
         noise.append(stats.noise)
         if stats.layers:
             layers.append(stats.layers.as_record(step))
-    if parallel.zero_stage == 3 and topology.dp_size > 1:
+    if parallel.zero_stage == 3 and topology.zero_size > 1:
         weights = [parameter for block in engine.model.blocks for parameter in block.parameters()]
         assert all(weight.ds_status.name == "NOT_AVAILABLE" for weight in weights), "they are freed after a step"
     return {
@@ -125,30 +139,32 @@ def run_case(
 
 
 def replicated_equal(engine: Engine, topology: Topology) -> bool:
-    """Return whether every replicated weight has the same bits on all tp ranks."""
+    """Return whether every weight has the same bits on ZeRO's ranks, and a replicated one on tp ranks too."""
     equal = True
     for parameter in engine.model.parameters():
-        if shard_dim(parameter) is not None:
-            continue
-        value = getattr(parameter, "ds_tensor", parameter).detach().float().contiguous()  # ZeRO-3 keeps a dp slice
-        others = [torch.empty_like(value) for _ in range(topology.tp_size)]
-        dist.all_gather(others, value, group=topology.tp_group)
-        equal &= all(torch.equal(value, other) for other in others)
+        partitioned = hasattr(parameter, "ds_tensor")  # ZeRO-3 keeps a slice
+        value = getattr(parameter, "ds_tensor", parameter).detach().float().contiguous()
+        groups = [] if partitioned else [(topology.zero_group, topology.zero_size)]
+        groups += [] if shard_dim(parameter) is not None else [(topology.tp_group, topology.tp_size)]
+        for group, size in groups:
+            others = [torch.empty_like(value) for _ in range(size)]
+            dist.all_gather(others, value, group=group)
+            equal &= all(torch.equal(value, other) for other in others)
     return equal
 
 
 def main() -> None:
-    tp_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    tp_size, sp_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     results = {}
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor would take a minute
-    with started(ParallelConfig(tp_size=tp_size)) as topology:
+    with started(ParallelConfig(tp_size=tp_size, sp_size=sp_size)) as topology:
         for precision, tied, micro, layout in layouts(topology):
             described = " ".join(f"{key}={value}" for key, value in layout.items())
             case = f"{precision} {'tied' if tied else 'untied'} micro={micro} {described}"
             results[case] = run_case(topology, precision, tied, micro, layout, folder)
         assert not counters["graph_break"], "a block is one graph"
         if topology.is_main:
-            (folder / f"tp{tp_size}-dp{topology.dp_size}.json").write_text(json.dumps(results))
+            (folder / f"tp{tp_size}-sp{sp_size}-dp{topology.dp_size}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

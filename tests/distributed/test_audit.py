@@ -102,7 +102,9 @@ def test_a_run_of_several_starts_agrees_from_its_first_weights_on(honest: Path) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("overrides", [["parallel.zero_stage=1"], ["parallel.zero_stage=3"], ["parallel.tp_size=2"]])
+@pytest.mark.parametrize(
+    "overrides", [["parallel.zero_stage=1"], ["parallel.zero_stage=3"], ["parallel.tp_size=2"], ["parallel.sp_size=2"]]
+)
 def test_an_honest_run_agrees_on_two_ranks(honest: Path, tmp_path: Path, overrides: list[str]) -> None:
     path = tmp_path / "certificate.json"
     code, output = audit(honest, "--certificate", str(path), f"--scratch={tmp_path}", *overrides, ranks=2)
@@ -185,6 +187,9 @@ def test_dropout_is_audited_on_the_ranks_that_drew_it(tmp_path: Path) -> None:
     assert code == 2, output
     assert "model.dropout=0.1: masks are drawn for each data-parallel rank" in words(output)
     assert "on 1 ranks with parallel.tp_size=1, train.micro_batch_size=2" in words(output)
+    code, output = audit(run, "parallel.sp_size=2", ranks=2)
+    assert code == 2, output
+    assert "on 1 ranks with parallel.tp_size=1, parallel.sp_size=1, train.micro_batch_size=2" in words(output)
     (run / "starts.jsonl").unlink()  # as if an older version had trained it
     code, output = audit(run)
     assert code == 2, output

@@ -11,10 +11,10 @@ from tests.distributed.ranks import run_starts
 from tests.tiny_run import write_config
 
 STEPS = 3  # in each start
-# (tp_size, dp_size, ZeRO stage) of each start
+# (tp_size, sp_size, dp_size, ZeRO stage) of each start; the files of the last two in bf16 are laid out alike
 LAYOUTS = {
-    "bf16": [(1, 4, 1), (2, 2, 2), (1, 1, 1), (2, 1, 1), (1, 4, 2)],
-    "fp32": [(2, 1, 1), (1, 2, 3), (2, 1, 3), (1, 1, 2)],
+    "bf16": [(1, 1, 4, 1), (2, 2, 1, 2), (1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 2, 2), (1, 1, 4, 2)],
+    "fp32": [(2, 1, 1, 1), (1, 2, 1, 3), (2, 1, 1, 3), (1, 1, 1, 2)],
 }
 # Groups of weights by their learning rates and optimizers, where a standard model under AdamW has two
 MODEL = {"fp32": {"parametrization": "mup", "base": {"dim": 16, "n_layers": 1, "head_dim": 4}}, "bf16": {}}
@@ -37,8 +37,16 @@ def train(folder: Path, precision: str, starts: list[tuple[int, list[str]]]) -> 
 def test_every_change_of_layout_keeps_batches_and_losses(precision: str, tmp_path: Path) -> None:
     layouts = LAYOUTS[precision]
     starts = [
-        (tp * dp, [f"train.steps={STEPS * (i + 1)}", f"parallel.tp_size={tp}", f"parallel.zero_stage={stage}"])
-        for i, (tp, dp, stage) in enumerate(layouts)
+        (
+            tp * sp * dp,
+            [
+                f"train.steps={STEPS * (i + 1)}",
+                f"parallel.tp_size={tp}",
+                f"parallel.sp_size={sp}",
+                f"parallel.zero_stage={stage}",
+            ],
+        )
+        for i, (tp, sp, dp, stage) in enumerate(layouts)
     ]
     changed = train(tmp_path / "changed", precision, starts)
     straight = train(tmp_path / "straight", precision, [(1, [f"train.steps={STEPS * len(layouts)}"])])

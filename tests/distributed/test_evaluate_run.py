@@ -81,7 +81,8 @@ def test_old_checkpoints_score_the_same_on_other_numbers_of_ranks(evaluated: Run
     suite = str(evaluated.folder / "again.yaml")
     renamed = json.dumps([{"name": "again", "requests": str(evaluated.folder / "tasks" / "choice.jsonl")}])
     command = ("--run", str(folder.root), "--suite", suite, f"evaluation.tasks={renamed}")
-    assert "wiki" in evaluate(*command, "--steps", "2,6", "--tp", "2", world_size=2)
+    assert "wiki" in evaluate(*command, "--steps", "2", "--tp", "2", world_size=2)
+    assert "wiki" in evaluate(*command, "--steps", "6", "--sp", "2", world_size=2)
     after = evals(folder.root)
     (task,) = {key[1] for key in before if key[2] == "choice"}
     for step in (2, 6):
@@ -99,7 +100,8 @@ def test_old_checkpoints_score_the_same_on_other_numbers_of_ranks(evaluated: Run
     assert {key for key in after if key[1] == own} == set(before)
     assert "already" in evaluate(*command)
     written = folder.config.read_text()
-    changed = written.replace("sequence_parallel: false", "sequence_parallel: true").replace("tp_size: 1", "tp_size: 2")
+    changed = written.replace("sequence_parallel: false", "sequence_parallel: true")
+    changed = changed.replace("tp_size: 1", "tp_size: 2").replace("sp_size: 1", "sp_size: 2")
     assert changed != written
     folder.config.write_text(changed)
     assert "already" in evaluate(*command), "a run of ranks that split tokens is scored on one"

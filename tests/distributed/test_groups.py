@@ -8,6 +8,6 @@ from tests.distributed.ranks import run_ranks
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_groups_are_fairscales_without_those_of_a_pipeline(tp_size: int) -> None:
-    run_ranks(4, "tests.distributed.groups", str(tp_size))
+@pytest.mark.parametrize(("tp_size", "sp_size"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_groups_are_fairscales_without_those_of_a_pipeline(tp_size: int, sp_size: int) -> None:
+    run_ranks(4, "tests.distributed.groups", str(tp_size), str(sp_size))

@@ -37,6 +37,7 @@ class Run:
         zero_stage: int = 1,
         precision: str = "fp32",
         averaged: bool = False,
+        sp_size: int = 1,
     ) -> None:
         self.folder, self.world_size = folder, world_size
         suite = folder / "suite"
@@ -66,7 +67,7 @@ class Run:
                 "z_loss": 1e-4,
                 "moments": precision,
             },
-            parallel={"tp_size": tp_size, "zero_stage": zero_stage},
+            parallel={"tp_size": tp_size, "sp_size": sp_size, "zero_stage": zero_stage},
             checkpoint={"every": 6},
             metrics={"layers_every": 4},
             precision=precision,
@@ -196,12 +197,16 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_processes(ctrl_c: bool, t
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("tp_size", "zero_stage", "precision"), [(2, 1, "bf16"), (1, 3, "fp32")])
-def test_ranks_killed_together_resume_exactly(tp_size: int, zero_stage: int, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tp_size", "sp_size", "zero_stage", "precision"), [(2, 1, 1, "bf16"), (1, 1, 3, "fp32"), (1, 2, 2, "bf16")]
+)
+def test_ranks_killed_together_resume_exactly(
+    tp_size: int, sp_size: int, zero_stage: int, precision: str, tmp_path: Path
+) -> None:
     runs = []
     for name, kill_after in (("straight", None), ("killed", 14)):
         tmp_path.joinpath(name).mkdir()
-        run = Run(tmp_path / name, 2, tp_size, zero_stage, precision)
+        run = Run(tmp_path / name, 2, tp_size, zero_stage, precision, sp_size=sp_size)
         if kill_after:
             processes = run.start("train.steps=20")
             run.wait_for_step(kill_after, processes)

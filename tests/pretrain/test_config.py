@@ -167,6 +167,20 @@ def test_overrides_reach_every_depth(small: Path) -> None:
             "parallel.tp_size=2 parallel.sequence_parallel=true data.seq_len=127",
             "data.seq_len=127 cannot be split by parallel.tp_size=2",
         ),
+        ("parallel.sp_size=3", "model.n_heads=4 cannot be split by parallel.sp_size=3"),
+        (
+            "parallel.tp_size=2 parallel.sp_size=4",
+            "model.n_heads / parallel.tp_size (2)=2 cannot be split by parallel.sp_size=4",
+        ),
+        ("parallel.sp_size=2 data.seq_len=127", "data.seq_len=127 cannot be split by parallel.sp_size=2"),
+        (
+            'parallel.sp_size=2 train.steps=9 stages=[{"step":5,"data":{"seq_len":33}}]',
+            "stages.0.data.seq_len=33 cannot be split by parallel.sp_size=2",
+        ),
+        (
+            "parallel.tp_size=2 parallel.sp_size=2 parallel.sequence_parallel=true data.seq_len=126",
+            "data.seq_len=126 cannot be split by parallel.tp_size times parallel.sp_size=4",
+        ),
         ("parallel.activation_checkpointing=some", "parallel.activation_checkpointing"),
         ("parallel.offload=parameters", "parallel.offload=parameters needs parallel.zero_stage=3, not 1"),
         ("optim.name=lion", "optim.name: \"lion\" is wrong; it should be 'adamw' or 'muon'"),
@@ -197,6 +211,7 @@ RECURRENT = "model: {architecture: recurrent, dim: 64, n_layers: 2, vocab_size: 
         ("model.architecture=gpt", "model.architecture: \"gpt\" is wrong; it should be one of 'llama', 'recurrent'"),
         ("model.architecture=llama", "model.n_heads: missing, and it has no default"),
         ("parallel.tp_size=2", "parallel.tp_size=2: model.architecture=recurrent cannot be split over ranks"),
+        ("parallel.sp_size=2", "parallel.sp_size=2: model.architecture=recurrent cannot divide a row over ranks"),
         ("parallel.attention=sdpa", "parallel.attention=sdpa: model.architecture=recurrent has no attention"),
         (
             "optim.learning_rate_groups={'*.wq.weight':2}",
@@ -220,6 +235,7 @@ def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small
     config, old = load_config(small), tmp_path / "old.yaml"
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     assert values["model"].pop("architecture") == "llama"
+    assert values["parallel"].pop("sp_size") == 1  # which came later still
     old.write_text(dump(values))
     begun = load_config(old, begun=True)
     assert compare_for_resume(begun, config.settled(begun), 10) == ([], [])

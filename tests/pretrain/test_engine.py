@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,7 @@ from pretrain.model.loss import next_token_targets
 from pretrain.model.pieces import valid_targets
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.optim import OptimConfig
+from pretrain.rng import derive_seed
 from pretrain.run.metrics import Meter
 from pretrain.topology import ParallelConfig, Topology
 from pretrain.zero_pieces import OwnPiece
@@ -47,6 +50,19 @@ def history(
 def plain(topology: Topology) -> list[tuple[float, float]]:
     """Return (loss, gradient norm) of three steps without any savings of memory."""
     return history(topology, zero_stage=1)
+
+
+def test_ranks_with_other_tokens_draw_other_dropout(topology: Topology) -> None:
+    def seed(tp_rank: int, sp_rank: int, dp_rank: int, split_tokens: bool, sp_size: int = 2) -> int:
+        here = replace(topology, tp_rank=tp_rank, sp_rank=sp_rank, dp_rank=dp_rank, sp_size=sp_size)
+        return Engine._dropout_seed(SimpleNamespace(topology=here, seed=3, _split_tokens=split_tokens), 5, 1)
+
+    places = list(itertools.product((0, 1), repeat=3))
+    assert len({seed(*place, split_tokens=True) for place in places}) == 8
+    whole = [seed(*place, split_tokens=False) for place in places]
+    assert whole[:4] == whole[4:], "tp ranks with the same tokens draw the same"
+    assert len(set(whole)) == 4
+    assert seed(0, 0, 1, False, sp_size=1) == derive_seed(3, "dropout", 5, 1, 1), "that of runs before rows were shared"
 
 
 @pytest.mark.parametrize(

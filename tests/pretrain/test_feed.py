@@ -60,7 +60,7 @@ class Place:
     def sum_int64(self, values: list[int]) -> list[int]:
         return [sum(parts) % 2**64 for parts in zip(*self.gather_objects(values), strict=True)]
 
-    def broadcast_in_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+    def share_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
 

@@ -85,3 +85,15 @@ def test_a_state_written_by_an_older_version_is_read(store: CheckpointStore) -> 
     resumed = state.resumed(Layout(tp_size=2, dp_size=2, zero_stage=3))
     assert (resumed.restarts, resumed.layout) == (2, Layout(2, 2, 3))
     assert (resumed.step, resumed.tokens, resumed.batch_hash) == (30, 5, "00")
+
+
+def test_a_state_of_before_rows_were_shared_has_a_layout_without() -> None:
+    state = RunState(30, 5, {}, "00", restarts=1, config_hash="", tp_size=2, dp_size=4, zero_stage=1)
+    old = msgspec.to_builtins(state)
+    del old["sp_size"]
+    assert msgspec.convert(old, RunState).layout == Layout(2, 4, 1)
+    shared = state.resumed(Layout(2, 2, 1, sp_size=2))
+    assert (shared.sp_size, shared.layout.has_files_of(state.layout)) == (2, True)
+    assert str(shared.layout) == "tp 2 x sp 2 x dp 2, ZeRO-1"
+    for other in (Layout(4, 2, 1), Layout(2, 4, 1, 2), Layout(2, 2, 2, 2)):
+        assert not other.has_files_of(state.layout)

@@ -11,9 +11,12 @@ from unittest import mock
 import pytest
 
 from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_of, shell_words, submit
+from pretrain.cluster.submission import layout_findings
 from pretrain.commands import dispatch, evaluate, generate
-from pretrain.topology import launcher_environment, slurm_environment, world_size_of
+from pretrain.config import load_config
+from pretrain.topology import ParallelConfig, dp_size_of, launcher_environment, slurm_environment, world_size_of
 from shards import ConfigError
+from tests.tiny_run import write_config
 
 TEMPLATE = Path(__file__).parents[3] / "slurm" / "pretrain.sbatch"
 SETTINGS = ("run", "train", "check_nodes", "node_check", "arguments")
@@ -22,6 +25,31 @@ SETTINGS = ("run", "train", "check_nodes", "node_check", "arguments")
 def request(**values: object) -> JobRequest:
     fixed = {"name": "a run", "nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6, "time": "1-12", "grace_seconds": 300}
     return JobRequest(**{**fixed, "output": "runs/x/logs/%j.log", "chdir": Path("/some where"), **values})
+
+
+def test_the_ranks_that_share_a_model_and_rows_have_to_divide_all() -> None:
+    assert dp_size_of(24, ParallelConfig(tp_size=2, sp_size=4)) == 3
+    with pytest.raises(ConfigError, match="tp_size=2 times parallel.sp_size=4 does not divide the 12 ranks .* of 8"):
+        dp_size_of(12, ParallelConfig(tp_size=2, sp_size=4))
+
+
+@pytest.mark.parametrize(
+    ("sp_size", "gpus_per_node", "told"),
+    [
+        (1, 8, "16 ranks, tp 2 x dp 8, ZeRO-1; 1 micro-steps of 3 rows"),
+        (4, 8, "16 ranks, tp 2 x sp 4 x dp 2, ZeRO-1; 1 micro-steps of 12 rows"),
+        (4, 4, "parallel.sp_size=4 spans nodes of 4 ranks: attention waits for the network"),
+    ],
+)
+def test_a_submission_tells_the_layout_and_what_waits_for_the_network(
+    sp_size: int, gpus_per_node: int, told: str, tmp_path: Path
+) -> None:
+    model = {"n_heads": 8, "dim": 64, "n_kv_heads": 2}
+    train = {"global_batch_size": 24, "micro_batch_size": None}
+    path = write_config(tmp_path, "run", model=model, train=train, parallel={"tp_size": 2, "sp_size": sp_size})
+    found = list(layout_findings(load_config(path), request(gpus_per_node=gpus_per_node)))
+    assert any(told in finding.text for finding in found), found
+    assert [finding.level for finding in found] == ["ok", "warning"][: 1 + (gpus_per_node == 4)]
 
 
 def directives_in(script: str) -> dict[str, str]:

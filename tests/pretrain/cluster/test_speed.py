@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from pretrain.cluster.speed import Cluster, StepTime, step_time, tokens_per_second, why_unknown
+from pretrain.cluster.speed import Cluster, StepTime, sequence_bytes, step_time, tokens_per_second, why_unknown
 from pretrain.devices import Device, device_of_slurm
 from pretrain.model.size import Workload
 from pretrain.model.transformer import LlamaConfig
@@ -52,6 +52,28 @@ def test_zero_1_reduces_once_over_the_slowest_link_by_hand() -> None:
     assert found.data_parallel == pytest.approx(7 / 8 * PARAMETERS / 2 * 10 / (0.8 * 50e9), rel=1e-3)
 
 
+def test_exchanges_of_heads_for_tokens_by_hand() -> None:
+    # Four exchanges of 8,192 / 4 tokens of 4,096 numbers in bf16 a layer, forward and as many backward; 3/4 are sent
+    given = 32 * 2 * 4 * 2048 * 4096 * 2
+    inside = step_time(workload(sp_size=4), 1, cluster(gpus_per_node=4))
+    assert inside.sequence == pytest.approx(3 / 4 * given / (0.8 * 450e9))
+    # Ranks that share rows divide the optimizer's state too, and reduce gradients as dp ranks do
+    assert inside.data_parallel == step_time(workload(4), 1, cluster(gpus_per_node=4)).data_parallel
+    assert inside.products == pytest.approx(step_time(workload(), 1, cluster()).products / 4)
+    again = step_time(workload(sp_size=4, activation_checkpointing="full"), 1, cluster(gpus_per_node=4))
+    assert again.sequence == pytest.approx(1.5 * inside.sequence)
+
+
+def test_few_key_value_heads_are_sent_to_every_rank_that_needs_them() -> None:
+    grouped = LLAMA_7B.model_copy(update={"n_kv_heads": 2})
+    bytes_of = {
+        sp_size: sequence_bytes(dataclasses.replace(workload(sp_size=sp_size), model=grouped)) * sp_size
+        for sp_size in (2, 8)
+    }
+    # Of queries and output 32 heads each; of keys and values 2 each, or 8 where 8 ranks need one
+    assert bytes_of[8] / bytes_of[2] == pytest.approx((2 * 32 + 2 * 8) / (2 * 32 + 2 * 2))
+
+
 def test_tensor_parallel_ranks_on_two_nodes_wait_for_the_network() -> None:
     inside = step_time(workload(tp_size=4), 1, cluster(gpus_per_node=4))
     across = step_time(workload(tp_size=4), 1, cluster(nodes=2, gpus_per_node=2, network=45e9))
@@ -84,8 +106,8 @@ def test_saving_memory_costs_what_it_should(worse: dict[str, object], part: str)
 
 
 def test_the_largest_part_bounds() -> None:
-    assert StepTime(1, 2, 3, 5, 4).bound == "links of tp ranks"
-    assert StepTime(1, 2, 3, 5, 4).total == 15
+    assert StepTime(1, 2, 3, 5, 0, 4).bound == "links of tp ranks"
+    assert StepTime(1, 2, 3, 5, 1, 4).total == 16
 
 
 def test_what_is_not_known_is_said() -> None:

@@ -80,7 +80,7 @@ def test_scores_equal_those_of_one_document_at_a_time(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("tp_size", "dp_size"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp_size", "sp_size", "dp_size"), [(2, 1, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)])
 def test_scores_do_not_depend_on_the_ranks(
     suite: Path,
     tmp_path: Path,
@@ -88,6 +88,7 @@ def test_scores_do_not_depend_on_the_ranks(
     topology: Topology,
     expected: dict[str, Score],
     tp_size: int,
+    sp_size: int,
     dp_size: int,
 ) -> None:
     tasks = [TaskConfig(requests=path) for path in write_tasks(tmp_path / "tasks")]
@@ -97,14 +98,14 @@ def test_scores_do_not_depend_on_the_ranks(
         for line in evaluate(engine.score, task, topology, 2).records(0)
     ]
     folders = (str(suite), str(tmp_path / "tasks"), str(tmp_path))
-    run_ranks(tp_size * dp_size, "tests.distributed.evaluation", str(tp_size), *folders)
+    run_ranks(tp_size * sp_size * dp_size, "tests.distributed.evaluation", str(tp_size), str(sp_size), *folders)
     for path in sorted(tmp_path.glob("*.json")):
         for line, wanted in zip(json.loads(path.read_text()), alone, strict=True):
             assert line == nearly(wanted), path.stem
     results = sorted(tmp_path.glob("*.npz"))
     assert len(results) == 3
     for path in results:
-        assert_equal(DocumentScores.load(path).by_domain(), expected, f"tp {tp_size} dp {dp_size} {path.stem}")
+        assert_equal(DocumentScores.load(path).by_domain(), expected, path.stem)
 
 
 def test_all_ranks_together_have_the_rows_of_a_single_one(suite: Path) -> None:

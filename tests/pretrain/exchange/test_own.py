@@ -13,7 +13,7 @@ from pretrain.exchange.export import export
 from pretrain.exchange.folder import describe, open_codec, open_model, open_tokenizer
 from pretrain.model.architecture import Layout
 from pretrain.model.recurrent import Recurrent, RecurrentConfig
-from pretrain.model.weights import check_splits, fill, weight_specs
+from pretrain.model.weights import check_row_splits, check_splits, fill, weight_specs
 from shards import ConfigError
 from tests.pretrain.exchange.test_exchange import DATA, GROUPED, NORMED, PLAIN, Memory, build, same_files
 
@@ -90,6 +90,9 @@ def test_a_model_of_another_architecture_or_size_is_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"--tp=2: a model of architecture=recurrent cannot be split"):
         check_splits(config, 2, "--tp")
     check_splits(config, 1, "--tp")
+    with pytest.raises(ConfigError, match=r"--sp=2: a model of architecture=recurrent cannot divide a row over ranks"):
+        check_row_splits(config, 1, 2, 64, "--sp")
+    check_row_splits(config, 1, 1, 64, "--sp")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cluster.speed import data_parallel_bytes, tensor_parallel_bytes
+from pretrain.cluster.speed import data_parallel_bytes, sequence_bytes, tensor_parallel_bytes
 from pretrain.config import RunConfig, load_config
 from pretrain.model.size import memory_per_rank
 
@@ -34,6 +34,10 @@ CASES = [
     " init_from=a model.lora.r=16 model.lora.alpha=32",
     "llama-7b-pile-dolma-tp2 32 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false"
     " init_from=a model.lora.r=16 model.lora.alpha=32 model.lora.dropout=0.1",
+    "llama-1b-dolma 2 model.n_layers=2 data.seq_len=16384 train.micro_batch_size=1 parallel.compile=false"
+    " parallel.zero_stage=2 parallel.sp_size=4",
+    "llama-7b-pile-dolma-tp2 2 model.n_layers=2 data.seq_len=32768 train.micro_batch_size=1 parallel.compile=false"
+    " parallel.activation_checkpointing=full parallel.sp_size=8",
 ]
 Simulated = Callable[[str], dict[str, object]]
 
@@ -77,3 +81,5 @@ def test_the_collectives_move_what_the_estimate_of_speed_counts(simulated: Simul
     over_tp = found.get("all_reduce", 0)
     over_tp += (found.get("all_gather_into_tensor", 0) + found.get("reduce_scatter_tensor", 0)) / 2
     assert over_tp == pytest.approx(MICRO_STEPS * tensor_parallel_bytes(work), **near)
+    over_sp = found.get("all_to_all_single", 0)
+    assert over_sp == pytest.approx(MICRO_STEPS * sequence_bytes(work))

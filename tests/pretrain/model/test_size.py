@@ -85,6 +85,17 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
     assert estimate(1, 8, tp_size=2).weights == parameters
 
 
+def test_ranks_that_share_rows_divide_activations_and_zeros_state() -> None:
+    def estimate(dp_size: int, **layout: object):
+        parallel = ParallelConfig.model_validate({"zero_stage": 2, "activation_checkpointing": "full", **layout})
+        return memory_per_rank(Workload(LLAMA_7B, parallel, dp_size, 1, 131_072, bytes_per_weight=2))
+
+    apart, shared = estimate(8), estimate(2, sp_size=4)
+    assert (shared.weights, shared.gradients) == (apart.weights, apart.gradients)
+    assert shared.optimizer == apart.optimizer
+    assert apart.activations / 5 < shared.activations < apart.activations / 3
+
+
 def test_muon_keeps_one_moment_of_the_matrices_in_blocks() -> None:
     under_muon = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
     work = Workload(LLAMA_7B, ParallelConfig(), 8, 1, 2048, bytes_per_weight=2, optimizer="muon")

@@ -13,7 +13,7 @@ from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.model.architecture import WeightSpec
 from pretrain.model.parallel import full_shape, shard_dim, slice_of
 from pretrain.model.transformer import LlamaConfig, Transformer
-from pretrain.model.weights import check_splits, weight_specs
+from pretrain.model.weights import check_row_splits, check_splits, weight_specs
 from shards import CheckpointError, ConfigError
 
 
@@ -121,3 +121,16 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, rows: int, fit
     else:
         with pytest.raises(CheckpointError, match=rf"w is \[3, 4\], not \[{rows}, 4\]"):
             weights.read("w")
+
+
+def test_rows_are_shared_by_as_many_ranks_as_heads_and_tokens_allow() -> None:
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=2, vocab_size=9)
+    for tp_size, sp_size, seq_len in ((1, 8, 64), (2, 4, 64), (1, 1, 7)):
+        check_row_splits(config, tp_size, sp_size, seq_len, "--sp")
+    for tp_size, sp_size, seq_len, message in (
+        (2, 8, 64, "--sp=8 does not divide the 4 heads of a rank"),
+        (1, 3, 63, "--sp=3 does not divide the 8 heads of a rank"),
+        (1, 4, 66, "--sp=4 does not divide the 66 tokens of a row"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_row_splits(config, tp_size, sp_size, seq_len, "--sp")
