@@ -106,7 +106,7 @@ def test_an_exported_model_is_generated_from_scored_and_trained_on_as_the_run_is
     said = run_ranks(1, "pretrain", "export", "--run", str(run), "--to", str(model), "--dtype", "fp32")
     assert "headrace layout" in said
     described = json.loads((model / "config.json").read_text())
-    assert described["architecture"] == "recurrent"
+    assert described["model"]["architecture"] == "recurrent"
     assert (model / "tokenizer.json").exists()
 
     config = RecurrentConfig.model_validate(MODEL)
