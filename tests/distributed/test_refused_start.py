@@ -75,7 +75,13 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
         folder.config.read_text().replace(str(Path("shards/sample/tokenizer-4k.model")), str(other))
     )
     asked = argparse.Namespace(
-        run=folder.root, step=None, to=tmp_path / "to", overrides=[], model=None, weights="trained"
+        run=folder.root,
+        step=None,
+        to=tmp_path / "to",
+        overrides=[],
+        model=None,
+        weights="trained",
+        format=None,
     )
     for command in (export_run, find_model):
         with pytest.raises(ConfigError, match=r"other\.model is not the model that .*step_00000010 was trained with"):

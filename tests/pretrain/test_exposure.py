@@ -231,15 +231,15 @@ def test_documents_outside_a_sources_part_are_said_to_be_left_out(
         if line["step"]:
             found[key].append(tuple(int(line[name]) for name in ("step", "row", "start", "stop")))
         else:
-            assert (key[0], line["trained"]) == ("b", "hash_range=[0.3, 0.8] leaves it out")
+            assert (key[0], line["trained"]) == ("b", "hash_range: [0.3, 0.8] leaves it out")
     assert {key: sorted(pieces) for key, pieces in found.items()} == {key: sorted(one) for key, one in held.items()}
     for shard, line in (("a-0.jsonl", 20), ("a-1.jsonl", 31), ("a-1.jsonl", 30)):
         code, said, _ = command("--run", run.root, "--doc", f"{shard}:{line}", "--no-proof")
-        is_left_out = "not in the run's data: take=[20, 90] leaves it out" in said
+        is_left_out = "not in the run's data: take: [20, 90] leaves it out" in said
         assert is_left_out == (line != 30), said
     name, shard, line = next(key for key in lines_of if key[0] == "b" and not held[key])
     code, said, _ = command("--run", run.root, "--doc", f"{shard}:{line}", "--no-proof")
-    assert "not in the run's data: hash_range=[0.3, 0.8] leaves it out" in said, said
+    assert "not in the run's data: hash_range: [0.3, 0.8] leaves it out" in said, said
 
 
 def test_what_cannot_be_found_is_named(family: Family, command: Callable[..., Result], tmp_path: Path) -> None:

@@ -226,18 +226,18 @@ def test_taking_what_is_not_there_names_how_many_records_there_are(
 def test_a_source_that_keeps_nothing_is_an_error(corpus: Path, tmp_path: Path) -> None:
     nothing = source(corpus, "text", name="b", hash_range=[0.5, 0.5000001])
     alone = config([{**nothing, "max_epochs": None}], index_dir=tmp_path / "index", lanes=1)
-    with Loader(alone, 8) as loader, pytest.raises(ShardError, match=r"no row; .*or none is in hash_range=\[0\.5, "):
+    with Loader(alone, 8) as loader, pytest.raises(ShardError, match=r"no row; .*or none is in hash_range: \[0\.5, "):
         next(loader)
     beside = config([source(corpus, "text"), nothing], index_dir=tmp_path / "index")
     with (
         Loader(beside, 8) as loader,
-        pytest.raises(ShardError, match=r"'b': hash_range=.* leave no document of its 401"),
+        pytest.raises(ShardError, match=r"'b': hash_range: .* leave no document of its 401"),
     ):
         loader.forecast(None)
     blank = config([source(corpus, "text", take=[5, 6])], index_dir=tmp_path / "index")
     with (
         Loader(blank, 8) as loader,
-        pytest.raises(ShardError, match=r"take=\[5, 6\] leave no document of its 1 records"),
+        pytest.raises(ShardError, match=r"take: \[5, 6\] leave no document of its 1 records"),
     ):
         loader.forecast(None)
 
