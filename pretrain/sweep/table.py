@@ -30,12 +30,17 @@ def sweep_table(points: Sequence[Point]) -> Table:
     for head in ("step", "loss", unit.replace(" per ", "/"), "at", "tokens/s", "left"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
-        values = [escape(str(point.plan.settings.get(key, ""))) for key in keys]
+        values = [escape(_plain(str(point.plan.settings.get(key, "")))) for key in keys]
         note = "" if point.state == "failed" else point.note  # which names a file, for which a table has no room
         table.add_row(
             *values, escape(f"{point.state} {note}".strip()), *_figures(point), style=_STYLES.get(point.state)
         )
     return table
+
+
+def _plain(value: str) -> str:
+    """Return a value without the quotes and braces that JSON has; a table has no room for them."""
+    return value.replace('"', "").strip("{}")
 
 
 def _figures(point: Point) -> Iterator[str]:
