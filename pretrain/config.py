@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
+from pretrain.config_problems import length_problems, model_problems
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.ema import EmaConfig
 from pretrain.evaluation.eval_set import EvaluationConfig
@@ -28,8 +28,7 @@ from pretrain.model.architectures import AnyModelConfig, without_default
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.model.size import Workload, checkpoint_bytes
-from pretrain.model.weights import trained_specs
-from pretrain.optim import OptimConfig, SchedulePart, is_named
+from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
@@ -337,18 +336,13 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
                     "applies to all sources; leave max_epochs out, or set train.steps instead of train.epochs"
                 )
     if model:
-        yield from model.problems()
-        yield from _pattern_problems(model, parts.get("optim") or OptimConfig())
-        if model.adapters:
-            yield from _adapter_problems(model, parts)
-    if model and parallel:
-        yield from _layout_problems(model, parallel)
-        for key, value in model.split_sizes.items():
-            yield from not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
-        if not model.gives_each_rank_tokens(parallel.tp_size):
+        yield from model_problems(model, parts.get("parallel"), parts.get("optim") or OptimConfig())
+        if model.adapters and "init_from" in parts and parts["init_from"] is None:
+            yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
+        if model.adapters and parts.get("init_optimizer"):
             yield (
-                f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
-                f" a token; make parallel.tp_size or model.vocab_multiple={model.vocab_multiple} smaller"
+                "model.lora: the state of an optimizer of all weights means nothing to adapters; leave init_optimizer"
+                " out"
             )
     if parts.get("init_optimizer") and not parts.get("init_from"):
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
@@ -390,7 +384,7 @@ def _stage_problems(
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
         if parallel:
-            yield from _length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
+            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
         if stage.micro_rows:
             rows = (f"{at}train.global_batch_size", stage.global_batch_size)
             yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
@@ -401,64 +395,3 @@ def _stage_problems(
         yield f"{last}: the run ends at train.steps={train.steps}, so that stage never begins"
     if train.steps and (beyond := [steps for steps in data.skip_steps if steps[1] > train.steps]):
         yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"
-
-
-def _length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
-    """Yield why rows of this length cannot be divided among ranks."""
-    if parallel.sequence_parallel and parallel.sp_size > 1:
-        both = parallel.tp_size * parallel.sp_size
-        yield from not_divisible(key, seq_len, "parallel.tp_size times parallel.sp_size", both)
-    elif parallel.sequence_parallel:
-        yield from not_divisible(key, seq_len, "parallel.tp_size", parallel.tp_size)
-    else:
-        yield from not_divisible(key, seq_len, "parallel.sp_size", parallel.sp_size)
-
-
-def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """Yield what of a layout an architecture knows nothing of."""
-    named = f"model.architecture={model.architecture}"
-    if parallel.tp_size > 1 and not model.SPLITS:
-        yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
-    if parallel.sp_size > 1 and not model.SPLITS_ROWS:
-        yield f"parallel.sp_size={parallel.sp_size}: {named} cannot divide a row over ranks; set parallel.sp_size=1"
-    if model.SPLITS_ROWS and model.heads and model.heads.n_heads % parallel.tp_size == 0:
-        of_rank = model.heads.n_heads // parallel.tp_size
-        key = "model.n_heads" if parallel.tp_size == 1 else f"model.n_heads / parallel.tp_size ({parallel.tp_size})"
-        yield from not_divisible(key, of_rank, "parallel.sp_size", parallel.sp_size)
-    if parallel.attention != "auto" and model.heads is None:
-        yield f"parallel.attention={parallel.attention}: {named} has no attention; leave it out"
-    if model.heads and model.heads.dropout and parallel.attention in ("flex", "varlen"):
-        yield (
-            f"parallel.attention={parallel.attention} has no dropout of the attention's weights, which"
-            f" model.attention_dropout={model.heads.dropout} asks for; use sdpa or auto"
-        )
-
-
-def _adapter_problems(model: ModelConfig, parts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what cannot go together with adapters."""
-    assert model.adapters is not None
-    if parts.get("init_from", model) is None:
-        yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
-    if parts.get("init_optimizer"):
-        yield "model.lora: the state of an optimizer of all weights means nothing to adapters; leave init_optimizer out"
-    optim: OptimConfig | None = parts.get("optim")
-    if optim and optim.name == "muon":
-        yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"
-    parallel: ParallelConfig | None = parts.get("parallel")
-    if parallel and parallel.sequence_parallel and model.adapters.dropout:
-        yield (
-            f"model.lora.dropout={model.adapters.dropout}: with parallel.sequence_parallel each tensor-parallel rank"
-            " draws masks of its own, but all of them read the same inputs here; set one of the two to 0 or false"
-        )
-
-
-def _pattern_problems(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
-    """Yield patterns that match no weight that is trained."""
-    names = trained_specs(model)
-    for pattern in optim.learning_rate_groups:
-        if not any(is_named(name, pattern) for name in names):
-            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
-            yield (
-                f"optim.learning_rate_groups: no weight's name matches {pattern!r}; the names are {', '.join(kinds)},"
-                " with the number of a block, from 0, in place of *"
-            )

@@ -81,7 +81,7 @@ LAYERS = (
         "pretrain.provenance",
         "pretrain.exposure",
     ),
-    ("pretrain.stages", "pretrain.config", "pretrain.config_changes"),
+    ("pretrain.stages", "pretrain.config_problems", "pretrain.config", "pretrain.config_changes"),
     ("pretrain.report",),
     ("pretrain.stepper", "pretrain.recorder"),
     ("pretrain.profiling",),
