@@ -19,7 +19,8 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
-from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Sums, label_of, source_line
+from pretrain.evaluation.contexts import bounds_of
+from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Totals, label_of, source_line
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
 from shards import Config, ConfigError, ShardError, Tokenizer
 from shards.hashing import key_of
@@ -89,8 +90,18 @@ class EvalSet:
             if line in (domain, source_line(source), *AVERAGES)
         )
 
-    def scores_of(self, sums: Sums) -> DocumentScores:
-        """Return the scores of its documents; the sums are those of `scoring.item_sums`."""
+    @property
+    def group(self) -> npt.NDArray[np.int32]:
+        """Return the domain of each document, [documents], over which losses are added up by context."""
+        return self.document_domain
+
+    def rows_at_once(self, batch_size: int) -> int:
+        """Return how many rows are scored at once."""
+        return batch_size
+
+    def scores_of(self, totals: Totals) -> DocumentScores:
+        """Return the scores of its documents."""
+        sums = totals.items
         return DocumentScores(
             suite=self.label,
             domains=self.domains,
@@ -101,6 +112,8 @@ class EvalSet:
             tokens=self.targets,
             correct=sums[:, 2].astype(np.int64),
             text_bytes=self.document_bytes,
+            context_sums=totals.contexts,
+            context_bounds=bounds_of(self.seq_len),
         )
 
 

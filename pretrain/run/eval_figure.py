@@ -85,3 +85,8 @@ class EvalFigure(NamedTuple):
 def best_step(costs: Mapping[int, float], steps: Iterable[int]) -> int | None:
     """Return the step with the lowest cost, the first of equals; None if none of the steps has one."""
     return min((step for step in steps if step in costs), key=lambda step: (costs[step], step), default=None)
+
+
+def perplexity(nll_per_token: float) -> float:
+    """Return exp of a loss in nats; infinite beyond a float's range, so a diverged model cannot crash the run."""
+    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf
