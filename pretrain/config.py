@@ -257,6 +257,8 @@ class RunConfig(Config):
         values = self.model_dump(mode="json")
         if self.parallel.sp_size == 1:
             del values["parallel"]["sp_size"]  # configs of before there was another have the same hash
+        if self.evaluation.needles is None:
+            del values["evaluation"]["needles"]
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

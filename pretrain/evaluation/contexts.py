@@ -68,10 +68,14 @@ def figures_of(sums: Floats, bounds: Sequence[int]) -> dict[str, dict[str, float
     """
     firsts = [1, *(bound + 1 for bound in bounds)]
     return {
-        f"{first}-{bound}": {"nll_per_token": nll / tokens, "perplexity": perplexity(nll / tokens), "tokens": int(tokens)}
+        f"{first}-{bound}": _figures(nll / tokens, int(tokens))
         for first, bound, (nll, tokens) in zip(firsts, bounds, sums.tolist(), strict=False)
         if tokens
     }
+
+
+def _figures(loss: float, tokens: int) -> dict[str, float]:
+    return {"nll_per_token": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
 
 def mean_of(groups: Sequence[Figures]) -> dict[str, dict[str, float]]:
@@ -81,8 +85,5 @@ def mean_of(groups: Sequence[Figures]) -> dict[str, dict[str, float]]:
     for name in sorted(names, key=lambda name: int(name.partition("-")[0])):
         members = [group[name] for group in groups if name in group]
         loss = math.fsum(one["nll_per_token"] for one in members) / len(members)
-        tokens = sum(int(one["tokens"]) for one in members)
-        found[name] = {
-            "nll_per_token": loss, "perplexity": perplexity(loss), "tokens": tokens, "domains": len(members)
-        }  # fmt: skip
+        found[name] = _figures(loss, sum(int(one["tokens"]) for one in members)) | {"domains": len(members)}
     return found

@@ -156,7 +156,7 @@ class DocumentScores:
         micro = self._record(step, "micro", total(scores), range(len(scores)))
         loss, accuracy = (_mean(getattr(s, key) for s in of_domains.values()) for key in ("nll_per_token", "accuracy"))
         bits = [score.bits_per_byte for score in of_domains.values() if score.bits_per_byte is not None]
-        macro = {
+        macro: dict[str, object] = {
             "nll_per_token": loss,
             "perplexity": perplexity(loss),
             "bits_per_byte": _mean(bits) if len(bits) == len(of_domains) else None,

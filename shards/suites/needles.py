@@ -1,4 +1,4 @@
-"""Synthetic texts that hide a number and ask for it at their end: a needle in a haystack. tokenizer -> needles -> tasks.
+"""Synthetic texts that hide a number and ask for it at their end, needles in haystacks. tokenizer -> needles -> tasks.
 
 A text is a haystack of built-in sentences, one statement among them (the needle), and a question whose answer is the
 number. Everything that is drawn is a hash of what the text is called, so it is the same on every machine. Lengths are
@@ -84,13 +84,14 @@ class Haystacks:
     """Makes texts for a tokenizer.
 
     Attributes:
+        tokenizer: spells them.
         spelled: a text with every sentence and every word there is, to check the tokenizer on.
     """
 
     spelled = "".join((*FILLERS, *(Needle(word, 1234567890).statement for word in _WORDS)))
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._fillers = tokenizer.encode_following(FILLERS)
 
     def text(self, length: int, depth: float, *name: int | str) -> HaystackText:
@@ -103,14 +104,14 @@ class Haystacks:
         Raises: ConfigError if needle and question alone are longer than that.
         """
         needle = needle_of(*name)
-        spelled = self._tokenizer.encode_following([needle.statement, needle.question, needle.answer])
+        spelled = self.tokenizer.encode_following([needle.statement, needle.question, needle.answer])
         statement, question, answer = spelled
-        beginning = np.array(self._tokenizer.beginning, self._tokenizer.dtype)
+        beginning = np.array(self.tokenizer.beginning, self.tokenizer.dtype)
         room = length - len(beginning) - sum(map(len, spelled))
         if room < 0:
             raise ConfigError(
                 f"a needle with its question and answer is {length - room} tokens of the tokenizer"
-                f" {self._tokenizer.path}, so none of {length} tokens can be made; name greater lengths"
+                f" {self.tokenizer.path}, so none of {length} tokens can be made; name greater lengths"
             )
         sentences = self._sentences(room, *name)
         ends = np.cumsum([0, *map(len, sentences)])
