@@ -73,7 +73,11 @@ def write_tasks(folder: Path) -> list[str]:
 
 def nearly(line: Mapping[str, object]) -> dict[str, object]:
     """Return what a line of evals.jsonl is to equal up to the order of sums."""
-    return {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in line.items()}
+    return {
+        key: nearly(value) if isinstance(value, Mapping) else pytest.approx(value, rel=1e-5) if isinstance(value, float)
+        else value
+        for key, value in line.items()
+    }  # fmt: skip
 
 
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
