@@ -256,7 +256,7 @@ class RunConfig(Config):
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
         if self.parallel.sp_size == 1:
-            del values["parallel"]["sp_size"]  # configs of before there was another have the same hash
+            del values["parallel"]["sp_size"]  # configs of before there was another have the same hash, also below
         if self.evaluation.needles is None:
             del values["evaluation"]["needles"]
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)

@@ -84,8 +84,8 @@ def task_table(records: Sequence[Mapping[str, Any]], before: Sequence[Mapping[st
 def needle_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Show how often needles were found. `records` are their lines of evals.jsonl of one step, one for each length."""
     depths = list(dict.fromkeys(depth for record in records for depth in depths_of(record)))
-    table = Table("tokens", title=f"Needles found, step {records[0]['step']}")
-    for head in (*(f"at depth {depth}" for depth in depths), "all", "nats/token"):
+    table = Table("tokens", title=f"Needles found by depth, step {records[0]['step']}")
+    for head in (*depths, "all", "nats/token"):
         table.add_column(head, justify="right")
     for record in records:
         found = [depths_of(record).get(depth, {}).get("accuracy") for depth in depths]

@@ -235,7 +235,8 @@ def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small
     config, old = load_config(small), tmp_path / "old.yaml"
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     assert values["model"].pop("architecture") == "llama"
-    assert values["parallel"].pop("sp_size") == 1  # which came later still
+    assert values["parallel"].pop("sp_size") == 1  # which came later still, as needles did
+    assert values["evaluation"].pop("needles") is None
     old.write_text(dump(values))
     begun = load_config(old, begun=True)
     assert compare_for_resume(begun, config.settled(begun), 10) == ([], [])
