@@ -159,7 +159,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation, whose gradient is the rotation back, times the same amplitude; op by op it would take twice the time."""
+    """A rotation, whose gradient is the rotation back with the same amplitude; op by op it takes twice the time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class LlamaConfig(ModelConfig):
         *ModelConfig.COMPUTES, "n_heads", "n_kv_heads", "ffn_dim", "norm_eps", "rope_theta", "rope_scaling", "qk_norm",
     )  # fmt: skip
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("hf", "meta", "headrace")
+    POSITIONS: ClassVar = ("rope_theta", "rope_scaling")
     SPLITS: ClassVar = True
     SPLITS_ROWS: ClassVar = True
 
