@@ -74,18 +74,19 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
         )
     _, config, checkpoints = open_run(arguments.run)
     tokenizer = Tokenizer.of(config.data)
-    check_tokenizer(checkpoints.find(arguments.step), tokenizer, config.data.tokenizer)
+    checkpoint = checkpoints.find(arguments.step)
+    check_tokenizer(checkpoint, tokenizer, config.data.tokenizer)
     codec = codec_of(tokenizer, config.data.bos)
 
     def load(forward: ForwardModel, topology: Topology) -> None:
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(forward, checkpoints, arguments.step, topology, base)
+        load_checkpoint(forward, checkpoints, arguments.step, topology, config.model_at, base)
 
     return ChosenModel(
         config.model,
         load,
         codec,
-        config.data.seq_len,
+        config.stage_of(checkpoint.step).data.seq_len,
         arguments.precision or config.precision,
     )
 

@@ -79,6 +79,10 @@ wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metri
 deepspeed: {memory_breakdown: true}
 stages:
   - step: 4
+    model:
+      rope_theta: 2.5
+      rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
+        original_max_position_embeddings: 64}
     data:
       sources:
         - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
