@@ -42,7 +42,7 @@ from shards.suites.needles import FILLERS, Haystacks, needle_of
 from shards.tokenize.training import train_byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1516
+SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1512
 RUNS = {"plain": "a run that was not extended", "extended": "the run that was"}
 DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
 
