@@ -3,7 +3,7 @@
 Makes a corpus of texts that hide a number and ask for it (shards/suites/needles.py, other seeds than the evaluation's)
 and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 34 to 60 tokens, then of up
 to 512. Two forks go on from its end for as many tokens: `plain` with the same, `extended` with texts of up to 4,096
-tokens in rows of 4,096, of which two ranks share each; it is killed on the way (SIGKILL) and resumed on one rank.
+tokens in rows of 4,096 and positions scaled by YaRN, of which two ranks share each; it is killed on the way (SIGKILL) and resumed on one rank.
 `straight` is the same, never killed, on one rank, for as far as it takes to compare batches and losses. Then both
 are asked for needles at four lengths.
 
@@ -44,6 +44,7 @@ from shards.tokenize.training import train_byte_level
 ROOT = Path(__file__).resolve().parents[1]
 SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1512
 RUNS = {"plain": "a run that was not extended", "extended": "the run that was"}
+SCALING = json.dumps({"rope_type": "yarn", "factor": LONG / SHORT, "original_max_position_embeddings": SHORT})
 DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     train(folder, "base", write_config(folder, arguments.dense, begin))
     long_rows = [
         f"stage.data.seq_len={LONG}", f"stage.data.sources={json.dumps([source(folder, 'long')])}",
-        "stage.data.weights={short: 0}", "stage.train.global_batch_size=1",
+        "stage.data.weights={short: 0}", "stage.train.global_batch_size=1", f"stage.model.rope_scaling={SCALING}",
     ]  # fmt: skip
     decay = ["stage.optim.schedule=linear", "stage.optim.floor=0.1", f"train.steps={end}"]
     same_tokens = "stage.train.global_batch_size=8"
