@@ -4,7 +4,7 @@ Makes a corpus of texts that hide a number and ask for it (shards/suites/needles
 and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 34 to 60 tokens, then of up
 to 512. Two forks go on from its end for as many tokens: `plain` with the same, `extended` with texts of up to 4,096
 tokens, in rows of 4,096 of which two ranks share each, and positions scaled by YaRN; it is killed on the way (SIGKILL)
-and resumed on one rank. `straight` is the same, never killed, on one rank, for as far as it takes to compare batches and
+and resumed on one rank. `straight` is the same, never killed, on one rank, as far as it takes to compare batches and
 losses. Then both are asked for needles at four lengths.
 
 Prints a table for each, and how batches and losses of the killed run compare; `--png FILE` draws both side by side.
