@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1512
 RUNS = {"plain": "a run that was not extended", "extended": "the run that was"}
 SCALING = json.dumps({"rope_type": "yarn", "factor": LONG / SHORT, "original_max_position_embeddings": SHORT})
+SAVED = 25  # steps between checkpoints
 DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     for name, changes in (("plain", [same_tokens]), ("straight", long_rows), ("extended", long_rows)):
         if not (folder / name).exists():
             launch("fork.py", "--run", str(folder / "base"), "--step", str(begin), "--name", name, *changes, *decay)
-    middle = begin + arguments.extend // 4
+    middle = (begin + arguments.extend // 4) // SAVED * SAVED + SAVED + SAVED // 4  # steps after a checkpoint are lost
     train(folder, "plain")
     if len(starts_after(folder / "extended", begin)) < 2:
         train_until(folder, "extended", middle, signal.SIGKILL, "parallel.sp_size=2", ranks=2)
@@ -144,7 +146,7 @@ def write_config(folder: Path, dense: int, steps: int) -> Path:
         "train": {"steps": steps, "global_batch_size": 4},
         "optim": {"learning_rate": 4e-3, "schedule": "constant", "warmup_steps": 50},
         "precision": "fp32",
-        "checkpoint": {"every": 25, "keep": 2},
+        "checkpoint": {"every": SAVED, "keep": 2},
         "evaluation": {"needles": {"lengths": [64, 128, 256]}},
         "wandb": {"mode": "disabled"},
     }  # fmt: skip
@@ -175,14 +177,20 @@ def train_until(folder: Path, name: str, step: int, sent: signal.Signals, *overr
     run = RunFolder(folder / name)
     if steps_done(run) >= step:
         return
-    of_ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *of_ranks, str(ROOT / "launch" / "pretrain.py"), "--config", str(run.config), *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    while process.poll() is None and steps_done(run) < step:
-        time.sleep(0.2)
-    if process.poll() is None:
-        os.killpg(process.pid, sent)
-    process.wait()
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(run.config), *overrides]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+    while all(process.poll() is None for process in processes) and steps_done(run) < step:
+        time.sleep(0.1)
+    for process in processes:
+        process.send_signal(sent)
+    for process in processes:
+        process.wait()
 
 
 def starts_after(root: Path, step: int) -> list[int]:
