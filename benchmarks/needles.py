@@ -44,7 +44,7 @@ from shards.tokenize.training import train_byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1512
-RUNS = {"plain": "a run that was not extended", "extended": "the run that was"}
+RUNS = {"plain": "not extended", "extended": "extended to 4,096"}
 SCALING = json.dumps({"rope_type": "yarn", "factor": LONG / SHORT, "original_max_position_embeddings": SHORT})
 SAVED = 25  # steps between checkpoints
 DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
@@ -88,7 +88,7 @@ def main() -> None:
         Console(width=120).print(needle_table(last))
     if arguments.png:
         maps = needle_maps_of(list(RUNS.values()), [history(folder / name) for name in RUNS])
-        draw_heat_maps(list(maps), arguments.png)
+        draw_heat_maps([heat for heat in maps if heat.name.startswith("needles_probability")], arguments.png)
 
 
 def sentences() -> Iterator[str]:

@@ -60,29 +60,33 @@ def _line(label: str, contexts: Mapping[str, Mapping[str, float]], color: int | 
 
 
 def needle_maps(history: History) -> Iterator[HeatMap]:
-    """Draw how often needles were found in the last evaluation, by length and depth."""
-    found: dict[int, dict[str, float]] = {}
+    """Draw how often needles were found in the last evaluation, by length and depth, and how probable answers were.
+
+    The second tells models apart that find few yet: the probability of a token of the answer, as a geometric mean.
+    """
+    found: dict[int, dict[str, dict[str, float]]] = {}
     steps = set()
     for of_steps in history.tasks().values():
         record = of_steps[max(of_steps)]
         if by_depth := depths_of(record):
             steps.add(max(of_steps))
-            found[int(record["length"])] = {depth: number(one.get("accuracy")) for depth, one in by_depth.items()}
-    if not found:
-        return
+            found[int(record["length"])] = by_depth
     lengths = sorted(found)
-    depths = sorted({depth for of_length in found.values() for depth in of_length}, key=float)
-    table = np.array([[found[length].get(depth, np.nan) for length in lengths] for depth in depths[::-1]])
-    yield HeatMap(
-        "needles", "Needles found", "tokens of a text", "depth of the needle", tuple(f"{n:,}" for n in lengths),
-        tuple(depths[::-1]), table,
-        note=f"Share of the numbers that greedy decoding gives, at step {', '.join(f'{n:,}' for n in sorted(steps))};"
-        " depth 0 is the beginning of a text.",
-    )  # fmt: skip
+    depths = sorted({depth for of_length in found.values() for depth in of_length}, key=float, reverse=True)
+    where = f"at step {', '.join(f'{n:,}' for n in sorted(steps))}; depth 0 is the beginning of a text."
+    for name, title, key, what in (
+        ("needles", "Needles found", "accuracy", "Share of the numbers that greedy decoding gives"),
+        ("needles_probability", "Probability of the needle", "nll_per_token", "Geometric mean over answers' tokens"),
+    ):
+        table = np.array([[number(found[n].get(depth, {}).get(key)) for n in lengths] for depth in depths])
+        values = table if key == "accuracy" else np.exp(-table)
+        columns, note = tuple(f"{n:,}" for n in lengths), f"{what}, {where}"
+        if lengths:
+            yield HeatMap(name, title, "tokens of a text", "depth of the needle", columns, tuple(depths), values, note)
 
 
 def needle_maps_of(names: Sequence[str], histories: Sequence[History]) -> Iterator[HeatMap]:
-    """Draw the needles that each run found, a picture each."""
+    """Draw the needles that each run found, and how probable they were, two pictures each."""
     for i, (name, history) in enumerate(zip(names, histories, strict=True)):
         for heat in needle_maps(history):
-            yield replace(heat, name=f"needles_{i}", title=f"Needles found by {name}")
+            yield replace(heat, name=f"{heat.name}_{i}", title=f"{heat.title}, {name}")

@@ -109,11 +109,14 @@ def test_what_becomes_of_long_texts_is_drawn(tmp_path: Path) -> None:
     assert isinstance(heat, HeatMap)
     assert (heat.x_names, heat.y_names) == (("64", "1,024"), ("1", "0")), "depth 0 is at the top"
     np.testing.assert_allclose(heat.values, [[1.0, 0.0], [0.5, 0.5]])
-    (shown,) = [figure for figure in parsed(page(histories[:1])).iter("figure") if figure.get("class") == "heat"]
+    probability = drawn["needles_probability"]
+    assert isinstance(probability, HeatMap)
+    np.testing.assert_allclose(probability.values, np.exp(-np.full((2, 2), 0.2)))
+    shown, _ = [figure for figure in parsed(page(histories[:1])).iter("figure") if figure.get("class") == "heat"]
     cells = [text.text for text in shown.iter("text") if re.fullmatch(r"\d\.\d\d", str(text.text))]
     assert cells == ["1.00", "0.00", "0.50", "0.50"]
     beside = {chart.name: chart.title for chart in all_charts(histories)}
-    assert (beside["needles_0"], beside["needles_1"]) == ("Needles found by a", "Needles found by b")
+    assert (beside["needles_0"], beside["needles_1"]) == ("Needles found, a", "Needles found, b")
     assert "runs_by_context" in beside
 
 
