@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,26 @@ def test_streamed_text_equals_text_decoded_at_the_end() -> None:
         prompt, new = ids[:3], ids[3:]
         expected = TOKENIZER.decode(ids)[len(TOKENIZER.decode(prompt)) :]
         assert "".join(streamed(prompt, new)) == expected
+
+
+def test_the_text_after_a_long_prompt_is_decoded_with_its_end_alone(topology: Topology) -> None:
+    prompt = "Once upon a time, " * 40 + "née 你"
+    context = ids_of(prompt)
+    following = [*ids_of("好 😀"), *ids_of(" cat")]
+    decoded: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return TOKENIZER.decode(ids)
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return torch.eye(4096)[following[max(0, len(decoded) - 1) :][:1]]
+
+    codec = dataclasses.replace(CODEC, decode=decode)
+    sampling = Sampling(max_tokens=len(following), temperature=0)
+    found = "".join(generate(next_logits, new_cache, 1 << 12, codec, prompt, sampling, topology))
+    assert found == TOKENIZER.decode([*context, *following])[len(TOKENIZER.decode(context)) :]
+    assert max(decoded) < 64 < len(context), "not the whole prompt again for each token"
 
 
 def test_a_character_of_several_bytes_is_streamed_whole() -> None:
