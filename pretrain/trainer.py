@@ -22,7 +22,7 @@ from pretrain.faults.stragglers import StragglerWatch
 from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
-from pretrain.feed import Feed, StepBatch
+from pretrain.feed import Feed, FeedLeft, StepBatch
 from pretrain.held_out import EvaluationLeft, HeldOut
 from pretrain.journal import Journal
 from pretrain.profiling import StepProfiler
@@ -110,7 +110,7 @@ class Trainer:
         return self.at_end and not self._is_evaluation_due() and self.rewind is None
 
     def next_batch(self) -> StepBatch | None:
-        """Return the next global batch, or None on all ranks when the data is used up.
+        """Return the next global batch, or None on all ranks: the data is used up, or they stop before there are rows.
 
         With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
@@ -119,14 +119,23 @@ class Trainer:
         parts.watchdog.begin("step", f"step {self.state.step + 1}", self.state.step)
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
-        with parts.recorder.meter.part("data_wait"):
-            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy, parts.recorder.seconds)
+        try:
+            with parts.recorder.meter.part("data_wait"):
+                batch = parts.feed.next(self._is_stop_wanted, parts.saver.busy, parts.recorder.seconds)
+        except FeedLeft:
+            parts.stop.agree(True)
+            batch = None
         if batch is None:
             parts.watchdog.end()
             return None
         parts.stop.agree(batch.stop_requested)
         parts.saver.settle(batch.saving)
         return batch
+
+    def _is_stop_wanted(self) -> bool:
+        """Return whether this rank wants to stop, now that a batch was drawn; of those without a row each is progress."""
+        self._parts.watchdog.renew()
+        return self._parts.stop.wanted()
 
     def train_on(self, batch: StepBatch) -> None:
         """Make one optimizer step and record it."""
