@@ -133,7 +133,7 @@ class Trainer:
         return batch
 
     def _is_stop_wanted(self) -> bool:
-        """Return whether this rank wants to stop, now that a batch was drawn; of those without a row each is progress."""
+        """Return whether this rank wants to stop, when a batch was drawn; even one without a row is progress."""
         self._parts.watchdog.renew()
         return self._parts.stop.wanted()
 

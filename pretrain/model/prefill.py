@@ -14,7 +14,7 @@ CHUNK_TOKENS = 2048  # tokens of a row per forward pass: enough to keep a device
 
 
 def next_logits(forward: Callable[..., Any], tokens: Tensor, cache: Cache) -> Tensor:
-    """Return this rank's slice [B, vocab_size / tp_size] of the logits after tokens [B, T] that follow those in a cache.
+    """Return this rank's slice [B, vocab_size / tp_size] of the logits after tokens [B, T] that follow a cache's.
 
     The tokens go through the model in chunks, so that beside the cache only a chunk's activations take memory.
 

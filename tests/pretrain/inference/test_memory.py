@@ -34,7 +34,8 @@ def test_weights_and_cache_are_those_of_a_model(topology: Topology, half: bool) 
     model.next_logits(torch.zeros(1, 1, dtype=torch.int64), cache)
     kept = sum(part.nbytes for memory in cache._memory if memory for part in memory)
     assert found.total(50) - found.total(0) == kept == 50 * found.of_token
-    assert found.available and found.fits(50)
+    assert found.fits(50)
+    assert not replace(found, available=found.total(50) - 1).fits(50)
     assert replace(found, tp_size=2).of_token == found.of_token / 2
 
 
