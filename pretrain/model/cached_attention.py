@@ -58,9 +58,9 @@ def _over_blocks(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     """
     if keys.dtype == q.dtype:
         return _with_logsumexp(q, keys, values)
-    blocks = zip(keys.split(_BLOCK_TOKENS, dim=2), values.split(_BLOCK_TOKENS, dim=2), strict=True)
+    blocks = (torch.split(x, _BLOCK_TOKENS, dim=2) for x in (keys, values))
     found: tuple[Tensor, Tensor] | None = None
-    for k, v in blocks:
+    for k, v in zip(*blocks, strict=True):
         part = _with_logsumexp(q, k.to(q.dtype), v.to(q.dtype))
         found = part if found is None else _merged(*found, *part)
     assert found is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain.model.architecture import Cache
@@ -22,7 +23,7 @@ def next_logits(forward: Callable[..., Any], tokens: Tensor, cache: Cache) -> Te
         forward: a model's `forward`, or what calls it.
         cache: receives the tokens.
     """
-    *earlier, last = tokens.split(CHUNK_TOKENS, dim=1)
+    *earlier, last = torch.split(tokens, CHUNK_TOKENS, dim=1)
     for chunk in earlier:
         forward(chunk, head=_hidden, cache=cache)
     logits: Tensor = forward(last, head=last_logits, cache=cache)
