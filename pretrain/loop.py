@@ -19,10 +19,10 @@ def train(trainer: Trainer) -> bool:
             trainer.train_on(batch)
             if trainer.rewind:
                 break
-        elif trainer.stopping:
-            break
-        else:
+        elif trainer.data_is_used_up:
             trainer.end_data()
+        else:  # all ranks stop before there was a row
+            break
         # First what cannot be recomputed.
         trainer.save_if_due()
         trainer.evaluate_if_due()

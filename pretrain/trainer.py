@@ -69,6 +69,7 @@ class Trainer:
         state: the run's state.
     Attributes:
         rewind: set if the run is to go back before the step that it has just made.
+        data_is_used_up: whether no rank has a row left.
     """
 
     def __init__(self, config: RunConfig, parts: Parts, topology: Topology, steps: int, state: RunState) -> None:
@@ -79,7 +80,7 @@ class Trainer:
         self._steps = steps
         self._stepper = Stepper(config, parts.engine, steps, state.step, parts.spikes)
         self.rewind: Rewind | None = None
-        self._data_is_used_up = False
+        self.data_is_used_up = False
         self._passed_over = False  # whether the last step was
         if state.step == 0:
             self._log_cursors()
@@ -92,7 +93,7 @@ class Trainer:
     @property
     def at_end(self) -> bool:
         """Return whether there is no further step to train."""
-        return self._data_is_used_up or self._is_last(self.state.step) or self.ending is not None
+        return self.data_is_used_up or self._is_last(self.state.step) or self.ending is not None
 
     @property
     def ending(self) -> Event | None:
@@ -124,8 +125,10 @@ class Trainer:
                 batch = parts.feed.next(self._is_stop_wanted, parts.saver.busy, parts.recorder.seconds)
         except FeedLeft:
             parts.stop.agree(True)
-            batch = None
+            parts.watchdog.end()
+            return None
         if batch is None:
+            self.data_is_used_up = True
             parts.watchdog.end()
             return None
         parts.stop.agree(batch.stop_requested)
@@ -188,7 +191,6 @@ class Trainer:
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""
-        self._data_is_used_up = True
         # These were skipped on the way to a step that never came.
         self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.skipped_at_end)
         self._parts.journal.log_data_end(self.state.step)

@@ -58,10 +58,10 @@ def _over_blocks(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     """
     if keys.dtype == q.dtype:
         return _with_logsumexp(q, keys, values)
-    blocks = (torch.split(x, _BLOCK_TOKENS, dim=2) for x in (keys, values))
     found: tuple[Tensor, Tensor] | None = None
-    for k, v in zip(*blocks, strict=True):
-        part = _with_logsumexp(q, k.to(q.dtype), v.to(q.dtype))
+    for start in range(0, keys.shape[2], _BLOCK_TOKENS):
+        block = slice(start, start + _BLOCK_TOKENS)
+        part = _with_logsumexp(q, keys[:, :, block].to(q.dtype), values[:, :, block].to(q.dtype))
         found = part if found is None else _merged(*found, *part)
     assert found is not None
     return found
