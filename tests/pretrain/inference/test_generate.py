@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.commands.generate import texts_of
 from pretrain.inference.generate import Sampling, TextStream, codec_of, generate, sample
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import Topology
-from shards import Tokenizer
+from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
 TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
@@ -181,3 +182,14 @@ def test_a_prompt_that_the_tokenizer_cannot_spell_is_reported(
     assert "cannot spell" not in caplog.text
     list(generate(next_logits, new_cache, 64, codec, "the cat", sampling, topology))
     assert "the tokenizer cannot spell a part of the prompt" in caplog.text
+
+
+def test_a_file_is_a_prompt_as_it_is_or_refused_by_name(tmp_path: Path) -> None:
+    text = "One line,\r\nanother\u2028and\n\na last.\n"
+    (tmp_path / "good.txt").write_bytes(text.encode())
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    assert texts_of([tmp_path / "good.txt"] * 2) == [text, text]
+    with pytest.raises(ConfigError, match=r"--prompt-file=.*bad\.txt is not UTF-8 at byte 3"):
+        texts_of([tmp_path / "good.txt", tmp_path / "bad.txt"])
+    with pytest.raises(ConfigError, match=r"--prompt-file=.*none\.txt: No such file"):
+        texts_of([tmp_path / "none.txt"])
