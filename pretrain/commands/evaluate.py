@@ -35,7 +35,7 @@ from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, load_checkpoint, new_checkpoints, score_steps
-from pretrain.evaluation.eval_set import EvaluationConfig, load_parts, warn_of_training_shards
+from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
@@ -142,7 +142,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
-                warn_of_training_shards(evaluation, read_data(store.find()).fingerprint)
+                warn_of_training_shards(find_suite(evaluation), read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         steps = _steps(arguments, folder, store, evaluator.labels, lease)
         is_list = not arguments.follow and arguments.steps not in ("all", "newest", "best")
