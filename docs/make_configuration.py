@@ -110,10 +110,18 @@ def sections(config: type[Config], path: str = "", chosen_by: str = "") -> Itera
 
 def _sections_of(field: FieldInfo, path: str) -> Iterator[Section]:
     """Yield the sections that a key has, several if another key inside it chooses one."""
-    key = next((item.discriminator for item in field.metadata if isinstance(item, Discriminator)), None)
+    key = next((item.discriminator for item in _metadata_of(field) if isinstance(item, Discriminator)), None)
     for inner, suffix in _inner_configs(field.annotation):
         chosen_by = f"{key}: {inner.model_fields[key].default}" if isinstance(key, str) else ""
         yield Section(f"{path}{suffix}", inner, chosen_by)
+
+
+def _metadata_of(field: FieldInfo) -> Iterator[Any]:
+    """Yield what is said of a field's type beside the type itself, also where `null` may stand in its place."""
+    yield from field.metadata
+    for argument in typing.get_args(field.annotation):
+        if typing.get_origin(argument) is typing.Annotated:
+            yield from argument.__metadata__
 
 
 def keys(section: Section) -> list[Key]:

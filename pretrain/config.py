@@ -32,7 +32,7 @@ from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageTrain, begun_by, model_at, schedule_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
@@ -153,6 +153,17 @@ class RunConfig(Config):
         """Return the stage in which a run is that has done `step` steps and goes on."""
         return next(stage for stage in reversed(self.all_stages) if stage.step <= step)
 
+    def stage_of(self, step: int) -> RunStage:
+        """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first."""
+        return self.all_stages[len(begun_by(step, self.stages))]
+
+    def model_at(self, step: int) -> ModelConfig:
+        """Return the model of a checkpoint of a step: with the positions of the stage that the step belongs to.
+
+        A stage that begins at this very step has not changed it yet.
+        """
+        return model_at(step, self.model, self.stages)
+
     @property
     def schedule(self) -> list[SchedulePart]:
         """Return the learning-rate schedules, each with the step at which it begins."""
@@ -255,8 +266,17 @@ class RunConfig(Config):
     def hash(self) -> str:
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
+        # Configs of before there was a choice have the same hash
         if self.parallel.sp_size == 1:
-            del values["parallel"]["sp_size"]  # configs of before there was another have the same hash
+            del values["parallel"]["sp_size"]
+        for stage in values["stages"]:
+            if not any(stage["model"].values()):
+                del stage["model"]
+        for section in (values, *values["stages"]):
+            for source in section["data"]["sources"]:
+                for key in ("min_tokens", "max_tokens"):
+                    if source[key] is None:
+                        del source[key]
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -348,6 +368,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
     if train and data:
         yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
+    if model:
+        yield from _position_problems(model, parts.get("stages") or ())
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
@@ -369,6 +391,19 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], parts["deepspeed"])
         except ConfigError as error:
             yield str(error)
+
+
+def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iterator[str]:
+    """Yield what of its positions a stage cannot change, and what cannot work afterwards."""
+    known = set(model.problems())
+    for i, stage in enumerate(later):
+        try:
+            model = model.with_positions(stage.model.changes, f"stages.{i}.model")
+        except ConfigError as error:
+            yield str(error)
+            return
+        yield from (f"stages.{i}.{problem}" for problem in model.problems() if problem not in known)
+        known |= set(model.problems())
 
 
 def _stage_problems(

@@ -146,6 +146,10 @@ class Engine:
         # DeepSpeed would copy two of its scripts into every checkpoint, but the package has them anyway.
         self.deepspeed._copy_recovery_script = lambda folder: None
 
+    def adopt(self, model_config: ModelConfig) -> None:
+        """Compute positions from now on as another config of the model says, between two steps."""
+        self.model.adopt(model_config)
+
     def set_batches(self, micro_batch_size: int, micro_steps: int) -> None:
         """Change the batches of the steps to come, between two steps; the arguments are those of the class."""
         self.micro_batch_size = micro_batch_size

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from pretrain.model.architecture import ModelConfig
+from pretrain.model.rotary import RopeScaling
 from pretrain.optim import OptimConfig, SchedulePart, StageSchedule
 from shards import Config, DataConfig, Stage, StageData
 from shards.stages import stage_after
@@ -19,10 +21,23 @@ class StageTrain(Config):
     micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass on one dp rank
 
 
+class StageModel(Config):
+    """What a stage changes of how positions are computed; null: as before."""
+
+    rope_theta: float | None = Field(None, gt=0)  # base of the rotary wavelengths
+    rope_scaling: RopeScaling | None = None  # replaces the scaling before, if there is one, as a whole
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """Return the new values by key."""
+        return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
+
+
 class StageConfig(Config):
     """What changes from a step on; everything else stays as it was. Once a stage has begun, it may not be edited."""
 
     step: int = Field(ge=1)  # optimizer steps that are done when the stage begins, or a text such as "9e9 tokens"
+    model: StageModel = StageModel()
     data: StageData = StageData()
     train: StageTrain = StageTrain()
     # A schedule of its own, up to the next stage that has one; null: the old goes on
@@ -80,6 +95,28 @@ def stages_of(data: DataConfig, train: StageTrain, later: Sequence[StageConfig])
         micro_rows = changes.train.micro_batch_size or before.micro_rows
         stages.append(RunStage(found.step, found.data, found.global_batch_size, micro_rows))
     return stages
+
+
+def begun_by(step: int, later: Sequence[StageConfig]) -> list[StageConfig]:
+    """Return the stages after the first of which a run that has done `step` steps has done any.
+
+    One that begins at this very step is still to come: what there is of the run by then is the stage's before it.
+    """
+    return [stage for stage in later if stage.step < step]
+
+
+def model_at(step: int, model: ModelConfig, later: Sequence[StageConfig]) -> ModelConfig:
+    """Return a run's model as a checkpoint of a step has it: with the positions of the last step that was done.
+
+    Args:
+        step: optimizer steps done.
+        model: the run's first.
+        later: what the stages after the first change.
+    Raises: ConfigError if a stage changes what this architecture has not.
+    """
+    for i, stage in enumerate(begun_by(step, later)):
+        model = model.with_positions(stage.model.changes, f"stages.{i}.model")
+    return model
 
 
 def schedule_of(optim: OptimConfig, later: Sequence[StageConfig], stages: Sequence[RunStage]) -> list[SchedulePart]:

@@ -355,11 +355,12 @@ def announce(config: RunConfig, topology: Topology) -> None:
             "the gradient noise scale is not measured where a step is one micro-batch on one rank; a smaller"
             " train.micro_batch_size makes several"
         )
-    for number, stage in enumerate(stages[1:], 1):
+    for number, (stage, changes) in enumerate(zip(stages[1:], config.stages, strict=True), 1):
+        positions = changes.model.model_dump(mode="json", exclude_none=True)
         _logger.info(
-            "stage %d from step %d on: %d rows of %d tokens a step, %d sources",
+            "stage %d from step %d on: %d rows of %d tokens a step, %d sources%s",
             number, stage.step, stage.global_batch_size, stage.data.seq_len,
-            sum(source.weight > 0 for source in stage.data.sources),
+            sum(source.weight > 0 for source in stage.data.sources), f", {positions}" if positions else "",
         )  # fmt: skip
     estimates = [memory_per_rank(config.workload(topology.dp_size, stage)) for stage in stages]
     memory = max((estimate for estimate in estimates if estimate), key=lambda m: m.total, default=None)

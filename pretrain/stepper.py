@@ -53,6 +53,7 @@ class Stepper:
     def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
+        self._model_at = config.model_at
         self._skipped, self._ema = config.data.skip_steps, config.train.ema
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
@@ -66,6 +67,8 @@ class Stepper:
         """
         if batch.stage != self._stage:
             self._begin_stage(batch.stage, state.step)
+        # Not before: what is evaluated where a stage begins is the state that the one before has left
+        self._engine.adopt(self._model_at(state.step + 1))
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
         passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
         limits = self._spikes.limits(batch.stage)
@@ -105,9 +108,11 @@ class Stepper:
         self._engine.set_batches(stage.micro_batch_size(topology.dp_size), stage.micro_steps(topology.dp_size))
         if topology.is_main:
             drawn = {source.name: source.weight for source in stage.data.sources if source.weight}
+            before, positions = (self._model_at(done).positions for done in (step, step + 1))
             _logger.info(
-                "stage %d begins after step %d: %d rows of %d tokens a step from %s",
+                "stage %d begins after step %d: %d rows of %d tokens a step from %s%s",
                 number, step, stage.global_batch_size, stage.data.seq_len, drawn,
+                f"; from now on {positions}" if positions != before else "",
             )  # fmt: skip
 
 

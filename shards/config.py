@@ -73,7 +73,7 @@ class SourceConfig(Config):
     # Keys that say how a document is spelled
     FORM_KEYS: ClassVar = ("template", "messages_key", "chat_format", "chat_template")
     # Keys that choose a part of the records
-    SELECTION_KEYS: ClassVar = ("take", "hash_range")
+    SELECTION_KEYS: ClassVar = ("take", "hash_range", "min_tokens", "max_tokens")
 
     name: Name  # as shown in metrics; unique
     paths: tuple[str, ...] = ()  # files or globs, sorted after expansion; relative to the current folder
@@ -103,6 +103,9 @@ class SourceConfig(Config):
     # The documents to keep: those with a hash of their content, a number from 0 to 1, from the first bound to below the
     # second; None = all
     hash_range: HashRange | None = None
+    # The documents to keep: those of at least so many tokens, BOS and EOS counted; None = all
+    min_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)  # and of at most so many; None = all
     id_key: Name = "id"  # key of the record's id, if it has one (Dolma); dotted as text_key
     source_from: str | None = None  # key of the sub-source to count separately in metrics, e.g. meta.pile_set_name
 
@@ -119,12 +122,18 @@ class SourceConfig(Config):
     @property
     def selection(self) -> dict[str, object]:
         """Return the keys that choose a part of the records, by name, as plain values; empty if all are read."""
-        return {key: list(value) for key in self.SELECTION_KEYS if (value := getattr(self, key)) is not None}
+        chosen = {key: value for key in self.SELECTION_KEYS if (value := getattr(self, key)) is not None}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
 
     @property
     def selection_texts(self) -> dict[str, str]:
         """Return `selection` as a config has it, `key: value`, by key, for messages."""
         return {key: f"{key}: {json.dumps(value)}" for key, value in self.selection.items()}
+
+    @property
+    def has_length_bounds(self) -> bool:
+        """Return whether the number of its tokens decides if a document is kept."""
+        return self.min_tokens is not None or self.max_tokens is not None
 
     @property
     def content_key(self) -> str:
@@ -140,6 +149,11 @@ class SourceConfig(Config):
     def _check(self) -> Self:
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError(f"source {self.name!r}: needs either paths or dataset")
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"source {self.name!r}: min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}, so that it"
+                " would keep no document"
+            )
         try:
             self._check_form()
         except ValueError as error:

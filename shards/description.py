@@ -27,13 +27,14 @@ class SourceDescription(NamedTuple):
     """A source, and the documents of it that were looked at.
 
     Attributes:
-        num_shards, num_documents, raw_bytes: of all that the source takes; the bytes also of what its hash_range leaves
-            out, and the documents estimated where a sample must tell how many it keeps.
+        num_shards, num_documents, raw_bytes: of all that the source takes; the bytes also of what its hash_range and
+            length bounds leave out, and the documents estimated where a sample must tell how many it keeps.
         selection: the keys that choose a part of its records.
         is_sample: whether only some of its documents were looked at.
         read_bytes: raw bytes that were looked at, about.
         lengths: int64 [documents looked at], tokens of each, BOS and EOS counted.
         num_skipped: bad records among those looked at.
+        left_out: int64 [documents], tokens of each that was looked at and that min_tokens or max_tokens leaves out.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SourceDescription(NamedTuple):
     read_bytes: int
     lengths: Ints
     num_skipped: int
+    left_out: Ints
 
     @property
     def tokens(self) -> int:
@@ -112,11 +114,12 @@ def _source(
     shards = preparation.source_shards(config, own)
     source = Source(config, number, shards, 0, {0: DealRule(1, 1)})
     packings = _packings(config.packing)
-    lengths, size, skipped = [np.zeros(0, np.int64)], 0, 0
+    lengths, left_out, size, skipped = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0, 0
     for name in _windows(source, budget):
         task = source.task(name)
         documents = maker.documents(task, skip_bad=True)
         lengths.append(documents.lengths)
+        left_out.append(documents.left_out)
         size += task.raw_bytes
         skipped += len(documents.skipped)
         for packing, of_it in counts.items():
@@ -138,6 +141,7 @@ def _source(
         read_bytes=size,
         lengths=np.concatenate(lengths),
         num_skipped=skipped,
+        left_out=np.concatenate(left_out),
     )
 
 

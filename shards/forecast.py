@@ -176,9 +176,9 @@ def _rows_of_lanes(
         for i, source in enumerate(sources):
             if is_counted:
                 rows[i] = _counted_rows(source, config, lanes, maker)
-                _check_kept(source, rows[i])
             else:
                 rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(sources))
+            _check_kept(source, rows[i])
     finally:
         maker.close()
     return rows, is_counted
@@ -255,6 +255,8 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
         unpacked += sum(item.span.stop - item.span.start for item in task.spans)
         rows += _num_rows(found.lengths, config, task.key)
         lengths.append(found.lengths)
+    if not rows:
+        return np.zeros(lanes)  # of all that there is, since the sample ends only once it has a row
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
     counts, raw_bytes = source.plan.read_before(np.array(limits, np.int64))
     parts = raw_bytes.astype(np.float64)

@@ -21,6 +21,7 @@ from shards.windows.window import SkippedRecord, Window
 # In a row, at most 1 GiB: even if half of all deals had no row, a streak this long has a chance of 1 in 10^19. Of a
 # source that keeps a share of its documents, so many times more
 _MAX_FRUITLESS_DEALS = 64
+_RARER_BY_LENGTH = 16  # and of one whose documents are chosen by their length, whose share is not known
 
 Take = Callable[[int, WindowId], Window]  # takes each stream's windows in order, once each; a stream's lane, a name
 Passed = tuple[int, SkippedRecord]  # the number of a source, and a record of it that was skipped
@@ -60,7 +61,8 @@ class Stream:
         self._passed = 0  # number of carried windows that were read to their end
         self._limit = source.segments_of_lane(lane)
         low, high = source.config.hash_range or (0.0, 1.0)
-        self._most_fruitless = math.ceil(_MAX_FRUITLESS_DEALS / (high - low))
+        rarer = _RARER_BY_LENGTH if source.config.has_length_bounds else 1
+        self._most_fruitless = math.ceil(_MAX_FRUITLESS_DEALS * rarer / (high - low))
         self._window: Window | None = None  # the cursor's window, once needed
         # Number of records in the windows already passed, and in what stages before have drawn of carried ones
         self._records: float = records_before

@@ -212,8 +212,9 @@ class Loader:
         stage, names = self._state.stage, ", ".join(source.name for source in self._leg.stage.data.sources)
         if not rows_drawn:
             raise ShardError(
-                f"the data ends without a single row; all lines of {names} are blank or bad, or take, hash_range "
-                "and packing leave out the others; is text_key, or template or messages_key, right?"
+                f"the data ends without a single row; all lines of {names} are blank or bad, or take, hash_range, "
+                "min_tokens, max_tokens and packing leave out the others; is text_key, or template or messages_key, "
+                "right?"
             )
         if stage + 1 < len(self._stages):
             raise ShardError(

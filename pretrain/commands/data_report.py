@@ -25,6 +25,9 @@ def print_report(console: Console, description: Description, seq_len: int) -> No
     console.print(_packings(description))
     if chosen := [source.name for source in description.sources if "hash_range" in source.selection]:
         console.print(f"MB of text of {', '.join(chosen)} are those that hash_range chooses from.", soft_wrap=True)
+    for source in description.sources:
+        if len(source.left_out):
+            console.print(_said_of_left_out(source), soft_wrap=True)
     sampled = [source for source in description.sources if source.is_sample]
     if sampled:
         read, of_all = (sum(getattr(each, key) for each in sampled) for key in ("read_bytes", "raw_bytes"))
@@ -34,6 +37,17 @@ def print_report(console: Console, description: Description, seq_len: int) -> No
             " and the documents of a part, are estimated from it (~). Decontamination is not applied.",
             soft_wrap=True,
         )
+
+
+def _said_of_left_out(source: SourceDescription) -> str:
+    """Say what a source's length bounds leave out of the documents that were looked at."""
+    bounds = " and ".join(key for key in ("min_tokens", "max_tokens") if key in source.selection)
+    counts = [(len(each), int(each.sum())) for each in (source.left_out, source.lengths)]
+    (documents, tokens), (kept, kept_tokens) = counts
+    return (
+        f"{bounds} of {source.name}: of the documents that were read {documents / (documents + kept):.1%} are left out,"
+        f" with {tokens / max(1, tokens + kept_tokens):.1%} of the tokens; MB of text are those that are chosen from."
+    )
 
 
 def _sources(sources: Sequence[SourceDescription]) -> Table:

@@ -34,7 +34,7 @@ from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
-from pretrain.evaluation.checkpoints import Evaluator, load_checkpoint, new_checkpoints, score_steps
+from pretrain.evaluation.checkpoints import Evaluator, ModelAt, load_checkpoint, new_checkpoints, score_steps
 from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
@@ -133,13 +133,14 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
         if wanted.of_harness:
-            load_checkpoint(model, store, _one_step(arguments.steps), topology, base)
+            load_checkpoint(model, store, _one_step(arguments.steps), topology, config.model_at, base)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
         evaluation = wanted.applied_to(config.evaluation)
         if wanted.of_harness and evaluation.is_empty:
             return
-        evaluator = _evaluator(evaluation, model, tokenizer, config.data.seq_len, config.precision, topology, base)
+        settings = (tokenizer, config.data.seq_len, config.precision, topology)
+        evaluator = _evaluator(evaluation, model, *settings, config.model_at, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(find_suite(evaluation), read_data(store.find()).fingerprint)
@@ -229,7 +230,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         evaluation = wanted.applied_to(evaluation)
         if wanted.of_harness and evaluation.is_empty:
             return
-        evaluator = _evaluator(evaluation, model, tokenizer, seq_len, precision, topology)
+        evaluator = _evaluator(evaluation, model, tokenizer, seq_len, precision, topology, lambda _: config)
         scores = evaluator.score(weights)
         if topology.is_main:
             records = record_scores(RunFolder(arguments.model), 0, *scores)
@@ -248,12 +249,13 @@ def _evaluator(
     seq_len: int,
     precision: str,
     topology: Topology,
+    model_at: ModelAt,
     base: Base | None = None,
 ) -> Evaluator:
     if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite with a folder or YAML file, or --tasks")
     parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
-    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, base)
+    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_at, base)
 
 
 def _print(records: Sequence[Mapping[str, object]]) -> None:

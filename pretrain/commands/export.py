@@ -73,7 +73,7 @@ def export_run(arguments: argparse.Namespace) -> None:
         written = write_adapters(checkpoint, config, arguments)
     else:
         base = open_base(config.init_from, config.model)
-        written = write(open_weights(checkpoint, config, base, averaged), config, arguments)
+        written = write(open_weights(checkpoint, config, base, averaged), config, checkpoint.step, arguments)
     of = "the average of the weights up to " if averaged else ""
     print(f"{arguments.to}: {of}step {checkpoint.step} of {folder.root}, {written}")
 
@@ -87,7 +87,7 @@ def open_weights(checkpoint: Checkpoint, config: RunConfig, base: Base | None, a
     Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer or the base is not the run's.
     """
     check(checkpoint, config)
-    return run_weights(checkpoint, config.model, base, averaged, merged=True)
+    return run_weights(checkpoint, config.model_at(checkpoint.step), base, averaged, merged=True)
 
 
 def check(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -107,6 +107,11 @@ def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argpars
             "--format peft: the run trains all weights, and has no adapters; use --format"
             f" {' or '.join(config.model.LAYOUTS)}"
         )
+    if (positions := config.model_at(checkpoint.step).positions) != config.model.positions:
+        raise ConfigError(
+            f"--format peft: a stage has trained the adapters with {positions}, which the model in"
+            f" init_from={config.init_from} has not, and adapters cannot say so; use --format hf or headrace"
+        )
     check(checkpoint, config)
     weights = CheckpointWeights(checkpoint, trained_specs(config.model), arguments.weights == "ema")
     dtype = DTYPES[arguments.dtype or config.precision]
@@ -114,13 +119,17 @@ def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argpars
     return f"{dtype}, peft layout"
 
 
-def write(weights: Weights, config: RunConfig, arguments: argparse.Namespace) -> str:
-    """Write a model as the arguments of `add_output_arguments` say; return the weights' type and the layout."""
+def write(weights: Weights, config: RunConfig, step: int, arguments: argparse.Namespace) -> str:
+    """Write a model as the arguments of `add_output_arguments` say; return the weights' type and the layout.
+
+    Args:
+        step: of the checkpoint that it is of, whose stage says how long its rows are and how positions are computed.
+    """
     dtype = DTYPES[arguments.dtype or config.precision]
     layout = export(
         weights,
-        config.model,
-        config.data,
+        config.model_at(step),
+        config.stage_of(step).data,
         arguments.to,
         arguments.format,
         dtype,

@@ -94,13 +94,13 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
 
     def load(forward: ForwardModel, topology: Topology) -> None:
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(forward, checkpoints, arguments.step, topology, base)
+        load_checkpoint(forward, checkpoints, arguments.step, topology, config.model_at, base)
 
     return ChosenModel(
         config.model,
         load,
         codec,
-        config.stage_at(max(checkpoint.step - 1, 0)).data.seq_len,
+        config.stage_of(checkpoint.step).data.seq_len,
         arguments.precision or config.precision,
     )
 

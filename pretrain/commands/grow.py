@@ -47,13 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     log.set_up(0)
     folder, config, checkpoints = open_run(arguments.run)
     large = load_config(arguments.config, arguments.overrides)
-    before, after = growable(config.model.merged(), large.model.merged())
     checkpoint = checkpoints.find(arguments.step)
+    before, after = growable(config.model_at(checkpoint.step).merged(), large.model.merged())
     weights = open_weights(checkpoint, config, open_base(config.init_from, config.model))
     grown = GrownWeights(weights, before, after, large.run.seed)
     with started(ParallelConfig()):
         losses = loss_of(before, weights), loss_of(after, grown)
-    export(grown, after, config.data, arguments.to)
+    export(grown, after, config.stage_of(checkpoint.step).data, arguments.to)
     print(f"{arguments.to}: step {checkpoint.step} of {folder.root}, grown; loss on random tokens {losses[0]:.6f} nats")
     print(f"before, {losses[1]:.6f} after. To go on from it: init_from={arguments.to}")
     return 0

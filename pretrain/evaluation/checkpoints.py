@@ -18,12 +18,15 @@ from pretrain.evaluation.scores import Scores, evaluated_steps, record_scores
 from pretrain.evaluation.scoring import Part, evaluate
 from pretrain.exchange.base import Base, run_weights
 from pretrain.inference.forward_model import ForwardModel
+from pretrain.model.architecture import ModelConfig
 from pretrain.model.weights import Weights
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
+
+ModelAt = Callable[[int], ModelConfig]  # a run's model as a checkpoint of a step has it
 
 _PATIENCE_SECONDS = 3600.0  # how long to wait for an idle run
 
@@ -33,6 +36,7 @@ class Evaluator:
     """One model, and a suite, tasks or both, for evaluating any number of weights.
 
     Attributes:
+        model_at: whose positions differ between the stages of a run, if it has some.
         base: the model under the adapters, if it is of a run that trains some.
     """
 
@@ -40,6 +44,7 @@ class Evaluator:
     parts: Sequence[Part[Scores]]
     topology: Topology
     batch_size: int
+    model_at: ModelAt
     base: Base | None = None
 
     @property
@@ -65,7 +70,7 @@ class Evaluator:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
         try:
-            load_checkpoint(self.model, store, step, self.topology, self.base)
+            load_checkpoint(self.model, store, step, self.topology, self.model_at, self.base)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
         return self._score(labels)
@@ -82,9 +87,14 @@ def missing_labels(folder: RunFolder, labels: Sequence[str], step: int) -> list[
 
 
 def load_checkpoint(
-    model: ForwardModel, store: CheckpointStore, step: WantedStep, topology: Topology, base: Base | None = None
+    model: ForwardModel,
+    store: CheckpointStore,
+    step: WantedStep,
+    topology: Topology,
+    model_at: ModelAt,
+    base: Base | None = None,
 ) -> int:
-    """Load one checkpoint's weights into a model, the same one on every rank. Every rank must call it.
+    """Load one checkpoint's weights, and its positions, into a model, the same one on every rank, which all call it.
 
     The files are compared with their hashes first, each by one rank, so that not every rank reads all of them.
 
@@ -98,6 +108,7 @@ def load_checkpoint(
     """
     chosen = topology.broadcast_object(topology.together(lambda: store.find(step).step if topology.is_main else -1))
     checkpoint = open_verified(store, chosen, topology)
+    model.adopt(model_at(chosen))
     topology.together(lambda: model.set_weights(run_weights(checkpoint, model.config, base)))
     return chosen
 

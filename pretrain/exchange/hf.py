@@ -43,6 +43,7 @@ _OTHER_NORMS = dict.fromkeys(
     ("olmo2", "olmo3"),
     "norms before each branch, not after it, and qk_norm over each head, not over all of them together",
 )
+_ROPE_TYPES = ("linear", "llama3", "yarn")  # those of `model.rope_scaling` that transformers computes alike
 _ROPE_TABLES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _ROPE_TABLES_AND_OUTPUT = re.compile(rf"{_ROPE_TABLES.pattern}|lm_head\.weight")
 
@@ -96,7 +97,8 @@ def read_config(path: Path) -> ModelDescription[LlamaConfig]:
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     found["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
-    found["rope_scaling"] = _rope_scaling(path, rope)
+    context = values.get("max_position_embeddings", _QWEN3_CONTEXT if qk_norm else 2048)  # LlamaConfig's default
+    found["rope_scaling"] = _rope_scaling(path, rope, context)
     found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
     if found["tie_embeddings"] is None:
         found["tie_embeddings"] = False  # likewise
@@ -104,8 +106,6 @@ def read_config(path: Path) -> ModelDescription[LlamaConfig]:
     head_dim = values.get("head_dim") or (_QWEN3_HEAD_DIM if qk_norm else config.dim // config.n_heads)
     if head_dim * config.n_heads != config.dim:
         raise refuse(path, "head_dim", head_dim, "hidden_size / num_attention_heads")
-    # The default of LlamaConfig, as above.
-    context = values.get("max_position_embeddings", _QWEN3_CONTEXT if qk_norm else 2048)
     return ModelDescription(path, config, _KEYS | {"qk_norm": "(model_type=qwen3)"}, context)
 
 
@@ -125,13 +125,21 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
             raise refuse(path, "layer_types", layer, "'full_attention' in every layer")
 
 
-def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, rope: Mapping[str, Any], context: object) -> dict[str, Any] | None:
+    """Return the section of a scaling, which keeps keys that it has not for our own config to refuse.
+
+    Args:
+        context: max_position_embeddings, which is the original length where none is named, as in transformers.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise refuse(path, "rope_scaling.rope_type", kind, "'default' or 'llama3'")
-    return {"rope_type": kind, **{key: value for key, value in rope.items() if key not in ("rope_type", "type")}}
+    if kind not in _ROPE_TYPES:
+        raise refuse(path, "rope_scaling.rope_type", kind, " or ".join(map(repr, ("default", *_ROPE_TYPES))))
+    found = {key: value for key, value in rope.items() if key not in ("rope_type", "type") and value is not None}
+    if kind != "linear":
+        found.setdefault("original_max_position_embeddings", context)
+    return {"rope_type": kind, **found}
 
 
 def write_config(
@@ -157,7 +165,7 @@ def write_config(
         "max_position_embeddings": seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling.model_dump() if config.rope_scaling else None,
+        "rope_scaling": config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else None,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
         "attention_bias": False,

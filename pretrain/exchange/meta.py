@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.exchange.description import ModelDescription, read_specs, required
 from pretrain.model.architecture import ModelConfig, WeightSpec
-from pretrain.model.rotary import RopeScaling
+from pretrain.model.rotary import Llama3Scaling, RopeScaling
 from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import Weights, weight_specs
 from shards import ConfigError
@@ -160,6 +160,10 @@ def _scaling(path: Path, values: Mapping[str, Any], from_run: RopeScaling | None
             f"{path}: use_scaled_rope=true does not say how much; set model.rope_scaling: {{factor: 8.0}} for"
             " Llama 3.1, {factor: 32.0} for Llama 3.2"
         )
+    if not isinstance(from_run, Llama3Scaling):
+        raise ConfigError(
+            f"{path}: use_scaled_rope=true is rope_type=llama3, but model.rope_scaling.rope_type={from_run.rope_type}"
+        )
     return from_run.model_dump()
 
 
@@ -178,6 +182,11 @@ def write_params(folder: Path, config: LlamaConfig) -> None:
     if config.qk_norm:
         raise ConfigError("model.qk_norm=true cannot be exported: Meta's LLaMA has no norm on queries and keys")
     if scaling := config.rope_scaling:
+        if not isinstance(scaling, Llama3Scaling):
+            raise ConfigError(
+                f"model.rope_scaling.rope_type={scaling.rope_type} cannot be exported: Meta's code has no other"
+                " scaling than that of rope_type=llama3; use --format hf or headrace"
+            )
         built_in = (scaling.low_freq_factor, scaling.original_max_position_embeddings)
         if built_in != (_LOW_FREQ_FACTOR, _ORIGINAL_LENGTH):
             raise ConfigError(

@@ -16,6 +16,7 @@ from pretrain.model.architecture import ModelConfig
 from pretrain.model.architectures import parse_model
 from pretrain.model.weights import weight_specs
 from pretrain.run.run_folder import RunFolder
+from pretrain.stages import StageConfig, begun_by, model_at
 from shards import CheckpointError, ConfigError
 
 _AT_STEP = re.compile(r"(.+)@(\d+)")
@@ -42,11 +43,13 @@ class RunModel:
         self.checkpoint = CheckpointStore(folder.checkpoints, CheckpointConfig()).find(step)
         file = folder.config
         tree = read_tree(file)[0]
-        config = parse_model(tree["model"], f"{file}: model")
+        later = [StageConfig.parse(s, f"{file}: stages.{i}") for i, s in enumerate(tree.get("stages") or ())]
+        config = model_at(self.checkpoint.step, parse_model(tree["model"], f"{file}: model"), later)
         if config.adapters:
             raise ConfigError(f"init_from={path}: the run trains adapters; export it, which adds them to its model")
         keys = {key: f"model.{key}" for key in config.model_dump()}
-        self.description = ModelDescription(file, config, keys, tree["data"]["seq_len"])
+        lengths = [s.data.seq_len for s in begun_by(self.checkpoint.step, later) if s.data.seq_len]
+        self.description = ModelDescription(file, config, keys, [tree["data"]["seq_len"], *lengths][-1])
         self.specs = read_specs(config, expected)
         self.tokenizer = Path(tree["data"]["tokenizer"])
         self.tokenizer_hash = str(read_data(self.checkpoint).fingerprint["tokenizer"])

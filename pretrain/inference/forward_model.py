@@ -34,6 +34,11 @@ class ForwardModel:
         self.config = config
         self._topology = topology
 
+    def adopt(self, config: ModelConfig) -> None:
+        """Compute positions from now on as another config of the model says."""
+        self._model.adopt(config)
+        self.config = config
+
     def set_weights(self, weights: Weights) -> None:
         """Load other weights of the same architecture into the model."""
         fill(self._model, weights, self._topology.tp_rank, self._topology.tp_size)

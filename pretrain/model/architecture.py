@@ -21,7 +21,7 @@ from pretrain.model.loss import all_logits
 from pretrain.model.parallel import slice_bounds, slice_size
 from pretrain.parametrization import Scale
 from pretrain.topology import ParallelConfig, Topology
-from shards import Config
+from shards import Config, ConfigError
 
 T = TypeVar("T")
 
@@ -112,6 +112,9 @@ class ModelConfig(Config, ABC):
     COMPUTES: ClassVar[tuple[str, ...]] = ("architecture", "dim", "n_layers", "vocab_size", "tie_embeddings")
     # What its folder can be written and read as, first what is written unless another is asked for
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("headrace",)
+    # Keys that a stage may change, which decide how positions are computed. They are read in each forward pass, outside
+    # of blocks; what is read once, or compiled, does not belong here
+    POSITIONS: ClassVar[tuple[str, ...]] = ()
     SPLITS: ClassVar[bool] = False  # whether tensor-parallel ranks can share a model
     SPLITS_ROWS: ClassVar[bool] = False  # whether sequence-parallel ranks can divide the tokens of a row
 
@@ -165,6 +168,24 @@ class ModelConfig(Config, ABC):
     def dropouts(self) -> Mapping[str, float]:
         """Return the shares that are dropped in training, by key; an audit of a run with any needs the run's ranks."""
         return {"dropout": self.dropout}
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """Return the keys that decide how positions are computed, with their values as JSON has them."""
+        return self.model_dump(mode="json", include=set(self.POSITIONS), exclude_none=True)
+
+    def with_positions(self, changes: Mapping[str, object], at: str) -> Self:
+        """Return the config of the same model with positions that are computed otherwise.
+
+        Args:
+            changes: new values, already validated, by key.
+            at: the key that holds them, for messages.
+        Raises: ConfigError if this architecture has no such key.
+        """
+        if unknown := [key for key in changes if key not in self.POSITIONS]:
+            has = f"only {', '.join(self.POSITIONS)}" if self.POSITIONS else "nothing, since it computes no positions"
+            raise ConfigError(f"{at}.{unknown[0]}: of model.architecture={self.architecture} a stage may change {has}")
+        return self.model_copy(update=dict(changes))
 
     @property
     def adapters(self) -> LoraConfig | None:
@@ -255,6 +276,10 @@ class Model(nn.Module, ABC):
             The head's result. Under sequence parallelism, which needs `SPLITS_ROWS`, every rank is given whole rows,
             and without a cache the head is given this rank's T / sp_size of the positions.
         """
+
+    def adopt(self, config: ModelConfig) -> None:
+        """Compute from now on as another config says, which differs in keys of `POSITIONS` alone."""
+        self.config = config
 
     @abstractmethod
     def initialize(self, seed: int) -> None:

@@ -31,7 +31,7 @@ from pretrain.model.parallel import (
     shard_of,
 )
 from pretrain.model.pieces import pieces_of
-from pretrain.model.rotary import RopeScaling, rotary_angles, rotate
+from pretrain.model.rotary import RopeScaling, YarnScaling, rotary_angles, rotate
 from pretrain.model.sequence import over_whole_rows, own_part
 from pretrain.model.transformer_costs import block_costs
 from pretrain.parametrization import MupBase, Scale, Size, scale_of
@@ -46,6 +46,7 @@ class LlamaConfig(ModelConfig):
         *ModelConfig.COMPUTES, "n_heads", "n_kv_heads", "ffn_dim", "norm_eps", "rope_theta", "rope_scaling", "qk_norm",
     )  # fmt: skip
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("hf", "meta", "headrace")
+    POSITIONS: ClassVar = ("rope_theta", "rope_scaling")
     SPLITS: ClassVar = True
     SPLITS_ROWS: ClassVar = True
 
@@ -55,7 +56,7 @@ class LlamaConfig(ModelConfig):
     ffn_dim: int | None = Field(None, ge=1)  # width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 256
     norm_eps: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     rope_theta: float = Field(10_000.0, gt=0)  # base of the rotary wavelengths
-    rope_scaling: RopeScaling | None = None  # as in Llama 3.1 and later, for contexts longer than in pretraining
+    rope_scaling: RopeScaling | None = None  # slower rotations, for contexts longer than in pretraining
     qk_norm: bool = False  # RMSNorm on each query and key head, before the rotation
     # Share of the attention's weights that are set to 0 in training; costs time and memory, see docs/models.md
     attention_dropout: float = Field(0.0, ge=0, lt=1)
@@ -163,6 +164,8 @@ class LlamaConfig(ModelConfig):
                 "rotary positions need an even head size"
             )
         yield from not_divisible("model.n_heads", self.n_heads, "model.n_kv_heads", self.kv_heads)
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            yield f"model.rope_theta={self.rope_theta} must be above 1 for model.rope_scaling.rope_type=yarn"
         if self.lora and self.parametrization == "mup":
             yield (
                 "model.lora: parametrization=mup scales the learning rates of weights that adapters leave as they are;"

@@ -19,7 +19,9 @@ from shards.exposure.search import DocumentPlace, TextSearch
 from shards.index.manifest import Shard
 from shards.records.document_list import DocumentList, find_shard
 from shards.records.json_lines import Records
-from shards.records.selection import chosen, taken_of
+from shards.records.selection import chosen, of_length, taken_of
+from shards.tokenize.parts import token_counts
+from shards.tokenize.tokenizer import Tokenizer
 
 _PLACE = re.compile(r"(.+):(\d+)")
 
@@ -42,6 +44,7 @@ class Documents:
 
     def __init__(self, data: DataConfig, shards: Sequence[Sequence[Shard]]) -> None:
         self._data, self._shards = data, shards
+        self._tokenizer = Tokenizer.of(data)
         self._records_of = {shard.path: shard.index.num_records for listed in shards for shard in listed}
 
     def at(self, written: str) -> list[DocumentPlace]:
@@ -107,6 +110,12 @@ class Documents:
             return Reading(None, reasons.get(place.line, "the line is blank"))
         if place.line not in chosen(records, config).lines:
             return Reading(None, f"{config.selection_texts['hash_range']} leaves it out", left_out=True)
+        if config.has_length_bounds:
+            counts = token_counts(self._tokenizer, records.only([records.lines.index(place.line)]))
+            if not of_length(counts, config).all():
+                texts = config.selection_texts
+                bounds = " and ".join(texts[key] for key in ("min_tokens", "max_tokens") if key in texts)
+                return Reading(None, f"{bounds} leaves out a document of {int(counts[0]):,} tokens", left_out=True)
         return Reading(records.texts[records.lines.index(place.line)], "")  # empty for token ids
 
     def path(self, place: DocumentPlace) -> str:

@@ -1,6 +1,7 @@
-"""Which records of a source are its documents: by number, or by a hash of what they hold. json_lines -> selection.
+"""Which records of a source are its documents: by number, a hash of what they hold, or tokens. json_lines -> selection.
 
-{source, window, suite} ask here, so that a run and a suite which divide a file between them mean the same by it.
+{source, window, suite} ask here, so that a run and a suite which divide a file between them mean the same by it. The
+number of a document's tokens is known only once they are made, so it is asked about last.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from shards.arrays import Ints
@@ -53,12 +55,26 @@ def check_take(source: SourceConfig, num_records: int) -> None:
 
 
 def chosen(records: Records, source: SourceConfig) -> Records:
-    """Return the records whose documents are the source's, judged by `hash_range`; bad records stay."""
+    """Return the records whose documents are the source's, judged by `hash_range`; bad records stay.
+
+    `of_length` judges by the number of their tokens.
+    """
     if source.hash_range is None:
         return records
     ids = records.token_ids
     contents = [text.encode() for text in records.texts] if ids is None else [bytes_of(one) for one in ids]
     return records.only(_in_range(contents, source.hash_range))
+
+
+def of_length(lengths: Ints, source: SourceConfig) -> npt.NDArray[np.bool_]:
+    """Return bool [documents]: whether each has as many tokens as `min_tokens` and `max_tokens` of its source say.
+
+    Args:
+        lengths: int64 [documents], tokens of each, BOS and EOS counted.
+    """
+    most = np.iinfo(np.int64).max if source.max_tokens is None else source.max_tokens
+    kept: npt.NDArray[np.bool_] = (lengths >= (source.min_tokens or 0)) & (lengths <= most)
+    return kept
 
 
 def bytes_of(ids: Ints) -> bytes:

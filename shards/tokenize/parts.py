@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from shards.arrays import Ints
 from shards.records.forms import Part
+from shards.records.json_lines import Records
 from shards.tokenize.tokenizer import Tokenizer
 
 
@@ -36,6 +37,11 @@ class Prompts(NamedTuple):
         first, stop = np.searchsorted(self.documents, [document, document + 1])
         for i in range(first, stop):
             segment_ids[max(0, int(self.starts[i]) - start) : max(0, int(self.stops[i]) - start)] *= -1
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Prompts:
+        """Return those of some documents, numbered among these. Args: kept: bool [documents]."""
+        here = kept[self.documents]
+        return Prompts((np.cumsum(kept) - 1)[self.documents[here]], self.starts[here], self.stops[here])
 
 
 NO_PROMPTS = Prompts(*(np.zeros(0, np.int64) for _ in Prompts._fields))
@@ -74,6 +80,15 @@ def encode_parts(
         lengths.append(place)
     columns = np.array(prompts, np.int64).reshape(-1, len(Prompts._fields)).T
     return np.concatenate(ids), np.array(lengths, np.int64), Prompts(*columns)
+
+
+def token_counts(tokenizer: Tokenizer, records: Records) -> Ints:
+    """Return int64 [documents], the tokens that each has as a document of a run, BOS and EOS counted."""
+    if records.token_ids is not None:
+        return np.array([len(ids) for ids in records.token_ids], np.int64)
+    if records.parts is not None:
+        return encode_parts(tokenizer, records.parts)[1]
+    return tokenizer.encode_documents(records.texts)[1]
 
 
 def spelled(tokenizer: Tokenizer, parts: Sequence[Part], only_responses: bool = False) -> str:

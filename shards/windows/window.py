@@ -21,7 +21,7 @@ from shards.plan.cursor import Cut
 from shards.plan.segments import Span
 from shards.records.arrow_rows import Columns
 from shards.records.json_lines import BadRecord, Records, bad_record_error, parser_for
-from shards.records.selection import chosen
+from shards.records.selection import chosen, of_length
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 from shards.suites.decontaminate import Decontaminator
@@ -74,6 +74,23 @@ class Documents(NamedTuple):
     forgotten: npt.NDArray[np.bool_]  # [documents]: whether nothing is to be learned from it
     skipped: tuple[SkippedRecord, ...]
     prompts: Prompts = NO_PROMPTS  # what else nothing is to be learned from
+    left_out: Ints = np.zeros(0, np.int64)  # tokens of each document that the source's length bounds leave out
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Documents:
+        """Return some of the documents, and the others' lengths as left out. Args: kept: bool [documents]."""
+        numbers = np.flatnonzero(kept).tolist()
+        return Documents(
+            tokens=self.tokens[np.repeat(kept, self.lengths)],
+            lengths=self.lengths[kept],
+            lines=self.lines[kept],
+            shards=self.shards[kept],
+            sub_sources=[self.sub_sources[i] for i in numbers],
+            texts=[self.texts[i] for i in numbers],
+            forgotten=self.forgotten[kept],
+            skipped=self.skipped,
+            prompts=self.prompts.only(kept),
+            left_out=self.lengths[~kept],
+        )
 
 
 class Window(NamedTuple):
@@ -152,7 +169,8 @@ class WindowMaker:
             tokens, lengths, prompts = encode_parts(self._tokenizer, spelled)
         else:
             tokens, lengths = self._tokenizer.encode_documents([text for part in parts for text in part.texts])
-        return Documents(
+        source = self._config.sources[task.source]
+        found = Documents(
             tokens=tokens,
             lengths=lengths,
             lines=np.array(lines, np.int64),
@@ -163,8 +181,9 @@ class WindowMaker:
             skipped=tuple(
                 SkippedRecord(number, *bad) for number, part in zip(numbers, parts, strict=True) for bad in part.bad
             ),
-            prompts=NO_PROMPTS if self._config.sources[task.source].learns_prompts else prompts,
+            prompts=NO_PROMPTS if source.learns_prompts else prompts,
         )
+        return found.only(of_length(lengths, source)) if source.has_length_bounds else found
 
     def raw_bytes(self, task: WindowTask) -> int:
         """Count the raw bytes of a window exactly, though the plan knows only those of the cells that hold it."""

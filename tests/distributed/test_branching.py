@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.commands import dispatch
 from pretrain.config import load_config
+from pretrain.exchange.folder import open_model
 from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
 from shards import Loader, merge_states
@@ -26,9 +27,15 @@ STEPS = 24
 STAGES = [
     {
         "step": 8,
+        "model": {"rope_theta": 20.0},
         "data": {"sources": [{"name": "dolma", "paths": ["shards/sample/train/dolma-*"], "weight": 2.0}], "lanes": 4},
     },
-    {"step": 14, "data": {"seq_len": 128, "weights": {"pile": 0.5}}, "train": {"global_batch_size": 4}},
+    {
+        "step": 14,
+        "model": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+        "data": {"seq_len": 128, "weights": {"pile": 0.5}},
+        "train": {"global_batch_size": 4},
+    },
     {"step": 18, "optim": {"schedule": "linear", "floor": 0.0}},
 ]
 
@@ -143,6 +150,54 @@ def test_a_stage_in_the_future_may_be_edited_and_one_in_the_past_may_not(staged:
     assert [record["batch_hash"] for record in after[:20]] == [record["batch_hash"] for record in before[:20]]
     assert after[20]["batch_hash"] != before[20]["batch_hash"]
     assert after[20]["stage"] == 3
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_has_the_positions_of_its_step_wherever_it_is_read(
+    staged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, suite = tmp_path / "staged", tmp_path / "suite" / "text" / "val.jsonl"
+    suite.parent.mkdir(parents=True)
+    texts = [" ".join(f"word {i * i}" for i in range(n, n + 25)) for n in range(4)]
+    suite.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shutil.copytree(staged.parent / "staged", run)
+    for step in range(12, STEPS + 1, 4):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    # The start goes on where the second stage begins, and scores what the first has left before it does
+    command = ("train", "--config", str(staged), f"run.dir={tmp_path}", "evaluation.every=4")
+    output = run_ranks(1, "pretrain", *command, f"evaluation.suite={tmp_path / 'suite'}")
+    assert "stage 2 begins after step 14: 4 rows of 128 tokens a step" in output
+    assert "from now on {'rope_theta': 20.0, 'rope_scaling': {'rope_type': 'yarn'" in output
+    figures = ("batch_hash", "loss", "weight_hash", "optimizer_hash")
+    assert [[r[key] for key in figures] for r in metrics(run)] == [
+        [r[key] for key in figures] for r in metrics(staged.parent / "staged")
+    ]
+
+    def scored() -> dict[tuple[int, str], float]:
+        lines = map(json.loads, (run / "evals.jsonl").read_text().splitlines())
+        return {(line["step"], line["domain"]): line["nll_per_token"] for line in lines if line["step"]}
+
+    in_loop = scored()
+    shutil.move(run / "evals.jsonl", run / "in-loop.jsonl")
+    assert dispatch.run("evaluate", ["--run", str(run), "--steps", "8,12,16"]) == 0
+    afterwards = scored()
+    assert {step for step, _ in afterwards} == {8, 12, 16}
+    assert afterwards == pytest.approx({key: in_loop[key] for key in afterwards}, rel=1e-5)
+    capsys.readouterr()
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    for step, theta, scaling, length in ((8, 1e4, None, 64), (12, 20.0, None, 64), (16, 20.0, yarn, 128)):
+        model = tmp_path / f"model-{step}"
+        assert dispatch.run("export", ["--run", str(run), "--step", str(step), "--to", str(model)]) == 0
+        written = json.loads((model / "config.json").read_text())
+        assert (written["rope_theta"], written["max_position_embeddings"]) == (theta, length)
+        assert (written["rope_scaling"] or {}).items() >= (scaling or {}).items()
+        expected = load_config(run / "config.yaml").model_at(step)
+        for described in (open_model(model, expected), open_model(tmp_path / f"staged@{step}", expected)):
+            assert described.description.context == length
+    capsys.readouterr()
+    assert dispatch.run("average", ["--run", str(run), "--steps", "8", "12", "--to", str(tmp_path / "mean")]) == 2
+    assert "--steps: a stage between steps 8 and 12 changes how positions are computed" in capsys.readouterr().err
+    assert dispatch.run("average", ["--run", str(run), "--steps", "4", "8", "--to", str(tmp_path / "mean")]) == 0
 
 
 def fork(capsys: pytest.CaptureFixture[str], run: Path, step: int, name: str, *overrides: str) -> tuple[int, str]:

@@ -29,7 +29,7 @@ init_optimizer: true
 data:
   sources:
     - {name: a, paths: [a, b], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
-      take: [1, 3], hash_range: [0.25, 0.5]}
+      take: [1, 3], hash_range: [0.25, 0.5], min_tokens: 2, max_tokens: 9}
     - {name: b, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5, max_epochs: 2}
     - {name: t, paths: [t], template: "{a} {b}", loss_on: all}
     - {name: m, paths: [m], messages_key: m, chat_format: chatml}
@@ -79,10 +79,14 @@ wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metri
 deepspeed: {memory_breakdown: true}
 stages:
   - step: 4
+    model:
+      rope_theta: 2.5
+      rope_scaling: {rope_type: llama3, factor: 8.5, low_freq_factor: 1.5, high_freq_factor: 4.5,
+        original_max_position_embeddings: 64}
     data:
       sources:
         - {name: c, paths: [c], weight: 0.5, max_epochs: 2, text_key: text, id_key: id, source_from: meta.set,
-          take: [1, 3], hash_range: [0.25, 0.5]}
+          take: [1, 3], hash_range: [0.25, 0.5], min_tokens: 2, max_tokens: 9}
         - {name: d, dataset: x, dataset_config: c, split: train, revision: r, text_key: text, weight: 1.5,
           max_epochs: 2}
         - {name: u, paths: [u], template: "{a} {b}", loss_on: all}

@@ -63,7 +63,7 @@ class Run:
         parts: Any = SimpleNamespace(
             engine=SimpleNamespace(
                 train_step=lambda *arguments: StepStats(1.0, 0.0, 1.0, applied=True), state_hash=lambda: HASHES,
-                average=None, topology=SimpleNamespace(is_main=False),
+                average=None, adopt=lambda model: None, topology=SimpleNamespace(is_main=False),
             ),
             feed=SimpleNamespace(
                 next=self.next, state=lambda: None, cursors=lambda: None, origins=list, skipped_at_end=([], []),
@@ -103,6 +103,7 @@ class Run:
             metrics=MetricsConfig(layers_every=None),
             all_stages=[None],
             stage_at=lambda step: None,
+            model_at=lambda step: None,
             schedule=[SchedulePart(0, OptimConfig(learning_rate=1.0))],
         )
         topology: Any = SimpleNamespace(is_main=False, any=bool)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pretrain.commands.train import how_to_train_longer
 from pretrain.config import RunConfig, load_config
+from pretrain.config_changes import compare_for_resume
 from pretrain.optim import learning_rate_of_run
 from pretrain.start import announce
 from pretrain.topology import Topology
+from shards import ConfigError
 from tests.tiny_run import write_config
 
 STEPS = 40
@@ -83,3 +86,62 @@ def test_a_rule_that_has_nothing_to_scale_is_told(
     caplog.clear()
     announce(load_config(path, ["stages=[{step: 2, train: {global_batch_size: 16}}]"]), topology)
     assert said not in caplog.text
+
+
+LONGER = [
+    {"step": 10, "model": {"rope_theta": 5e4}},
+    {"step": 20, "model": {"rope_scaling": {"factor": 8.0}}, "data": {"seq_len": 128}},
+    {"step": 30, "train": {"global_batch_size": 4}},
+]
+
+
+def test_a_checkpoint_has_the_positions_of_the_last_step_that_was_done(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "none", LONGER)
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled["original_max_position_embeddings"] = 8192
+    expected = [
+        *[{"rope_theta": 1e4}] * 11,
+        *[{"rope_theta": 5e4}] * 10,
+        *[{"rope_theta": 5e4, "rope_scaling": scaled}] * (STEPS - 20),
+    ]
+    assert [config.model_at(step).positions for step in range(STEPS + 1)] == expected
+    assert [config.stage_of(step).data.seq_len for step in range(STEPS + 1)] == [64] * 21 + [128] * (STEPS - 20)
+    plain = config.model.model_dump(exclude={"rope_theta", "rope_scaling"})
+    assert config.model_at(STEPS).model_dump(exclude={"rope_theta", "rope_scaling"}) == plain
+
+
+def test_positions_of_the_past_may_not_be_edited(tmp_path: Path) -> None:
+    old = config_of(tmp_path, "none", LONGER)
+    new = config_of(tmp_path, "none", [LONGER[0], {**LONGER[1], "model": {"rope_theta": 1e6}}, LONGER[2]])
+    for step in (10, 20):
+        assert compare_for_resume(old, new, step)[0] == []
+    refused, _ = compare_for_resume(old, new, 21)
+    assert {change.key for change in refused} >= {"stages.1.model.rope_theta", "stages.1.model.rope_scaling.factor"}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (
+            {"architecture": "recurrent", "dim": 8, "n_layers": 1, "vocab_size": 4096},
+            {"rope_theta": 5e4},
+            "stages.0.model.rope_theta: of model.architecture=recurrent a stage may change nothing",
+        ),
+        ({}, {"dim": 64}, "stages.0.model.dim: unknown key"),
+        (
+            {"rope_theta": 1.0},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+            "stages.0.model.rope_theta=1.0 must be above 1 for model.rope_scaling.rope_type=yarn",
+        ),
+    ],
+)
+def test_a_stage_changes_only_positions_that_the_model_has(
+    tmp_path: Path, model: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    path = write_config(tmp_path, "run", train={"steps": STEPS}, stages=[{"step": 10, "model": changes}])
+    tree = yaml.safe_load(path.read_text())
+    tree["model"] = model if "architecture" in model else tree["model"] | model
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)

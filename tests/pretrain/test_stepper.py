@@ -43,12 +43,14 @@ def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does
     def train_step(*arguments: object) -> StepStats:
         return StepStats(1.0, 0.0, 1.0, applied=next(applied))
 
-    engine: Any = SimpleNamespace(average=average, train_step=train_step, topology=SimpleNamespace(is_main=False))
+    engine: Any = SimpleNamespace(
+        average=average, train_step=train_step, adopt=lambda model: None, topology=SimpleNamespace(is_main=False)
+    )
     state = RunState(4, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
     for ema, steps in ((EmaConfig(decay=0.5), 3), (None, 2), (EmaConfig(decay=0.5), 1)):
         config: Any = SimpleNamespace(
             train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=[None],
-            stage_at=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
+            stage_at=lambda step: None, model_at=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
         )  # fmt: skip
         stepper = Stepper(config, engine, 100, state.step, SpikeWatch(4, 8.0, []))
         for _ in range(steps):

@@ -86,6 +86,10 @@ def test_only_what_a_source_keeps_is_described(config: DataConfig) -> None:
     assert taken.raw_bytes < of().raw_bytes
     assert sorted([*low.lengths.tolist(), *high.lengths.tolist()]) == sorted(expected)
     assert low.num_documents + high.num_documents == len(texts)
+    long = of(min_tokens=200)
+    assert sorted(long.lengths.tolist()) == sorted(length for length in expected if length >= 200)
+    assert sorted(long.left_out.tolist()) == sorted(length for length in expected if length < 200)
+    assert long.num_documents == len(long.lengths) < len(texts)
     assert 0.3 * len(texts) < low.num_documents < 0.5 * len(texts)
 
 

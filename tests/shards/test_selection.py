@@ -18,12 +18,15 @@ from shards import (
     DataConfig,
     Loader,
     ShardError,
+    Stage,
+    StageData,
     Tokenizer,
     check_fingerprint,
     merge_states,
     preparation,
     read_documents,
 )
+from shards.stages import stage_after
 from shards.suites.suite import find, training_shards
 from tests.shards.corpora import TOKENIZER, config, record, restarted_hashes, words, write_shard
 
@@ -166,7 +169,9 @@ def test_records_are_taken_by_their_number_over_all_shards(
     assert texts == list(taken.values())
 
 
-@pytest.mark.parametrize("part", [{"take": [40, 390]}, {"hash_range": [0.1, 0.9]}])
+@pytest.mark.parametrize(
+    "part", [{"take": [40, 390]}, {"hash_range": [0.1, 0.9]}, {"min_tokens": 30, "max_tokens": 150}]
+)
 def test_batches_of_a_part_are_those_of_any_ranks_restarts_and_workers(
     corpus: Path, tmp_path: Path, part: dict[str, object]
 ) -> None:
@@ -195,7 +200,68 @@ def test_a_part_of_one_shard_reads_no_other_shard(corpus: Path, tmp_path: Path) 
         assert [batch.row_hash for batch in loader] == expected
 
 
-@pytest.mark.parametrize("part", [{"take": [100, 300]}, {"hash_range": [0.25, 0.5]}])
+def lengths_and_learned(steps: list[list[Batch]]) -> tuple[dict[tuple[str, int], int], Counter[tuple[str, int]]]:
+    """Return, of each document by the name of its file and its line, its tokens and how many of them are predicted."""
+    lengths: dict[tuple[str, int], int] = {}
+    learned: Counter[tuple[str, int]] = Counter()
+    for part, dp_size in ((part, len(parts)) for parts in steps for part in parts):
+        places = [0] * len(part.tokens)
+        for origin in part.origins():
+            key, row = (Path(origin.shard.partition("#")[0]).name, origin.line), origin.slot // dp_size
+            begin, end = places[row], places[row] + origin.stop - origin.start
+            lengths[key], places[row] = max(lengths.get(key, 0), origin.stop), end
+            learned[key] += int((part.segment_ids[row, begin:end] > 0).sum())
+    return lengths, learned
+
+
+@pytest.mark.parametrize(("kind", "dp_size"), [("text", 1), ("template", 2), ("ids", 4), ("parquet", 1)])
+def test_documents_are_kept_by_their_tokens(corpus: Path, tmp_path: Path, kind: str, dp_size: int) -> None:
+    def read(**part: object) -> tuple[dict[tuple[str, int], int], Counter[tuple[str, int]]]:
+        data = config([source(corpus, kind, **part)], index_dir=tmp_path / "index", seq_len=512)  # no document is cut
+        return lengths_and_learned(list(steps_of(data, dp_size)))
+
+    lengths, learned = read()
+    least, most = np.quantile(list(lengths.values()), (0.3, 0.8), method="lower").tolist()  # which some have exactly
+    kept, kept_learned = read(min_tokens=least, max_tokens=most)
+    if kind != "template":
+        tokenizer = Tokenizer(TOKENIZER)
+        there = {place: text for place, text in places(corpus, kind) if text is not None}
+        assert lengths == {place: len(tokenizer.encode_document(text)) for place, text in there.items()}
+    assert {least, most} <= set(kept.values())
+    assert kept == {place: length for place, length in lengths.items() if least <= length <= most}
+    assert kept_learned == {place: learned[place] for place in kept}, "prompts are those of the documents that are kept"
+
+
+def test_a_stage_adds_the_long_documents_of_a_source(corpus: Path, tmp_path: Path) -> None:
+    data = config([source(corpus, "text", max_epochs=None)], index_dir=tmp_path / "index", lanes=4)
+    long = source(corpus, "text", name="long", max_epochs=None, min_tokens=120, weight=3.0)
+    stage = stage_after(Stage(0, data, 8), 5, StageData.model_validate({"sources": [long], "weights": {"a": 1.0}}))
+
+    def batches(dp_sizes: Iterator[int]) -> Iterator[list[Batch]]:
+        state: dict[str, object] = {}
+        for dp_size in dp_sizes:
+            ranks = [Loader(data, 8, SEED, rank, dp_size, stages=[stage]) for rank in range(dp_size)]
+            for rank in ranks:
+                if state:
+                    rank.load_state_dict(state)
+            yield [rank.next_batch() for rank in ranks]
+            state = json.loads(json.dumps(merge_states([rank.state_dict() for rank in ranks])))
+            for rank in ranks:
+                rank.close()
+
+    found = list(batches(iter([1, 2, 4, 1, 2, 1, 4, 2, 1, 4, 2, 1])))
+    with Loader(data, 8, SEED, stages=[stage]) as loader:
+        whole = [next(loader) for _ in found]
+    assert [sum(part.row_hash for part in parts) % 2**64 for parts in found] == [batch.row_hash for batch in whole]
+    rows = Counter(origin.source for batch in whole[5:] for origin in {o.slot: o for o in batch.origins()}.values())
+    assert (rows["long"], rows["a"]) == (42, 14)
+    lengths = {place: len(Tokenizer(TOKENIZER).encode_document(text)) for place, text in places(corpus, "text") if text}
+    drawn = [(Path(o.shard).name, o.line) for batch in whole for o in batch.origins() if o.source == "long"]
+    assert min(lengths[place] for place in drawn) >= 120
+    assert min(lengths.values()) < 120
+
+
+@pytest.mark.parametrize("part", [{"take": [100, 300]}, {"hash_range": [0.25, 0.5]}, {"min_tokens": 200}])
 def test_what_is_left_out_is_promised_nowhere(corpus: Path, tmp_path: Path, part: dict[str, object]) -> None:
     data = config([source(corpus, "text", max_epochs=2, **part)], index_dir=tmp_path / "index")
     with Loader(data, 8, SEED) as loader:
@@ -234,6 +300,12 @@ def test_a_source_that_keeps_nothing_is_an_error(corpus: Path, tmp_path: Path) -
         pytest.raises(ShardError, match=r"'b': hash_range: .* leave no document of its 401"),
     ):
         loader.forecast(None)
+    short = config([source(corpus, "text", min_tokens=100_000)], index_dir=tmp_path / "index")
+    with (
+        Loader(short, 8) as loader,
+        pytest.raises(ShardError, match=r"'a': min_tokens: 100000 leave no document of its 401"),
+    ):
+        loader.forecast(None)
     blank = config([source(corpus, "text", take=[5, 6])], index_dir=tmp_path / "index")
     with (
         Loader(blank, 8) as loader,
@@ -262,6 +334,13 @@ def test_an_empty_part_is_refused(corpus: Path, tmp_path: Path, values: dict[str
         find(suite_of(corpus, tmp_path, "text", **values), "val")
 
 
+def test_bounds_of_a_length_that_exclude_each_other_are_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source 'a': min_tokens=9 is above max_tokens=8"):
+        DataConfig.parse(
+            {"tokenizer": str(TOKENIZER), "seq_len": 8, "sources": [source(corpus, "text", min_tokens=9, max_tokens=8)]}
+        )
+
+
 def test_a_run_keeps_its_part_and_old_runs_theirs(corpus: Path, tmp_path: Path) -> None:
     def fingerprint(**part: object) -> dict[str, object]:
         with Loader(config([source(corpus, "text", **part)], index_dir=tmp_path / "index"), 8) as loader:
@@ -271,8 +350,13 @@ def test_a_run_keeps_its_part_and_old_runs_theirs(corpus: Path, tmp_path: Path) 
     plain = whole["config"]["sources"][0]  # type: ignore[index]
     assert plain.keys() == {"name", "weight", "max_epochs", "text_key", "input_ids_key"}, "as before there were parts"
     check_fingerprint(part, fingerprint(take=[0, 100]))
-    for other in ({"take": [0, 101]}, {}, {"take": [0, 100], "hash_range": [0, 0.5]}):
-        with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.(take|hash_range|selection_version)"):
+    for other in (
+        {"take": [0, 101]},
+        {},
+        {"take": [0, 100], "hash_range": [0, 0.5]},
+        {"take": [0, 100], "min_tokens": 9},
+    ):
+        with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.(take|hash_range|selection_version|min_tokens)"):
             check_fingerprint(part, fingerprint(**other))
 
 

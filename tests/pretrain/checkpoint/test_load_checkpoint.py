@@ -63,8 +63,16 @@ class Model:
     config = LlamaConfig(dim=4, n_layers=1, n_heads=1, vocab_size=8)
     step = -1
 
+    def adopt(self, config: LlamaConfig) -> None:
+        self.config = config
+
     def set_weights(self, weights: int) -> None:
+        assert self.config.rope_theta == weights, "the positions are those of the checkpoint that was chosen"
         self.step = weights
+
+
+def model_at(step: int) -> LlamaConfig:
+    return Model.config.model_copy(update={"rope_theta": float(step)})
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> N
         model, store = Model(), CheckpointStore(root, CheckpointConfig())
         if here.is_main:
             store.steps = lambda: [2]  # type: ignore[method-assign]  # it looked before the training had saved step 4
-        return load_checkpoint(model, store, None, here), model.step  # type: ignore[arg-type]
+        return load_checkpoint(model, store, None, here, model_at), model.step  # type: ignore[arg-type]
 
     assert on_ranks(work) == [(2, 2), (2, 2)]
 
@@ -92,7 +100,7 @@ def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> N
 def test_an_error_on_one_rank_is_an_error_on_all(root: Path, rank: int) -> None:
     def work(here: Topology) -> object:
         store = CheckpointStore(root / "nothing" if here.rank == rank else root, CheckpointConfig())
-        return load_checkpoint(Model(), store, 4, here)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), store, 4, here, model_at)  # type: ignore[arg-type]
 
     errors = on_ranks(work)
     assert errors[0] == errors[1]
@@ -117,7 +125,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
     monkeypatch.setattr("pretrain.checkpoint.store.hash_file", counted)
 
     def work(here: Topology) -> int:
-        return load_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here, model_at)  # type: ignore[arg-type]
 
     assert on_ranks(work) == [6, 6]
     assert sorted(hashed) == names

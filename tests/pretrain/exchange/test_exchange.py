@@ -41,6 +41,7 @@ SHORT = {"original_max_position_embeddings": 32}
 PLAIN = {"n_kv_heads": 4, "ffn_dim": 80}
 GROUPED = {"n_kv_heads": 2, "ffn_dim": None, "tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": LLAMA3}
 NORMED = {"qk_norm": True}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.05}
 
 pytestmark = pytest.mark.usefixtures("topology")
 
@@ -88,7 +89,16 @@ def same_files(first: Path, second: Path) -> bool:
     return names == sorted(path.name for path in second.iterdir()) and all(same)
 
 
-@pytest.mark.parametrize("changes", [PLAIN, GROUPED, PLAIN | NORMED, GROUPED | NORMED])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        PLAIN,
+        GROUPED,
+        PLAIN | NORMED,
+        GROUPED | NORMED | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        GROUPED | {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2, "mscale_all_dim": 0.6}},
+    ],
+)
 def test_an_export_has_our_logits_in_transformers_and_survives_a_round_trip(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
@@ -166,22 +176,37 @@ def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
     assert torch.equal(back.read("embedding.weight", 1, 2), ours.embedding.weight[2048:])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_transformers_model_has_the_same_logits_in_ours(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "scaling"),
+    [
+        (False, {"rope_type": "llama3"} | LLAMA3 | SHORT),
+        (True, {"rope_type": "yarn", **YARN, "truncate": False}),
+        (True, {"rope_type": "yarn", "factor": 4.0}),  # whose original length is max_position_embeddings
+    ],
+)
+def test_a_transformers_model_has_the_same_logits_in_ours(
+    tied: bool, scaling: dict[str, object], tmp_path: Path
+) -> None:
     theirs = LlamaForCausalLM(
         TheirConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
             vocab_size=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied, initializer_range=0.2,
-            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3 | SHORT,
+            rope_parameters={"rope_theta": 5e5, **scaling}, max_position_embeddings=64,
         )
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
-    model = open_model(tmp_path)
-    assert model.description.config.rope_scaling is not None
     with torch.no_grad():
         expected = theirs(tokens_of(100)).logits
-    found = logits(imported(tmp_path, model.description.config), tokens_of(100))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for older in (False, True):
+        if older:  # as earlier versions of transformers, and models of theirs, spell it
+            rope = dict(theirs.config.rope_parameters)
+            kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+            with_config(tmp_path, rope_parameters=None, rope_theta=theta, rope_scaling={"type": kind, **rope})
+        config = open_model(tmp_path).description.config
+        assert isinstance(config, LlamaConfig)
+        assert config.rope_scaling is not None
+        found = logits(imported(tmp_path, config), tokens_of(100))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -256,7 +281,8 @@ def with_config(folder: Path, **changes: object) -> Path:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 16}, "head_dim=16"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "low": 1}}, "config.json.rope_scaling.low: unknown key"),
         ({"hidden_size": None}, "the key hidden_size is missing"),
         ({"hidden_size": "48"}, 'config.json.dim: "48" is wrong; it should be a whole number'),
         ({"num_attention_heads": 4.0}, "config.json.n_heads: 4.0 is wrong"),
@@ -282,6 +308,9 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path)
     ours = build(PLAIN | {"qk_norm": True})
     with pytest.raises(ConfigError, match="model.qk_norm=true cannot be exported: Meta's LLaMA"):
         export(Memory(ours), ours.config, DATA, tmp_path / "out", "meta")
+    scaled = build(PLAIN | {"rope_scaling": {"rope_type": "yarn", **YARN}})
+    with pytest.raises(ConfigError, match=r"model.rope_scaling.rope_type=yarn cannot be exported: Meta's code has no"):
+        export(Memory(scaled), scaled.config, DATA, tmp_path / "out", "meta")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):

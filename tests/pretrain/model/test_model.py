@@ -14,9 +14,11 @@ from transformers import LlamaForCausalLM
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of, valid_targets
+from pretrain.model.rotary import rotary_angles, rotate
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.rng import seeded
 from pretrain.topology import ParallelConfig, Topology
+from shards import ConfigError
 from tests.reference_model import Shape, batch_loss, piece_logits, pieces
 
 # Of the frequencies of heads of size 8, one is unchanged, one scaled by 8, and two lie in between.
@@ -24,6 +26,16 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 40.0,
     "original_max_position_embeddings": 200,
 }  # fmt: skip
+# Of its four frequencies one is unchanged and one or two are scaled by 4, all before position 24
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.05}
+SCALINGS: list[dict[str, object] | None] = [
+    LLAMA3,
+    {"rope_type": "linear", "factor": 4.0},
+    YARN,
+    YARN | {"attention_factor": 1.5},
+    YARN | {"mscale": 1.2, "mscale_all_dim": 0.6, "truncate": False},
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 20},
+]
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [1] * 20 + [0] * 4])  # [2, 24]: three pieces; one and padding
 
 
@@ -39,7 +51,10 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("topology")
-@pytest.mark.parametrize(("tied", "kv_heads", "scaling"), [(False, 6, None), (True, 2, LLAMA3), (False, 1, LLAMA3)])
+@pytest.mark.parametrize(
+    ("tied", "kv_heads", "scaling"),
+    [(False, 6, None), (True, 2, LLAMA3), *((False, 1, scaling) for scaling in SCALINGS)],
+)
 def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: dict[str, object] | None) -> None:
     ours = build(tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=5e4, rope_scaling=scaling)
     theirs = LlamaForCausalLM(
@@ -62,10 +77,59 @@ def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: 
         weights[name.replace("blocks.", "model.layers.")] = weight
     weights["model.norm.weight"] = weights.pop("norm.weight")
     theirs.load_state_dict(weights)
-    tokens = random_tokens(2, 24)
+    tokens = random_tokens(2, 90)  # well beyond the original lengths
     with torch.no_grad():
         found, expected = ours(tokens, torch.ones_like(tokens)), theirs(tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("topology")
+def test_a_model_adopts_other_positions_also_where_its_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled, tokens = build({"compile": True}), random_tokens(2, 24)
+    for changes in ({}, {"rope_theta": 50.0}, {"rope_theta": 50.0, "rope_scaling": YARN}, {}):
+        plain = build(**changes)
+        compiled.adopt(plain.config)
+        results = []
+        for model in (compiled, plain):
+            model.zero_grad()
+            logits = model(tokens, SEGMENTS)
+            logits.logsumexp(-1).sum().backward()
+            results.append((logits.detach(), model.blocks[0].attention.wq.weight.grad))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scalings_are_told_apart_and_each_has_its_own_keys() -> None:
+    def parse(**scaling: object) -> object:
+        return LlamaConfig.parse({"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 9, "rope_scaling": scaling}, "m")
+
+    assert parse(factor=8.0) == parse(rope_type="llama3", factor=8.0), "as configs from before there was a choice"
+    for scaling, message in (
+        ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings: missing"),
+        (YARN | {"low_freq_factor": 1.0}, "rope_scaling.low_freq_factor: unknown key"),
+        (YARN | {"mscale": 1.0}, "mscale and mscale_all_dim"),
+        (YARN | {"beta_slow": 2.0}, "beta_fast=2.0 must be above beta_slow=2.0"),
+        ({"rope_type": "linear", "factor": 1.0}, "rope_scaling.factor: 1.0 is wrong"),
+        ({"rope_type": "longrope", "factor": 4.0}, 'rope_scaling.rope_type: "longrope" is wrong; it should be one of'),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(**scaling)
+        assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("topology")
+def test_the_gradient_through_a_scaled_rotation_is_that_of_plain_operations() -> None:
+    scaling = LlamaConfig.parse(
+        {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 9, "rope_scaling": YARN}
+    ).rope_scaling
+    x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
+    cos, sin = rotary_angles(torch.arange(5)[None], 8, 1e4, scaling)
+    first, second = x.chunk(2, -1)
+    plain = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    gradients = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (rotate(x, cos, sin), plain)]
+    torch.testing.assert_close(gradients[0].float(), gradients[1].float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("topology")
