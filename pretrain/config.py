@@ -274,6 +274,11 @@ class RunConfig(Config):
         for stage in values["stages"]:
             if not any(stage["model"].values()):
                 del stage["model"]
+        for section in (values, *values["stages"]):
+            for source in section["data"]["sources"]:
+                for key in ("min_tokens", "max_tokens"):
+                    if source[key] is None:
+                        del source[key]
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -232,16 +232,22 @@ def test_a_key_of_another_architecture_is_unknown(small: Path) -> None:
 
 
 def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small: Path, tmp_path: Path) -> None:
-    config, old = load_config(small), tmp_path / "old.yaml"
+    stages = "stages=[{step: 50, data: {sources: [{name: web, paths: [web.jsonl]}]}}]"
+    config, old = load_config(small, [stages]), tmp_path / "old.yaml"
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     assert values["model"].pop("architecture") == "llama"
-    assert values["parallel"].pop("sp_size") == 1  # which came later still, as needles did
+    assert values["parallel"].pop("sp_size") == 1  # which came later still, as did these
+    assert values["stages"][0].pop("model") == {"rope_theta": None, "rope_scaling": None}
+    for source in (*values["data"]["sources"], *values["stages"][0]["data"]["sources"]):
+        assert source.pop("min_tokens") is source.pop("max_tokens") is None
     assert values["evaluation"].pop("needles") is None
     old.write_text(dump(values))
     begun = load_config(old, begun=True)
     assert compare_for_resume(begun, config.settled(begun), 10) == ([], [])
     hashed = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    assert config.hash() == hashed == load_config(small, ["model.architecture=llama"]).hash()
+    assert config.hash() == hashed == load_config(small, ["model.architecture=llama", stages]).hash()
+    assert load_config(small, [stages, "stages.0.data.sources.0.min_tokens=9"]).hash() != hashed
+    assert load_config(small, [stages, "stages.0.model.rope_theta=9.0"]).hash() != hashed
 
 
 def test_all_errors_are_reported_at_once_each_with_its_place(tmp_path: Path) -> None:

@@ -83,6 +83,23 @@ def test_logits_equal_those_of_transformers(tied: bool, kv_heads: int, scaling: 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("topology")
+def test_a_model_adopts_other_positions_also_where_its_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled, tokens = build({"compile": True}), random_tokens(2, 24)
+    for changes in ({}, {"rope_theta": 50.0}, {"rope_theta": 50.0, "rope_scaling": YARN}, {}):
+        plain = build(**changes)
+        compiled.adopt(plain.config)
+        results = []
+        for model in (compiled, plain):
+            model.zero_grad()
+            logits = model(tokens, SEGMENTS)
+            logits.logsumexp(-1).sum().backward()
+            results.append((logits.detach(), model.blocks[0].attention.wq.weight.grad))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_scalings_are_told_apart_and_each_has_its_own_keys() -> None:
     def parse(**scaling: object) -> object:
         return LlamaConfig.parse({"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 9, "rope_scaling": scaling}, "m")
