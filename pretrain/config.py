@@ -255,8 +255,10 @@ class RunConfig(Config):
     def hash(self) -> str:
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
-        if self.parallel.sp_size == 1:
-            del values["parallel"]["sp_size"]  # configs of before there was another have the same hash
+        # Configs of before there was another value have the same hash
+        for key, former in (("sp_size", 1), ("feed_forward_tokens", None)):
+            if values["parallel"][key] == former:
+                del values["parallel"][key]
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -69,6 +69,12 @@ def _adapter_problems(model: ModelConfig, parallel: ParallelConfig | None, optim
     assert model.adapters is not None
     if optim.name == "muon":
         yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"
+    of_swiglu = [name for name in ("w1", "w2", "w3") if model.adapters.adapts(name)]
+    if parallel and parallel.feed_forward_tokens and of_swiglu:
+        yield (
+            f"model.lora.targets: parallel.feed_forward_tokens={parallel.feed_forward_tokens} computes feed-forward"
+            f" networks without adapters; leave {', '.join(of_swiglu)} out, or set one of the two to null"
+        )
     if parallel and parallel.sequence_parallel and model.adapters.dropout:
         yield (
             f"model.lora.dropout={model.adapters.dropout}: with parallel.sequence_parallel each tensor-parallel rank"

@@ -90,8 +90,8 @@ def why_unknown(work: Workload, device: Device) -> str:
         return f"model.architecture={work.model.architecture}"
     if work.bytes_per_weight != 2:
         return "precision=fp32"
-    if work.parallel.offload != "none":
-        return f"parallel.offload={work.parallel.offload}"
+    if work.parallel.offload:
+        return f"parallel.offload={','.join(work.parallel.offload)}"
     return "" if device.flops else f"{device.name}, which has no bf16"
 
 

@@ -197,9 +197,9 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
     stage = parallel.applied_zero_stage
     weights = work.bytes_per_weight * (work.parameters // work.zero_size if stage == 3 else work.parameters)
     return MemoryEstimate(
-        weights=0 if parallel.offload == "parameters" else weights,
+        weights=0 if parallel.offloads_weights else weights,
         gradients=4 * (work.trained if stage == 1 else work.trained // work.zero_size),
-        optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
+        optimizer=0 if parallel.offloads_optimizer else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work, costs)),
     )
@@ -212,7 +212,7 @@ def _buffers(work: Workload) -> int:
     """
     stage, weight_bytes = work.parallel.applied_zero_stage, work.bytes_per_weight
     if stage == 1:
-        return 0 if weight_bytes == 2 and work.parallel.offload == "none" else 4 * work.reduce_bucket
+        return 0 if weight_bytes == 2 and not work.parallel.offloads_optimizer else 4 * work.reduce_bucket
     if stage == 2:
         return 2 * weight_bytes * work.reduce_bucket
     gathered = weight_bytes * min(work.parameters, work.gathered_weights)
@@ -242,7 +242,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.trained / work.zero_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.trained / work.zero_size if work.layers_measured and not work.parallel.offloads_optimizer else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted(_largest_matrix(work))
