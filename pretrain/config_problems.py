@@ -51,6 +51,9 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
     if parallel.sp_size > 1 and not model.SPLITS_ROWS:
         yield f"parallel.sp_size={parallel.sp_size}: {named} cannot divide a row over ranks; set parallel.sp_size=1"
+    if parallel.feed_forward_tokens and not model.TILES:
+        asked = f"parallel.feed_forward_tokens={parallel.feed_forward_tokens}"
+        yield f"{asked}: {named} does not compute a few tokens at a time; set it to null"
     if model.SPLITS_ROWS and model.heads and model.heads.n_heads % parallel.tp_size == 0:
         of_rank = model.heads.n_heads // parallel.tp_size
         key = "model.n_heads" if parallel.tp_size == 1 else f"model.n_heads / parallel.tp_size ({parallel.tp_size})"

@@ -53,7 +53,7 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Output(torch.autograd.Function):
-    """Computes the output; its gradient is the input's as far as `_Inputs` is concerned, since it has the same shape."""
+    """Computes the output, and passes its gradient on in place of the input's, which has the same shape."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, tokens: int) -> Tensor:
@@ -80,31 +80,47 @@ def swiglu_backward(
 ) -> list[Tensor]:
     """Return the gradient of x, followed by those of w1, w3 and w2 if they are asked for, tile by tile."""
     of_x = torch.empty_like(x)
-    sums: list[Tensor] = []
+    sums = _Sums()
     for tile in _tiles(len(x), tokens):
-        inputs, of_output = x[tile], gradient[tile]
-        gate, up, of_hidden = inputs @ w1.t(), inputs @ w3.t(), of_output @ w2
-        of_up = F.silu(gate)
-        parts = [of_output.t() @ (of_up * up)] if of_weights else []
-        of_up.mul_(of_hidden)
-        of_gate = torch.ops.aten.silu_backward(of_hidden.mul_(up), gate)
-        torch.mm(of_gate, w1, out=of_x[tile])
-        of_x[tile].addmm_(of_up, w3)
-        if of_weights:
-            parts = [of_gate.t() @ inputs, of_up.t() @ inputs, *parts]
-            # The first in the weights' type: where it is the only one, nothing is added
-            sums = [total.float().add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
-    return [of_x, *_rounded(sums, w1.dtype)]
+        _differentiate(gradient[tile], x[tile], w1, w3, w2, of_x[tile], sums if of_weights else None)
+    return [of_x, *sums.rounded(w1.dtype)]
+
+
+def _differentiate(
+    gradient: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, of_x: Tensor, sums: _Sums | None
+) -> None:
+    """Set the gradient of a tile's x, and add its gradients of the weights; four hidden values a unit at a time."""
+    gate, up = x @ w1.t(), x @ w3.t()
+    activated = F.silu(gate)
+    if sums is not None:
+        sums.add("w2", gradient.t() @ (activated * up))
+    of_hidden = gradient @ w2
+    of_up = activated.mul_(of_hidden)
+    of_gate = torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_hidden)
+    del gate, up
+    torch.mm(of_gate, w1, out=of_x)
+    of_x.addmm_(of_up, w3)
+    if sums is not None:
+        sums.add("w1", of_gate.t() @ x)
+        sums.add("w3", of_up.t() @ x)
+
+
+class _Sums:
+    """Gradients of the weights, summed over tiles in fp32; that of a single tile stays as it is."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Tensor] = {}
+
+    def add(self, name: str, part: Tensor) -> None:
+        self._of[name] = self._of[name].float().add_(part) if name in self._of else part
+
+    def rounded(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield those of w1, w3 and w2 in the weights' type, if there are any, and keep none of them."""
+        yield from (self._of.pop(name).to(dtype) for name in ("w1", "w3", "w2") if name in self._of)
 
 
 def _tiles(length: int, tokens: int) -> Iterator[slice]:
     return (slice(start, start + tokens) for start in range(0, length, tokens))
-
-
-def _rounded(sums: list[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield sums in another type, each of them freed as soon as it is rounded."""
-    while sums:
-        yield sums.pop(0).to(dtype)
 
 
 @swiglu.register_fake
@@ -113,7 +129,5 @@ def _(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, tokens: int) -> Tensor:
 
 
 @swiglu_backward.register_fake
-def _(
-    gradient: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, tokens: int, of_weights: bool
-) -> list[Tensor]:
+def _(gradient: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, tokens: int, of_weights: bool) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (x, *((w1, w3, w2) if of_weights else ()))]

@@ -49,6 +49,7 @@ class LlamaConfig(ModelConfig):
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ("hf", "meta", "headrace")
     SPLITS: ClassVar = True
     SPLITS_ROWS: ClassVar = True
+    TILES: ClassVar = True
 
     architecture: Literal["llama"] = "llama"  # chooses these keys; a model without it is a LLaMA
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
