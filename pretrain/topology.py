@@ -34,7 +34,7 @@ def _former_flag(value: object) -> object:
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
-Offload = Literal["none", "optimizer", "parameters", "activations"]
+Offload = Literal["optimizer", "parameters", "activations"]
 
 
 def _several(value: object) -> object:
@@ -61,8 +61,8 @@ class ParallelConfig(Config):
     sp_size: int = Field(1, ge=1)
     # What ranks with the same weights divide: 1 optimizer state, 2 also gradients, 3 also weights
     zero_stage: Literal[0, 1, 2, 3] = 1
-    # What lies in the host's memory, one name or a list: the optimizer's state; weights too, which needs zero_stage 3;
-    # activations: what activation_checkpointing=full keeps of each block
+    # What lies in the host's memory: none, a name or a list of names. parameters: weights and the optimizer's state,
+    # which needs zero_stage 3; activations: what activation_checkpointing=full keeps of each block
     offload: Annotated[tuple[Offload, ...], BeforeValidator(_several), PlainSerializer(_as_written)] = ()
     sequence_parallel: bool = False  # tp ranks also divide the tokens between branches; needs tp_size > 1
     # What a block computes again in the backward pass instead of keeping it: selective: norms, rotations, products and
