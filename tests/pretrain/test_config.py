@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import compare_for_resume, may_change
 from pretrain.config_file import dump, read_tree
 from shards import ConfigError
@@ -188,8 +188,8 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ("parallel.attention=sdpa data.seq_len=131072", "data.seq_len=131072: parallel.attention=sdpa needs a whole"),
         (
             'model.attention_dropout=0.1 train.steps=9 stages=[{"step":5,"data":{"seq_len":131072}}]',
-            "stages.0.data.seq_len=131072: model.attention_dropout=0.1 needs a whole mask, which grows with the square of"
-            " a row's length, here 17.2 GB a row; set model.attention_dropout=0, or rows of at most 32768",
+            "stages.0.data.seq_len=131072: model.attention_dropout=0.1 needs a whole mask, which grows with the square"
+            " of a row's length, here 17.2 GB a row; set model.attention_dropout=0, or rows of at most 32768",
         ),
         (
             "parallel.feed_forward_tokens=8 init_from=a model.lora.r=2 model.lora.alpha=2",
@@ -264,6 +264,7 @@ def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     assert values["model"].pop("architecture") == "llama"
     assert values["parallel"].pop("sp_size") == 1  # which came later still
+    assert values["parallel"].pop("feed_forward_tokens") is None  # likewise
     old.write_text(dump(values))
     begun = load_config(old, begun=True)
     assert compare_for_resume(begun, config.settled(begun), 10) == ([], [])

@@ -21,7 +21,7 @@ DIM, HIDDEN = 16, 40
 def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
     shapes = (length, DIM), (HIDDEN, DIM), (HIDDEN, DIM), (DIM, HIDDEN)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [(0.3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
 
 
 def plain(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
