@@ -4,8 +4,9 @@ Estimates for two shipped configs with rows of 8k to 128k tokens, one a micro-ba
 a row: with full checkpointing alone, and with feed-forward networks a few tokens at a time and blocks' inputs on the
 host.
 
-    python benchmarks/long_rows.py --simulate     # beside estimates of the longest rows: the same steps, simulated
     python benchmarks/long_rows.py --measure      # a small model on CPU ranks: the processes' peak memory
+
+`benchmarks/memory_model.py` compares such estimates with simulated steps.
 
 What is measured is the most resident memory (VmHWM) of a rank in a training step, less what it had before the model was
 made. On a CPU the host's memory is the device's, so nothing is measured of inputs that are moved there.
@@ -14,13 +15,13 @@ made. On a CPU the host's memory is the device's, so nothing is measured of inpu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -29,7 +30,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from memory_model import simulate
 
 from pretrain.config import RunConfig, load_config
 from pretrain.deepspeed_keys import deepspeed_config
@@ -51,8 +51,8 @@ SAVED = {
     "flat": (f"parallel.feed_forward_tokens={TILE}", "parallel.offload=activations"),
 }
 NAMES = {"full": "full checkpointing", "flat": "with tiles and offload"}
-SMALL = LlamaConfig(dim=128, n_layers=4, n_heads=4, ffn_dim=2048, vocab_size=256)
-MEASURED_LENGTHS, DOCUMENT = (8192, 16384, 32768), 256
+SMALL = LlamaConfig(dim=64, n_layers=2, n_heads=4, ffn_dim=1024, vocab_size=256)
+MEASURED_LENGTHS, DOCUMENT = (8192, 32768), 256
 
 
 class Case(NamedTuple):
@@ -72,8 +72,8 @@ class Case(NamedTuple):
         return load_config(CONFIGS / f"{self.model}.yaml", [*settings, *SAVED[self.saved]])
 
 
-def cases(models: Sequence[str], lengths: Sequence[int]) -> Iterator[Case]:
-    return (Case(m, n, sp, saved) for m in models for n in lengths for sp in SP_SIZES for saved in SAVED)
+def cases() -> Iterator[Case]:
+    return (Case(*values) for values in itertools.product(MODELS, LENGTHS, SP_SIZES, SAVED))
 
 
 def estimated(case: Case) -> tuple[float, float]:
@@ -83,46 +83,28 @@ def estimated(case: Case) -> tuple[float, float]:
     return found.total, found.host
 
 
-def simulated(case: Case) -> tuple[float, float]:
-    """Return the same of a simulated step."""
-    found = simulate(case.config, RANKS // case.sp_size)
-    return found.peak, found.host_peak
-
-
-def table(found: dict[Case, tuple[float, float]], models: Sequence[str], lengths: Sequence[int]) -> str:
+def table(found: dict[Case, tuple[float, float]]) -> str:
     """Return the figures in GB, a line for each model and length."""
     columns = [(sp, saved) for saved in SAVED for sp in SP_SIZES]
     head = ["model", "tokens a row", *(f"sp {sp}, {NAMES[saved]}" for sp, saved in columns), "host, sp 1"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for model in models:
-        for length in lengths:
+    for model in MODELS:
+        for length in LENGTHS:
             sizes = [found[Case(model, length, *column)][0] for column in columns]
             host = found[Case(model, length, 1, "flat")][1]
             lines.append([model, f"{length:,}", *(f"{size / 1e9:.1f}" for size in [*sizes, host])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def compare(models: Sequence[str], lengths: Sequence[int]) -> None:
-    """Print estimates beside simulations, each of which needs a process to itself."""
-    print("| model | tokens a row | sp | saved | estimate | simulated | host: estimate | simulated |")
-    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
-    wanted = list(cases(models, lengths))
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for case, found in zip(wanted, pool.imap(simulated, wanted), strict=True):
-            sizes = [size / 1e9 for pair in zip(estimated(case), found, strict=True) for size in pair]
-            listed = " | ".join(f"{size:.1f}" for size in sizes)
-            print(f"| {case.model} | {case.seq_len:,} | {case.sp_size} | {NAMES[case.saved]} | {listed} |", flush=True)
-
-
-def draw(found: dict[Case, tuple[float, float]], models: Sequence[str], file: Path) -> None:
+def draw(found: dict[Case, tuple[float, float]], file: Path) -> None:
     """Draw a rank's memory against the length of its rows, a panel a model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(10, 4), layout="constrained", dpi=110)
     FigureCanvasAgg(picture)
-    panels = picture.subplots(1, len(models), sharey=True, squeeze=False)
-    for panel, model in zip(panels[0], models, strict=True):
+    panels = picture.subplots(1, len(MODELS), sharey=True, squeeze=False)
+    for panel, model in zip(panels[0], MODELS, strict=True):
         for saved, style in (("full", "--"), ("flat", "-")):
             for sp_size, color in zip(SP_SIZES, ("C0", "C1", "C2"), strict=True):
                 sizes = [found[Case(model, length, sp_size, saved)][0] / 1e9 for length in LENGTHS]
@@ -196,23 +178,18 @@ def _resident(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--png", type=Path, help="where to draw a picture")
-    parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS[-1:], help="of rows that are simulated")
     parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of:
         measure_rank(arguments.rank_of)
     elif arguments.measure:
         measure()
-    elif arguments.simulate:
-        compare(arguments.models, arguments.lengths)
     else:
-        found = {case: estimated(case) for case in cases(arguments.models, LENGTHS)}
-        print(table(found, arguments.models, LENGTHS))
+        found = {case: estimated(case) for case in cases()}
+        print(table(found))
         if arguments.png:
-            draw(found, arguments.models, arguments.png)
+            draw(found, arguments.png)
 
 
 if __name__ == "__main__":
