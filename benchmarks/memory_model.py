@@ -173,9 +173,11 @@ class PeakMeter(Meter):
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._ledger.peak = self._ledger.alive
+        before, self._ledger.peak = self._ledger.peak, self._ledger.alive
         yield
         self.peaks[name] = max(self.peaks.get(name, 0), self._ledger.peak)
+        # A part inside another, such as a collective of the backward pass, takes nothing from its peak
+        self._ledger.peak = max(before, self._ledger.peak)
 
 
 class FusedKernels(torch.fx.Interpreter):

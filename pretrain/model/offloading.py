@@ -146,4 +146,4 @@ def on_host(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -240,7 +240,7 @@ class FeedForward(nn.Module):
         if torch.is_grad_enabled():
             return tiled_swiglu(x, self.w1.weight, self.w3.weight, self.w2.weight, self.tokens)
         out = torch.empty_like(x)
-        for part, tile in zip(out.split(self.tokens), x.split(self.tokens), strict=True):
+        for part, tile in zip(torch.split(out, self.tokens), torch.split(x, self.tokens), strict=True):
             part.copy_(self._of(tile))  # by the layers, which may be measured
         return out
 
