@@ -58,6 +58,7 @@ from pretrain.standing import Standing, check_figures
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
+from shards.suites.suite import Suite
 
 _logger = logging.getLogger(__name__)
 _JUMP = 1.5  # a learning rate that grows by more from one step to the next can throw a model off
@@ -82,11 +83,13 @@ class Start:
         from_step: the checkpoint to go back to; None: the newest.
         engine: that of a training which goes back, whatever its state; None: it is made.
         prepared: what `shards.prepare` returned on rank 0.
+        suite: the evaluation's; None: there is none.
     """
 
     config: RunConfig
     topology: Topology
     tokenizer: Tokenizer
+    suite: Suite | None
     interrupt: Interrupt
     prepared: Prepared | None
     lease: Lease | None
@@ -104,7 +107,7 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     """
     config, topology = start.config, start.topology
     folder, store = config.folder, checkpoints_of(config)
-    loader = open_loader(config, topology, start.prepared, stack)
+    loader = open_loader(config, topology, start.prepared, stack, start.tokenizer)
     choice = choose(store, topology, start.from_step)
     engine = _engine(start, choice.checkpoint.step if choice.checkpoint else 0)
     state = _state(start, choice, store, engine, loader)
@@ -164,7 +167,7 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
     config, topology = start.config, start.topology
     # The row length is the same in every stage, so that a run has one series of evaluations.
     how = (config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
-    parts = load_parts(config.evaluation, start.tokenizer, *how)
+    parts = load_parts(config.evaluation, start.tokenizer, *how, start.suite)
     eval_set = next((part for part in parts if isinstance(part, EvalSet)), None)
     check_figures(config.judging_figures, eval_set, config.train.ema is not None)
     return parts
@@ -190,12 +193,19 @@ def _begin_folder(start: Start, store: CheckpointStore, step: int, begun: StartR
     folder.note_start(msgspec.to_builtins(begun), begun.config_hash)
 
 
-def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None, stack: ExitStack) -> Loader | None:
+def open_loader(
+    config: RunConfig,
+    topology: Topology,
+    prepared: Prepared | None,
+    stack: ExitStack,
+    tokenizer: Tokenizer | None = None,
+) -> Loader | None:
     """Open the loader on the ranks that read rows; every rank calls it.
 
     Args:
         prepared: what `shards.prepare` returned on rank 0.
         stack: closes the loader's workers.
+        tokenizer: the config's, if it is open already.
     """
     loader = None
     if topology.reads_rows:
@@ -207,6 +217,7 @@ def open_loader(config: RunConfig, topology: Topology, prepared: Prepared | None
             topology.dp_size,
             prepared,
             config.later_stages,
+            tokenizer,
         )
         stack.enter_context(loader)
     fingerprint = topology.broadcast_object(loader.fingerprint if loader else None)
@@ -334,7 +345,7 @@ def _tracker(start: Start, folder: RunFolder, labels: Sequence[str], loader: Loa
     """Make the tracker on rank 0, which always has a loader."""
     assert loader is not None
     config = start.config
-    warn_of_training_shards(config.evaluation, loader.fingerprint)
+    warn_of_training_shards(start.suite, loader.fingerprint)
     plain = config.model_dump(mode="json")
     described = describe(plain, config.hash(), loader.fingerprint, state.init_hash, folder.ancestors())
     rewound_to = None if start.from_step is None else state.step

@@ -33,8 +33,9 @@ from pretrain.model.architecture import Cache, ModelConfig
 from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.lora import is_adapter
-from pretrain.model.loss import Loss, Scores, Targets, last_logits, next_token_targets, target_scores, training_loss
+from pretrain.model.loss import Loss, Scores, Targets, next_token_targets, target_scores, training_loss
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
+from pretrain.model.prefill import next_logits
 from pretrain.model.weights import Weights
 from pretrain.mpu import ModelParallelUnit
 from pretrain.muon import Muon, make_optimizer
@@ -292,7 +293,7 @@ class Engine:
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return this rank's slice [B, vocab_size / tp_size] of the logits after tokens [B, T] that follow a cache."""
         self.deepspeed.eval()
-        return self.deepspeed(tokens, head=last_logits, cache=cache)
+        return next_logits(self.deepspeed, tokens, cache)
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:

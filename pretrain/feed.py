@@ -8,7 +8,7 @@ one collective, with everything else that they exchange once a step, such as a r
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,6 +108,10 @@ class _SkippedRecords:
         self.replays += totals["replays"]
 
 
+class FeedLeft(Exception):
+    """All ranks have agreed to stop where there were no rows to train on."""
+
+
 class Feed:
     """Draws one global batch per step.
 
@@ -128,14 +132,18 @@ class Feed:
         # Bad records and contaminated documents of all ranks after the last row of the data, once that was reached.
         self.skipped_at_end: tuple[list[Skipped], list[Skipped]] = ([], [])
 
-    def next(self, stop_requested: bool, saving: bool = False, seconds: RankSeconds = _NO_SECONDS) -> StepBatch | None:
+    def next(
+        self, wants_stop: Callable[[], bool], saving: bool = False, seconds: RankSeconds = _NO_SECONDS
+    ) -> StepBatch | None:
         """Return the next global batch that has any rows, or None on all ranks once all lanes have run dry.
 
         Args:
-            stop_requested: whether this rank wants to stop.
+            wants_stop: tells whether this rank wants to stop. It is asked for each batch, of which there may be
+                thousands without a row before data.weight_changes bring in sources that have some left.
             saving: whether this rank is still writing its part of a checkpoint.
             seconds: what this rank did in the step before; its loading is added here.
         Raises:
+            FeedLeft: on all ranks, if any of them wants to stop before there is a row.
             ShardError: on all ranks, if any of them could not read its data; its own message says why.
         """
         if self._ends_stage:
@@ -146,13 +154,15 @@ class Feed:
             batch, failure = self._draw()
             seconds = seconds._replace(loading=seconds.loading + time.perf_counter() - begun)
             own = self._totals_of(batch) | self._slots(seconds)
-            own |= {"stop_requests": int(stop_requested), "saving": int(saving), "failures": int(failure is not None)}
+            own |= {"stop_requests": int(wants_stop()), "saving": int(saving), "failures": int(failure is not None)}
             totals = dict(zip(own, self._topology.sum_int64(list(own.values())), strict=True))
             if totals["failures"]:
                 raise failure or ShardError("another rank could not read its data; see its message")
             skipped_records.add(batch, totals)
             if totals["rows"] or not totals["ranks_with_data"]:
                 break
+            if totals["stop_requests"]:
+                raise FeedLeft
             # A batch without a row on any rank is not a step: these lanes have run dry, but others have not.
             if self._loader:
                 self._loader.pass_over()

@@ -15,12 +15,14 @@ def train(trainer: Trainer) -> bool:
     trainer.evaluate_if_due()  # for a resumed step, only if a kill or a signal prevented it
     while not trainer.at_end and not trainer.stopping:
         batch = trainer.next_batch()
-        if batch is None:
-            trainer.end_data()
-        else:
+        if batch is not None:
             trainer.train_on(batch)
             if trainer.rewind:
                 break
+        elif trainer.data_is_used_up:
+            trainer.end_data()
+        else:  # all ranks stop before there was a row
+            break
         # First what cannot be recomputed.
         trainer.save_if_due()
         trainer.evaluate_if_due()

@@ -23,6 +23,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.engine import Engine
+from pretrain.evaluation.eval_set import find_suite
 from pretrain.evaluation.tasks import check_tasks
 from pretrain.exchange.folder import open_model, pinned
 from pretrain.exchange.run_model import RunModel
@@ -40,7 +41,7 @@ from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import Topology, dp_size_of, named_layout, started, world_size_of
 from shards import ConfigError, Prepared, Tokenizer, installation, tokenizer_check
 from shards.storage.atomic import is_there
-from shards.suites import suite
+from shards.suites.suite import Suite
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
     starts_over = fresh and Once(config.folder.root, "--fresh").is_due()
-    tokenizer = check_inputs(config, starts_over)
+    tokenizer, suite = check_inputs(config, starts_over)
     folder = config.folder
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -88,7 +89,7 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
         with interrupt.starting():
             with StartupBarrier(config.parallel.timeout_minutes) as barrier:
                 if barrier.is_host:
-                    check_texts(config, tokenizer)
+                    check_texts(config, tokenizer, suite)
                     progress = IndexingLog(barrier.advance)
                     claim = claim_run(config, folder, fresh, from_step, progress, stack)
                 else:
@@ -100,7 +101,7 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
         if topology.is_main:
             announce(config, topology)
         lease = claim.lease if claim else None
-        return _train(Start(config, topology, tokenizer, interrupt, prepared, lease, from_step))
+        return _train(Start(config, topology, tokenizer, suite, interrupt, prepared, lease, from_step))
 
 
 def _train(begun: Start) -> Report:
@@ -126,8 +127,8 @@ def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, top
     return "".join(parts)
 
 
-def check_inputs(config: RunConfig, starts_over: bool = False) -> Tokenizer:
-    """Check that the tokenizer fits the model and that the evaluation's texts exist; return the tokenizer.
+def check_inputs(config: RunConfig, starts_over: bool = False) -> tuple[Tokenizer, Suite | None]:
+    """Check that the tokenizer fits the model, and that the evaluation's texts exist; return tokenizer and suite.
 
     Args:
         starts_over: whether the run begins anew, whatever there is of it.
@@ -143,10 +144,9 @@ def check_inputs(config: RunConfig, starts_over: bool = False) -> Tokenizer:
         )
     if config.init_from and (starts_over or config.model.adapters or not checkpoints_of(config).steps()):
         _check_initial_model(config, config.init_from, tokenizer)
-    if config.evaluation.suite:
-        suite.find(config.evaluation.suite, config.evaluation.split)
+    suite = find_suite(config.evaluation)
     check_tasks(config.evaluation.tasks)
-    return tokenizer
+    return tokenizer, suite
 
 
 def _check_initial_model(config: RunConfig, path: Path, tokenizer: Tokenizer) -> None:
@@ -168,11 +168,11 @@ def _check_initial_model(config: RunConfig, path: Path, tokenizer: Tokenizer) ->
         check_tokenizer(model.tokenizer, tokenizer, key)
 
 
-def check_texts(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_texts(config: RunConfig, tokenizer: Tokenizer, suite: Suite | None) -> None:
     """Check the tokenizer on a sample of training and evaluation text; on rank 0 only. Raises ConfigError."""
     tokenizer_check.check_sources(config.all_stages[-1].data, tokenizer)
-    if config.evaluation.suite:
-        tokenizer_check.check_suite(suite.find(config.evaluation.suite, config.evaluation.split), tokenizer)
+    if suite:
+        tokenizer_check.check_suite(suite, tokenizer)
 
 
 @dataclass(frozen=True)

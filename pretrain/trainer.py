@@ -22,7 +22,7 @@ from pretrain.faults.stragglers import StragglerWatch
 from pretrain.faults.tripwires import Tripwires
 from pretrain.faults.unapplied_steps import UnappliedSteps
 from pretrain.faults.watchdog import Watchdog
-from pretrain.feed import Feed, StepBatch
+from pretrain.feed import Feed, FeedLeft, StepBatch
 from pretrain.held_out import EvaluationLeft, HeldOut
 from pretrain.journal import Journal
 from pretrain.profiling import StepProfiler
@@ -69,6 +69,7 @@ class Trainer:
         state: the run's state.
     Attributes:
         rewind: set if the run is to go back before the step that it has just made.
+        data_is_used_up: whether no rank has a row left.
     """
 
     def __init__(self, config: RunConfig, parts: Parts, topology: Topology, steps: int, state: RunState) -> None:
@@ -79,7 +80,7 @@ class Trainer:
         self._steps = steps
         self._stepper = Stepper(config, parts.engine, steps, state.step, parts.spikes)
         self.rewind: Rewind | None = None
-        self._data_is_used_up = False
+        self.data_is_used_up = False
         self._passed_over = False  # whether the last step was
         if state.step == 0:
             self._log_cursors()
@@ -92,7 +93,7 @@ class Trainer:
     @property
     def at_end(self) -> bool:
         """Return whether there is no further step to train."""
-        return self._data_is_used_up or self._is_last(self.state.step) or self.ending is not None
+        return self.data_is_used_up or self._is_last(self.state.step) or self.ending is not None
 
     @property
     def ending(self) -> Event | None:
@@ -110,7 +111,7 @@ class Trainer:
         return self.at_end and not self._is_evaluation_due() and self.rewind is None
 
     def next_batch(self) -> StepBatch | None:
-        """Return the next global batch, or None on all ranks when the data is used up.
+        """Return the next global batch, or None on all ranks: the data is used up, or they stop before there are rows.
 
         With it the ranks agree whether to stop, and learn whether all have written their checkpoint.
         """
@@ -119,14 +120,25 @@ class Trainer:
         parts.watchdog.begin("step", f"step {self.state.step + 1}", self.state.step)
         parts.recorder.meter.start_step()
         parts.stop.note_save(parts.saver.seconds)
-        with parts.recorder.meter.part("data_wait"):
-            batch = parts.feed.next(parts.stop.wanted(), parts.saver.busy, parts.recorder.seconds)
+        try:
+            with parts.recorder.meter.part("data_wait"):
+                batch = parts.feed.next(self._is_stop_wanted, parts.saver.busy, parts.recorder.seconds)
+        except FeedLeft:
+            parts.stop.agree(True)
+            parts.watchdog.end()
+            return None
         if batch is None:
+            self.data_is_used_up = True
             parts.watchdog.end()
             return None
         parts.stop.agree(batch.stop_requested)
         parts.saver.settle(batch.saving)
         return batch
+
+    def _is_stop_wanted(self) -> bool:
+        """Return whether this rank wants to stop, when a batch was drawn; even one without a row is progress."""
+        self._parts.watchdog.renew()
+        return self._parts.stop.wanted()
 
     def train_on(self, batch: StepBatch) -> None:
         """Make one optimizer step and record it."""
@@ -179,7 +191,6 @@ class Trainer:
 
     def end_data(self) -> None:
         """Record that the data, and with it the run, has ended."""
-        self._data_is_used_up = True
         # These were skipped on the way to a step that never came.
         self._parts.journal.log_skipped(self.state.step + 1, *self._parts.feed.skipped_at_end)
         self._parts.journal.log_data_end(self.state.step)

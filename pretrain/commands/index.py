@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pretrain.commands import data_report
+from pretrain.commands.arguments import at_least
 from pretrain.config_file import read_tree
 from pretrain.evaluation.compare import check_can_draw
 from shards import ConfigError, DataConfig, HeadraceError, ShardError, SourceConfig, document, preparation
@@ -77,9 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode from each splice point to the next and compare; off: only for a history's length, 1 MiB at least",
     )
     parser.add_argument("--cat", metavar="SHARD", help="print one document of a shard and exit; needs --document")
-    parser.add_argument("--document", type=int, metavar="N", help="its line in the unpacked shard, counted from 1")
+    parser.add_argument(
+        "--document", type=at_least(1), metavar="N", help="its line in the unpacked shard, counted from 1"
+    )
     parser.add_argument("--show", action="store_true", help="print each index")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of shards to index at a time")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count(), help="number of shards to index at a time"
+    )
     parser.add_argument(
         "--part", type=part, metavar="I/N", help="only every N-th shard, from the I-th on, counted from 0"
     )

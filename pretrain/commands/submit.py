@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -36,23 +35,13 @@ from pretrain.cluster.submission import (
     sbatch_finding,
     training_script,
 )
+from pretrain.commands.arguments import at_least
 from pretrain.config import RunConfig
 from pretrain.devices import slurm_names
 from shards import ConfigError
 from shards.storage.atomic import write_atomically
 
 _COLORS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return an argument type for whole numbers from `least` on."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
-        return int(text)
-
-    return whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pretrain.cluster.submission import Run, runs_of
-from pretrain.commands.submit import at_least
+from pretrain.commands.arguments import at_least
 from pretrain.config import load_config
 from pretrain.faults.interrupt import STOPPED
 from pretrain.report.figures import final_loss, last_eval

@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from pretrain.commands.arguments import at_least
 from shards import ConfigError, SourceConfig
 from shards.config import DEFAULT_TEXT_KEY
 from shards.storage import files
@@ -35,9 +36,12 @@ _MAX_BYTES = 1 << 28
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="PATTERN", help="files or globs, in quotes")
     parser.add_argument("--kind", choices=("sentencepiece", "byte-level"), default="sentencepiece")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument("--vocab-size", type=at_least(1), required=True, help="number of tokens")
     parser.add_argument(
-        "--max-bytes", type=int, default=_MAX_BYTES, help=f"size of the sample, in UTF-8; default: {_MAX_BYTES:,}"
+        "--max-bytes",
+        type=at_least(1),
+        default=_MAX_BYTES,
+        help=f"size of the sample, in UTF-8; default: {_MAX_BYTES:,}",
     )
     parser.add_argument(
         "--character-coverage",

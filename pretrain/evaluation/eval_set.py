@@ -104,20 +104,37 @@ class EvalSet:
         )
 
 
+def find_suite(config: EvaluationConfig) -> Suite | None:
+    """Find the config's suite; return None if it names none. Raises ConfigError if it does not exist."""
+    return find(config.suite, config.split) if config.suite else None
+
+
 def load_parts(
-    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int, dp_size: int
+    config: EvaluationConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    precision: str,
+    dp_rank: int,
+    dp_size: int,
+    found: Suite | None = None,
 ) -> list[EvalSet | TaskSet]:
     """Load a rank's part of all that a config scores: the suite, if there is one, and the tasks.
 
     The arguments and errors are those of `load_suite` and `load_tasks`.
     """
     how = (tokenizer, seq_len, precision, dp_rank, dp_size)
-    suite = load_suite(config, *how)
+    suite = load_suite(config, *how, found)
     return [*([suite] if suite else []), *load_tasks(config.tasks, config.subset_seed, *how)]
 
 
 def load_suite(
-    config: EvaluationConfig, tokenizer: Tokenizer, seq_len: int, precision: str, dp_rank: int = 0, dp_size: int = 1
+    config: EvaluationConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    precision: str,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    found: Suite | None = None,
 ) -> EvalSet | None:
     """Read, tokenize and pack the config's suite; return None if it names none.
 
@@ -125,14 +142,15 @@ def load_suite(
 
     Args:
         precision: precision of the forward pass, for the label.
+        found: what `find_suite` returned, if it was called already.
     Raises:
         ConfigError: if the suite does not exist, one of its sources or domains has nothing to score, or the tokenizer
             cannot spell its texts.
         ShardError: if one of its files is damaged, or holds token ids that the tokenizer does not have.
     """
-    if config.suite is None:
+    suite = found or find_suite(config)
+    if suite is None:
         return None
-    suite = find(config.suite, config.split)
     packer = RowPacker(seq_len, dp_rank, dp_size)
     known: dict[str, str] = {}  # domain -> source
     domains: list[str] = []
@@ -240,15 +258,13 @@ def _chosen(suite: Suite, tokenizer: Tokenizer, config: EvaluationConfig) -> Ite
         yield document, found
 
 
-def warn_of_training_shards(config: EvaluationConfig, fingerprint: Mapping[str, object]) -> None:
+def warn_of_training_shards(suite: Suite | None, fingerprint: Mapping[str, object]) -> None:
     """Warn of suite files that are trained on, judged by their contents: their loss is meaningless.
 
     Args:
         fingerprint: the fingerprint of the run's data, from a loader.
     """
-    if config.suite is None:
-        return
-    for found in training_shards(find(config.suite, config.split), fingerprint):
+    for found in training_shards(suite, fingerprint) if suite else ():
         _logger.warning("the evaluation suite contains training data: %s; its loss will look too good", found)
 
 

@@ -59,6 +59,11 @@ class Watchdog:
         self._watched = (name, step, time.monotonic()) if kind in self._kinds else None
         self._kinds.add(kind)
 
+    def renew(self) -> None:
+        """Give the current part its time again, since it has got on."""
+        if self._watched:
+            self._watched = (*self._watched[:2], time.monotonic())
+
     def end(self) -> None:
         """End the current part."""
         self._watched = None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pretrain.model.architecture import Cache, ModelConfig, Precision
 from pretrain.model.attention_choice import attention_backend
-from pretrain.model.loss import Scores, Targets, last_logits, target_scores
+from pretrain.model.loss import Scores, Targets, target_scores
+from pretrain.model.prefill import next_logits
 from pretrain.model.weights import Weights, fill
 from pretrain.topology import ParallelConfig, Topology
 
@@ -50,4 +51,4 @@ class ForwardModel:
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return this rank's slice of the logits after tokens [1, T] that follow those in the cache."""
-        return self._model(tokens, head=last_logits, cache=cache)
+        return next_logits(self._model, tokens, cache)

@@ -24,6 +24,10 @@ _logger = logging.getLogger(__name__)
 # Tokens [B, T] after those in the cache -> this rank's slice of the last token's logits [B, vocab_size / tp_size]
 NextLogits = Callable[[Tensor, Cache], Tensor]
 
+# Tokens of the prompt with which a continuation is decoded: more than the bytes of a character, and few to decode again
+# after each token
+_CONTEXT_TOKENS = 32
+
 _UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are missing
 
 
@@ -98,7 +102,7 @@ def generate(
     if len(ids) >= max_length:
         _logger.warning("the prompt's %d tokens fill the context of %d, so nothing can follow", len(ids), max_length)
         return
-    stream = TextStream(codec, ids, sampling.stop)
+    stream = TextStream(codec, ids[-_CONTEXT_TOKENS:], sampling.stop)
     end = min(max_length, len(ids) + sampling.max_tokens)
     cache = new_cache(end)  # not max_length, since a long context's cache can take more memory than the model
     # Drawn on the CPU, so that the text is the same on every device.

@@ -142,8 +142,17 @@ class ModelConfig(Config, ABC):
         """List all weights between embedding and output, by name, in the order in which the layers use them."""
 
     @abstractmethod
-    def new_cache(self, max_length: int) -> Cache:
-        """Make an empty cache for documents of at most so many tokens, prompt and continuation together."""
+    def new_cache(self, max_length: int, dtype: torch.dtype | None = None) -> Cache:
+        """Make an empty cache for documents of at most so many tokens, prompt and continuation together.
+
+        Args:
+            dtype: type of what it keeps of each token; None: the type in which that is computed.
+        """
+
+    @property
+    def cached_numbers(self) -> int:
+        """Return how many numbers a cache keeps of each token, divided among the tp ranks; 0: its size is fixed."""
+        return 0
 
     @property
     @abstractmethod

@@ -39,7 +39,7 @@ def attention_within_pieces(pieces: Pieces, backend: AttentionBackend, dropout: 
     return {"sdpa": _masked_attention, "flex": _flex_attention, "varlen": _varlen_attention}[backend](pieces)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Return PyTorch's attention, in the layout of `Attend`, where a mask [..., T (query), T (key)] allows it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -70,7 +70,7 @@ def _mask_of(pieces: Pieces) -> Tensor:
 
 
 def _masked_attention(pieces: Pieces) -> Attend:
-    return functools.partial(sdpa, mask=_mask_of(pieces))
+    return functools.partial(_sdpa, mask=_mask_of(pieces))
 
 
 def _varlen_attention(pieces: Pieces) -> Attend:

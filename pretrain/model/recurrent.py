@@ -70,8 +70,8 @@ class RecurrentConfig(ModelConfig):
         blocks = {f"blocks.{layer}.{name}": spec for layer in range(self.n_layers) for name, spec in block.items()}
         return {**blocks, "norm.weight": WeightSpec((dim,))}
 
-    def new_cache(self, max_length: int) -> Contexts:
-        """Make empty contexts, whose size does not depend on the length."""
+    def new_cache(self, max_length: int, dtype: torch.dtype | None = None) -> Contexts:
+        """Make empty contexts, whose size does not depend on the length; they are sums, and so fp32 in any case."""
         return Contexts(self.n_layers)
 
     @property

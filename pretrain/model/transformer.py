@@ -112,9 +112,14 @@ class LlamaConfig(ModelConfig):
         blocks = [(f"blocks.{layer}.{name}", spec) for layer in range(self.n_layers) for name, spec in block.items()]
         return {f"{name}.weight": spec for name, spec in [*blocks, ("norm", WeightSpec((dim,)))]}
 
-    def new_cache(self, max_length: int) -> KVCache:
+    def new_cache(self, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """Make an empty cache of keys and values."""
-        return KVCache(self.n_layers, max_length)
+        return KVCache(self.n_layers, max_length, dtype)
+
+    @property
+    def cached_numbers(self) -> int:
+        """Return how many numbers of a token's keys and values a cache keeps, over all layers and tp ranks."""
+        return 2 * self.n_layers * self.kv_heads * self.head_dim
 
     @property
     def logit_variance(self) -> float:

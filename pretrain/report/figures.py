@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.run.eval_figure import UNIT_OF, loss_key
-from pretrain.run.history import History
+from pretrain.run.history import Floats, History
 
 _FRESH_SECONDS = 120.0  # a lease without a heartbeat for so long is not held any more
 _LAST = 20  # the last 1/20 of a run's steps, over which its final loss is averaged
@@ -58,13 +58,51 @@ class LastEval(NamedTuple):
     unit: str  # of the loss
 
 
-def last_eval(history: History, domain: str = "macro") -> LastEval | None:
-    """Return the last evaluation of a domain or average; None without one."""
+def last_eval(history: History, domain: str = "macro", up_to: int | None = None) -> LastEval | None:
+    """Return the last evaluation of a domain or average, up to a step; None without one."""
     of_steps = history.evals.get(history.suite() or "", {}).get(domain, {})
-    if not of_steps:
+    steps = [step for step in of_steps if up_to is None or step <= up_to]
+    if not steps:
         return None
-    last, key = max(of_steps), loss_key(of_steps.values())
+    last, key = max(steps), loss_key(of_steps.values())
     return LastEval(last, number(of_steps[last].get(key)), UNIT_OF[key])
+
+
+class Ends(NamedTuple):
+    """Where runs ended, by one figure.
+
+    Attributes:
+        values: the figure of each run.
+        figure: what it is.
+        note: of which steps it is, where that does not go without saying.
+    """
+
+    values: Floats
+    figure: str
+    note: str = ""
+
+
+def ends_of(histories: Sequence[History]) -> Ends:
+    """Return the last evaluation of each run or, where some have none in the same unit, the training loss.
+
+    Where some runs have not come to their end, as after halving, all are judged at the last step at which all of them
+    were scored: the loss of a short training says little beside that of a long one.
+    """
+    unit, last = unit_of(histories), [history.last_step for history in histories]
+    unfinished = sum(history.length is None or history.last_step < history.length for history in histories)
+    span = f"{unfinished} of the {len(last)} runs did not finish" if unfinished else ""
+    found = [last_eval(history) for history in histories]
+    if any(one is None or one.unit != unit for one in found):
+        between = f"{span}: they ended at steps {min(last):,} to {max(last):,}." if min(last) < max(last) else ""
+        return Ends(np.array([final_loss(history) for history in histories]), "training loss, last 5 %", between)
+    if unfinished:
+        scored = (history.evals[history.suite() or ""]["macro"] for history in histories)
+        if common := set.intersection(*map(set, scored)):
+            found = [last_eval(history, up_to=max(common)) for history in histories]
+            span += f", so all are shown at step {max(common):,}, the last at which each was scored."
+        else:
+            span += ", and they were scored at different steps."
+    return Ends(np.array([one.loss for one in found if one]), f"{unit}, macro", span)
 
 
 def unit_of(histories: Sequence[History]) -> str:

@@ -19,7 +19,7 @@ from pretrain.evaluation.scores import DocumentScores
 from pretrain.report.chart import Chart, Floats, Series, needs_log
 from pretrain.report.curves import sentences
 from pretrain.report.facts import Cell, Table
-from pretrain.report.figures import final_loss, last_eval, number, state_of, unit_of, usual_speed
+from pretrain.report.figures import Ends, ends_of, final_loss, last_eval, number, state_of, unit_of, usual_speed
 from pretrain.report.thinning import thin
 from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
@@ -258,18 +258,12 @@ def by_key(histories: Sequence[History]) -> Iterator[Chart]:
     """Draw, for each swept key, where the runs ended over its values; a line for each choice of the other keys."""
     settings = settings_of(histories).differing
     swept = [key for key in settings if key != SEED]
-    unit = unit_of(histories)
-    has_evals = all((scored := last_eval(history)) and scored.unit == unit for history in histories)
-    what = f"{unit}, macro" if has_evals else "training loss, last 5 %"
-    ends = []
-    for history in histories:
-        scored = last_eval(history)
-        ends.append(scored.loss if has_evals and scored else final_loss(history))
+    ends = ends_of(histories)
     for key in swept:
-        yield _panel(key, settings, swept, np.array(ends), what)
+        yield _panel(key, settings, swept, ends)
 
 
-def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], ends: Floats, what: str) -> Chart:
+def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], ends: Ends) -> Chart:
     values = settings[key]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     is_number = len(numbers) == len(values)
@@ -283,12 +277,13 @@ def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], en
     series = []
     for color, (label, members) in enumerate(list(lines.items())[:_CURVES]):
         x = sorted({place[i] for i in members})
-        runs = [[ends[i] for i in members if place[i] == at] for at in x]
+        runs = [[ends.values[i] for i in members if place[i] == at] for at in x]
         width = max(map(len, runs))
         table = np.array([run + [math.nan] * (width - len(run)) for run in runs]).T
         one = _spread(label, np.array(x), table)
-        series.append(Series(label or what, one.x, one.y, one.low, one.high, color, "dots"))
+        series.append(Series(label or ends.figure, one.x, one.y, one.low, one.high, color, "dots"))
     notes = [
+        ends.note,
         "The band reaches from the least to the greatest seed." if SEED in settings else "",
         f"Only the first {_CURVES} of {len(lines)} choices of the other keys are drawn."
         if len(lines) > _CURVES
@@ -296,8 +291,8 @@ def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], en
     ]
     is_log = is_number and min(place) > 0 and max(place) / min(place) >= 8
     return Chart(
-        f"by_{key.replace('.', '_')}", f"By {key}", key, what, tuple(series), note=sentences(notes), log_x=is_log,
-        log_y=needs_log(ends), x_names=() if is_number else tuple(map(str, kinds)),
+        f"by_{key.replace('.', '_')}", f"By {key}", key, ends.figure, tuple(series), note=sentences(notes),
+        log_x=is_log, log_y=needs_log(ends.values), x_names=() if is_number else tuple(map(str, kinds)),
         x_ticks=tuple(map(float, kinds)) if is_number and len(kinds) <= _TICKS else (),
     )  # fmt: skip
 

@@ -25,6 +25,18 @@ SHARD = "pile.jsonl"
 pytestmark = pytest.mark.distributed
 
 
+# Python's audit events of a start
+WATCHED = """
+import os, sys
+def told(event, arguments):
+    if event == "open" and arguments[0] == "{folder}/tokenizer.json":
+        os.write(1, b"TOKENIZER OPENED\\n")
+    if event in ("os.listdir", "os.scandir") and str(arguments[0]) == "{folder}/suite/pile":
+        os.write(1, b"SUITE LISTED\\n")
+sys.addaudithook(told)
+"""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Train with a tokenizer.json made here; the first start is killed, the second one finishes."""
@@ -49,8 +61,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     )
     (rank,) = start_ranks(1, "pretrain", "train", "--config", str(config))
     kill_after(rank, folder / "run" / "metrics.jsonl", KILLED_AFTER)
-    codes, output = run_starts(config, [(1, [], "")])
+    codes, output = run_starts(config, [(1, [], WATCHED.format(folder=folder))])
     assert codes == [[0]], output
+    (folder / "output").write_text(output)
     return RunFolder(folder / "run")
 
 
@@ -67,6 +80,11 @@ def exported(run: RunFolder) -> Path:
     model = run.root.parent / "model"
     run_ranks(1, "pretrain", "export", "--run", str(run.root), "--to", str(model))
     return model
+
+
+def test_a_start_opens_the_tokenizer_and_looks_the_suite_up_once(run: RunFolder) -> None:
+    output = (run.root.parent / "output").read_text()
+    assert (output.count("TOKENIZER OPENED"), output.count("SUITE LISTED")) == (1, 1), output
 
 
 def test_a_killed_run_has_the_batches_of_the_loader_and_the_ids_of_the_export(run: RunFolder, exported: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_run_is_no_model_for_commands_that_take_an_exported_one(parent: Path) 
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
-        (["init_from={parent}@3"], 1, "has no complete checkpoint of step 3; it has [2, 4]"),
+        (["init_from={parent}@3"], 2, "has no complete checkpoint of step 3; it has [2, 4]"),
         (["init_from={parent}", "model.ffn_dim=96"], 2, "model.ffn_dim=64, but model.ffn_dim=96"),
         (["init_from={parent}", "init_optimizer=true", "optim.name=muon"], 2, "says optim.name=adamw"),
         (["init_optimizer=true"], 2, "init_optimizer: needs the run in init_from"),

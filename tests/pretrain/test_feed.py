@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.faults.stragglers import RankSeconds
-from pretrain.feed import Feed
+from pretrain.feed import Feed, FeedLeft
 from shards import DataConfig, HeadraceError, Loader, ShardError, Stage, prepare
 from tests.shards.corpora import config, record, words, write_shard
 
@@ -75,14 +76,14 @@ def steps(data: DataConfig, ranks: int, seed: int = 0) -> list[list[dict[str, An
             feed = Feed(loader, [Stage(0, data, ROWS)], topology)
             found = []
             own = RankSeconds(0.0, *(place.rank + part / 4 for part in (1, 2, 3)))
-            while (batch := feed.next(stop_requested=place.rank == 1, saving=place.rank == 0, seconds=own)) is not None:
+            while (batch := feed.next(lambda: place.rank == 1, saving=place.rank == 0, seconds=own)) is not None:
                 assert [each[1:] for each in batch.rank_seconds] == [
                     (r + 0.25, r + 0.5, r + 0.75) for r in range(ranks)
                 ]
                 assert all(0 < each.loading < 60 for each in batch.rank_seconds)
                 assert batch.tokens.shape == (ROWS // ranks, data.seq_len + 1)
                 found.append({key: value for key, value in vars(batch).items() if key not in UNLIKE})
-            assert feed.next(stop_requested=False) is None
+            assert feed.next(lambda: False) is None
             return [*found, {"passed_over": feed.skipped_at_end}]
 
     return Ranks(ranks).run(work)
@@ -131,7 +132,7 @@ def test_all_ranks_learn_of_data_that_one_cannot_read(tmp_path: Path) -> None:
         with Loader(data, ROWS, 0, place.rank, 2, prepared=prepared) as loader:
             feed = Feed(loader, [Stage(0, data, ROWS)], topology)
             try:
-                while feed.next(stop_requested=False):
+                while feed.next(lambda: False):
                     pass
             except HeadraceError as error:
                 return error
@@ -151,3 +152,50 @@ def test_each_bad_record_is_listed_even_if_no_row_follows_it(tmp_path: Path, see
     (found,) = steps(data, 1, seed)
     listed = [skipped for step in found[:-1] for skipped in step["skipped"]] + found[-1]["passed_over"][0]
     assert sorted(skipped.line for skipped in listed) == list(range(1, 11))
+
+
+def test_a_stop_is_noticed_where_batches_are_empty_and_a_resume_is_exact(tmp_path: Path) -> None:
+    """Between the end of one source and the step that brings in the other there are 5,000 batches without a row."""
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.jsonl", b"".join(record(words(i, 40)) for i in range(20)))
+    sources = [
+        {"name": "a", "paths": [str(tmp_path / "a.jsonl")], "max_epochs": 1, "weight": 1.0},
+        {"name": "b", "paths": [str(tmp_path / "b.jsonl")], "max_epochs": 1, "weight": 0.0},
+    ]
+    changes = [{"step": 5000, "weights": {"a": 0.0, "b": 1.0}}]
+    data = config(sources, lanes=2, window_bytes=512, weight_changes=changes)
+    prepared = prepare(data)
+
+    def work(place: Place) -> tuple[list[int], list[int], int]:
+        """Return the hashes of the batches up to the stop, of those after it, and the looks after the last batch."""
+        topology: Any = place
+        before: list[int] = []
+        looks = 0
+
+        def wants_stop() -> bool:
+            nonlocal looks
+            looks += 1
+            return looks == 3 and place.rank == 1
+
+        with Loader(data, ROWS, 0, place.rank, 2, prepared=prepared) as loader:
+            feed = Feed(loader, [Stage(0, data, ROWS)], topology)
+            with suppress(FeedLeft):
+                while batch := feed.next(wants_stop):
+                    before.append(batch.row_hash)
+                    looks = 0
+            cursors = topology.broadcast_object(feed.cursors())
+        with Loader(data, ROWS, 0, place.rank, 2, prepared=prepared) as loader:
+            loader.load_state_dict(cursors)
+            feed, after = Feed(loader, [Stage(0, data, ROWS)], topology), []
+            while batch := feed.next(lambda: False):
+                after.append(batch.row_hash)
+        return before, after, looks
+
+    found = Ranks(2).run(work)
+    assert found[0] == found[1]
+    before, after, looks = found[0]
+    assert looks == 3, "the stop is noticed with the batch at which it is asked for"
+    (alone,) = steps(data, 1)
+    assert before + after == [step["row_hash"] for step in alone[:-1]]
+    assert before
+    assert after

@@ -11,11 +11,13 @@ from pretrain.model import loss
 from pretrain.model.architecture import Heads
 from pretrain.model.attention import Attend, AttentionBackend, attention_within_pieces
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
+from pretrain.model.cached_attention import cached_attention
 from pretrain.model.pieces import pieces_of
 from pretrain.model.recurrent import scan
 from pretrain.model.rotary import rotary_angles, rotate
 from pretrain.topology import ParallelConfig, Topology
 from tests.distributed.parity import LEARNING_RATES, OPTIM, global_batches, model_config, run_case
+from tests.pretrain.model.test_cached_attention import masked_softmax
 from tests.reference_model import Shape, train
 
 pytestmark = [
@@ -150,3 +152,14 @@ def test_a_scan_on_cuda_equals_that_on_the_cpu(length: int) -> None:
         found.append([x.cpu() for x in (out, *torch.autograd.grad(out, inputs, gradient.to(device)))])
     for on_cpu, on_cuda in zip(*found, strict=True):
         torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_attention_to_a_cache_equals_that_with_a_mask(dtype: torch.dtype, kept: torch.dtype, head_dim: int) -> None:
+    for count, n_tokens in ((300, 300), (300, 9000), (1, 9000)):
+        q = torch.randn(2, count, 8, head_dim, device=CUDA).to(dtype)
+        keys, values = torch.randn(2, 2, 2, n_tokens, head_dim, device=CUDA).to(kept)
+        found, expected = cached_attention(q, keys, values), masked_softmax(q.float(), keys, values)
+        torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

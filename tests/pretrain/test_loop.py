@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.faults.spikes import SpikeWatch
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.stragglers import RankSeconds, StragglerWatch
 from pretrain.faults.watchdog import Watchdog
-from pretrain.feed import StepBatch
+from pretrain.feed import FeedLeft, StepBatch
 from pretrain.loop import train
 from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.events import Event
@@ -31,6 +32,7 @@ SAVED_EVERY, EVALUATED_EVERY, BATCHES = 4, 3, 2  # steps, steps, batches of an e
 HASHED_EVERY = 5  # steps
 HASHES = StateHash("0", "1")
 DATA_END = 8  # number of steps that the data lasts
+GAP_AFTER, EMPTY = 5, 4  # a step, and batches without a row that follow it
 
 
 class Run:
@@ -109,16 +111,19 @@ class Run:
         self.at = self.state.step
         return train(self.trainer)
 
-    def next(self, stop_requested: bool, saving: bool, seconds: RankSeconds) -> StepBatch | None:
+    def next(self, wants_stop: Callable[[], bool], saving: bool, seconds: RankSeconds) -> StepBatch | None:
         if self.at >= DATA_END:
             return None
+        for _ in range(EMPTY if self.at == GAP_AFTER else 0):
+            if wants_stop():
+                raise FeedLeft
         self.at += 1
         nothing = torch.zeros(0)
         return StepBatch(
             nothing, nothing, stage=0, n_targets=1, n_tokens=1, n_padding=0, squared_lengths=1, row_hash=1,
             trained_hash=1, n_forgotten=0, tokens_per_source={},
             epoch_per_source={}, skipped=[], skipped_so_far=0, replays=0, contaminated=[],
-            stop_requested=stop_requested, saving=saving,
+            stop_requested=wants_stop(), saving=saving,
         )  # fmt: skip
 
     def record(self, made: Step, *others: Any) -> SimpleNamespace:

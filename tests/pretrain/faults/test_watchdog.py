@@ -32,6 +32,8 @@ with module.Watchdog(0.04, 3, lambda event: print(event.step, event.kind, flush=
     for step in range(2, 6):
         watchdog.begin("step", f"step {step}", step - 1)
         pass_seconds(0.03)
+        watchdog.renew()
+        pass_seconds(0.03)
     watchdog.end()
     print("alive", flush=True)
     watchdog.begin("step", "step 6", 5)

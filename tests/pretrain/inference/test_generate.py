@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from pretrain.commands.generate import texts_of
 from pretrain.inference.generate import Sampling, TextStream, codec_of, generate, sample
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import Topology
-from shards import Tokenizer
+from shards import ConfigError, Tokenizer
 from tests.vocabularies import foreign_pieces
 
 TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
@@ -63,6 +66,26 @@ def test_streamed_text_equals_text_decoded_at_the_end() -> None:
         prompt, new = ids[:3], ids[3:]
         expected = TOKENIZER.decode(ids)[len(TOKENIZER.decode(prompt)) :]
         assert "".join(streamed(prompt, new)) == expected
+
+
+def test_the_text_after_a_long_prompt_is_decoded_with_its_end_alone(topology: Topology) -> None:
+    prompt = "Once upon a time, " * 40 + "née 你"
+    context = ids_of(prompt)
+    following = [*ids_of("好 😀"), *ids_of(" cat")]
+    decoded: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return TOKENIZER.decode(ids)
+
+    def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return torch.eye(4096)[following[max(0, len(decoded) - 1) :][:1]]
+
+    codec = dataclasses.replace(CODEC, decode=decode)
+    sampling = Sampling(max_tokens=len(following), temperature=0)
+    found = "".join(generate(next_logits, new_cache, 1 << 12, codec, prompt, sampling, topology))
+    assert found == TOKENIZER.decode([*context, *following])[len(TOKENIZER.decode(context)) :]
+    assert max(decoded) < 64 < len(context), "not the whole prompt again for each token"
 
 
 def test_a_character_of_several_bytes_is_streamed_whole() -> None:
@@ -159,3 +182,14 @@ def test_a_prompt_that_the_tokenizer_cannot_spell_is_reported(
     assert "cannot spell" not in caplog.text
     list(generate(next_logits, new_cache, 64, codec, "the cat", sampling, topology))
     assert "the tokenizer cannot spell a part of the prompt" in caplog.text
+
+
+def test_a_file_is_a_prompt_as_it_is_or_refused_by_name(tmp_path: Path) -> None:
+    text = "One line,\r\nanother\u2028and\n\na last.\n"
+    (tmp_path / "good.txt").write_bytes(text.encode())
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    assert texts_of([tmp_path / "good.txt"] * 2) == [text, text]
+    with pytest.raises(ConfigError, match=r"--prompt-file=.*bad\.txt is not UTF-8 at byte 3"):
+        texts_of([tmp_path / "good.txt", tmp_path / "bad.txt"])
+    with pytest.raises(ConfigError, match=r"--prompt-file=.*none\.txt: No such file"):
+        texts_of([tmp_path / "none.txt"])

@@ -16,9 +16,18 @@ SUITE = "suite.seq64.fp32@12345678"
 
 
 def make_run(
-    root: Path, learning_rate: float = 1e-3, seed: int = 0, steps: int = 40, evals: tuple[int, ...] = (0, 20, 40)
+    root: Path,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    steps: int = 40,
+    evals: tuple[int, ...] = (0, 20, 40),
+    length: int | None = None,
 ) -> RunFolder:
-    """Write a run's config, records and scores; the loss falls faster with a higher learning rate."""
+    """Write a run's config, records and scores; the loss falls faster with a higher learning rate.
+
+    Args:
+        length: train.steps, if it is more than the steps that were made.
+    """
     root.mkdir(parents=True)
     folder = RunFolder(root)
     config = {
@@ -32,7 +41,7 @@ def make_run(
                 {"name": "dolma", "paths": ["dolma/*"], "weight": 3.0},
             ],
         },
-        "train": {"steps": steps, "global_batch_size": 8},
+        "train": {"steps": length or steps, "global_batch_size": 8},
         "optim": {"learning_rate": learning_rate},
         "precision": "fp32",
     }

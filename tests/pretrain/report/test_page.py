@@ -183,6 +183,19 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
     np.testing.assert_allclose(panel["series"][0]["y"], np.reshape(ends, (3, 2)).mean(axis=1), rtol=1e-5)
 
 
+def test_runs_that_were_ended_early_are_judged_at_the_last_common_step(tmp_path: Path) -> None:
+    cut = read_run(make_run(tmp_path / "cut", learning_rate=1e-4, steps=20, evals=(0, 20), length=40))
+    whole = read_run(make_run(tmp_path / "whole"))
+    (panel,) = side_by_side.by_key([cut, whole])
+    expected = [history.evals[SUITE]["macro"][20]["bits_per_byte"] for history in (cut, whole)]
+    np.testing.assert_allclose(panel.series[0].y, expected, rtol=1e-12)
+    assert "1 of the 2 runs did not finish, so all are shown at step 20" in panel.note
+    unscored = [read_run(make_run(tmp_path / f"u{n}", 1e-4 * n, steps=20 * n, evals=(), length=40)) for n in (1, 2)]
+    (panel,) = side_by_side.by_key(unscored)
+    assert panel.y_label == "training loss, last 5 %"
+    assert "they ended at steps 20 to 40" in panel.note
+
+
 def test_a_key_that_an_older_program_did_not_write_is_no_setting(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name) for name in ("old", "new", "more")]
     for folder in folders[1:]:
