@@ -268,6 +268,7 @@ class RunConfig(Config):
         values = self.model_dump(mode="json")
         # Configs of before there was a choice have the same hash
         _leave_out(values["parallel"], sp_size=1, feed_forward_tokens=None)
+        _leave_out(values["evaluation"], needles=None)
         for stage in values["stages"]:
             _leave_out(stage, model=StageModel().model_dump(mode="json"))
         for section in (values, *values["stages"]):

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pretrain.evaluation.scores import Scores, evaluated_steps, labels, record_scores
-from pretrain.run.eval_figure import UNIT_OF, is_of_task, loss_key
+from pretrain.run.eval_figure import UNIT_OF, described_depths, is_of_task, loss_key
 from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
@@ -98,8 +98,8 @@ class Journal:
             for record in records:
                 if is_of_task(record):
                     _logger.info(
-                        "step %d: task %s: accuracy %.3f (%s), %.3f bits per byte",
-                        step, record["domain"], record["accuracy"], record["metric"], record["bits_per_byte"],
+                        "step %d: task %s: accuracy %.3f (%s), %.3f bits per byte%s", step, record["domain"],
+                        record["accuracy"], record["metric"], record["bits_per_byte"], described_depths(record),
                     )  # fmt: skip
                 elif record["domain"] == "macro":
                     key = loss_key([record])

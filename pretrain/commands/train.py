@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 
 from pretrain.config import RunConfig, load_config
-from pretrain.evaluation.tables import domain_table, task_table
+from pretrain.evaluation.tables import domain_table, needle_table, task_table
 from pretrain.faults.interrupt import STOPPED, Stopped
 from pretrain.optim import learning_rate_of_run
 from pretrain.report.page import write_page
-from pretrain.run.eval_figure import is_of_task
+from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import Report, start
@@ -84,6 +84,8 @@ def print_report(config: RunConfig, report: Report) -> None:
     if of_tasks:
         before, after = _first_and_last(of_tasks)
         console.print(task_table(after, before))
+        if needles := [record for record in after if depths_of(record)]:
+            console.print(needle_table(needles))
     console.print("A continuation by the model:", style="bold")
     console.print(config.evaluation.prompt, end="", style="dim", markup=False, highlight=False)
     console.print(report.continuation, markup=False, highlight=False)

@@ -12,14 +12,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pretrain.evaluation.contexts import bounds_of
+from pretrain.evaluation.needles import NeedlesConfig, load_needles
 from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
-from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Sums, label_of, source_line
+from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Totals, label_of, source_line
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
 from shards import Config, ConfigError, ShardError, Tokenizer
 from shards.hashing import key_of
@@ -40,13 +42,20 @@ class EvaluationConfig(Config):
     max_tokens: int | None = Field(None, ge=1)  # per domain, in whole documents; None: all
     subset_seed: int = Field(0, ge=0)  # selects the documents and instances, if not all are scored
     tasks: tuple[TaskConfig, ...] = ()  # multiple-choice and completion tasks to score
+    needles: NeedlesConfig | None = None  # texts that hide a number and ask for it, by length and depth; None: none
     batch_size: int | None = Field(None, ge=1)  # rows a rank scores at once; None: as in training
     prompt: str = "The "  # a finished run prints a continuation of it
 
     @property
     def is_empty(self) -> bool:
         """Return whether there is nothing to score."""
-        return self.suite is None and not self.tasks
+        return self.suite is None and not self.tasks and self.needles is None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if taken := {task.called for task in self.tasks} & set(self.needles.names if self.needles else ()):
+            raise ValueError(f"tasks: {min(taken)} is the name of figures of needles; give the task another")
+        return self
 
     def due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -89,8 +98,18 @@ class EvalSet:
             if line in (domain, source_line(source), *AVERAGES)
         )
 
-    def scores_of(self, sums: Sums) -> DocumentScores:
-        """Return the scores of its documents; the sums are those of `scoring.item_sums`."""
+    @property
+    def group(self) -> npt.NDArray[np.int32]:
+        """Return the domain of each document, [documents], over which losses are added up by context."""
+        return self.document_domain
+
+    def rows_at_once(self, batch_size: int) -> int:
+        """Return how many rows are scored at once."""
+        return batch_size
+
+    def scores_of(self, totals: Totals) -> DocumentScores:
+        """Return the scores of its documents."""
+        sums = totals.items
         return DocumentScores(
             suite=self.label,
             domains=self.domains,
@@ -101,6 +120,8 @@ class EvalSet:
             tokens=self.targets,
             correct=sums[:, 2].astype(np.int64),
             text_bytes=self.document_bytes,
+            context_sums=totals.contexts,
+            context_bounds=bounds_of(self.seq_len),
         )
 
 
@@ -118,13 +139,14 @@ def load_parts(
     dp_size: int,
     found: Suite | None = None,
 ) -> list[EvalSet | TaskSet]:
-    """Load a rank's part of all that a config scores: the suite, if there is one, and the tasks.
+    """Load a rank's part of all that a config scores: the suite, if there is one, the tasks, and the needles.
 
-    The arguments and errors are those of `load_suite` and `load_tasks`.
+    The arguments and errors are those of `load_suite`, `load_tasks` and `load_needles`.
     """
     how = (tokenizer, seq_len, precision, dp_rank, dp_size)
     suite = load_suite(config, *how, found)
-    return [*([suite] if suite else []), *load_tasks(config.tasks, config.subset_seed, *how)]
+    tasks = load_tasks(config.tasks, config.subset_seed, *how)
+    return [*([suite] if suite else []), *tasks, *load_needles(config.needles, *how)]
 
 
 def load_suite(

@@ -13,15 +13,16 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pretrain.run.eval_figure import is_of_task
+from pretrain.evaluation.contexts import Floats, figures_of, mean_of
+from pretrain.run.eval_figure import is_of_task, perplexity
 from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, Tokenizer
 from shards.storage.atomic import write_atomically
@@ -33,6 +34,18 @@ AVERAGES = ("macro", "micro")
 UNKNOWN_BYTES = -1  # of a document whose text is unknown
 _LABEL_DIGITS = 8  # digits of the hash of what is scored, in a label
 AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
+
+
+class Totals(NamedTuple):
+    """The sums of a part of an evaluation, over all ranks.
+
+    Attributes:
+        items: [items, 3], each text's nll in nats, targets, and those that were most likely.
+        contexts: [groups, buckets, 2], nll in nats and targets of each group of texts, by context.
+    """
+
+    items: Sums
+    contexts: Floats
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ class DocumentScores:
         domain: int32 [documents], index into `domains`.
         key: uint64 [documents], a hash of the text or the token ids: equal for the same document in every run.
         nll, tokens, correct, text_bytes: [documents], as in `Score`; bytes are UNKNOWN_BYTES where there is no text.
+        context_sums: [domains, buckets, 2], nll in nats and targets by context; no bucket if an older version saved it.
+        context_bounds: [buckets], the most tokens of context in each.
     """
 
     suite: str
@@ -98,6 +113,8 @@ class DocumentScores:
     tokens: npt.NDArray[np.int64]
     correct: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
+    context_sums: Floats = field(default_factory=lambda: np.zeros((0, 0, 2)))
+    context_bounds: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def knows_bytes(self) -> bool:
@@ -121,27 +138,53 @@ class DocumentScores:
         `source:NAME`, for a source with several domains, and `micro` average over tokens (bits per byte: over bytes);
         `macro` averages over domains: the mean of each figure, and the perplexity of the mean loss, so that a large
         domain weighs no more than a small one. Bits per byte and bytes are None where those of a document are unknown.
+        `by_context` has the figures by the tokens of context, where they were added up.
         """
         of_domains = self.by_domain()
-        records = [_record(step, self.suite, domain, score) for domain, score in of_domains.items()]
-        members: dict[str, list[Score]] = {}
-        for source, score in zip(self.sources, of_domains.values(), strict=True):
-            members.setdefault(source, []).append(score)
-        records += [
-            _record(step, self.suite, source_line(source), total(parts))
-            for source, parts in members.items()
-            if len(parts) > 1
+        records = [
+            self._record(step, domain, score, [number]) for number, (domain, score) in enumerate(of_domains.items())
         ]
-        micro = _record(step, self.suite, "micro", total(of_domains.values()))
+        members: dict[str, list[int]] = {}
+        for number, source in enumerate(self.sources):
+            members.setdefault(source, []).append(number)
+        scores = list(of_domains.values())
+        records += [
+            self._record(step, source_line(source), total(scores[i] for i in numbers), numbers)
+            for source, numbers in members.items()
+            if len(numbers) > 1
+        ]
+        micro = self._record(step, "micro", total(scores), range(len(scores)))
         loss, accuracy = (_mean(getattr(s, key) for s in of_domains.values()) for key in ("nll_per_token", "accuracy"))
         bits = [score.bits_per_byte for score in of_domains.values() if score.bits_per_byte is not None]
-        macro = {
+        macro: dict[str, object] = {
             "nll_per_token": loss,
             "perplexity": perplexity(loss),
             "bits_per_byte": _mean(bits) if len(bits) == len(of_domains) else None,
             "accuracy": accuracy,
         }
+        if "by_context" in micro:
+            macro["by_context"] = mean_of([self.by_context([number]) for number in range(len(self.domains))])
         return [*records, {**micro, "domain": "macro", **macro}, micro]
+
+    def by_context(self, numbers: Sequence[int]) -> dict[str, dict[str, float]]:
+        """Return the figures of domains, given by their numbers, together, by the tokens of context."""
+        return figures_of(self.context_sums[numbers].sum(axis=0), self.context_bounds.tolist())
+
+    def _record(self, step: int, line: str, score: Score, numbers: Sequence[int]) -> dict[str, object]:
+        """Return a line of evals.jsonl. Args: numbers: those of the domains that it is of."""
+        by_context = {"by_context": self.by_context(numbers)} if len(self.context_bounds) else {}
+        return {
+            "step": step,
+            "suite": self.suite,
+            "domain": line,
+            "nll_per_token": score.nll_per_token,
+            "perplexity": perplexity(score.nll_per_token),
+            "bits_per_byte": score.bits_per_byte,
+            "accuracy": score.accuracy,
+            "tokens": score.tokens,
+            "bytes": score.text_bytes,
+            **by_context,
+        }
 
     def save(self, path: Path) -> None:
         """Write all scores atomically: some 20 bytes per document."""
@@ -160,7 +203,11 @@ class DocumentScores:
         """
         try:
             with np.load(path) as arrays:
-                values = {field.name: arrays[field.name] for field in fields(DocumentScores)}
+                values = {
+                    field.name: arrays[field.name]
+                    for field in fields(DocumentScores)
+                    if field.default_factory is MISSING or field.name in arrays  # older versions saved less
+                }
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise CheckpointError(f"{path}: cannot be read as sums of documents: {error}") from None
         names = {key: tuple(values[key].tolist()) for key in ("domains", "sources")}
@@ -270,25 +317,6 @@ def labels(folder: RunFolder, task: str | None = None) -> list[str]:
     )
 
 
-def _record(step: int, suite: str, domain: str, score: Score) -> dict[str, object]:
-    return {
-        "step": step,
-        "suite": suite,
-        "domain": domain,
-        "nll_per_token": score.nll_per_token,
-        "perplexity": perplexity(score.nll_per_token),
-        "bits_per_byte": score.bits_per_byte,
-        "accuracy": score.accuracy,
-        "tokens": score.tokens,
-        "bytes": score.text_bytes,
-    }
-
-
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return math.fsum(listed) / len(listed)
-
-
-def perplexity(nll_per_token: float) -> float:
-    """Return exp of a loss in nats; infinite beyond a float's range, so a diverged model cannot crash the run."""
-    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pretrain.evaluation.contexts import ContextSums
 from pretrain.evaluation.rows import Row, dense
-from pretrain.evaluation.scores import Sums
+from pretrain.evaluation.scores import Sums, Totals
 from pretrain.model.loss import Scores, Targets
 from pretrain.model.sequence import own_part, own_tokens
 from pretrain.topology import Topology, copy_to
@@ -33,6 +34,7 @@ class Part(Protocol[Result]):
     Attributes:
         label: what its results are called in evals.jsonl.
         targets: [items], predicted tokens of each of its texts.
+        group: [items], the group of each text whose losses are also added up by context; empty if there are no groups.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
     """
@@ -44,23 +46,31 @@ class Part(Protocol[Result]):
     @property
     def targets(self) -> npt.NDArray[np.int64]: ...
     @property
+    def group(self) -> npt.NDArray[np.int32]: ...
+    @property
     def rows(self) -> Sequence[Row]: ...
     @property
     def num_rows(self) -> int: ...
 
-    def scores_of(self, sums: Sums) -> Result:
-        """Return its scores, given [items, 3]: each text's nll in nats, targets, and those that were most likely."""
+    def rows_at_once(self, batch_size: int) -> int:
+        """Return how many of its rows are scored at once where `batch_size` of the run's own length are."""
+        ...
+
+    def scores_of(self, totals: Totals) -> Result:
+        """Return its scores, given the sums over all ranks."""
 
 
 def evaluate(score: Score, part: Part[Result], topology: Topology, batch_size: int) -> Result:
     """Score a part. Every rank must call it, and each returns the complete result.
 
     Args:
-        batch_size: rows that a rank scores at once.
+        batch_size: rows of the run's length that a rank scores at once.
     """
-    sums = item_sums(score, part.rows, part.num_rows, len(part.targets), part.seq_len, topology, batch_size)
+    num_items, rows_at_once = len(part.targets), part.rows_at_once(batch_size)
+    contexts = ContextSums(part.group, part.seq_len)
+    sums = item_sums(score, part.rows, part.num_rows, num_items, part.seq_len, topology, rows_at_once, contexts)
     assert np.array_equal(sums[:, 1], part.targets), "each target is counted exactly once"
-    return part.scores_of(sums)
+    return part.scores_of(Totals(sums, contexts.sums))
 
 
 @torch.no_grad()
@@ -72,12 +82,14 @@ def item_sums(
     seq_len: int,
     topology: Topology,
     batch_size: int,
+    contexts: ContextSums | None = None,
 ) -> Sums:
     """Score the rows of all ranks, and add up what belongs to each text. Every rank must call it.
 
     Args:
         rows: those of this dp rank: every dp_size-th of all.
         num_rows: number of rows of all ranks.
+        contexts: to which the rows are added as well, those of all ranks.
     Returns:
         [num_items, 3]: each text's negative log-likelihood in nats, its targets, and how many were most likely.
     """
@@ -88,7 +100,14 @@ def item_sums(
         # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.items, of_pieces.T)
-    return topology.sum_over_zero(torch.from_numpy(sums).to(topology.device)).cpu().numpy()
+        if contexts:
+            contexts.add(row, figures)
+    parts = [sums, *([contexts.sums] if contexts else [])]
+    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(topology.device)
+    whole = topology.sum_over_zero(flat).cpu().numpy()  # in one collective
+    if contexts:
+        contexts.sums = whole[sums.size :].reshape(contexts.sums.shape)
+    return whole[: sums.size].reshape(sums.shape)
 
 
 def _scored_rows(

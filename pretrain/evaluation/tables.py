@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from pretrain.evaluation.compare import Difference
+from pretrain.run.eval_figure import contexts_of, depths_of
 
 _AVERAGES = ("macro", "micro")
 
@@ -77,6 +78,39 @@ def task_table(records: Sequence[Mapping[str, Any]], before: Sequence[Mapping[st
         shown = [record, *([old.get(record["suite"], {})] if before else [])]
         accuracies, bits = ([_digits(one.get(key)) for one in shown] for key in ("accuracy", "bits_per_byte"))
         table.add_row(record["domain"], *accuracies, record["metric"], *bits, f"{record['instances']:,}")
+    return table
+
+
+def needle_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Show how often needles were found. `records` are their lines of evals.jsonl of one step, one for each length."""
+    depths = list(dict.fromkeys(depth for record in records for depth in depths_of(record)))
+    table = Table("tokens", title=f"Needles found by depth, step {records[0]['step']}")
+    for head in (*depths, "all", "nats/token"):
+        table.add_column(head, justify="right")
+    for record in records:
+        found = [depths_of(record).get(depth, {}).get("accuracy") for depth in depths]
+        shown = map(_digits, (*found, record["accuracy"], record["nll_per_token"]))
+        table.add_row(f"{record['length']:,}", *shown)
+    return table
+
+
+def context_table(records: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Show the averages' figures by the tokens of context; None if there are none.
+
+    Args:
+        records: lines of evals.jsonl of one step and suite.
+    """
+    by_domain = {record["domain"]: contexts_of(record) for record in records if record["domain"] in _AVERAGES}
+    contexts = by_domain.get("micro", {})
+    if len(contexts) < 2:
+        return None
+    table = Table("tokens of context", title=f"{records[0]['suite']}, step {records[0]['step']}")
+    for head in ("nats/token, macro", "micro", "perplexity, macro", "micro", "targets"):
+        table.add_column(head, justify="right")
+    for name, figures in contexts.items():
+        both = by_domain["macro"][name], figures
+        losses = [_digits(one["nll_per_token"]) for one in both]
+        table.add_row(name, *losses, *(_figure(one, "perplexity") for one in both), f"{figures['tokens']:,}")
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.evaluation.scores import perplexity
+from pretrain.run.eval_figure import perplexity
 
 ChoiceMetric = Literal["acc_raw", "acc_per_token", "acc_per_char", "acc_per_byte", "acc_uncond"]
 Metric = ChoiceMetric | Literal["acc_greedy"]

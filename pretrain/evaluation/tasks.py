@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from pretrain.evaluation.rows import Row, RowPacker, Tokens
-from pretrain.evaluation.scores import Sums, label_of
+from pretrain.evaluation.scores import Totals, label_of
 from pretrain.evaluation.task_scores import CHOICE_METRICS, GREEDY, ChoiceMetric, Metric, TaskItems, TaskScores
 from shards import Config, ConfigError, Tokenizer
 from shards.config_base import Name
@@ -86,8 +86,18 @@ class TaskSet:
         """Predicted tokens of each item, [items]."""
         return self.items.tokens
 
-    def scores_of(self, sums: Sums) -> TaskScores:
-        """Return its scores; the sums are those of `scoring.item_sums`."""
+    @property
+    def group(self) -> npt.NDArray[np.int32]:
+        """Return no groups: the losses of a task's few tokens are not added up by context."""
+        return np.zeros(0, np.int32)
+
+    def rows_at_once(self, batch_size: int) -> int:
+        """Return how many rows are scored at once."""
+        return batch_size
+
+    def scores_of(self, totals: Totals) -> TaskScores:
+        """Return its scores."""
+        sums = totals.items
         return TaskScores(self.label, self.name, self.metric, self.items, sums[:, 0], sums[:, 2], self.contexts_cut)
 
 

@@ -88,6 +88,26 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """A table of shares as a picture, each darker the nearer it is to 1.
+
+    Attributes:
+        name, title, note: as in Chart.
+        x_names, y_names: names of the columns and of the rows, the first row at the bottom.
+        values: [rows, columns], from 0 to 1; NaN where there is none.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    x_names: tuple[str, ...]
+    y_names: tuple[str, ...]
+    values: Floats
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Axis:
     """A range of values and the ticks within.
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pretrain.report.chart import Chart, Floats, Mark, Series, needs_log
+from pretrain.report.chart import Chart, Floats, HeatMap, Mark, Series, needs_log
 from pretrain.report.figures import number
+from pretrain.report.lengths import context_charts, needle_maps
 from pretrain.report.thinning import thin
 from pretrain.run.eval_figure import loss_key
 from pretrain.run.history import History
@@ -27,11 +28,16 @@ PARTS = (
 OTHER = "everything else"
 
 
-def charts_of(history: History) -> dict[str, list[Chart]]:
+def charts_of(history: History) -> dict[str, list[Chart | HeatMap]]:
     """Make all charts of a run, by the section of the page that they belong to."""
     return {
         "training": list(training_charts(history)),
-        "evaluation": [*evaluation_charts(history), *task_charts(history)],
+        "evaluation": [
+            *evaluation_charts(history),
+            *context_charts(history),
+            *task_charts(history),
+            *needle_maps(history),
+        ],
         "speed": list(speed_charts(history)),
         "layers": list(layer_charts(history)),
         "data": list(data_charts(history)),

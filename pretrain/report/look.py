@@ -111,7 +111,7 @@ SCRIPT = """
 'use strict';
 const say = value => value === null ? '-' : Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3)
   ? value.toExponential(3) : String(+value.toPrecision(5));
-document.querySelectorAll('figure').forEach(figure => {
+document.querySelectorAll('figure:not(.heat)').forEach(figure => {
   const data = JSON.parse(figure.querySelector('script').textContent);
   const svg = figure.querySelector('svg'), tip = figure.querySelector('.tip'), cross = svg.querySelector('.cross');
   const hide = () => { tip.hidden = true; cross.setAttribute('visibility', 'hidden'); };

@@ -11,12 +11,12 @@ from pathlib import Path
 from pretrain.config_file import dump
 from pretrain.evaluation.compare import Difference
 from pretrain.report import facts, side_by_side
-from pretrain.report.chart import Chart, short
+from pretrain.report.chart import Chart, HeatMap, short
 from pretrain.report.curves import charts_of, marks_of
 from pretrain.report.facts import Cell, Table
 from pretrain.report.figures import state_of
 from pretrain.report.look import SCRIPT, STYLE
-from pretrain.report.svg import figure
+from pretrain.report.svg import figure, heat_figure
 from pretrain.run.history import History
 from shards import installation
 from shards.storage.atomic import write_atomically
@@ -86,7 +86,7 @@ def _several_runs(histories: Sequence[History]) -> Iterator[str]:
     yield _section("Each run", [*details, note])
 
 
-def all_charts(histories: Sequence[History]) -> list[Chart]:
+def all_charts(histories: Sequence[History]) -> list[Chart | HeatMap]:
     """Return the charts of the page about runs."""
     if len(histories) == 1:
         return [chart for charts in charts_of(histories[0]).values() for chart in charts]
@@ -98,8 +98,9 @@ def _section(title: str, parts: Iterable[str]) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    return f'<div class="charts">{"".join(map(figure, charts))}</div>' if charts else ""
+def _charts(charts: Sequence[Chart | HeatMap]) -> str:
+    drawn = [heat_figure(chart) if isinstance(chart, HeatMap) else figure(chart) for chart in charts]
+    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.report.chart import PALETTE, RAMP, Chart, Series
+from pretrain.report.chart import PALETTE, RAMP, Chart, HeatMap, Series
 
 _MARK_COLORS = {"restart": "#777777", "spike": PALETTE[1][0], "event": PALETTE[4][0]}
 
 
-def draw_all(charts: Sequence[Chart], folder: Path) -> list[Path]:
+def draw_all(charts: Sequence[Chart | HeatMap], folder: Path) -> list[Path]:
     """Write each chart to a file of its name; return the files.
 
     It needs matplotlib; see `pretrain.evaluation.compare.check_can_draw`. Raises OSError if a file cannot be written.
@@ -21,7 +21,10 @@ def draw_all(charts: Sequence[Chart], folder: Path) -> list[Path]:
     paths = []
     for chart in charts:
         paths.append(folder / f"{chart.name}.png")
-        draw(chart, paths[-1])
+        if isinstance(chart, HeatMap):
+            draw_heat_maps([chart], paths[-1])
+        else:
+            draw(chart, paths[-1])
     return paths
 
 
@@ -68,6 +71,31 @@ def draw(chart: Chart, path: Path) -> None:
         axes.legend([handles[i] for i in chosen], [labels[i] for i in chosen], fontsize=8)
     if chart.note:
         figure.supxlabel(chart.note, fontsize=7, color="#59636e", wrap=True)
+    figure.savefig(path, dpi=150)
+
+
+def draw_heat_maps(maps: Sequence[HeatMap], path: Path) -> None:
+    """Write heat maps side by side, in one picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.0, 4.4 * len(maps)), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    shades = LinearSegmentedColormap.from_list("share", ["#f6f8fa", PALETTE[0][0]])
+    for axes, heat in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        axes.imshow(heat.values, cmap=shades, vmin=0, vmax=1, aspect="auto", origin="lower")
+        axes.set_xticks(range(len(heat.x_names)), heat.x_names)
+        axes.set_yticks(range(len(heat.y_names)), heat.y_names)
+        axes.set(xlabel=heat.x_label, ylabel=heat.y_label, title=heat.title)
+        for (row, column), value in np.ndenumerate(heat.values):
+            if np.isfinite(value):
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                    color="white" if value > 0.6 else "#1f2328",
+                )  # fmt: skip
+    if notes := " ".join(dict.fromkeys(heat.note for heat in maps if heat.note)):
+        figure.supxlabel(notes, fontsize=7, color="#59636e", wrap=True)
     figure.savefig(path, dpi=150)
 
 

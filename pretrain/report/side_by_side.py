@@ -16,10 +16,11 @@ import numpy as np
 from pretrain.evaluation import compare
 from pretrain.evaluation.compare import Difference
 from pretrain.evaluation.scores import DocumentScores
-from pretrain.report.chart import Chart, Floats, Series, needs_log
+from pretrain.report.chart import Chart, Floats, HeatMap, Series, needs_log
 from pretrain.report.curves import sentences
 from pretrain.report.facts import Cell, Table
 from pretrain.report.figures import Ends, ends_of, final_loss, last_eval, number, state_of, unit_of, usual_speed
+from pretrain.report.lengths import context_overlaid, needle_maps_of
 from pretrain.report.thinning import thin
 from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
@@ -149,7 +150,7 @@ def run_table(histories: Sequence[History]) -> Table:
     return Table("", head, tuple(rows), note=note.strip())
 
 
-def overlaid(histories: Sequence[History]) -> Iterator[Chart]:
+def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
     """Draw the curves of all runs over each other; runs that differ in their seed only as one, with a band."""
     groups = groups_of(histories)
     shown = groups[:_CURVES]
@@ -174,6 +175,9 @@ def overlaid(histories: Sequence[History]) -> Iterator[Chart]:
                 from_zero=key in ("learning_rate", "tokens_per_second"),
             )  # fmt: skip
     yield from _overlaid_evals(shown, sentences([bands, cut]))
+    drawn = names_of(histories)[:_CURVES], histories[:_CURVES]
+    yield from context_overlaid(*drawn)
+    yield from needle_maps_of(*drawn)
 
 
 def _repeats(groups: Sequence[Group]) -> bool:

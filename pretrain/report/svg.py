@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from pretrain.report.chart import PALETTE, Axis, Chart, Floats, Mark, Series, axis_of, finite_of, short
+from pretrain.report.chart import PALETTE, Axis, Chart, Floats, HeatMap, Mark, Series, axis_of, finite_of, short
 
 WIDTH, HEIGHT = 480, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 24, 44
@@ -34,6 +34,39 @@ def figure(chart: Chart) -> str:
         f'<div class="tip" hidden=""></div></div>{_legend(chart)}{note}'
         f'<script type="application/json">{_values(chart, x_axis)}</script></figure>'
     )
+
+
+def heat_figure(heat: HeatMap) -> str:
+    """Draw a heat map: title, picture and note."""
+    note = f'<p class="note">{escape(heat.note)}</p>' if heat.note else ""
+    spoken = f"{heat.title}, {heat.y_label} against {heat.x_label}"
+    return (
+        f'<figure class="heat"><figcaption>{escape(heat.title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(spoken)}">{"".join(_cells(heat))}</svg>'
+        f"{note}</figure>"
+    )
+
+
+def _cells(heat: HeatMap) -> Iterator[str]:
+    """Draw the cells of a heat map, each with its value, and the names beside them."""
+    width, height = _PLOT_WIDTH / len(heat.x_names), _PLOT_HEIGHT / len(heat.y_names)
+    yield f'<text class="label" x="4" y="13">{escape(heat.y_label)}</text>'
+    yield (f'<text class="label" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(heat.x_label)}</text>')
+    for column, name in enumerate(heat.x_names):
+        x = _LEFT + (column + 0.5) * width
+        yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(name)}</text>'
+    for row, name in enumerate(heat.y_names):
+        y = _TOP + _PLOT_HEIGHT - (row + 1) * height
+        middle = y + height / 2 + 4.5
+        yield f'<text class="tick" x="{_LEFT - 7}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>'
+        for column, value in enumerate(heat.values[row].tolist()):
+            x, share = _LEFT + column * width, 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
+            yield (
+                f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{width - 2:.1f}" height="{height - 2:.1f}"'
+                f' fill="color-mix(in oklab,var(--c0) {0.6 * share:.0%},var(--panel))"/>'
+                f'<text class="tick" x="{x + width / 2:.1f}" y="{middle:.1f}" text-anchor="middle">'
+                f"{'-' if math.isnan(value) else f'{value:.2f}'}</text>"
+            )
 
 
 def axes_of(chart: Chart) -> tuple[Axis, Axis]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards import ConfigError
 
@@ -21,6 +21,23 @@ EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|{_OF_BYTES}|{_HIGHER_IS_BETT
 def is_of_task(record: Mapping[str, object]) -> bool:
     """Return whether a line of evals.jsonl is that of a task; otherwise it is of a domain or an average of a suite."""
     return "metric" in record
+
+
+def depths_of(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the figures by depth in a line of evals.jsonl of needles; none in any other line."""
+    return record.get("by_depth") or {}
+
+
+def contexts_of(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the figures by the tokens of context in a line of evals.jsonl; none in those of tasks and old programs."""
+    return record.get("by_context") or {}
+
+
+def described_depths(record: Mapping[str, Any]) -> str:
+    """Write the accuracy at each depth of needles, for a message; nothing of any other line."""
+    by_depth = depths_of(record)
+    found = ", ".join(f"{depth}: {figures['accuracy']:.2f}" for depth, figures in by_depth.items())
+    return f"; at depth {found}" if found else ""
 
 
 def knows_bytes(record: Mapping[str, object]) -> bool:
@@ -85,3 +102,8 @@ class EvalFigure(NamedTuple):
 def best_step(costs: Mapping[int, float], steps: Iterable[int]) -> int | None:
     """Return the step with the lowest cost, the first of equals; None if none of the steps has one."""
     return min((step for step in steps if step in costs), key=lambda step: (costs[step], step), default=None)
+
+
+def perplexity(nll_per_token: float) -> float:
+    """Return exp of a loss in nats; infinite beyond a float's range, so a diverged model cannot crash the run."""
+    return math.exp(nll_per_token) if nll_per_token < 700 else math.inf

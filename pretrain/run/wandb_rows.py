@@ -28,7 +28,8 @@ _FIGURES = ("loss", "z_loss", "grad_norm", "learning_rate", "tokens", "batch_has
 # Figures of which older programs know nothing; rows without them keep the hash that those recorded
 _LATER_FIGURES = ("trained_hash",)
 _EVAL, _TASKS = "eval/", "tasks/"
-_NOT_SHOWN = ("step", "suite", "domain", "metric")  # of a line of evals.jsonl
+_NOT_SHOWN = ("step", "suite", "domain", "metric", "length")  # of a line of evals.jsonl
+_BY_CONTEXT = "by_context"  # shown of the averages alone: hundreds of domains would each have a dozen figures more
 _OF_BYTES = ("bits_per_byte", "bytes")  # what a line lacks that does not count bytes
 
 
@@ -83,7 +84,8 @@ class SentRows:
 
 
 def _summary(row: Row) -> _Sent:
-    evals = {key: value for key, value in row.items() if key.startswith(_EVAL)}
+    # What older programs know nothing of, and what follows from the same forward passes, is not compared
+    evals = {key: value for key, value in row.items() if key.startswith(_EVAL) and f"/{_BY_CONTEXT}/" not in key}
     figures = [row.get(key) for key in _FIGURES] + [row[key] for key in _LATER_FIGURES if key in row]
     tasks: dict[str, Row] = {}
     for key, value in row.items():
@@ -190,7 +192,8 @@ def step_row(record: Mapping[str, object]) -> Row:
 def eval_rows(records: Iterable[Mapping[str, object]], prefixes: Mapping[str, str] | None = None) -> Iterator[Row]:
     """Make one row from each run of lines of evals.jsonl with the same step.
 
-    The keys are `eval/<domain>/<figure>` and `tasks/<task>/<figure>`.
+    The keys are `eval/<domain>/<figure>` and `tasks/<task>/<figure>`, with what a figure goes by in between:
+    `eval/micro/by_context/17-32/perplexity`.
 
     Args:
         prefixes: what stands for `eval/` or `tasks/<task>/`, by label, where it is another.
@@ -205,9 +208,19 @@ def eval_rows(records: Iterable[Mapping[str, object]], prefixes: Mapping[str, st
         usual = f"{_TASKS}{record['domain']}/" if task else _EVAL
         prefix = (own or usual) + ("" if task else f"{record['domain']}/")
         hidden = _NOT_SHOWN if knows_bytes(record) else (*_NOT_SHOWN, *_OF_BYTES)
-        row.update({f"{prefix}{key}": value for key, value in record.items() if key not in hidden})
+        if not str(record["domain"]).endswith(("macro", "micro")):
+            hidden = (*hidden, _BY_CONTEXT)
+        row.update(_leaves(prefix, {key: value for key, value in record.items() if key not in hidden}))
     if row:
         yield row
+
+
+def _leaves(prefix: str, figures: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{prefix}{key}/", value)
+        else:
+            yield f"{prefix}{key}", value
 
 
 def last_local_step(wandb_folder: Path, run_id: str) -> int:

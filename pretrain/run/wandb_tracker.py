@@ -283,7 +283,7 @@ class Tracker:
         for row in rows:
             run.log({axis: row.pop("step"), **row})
         for label, found in tables.items():
-            columns = [key for key in found[0] if key != "suite"]
+            columns = [key for key, value in found[0].items() if key != "suite" and not isinstance(value, Mapping)]
             data = [[record[key] for key in columns] for record in found]
             run.log({f"{prefixes[label]}domains": wandb.Table(columns=list[str | int](columns), data=data)})
         run.finish()

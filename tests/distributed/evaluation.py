@@ -15,6 +15,7 @@ import pytest
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
+from pretrain.evaluation.needles import NeedlesConfig, load_needles
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.model.transformer import LlamaConfig
@@ -26,6 +27,8 @@ from tests.reference_model import Shape
 
 TOKENIZER = ROOT / "shards/sample/tokenizer-4k.model"
 SEQ_LEN = 32
+# Of 48 tokens with question and answer, so that rows are twice and four times as long as others
+NEEDLES = NeedlesConfig(lengths=(60, 128), depths=3, count=2)
 SHAPE = Shape(n_layers=2, n_heads=4, n_kv_heads=2)
 TEXTS = {
     "long": ["word " * 150 + "end", "Ein Satz. " * 9, "x y " * 40, "\U0001f600" * 30],  # emoji: one token per byte
@@ -70,7 +73,11 @@ def write_tasks(folder: Path) -> list[str]:
 
 def nearly(line: Mapping[str, object]) -> dict[str, object]:
     """Return what a line of evals.jsonl is to equal up to the order of sums."""
-    return {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in line.items()}
+    return {
+        key: nearly(value) if isinstance(value, Mapping) else pytest.approx(value, rel=1e-5) if isinstance(value, float)
+        else value
+        for key, value in line.items()
+    }  # fmt: skip
 
 
 def engine_of(topology: Topology, zero_stage: int) -> Engine:
@@ -89,7 +96,8 @@ def main() -> None:
         tokenizer, own = Tokenizer(TOKENIZER), (topology.dp_rank, topology.dp_size)
         eval_set = load_suite(EvaluationConfig(suite=suite), tokenizer, SEQ_LEN, "fp32", *own)
         assert eval_set is not None
-        loaded = load_tasks(configs, 0, tokenizer, SEQ_LEN, "fp32", *own)
+        how = (tokenizer, SEQ_LEN, "fp32", *own)
+        loaded = [*load_tasks(configs, 0, *how), *load_needles(NEEDLES, *how)]
         for zero_stage, batch_size in ((1, 1), (1, 7), (3, 3)):
             score = engine_of(topology, zero_stage).score
             scores = evaluate(score, eval_set, topology, batch_size)

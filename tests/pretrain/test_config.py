@@ -269,6 +269,7 @@ def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small
     assert values["stages"][0].pop("model") == {"rope_theta": None, "rope_scaling": None}
     for source in (*values["data"]["sources"], *values["stages"][0]["data"]["sources"]):
         assert source.pop("min_tokens") is source.pop("max_tokens") is None
+    assert values["evaluation"].pop("needles") is None
     old.write_text(dump(values))
     begun = load_config(old, begun=True)
     assert compare_for_resume(begun, config.settled(begun), 10) == ([], [])

@@ -12,13 +12,24 @@ import torch
 
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.needles import load_needles
 from pretrain.evaluation.scores import DocumentScores, Score, ScoresOfAverage, line_names, record_scores
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import Topology
 from shards import ConfigError, ShardError, Tokenizer
-from tests.distributed.evaluation import SEQ_LEN, SHAPE, TEXTS, TOKENIZER, engine_of, nearly, write_suite, write_tasks
+from tests.distributed.evaluation import (
+    NEEDLES,
+    SEQ_LEN,
+    SHAPE,
+    TEXTS,
+    TOKENIZER,
+    engine_of,
+    nearly,
+    write_suite,
+    write_tasks,
+)  # fmt: skip
 from tests.distributed.ranks import run_ranks
 from tests.reference_model import piece_logits
 
@@ -36,23 +47,61 @@ def engine(topology: Topology) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def expected(engine: Engine) -> dict[str, Score]:
-    """Score one document at a time, long ones in windows of SEQ_LEN targets whose targets do not overlap."""
+def windows(engine: Engine) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Score one document at a time, long ones in windows of SEQ_LEN targets whose targets do not overlap.
+
+    Returns: the domain of each window, its targets' losses in nats, and whether they were the most likely tokens.
+    """
     tokenizer = Tokenizer(TOKENIZER)
     weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
+    found = []
+    for domain, text in ((domain, text) for domain, texts in TEXTS.items() for text in texts):
+        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+        for start in range(0, len(ids) - 1, SEQ_LEN):
+            window = ids[start : start + SEQ_LEN + 1]
+            logits = piece_logits(weights, SHAPE, window[:-1])
+            nll = -logits.log_softmax(-1).gather(1, window[1:, None])[:, 0].double()
+            found.append((domain, nll, logits.argmax(-1) == window[1:]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(windows: list[tuple[str, torch.Tensor, torch.Tensor]]) -> dict[str, Score]:
     scores = {}
     for domain, texts in TEXTS.items():
-        nll, tokens, correct = 0.0, 0, 0
-        for text in texts:
-            ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
-            for start in range(0, len(ids) - 1, SEQ_LEN):
-                window = ids[start : start + SEQ_LEN + 1]
-                logits = piece_logits(weights, SHAPE, window[:-1])
-                nll -= logits.log_softmax(-1).gather(1, window[1:, None]).double().sum().item()
-                correct += int((logits.argmax(-1) == window[1:]).sum())
-                tokens += len(window) - 1
-        scores[domain] = Score(nll, tokens, correct, sum(len(text.encode()) for text in texts))
+        parts = [(nll, correct) for of, nll, correct in windows if of == domain]
+        nll, correct = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        scores[domain] = Score(nll.sum().item(), len(nll), int(correct.sum()), sum(len(t.encode()) for t in texts))
     return scores
+
+
+@pytest.fixture(scope="module")
+def by_context(windows: list[tuple[str, torch.Tensor, torch.Tensor]]) -> dict[tuple[str, str], list[float]]:
+    """Return the losses of each domain's targets after up to 16 tokens of context, and after more."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for domain, nll, _ in windows:
+        for context, loss in enumerate(nll.tolist(), start=1):
+            found.setdefault((domain, "1-16" if context <= 16 else "17-32"), []).append(loss)
+    return found
+
+
+def assert_contexts(scores: DocumentScores, by_context: dict[tuple[str, str], list[float]]) -> None:
+    lines = {str(line["domain"]): line["by_context"] for line in scores.records(0)}
+    assert {(domain, name) for domain in TEXTS for name in lines[domain]} == set(by_context)
+    for (domain, name), losses in by_context.items():
+        assert lines[domain][name] == {
+            "nll_per_token": pytest.approx(np.mean(losses), rel=1e-5),
+            "perplexity": pytest.approx(np.exp(np.mean(losses)), rel=1e-4),
+            "tokens": len(losses),
+        }
+    for name in ("1-16", "17-32"):
+        of_domains = [losses for (_, other), losses in by_context.items() if other == name]
+        every = [loss for losses in of_domains for loss in losses]
+        assert lines["micro"][name]["nll_per_token"] == pytest.approx(np.mean(every), rel=1e-5)
+        mean = np.mean([np.mean(losses) for losses in of_domains])
+        assert lines["macro"][name]["nll_per_token"] == pytest.approx(mean, rel=1e-5)
+        assert lines["macro"][name]["domains"] == len(of_domains)
+        assert lines["macro"][name]["tokens"] == lines["micro"][name]["tokens"] == len(every)
 
 
 def loaded(suite: Path, *, tokenizer: Tokenizer | None = None, **changes: object) -> EvalSet:
@@ -73,10 +122,16 @@ def assert_equal(found: dict[str, Score], expected: dict[str, Score], case: str)
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 def test_scores_equal_those_of_one_document_at_a_time(
-    suite: Path, engine: Engine, topology: Topology, expected: dict[str, Score], batch_size: int
+    suite: Path,
+    engine: Engine,
+    topology: Topology,
+    expected: dict[str, Score],
+    by_context: dict[tuple[str, str], list[float]],
+    batch_size: int,
 ) -> None:
     scores = evaluate(engine.score, loaded(suite), topology, batch_size)
     assert_equal(scores.by_domain(), expected, f"rows {batch_size}")
+    assert_contexts(scores, by_context)
 
 
 @pytest.mark.distributed
@@ -87,14 +142,16 @@ def test_scores_do_not_depend_on_the_ranks(
     engine: Engine,
     topology: Topology,
     expected: dict[str, Score],
+    by_context: dict[tuple[str, str], list[float]],
     tp_size: int,
     sp_size: int,
     dp_size: int,
 ) -> None:
     tasks = [TaskConfig(requests=path) for path in write_tasks(tmp_path / "tasks")]
+    how = (Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
     alone = [
         line
-        for task in load_tasks(tasks, 0, Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
+        for task in [*load_tasks(tasks, 0, *how), *load_needles(NEEDLES, *how)]
         for line in evaluate(engine.score, task, topology, 2).records(0)
     ]
     folders = (str(suite), str(tmp_path / "tasks"), str(tmp_path))
@@ -106,6 +163,7 @@ def test_scores_do_not_depend_on_the_ranks(
     assert len(results) == 3
     for path in results:
         assert_equal(DocumentScores.load(path).by_domain(), expected, path.stem)
+        assert_contexts(DocumentScores.load(path), by_context)
 
 
 def test_all_ranks_together_have_the_rows_of_a_single_one(suite: Path) -> None:
@@ -298,6 +356,9 @@ def test_records_hold_each_domain_and_all_averages(tmp_path: Path) -> None:
     assert [line["domain"] for line in lines] == line_names(scores.domains, scores.sources, averaged=True)
     scores.save(tmp_path / "evals" / "s.npz")
     assert DocumentScores.load(tmp_path / "evals" / "s.npz").by_domain() == scores.by_domain()
+    older = {name: values for name, values in np.load(tmp_path / "evals" / "s.npz").items() if "context" not in name}
+    np.savez(tmp_path / "older.npz", **older)
+    assert DocumentScores.load(tmp_path / "older.npz").records(7) == scores.records(7)
 
 
 def test_an_evaluation_changes_neither_weights_nor_random_state(

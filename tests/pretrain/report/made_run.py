@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from pretrain.evaluation.needles import NeedleScores
 from pretrain.evaluation.scores import DocumentScores, record_scores
 from pretrain.evaluation.task_scores import GREEDY, TaskItems, TaskScores
 from pretrain.run.history import History
@@ -83,6 +84,17 @@ def add_tasks(folder: RunFolder, steps: tuple[int, ...] = (0, 20, 40), label: st
             TaskScores(f"choice.{label}", "choice", "acc_raw", choices, nll, np.zeros(8), 3),
             TaskScores(f"words.{label}", "words", GREEDY, single, nll[::2], np.array([2, 0, 0, 1]), 0),
         )
+
+
+def add_needles(folder: RunFolder, step: int) -> None:
+    """Write the scores of needles: of 64 tokens half are found at the beginning and all at the end, of 1,024 none."""
+    ones = np.ones(4, np.int64)
+    items = TaskItems(ones, 0 * ones, 5 * ones, 6 * ones, 6 * ones)
+    for length, found in ((64, [1, 0, 1, 1]), (1024, [0, 1, 0, 0])):
+        label = f"needles_{length}"
+        correct = 4 + np.array(found, np.float64)
+        scores = NeedleScores(f"{label}@1", label, GREEDY, items, np.ones(4), correct, 0, length, (0.0, 1.0))
+        record_scores(folder, step, scores)
 
 
 def scores_at(step: int, learning_rate: float, seed: int) -> DocumentScores:

@@ -20,11 +20,12 @@ from pretrain.commands.train import write_report
 from pretrain.evaluation.compare import compare
 from pretrain.evaluation.scores import ScoresOfAverage, record_scores
 from pretrain.report import facts, side_by_side
+from pretrain.report.chart import Chart, HeatMap
 from pretrain.report.curves import POINTS, marks_of
 from pretrain.report.frame import frame
 from pretrain.report.page import all_charts, page
 from pretrain.report.png import draw_all
-from tests.pretrain.report.made_run import SUITE, add_tasks, make_run, read_run, scores_at
+from tests.pretrain.report.made_run import SUITE, add_needles, add_tasks, make_run, read_run, scores_at
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -39,6 +40,7 @@ def charts(text: str) -> dict[str, dict]:
     return {
         str(figure.findtext("figcaption")): json.loads(str(figure.findtext("script")))
         for figure in parsed(text).iter("figure")
+        if figure.find("script") is not None
     }
 
 
@@ -88,6 +90,34 @@ def test_tasks_have_charts_and_a_table_of_their_own(tmp_path: Path) -> None:
     beside = charts(page(histories))
     assert [one["y"] for one in beside["Task choice"]["series"]] == [[0.25, 0.5, 0.75]] * 2
     assert facts.task_table(read_run(make_run(tmp_path / "without"))) is None
+
+
+def test_what_becomes_of_long_texts_is_drawn(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        for step in (0, 40):
+            add_needles(folder, step)
+            line = {"step": step, "suite": SUITE, "domain": "micro", "nll_per_token": 3.0, "perplexity": 20.0}
+            losses = {"1-16": 4.0 - step / 40, "17-32": 3.5 - step / 40}
+            folder.evals.append(line | {"by_context": {name: {"nll_per_token": x} for name, x in losses.items()}})
+    histories = [read_run(folder) for folder in folders]
+    drawn = {chart.name: chart for chart in all_charts(histories[:1])}
+    context, heat = drawn["by_context"], drawn["needles"]
+    assert isinstance(context, Chart)
+    found = {one.label: (one.x.tolist(), one.y.tolist()) for one in context.series}
+    assert found == {"step 0": ([16, 32], [4.0, 3.5]), "step 40": ([16, 32], [3.0, 2.5])}
+    assert isinstance(heat, HeatMap)
+    assert (heat.x_names, heat.y_names) == (("64", "1,024"), ("1", "0")), "depth 0 is at the top"
+    np.testing.assert_allclose(heat.values, [[1.0, 0.0], [0.5, 0.5]])
+    probability = drawn["needles_probability"]
+    assert isinstance(probability, HeatMap)
+    np.testing.assert_allclose(probability.values, np.exp(-np.full((2, 2), 0.2)))
+    shown, _ = [figure for figure in parsed(page(histories[:1])).iter("figure") if figure.get("class") == "heat"]
+    cells = [text.text for text in shown.iter("text") if re.fullmatch(r"\d\.\d\d", str(text.text))]
+    assert cells == ["1.00", "0.00", "0.50", "0.50"]
+    beside = {chart.name: chart.title for chart in all_charts(histories)}
+    assert (beside["needles_0"], beside["needles_1"]) == ("Needles found, a", "Needles found, b")
+    assert "runs_by_context" in beside
 
 
 def test_a_page_shows_the_average_of_the_weights_beside_them(tmp_path: Path) -> None:
@@ -273,14 +303,17 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(
 def test_charts_are_drawn_as_pictures_of_their_own_names(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = make_run(tmp_path / "one", steps=8, evals=(0, 8))
+    add_needles(folder, 8)
     folder.root.joinpath("layers.jsonl").write_text('{"step": 1, "layers": {"rms": [1, 2, 3]}}\n')
     charts_of_page = all_charts([read_run(folder)])
     names = [chart.name for chart in charts_of_page]
     assert len(set(names)) == len(names)
-    chosen = [chart for chart in charts_of_page if chart.name in ("step_parts", "layers_rms", "bits_per_byte")]
+    chosen = [
+        chart for chart in charts_of_page if chart.name in ("step_parts", "layers_rms", "bits_per_byte", "needles")
+    ]
     for path in draw_all(chosen, tmp_path / "png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "png").iterdir())) == 3
+    assert len(list((tmp_path / "png").iterdir())) == 4
 
 
 # Works the page as a reader would, and leaves what it finds in the document.

@@ -210,6 +210,7 @@ def test_a_task_that_was_scored_later_contradicts_nothing(tmp_path: Path) -> Non
     assert again.differs(later)
     assert again.contradicts(later | {"tasks/a/accuracy": 0.75})
     assert again.contradicts({key: value for key, value in row.items() if "tasks" not in key} | {"loss": 3.0})
+    assert not again.contradicts(row | {"eval/macro/by_context/1-16/perplexity": 2.0}), "as an older program sent it"
 
 
 def test_the_rows_of_a_run_have_the_figures_of_its_layers(tmp_path: Path) -> None:
@@ -243,3 +244,13 @@ def test_rows_are_flattened() -> None:
     }  # fmt: skip
     assert second["step"] == 2
     assert list(eval_rows([])) == []
+    by_context = {"by_context": {"1-16": {"perplexity": 2.5}}}
+    needles = {"metric": "acc_greedy", "accuracy": 0.5, "length": 64, "by_depth": {"0.5": {"accuracy": 0.25}}}
+    (row,) = eval_rows(
+        [line | by_context for line in lines[:2]]
+        + [{"step": 1, "suite": "needles_64@1", "domain": "needles_64", **needles}]
+    )
+    assert row == first | {
+        "eval/macro/by_context/1-16/perplexity": 2.5,
+        "tasks/needles_64/accuracy": 0.5, "tasks/needles_64/by_depth/0.5/accuracy": 0.25,
+    }, "of the averages alone"  # fmt: skip
