@@ -305,6 +305,7 @@ PARTS: dict[str, Callable[[Job], Iterator[Result]]] = {
     "correctness": correctness,
     "1b": partial(speed, model="1b"),
     "7b": partial(speed, model="7b"),
+    "long": partial(speed, model="long"),
     "attention": attention,
     "125m": partial(speed, model="125m"),
 }

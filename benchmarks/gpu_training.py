@@ -42,6 +42,9 @@ class Point:
 
 SELECTIVE, FULL = "parallel.activation_checkpointing=selective", "parallel.activation_checkpointing=full"
 EAGER, FLEX = "parallel.compile=false", "parallel.attention=flex"
+TILES, MOVED = "parallel.feed_forward_tokens=4096", "parallel.offload=activations"
+
+LONG = ("data.seq_len=131072", FULL, EAGER), ("data.seq_len=32768", FULL, EAGER)  # compiling would take too long
 
 # The most promising first, since time may run out.
 POINTS = {
@@ -62,9 +65,20 @@ POINTS = {
         Point(2, (SELECTIVE,)),
         Point(1, (SELECTIVE, FLEX)),
     ),
+    "long": (
+        Point(1, (*LONG[1], TILES, MOVED)),
+        Point(1, (*LONG[0], TILES, MOVED)),
+        Point(1, LONG[1]),
+        Point(1, (*LONG[1], TILES)),
+        Point(1, LONG[0]),
+    ),
 }
 FILES = {"125m": "llama-125m-pile.yaml", "1b": "llama-1b-dolma.yaml", "7b": "llama-7b-pile-dolma.yaml"}
-MICRO_STEPS = {"125m": 2, "1b": 2, "7b": 4}  # an update of the weights takes the longer, the larger the model
+FILES["long"] = FILES["1b"]
+# An update of the weights takes the longer, the larger the model
+MICRO_STEPS = {"125m": 2, "1b": 2, "7b": 4, "long": 1}
+# Steps that are measured, and those before; one of a row of 131,072 tokens takes a quarter of a minute
+STEPS = {"125m": (4, 2), "1b": (4, 2), "7b": (4, 2), "long": (1, 1)}
 TINY = (
     "model.dim=64", "model.n_heads=4", "model.n_layers=2", "model.ffn_dim=128", "model.vocab_size=512",
     "data.seq_len=64", "metrics.peak_flops=1e11",
@@ -79,9 +93,9 @@ def training(model: str, tiny: bool, ends: float) -> Iterator[Result]:
         tiny: whether to take sizes that only show that the program runs.
         ends: when to begin nothing new any more, by `time.monotonic`.
     """
-    overrides = ["parallel.zero_stage=1", "parallel.activation_checkpointing=none", *(TINY if tiny else ())]
+    overrides, last = ["parallel.zero_stage=1", "parallel.activation_checkpointing=none"], TINY if tiny else ()
     file = CONFIGS / FILES[model]
-    with started(load_config(file, overrides).parallel) as here:
+    with started(load_config(file, [*overrides, *last]).parallel) as here:
         fastest = None
         for point in POINTS[model]:
             label: Result = {"model": model, "settings": point.name}
@@ -89,13 +103,13 @@ def training(model: str, tiny: bool, ends: float) -> Iterator[Result]:
                 yield label | {"not_run": "no time left"}
                 continue
             try:
-                config = load_config(file, [*overrides, *point.overrides])
+                config = load_config(file, [*overrides, *point.overrides, *last])
                 if config.parallel.attention == "auto":
-                    shape = config.attention_shape(here.dp_size)
+                    shape = config.attention_shape(here.dp_size, config.stage_at(0))
                     fastest = fastest or with_fastest_attention(config.parallel, here, shape).attention
                     parallel = config.parallel.model_copy(update={"attention": fastest})
                     config = config.model_copy(update={"parallel": parallel})
-                yield from label_all(label, try_layers(config, point, here, MICRO_STEPS[model]))
+                yield from label_all(label, try_layers(config, point, here, model))
             except Exception as error:  # the next settings may work
                 yield label | {"not_run": f"{type(error).__name__}: {str(error)[:300]}"}
             forget(here.device)
@@ -105,12 +119,12 @@ def label_all(label: Result, results: Iterator[Result]) -> Iterator[Result]:
     return (label | result for result in results)
 
 
-def try_layers(config: RunConfig, point: Point, here: Topology, micro_steps: int) -> Iterator[Result]:
+def try_layers(config: RunConfig, point: Point, here: Topology, model: str) -> Iterator[Result]:
     """Try as many layers as are estimated to fit; if they do not, fewer."""
     for share in (MEMORY_SHARE, MEMORY_SHARE * 0.75):
         fitting = fitted(config, point, here, share)
         try:
-            yield try_point(fitting, config, point, here, micro_steps)
+            yield try_point(fitting, config, point, here, model)
             return
         except torch.OutOfMemoryError as error:
             yield {"layers": fitting.model.n_layers, "not_run": str(error)[:200]}
@@ -132,13 +146,14 @@ def fitted(config: RunConfig, point: Point, here: Topology, share: float) -> Run
     return fitting
 
 
-def try_point(config: RunConfig, whole: RunConfig, point: Point, here: Topology, micro_steps: int) -> Result:
+def try_point(config: RunConfig, whole: RunConfig, point: Point, here: Topology, model: str) -> Result:
     """Train some steps with the settings of a point; return what they took."""
     on_cuda = here.device.type == "cuda"
     left_over = torch.cuda.memory_allocated() if on_cuda else 0
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
+    micro_steps, (steps, warmup) = MICRO_STEPS[model], STEPS[model]
     training = Training(config, here, point.micro_batch_size, micro_steps, point.document_tokens)
     result: Result = {
         "layers": config.model.n_layers,
@@ -149,7 +164,7 @@ def try_point(config: RunConfig, whole: RunConfig, point: Point, here: Topology,
         "start_seconds": round(time.perf_counter() - begin, 1),
         "left_over_gb": round(left_over / 1e9, 2),
     }
-    result |= training.measure(steps=4, warmup=2)
+    result |= training.measure(steps, warmup)
     if config.model.n_layers < whole.model.n_layers:
         result |= projected(config, whole, result)
     if on_cuda:

@@ -61,6 +61,7 @@ from pretrain.model.loss import CHUNK_LOGITS, Targets
 from pretrain.model.pieces import Pieces, pieces_of
 from pretrain.model.sequence import own_part
 from pretrain.model.size import memory_per_rank
+from pretrain.model.swiglu import swiglu, swiglu_backward
 from pretrain.run.metrics import Meter
 from pretrain.topology import Checkpointing, Topology
 
@@ -74,6 +75,11 @@ SHIPPED = (
 )
 TOLERANCE = 0.1
 MICRO_STEPS = 2  # a first one, and one that adds to its gradients
+# Operators whose own tensors count: the functions that they are made of, by their operators
+TILED = {
+    torch.ops.headrace.swiglu.default: swiglu._init_fn,
+    torch.ops.headrace.swiglu_backward.default: swiglu_backward._init_fn,
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,14 @@ class Simulation:
         peak: the most bytes at once.
         peaks: the same by the engine's parts of a step.
         collectives: bytes that each kind of collective scattered, gathered or reduced in the step.
+        host_peak: the most bytes of blocks' inputs that lay on the host at once.
     """
 
     states: int
     peak: int
     peaks: dict[str, int]
     collectives: dict[str, int]
+    host_peak: int
 
 
 class Ledger(TorchDispatchMode):
@@ -100,6 +108,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._sizes: dict[int, int] = {}  # by storage
         self.alive = self.peak = 0
+        self.on_host = self.host_peak = 0
+        self._copies = False  # whether what comes next lies on the host
         self.in_registers = False  # whether a fused kernel makes what comes next, and nothing but that kernel reads it
         self.collectives: Counter[str] = Counter()  # bytes by operation
 
@@ -112,6 +122,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as a real one does; a fake one makes a new tensor
+        if function in TILED:
+            with self:  # what it computes with counts too
+                return TILED[function](*args)
         try:
             made = function(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -128,13 +141,26 @@ class Ledger(TorchDispatchMode):
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = 0 if self.in_registers else storage.nbytes()
+            self._sizes[key] = 0 if self.in_registers or self._copies else storage.nbytes()
             self.alive += self._sizes[key]
             self.peak = max(self.peak, self.alive)
             weakref.finalize(storage, self._leave, key)
 
     def _leave(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
+
+    def copy_on_host(self, tensor: Tensor) -> Tensor:
+        """Return a copy that takes memory on the host and none here."""
+        self._copies = True
+        copy = torch.empty_like(tensor)
+        self._copies = False
+        self.on_host += copy.nbytes
+        self.host_peak = max(self.host_peak, self.on_host)
+        weakref.finalize(copy.untyped_storage(), self._leave_host, copy.nbytes)
+        return copy
+
+    def _leave_host(self, size: int) -> None:
+        self.on_host -= size
 
 
 class PeakMeter(Meter):
@@ -147,9 +173,11 @@ class PeakMeter(Meter):
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._ledger.peak = self._ledger.alive
+        before, self._ledger.peak = self._ledger.peak, self._ledger.alive
         yield
         self.peaks[name] = max(self.peaks.get(name, 0), self._ledger.peak)
+        # A part inside another, such as a collective of the backward pass, takes nothing from its peak
+        self._ledger.peak = max(before, self._ledger.peak)
 
 
 class FusedKernels(torch.fx.Interpreter):
@@ -266,6 +294,7 @@ def simulated(config: RunConfig, dp_size: int, ledger: Ledger) -> Iterator[Topol
         mock.patch("pretrain.model.transformer.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.model.recurrent.pieces_of", _one_piece_a_row),
         mock.patch("pretrain.engine.next_token_targets", _all_targets),
+        mock.patch("pretrain.model.offloading.on_host", ledger.copy_on_host),
         mock.patch("pretrain.model.loss._CACHED_LOGITS", CHUNK_LOGITS // 4),  # as on CUDA
         mock.patch("torch.compile", functools.partial(torch.compile, backend=backend(ledger))),
         # These compare with values from other ranks.
@@ -292,7 +321,7 @@ def simulate(config: RunConfig, dp_size: int) -> Simulation:
             meter.peaks, states = {}, ledger.alive
             ledger.collectives.clear()
             engine.train_step(tokens, torch.ones_like(tokens), 1, step, 1e-4, meter)
-    return Simulation(states, max(meter.peaks.values()), meter.peaks, dict(ledger.collectives))
+    return Simulation(states, max(meter.peaks.values()), meter.peaks, dict(ledger.collectives), ledger.host_peak)
 
 
 def shipped() -> Iterator[str]:
@@ -320,6 +349,7 @@ def compare(case: str) -> dict[str, object]:
         "simulation": found.peak,
         "off": estimate.total / found.peak - 1,
         "states": found.states,
+        "host": found.host_peak,
         **found.peaks,
         "collectives": found.collectives,
     }

@@ -76,12 +76,14 @@ class Training:
         flops = flops_per_token(config.model, self._rows.context)
         share = mfu(flops, speed, total_peak_flops(config.metrics, here))
         work = dataclasses.replace(config.workload(here.dp_size), micro_batch_size=self._micro_batch_size)
+        estimate = memory_per_rank(work)
         return {
             "tokens_per_second": round(speed),
             "mfu": None if share is None else round(share, 4),
             "flops_per_token": flops,
             "peak_memory_gb": round(peak_memory_bytes(here.device) / 1e9, 2),
-            "estimated_memory_gb": round(memory_per_rank(work).total / 1e9, 2),
+            "estimated_memory_gb": round(estimate.total / 1e9, 2),
+            "estimated_host_gb": round(estimate.host / 1e9, 2),
             "median_seconds": {part: round(seconds, 5) for part, seconds in median.items()},
             "step_seconds": [round(each["step"], 5) for each in parts],
             "warmup_seconds": round(warmup_seconds, 2),

@@ -32,7 +32,7 @@ from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageTrain, begun_by, model_at, schedule_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, begun_by, model_at, schedule_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
@@ -267,18 +267,13 @@ class RunConfig(Config):
         """Return 16 hex digits that differ whenever a value differs."""
         values = self.model_dump(mode="json")
         # Configs of before there was a choice have the same hash
-        if self.parallel.sp_size == 1:
-            del values["parallel"]["sp_size"]
-        if self.evaluation.needles is None:
-            del values["evaluation"]["needles"]
+        _leave_out(values["parallel"], sp_size=1, feed_forward_tokens=None)
+        _leave_out(values["evaluation"], needles=None)
         for stage in values["stages"]:
-            if not any(stage["model"].values()):
-                del stage["model"]
+            _leave_out(stage, model=StageModel().model_dump(mode="json"))
         for section in (values, *values["stages"]):
             for source in section["data"]["sources"]:
-                for key in ("min_tokens", "max_tokens"):
-                    if source[key] is None:
-                        del source[key]
+                _leave_out(source, min_tokens=None, max_tokens=None)
         canonical = json.dumps(values | {"model": without_default(values["model"])}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -369,7 +364,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if parts.get("init_optimizer") and not parts.get("init_from"):
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
     if train and data:
-        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
+        yield from _stage_problems(data, train, parts.get("stages") or (), model, parallel)
     if model:
         yield from _position_problems(model, parts.get("stages") or ())
     if checkpoint and checkpoint.keep_every:
@@ -395,6 +390,13 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
 
 
+def _leave_out(values: dict[str, Any], **former: object) -> None:
+    """Remove the keys that have these values."""
+    for key, value in former.items():
+        if values[key] == value:
+            del values[key]
+
+
 def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iterator[str]:
     """Yield what of its positions a stage cannot change, and what cannot work afterwards."""
     known = set(model.problems())
@@ -409,7 +411,11 @@ def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iter
 
 
 def _stage_problems(
-    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
+    data: DataConfig,
+    train: TrainConfig,
+    later: Sequence[StageConfig],
+    model: ModelConfig | None,
+    parallel: ParallelConfig | None,
 ) -> Iterator[str]:
     """Yield what cannot work in a stage, and steps that the run does not have."""
     first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
@@ -421,7 +427,7 @@ def _stage_problems(
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
         if parallel:
-            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
+            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, model, parallel)
         if stage.micro_rows:
             rows = (f"{at}train.global_batch_size", stage.global_batch_size)
             yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 from pretrain.model.architecture import ModelConfig
+from pretrain.model.attention import MASK_LIMIT, mask_bytes
 from pretrain.model.weights import trained_specs
 from pretrain.optim import OptimConfig, is_named
 from pretrain.topology import ParallelConfig
@@ -33,8 +35,21 @@ def model_problems(model: ModelConfig, parallel: ParallelConfig | None, optim: O
             )
 
 
-def length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
-    """Yield why rows of this length cannot be divided among ranks."""
+def length_problems(key: str, seq_len: int, model: ModelConfig | None, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield why rows of this length cannot be divided among ranks, or have an attention that cannot be computed.
+
+    Args:
+        key: what says how long they are.
+        model: None if that section of the config is not valid.
+    """
+    heads = model.heads if model else None
+    if heads and mask_bytes(seq_len) > MASK_LIMIT and (heads.dropout or parallel.attention == "sdpa"):
+        asked = f"model.attention_dropout={heads.dropout}" if heads.dropout else "parallel.attention=sdpa"
+        right = "model.attention_dropout=0" if heads.dropout else "parallel.attention=auto"
+        yield (
+            f"{key}={seq_len}: {asked} needs a whole mask, which grows with the square of a row's length, here"
+            f" {mask_bytes(seq_len) / 1e9:.1f} GB a row; set {right}, or rows of at most {math.isqrt(MASK_LIMIT)}"
+        )
     if parallel.sequence_parallel and parallel.sp_size > 1:
         both = parallel.tp_size * parallel.sp_size
         yield from not_divisible(key, seq_len, "parallel.tp_size times parallel.sp_size", both)
@@ -51,6 +66,9 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
     if parallel.sp_size > 1 and not model.SPLITS_ROWS:
         yield f"parallel.sp_size={parallel.sp_size}: {named} cannot divide a row over ranks; set parallel.sp_size=1"
+    if parallel.feed_forward_tokens and not model.TILES:
+        asked = f"parallel.feed_forward_tokens={parallel.feed_forward_tokens}"
+        yield f"{asked}: {named} does not compute a few tokens at a time; set it to null"
     if model.SPLITS_ROWS and model.heads and model.heads.n_heads % parallel.tp_size == 0:
         of_rank = model.heads.n_heads // parallel.tp_size
         key = "model.n_heads" if parallel.tp_size == 1 else f"model.n_heads / parallel.tp_size ({parallel.tp_size})"
@@ -69,6 +87,12 @@ def _adapter_problems(model: ModelConfig, parallel: ParallelConfig | None, optim
     assert model.adapters is not None
     if optim.name == "muon":
         yield "model.lora: optim.name=muon orthogonalizes matrices, not factors of an update; set optim.name: adamw"
+    of_swiglu = [name for name in ("w1", "w2", "w3") if model.adapters.adapts(name)]
+    if parallel and parallel.feed_forward_tokens and of_swiglu:
+        yield (
+            f"model.lora.targets: parallel.feed_forward_tokens={parallel.feed_forward_tokens} computes feed-forward"
+            f" networks without adapters; leave {', '.join(of_swiglu)} out, or set one of the two to null"
+        )
     if parallel and parallel.sequence_parallel and model.adapters.dropout:
         yield (
             f"model.lora.dropout={model.adapters.dropout}: with parallel.sequence_parallel each tensor-parallel rank"

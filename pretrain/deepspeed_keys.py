@@ -73,8 +73,10 @@ def deepspeed_config(
     """
     stage = parallel.applied_zero_stage
     zero: DeepSpeedConfig = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage >= 2}
-    for key, offloaded in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
-        on_cpu = parallel.offload in offloaded
+    for key, on_cpu in (
+        ("offload_optimizer", parallel.offloads_optimizer),
+        ("offload_param", parallel.offloads_weights),
+    ):
         zero[key] = {"device": "cpu" if on_cpu else "none", "pin_memory": on_cpu and torch.cuda.is_available()}
     derived: DeepSpeedConfig = {
         "gradient_clipping": optim.grad_clip,

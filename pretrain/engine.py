@@ -34,6 +34,7 @@ from pretrain.model.attention_choice import attention_backend
 from pretrain.model.compilation import CompilationLog
 from pretrain.model.lora import is_adapter
 from pretrain.model.loss import Loss, Scores, Targets, next_token_targets, target_scores, training_loss
+from pretrain.model.offloading import keep_inputs_on_host
 from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
 from pretrain.model.prefill import next_logits
 from pretrain.model.weights import Weights
@@ -111,6 +112,8 @@ class Engine:
             if not parameter.requires_grad:  # in fp32 there would be more of them for a moment than ever again
                 parameter.data = torch.empty_like(parameter, dtype=dtype, device=topology.device)
         model.to(topology.device).initialize(seed)
+        if parallel.offloads_activations:
+            keep_inputs_on_host(model.blocks)
         self.model = model
         self._split_tokens = parallel.sequence_parallel
         self._loss = functools.partial(

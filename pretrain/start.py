@@ -368,7 +368,12 @@ def announce(config: RunConfig, topology: Topology) -> None:
         _logger.info(
             "memory a rank, estimated: %.2f GB (%s)",
             memory.total / 1e9,
-            ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items()),
+            ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items() if name != "host"),
         )
+        if memory.host:
+            _logger.info(
+                "host memory a rank, estimated: %.2f GB for parallel.offload=%s",
+                memory.host / 1e9, ",".join(config.parallel.offload),
+            )  # fmt: skip
     else:
         _logger.info("memory a rank: there is no estimate for model.architecture=%s", model.architecture)

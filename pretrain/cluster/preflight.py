@@ -117,6 +117,8 @@ def memory_findings(work: Workload, micro_steps: int, gpu_bytes: float | None) -
         f"{_size(need.total)} a rank: weights {_size(need.weights)}, gradients {_size(need.gradients)},"
         f" optimizer {_size(need.optimizer)}, buffers {_size(need.buffers)}, activations {_size(need.activations)}"
     )
+    if need.host:
+        text += f"; and {_size(need.host)} of its node's memory for parallel.offload={','.join(work.parallel.offload)}"
     if gpu_bytes is None:
         yield Finding("note", "memory", f"{text}; the GPUs' memory is unknown; set --gpu TYPE or --gpu-memory GB")
         return

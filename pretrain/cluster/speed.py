@@ -90,8 +90,8 @@ def why_unknown(work: Workload, device: Device) -> str:
         return f"model.architecture={work.model.architecture}"
     if work.bytes_per_weight != 2:
         return "precision=fp32"
-    if work.parallel.offload != "none":
-        return f"parallel.offload={work.parallel.offload}"
+    if work.parallel.offload:
+        return f"parallel.offload={','.join(work.parallel.offload)}"
     return "" if device.flops else f"{device.name}, which has no bf16"
 
 
@@ -129,6 +129,9 @@ def _flops(work: Workload) -> float:
     passes = 2 if config.adapters else 3
     of_blocks = of_model - 2 * passes * config.vocab_size * config.dim
     again = of_blocks / passes if work.parallel.activation_checkpointing == "full" else 0  # one more forward pass
+    costs = work.block_costs
+    assert costs is not None, "or `why_unknown` says so"
+    again += 2 * config.n_layers * costs.repeated
     return work.tokens * (of_model + again) / work.parallel.tp_size
 
 

@@ -88,11 +88,17 @@ class BlockCosts:
         backward: what its backward pass takes beside that: what it computes again, and gradients.
         moved: what a fused forward pass reads and writes outside of matrix products and attention; None if the time of
             a block does not follow from it.
+        of_tile: with parallel.feed_forward_tokens, what the backward pass takes for each of so many tokens beside that.
+        sums: bytes, whatever the tokens, of the gradients that it sums over those.
+        repeated: multiplications per token of the forward pass that are made again for them, without checkpointing.
     """
 
     kept: float
     backward: float
     moved: float | None
+    of_tile: float = 0.0
+    sums: float = 0.0
+    repeated: float = 0.0
 
 
 class Cache(Protocol):
@@ -117,6 +123,7 @@ class ModelConfig(Config, ABC):
     POSITIONS: ClassVar[tuple[str, ...]] = ()
     SPLITS: ClassVar[bool] = False  # whether tensor-parallel ranks can share a model
     SPLITS_ROWS: ClassVar[bool] = False  # whether sequence-parallel ranks can divide the tokens of a row
+    TILES: ClassVar[bool] = False  # whether parallel.feed_forward_tokens can go through its networks at once
 
     architecture: str  # a Literal of its name, as the default, in every config class
     dim: int = Field(ge=1)  # width of the embedding and of what layers pass on

@@ -24,6 +24,8 @@ from pretrain.model.pieces import Pieces
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionBackend = Literal["sdpa", "flex", "varlen"]
 
+MASK_LIMIT = 1 << 30  # bytes of the mask of "sdpa" for one row, which grows with the square of its length
+
 
 def attention_within_pieces(pieces: Pieces, backend: AttentionBackend, dropout: float = 0.0) -> Attend:
     """Return causal attention that stays within a piece; made once per forward pass, used by every block.
@@ -37,6 +39,11 @@ def attention_within_pieces(pieces: Pieces, backend: AttentionBackend, dropout: 
         assert backend == "sdpa"
         return functools.partial(_attention_with_dropout, mask=_mask_of(pieces), dropout=dropout)
     return {"sdpa": _masked_attention, "flex": _flex_attention, "varlen": _varlen_attention}[backend](pieces)
+
+
+def mask_bytes(length: int) -> int:
+    """Return the size of the mask of "sdpa" for a row of so many tokens; others have none that large."""
+    return length**2
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import functools
 import importlib.util
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import activate_flash_attention_impl
 
 from pretrain.model.architecture import Heads
-from pretrain.model.attention import AttentionBackend, attention_within_pieces
+from pretrain.model.attention import MASK_LIMIT, AttentionBackend, attention_within_pieces, mask_bytes
 from pretrain.model.pieces import pieces_of
 from pretrain.topology import ParallelConfig, Topology
 from shards import ConfigError
@@ -88,10 +89,13 @@ def with_fastest_attention(
     Raises:
         ConfigError: if no backend can run this shape.
     """
-    settled = parallel.attention != "auto" or parallel.deterministic or topology.device.type == "cpu"
-    if shape is None or shape.dropout or settled:
+    if shape is None or shape.dropout:
         return parallel
-    measured = topology.together(lambda: _fastest(topology.device, shape) if topology.is_main else None)
+    affordable = _affordable(topology.device, shape)
+    settled = parallel.attention != "auto" or parallel.deterministic or topology.device.type == "cpu"
+    if settled:
+        return parallel
+    measured = topology.together(lambda: _fastest(topology.device, shape, affordable) if topology.is_main else None)
     return parallel.model_copy(update={"attention": topology.broadcast_object(measured)})
 
 
@@ -110,9 +114,27 @@ def _fitting(device: torch.device, head_dim: int, dtype: torch.dtype, dropout: f
     return [*fitting, "sdpa"]
 
 
-def _fastest(device: torch.device, shape: AttentionShape) -> AttentionBackend:
+def _affordable(device: torch.device, shape: AttentionShape) -> list[AttentionBackend]:
+    """Return what a device can run of rows of this length, first what is usually fastest.
+
+    Raises:
+        ConfigError: if it is nothing.
+    """
+    fitting = _fitting(device, shape.head_dim, shape.dtype)
+    size = mask_bytes(shape.length)
+    affordable = [backend for backend in fitting if backend != "sdpa" or size <= MASK_LIMIT]
+    if not affordable:
+        raise ConfigError(
+            f"data.seq_len={shape.length}: with {shape.dtype} and heads of {shape.head_dim} this device can only run"
+            f" sdpa, whose mask of a row would take {size / 1e9:.1f} GB; take precision: bf16 and heads of a multiple"
+            " of 16, or shorter rows"
+        )
+    return affordable
+
+
+def _fastest(device: torch.device, shape: AttentionShape, backends: Sequence[AttentionBackend]) -> AttentionBackend:
     seconds: dict[AttentionBackend, float] = {}
-    for backend in _fitting(device, shape.head_dim, shape.dtype):
+    for backend in backends:
         try:
             seconds[backend] = _seconds_of(backend, device, shape)
         except RuntimeError as error:  # out of memory, or a kernel that cannot be compiled

@@ -71,10 +71,16 @@ class TransformerMeasurement(ActivationMeasurement):
         return of_stream | {name: values.tolist() for name, values in figures.items()}
 
     def _measures_units(self, number: int, tokens: Tensor) -> Any:
+        end = 0  # of those that came so far: a layer may be given a few tokens at a time
+
         def measure(_layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0][tokens].float()
-            self._hidden[number] += sums(x.numel(), x.square())
-            self._units[number] = torch.maximum(self._units[number], x.abs().amax(0))
+            nonlocal end
+            first, end = end, end + len(inputs[0])
+            own = tokens[(tokens >= first) & (tokens < end)] - first
+            if len(own):
+                x = inputs[0][own].float()
+                self._hidden[number] += sums(x.numel(), x.square())
+                self._units[number] = torch.maximum(self._units[number], x.abs().amax(0))
 
         return measure
 

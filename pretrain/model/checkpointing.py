@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.model import piece_attention  # noqa: F401  # registers its operator
+from pretrain.model import piece_attention, swiglu  # noqa: F401  # they register their operators
 from pretrain.topology import Checkpointing
 
 # Costly to compute again for what they take to keep: matrix products, attention, and whatever waits for other ranks.
@@ -18,6 +18,7 @@ _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.headrace.piece_attention.default,
+    torch.ops.headrace.swiglu.default,
     torch.ops.higher_order.flex_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

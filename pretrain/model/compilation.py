@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from torch._dynamo.utils import counters
 
 _logger = logging.getLogger(__name__)
 
@@ -38,4 +37,6 @@ class CompilationLog:
 
 def compiled_graphs() -> int:
     """Count the graphs that torch.compile has made in this process."""
-    return int(counters["stats"]["unique_graphs"])
+    # torch loads its compiler at the first use of it. Importing it here would cost every command a third of its start.
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return int(compiler.counters["stats"]["unique_graphs"]) if compiler else 0

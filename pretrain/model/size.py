@@ -105,6 +105,7 @@ class MemoryEstimate:
     Attributes:
         buffers: what DeepSpeed sets aside to reduce gradients and, in ZeRO-3, gathers weights into.
         activations: what the forward pass keeps for the backward pass, and what is computed meanwhile.
+        host: what parallel.offload moves to the host's memory, which is no part of the total.
     """
 
     weights: int
@@ -112,6 +113,7 @@ class MemoryEstimate:
     optimizer: int
     buffers: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -197,11 +199,16 @@ def memory_per_rank(work: Workload) -> MemoryEstimate | None:
     stage = parallel.applied_zero_stage
     weights = work.bytes_per_weight * (work.parameters // work.zero_size if stage == 3 else work.parameters)
     return MemoryEstimate(
-        weights=0 if parallel.offload == "parameters" else weights,
+        weights=0 if parallel.offloads_weights else weights,
         gradients=4 * (work.trained if stage == 1 else work.trained // work.zero_size),
-        optimizer=0 if parallel.offload != "none" else work.optimizer_bytes,
+        optimizer=0 if parallel.offloads_optimizer else work.optimizer_bytes,
         buffers=_buffers(work),
         activations=int(_activations(work, costs)),
+        host=int(
+            (weights if parallel.offloads_weights else 0)
+            + (work.optimizer_bytes if parallel.offloads_optimizer else 0)
+            + (work.model.n_layers * work.tokens * costs.kept if parallel.offloads_activations else 0)
+        ),
     )
 
 
@@ -212,7 +219,7 @@ def _buffers(work: Workload) -> int:
     """
     stage, weight_bytes = work.parallel.applied_zero_stage, work.bytes_per_weight
     if stage == 1:
-        return 0 if weight_bytes == 2 and work.parallel.offload == "none" else 4 * work.reduce_bucket
+        return 0 if weight_bytes == 2 and not work.parallel.offloads_optimizer else 4 * work.reduce_bucket
     if stage == 2:
         return 2 * weight_bytes * work.reduce_bucket
     gathered = weight_bytes * min(work.parameters, work.gathered_weights)
@@ -226,12 +233,16 @@ def _activations(work: Workload, costs: BlockCosts) -> float:
     of gradients; and an update: Muon's, and one that is measured, from a copy of the rank's fp32 weights.
     """
     config, weight_bytes = work.model, work.bytes_per_weight
-    blocks = config.n_layers * work.tokens * costs.kept
+    # Of inputs on the host, the device has the last from its block on, and in the backward pass two
+    on_host = work.parallel.offloads_activations
+    kept = work.tokens * costs.kept
+    blocks = config.n_layers * kept
+    behind = min(2 * kept, blocks) if on_host else blocks
     ends = 2 * work.tokens * weight_bytes * config.dim  # the last norm's input and output
     return max(
-        blocks + ends + _loss_bytes(work),
-        blocks + _backward_bytes(work, costs),
-        _reduction_bytes(work, blocks),
+        (kept if on_host else blocks) + ends + _loss_bytes(work),
+        behind + _backward_bytes(work, costs),
+        _reduction_bytes(work, costs, behind),
         _update_bytes(work),
     )
 
@@ -242,7 +253,7 @@ def _update_bytes(work: Workload) -> float:
     Muon holds what it has received of a matrix, its two orders, and a product that becomes the next of them; and three
     square ones.
     """
-    copied = 4 * work.trained / work.zero_size if work.layers_measured and work.parallel.offload == "none" else 0
+    copied = 4 * work.trained / work.zero_size if work.layers_measured and not work.parallel.offloads_optimizer else 0
     if work.optimizer == "adamw":
         return copied
     rows, columns = sorted(_largest_matrix(work))
@@ -274,19 +285,22 @@ def _backward_bytes(work: Workload, costs: BlockCosts) -> float:
     A frozen matrix has none.
     """
     matrix = 0 if work.model.adapters else math.prod(_largest_matrix(work)) / work.parallel.tp_size
-    return work.tokens * costs.backward + work.bytes_per_weight * matrix
+    tile = min(work.tokens, work.parallel.feed_forward_tokens or 0)
+    return work.tokens * costs.backward + tile * costs.of_tile + costs.sums + work.bytes_per_weight * matrix
 
 
-def _reduction_bytes(work: Workload, blocks: float) -> float:
+def _reduction_bytes(work: Workload, costs: BlockCosts, blocks: float) -> float:
     """Estimate what the reduction of gradients takes beside the buffers, and what blocks then still keep.
 
     ZeRO-1 reduces them all after the backward pass, where they are, or from a copy where matrices and vectors fit in
     one. ZeRO-2 and 3 reduce a bucket as soon as it is full, from a copy; the blocks whose gradients it holds need
-    nothing more. In another type than the gradients', there is a copy in that type too.
+    nothing more, but for one that is in the midst of its backward pass. In another type than the gradients', there is a
+    copy in that type too.
     """
     if work.parallel.applied_zero_stage == 1:
         copy = 4 if work.trained <= _REDUCED_TOGETHER else 0
         return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.trained
     reduced = min(work.reduce_bucket, work.trained)
     cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
-    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.trained)
+    begun = work.tokens * costs.backward / 2
+    return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.trained) + begun

@@ -33,6 +33,7 @@ from pretrain.model.parallel import (
 from pretrain.model.pieces import pieces_of
 from pretrain.model.rotary import RopeScaling, YarnScaling, rotary_angles, rotate
 from pretrain.model.sequence import over_whole_rows, own_part
+from pretrain.model.swiglu import tiled_swiglu
 from pretrain.model.transformer_costs import block_costs
 from pretrain.parametrization import MupBase, Scale, Size, scale_of
 from pretrain.topology import ParallelConfig, Topology
@@ -49,6 +50,7 @@ class LlamaConfig(ModelConfig):
     POSITIONS: ClassVar = ("rope_theta", "rope_scaling")
     SPLITS: ClassVar = True
     SPLITS_ROWS: ClassVar = True
+    TILES: ClassVar = True
 
     architecture: Literal["llama"] = "llama"  # chooses these keys; a model without it is a LLaMA
     n_heads: int = Field(ge=1)  # query heads; dim / n_heads is the size of a head and must be even
@@ -226,16 +228,31 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). Source: Shazeer 2020, arXiv 2002.05202."""
+    """SwiGLU: w2(silu(w1 x) * w3 x). Source: Shazeer 2020, arXiv 2002.05202.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    Args:
+        tokens: how many go through it at once; None: all.
+    """
+
+    def __init__(self, config: LlamaConfig, tokens: int | None) -> None:
         super().__init__()
+        self.tokens = tokens
         self.w1 = ColumnLinear(config.dim, config.hidden_dim)
         self.w3 = ColumnLinear(config.dim, config.hidden_dim)
         self.w2 = RowLinear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's part of the output [N, dim] for x [N, dim]."""
+        if self.tokens is None:
+            return self._of(x)
+        if torch.is_grad_enabled():
+            return tiled_swiglu(x, self.w1.weight, self.w3.weight, self.w2.weight, self.tokens)
+        out = torch.empty_like(x)
+        for part, tile in zip(torch.split(out, self.tokens), torch.split(x, self.tokens), strict=True):
+            part.copy_(self._of(tile))  # by the layers, which may be measured
+        return out
+
+    def _of(self, x: Tensor) -> Tensor:
         w1, w3, w2 = adapted(self.w1, self.w3, self.w2)
         return w2(F.silu(w1(x)) * w3(x))
 
@@ -248,7 +265,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, parallel.feed_forward_tokens)
         self.dropout = nn.Dropout(config.dropout)
         self.sequence_parallel = parallel.sequence_parallel
         self._computations = computations(self._compute, parallel)

@@ -28,20 +28,23 @@ def block_costs(
     Attention with dropout makes the matrix of all its weights. Kept of it are the weights in fp32, which of them were
     dropped, and what is left of them; compiled, what is left is computed again in bf16. Any checkpointing leaves all of
     it to be computed again.
+
+    Of SwiGLU a few tokens at a time (`swiglu.py`) nothing is kept but its input. Its backward pass has four hidden
+    values of a tile, and the fp32 sums of its three matrices' gradients; it makes two of three products again.
     """
     queries, keys = heads.n_heads * heads.head_dim, heads.n_kv_heads * heads.head_dim
     exchanged = exchanged_numbers(heads, parallel)
     kept = _kept(dim, hidden_dim, queries, keys, exchanged, qk_norm, lora, parallel)
-    hidden = hidden_dim / parallel.tp_size
-    products = hidden * (1 if parallel.compile else 2)
+    tiled, hidden = parallel.feed_forward_tokens is not None, hidden_dim / parallel.tp_size
+    products = 0 if tiled else hidden * (1 if parallel.compile else 2)
     without = parallel.model_copy(update={"activation_checkpointing": "none"})
     again = {
         "none": 0.0,
         "selective": 2 * dim + products,
         "full": _kept(dim, hidden_dim, queries, keys, exchanged, qk_norm, lora, without) - kept,
     }[parallel.activation_checkpointing]
-    # Those of the stream; uncompiled, also of two of SwiGLU's products
-    gradients = dim + (0 if parallel.compile else 2 * hidden)
+    # Those of the stream; uncompiled, also of two of SwiGLU's products, or else of its input
+    gradients = 2 * dim if tiled else dim + (0 if parallel.compile else 2 * hidden)
     stream = dim / (parallel.tp_size if parallel.sequence_parallel else 1)
     moved = 8 * stream + (2 * (queries + keys) + 3 * hidden_dim) / parallel.tp_size
     moved += 4 * exchanged  # read and written in another order, before and after
@@ -54,6 +57,9 @@ def block_costs(
         # With the gradients of what is left of the attention's weights, and of all of them
         backward=bytes_per_weight * (again + gradients) + 4 * pairs + (0 if is_kept else matrix),
         moved=bytes_per_weight * moved,
+        of_tile=4 * bytes_per_weight * hidden if tiled else 0,
+        sums=(0 if lora else 3 * 4 * dim * hidden) if tiled else 0,
+        repeated=2 * dim * hidden_dim if tiled and parallel.activation_checkpointing != "full" else 0,
     )
 
 
@@ -90,7 +96,8 @@ def _kept(
     stream = dim * (of_rank if parallel.sequence_parallel else 1)
     if parallel.activation_checkpointing == "full":
         return stream
-    kept = 2 * stream + of_rank * (2 * queries + 2 * keys + 2 * hidden_dim)
+    hidden = 0 if parallel.feed_forward_tokens else of_rank * hidden_dim
+    kept = 2 * stream + of_rank * (2 * queries + 2 * keys) + 2 * hidden
     kept += _kept_by_adapters(dim, {"wo": queries, "w2": hidden_dim}, lora, parallel) if lora else 0
     if parallel.activation_checkpointing == "selective":
         kept += exchanged
@@ -102,7 +109,7 @@ def _kept(
         return kept
     if exchanged:
         kept += exchanged - of_rank * (queries + 2 * keys)
-    kept += 2 * dim + of_rank * hidden_dim * (1 if parallel.compile else 2)
+    kept += 2 * dim + hidden * (1 if parallel.compile else 2)
     return kept + (of_rank * (queries + keys) if qk_norm else 0)
 
 

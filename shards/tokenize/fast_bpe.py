@@ -169,10 +169,12 @@ class FastBPE:
             for category, first, last in runs:
                 if category in ("Nd", "Nl", "No") and first > 0x7F:
                     self._kinds[first : last + 1] = _NUMBER if content.get("normalizer") is None else _UNSURE
-        codes = [code for _, first, last in runs for code in (first, last)]
-        agreed = self._agree(["a{0}'s{0} {0}1{0}\n x{0}{0}".format(chr(code)) for code in codes])
-        for i, (category, first, last) in enumerate(runs):
-            if category == "Cn" or not all(agreed[2 * i : 2 * i + 2]):
+        # Every start waits for this. Many runs are a single character; unassigned ones are unsure whatever is found.
+        codes = sorted({code for category, *ends in runs if category != "Cn" for code in ends})
+        texts = ["a{0}'s{0} {0}1{0}\n x{0}{0}".format(chr(code)) for code in codes]
+        agreed = dict(zip(codes, self._agree(texts), strict=True))
+        for category, first, last in runs:
+            if category == "Cn" or not (agreed[first] and agreed[last]):
                 self._kinds[first : last + 1] = _UNSURE
         if self._kinds[:0x80].any():
             raise NotExact("gigatoken splits texts in ASCII otherwise than the tokenizers library")

@@ -79,13 +79,20 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
         yield precision, tied, micro, {"zero_stage": stage}
     split = {"sequence_parallel": topology.tp_size > 1}
-    for stage, what in itertools.product((1, 3), ("none", "selective", "full")):
-        yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split}
-    for stage, what in ((1, "none"), (3, "full")):  # with the last case, each stage and each way once
-        yield "fp32", stage == 3, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, "compile": True}
+    tiled, moved = {"feed_forward_tokens": 7}, {"offload": "activations"}
+    for stage, what, saved in (
+        (1, "none", {}), (1, "selective", tiled), (1, "full", moved),
+        (3, "none", tiled), (3, "selective", {}), (3, "full", tiled | moved),
+    ):  # fmt: skip
+        yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, **saved}
+    # With the last case, each stage and each way once
+    for stage, what, saved in ((1, "none", {}), (3, "full", tiled | moved)):
+        layout = {"zero_stage": stage, "activation_checkpointing": what, **split, **saved, "compile": True}
+        yield "fp32", stage == 3, 2, layout
     for stage in (1, 2, 3):
         yield "bf16", False, 2, {"zero_stage": stage, "reduce_dtype": "bf16"}
-    yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective", **split, "compile": True}
+    layout = {"zero_stage": 2, "activation_checkpointing": "selective", **split, **tiled, "compile": True}
+    yield "bf16", False, 2, layout
 
 
 def layouts_of_split_rows(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]]]:
@@ -93,7 +100,8 @@ def layouts_of_split_rows(topology: Topology) -> Iterator[tuple[str, bool, int, 
     split = {"sequence_parallel": topology.tp_size > 1}
     for stage, tied in ((1, False), (2, True), (3, False)):
         yield "fp32", tied, 2, {"zero_stage": stage, **split}
-    yield "fp32", True, 4, {"zero_stage": 1, "attention": "sdpa", "activation_checkpointing": "full"}
+    saved = {"activation_checkpointing": "full", "feed_forward_tokens": 7, "offload": "activations"}
+    yield "fp32", True, 4, {"zero_stage": 1, "attention": "sdpa", **saved}
     yield "fp32", False, 2, {"zero_stage": 3, "activation_checkpointing": "selective", **split, "compile": True}
     yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective"}
 

@@ -47,6 +47,7 @@ def write_staged(folder: Path, name: str, **changes: object) -> Path:
         train={"steps": STEPS, "micro_batch_size": 1, "weight_hash_every": 1},
         checkpoint={"every": 4, "keep": 20},
         stages=STAGES,
+        model={"qk_norm": True},  # or attention would be even at first, and positions without effect
         **changes,
     )
 

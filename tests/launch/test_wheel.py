@@ -24,6 +24,8 @@ MADE_BY_RUNS = ("__pycache__", "*.index.json", "*.windows", "*.manifest")
 VERSION = shards.__version__
 Shell = Callable[[str], subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -110,7 +112,6 @@ def test_a_command_that_a_message_names_can_be_typed(shell: Shell) -> None:
     assert re.search(r"\d+ shards indexed", indexed.stdout)
 
 
-@pytest.mark.distributed
 def test_the_sample_trains_under_a_launcher(shell: Shell) -> None:
     # What the `deepspeed` command does; the one on the path would start this environment's Python.
     launcher = f"python -m deepspeed.launcher.runner --master_port {free_port()} --module pretrain"

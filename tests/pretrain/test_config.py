@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import compare_for_resume, may_change
 from pretrain.config_file import dump, read_tree
 from shards import ConfigError
@@ -183,6 +183,19 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ),
         ("parallel.activation_checkpointing=some", "parallel.activation_checkpointing"),
         ("parallel.offload=parameters", "parallel.offload=parameters needs parallel.zero_stage=3, not 1"),
+        ("parallel.offload=activations", "which is all that is kept of it with parallel.activation_checkpointing=full"),
+        ('parallel.offload=["none","optimizer"]', "parallel.offload"),
+        ("parallel.attention=sdpa data.seq_len=131072", "data.seq_len=131072: parallel.attention=sdpa needs a whole"),
+        (
+            'model.attention_dropout=0.1 train.steps=9 stages=[{"step":5,"data":{"seq_len":131072}}]',
+            "stages.0.data.seq_len=131072: model.attention_dropout=0.1 needs a whole mask, which grows with the square"
+            " of a row's length, here 17.2 GB a row; set model.attention_dropout=0, or rows of at most 32768",
+        ),
+        (
+            "parallel.feed_forward_tokens=8 init_from=a model.lora.r=2 model.lora.alpha=2",
+            "model.lora.targets: parallel.feed_forward_tokens=8 computes feed-forward networks without adapters; leave"
+            " w1, w2, w3 out",
+        ),
         ("optim.name=lion", "optim.name: \"lion\" is wrong; it should be 'adamw' or 'muon'"),
         (
             "optim.learning_rate_groups={'norm.weigth':2}",
@@ -213,6 +226,7 @@ RECURRENT = "model: {architecture: recurrent, dim: 64, n_layers: 2, vocab_size: 
         ("parallel.tp_size=2", "parallel.tp_size=2: model.architecture=recurrent cannot be split over ranks"),
         ("parallel.sp_size=2", "parallel.sp_size=2: model.architecture=recurrent cannot divide a row over ranks"),
         ("parallel.attention=sdpa", "parallel.attention=sdpa: model.architecture=recurrent has no attention"),
+        ("parallel.feed_forward_tokens=8", "8: model.architecture=recurrent does not compute a few tokens at a time"),
         (
             "optim.learning_rate_groups={'*.wq.weight':2}",
             "no weight's name matches '*.wq.weight'; the names are embedding.weight, blocks.*.norm.weight,",
@@ -226,6 +240,20 @@ def test_each_architecture_has_its_own_keys_and_limits(tmp_path: Path, override:
     assert message in complaint(path, override)
 
 
+def test_what_is_offloaded_is_a_name_or_several_and_written_as_before(small: Path) -> None:
+    more = "parallel.activation_checkpointing=full"
+    for written, names in (("none", ()), ("optimizer", ("optimizer",)), ("[]", ()), ("[optimizer]", ("optimizer",)),
+                           ("[optimizer,activations]", ("optimizer", "activations"))):  # fmt: skip
+        config = load_config(small, [more, f"parallel.offload={written}"])
+        assert config.parallel.offload == names
+        assert RunConfig.parse(config.model_dump(mode="json")) == config
+        one_name = "none" if not names else names[0] if len(names) == 1 else [*names]
+        assert config.model_dump(mode="json")["parallel"]["offload"] == one_name
+        zero = config.deepspeed_config()["zero_optimization"]
+        assert zero["offload_optimizer"]["device"] == ("cpu" if "optimizer" in names else "none")
+        assert zero["offload_param"]["device"] == "none"
+
+
 def test_a_key_of_another_architecture_is_unknown(small: Path) -> None:
     assert "model.context_dim: unknown key; known here: architecture," in complaint(small, "model.context_dim=8")
     assert "train.context_dim: unknown key; did you mean model.context_dim?" in complaint(small, "train.context_dim=8")
@@ -237,6 +265,7 @@ def test_a_run_from_before_there_were_architectures_is_a_llama_and_resumes(small
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     assert values["model"].pop("architecture") == "llama"
     assert values["parallel"].pop("sp_size") == 1  # which came later still, as did these
+    assert values["parallel"].pop("feed_forward_tokens") is None
     assert values["stages"][0].pop("model") == {"rope_theta": None, "rope_scaling": None}
     for source in (*values["data"]["sources"], *values["stages"][0]["data"]["sources"]):
         assert source.pop("min_tokens") is source.pop("max_tokens") is None

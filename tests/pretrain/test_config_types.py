@@ -66,8 +66,8 @@ optim: {name: muon, moments: bf16, momentum: 0.5, learning_rate_groups: {norm.we
   learning_rate: 0.5, schedule: wsd, warmup_steps: 2, decay_steps: 2, decay_shape: sqrt, floor: 0.5,
   batch_size_rule: sqrt, betas: [0.5, 0.25], moments: bf16, eps: 0.5, weight_decay: 0.5, grad_clip: 0.5, z_loss: 0.5}
 parallel: {tp_size: 2, sp_size: 2, zero_stage: 1, offload: optimizer, sequence_parallel: true,
-  activation_checkpointing: true, compile: true, attention: sdpa, reduce_dtype: bf16, deterministic: true,
-  timeout_minutes: 1.5}
+  activation_checkpointing: true, feed_forward_tokens: 8, compile: true, attention: sdpa, reduce_dtype: bf16,
+  deterministic: true, timeout_minutes: 1.5}
 precision: fp32
 checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2,
   best: eval/a/accuracy}

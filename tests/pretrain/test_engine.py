@@ -89,7 +89,7 @@ def test_measuring_the_layers_changes_no_figures(topology: Topology, parallel: d
         {"zero_stage": 2, "activation_checkpointing": "selective"},
         {"zero_stage": 1, "offload": "optimizer"},
         {"zero_stage": 2, "offload": "optimizer", "activation_checkpointing": "full"},
-        {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": "full"},
+        {"zero_stage": 3, "offload": ["parameters", "activations"], "activation_checkpointing": "full"},
     ],
 )
 def test_memory_savings_change_no_figures(

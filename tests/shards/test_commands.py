@@ -1,19 +1,20 @@
-"""Every command that a message prints is run as printed, and does what the message says."""
+"""Every command that a message prints is run as a shell reads it, and does what the message says."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
 
 from pretrain.cluster.preflight import data_findings
+from pretrain.commands import dispatch
 from shards import DataConfig, Loader, ShardError, open_at
 from shards.index import paths
 from shards.index.decoders import Decoders
@@ -26,11 +27,15 @@ WILLING = {"max_index_at_start": 10**9}
 
 
 def run(message: str) -> None:
-    """Run the command that ends a message, with this interpreter."""
+    """Run the command that ends a message: a shell says with which words, and this process runs it with them."""
     found = re.search(r"(rm -f .*; )?python launch/.*", message)
     assert found, message
-    command = found[0].replace("python launch/", f"{shlex.quote(sys.executable)} launch/")
-    subprocess.run(command, shell=True, cwd=ROOT, check=True, capture_output=True)
+    said = "python() { printf '%s\\0' \"$@\"; }; " + found[0]
+    read = subprocess.run(said, shell=True, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    script, *words = read.split("\0")[:-1]
+    assert script == "launch/index.py"
+    with contextlib.chdir(ROOT), mock.patch.object(os, "cpu_count", return_value=1):  # a worker takes a second to start
+        assert dispatch.run("index", words) == 0
 
 
 def corpus(folder: Path) -> Path:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from transformers import (
 from transformers import LlamaConfig as TheirConfig
 
 from pretrain.checkpoint.store import CheckpointFile, write_complete
+from pretrain.commands import dispatch
 from pretrain.commands.export import export_run
 from pretrain.config import load_config
 from pretrain.exchange import hf
@@ -333,16 +332,19 @@ def test_a_description_describes_the_same_model(tmp_path: Path) -> None:
     assert found.rope_scaling == ours.config.rope_scaling
 
 
-def test_the_command_named_by_a_refusal_prints_a_matching_model_section(tmp_path: Path) -> None:
+def test_the_command_named_by_a_refusal_prints_a_matching_model_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.log.set_up", lambda *arguments: None)  # of the process that tests run in
     ours = build(GROUPED)
     export(Memory(ours), ours.config, DATA, tmp_path / "a model")
     with pytest.raises(ConfigError, match="describes another model") as caught:
         open_model(tmp_path / "a model", ours.config.model_copy(update={"n_layers": 7}))
-    command = str(caught.value).split("`")[-2].replace("python ", f"{shlex.quote(sys.executable)} ")
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
-    )
-    open_model(tmp_path / "a model", LlamaConfig.model_validate(yaml.safe_load(done.stdout)["model"]))
+    program, script, *words = shlex.split(str(caught.value).split("`")[-2])
+    assert (program, script) == ("python", "launch/export.py")
+    assert dispatch.run("export", words) == 0
+    said = capsys.readouterr().out
+    open_model(tmp_path / "a model", LlamaConfig.model_validate(yaml.safe_load(said)["model"]))
 
 
 @pytest.mark.parametrize(

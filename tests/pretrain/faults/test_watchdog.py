@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pretrain.faults.watchdog import Watchdog
+from pretrain.journal import Journal
+from pretrain.run.metrics import MetricsConfig
+from pretrain.run.run_folder import RunFolder
 
 HANGS = """
 import time
@@ -41,33 +51,26 @@ with module.Watchdog(0.04, 3, lambda event: print(event.step, event.kind, flush=
 """
 
 
-TOLD = """
-import sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from pretrain.faults.watchdog import Watchdog
-from pretrain.journal import Journal
-from pretrain.run.metrics import MetricsConfig
-from pretrain.run.run_folder import RunFolder
-
-folder, command = Path(sys.argv[1]), sys.argv[2]
-config = MetricsConfig.model_validate({"on_event": command})
-tracker = SimpleNamespace(alert=lambda event: None)
-journal = Journal(RunFolder(folder), tracker, config, 9, "a")
-with journal._hook, Watchdog(0.1, 0, journal.tell_last) as watchdog:
-    for _ in range(2):
-        watchdog.begin("step", "step 1", 0)
-    time.sleep(60)
-"""
+def hang(folder: Path, command: str) -> None:
+    """Hang in the second step of a run that tells a command of its events."""
+    tracker: Any = SimpleNamespace(alert=lambda event: None)
+    journal = Journal(RunFolder(folder), tracker, MetricsConfig.model_validate({"on_event": command}), 9, "a")
+    with journal._hook, Watchdog(0.1, 0, journal.tell_last) as watchdog:
+        for _ in range(2):
+            watchdog.begin("step", "step 1", 0)
+        time.sleep(60)
 
 
 def test_the_command_is_told_of_a_hang_before_the_process_ends(tmp_path: Path) -> None:
     told = tmp_path / "told"
     tell = 'import sys, time; time.sleep(1); open(sys.argv[1], "w").write(sys.stdin.read())'
     command = f"{sys.executable} -c '{tell}' {told}"
-    words = [sys.executable, "-c", TOLD, str(tmp_path), command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 75, done.stderr
+    child = os.fork()  # a process of its own would import torch first
+    if child == 0:
+        with suppress(BaseException):
+            hang(tmp_path, command)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
     assert json.loads(told.read_text())["kind"] == "stall"
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pretrain.model import attention
-from pretrain.model.attention import AttentionBackend, attention_within_pieces
+from pretrain.model.attention import MASK_LIMIT, AttentionBackend, attention_within_pieces, mask_bytes
 from pretrain.model.checkpointing import checkpointed
 from pretrain.model.piece_attention import piece_attention, piece_attention_backward
 from pretrain.model.pieces import pieces_of
@@ -286,3 +287,28 @@ def test_rotation_turns_each_pair_by_its_angle(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(found.double().pow(3).sum(), x)[0], gradient, rtol=5 * tolerance, atol=5 * tolerance
     )
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes of any tensor that operations make."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.nbytes for x in tree_leaves(made) if isinstance(x, Tensor))])
+        return made
+
+
+def test_nothing_of_a_long_document_grows_with_its_square_but_the_whole_mask() -> None:
+    def largest(length: int, backend: AttentionBackend) -> int:
+        pieces = pieces_of(torch.ones(1, length, dtype=torch.int64), CPU)
+        with FakeTensorMode(allow_non_fake_inputs=True), Largest() as found:
+            cos, sin = rotary_angles(pieces.positions, 16, 1e4)
+            q, k, v = (torch.empty(1, length, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+            attend = attention_within_pieces(pieces, backend)
+            attend(rotate(q, cos, sin), rotate(k, cos, sin), v).sum().backward()
+        return found.size
+
+    assert largest(131_072, "varlen") == 2 * largest(65_536, "varlen") == 131_072 * 4 * 16 * 4, "queries in fp32"
+    assert largest(131_072, "sdpa") >= mask_bytes(131_072) > MASK_LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -108,6 +109,18 @@ def test_all_ranks_take_what_rank_0_measured_to_be_fastest(
 
 
 @pytest.mark.usefixtures("ampere")
+def test_of_long_rows_nothing_with_a_whole_mask_is_measured_or_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = seconds(monkeypatch, varlen=0.003, flex=0.002, sdpa=0.001)
+    long = dataclasses.replace(SHAPE, length=131_072)
+    assert with_fastest_attention(ParallelConfig(), rank(), long).attention == "flex"
+    assert measured == ["varlen", "flex"]
+    odd = dataclasses.replace(long, head_dim=8, dtype=torch.float32)  # which nothing else can compute
+    for parallel in (ParallelConfig(), ParallelConfig(deterministic=True)):
+        with pytest.raises(ConfigError, match=r"data\.seq_len=131072: .* mask of a row would take 17\.2 GB"):
+            with_fastest_attention(parallel, rank(), odd)
+
+
+@pytest.mark.usefixtures("ampere")
 def test_a_backend_that_fails_is_named_and_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,5 +148,5 @@ def test_nothing_is_measured_where_nothing_is_to_choose(
 
 def test_what_is_measured_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert attention_choice._fastest(torch.device("cpu"), SHAPE) in ("varlen", "sdpa")
+        assert attention_choice._fastest(torch.device("cpu"), SHAPE, ("varlen", "sdpa")) in ("varlen", "sdpa")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

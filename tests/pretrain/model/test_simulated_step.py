@@ -23,7 +23,8 @@ CASES = [
     "quickstart-recurrent 1",
     "quickstart-recurrent 2 precision=bf16 parallel.compile=true parallel.activation_checkpointing=selective",
     "quickstart-recurrent 1 model.vocab_size=64 model.n_layers=1 parallel.activation_checkpointing=full precision=bf16",
-    "llama-125m-pile 8 model.n_layers=1 train.micro_batch_size=4 parallel.activation_checkpointing=selective",
+    "llama-125m-pile 8 model.n_layers=1 train.micro_batch_size=4 parallel.activation_checkpointing=selective"
+    " parallel.feed_forward_tokens=2048",
     "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=2",
     "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=3"
     " parallel.reduce_dtype=bf16",
@@ -38,6 +39,9 @@ CASES = [
     " parallel.zero_stage=2 parallel.sp_size=4",
     "llama-7b-pile-dolma-tp2 2 model.n_layers=2 data.seq_len=32768 train.micro_batch_size=1 parallel.compile=false"
     " parallel.activation_checkpointing=full parallel.sp_size=8",
+    "llama-7b-pile-dolma 2 model.n_layers=2 data.seq_len=32768 train.micro_batch_size=1 parallel.compile=false"
+    " parallel.activation_checkpointing=full parallel.sp_size=4 parallel.feed_forward_tokens=2048"
+    " parallel.offload=activations",
 ]
 Simulated = Callable[[str], dict[str, object]]
 
@@ -61,7 +65,9 @@ def config_of(case: str) -> tuple[RunConfig, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_of_memory_is_within_a_tenth(simulated: Simulated, case: str) -> None:
     config, dp_size = config_of(case)
-    assert memory_per_rank(config.workload(dp_size)).total == pytest.approx(simulated(case)["simulation"], rel=0.1)
+    estimate, found = memory_per_rank(config.workload(dp_size)), simulated(case)
+    assert estimate.total == pytest.approx(found["simulation"], rel=0.1)
+    assert estimate.host == found["host"]
 
 
 @pytest.mark.parametrize("case", CASES)

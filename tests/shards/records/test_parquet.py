@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from pretrain.commands import dispatch
 from shards import ConfigError, Loader, ShardError, Tokenizer, batch_after, document, preparation, read_documents
 from shards.arrays import greedy_groups
 from shards.config import DataConfig
@@ -434,21 +435,19 @@ def test_a_source_may_mix_formats_and_a_suite_may_be_parquet(tmp_path: Path) -> 
     assert [document.domain for document in documents] == [f"a/{site}" for site in SITES[:100]]
 
 
-def test_the_index_command_takes_the_column(tmp_path: Path) -> None:
+def test_the_index_command_takes_the_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
-    command = [sys.executable, str(ROOT / "launch/index.py"), "--text-key", "body", "--workers", "1"]
-    done = subprocess.run([*command, f"{tmp_path}/*.parquet", "--show"], capture_output=True, text=True, check=True)
-    assert "row groups: 1" in done.stdout
+    options = ["--text-key", "body"]
+    assert dispatch.run("index", [*options, "--workers", "1", f"{tmp_path}/*.parquet", "--show"]) == 0
+    assert "row groups: 1" in capsys.readouterr().out
     data = of(f"{tmp_path}/*.parquet", source={"text_key": "body"}, max_index_at_start=0, window_bytes=1 << 20)
     assert len(hashes(data, 3)) == 3, "what the command made is what a run looks for"
     (tmp_path / "a.parquet#body.index.json").unlink()
     (tmp_path / next(tmp_path.glob("*.manifest")).name).unlink()
     with pytest.raises(ShardError, match=r"index them first: .*--text-key body"):
         Loader(data, 8)
-    shown = subprocess.run(
-        [*command[:4], "--cat", str(tmp_path / "a.parquet"), "--document", "7"], capture_output=True, text=True
-    )
-    assert shown.stdout.rstrip("\n") == TEXTS[6].rstrip("\n")
+    assert dispatch.run("index", [*options, "--cat", str(tmp_path / "a.parquet"), "--document", "7"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == TEXTS[6].rstrip("\n")
 
 
 def test_reading_imports_no_pandas(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,10 +15,11 @@ from urllib.parse import unquote
 
 import pytest
 
+from pretrain.commands import dispatch
 from shards import Loader, ShardError
 from shards.storage import files, remote
 from shards.storage.block_cache import BlockCache
-from tests.shards.corpora import ROOT, compress, config, record, words
+from tests.shards.corpora import compress, config, record, words
 
 RAW = b"".join(record(words(i, 50 + i % 300)) for i in range(3000))
 DATA = compress(RAW, ".zst", frames=3)
@@ -278,7 +277,7 @@ def test_the_index_command_fills_the_cache_that_the_run_reads(
     )
     run = tmp_path / "run.yaml"
     run.write_text(json.dumps({"data": data.model_dump(mode="json")}))  # JSON is YAML
-    subprocess.run([sys.executable, str(ROOT / "launch/index.py"), "--config", str(run)], check=True)
+    assert dispatch.run("index", ["--config", str(run)]) == 0
     bodies = server.bodies
     with Loader(data, 4) as loader:
         assert next(loader).n_targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,13 @@ def texts() -> list[str]:
     return [*found[::20], "日本語の文章。", "한국어 문장", "Всё смешалось в доме", "½ ﬁn 日本 語"]
 
 
-def library(kind: str) -> Tokenizer:
-    """Train a vocabulary of 1,500 byte-level tokens, special ones first, which begins and ends documents."""
+@functools.cache  # several files train the same ones
+def trained(kind: str) -> str:
+    """Train a vocabulary of 1,500 byte-level tokens, special ones first, which begins and ends documents.
+
+    Returns:
+        The text of its tokenizer.json.
+    """
     made = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     if kind in ("neox", "qwen2"):
         made.normalizer = normalizers.NFC()
@@ -55,12 +61,12 @@ def library(kind: str) -> Tokenizer:
     if kind == "neox":
         made.add_tokens([AddedToken(" " * size, normalized=True) for size in range(24, 1, -1)])
         made.add_tokens([AddedToken("|||IP|||", normalized=False)])
-    return made
+    return str(made.to_str())
 
 
 def write_json(folder: Path, kind: str) -> Path:
     """Write the vocabulary as a tokenizer.json; that of "smollm2" has no token for the byte 4, as the real one."""
-    content = json.loads(library(kind).to_str())
+    content = json.loads(trained(kind))
     if kind == "smollm2":
         vocabulary = content["model"]["vocab"]
         del vocabulary["\u0104"]
@@ -85,7 +91,7 @@ def token_bytes(symbols: str) -> bytes:
 
 def ranks() -> list[bytes]:
     """Return the tokens of the vocabulary "llama3" without its special ones, in the order of their ranks."""
-    vocabulary = library("llama3").get_vocab()
+    vocabulary = Tokenizer.from_str(trained("llama3")).get_vocab()
     ordered = sorted(vocabulary, key=vocabulary.__getitem__)
     return [token_bytes(piece) for piece in ordered if piece not in (END, "<|begin|>")]
 
