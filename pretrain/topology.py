@@ -12,12 +12,12 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -38,14 +38,19 @@ Offload = Literal["optimizer", "parameters", "activations"]
 
 
 def _several(value: object) -> object:
-    """Translate one name, or none, into what offload has of it."""
+    """Translate one name, or none, into a sequence of names."""
     if value in ("none", ["none"], ("none",)):
         return ()
-    if isinstance(value, list | tuple):
-        if len(set(value)) < len(value) or "none" in value:
-            raise ValueError("name each of optimizer, parameters and activations once, or write none alone")
-        return value
-    return (value,)
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _in_one_order(names: tuple[Offload, ...]) -> tuple[Offload, ...]:
+    """Return the same names for the same layout: in one order, without what another of them includes."""
+    if len(set(names)) < len(names):
+        raise ValueError("name each of optimizer, parameters and activations once, or write none alone")
+    known: tuple[Offload, ...] = get_args(Offload)
+    included = {"optimizer"} if "parameters" in names else set()
+    return tuple(name for name in known if name in names and name not in included)
 
 
 def _as_written(names: tuple[Offload, ...]) -> str | list[Offload]:
@@ -63,7 +68,9 @@ class ParallelConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     # What lies in the host's memory: none, a name or a list of names. parameters: weights and the optimizer's state,
     # which needs zero_stage 3; activations: what activation_checkpointing=full keeps of each block
-    offload: Annotated[tuple[Offload, ...], BeforeValidator(_several), PlainSerializer(_as_written)] = ()
+    offload: Annotated[
+        tuple[Offload, ...], BeforeValidator(_several), AfterValidator(_in_one_order), PlainSerializer(_as_written)
+    ] = ()
     sequence_parallel: bool = False  # tp ranks also divide the tokens between branches; needs tp_size > 1
     # What a block computes again in the backward pass instead of keeping it: selective: norms, rotations, products and
     # the like, which cost little; full: all but its input, which costs one more forward pass

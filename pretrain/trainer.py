@@ -285,7 +285,8 @@ class Trainer:
     def _is_hash_due(self) -> bool:
         """Return whether the current step's weights are hashed: at intervals, and where a save is about to follow.
 
-        What is decided after a step was recorded comes too late: the end of the data, a stop within an evaluation.
+        What is decided after a step was recorded comes too late: the end of the data, a stop within an evaluation or
+        within a gap of the data, where there is no batch with which to agree on it.
         """
         every, step = self._config.train.weight_hash_every, self.state.step
         is_saved = self.at_end or self.stopping or self._config.checkpoint.due(step)

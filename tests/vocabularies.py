@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models
 
 # In GPT-2's alphabet, where "\u0120" stands for the byte of a space.
 GPT2_PIECES = [chr(code) for code in range(33, 127)] + ["\u0120", "th", "the", "\u0120the", "\u0120cat"]
@@ -31,3 +33,14 @@ def write_model(path: Path, pieces: Sequence[str], dummy_prefix: bool = False, b
 def foreign_pieces(path: Path) -> Path:
     """Write a stand-in for another program's tokenizer: it has the same ids but cannot spell a space."""
     return write_model(path, GPT2_PIECES)
+
+
+def byte_fallback_json(path: Path) -> Path:
+    """Write a tokenizer.json that spells all but ASCII in bytes, as those of LLaMA do what they lack."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(32, 127))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(models.BPE(ids, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(path))
+    return path

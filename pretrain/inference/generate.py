@@ -27,8 +27,9 @@ NextLogits = Callable[[Tensor, Cache], Tensor]
 # Tokens of the prompt with which a continuation is decoded: more than the bytes of a character, and few to decode again
 # after each token
 _CONTEXT_TOKENS = 32
+_CHARACTER_BYTES = 4  # at most, in UTF-8
 
-_UNFINISHED = "\ufffd"  # what a character decodes to while its last bytes are missing
+_UNFINISHED = "\ufffd"  # what a character decodes to while some of its bytes are missing
 
 
 class Sampling(Config):
@@ -102,7 +103,7 @@ def generate(
     if len(ids) >= max_length:
         _logger.warning("the prompt's %d tokens fill the context of %d, so nothing can follow", len(ids), max_length)
         return
-    stream = TextStream(codec, ids[-_CONTEXT_TOKENS:], sampling.stop)
+    stream = TextStream(codec, _context(codec, ids), sampling.stop)
     end = min(max_length, len(ids) + sampling.max_tokens)
     cache = new_cache(end)  # not max_length, since a long context's cache can take more memory than the model
     # Drawn on the CPU, so that the text is the same on every device.
@@ -133,6 +134,18 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     before = probabilities.cumsum(-1) - probabilities
     kept = torch.where(before < sampling.top_p, probabilities, 0.0)
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+def _context(codec: Codec, ids: Sequence[int]) -> Sequence[int]:
+    """Return the last tokens of a prompt, from where a character begins.
+
+    From within a character, the whole ones after it may be lost too: where some of the byte tokens in a row are part of
+    no character, the tokenizers library decodes each of them to U+FFFD. A prompt may have that itself, so they are
+    counted.
+    """
+    last = max(0, len(ids) - _CONTEXT_TOKENS)
+    starts = range(max(0, last - _CHARACTER_BYTES + 1), last + 1)
+    return ids[min(starts, key=lambda start: codec.decode(ids[start:]).count(_UNFINISHED)) :]
 
 
 class TextStream:

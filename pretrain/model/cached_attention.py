@@ -29,21 +29,17 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     rows, count, n_heads, head_dim = q.shape
     n_kv_heads, before = keys.shape[1], keys.shape[2] - q.shape[1]
     heads = q.transpose(1, 2)
-    if before == 0:
-        k, v = keys.to(q.dtype), values.to(q.dtype)
-        out = F.scaled_dot_product_attention(heads, k, v, is_causal=True, enable_gqa=n_heads != n_kv_heads)
-        return out.transpose(1, 2)
     # Where nothing is masked, the queries of all heads that share a key head are like queries of one head
     grouped = heads.reshape(rows, n_kv_heads, -1, head_dim)
     if count == 1:
         out = _over_blocks(grouped, keys, values)[0]
     else:
-        own = slice(before, None)
-        earlier, sums = _over_blocks(grouped, keys[:, :, :before], values[:, :, :before])
         repeats = n_heads // n_kv_heads
-        k, v = (x[:, :, own].to(q.dtype).repeat_interleave(repeats, dim=1) for x in (keys, values))
-        among, own_sums = _with_logsumexp(heads, k, v, is_causal=True)
-        out = _merged(earlier.reshape(among.shape), sums.reshape(own_sums.shape), among, own_sums)[0]
+        k, v = (x[:, :, before:].to(q.dtype).repeat_interleave(repeats, dim=1) for x in (keys, values))
+        out, sums = _with_logsumexp(heads, k, v, is_causal=True)
+        if before:
+            earlier, earlier_sums = _over_blocks(grouped, keys[:, :, :before], values[:, :, :before])
+            out = _merged(earlier.reshape(out.shape), earlier_sums.reshape(sums.shape), out, sums)[0]
     return out.reshape(rows, n_heads, count, head_dim).transpose(1, 2).to(q.dtype)
 
 

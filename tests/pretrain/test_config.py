@@ -185,6 +185,8 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ("parallel.offload=parameters", "parallel.offload=parameters needs parallel.zero_stage=3, not 1"),
         ("parallel.offload=activations", "which is all that is kept of it with parallel.activation_checkpointing=full"),
         ('parallel.offload=["none","optimizer"]', "parallel.offload"),
+        ("parallel.offload=[optimizer,optimizer]", "parallel.offload: name each of optimizer, parameters and"),
+        ("parallel.offload=[optimizer,[x]]", "parallel.offload"),
         ("parallel.attention=sdpa data.seq_len=131072", "data.seq_len=131072: parallel.attention=sdpa needs a whole"),
         (
             'model.attention_dropout=0.1 train.steps=9 stages=[{"step":5,"data":{"seq_len":131072}}]',
@@ -241,17 +243,19 @@ def test_each_architecture_has_its_own_keys_and_limits(tmp_path: Path, override:
 
 
 def test_what_is_offloaded_is_a_name_or_several_and_written_as_before(small: Path) -> None:
-    more = "parallel.activation_checkpointing=full"
+    more = ["parallel.activation_checkpointing=full", "parallel.zero_stage=3"]
     for written, names in (("none", ()), ("optimizer", ("optimizer",)), ("[]", ()), ("[optimizer]", ("optimizer",)),
-                           ("[optimizer,activations]", ("optimizer", "activations"))):  # fmt: skip
-        config = load_config(small, [more, f"parallel.offload={written}"])
+                           ("[optimizer,activations]", ("optimizer", "activations")),
+                           ("[activations,optimizer]", ("optimizer", "activations")),
+                           ("[optimizer,parameters]", ("parameters",))):  # fmt: skip
+        config = load_config(small, [*more, f"parallel.offload={written}"])
         assert config.parallel.offload == names
         assert RunConfig.parse(config.model_dump(mode="json")) == config
         one_name = "none" if not names else names[0] if len(names) == 1 else [*names]
         assert config.model_dump(mode="json")["parallel"]["offload"] == one_name
         zero = config.deepspeed_config()["zero_optimization"]
-        assert zero["offload_optimizer"]["device"] == ("cpu" if "optimizer" in names else "none")
-        assert zero["offload_param"]["device"] == "none"
+        assert zero["offload_optimizer"]["device"] == ("cpu" if {"optimizer", "parameters"} & {*names} else "none")
+        assert zero["offload_param"]["device"] == ("cpu" if "parameters" in names else "none")
 
 
 def test_a_key_of_another_architecture_is_unknown(small: Path) -> None:

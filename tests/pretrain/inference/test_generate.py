@@ -16,7 +16,7 @@ from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
-from tests.vocabularies import foreign_pieces
+from tests.vocabularies import byte_fallback_json, foreign_pieces
 
 TOKENIZER = Tokenizer(Path("shards/sample/tokenizer-4k.model"))
 CODEC = codec_of(TOKENIZER, bos=True)
@@ -68,24 +68,33 @@ def test_streamed_text_equals_text_decoded_at_the_end() -> None:
         assert "".join(streamed(prompt, new)) == expected
 
 
-def test_the_text_after_a_long_prompt_is_decoded_with_its_end_alone(topology: Topology) -> None:
-    prompt = "Once upon a time, " * 40 + "née 你"
-    context = ids_of(prompt)
-    following = [*ids_of("好 😀"), *ids_of(" cat")]
+@pytest.mark.parametrize("kind", ["SentencePiece", "tokenizer.json"])
+@pytest.mark.parametrize("end", ["née 你", "မြန်မာဘာသာစကား", "\ufffd" * 40], ids=["mixed", "bytes", "replaced"])
+def test_the_text_after_a_long_prompt_is_decoded_with_its_end_alone(
+    topology: Topology, tmp_path: Path, end: str, kind: str
+) -> None:
+    tokenizer = TOKENIZER
+    if kind == "tokenizer.json":
+        tokenizer = Tokenizer(byte_fallback_json(tmp_path / kind), bos=False, eos=False)
     decoded: list[int] = []
+    following: list[int] = []
 
     def decode(ids: Sequence[int]) -> str:
         decoded.append(len(ids))
-        return TOKENIZER.decode(ids)
+        return tokenizer.decode(ids)
 
     def next_logits(tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return torch.eye(4096)[following[max(0, len(decoded) - 1) :][:1]]
+        return torch.eye(tokenizer.vocab_size)[[following.pop(0)]]
 
-    codec = dataclasses.replace(CODEC, decode=decode)
-    sampling = Sampling(max_tokens=len(following), temperature=0)
-    found = "".join(generate(next_logits, new_cache, 1 << 12, codec, prompt, sampling, topology))
-    assert found == TOKENIZER.decode([*context, *following])[len(TOKENIZER.decode(context)) :]
-    assert max(decoded) < 64 < len(context), "not the whole prompt again for each token"
+    codec = dataclasses.replace(codec_of(tokenizer, bos=False), decode=decode)
+    for more in range(5):  # so that the context's first token is now the first of a character and now another
+        prompt, text = "Once upon a time, " * 40 + end + "x" * more, "好 😀 cat"
+        context = len(tokenizer.encode(prompt))
+        following[:] = tokenizer.encode(prompt + text)[context:]
+        sampling = Sampling(max_tokens=len(following), temperature=0)
+        found = "".join(generate(next_logits, new_cache, 1 << 12, codec, prompt, sampling, topology))
+        assert found == text, more
+        assert max(decoded) < 80 < context, "not the whole prompt again for each token"
 
 
 def test_a_character_of_several_bytes_is_streamed_whole() -> None:

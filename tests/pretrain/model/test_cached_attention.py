@@ -61,3 +61,13 @@ def test_what_it_makes_does_not_grow_with_the_text(dtype: torch.dtype) -> None:
         cached_attention(q, keys, values)
     converted = 0 if dtype == q.dtype else module._BLOCK_TOKENS * 2 * 8
     assert largest.elements <= max(32 * 4 * 8, converted) < 32 * 20_000
+
+
+@pytest.mark.parametrize("before", [0, 512])
+def test_no_chunk_has_a_matrix_of_scores_where_there_is_no_cpu(before: int) -> None:
+    count = 1024
+    q = torch.empty(1, count, 8, 16, device="meta")  # on which operators are chosen as on a GPU without bf16
+    keys, values = torch.empty(2, 1, 2, before + count, 16, device="meta")
+    with LargestTensor() as largest:
+        assert cached_attention(q, keys, values).shape == q.shape
+    assert largest.elements == q.numel() < count**2
