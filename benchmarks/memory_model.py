@@ -40,6 +40,7 @@ from unittest import mock
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking for one, DeepSpeed would write to stdout
 
 import torch
 import torch.distributed as dist
@@ -355,6 +356,11 @@ def compare(case: str) -> dict[str, object]:
     }
 
 
+def _log_to_stderr() -> None:
+    """Leave stdout to the figures: DeepSpeed and torch log to it in the processes that simulate."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="'CONFIG DP_SIZE [key.path=value ...]'")
@@ -362,7 +368,7 @@ def main() -> int:
     arguments = parser.parse_args()
     worst = 0.0
     # Each case needs a process group and DeepSpeed's globals to itself.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("fork").Pool(1, _log_to_stderr, maxtasksperchild=1) as pool:
         for found in pool.imap(compare, arguments.cases or shipped()):
             worst = max(worst, abs(float(str(found["off"]))))
             print(json.dumps(found) if arguments.json else _line(found), flush=True)

@@ -67,8 +67,7 @@ class Stepper:
         """
         if batch.stage != self._stage:
             self._begin_stage(batch.stage, state.step)
-        # Not before: what is evaluated where a stage begins is the state that the one before has left
-        self._engine.adopt(self._model_at(state.step + 1))
+        state = self._adopt_positions(state)
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
         passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
         limits = self._spikes.limits(batch.stage)
@@ -83,6 +82,20 @@ class Stepper:
         total = self._average(state, batch.n_tokens, meter) if stats.applied else state.average_total
         made = msgspec.structs.replace(after(state, batch, passed_over), average_total=total)
         return Step(made, stats, rate, passed_over, limits, stats.exceeds(limits), begins)
+
+    def _adopt_positions(self, state: RunState) -> RunState:
+        """Let the engine compute positions as the next step does; return the state, without an average of other ones.
+
+        It is not done before, since what is evaluated where a stage begins is what the stage before has left.
+        """
+        before, model = (self._model_at(done) for done in (state.step, state.step + 1))
+        self._engine.adopt(model)
+        if model == before or not state.average_total:
+            return state
+        self._engine.average.drop()  # its weights have learned to attend by other positions
+        if self._engine.topology.is_main:
+            _logger.warning("positions change: the average of the weights up to step %d is dropped", state.step)
+        return msgspec.structs.replace(state, average_total=0.0)
 
     def _average(self, state: RunState, n_tokens: int, meter: Meter) -> float:
         """Take the weights into their moving average; return the sum of the weights of the steps in it."""

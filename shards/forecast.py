@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -26,10 +27,13 @@ from shards.stages import Stage
 from shards.windows.packing import pack
 from shards.windows.window import SpanTask, WindowMaker, WindowTask
 
+_logger = logging.getLogger(__name__)
+
 COUNTED_BYTES = 8 << 20  # raw bytes of all sources together up to which every document is tokenized
 SAMPLE_BYTES = 4 << 20  # raw bytes tokenized of larger data
 _PACKED_RECORDS = 500_000  # most records to pack, over all epochs
 _DRAWN_RECORDS = 5_000_000  # over all epochs; with more, lanes are long enough to be equally long
+_SEARCHED_BYTES = 64 << 20  # raw bytes tokenized at most until a source has given a row
 PACKED_WINDOWS = 2000  # most windows to pack, over all epochs
 _DECODED_PER_BYTE = 16  # most raw bytes decoded per byte of a sample that is tokenized: small segments lie far apart
 _NEARLY = 0.99  # fraction of the requested share that counts as met
@@ -176,9 +180,9 @@ def _rows_of_lanes(
         for i, source in enumerate(sources):
             if is_counted:
                 rows[i] = _counted_rows(source, config, lanes, maker)
+                _check_kept(source, rows[i])
             else:
                 rows[i] = _estimated_rows(source, config, lanes, maker, SAMPLE_BYTES // len(sources))
-            _check_kept(source, rows[i])
     finally:
         maker.close()
     return rows, is_counted
@@ -246,17 +250,24 @@ def _estimated_rows(source: Source, config: DataConfig, lanes: int, maker: Windo
     lengths: list[Ints] = []
     for name in _sample(source, lanes):
         task = source.task(name)
-        if not rows:
-            task = _beginning(task, budget)
-        elif size + task.raw_bytes > budget or unpacked > _DECODED_PER_BYTE * budget:
+        if rows and (size + task.raw_bytes > budget or unpacked > _DECODED_PER_BYTE * budget):
             break
+        if not rows:
+            if size > _SEARCHED_BYTES:
+                break
+            task = _beginning(task, budget)
         found = maker.documents(task, skip_bad=True)
         size += maker.raw_bytes(task)
         unpacked += sum(item.span.stop - item.span.start for item in task.spans)
         rows += _num_rows(found.lengths, config, task.key)
         lengths.append(found.lengths)
     if not rows:
-        return np.zeros(lanes)  # of all that there is, since the sample ends only once it has a row
+        _logger.warning(
+            "source %s: none of the %.0f MB that a start looks at gives a row%s; how long it lasts is not known, and it"
+            " counts as empty in the forecast",
+            source.config.name, size / 1e6, "".join(f", {text}" for text in source.config.selection_texts.values()),
+        )  # fmt: skip
+        return np.zeros(lanes)
     limits = [source.segments_of_lane(lane) or 0 for lane in range(lanes)]
     counts, raw_bytes = source.plan.read_before(np.array(limits, np.int64))
     parts = raw_bytes.astype(np.float64)

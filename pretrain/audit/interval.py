@@ -154,7 +154,7 @@ def read_training(folder: RunFolder, interval: Interval, overrides: Sequence[str
         if _schedule(config) != _schedule(configs[0]):
             raise ConfigError(
                 f"{interval.described}: the start after step {start.step} changed optim or the run's length, on which"
-                f" the schedule is based, train.ema, or what is skipped as a spike; audit the"
+                f" the schedule is based, the positions of a stage, train.ema, or what is skipped as a spike; audit the"
                 f" steps up to {start.step} and those after it one by one"
             )
     config = load_config(paths[0], overrides, begun=True)
@@ -169,7 +169,7 @@ def _schedule(config: RunConfig) -> dict[str, object]:
     """Return what a run may change from start to start although figures depend on it."""
     plain = config.model_dump(mode="json")
     length = {key: plain["train"][key] for key in ("steps", "epochs")}
-    stages = [{"step": stage["step"], "optim": stage["optim"]} for stage in plain["stages"]]
+    stages = [{key: stage[key] for key in ("step", "optim", "model")} for stage in plain["stages"]]
     is_constant = all(part.optim.schedule == "constant" for part in config.schedule)
     spikes = {key: plain["train"][key] for key in ("on_spike", "spike_window", "spike_score")}
     refusing = spikes if config.train.on_spike == "skip" else {}

@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 no such run or step, or the layout cannot represent the mo
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from pretrain import log
@@ -33,12 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     if len(steps) < 2:
         raise ConfigError(f"--steps {steps[0]}: an average needs at least two different steps")
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
-    first, last = (config.model_at(step).positions for step in (steps[0], steps[-1]))
-    if first != last:
-        raise ConfigError(
-            f"--steps: a stage between steps {steps[0]} and {steps[-1]} changes how positions are computed, from"
-            f" {first} to {last}, so their weights belong to two models; average steps of one stage"
-        )
+    positions = [config.model_at(step).positions for step in steps]
+    for (before, first), (step, later) in itertools.pairwise(zip(steps, positions, strict=True)):
+        if first != later:
+            raise ConfigError(
+                f"--steps: a stage between steps {before} and {step} changes how positions are computed, from {first}"
+                f" to {later}, so their weights belong to two models; average steps of one stage"
+            )
     base = open_base(config.init_from, config.model)
     sources = [open_weights(checkpoints.find(step), config, base) for step in steps]
     written = write(AveragedWeights(sources), config, steps[-1], arguments)

@@ -52,7 +52,7 @@ from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.base import Base, open_base
 from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.model.architecture import Precision
+from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.weights import check_row_splits, check_splits
 from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.lease import Lease
@@ -138,18 +138,23 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     tokenizer, wanted = Tokenizer.of(config.data), WantedTasks.of(arguments)
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
+
+    def model_at(step: int) -> ModelConfig:
+        # Read again, since a run that is followed may be stopped and go on with a stage that it did not have
+        return load_config(folder.config, overrides, begun=True).model_at(step)
+
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
         if wanted.of_harness:
-            load_checkpoint(model, store, _one_step(arguments.steps), topology, config.model_at, base)
+            load_checkpoint(model, store, _one_step(arguments.steps), topology, model_at, base)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
         evaluation = wanted.applied_to(config.evaluation)
         if wanted.of_harness and evaluation.is_empty:
             return
         settings = (tokenizer, config.data.seq_len, config.precision, topology)
-        evaluator = _evaluator(evaluation, model, *settings, config.model_at, base)
+        evaluator = _evaluator(evaluation, model, *settings, model_at, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(find_suite(evaluation), read_data(store.find()).fingerprint)

@@ -108,7 +108,7 @@ def load_checkpoint(
     """
     chosen = topology.broadcast_object(topology.together(lambda: store.find(step).step if topology.is_main else -1))
     checkpoint = open_verified(store, chosen, topology)
-    model.adopt(model_at(chosen))
+    topology.together(lambda: model.adopt(model_at(chosen)))
     topology.together(lambda: model.set_weights(run_weights(checkpoint, model.config, base)))
     return chosen
 

@@ -94,11 +94,10 @@ def read_config(path: Path) -> ModelDescription[LlamaConfig]:
     # A Qwen3 without key and value heads would get 32 of them, whatever its n_heads.
     for key in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", *(["n_kv_heads"] if qk_norm else [])):
         required(path, values, _KEYS[key])
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope = _rope(path, values)
     found["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     context = values.get("max_position_embeddings", _QWEN3_CONTEXT if qk_norm else 2048)  # LlamaConfig's default
-    found["rope_scaling"] = _rope_scaling(path, rope, context)
+    found["rope_scaling"] = _rope_scaling(path, rope, values.get("original_max_position_embeddings"), context)
     found["norm_eps"] = values.get("rms_norm_eps", 1e-6)  # the default of transformers' LlamaConfig
     if found["tie_embeddings"] is None:
         found["tie_embeddings"] = False  # likewise
@@ -125,10 +124,20 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
             raise refuse(path, "layer_types", layer, "'full_attention' in every layer")
 
 
-def _rope_scaling(path: Path, rope: Mapping[str, Any], context: object) -> dict[str, Any] | None:
+def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how positions are rotated: transformers 5 writes rope_parameters, earlier versions rope_scaling."""
+    sections = [dict(section) for key in ("rope_parameters", "rope_scaling") if (section := values.get(key))]
+    bare = [{key: value for key, value in section.items() if key != "rope_theta"} for section in sections]
+    if bare and bare[0] != bare[-1]:
+        raise refuse(path, "rope_scaling", sections[-1], "the same as in rope_parameters, or only one of them")
+    return sections[0] if sections else {}
+
+
+def _rope_scaling(path: Path, rope: Mapping[str, Any], original: object, context: object) -> dict[str, Any] | None:
     """Return the section of a scaling, which keeps keys that it has not for our own config to refuse.
 
     Args:
+        original: original_max_position_embeddings beside the section, which transformers prefers to that inside.
         context: max_position_embeddings, which is the original length where none is named, as in transformers.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -137,8 +146,11 @@ def _rope_scaling(path: Path, rope: Mapping[str, Any], context: object) -> dict[
     if kind not in _ROPE_TYPES:
         raise refuse(path, "rope_scaling.rope_type", kind, " or ".join(map(repr, ("default", *_ROPE_TYPES))))
     found = {key: value for key, value in rope.items() if key not in ("rope_type", "type") and value is not None}
+    if "truncate" in rope:
+        found["truncate"] = bool(rope["truncate"])  # where it is there, null is false
     if kind != "linear":
-        found.setdefault("original_max_position_embeddings", context)
+        named = {} if original is None else {"original_max_position_embeddings": original}
+        found = {"original_max_position_embeddings": context, **found, **named}
     return {"rope_type": kind, **found}
 
 

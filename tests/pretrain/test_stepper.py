@@ -35,6 +35,10 @@ def test_a_sub_source_missing_from_a_batch_keeps_its_count() -> None:
     assert (state.step, state.tokens) == (3, 10)
 
 
+def stepper_of(config: Any, engine: Any, state: RunState) -> Stepper:
+    return Stepper(config, engine, 100, state.step, SpikeWatch(4, 8.0, []))
+
+
 def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does_not() -> None:
     done: list[object] = []
     average = SimpleNamespace(update=done.append, drop=lambda: done.append("dropped"))
@@ -52,8 +56,13 @@ def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does
             train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=[None],
             stage_at=lambda step: None, model_at=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
         )  # fmt: skip
-        stepper = Stepper(config, engine, 100, state.step, SpikeWatch(4, 8.0, []))
         for _ in range(steps):
-            state = stepper.step_on(batch({"pile": 1}), state, Meter()).state
+            state = stepper_of(config, engine, state).step_on(batch({"pile": 1}), state, Meter()).state
     assert done == [1.0, 1 / 1.5, "dropped", 1.0]
     assert state.average_total == 1
+    config.model_at = lambda step: step > 10  # other positions from step 11 on
+    assert state.step == 10
+    applied = iter([False, True])
+    for _ in range(2):
+        state = stepper_of(config, engine, state).step_on(batch({"pile": 1}), state, Meter()).state
+    assert done[4:] == ["dropped", 1.0]

@@ -176,21 +176,22 @@ def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tied", "scaling"),
+    ("tied", "scaling", "beside"),
     [
-        (False, {"rope_type": "llama3"} | LLAMA3 | SHORT),
-        (True, {"rope_type": "yarn", **YARN, "truncate": False}),
-        (True, {"rope_type": "yarn", "factor": 4.0}),  # whose original length is max_position_embeddings
+        (False, {"rope_type": "llama3"} | LLAMA3 | SHORT, {}),
+        (True, {"rope_type": "yarn", **YARN, "truncate": None}, {}),  # which is false
+        (True, {"rope_type": "yarn", "factor": 4.0}, {}),  # whose original length is max_position_embeddings
+        (True, {"rope_type": "yarn", "factor": 4.0}, {"original_max_position_embeddings": 16}),
     ],
 )
 def test_a_transformers_model_has_the_same_logits_in_ours(
-    tied: bool, scaling: dict[str, object], tmp_path: Path
+    tied: bool, scaling: dict[str, object], beside: dict[str, int], tmp_path: Path
 ) -> None:
     theirs = LlamaForCausalLM(
         TheirConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
             vocab_size=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied, initializer_range=0.2,
-            rope_parameters={"rope_theta": 5e5, **scaling}, max_position_embeddings=64,
+            rope_parameters={"rope_theta": 5e5, **scaling}, max_position_embeddings=64, **beside,
         )
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -281,6 +282,10 @@ def with_config(folder: Path, **changes: object) -> Path:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type='dynamic'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
+            "the same as in rope_parameters",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "low": 1}}, "config.json.rope_scaling.low: unknown key"),
         ({"hidden_size": None}, "the key hidden_size is missing"),
         ({"hidden_size": "48"}, 'config.json.dim: "48" is wrong; it should be a whole number'),

@@ -51,7 +51,7 @@ def simulated() -> Simulated:
     """Return a function from a case to its simulation, made elsewhere, since tests have a process group already."""
     command = [sys.executable, "benchmarks/memory_model.py", "--json", *CASES]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    lines = ran.stdout.splitlines()  # and nothing but lines of JSON
     assert len(lines) == len(CASES), ran.stderr
     found = dict(zip(CASES, map(json.loads, lines), strict=True))
     return found.__getitem__
