@@ -364,7 +364,7 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
     if parts.get("init_optimizer") and not parts.get("init_from"):
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
     if train and data:
-        yield from _stage_problems(data, train, parts.get("stages") or (), model, parallel)
+        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
     if model:
         yield from _position_problems(model, parts.get("stages") or ())
     if checkpoint and checkpoint.keep_every:
@@ -411,11 +411,7 @@ def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iter
 
 
 def _stage_problems(
-    data: DataConfig,
-    train: TrainConfig,
-    later: Sequence[StageConfig],
-    model: ModelConfig | None,
-    parallel: ParallelConfig | None,
+    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
 ) -> Iterator[str]:
     """Yield what cannot work in a stage, and steps that the run does not have."""
     first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
@@ -427,7 +423,7 @@ def _stage_problems(
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
         if parallel:
-            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, model, parallel)
+            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
         if stage.micro_rows:
             rows = (f"{at}train.global_batch_size", stage.global_batch_size)
             yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)

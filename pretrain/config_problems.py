@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pretrain.model.architecture import ModelConfig
 from pretrain.model.attention import MASK_LIMIT, mask_bytes
 from pretrain.model.weights import trained_specs
 from pretrain.optim import OptimConfig, is_named
+from pretrain.stages import RunStage
 from pretrain.topology import ParallelConfig
+from shards import ConfigError
 from shards.config_errors import not_divisible
 
 
@@ -35,21 +37,12 @@ def model_problems(model: ModelConfig, parallel: ParallelConfig | None, optim: O
             )
 
 
-def length_problems(key: str, seq_len: int, model: ModelConfig | None, parallel: ParallelConfig) -> Iterator[str]:
-    """Yield why rows of this length cannot be divided among ranks, or have an attention that cannot be computed.
+def length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield why rows of this length cannot be divided among ranks.
 
     Args:
         key: what says how long they are.
-        model: None if that section of the config is not valid.
     """
-    heads = model.heads if model else None
-    if heads and mask_bytes(seq_len) > MASK_LIMIT and (heads.dropout or parallel.attention == "sdpa"):
-        asked = f"model.attention_dropout={heads.dropout}" if heads.dropout else "parallel.attention=sdpa"
-        right = "model.attention_dropout=0" if heads.dropout else "parallel.attention=auto"
-        yield (
-            f"{key}={seq_len}: {asked} needs a whole mask, which grows with the square of a row's length, here"
-            f" {mask_bytes(seq_len) / 1e9:.1f} GB a row; set {right}, or rows of at most {math.isqrt(MASK_LIMIT)}"
-        )
     if parallel.sequence_parallel and parallel.sp_size > 1:
         both = parallel.tp_size * parallel.sp_size
         yield from not_divisible(key, seq_len, "parallel.tp_size times parallel.sp_size", both)
@@ -57,6 +50,28 @@ def length_problems(key: str, seq_len: int, model: ModelConfig | None, parallel:
         yield from not_divisible(key, seq_len, "parallel.tp_size", parallel.tp_size)
     else:
         yield from not_divisible(key, seq_len, "parallel.sp_size", parallel.sp_size)
+
+
+def check_masks(stages: Sequence[RunStage], model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check, before training starts, that no stage's rows need an attention mask that is too large to be made.
+
+    Raises:
+        ConfigError: naming each stage whose rows do.
+    """
+    heads = model.heads
+    if heads is None or not (heads.dropout or parallel.attention == "sdpa"):
+        return
+    asked = f"model.attention_dropout={heads.dropout}" if heads.dropout else "parallel.attention=sdpa"
+    right = "model.attention_dropout=0" if heads.dropout else "parallel.attention=auto"
+    problems = [
+        f"{f'stages.{i - 1}.' if i else ''}data.seq_len={stage.data.seq_len}: {asked} needs a whole mask, which grows"
+        f" with the square of a row's length, here {mask_bytes(stage.data.seq_len) / 1e9:.1f} GB a row; set {right}, or"
+        f" rows of at most {math.isqrt(MASK_LIMIT)}"
+        for i, stage in enumerate(stages)
+        if mask_bytes(stage.data.seq_len) > MASK_LIMIT
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pretrain.assembly import Start, assemble, checkpoints_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
+from pretrain.config_problems import check_masks
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import find_suite
 from pretrain.evaluation.tasks import check_tasks
@@ -80,6 +81,7 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
     """
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
+    check_masks(config.all_stages, config.model, config.parallel)
     starts_over = fresh and Once(config.folder.root, "--fresh").is_due()
     tokenizer, suite = check_inputs(config, starts_over)
     folder = config.folder

@@ -60,6 +60,10 @@ def truncated_shard(tmp_path: Path) -> Path:
         (["model.vocab_size=32000"], "set model.vocab_size=4096"),
         (["data.tokenizer=nowhere.model"], "nowhere.model"),
         (["data.sources.0.paths=[nowhere/*.zst]"], "nowhere/*.zst"),
+        (
+            ["data.seq_len=131072", "parallel.attention=sdpa"],
+            "data.seq_len=131072: parallel.attention=sdpa needs a whole",
+        ),
         (["evaluation.suite=nowhere"], "evaluation.suite=nowhere is not a folder"),
         (["run.dir=README.md"], "set run.dir to a writable folder"),
     ],

@@ -93,6 +93,14 @@ def test_a_model_too_large_for_the_gpu_is_refused_with_what_would_fit(submit: Co
     assert "this would fit: parallel.zero_stage=" in said
 
 
+def test_rows_too_long_for_their_mask_are_refused_before_the_job_waits(submit: Command) -> None:
+    code, _, said = submit(
+        "--nodes=1", "--gpus-per-node=1", "--dry-run", "data.seq_len=131072", "parallel.attention=sdpa"
+    )
+    assert code == 2
+    assert "parallel.attention=sdpa needs a whole mask" in said
+
+
 def test_a_task_of_a_sweep_has_its_overrides_and_its_folder(submit: Command, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text('optim.learning_rate: [1e-3, 3e-3]\nevaluation.prompt: ["it\'s", two words]\n')

@@ -12,6 +12,7 @@ import pytest
 from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import compare_for_resume, may_change
 from pretrain.config_file import dump, read_tree
+from pretrain.config_problems import check_masks
 from shards import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,12 +188,6 @@ def test_overrides_reach_every_depth(small: Path) -> None:
         ('parallel.offload=["none","optimizer"]', "parallel.offload"),
         ("parallel.offload=[optimizer,optimizer]", "parallel.offload: name each of optimizer, parameters and"),
         ("parallel.offload=[optimizer,[x]]", "parallel.offload"),
-        ("parallel.attention=sdpa data.seq_len=131072", "data.seq_len=131072: parallel.attention=sdpa needs a whole"),
-        (
-            'model.attention_dropout=0.1 train.steps=9 stages=[{"step":5,"data":{"seq_len":131072}}]',
-            "stages.0.data.seq_len=131072: model.attention_dropout=0.1 needs a whole mask, which grows with the square"
-            " of a row's length, here 17.2 GB a row; set model.attention_dropout=0, or rows of at most 32768",
-        ),
         (
             "parallel.feed_forward_tokens=8 init_from=a model.lora.r=2 model.lora.alpha=2",
             "model.lora.targets: parallel.feed_forward_tokens=8 computes feed-forward networks without adapters; leave"
@@ -256,6 +251,20 @@ def test_what_is_offloaded_is_a_name_or_several_and_written_as_before(small: Pat
         zero = config.deepspeed_config()["zero_optimization"]
         assert zero["offload_optimizer"]["device"] == ("cpu" if {"optimizer", "parameters"} & {*names} else "none")
         assert zero["offload_param"]["device"] == ("cpu" if "parameters" in names else "none")
+
+
+def test_masks_that_are_too_large_are_refused_where_training_starts_and_read_elsewhere(small: Path) -> None:
+    stages = 'stages=[{"step":5,"data":{"seq_len":131072}}]'
+    long = load_config(small, ["train.steps=9", stages, "model.attention_dropout=0.1"])
+    message = (
+        "stages.0.data.seq_len=131072: model.attention_dropout=0.1 needs a whole mask, which grows with the square of a"
+        " row's length, here 17.2 GB a row; set model.attention_dropout=0, or rows of at most 32768"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_masks(long.all_stages, long.model, long.parallel)
+    for overrides in (["parallel.attention=sdpa", "data.seq_len=32768"], ["data.seq_len=131072"]):
+        config = load_config(small, overrides)
+        check_masks(config.all_stages, config.model, config.parallel)
 
 
 def test_a_key_of_another_architecture_is_unknown(small: Path) -> None:
