@@ -187,6 +187,7 @@ def test_llama_2_splits_the_embedding_along_its_width(tmp_path: Path) -> None:
 def test_a_transformers_model_has_the_same_logits_in_ours(
     tied: bool, scaling: dict[str, object], beside: dict[str, int], tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)
     theirs = LlamaForCausalLM(
         TheirConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=80,
