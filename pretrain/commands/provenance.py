@@ -30,7 +30,6 @@ import sys
 from pathlib import Path
 
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
 from pretrain.config import RunConfig
 from pretrain.evaluation.checkpoints import load_checkpoint
@@ -46,7 +45,7 @@ _BATCH_SIZE = 8  # rows scored at once, unless the config says how many fit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("--step", type=at_least(1), required=True, help="counted from 1, as in metrics.jsonl")
+    parser.add_argument("--step", type=int, required=True, help="counted from 1, as in metrics.jsonl")
     parser.add_argument("--text", action="store_true", help="add the text, as a JSON string")
     parser.add_argument("--by-loss", action="store_true", help="rank the documents by their loss")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
