@@ -72,7 +72,8 @@ precision: fp32
 checkpoint: {every: 2, keep: 2, keep_every: 4, asynchronous: false, max_failed_saves: 2, reserve_bytes: 2,
   best: eval/a/accuracy}
 evaluation: {every: 2, suite: s, split: val, max_documents: 2, max_tokens: 2, subset_seed: 2, batch_size: 2, prompt: x,
-  tasks: [{requests: x, name: t, metric: acc_raw, max_instances: 2}], needles: {lengths: [2], depths: 2, count: 2, seed: 2}}
+  tasks: [{requests: x, name: t, metric: acc_raw, max_instances: 2}],
+  needles: {lengths: [2], depths: 2, count: 2, seed: 2}}
 metrics: {log_every_seconds: 1.5, noise_scale: false, peak_flops: 1.5, layers_every: 2,
   profile: {steps: [2, 3], ranks: [1]}, on_event: x}
 wandb: {mode: disabled, project: p, entity: e, group: g, tags: [a], system_metrics: false}
