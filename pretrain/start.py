@@ -114,18 +114,21 @@ def _train(begun: Start) -> Report:
             trainer = assemble(begun, stack)
             finished = train(trainer)
             if trainer.rewind is None or trainer.stopping:  # a start that is stopped leaves it to the next one
-                continuation = continuation_of(trainer.engine, config, tokenizer, topology) if finished else ""
+                seq_len = config.stage_of(trainer.state.step).data.seq_len
+                continuation = continuation_of(trainer.engine, config, seq_len, tokenizer, topology) if finished else ""
                 ending = trainer.ending.text if trainer.ending else None
                 return Report(finished, trainer.state.step, config.folder, continuation, ending)
         config = config.passing_over([trainer.rewind])
         begun = replace(begun, config=config, from_step=trainer.rewind.step, engine=trainer.engine)
 
 
-def continuation_of(engine: Engine, config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> str:
-    """Return the model's continuation of evaluation.prompt; every rank calls it."""
+def continuation_of(
+    engine: Engine, config: RunConfig, max_length: int, tokenizer: Tokenizer, topology: Topology
+) -> str:
+    """Return the model's continuation of evaluation.prompt, in so many tokens together; every rank calls it."""
     codec, sampling = codec_of(tokenizer, config.data.bos), Sampling(max_tokens=_CONTINUATION_TOKENS, top_k=50)
-    prompt, max_length = config.evaluation.prompt, config.data.seq_len
-    parts = generate(engine.next_logits, config.model.new_cache, max_length, codec, prompt, sampling, topology)
+    given = (codec, config.evaluation.prompt, sampling, topology)
+    parts = generate(engine.next_logits, config.model.new_cache, max_length, *given)
     return "".join(parts)
 
 

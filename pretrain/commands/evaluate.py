@@ -116,6 +116,12 @@ def check_effects(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} has no effect beside --{subject}; leave it out")
         if name in _OF_TASKS and not arguments.tasks:
             raise ConfigError(f"{flag} has no effect without --tasks; name the tasks, or leave it out")
+    if arguments.follow and "steps" in given:
+        raise ConfigError("--steps has no effect beside --follow, which scores each new checkpoint; leave one out")
+    if "poll_seconds" in given and not arguments.follow:
+        raise ConfigError("--poll-seconds has no effect without --follow; leave it out")
+    if arguments.task_path and not WantedTasks.of(arguments).of_harness:
+        raise ConfigError("--task-path has no effect, since --tasks names files of requests alone; leave it out")
     if arguments.split and arguments.tasks and not WantedTasks.of(arguments).with_suite:
         raise ConfigError(
             f"--split {arguments.split} has no effect, since --tasks without --suite scores no suite; name the suite"

