@@ -88,8 +88,10 @@ def training_script(
 
 def evaluation_script(run: Run, request: slurm.JobRequest) -> str:
     """Write the job that scores checkpoints as they appear. Raises HeadraceError if it would have nothing to score."""
-    if run.config.evaluation.suite is None and not run.config.evaluation.tasks:
-        raise ConfigError("--evaluate: the config has neither evaluation.suite nor evaluation.tasks; set one of them")
+    if run.config.evaluation.is_empty:
+        raise ConfigError(
+            "--evaluate: the config has neither evaluation.suite nor evaluation.tasks nor evaluation.needles; set one"
+        )
     check_inputs(run.config)
     # All other settings come from the run's own config.
     words = slurm.shell_words([word for word in run.overrides if word.startswith("evaluation.")])

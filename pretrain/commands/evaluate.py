@@ -272,7 +272,7 @@ def _evaluator(
     base: Base | None = None,
 ) -> Evaluator:
     if config.is_empty:
-        raise ConfigError("there is nothing to score: give --suite with a folder or YAML file, or --tasks")
+        raise ConfigError("there is nothing to score: give --suite, --tasks or evaluation.needles=...")
     parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
     return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_at, base)
 
