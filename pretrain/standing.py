@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.evaluation.eval_set import EvalSet
-from pretrain.evaluation.scores import AVERAGED, labels, line_names
+from pretrain.evaluation.scores import labels, line_names
 from pretrain.faults.patience import StopRule, ending
-from pretrain.run.eval_figure import EvalFigure, no_bytes
+from pretrain.run.eval_figure import AVERAGED, EvalFigure, no_bytes
 from pretrain.run.events import Event
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import read_starts

@@ -15,7 +15,6 @@ from pretrain.checkpoint.state import RunState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.evaluation.plausibility import doubts
-from pretrain.evaluation.scores import AVERAGED
 from pretrain.faults.spikes import SpikeWatch, spike_event
 from pretrain.faults.stop import StopPolicy
 from pretrain.faults.stragglers import StragglerWatch
@@ -28,6 +27,7 @@ from pretrain.journal import Journal
 from pretrain.profiling import StepProfiler
 from pretrain.recorder import StepRecorder
 from pretrain.rewind import Rewinder
+from pretrain.run.eval_figure import AVERAGED
 from pretrain.run.events import Event, log_event
 from pretrain.run.run_folder import Rewind
 from pretrain.standing import Standing

@@ -21,8 +21,9 @@ from pydantic import Field, model_validator
 from pretrain.evaluation.contexts import bounds_of
 from pretrain.evaluation.needles import NeedlesConfig, load_needles
 from pretrain.evaluation.rows import Hidden, Row, RowPacker, Tokens
-from pretrain.evaluation.scores import AVERAGES, UNKNOWN_BYTES, DocumentScores, Totals, label_of, source_line
+from pretrain.evaluation.scores import UNKNOWN_BYTES, DocumentScores, Totals, label_of, source_line
 from pretrain.evaluation.tasks import TaskConfig, TaskSet, load_tasks
+from pretrain.run.eval_figure import AVERAGES
 from shards import Config, ConfigError, ShardError, Tokenizer
 from shards.hashing import key_of
 from shards.suites.suite import Suite, SuiteDocument, find, training_shards

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import xxhash
 
 from pretrain.evaluation.contexts import Floats, figures_of, mean_of
-from pretrain.run.eval_figure import is_of_task, perplexity
+from pretrain.run.eval_figure import AVERAGED, AVERAGES, is_of_task, perplexity
 from pretrain.run.run_folder import RunFolder
 from shards import CheckpointError, Tokenizer
 from shards.storage.atomic import write_atomically
@@ -30,10 +30,8 @@ from shards.storage.atomic import write_atomically
 Sums = npt.NDArray[np.float64]  # [items, 3]: each text's nll in nats, targets, and those that were most likely
 
 _SOURCE = "source:"  # prefix of a source's name in place of a domain's
-AVERAGES = ("macro", "micro")
 UNKNOWN_BYTES = -1  # of a document whose text is unknown
 _LABEL_DIGITS = 8  # digits of the hash of what is scored, in a label
-AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
 
 
 class Totals(NamedTuple):

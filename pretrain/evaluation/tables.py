@@ -8,9 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from pretrain.evaluation.compare import Difference
-from pretrain.run.eval_figure import contexts_of, depths_of
-
-_AVERAGES = ("macro", "micro")
+from pretrain.run.eval_figure import AVERAGES, contexts_of, depths_of
 
 
 def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> Table:
@@ -30,7 +28,7 @@ def domain_table(before: Sequence[Mapping[str, object]], after: Sequence[Mapping
             for key in ("perplexity", "bits_per_byte")
             for figures in (old.get(domain, {}), record)
         ]
-        table.add_row(domain, *figures, style="bold" if domain in _AVERAGES else None)
+        table.add_row(domain, *figures, style="bold" if domain in AVERAGES else None)
     return table
 
 
@@ -41,7 +39,7 @@ def step_table(records: Sequence[Mapping[str, object]]) -> Table:
         table.add_column(head, justify="right")
     for record in records:
         figures = f"{record['perplexity']:,.2f}", _digits(record["bits_per_byte"]), f"{record['accuracy']:.3f}"
-        style = "bold" if record["domain"] in _AVERAGES else None
+        style = "bold" if record["domain"] in AVERAGES else None
         table.add_row(str(record["domain"]), *figures, f"{record['tokens']:,}", style=style)
     return table
 
@@ -100,7 +98,7 @@ def context_table(records: Sequence[Mapping[str, Any]]) -> Table | None:
     Args:
         records: lines of evals.jsonl of one step and suite.
     """
-    by_domain = {record["domain"]: contexts_of(record) for record in records if record["domain"] in _AVERAGES}
+    by_domain = {record["domain"]: contexts_of(record) for record in records if record["domain"] in AVERAGES}
     contexts = by_domain.get("micro", {})
     if len(contexts) < 2:
         return None

@@ -11,12 +11,11 @@ from pretrain.report.chart import Chart, Floats, HeatMap, Mark, Series, needs_lo
 from pretrain.report.figures import number
 from pretrain.report.lengths import context_charts, needle_maps
 from pretrain.report.thinning import thin
-from pretrain.run.eval_figure import loss_key
+from pretrain.run.eval_figure import AVERAGES, loss_key
 from pretrain.run.history import History
 
 POINTS = 300  # of a curve; longer ones are thinned
 _MARKS = 40  # vertical lines in a chart, beyond which they would be a wall
-_AVERAGES = ("macro", "micro")
 _SPIKES = ("spike", "explosion", "nonfinite")  # events that are about a loss which stands out
 _LINES = 12  # domains or sources in one chart
 _AVERAGE = 7  # color of the macro average: grey, the last of the palette
@@ -133,7 +132,7 @@ def evaluation_charts(history: History) -> Iterator[Chart]:
     ):
         series = []
         for place, domain in enumerate(shown):
-            color = _AVERAGE if domain in _AVERAGES else place + place // _AVERAGE  # passes over that color
+            color = _AVERAGE if domain in AVERAGES else place + place // _AVERAGE  # passes over that color
             series.append(dots(domain, domains[domain], key, color))
         values = np.concatenate([one.y for one in series])
         if np.isfinite(values).any():
@@ -166,7 +165,7 @@ def _chosen(domains: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[str], s
     """Choose the domains to draw, the macro average last, and say which are left out."""
     averages = [name for name in domains if name == "macro"]
     averages += [name for name in domains if name == "ema:macro"]  # of the moving average of the weights
-    plain = [name for name in domains if name not in _AVERAGES and not name.startswith(("source:", "ema:"))]
+    plain = [name for name in domains if name not in AVERAGES and not name.startswith(("source:", "ema:"))]
     if len(plain) <= _LINES:
         return [*plain, *averages], ""
 

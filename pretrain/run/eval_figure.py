@@ -13,6 +13,8 @@ from shards import ConfigError
 
 _HIGHER_IS_BETTER = "accuracy"
 _OF_BYTES = "bits_per_byte"
+AVERAGES = ("macro", "micro")  # domains that are averages over those of a suite
+AVERAGED = "ema:"  # prefix of a line's domain, if the moving average of the weights was scored
 UNIT_OF = {_OF_BYTES: "bits per byte", "nll_per_token": "nats per token"}  # of a loss in evals.jsonl
 # Of a config's key: a domain, `source:NAME`, macro or micro, and the figure of its line in evals.jsonl
 EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|{_OF_BYTES}|{_HIGHER_IS_BETTER})$"
@@ -21,6 +23,11 @@ EVAL_FIGURE = rf"^eval/.+/(nll_per_token|perplexity|{_OF_BYTES}|{_HIGHER_IS_BETT
 def is_of_task(record: Mapping[str, object]) -> bool:
     """Return whether a line of evals.jsonl is that of a task; otherwise it is of a domain or an average of a suite."""
     return "metric" in record
+
+
+def is_average(record: Mapping[str, object]) -> bool:
+    """Return whether a line of evals.jsonl is an average over the domains of a suite."""
+    return not is_of_task(record) and str(record["domain"]).removeprefix(AVERAGED) in AVERAGES
 
 
 def depths_of(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:

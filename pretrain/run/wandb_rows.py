@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from pretrain.run.eval_figure import is_of_task, knows_bytes
+from pretrain.run.eval_figure import is_average, is_of_task, knows_bytes
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import StepLog
 
@@ -208,7 +208,7 @@ def eval_rows(records: Iterable[Mapping[str, object]], prefixes: Mapping[str, st
         usual = f"{_TASKS}{record['domain']}/" if task else _EVAL
         prefix = (own or usual) + ("" if task else f"{record['domain']}/")
         hidden = _NOT_SHOWN if knows_bytes(record) else (*_NOT_SHOWN, *_OF_BYTES)
-        if not str(record["domain"]).endswith(("macro", "micro")):
+        if not is_average(record):
             hidden = (*hidden, _BY_CONTEXT)
         row.update(_leaves(prefix, {key: value for key, value in record.items() if key not in hidden}))
     if row:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.run.description import git_commit
+from pretrain.run.eval_figure import is_average
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_rows import SentRows, eval_rows, last_local_step, rows_of, step_row
 from pretrain.run.wandb_tracker import Tracker, WandbConfig
@@ -211,6 +212,19 @@ def test_a_task_that_was_scored_later_contradicts_nothing(tmp_path: Path) -> Non
     assert again.contradicts(later | {"tasks/a/accuracy": 0.75})
     assert again.contradicts({key: value for key, value in row.items() if "tasks" not in key} | {"loss": 3.0})
     assert not again.contradicts(row | {"eval/macro/by_context/1-16/perplexity": 2.0}), "as an older program sent it"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"domain": "macro"}, True),
+        ({"domain": "ema:micro"}, True),
+        ({"domain": "econ-micro"}, False),
+        ({"domain": "macro", "metric": "acc_raw"}, False),
+    ],
+)
+def test_a_domain_is_no_average_for_how_its_name_ends(line: dict[str, object], expected: bool) -> None:
+    assert is_average(line) is expected
 
 
 def test_the_rows_of_a_run_have_the_figures_of_its_layers(tmp_path: Path) -> None:
