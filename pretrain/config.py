@@ -256,6 +256,7 @@ class RunConfig(Config):
         return AttentionShape(
             rows=stage.micro_batch_size(dp_size),
             length=stage.data.seq_len,
+            longest=max(each.data.seq_len for each in self.all_stages),
             n_heads=heads.n_heads // (tp_size * sp_size),
             n_kv_heads=kv_heads * copies_of_kv_heads(kv_heads, sp_size) // sp_size,
             head_dim=heads.head_dim,

@@ -39,6 +39,7 @@ class AttentionShape:
         rows, length: of a micro-batch; length in tokens.
         n_heads, n_kv_heads: heads of this rank.
         dropout: model.attention_dropout.
+        longest: tokens of the longest row that the backend has to compute too; 0: none is longer than these.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     dropout: float = 0.0
+    longest: int = 0
 
 
 def attention_backend(
@@ -115,17 +117,18 @@ def _fitting(device: torch.device, head_dim: int, dtype: torch.dtype, dropout: f
 
 
 def _affordable(device: torch.device, shape: AttentionShape) -> list[AttentionBackend]:
-    """Return what a device can run of rows of this length, first what is usually fastest.
+    """Return what a device can run of rows of this length and the longest, first what is usually fastest.
 
     Raises:
         ConfigError: if it is nothing.
     """
     fitting = _fitting(device, shape.head_dim, shape.dtype)
-    size = mask_bytes(shape.length)
+    length = max(shape.length, shape.longest)
+    size = mask_bytes(length)
     affordable = [backend for backend in fitting if backend != "sdpa" or size <= MASK_LIMIT]
     if not affordable:
         raise ConfigError(
-            f"data.seq_len={shape.length}: with {shape.dtype} and heads of {shape.head_dim} this device can only run"
+            f"data.seq_len={length}: with {shape.dtype} and heads of {shape.head_dim} this device can only run"
             f" sdpa, whose mask of a row would take {size / 1e9:.1f} GB; take precision: bf16 and heads of a multiple"
             " of 16, or shorter rows"
         )
