@@ -82,13 +82,23 @@ def encode_parts(
     return np.concatenate(ids), np.array(lengths, np.int64), Prompts(*columns)
 
 
+def encode_records(tokenizer: Tokenizer, spans: Sequence[Records]) -> tuple[npt.NDArray[np.integer], Ints, Prompts]:
+    """Return what `encode_parts` does for the documents of a source that holds texts, whole or in parts.
+
+    Args:
+        spans: the source's records, in order.
+    """
+    if any(records.parts is not None for records in spans):
+        return encode_parts(tokenizer, [document for records in spans for document in records.parts or ()])
+    tokens, lengths = tokenizer.encode_documents([text for records in spans for text in records.texts])
+    return tokens, lengths, NO_PROMPTS
+
+
 def token_counts(tokenizer: Tokenizer, records: Records) -> Ints:
     """Return int64 [documents], the tokens that each has as a document of a run, BOS and EOS counted."""
     if records.token_ids is not None:
         return np.array([len(ids) for ids in records.token_ids], np.int64)
-    if records.parts is not None:
-        return encode_parts(tokenizer, records.parts)[1]
-    return tokenizer.encode_documents(records.texts)[1]
+    return encode_records(tokenizer, [records])[1]
 
 
 def spelled(tokenizer: Tokenizer, parts: Sequence[Part], only_responses: bool = False) -> str:

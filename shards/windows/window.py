@@ -25,7 +25,7 @@ from shards.records.selection import chosen, of_length
 from shards.storage import files
 from shards.storage.block_cache import open_cache
 from shards.suites.decontaminate import Decontaminator
-from shards.tokenize.parts import NO_PROMPTS, Prompts, encode_parts
+from shards.tokenize.parts import NO_PROMPTS, Prompts, encode_records
 from shards.windows.cells import Cells
 from shards.windows.packing import Rest, Rows, rest_of
 from shards.windows.recipe import Tools
@@ -164,11 +164,8 @@ class WindowMaker:
         if any(part.token_ids is not None for part in parts):
             paths = [item.raw.path for item, count in zip(task.spans, counts, strict=True) for _ in range(count)]
             tokens, lengths = self._join([ids for part in parts for ids in part.token_ids or ()], lines, paths)
-        elif any(part.parts is not None for part in parts):
-            spelled = [document for part in parts for document in part.parts or ()]
-            tokens, lengths, prompts = encode_parts(self._tokenizer, spelled)
         else:
-            tokens, lengths = self._tokenizer.encode_documents([text for part in parts for text in part.texts])
+            tokens, lengths, prompts = encode_records(self._tokenizer, parts)
         source = self._config.sources[task.source]
         found = Documents(
             tokens=tokens,
