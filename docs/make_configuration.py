@@ -27,7 +27,7 @@ if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes for a device and warns of finding none
 
 import annotated_types
-from pydantic import Discriminator, JsonValue
+from pydantic import Discriminator, JsonValue, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from pretrain.config import RunConfig
@@ -311,9 +311,10 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Config):
         return ""  # each key of the section has its own
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _number(value)
-    return f"`{_yaml(value)}`"
+    written = TypeAdapter[object](field.rebuild_annotation()).dump_python(value, mode="json")  # as in config.yaml
+    if isinstance(written, int) and not isinstance(written, bool):
+        return _number(written)
+    return f"`{_yaml(written)}`"
 
 
 def _number(value: float) -> str:
