@@ -232,7 +232,7 @@ def _engine(start: Start, step: int) -> Engine:
         return make_engine(start.config, start.topology, step)
     stage, dp_size = start.config.stage_at(step), start.topology.dp_size
     start.engine.set_batches(stage.micro_batch_size(dp_size), stage.micro_steps(dp_size))
-    start.engine.adopt(start.config.model_at(step))
+    start.engine.adopt(start.config.model_of(step))
     return start.engine
 
 
@@ -244,7 +244,7 @@ def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
     """
     stage = config.stage_at(step)
     return Engine(
-        config.model_at(step),  # a stage that begins here changes it with its first step
+        config.model_of(step),  # a stage that begins here changes it with its first step
         config.optim,
         with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size, stage)),
         config.deepspeed_config(),

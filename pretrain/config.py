@@ -32,7 +32,7 @@ from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, begun_by, model_at, schedule_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, begun_by, model_of, schedule_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
@@ -150,19 +150,19 @@ class RunConfig(Config):
         return [stage.of_loader for stage in self.all_stages[1:]]
 
     def stage_at(self, step: int) -> RunStage:
-        """Return the stage in which a run is that has done `step` steps and goes on."""
+        """Return the stage in which a run goes on that has done `step` steps; one that begins there has begun."""
         return next(stage for stage in reversed(self.all_stages) if stage.step <= step)
 
     def stage_of(self, step: int) -> RunStage:
         """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first."""
         return self.all_stages[len(begun_by(step, self.stages))]
 
-    def model_at(self, step: int) -> ModelConfig:
+    def model_of(self, step: int) -> ModelConfig:
         """Return the model of a checkpoint of a step: with the positions of the stage that the step belongs to.
 
         A stage that begins at this very step has not changed it yet.
         """
-        return model_at(step, self.model, self.stages)
+        return model_of(step, self.model, self.stages)
 
     @property
     def schedule(self) -> list[SchedulePart]:

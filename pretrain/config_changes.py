@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 
 from pretrain.config import RunConfig
+from pretrain.stages import begun_by
 from shards import ConfigError, DataConfig, SourceConfig
 
 # Keys that may change when a run resumes: the first matching pattern decides, and no match means no.
@@ -71,7 +72,7 @@ def compare_for_resume(old: RunConfig, new: RunConfig, step: int) -> tuple[list[
     changes = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
     # If unset, the number of lanes follows from the data, and the comparison of fingerprints covers it.
     changes = [change for change in changes if change.key != "data.lanes" or None not in (change.old, change.new)]
-    begun = max(sum(stage.step < step for stage in config.stages) for config in (old, new))
+    begun = max(len(begun_by(step, config.stages)) for config in (old, new))
     # Of a model that is read at every start, the hash of the files is compared.
     moved = ["init_from"] if new.model.adapters else []
     free = [c for c in changes if may_change(c.key) or _is_future(c.key, begun) or c.key in moved]

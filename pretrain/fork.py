@@ -27,6 +27,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.config_changes import check_skips, compare_for_resume
 from pretrain.config_file import read_tree, set_value
 from pretrain.run.run_folder import Ancestor, RunFolder
+from pretrain.stages import begun_by
 from shards import CheckpointError, ConfigError
 from shards.records.document_list import DocumentList
 from shards.storage.atomic import fsync_folder, is_there
@@ -100,7 +101,7 @@ def forked_config(parent: RunFolder, step: int, name: str, overrides: Sequence[s
     old = load_config(parent.config, begun=True)
     refused, allowed = compare_for_resume(old, config, step)
     # A start compares what these leave out, not how they are written; but nobody changes them without meaning it
-    begun = sum(stage.step < step for stage in config.stages)
+    begun = len(begun_by(step, config.stages))
     sections = ("data", *(f"stages.{i}.data" for i in range(begun)))
     left_out = tuple(f"{section}.{key}" for section in sections for key in ("forget", "decontaminate"))
     refused += [change for change in allowed if change.key.startswith(left_out)]

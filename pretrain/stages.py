@@ -105,7 +105,7 @@ def begun_by(step: int, later: Sequence[StageConfig]) -> list[StageConfig]:
     return [stage for stage in later if stage.step < step]
 
 
-def model_at(step: int, model: ModelConfig, later: Sequence[StageConfig]) -> ModelConfig:
+def model_of(step: int, model: ModelConfig, later: Sequence[StageConfig]) -> ModelConfig:
     """Return a run's model as a checkpoint of a step has it: with the positions of the last step that was done.
 
     Args:

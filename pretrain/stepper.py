@@ -53,7 +53,7 @@ class Stepper:
     def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
-        self._model_at = config.model_at
+        self._model_at = config.model_of
         self._skipped, self._ema = config.data.skip_steps, config.train.ema
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
         self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's

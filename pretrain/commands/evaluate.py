@@ -36,7 +36,7 @@ from pretrain.commands.begun_run import open_run
 from pretrain.config import load_config
 from pretrain.config_file import Tree, set_value
 from pretrain.evaluation import compare
-from pretrain.evaluation.checkpoints import Evaluator, ModelAt, load_checkpoint, new_checkpoints, score_steps
+from pretrain.evaluation.checkpoints import Evaluator, ModelOf, load_checkpoint, new_checkpoints, score_steps
 from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_parts, warn_of_training_shards
 from pretrain.evaluation.plausibility import warn_of_doubts
 from pretrain.evaluation.scores import DocumentScores, evaluated_steps, record_scores
@@ -145,22 +145,22 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     if store.steps():  # all have the same tokenizer, and a followed run may have no checkpoint yet
         check_tokenizer(store.find(), tokenizer, config.data.tokenizer)
 
-    def model_at(step: int) -> ModelConfig:
+    def model_of(step: int) -> ModelConfig:
         # Read again, since a run that is followed may be stopped and go on with a stage that it did not have
-        return load_config(folder.config, overrides, begun=True).model_at(step)
+        return load_config(folder.config, overrides, begun=True).model_of(step)
 
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
         if wanted.of_harness:
-            load_checkpoint(model, store, _one_step(arguments.steps), topology, model_at, base)
+            load_checkpoint(model, store, _one_step(arguments.steps), topology, model_of, base)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
         evaluation = wanted.applied_to(config.evaluation)
         if wanted.of_harness and evaluation.is_empty:
             return
         settings = (tokenizer, config.data.seq_len, config.precision, topology)
-        evaluator = _evaluator(evaluation, model, *settings, model_at, base)
+        evaluator = _evaluator(evaluation, model, *settings, model_of, base)
         if topology.is_main:
             with contextlib.suppress(CheckpointError, OSError):  # a running training may remove it at this moment
                 warn_of_training_shards(find_suite(evaluation), read_data(store.find()).fingerprint)
@@ -268,13 +268,13 @@ def _evaluator(
     seq_len: int,
     precision: str,
     topology: Topology,
-    model_at: ModelAt,
+    model_of: ModelOf,
     base: Base | None = None,
 ) -> Evaluator:
     if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite, --tasks or evaluation.needles=...")
     parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
-    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_at, base)
+    return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_of, base)
 
 
 def _print(records: Sequence[Mapping[str, object]]) -> None:

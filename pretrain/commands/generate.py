@@ -94,7 +94,7 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
 
     def load(forward: ForwardModel, topology: Topology) -> None:
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(forward, checkpoints, arguments.step, topology, config.model_at, base)
+        load_checkpoint(forward, checkpoints, arguments.step, topology, config.model_of, base)
 
     return ChosenModel(
         config.model,

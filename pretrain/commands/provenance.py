@@ -84,8 +84,8 @@ def print_losses(step: int, batch: Batch, config: RunConfig, checkpoints: Checkp
     with started(alone) as topology:
         model = ForwardModel(config.model, alone, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(model, checkpoints, before[-1], topology, config.model_at, base)
-        rows = config.stage_at(step - 1).micro_rows or _BATCH_SIZE
+        load_checkpoint(model, checkpoints, before[-1], topology, config.model_of, base)
+        rows = config.stage_of(step).micro_rows or _BATCH_SIZE
         losses = document_losses(model.score, batch, rows, topology.device)
     print("loss", "targets", "source", "shard", "line", sep="\t")
     for found in losses:

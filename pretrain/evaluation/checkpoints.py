@@ -26,7 +26,7 @@ from shards import HeadraceError
 
 _logger = logging.getLogger(__name__)
 
-ModelAt = Callable[[int], ModelConfig]  # a run's model as a checkpoint of a step has it
+ModelOf = Callable[[int], ModelConfig]  # a run's model as a checkpoint of a step has it
 
 _PATIENCE_SECONDS = 3600.0  # how long to wait for an idle run
 
@@ -36,7 +36,7 @@ class Evaluator:
     """One model, and a suite, tasks or both, for evaluating any number of weights.
 
     Attributes:
-        model_at: whose positions differ between the stages of a run, if it has some.
+        model_of: whose positions differ between the stages of a run, if it has some.
         base: the model under the adapters, if it is of a run that trains some.
     """
 
@@ -44,7 +44,7 @@ class Evaluator:
     parts: Sequence[Part[Scores]]
     topology: Topology
     batch_size: int
-    model_at: ModelAt
+    model_of: ModelOf
     base: Base | None = None
 
     @property
@@ -70,7 +70,7 @@ class Evaluator:
             HeadraceError: on all ranks, if any of them cannot read the checkpoint.
         """
         try:
-            load_checkpoint(self.model, store, step, self.topology, self.model_at, self.base)
+            load_checkpoint(self.model, store, step, self.topology, self.model_of, self.base)
         except HeadraceError as error:
             raise HeadraceError(f"the checkpoint of step {step} cannot be evaluated: {error}") from None
         return self._score(labels)
@@ -91,7 +91,7 @@ def load_checkpoint(
     store: CheckpointStore,
     step: WantedStep,
     topology: Topology,
-    model_at: ModelAt,
+    model_of: ModelOf,
     base: Base | None = None,
 ) -> int:
     """Load one checkpoint's weights, and its positions, into a model, the same one on every rank, which all call it.
@@ -108,7 +108,7 @@ def load_checkpoint(
     """
     chosen = topology.broadcast_object(topology.together(lambda: store.find(step).step if topology.is_main else -1))
     checkpoint = open_verified(store, chosen, topology)
-    topology.together(lambda: model.adopt(model_at(chosen)))
+    topology.together(lambda: model.adopt(model_of(chosen)))
     topology.together(lambda: model.set_weights(run_weights(checkpoint, model.config, base)))
     return chosen
 

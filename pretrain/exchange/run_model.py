@@ -16,7 +16,7 @@ from pretrain.model.architecture import ModelConfig
 from pretrain.model.architectures import parse_model
 from pretrain.model.weights import weight_specs
 from pretrain.run.run_folder import RunFolder
-from pretrain.stages import StageConfig, begun_by, model_at
+from pretrain.stages import StageConfig, begun_by, model_of
 from shards import CheckpointError, ConfigError
 
 _AT_STEP = re.compile(r"(.+)@(\d+)")
@@ -44,7 +44,7 @@ class RunModel:
         file = folder.config
         tree = read_tree(file)[0]
         later = [StageConfig.parse(s, f"{file}: stages.{i}") for i, s in enumerate(tree.get("stages") or ())]
-        config = model_at(self.checkpoint.step, parse_model(tree["model"], f"{file}: model"), later)
+        config = model_of(self.checkpoint.step, parse_model(tree["model"], f"{file}: model"), later)
         if config.adapters:
             raise ConfigError(f"init_from={path}: the run trains adapters; export it, which adds them to its model")
         keys = {key: f"model.{key}" for key in config.model_dump()}

@@ -54,13 +54,13 @@ def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does
     for ema, steps in ((EmaConfig(decay=0.5), 3), (None, 2), (EmaConfig(decay=0.5), 1)):
         config: Any = SimpleNamespace(
             train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=[None],
-            stage_at=lambda step: None, model_at=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
+            stage_at=lambda step: None, model_of=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
         )  # fmt: skip
         for _ in range(steps):
             state = stepper_of(config, engine, state).step_on(batch({"pile": 1}), state, Meter()).state
     assert done == [1.0, 1 / 1.5, "dropped", 1.0]
     assert state.average_total == 1
-    config.model_at = lambda step: step > 10  # other positions from step 11 on
+    config.model_of = lambda step: step > 10  # other positions from step 11 on
     assert state.step == 10
     applied = iter([False, True])
     for _ in range(2):

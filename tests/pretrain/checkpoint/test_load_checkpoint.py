@@ -71,7 +71,7 @@ class Model:
         self.step = weights
 
 
-def model_at(step: int) -> LlamaConfig:
+def model_of(step: int) -> LlamaConfig:
     return Model.config.model_copy(update={"rope_theta": float(step)})
 
 
@@ -91,7 +91,7 @@ def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> N
         model, store = Model(), CheckpointStore(root, CheckpointConfig())
         if here.is_main:
             store.steps = lambda: [2]  # type: ignore[method-assign]  # it looked before the training had saved step 4
-        return load_checkpoint(model, store, None, here, model_at), model.step  # type: ignore[arg-type]
+        return load_checkpoint(model, store, None, here, model_of), model.step  # type: ignore[arg-type]
 
     assert on_ranks(work) == [(2, 2), (2, 2)]
 
@@ -100,7 +100,7 @@ def test_all_ranks_load_the_checkpoint_that_rank_0_finds_newest(root: Path) -> N
 def test_an_error_on_one_rank_is_an_error_on_all(root: Path, rank: int) -> None:
     def work(here: Topology) -> object:
         store = CheckpointStore(root / "nothing" if here.rank == rank else root, CheckpointConfig())
-        return load_checkpoint(Model(), store, 4, here, model_at)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), store, 4, here, model_of)  # type: ignore[arg-type]
 
     errors = on_ranks(work)
     assert errors[0] == errors[1]
@@ -125,7 +125,7 @@ def test_each_file_is_compared_with_its_hash_by_one_rank(root: Path, monkeypatch
     monkeypatch.setattr("pretrain.checkpoint.store.hash_file", counted)
 
     def work(here: Topology) -> int:
-        return load_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here, model_at)  # type: ignore[arg-type]
+        return load_checkpoint(Model(), CheckpointStore(root, CheckpointConfig()), 6, here, model_of)  # type: ignore[arg-type]
 
     assert on_ranks(work) == [6, 6]
     assert sorted(hashed) == names
