@@ -13,6 +13,7 @@ from pretrain.evaluation.compare import Difference
 from pretrain.report import facts, side_by_side
 from pretrain.report.chart import Chart, HeatMap, short
 from pretrain.report.curves import charts_of, marks_of
+from pretrain.report.differences import difference_tables
 from pretrain.report.facts import Cell, Table
 from pretrain.report.figures import state_of
 from pretrain.report.look import SCRIPT, STYLE
@@ -76,7 +77,7 @@ def _several_runs(histories: Sequence[History]) -> Iterator[str]:
     yield _section("Runs", [_table(side_by_side.run_table(histories), is_sortable=True)])
     yield _section("By setting", [_charts(list(side_by_side.by_key(histories)))])
     yield _section("Curves", [_charts(list(side_by_side.overlaid(histories)))])
-    tables = [_table(table, is_sortable=True) for table in side_by_side.difference_tables(histories)]
+    tables = [_table(table, is_sortable=True) for table in difference_tables(histories)]
     yield _section("Differences on held-out text", tables)
     details = [
         f"<details><summary>{escape(name)}</summary>{_pairs(facts.facts_of(one))}{''.join(_provenance(one))}</details>"

@@ -1,7 +1,4 @@
-"""Several runs side by side: what differs, curves over each other, figures by swept key, intervals of differences.
-
-histories -> side_by_side -> {page, png}. The statistics are those of `headrace evaluate --compare`.
-"""
+"""Several runs side by side: what differs, curves over each other, figures by swept key. They go to page and png."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.evaluation import compare
-from pretrain.evaluation.compare import Difference
-from pretrain.evaluation.scores import DocumentScores
 from pretrain.report.chart import Chart, Floats, HeatMap, Series, needs_log
 from pretrain.report.curves import sentences
 from pretrain.report.facts import Cell, Table
@@ -24,7 +18,6 @@ from pretrain.report.lengths import context_overlaid, needle_maps_of
 from pretrain.report.thinning import thin
 from pretrain.run.eval_figure import UNIT_OF, loss_key
 from pretrain.run.history import History
-from shards import ConfigError, HeadraceError
 
 SEED = "run.seed"  # runs that differ in nothing else repeat one another
 _NOT_SETTINGS = ("run.name", "run.dir", "data.index_dir", "wandb.")
@@ -42,7 +35,7 @@ _FIGURES = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only."""
+    """Runs that are one curve: their mean, with a band from the least to the greatest."""
 
     label: str
     runs: tuple[History, ...]
@@ -102,21 +95,31 @@ def _leaves(prefix: str, tree: object) -> Iterator[tuple[str, object]]:
 
 def groups_of(histories: Sequence[History]) -> list[Group]:
     """Put runs that differ in their seed only together, in the order of the first of each."""
-    settings = {key: values for key, values in settings_of(histories).differing.items() if key != SEED}
-    names = names_of(histories)
-    found: dict[str, list[int]] = {}
-    for i in range(len(histories)):
-        found.setdefault(json.dumps([values[i] for values in settings.values()], sort_keys=True), []).append(i)
-    if all(len(members) == 1 for members in found.values()):
-        return [Group(name, (history,)) for name, history in zip(names, histories, strict=True)]
-    return [
-        Group(
-            ", ".join(f"{_short_key(key)} {value_text(values[members[0]])}" for key, values in settings.items())
-            or "all runs",
-            tuple(histories[i] for i in members),
-        )
-        for members in found.values()
-    ]
+    alike = _alike(_swept(settings_of(histories)), len(histories))
+    if all(len(members) == 1 for _, members in alike):
+        return [Group(name, (history,)) for name, history in zip(names_of(histories), histories, strict=True)]
+    return [Group(label or "all runs", tuple(histories[i] for i in members)) for label, members in alike]
+
+
+def _alike(settings: Mapping[str, Sequence[object]], runs: int) -> list[tuple[str, list[int]]]:
+    """Put runs with the same values of some keys together, in the order of the first of each.
+
+    Args:
+        settings: each run's value of each key.
+        runs: how many there are.
+    Returns: the values, and the places of the runs that have them.
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for i in range(runs):
+        label = ", ".join(f"{_short_key(key)} {value_text(values[i])}" for key, values in settings.items())
+        exact = json.dumps([values[i] for values in settings.values()], sort_keys=True)
+        found.setdefault(exact, (label, []))[1].append(i)
+    return list(found.values())
+
+
+def _swept(settings: Settings) -> dict[str, list[object]]:
+    """Return the keys in which runs differ, but for their seed, with each run's value."""
+    return {key: values for key, values in settings.differing.items() if key != SEED}
 
 
 def _short_key(key: str) -> str:
@@ -151,17 +154,45 @@ def run_table(histories: Sequence[History]) -> Table:
 
 
 def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
-    """Draw the curves of all runs over each other; runs that differ in their seed only as one, with a band."""
-    groups = groups_of(histories)
+    """Draw the curves of all runs over each other; runs that differ in their seed only as one, with a band.
+
+    Of more runs than can be told apart, loss and held-out text by each swept key: a curve for each of its values, the
+    mean over all runs that have it.
+    """
+    groups, swept = groups_of(histories), _swept(settings_of(histories))
+    if len(groups) > _CURVES and len(swept) > 1:
+        for key, values in swept.items():
+            alike = _alike({key: values}, len(histories))
+            of_values = [Group(label, tuple(histories[i] for i in members)) for label, members in alike]
+            note = (
+                f"Each line is the mean of the runs with this {key}, whatever their other settings; the band reaches"
+                " from the least to the greatest."
+            )
+            yield from _curves(of_values, _FIGURES[:1], note, key)
+    else:
+        repeats = any(len(group.runs) > 1 for group in groups)
+        bands = "Each line is the mean over seeds; the band reaches from the least to the greatest." if repeats else ""
+        yield from _curves(groups, _FIGURES, bands)
+    drawn = names_of(histories)[:_CURVES], histories[:_CURVES]
+    yield from context_overlaid(*drawn)
+    yield from needle_maps_of(*drawn)
+
+
+def _curves(
+    groups: Sequence[Group], figures: Sequence[tuple[str, str, str]], bands: str, key: str = ""
+) -> Iterator[Chart]:
+    """Draw figures of training, and of evaluations, over the steps, a curve for each group.
+
+    Args:
+        bands: what a curve and its band are.
+        key: that whose values tell the groups apart, if it is one.
+    """
     shown = groups[:_CURVES]
     cut = f"Only the first {len(shown)} of {len(groups)} are drawn." if len(shown) < len(groups) else ""
-    bands = (
-        "Each line is the mean over seeds; the band reaches from the least to the greatest." if _repeats(groups) else ""
-    )
-    for key, title, label in _FIGURES:
+    for figure, title, label in figures:
         series, each = [], 1
         for color, group in enumerate(shown):
-            found = _mean_curve(group, key)
+            found = _mean_curve(group, figure)
             if found is not None:
                 one, points = found
                 series.append(Series(group.label, one.x, one.y, one.low, one.high, color))
@@ -169,19 +200,20 @@ def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
         if series:
             note = sentences([bands, f"Each point is the mean of up to {each} steps." if each > 1 else "", cut])
             values = np.concatenate([one.y for one in series])
-            is_log = key in ("loss", "grad_norm") and needs_log(values)
+            is_log = figure in ("loss", "grad_norm") and needs_log(values)
             yield Chart(
-                f"runs_{key}", title, "step", label, tuple(series), note=note, log_y=is_log,
-                from_zero=key in ("learning_rate", "tokens_per_second"),
+                f"runs_{figure}{_suffix(key)}", _titled(title, key), "step", label, tuple(series), note=note,
+                log_y=is_log, from_zero=figure in ("learning_rate", "tokens_per_second"),
             )  # fmt: skip
-    yield from _overlaid_evals(shown, sentences([bands, cut]))
-    drawn = names_of(histories)[:_CURVES], histories[:_CURVES]
-    yield from context_overlaid(*drawn)
-    yield from needle_maps_of(*drawn)
+    yield from _overlaid_evals(shown, sentences([bands, cut]), key)
 
 
-def _repeats(groups: Sequence[Group]) -> bool:
-    return any(len(group.runs) > 1 for group in groups)
+def _suffix(key: str) -> str:
+    return f"_by_{key.replace('.', '_')}" if key else ""
+
+
+def _titled(title: str, key: str) -> str:
+    return f"{title} by {key}" if key else title
 
 
 def _mean_curve(group: Group, key: str) -> tuple[Series, int] | None:
@@ -216,18 +248,19 @@ def _spread(label: str, x: Floats, table: Floats) -> Series:
 Lines = Mapping[int, Mapping[str, object]]  # of evals.jsonl, by step
 
 
-def _overlaid_evals(groups: Sequence[Group], note: str) -> Iterator[Chart]:
+def _overlaid_evals(groups: Sequence[Group], note: str, key: str) -> Iterator[Chart]:
     """Draw the macro average of held-out text, and the accuracy of each task."""
     suites = [[history.suite() or "" for history in group.runs] for group in groups]
     macro = [
         [history.evals.get(history.suite() or "", {}).get("macro", {}) for history in group.runs] for group in groups
     ]
-    for key, unit in UNIT_OF.items():
-        scored = [[lines if loss_key(lines.values()) == key else {} for lines in of_group] for of_group in macro]
-        if series := _of_groups(groups, scored, key):
+    for figure, unit in UNIT_OF.items():
+        scored = [[lines if loss_key(lines.values()) == figure else {} for lines in of_group] for of_group in macro]
+        if series := _of_groups(groups, scored, figure):
             labels = sorted({label for of_group in suites for label in of_group if label})
             about = sentences([f"Macro average of {', '.join(labels)}.", note])
-            yield Chart(f"runs_{key}", "Held-out text", "step", unit, series, note=about)
+            title = _titled("Held-out text", key)
+            yield Chart(f"runs_{figure}{_suffix(key)}", title, "step", unit, series, note=about)
     tasks = [[history.tasks() for history in group.runs] for group in groups]
     names = list(dict.fromkeys(name for of_group in tasks for of_run in of_group for name in of_run))
     more = f"The first {_TASKS} of {len(names)} tasks have a chart." if len(names) > _TASKS else ""
@@ -236,7 +269,8 @@ def _overlaid_evals(groups: Sequence[Group], note: str) -> Iterator[Chart]:
         labels = sorted({str(line["suite"]) for of_group in lines for run in of_group for line in run.values()})
         where = "".join(letter if letter.isalnum() else "_" for letter in name)
         yield Chart(
-            f"runs_task_{where}", f"Task {name}", "step", "accuracy", _of_groups(groups, lines, "accuracy"),
+            f"runs_task_{where}{_suffix(key)}", _titled(f"Task {name}", key), "step", "accuracy",
+            _of_groups(groups, lines, "accuracy"),
             note=sentences([f"{', '.join(labels)}.", note, more]), from_zero=True,
         )  # fmt: skip
 
@@ -259,27 +293,28 @@ def _of_groups(groups: Sequence[Group], lines: Sequence[Sequence[Lines]], key: s
 
 
 def by_key(histories: Sequence[History]) -> Iterator[Chart]:
-    """Draw, for each swept key, where the runs ended over its values; a line for each choice of the other keys."""
-    settings = settings_of(histories).differing
-    swept = [key for key in settings if key != SEED]
+    """Draw, for each swept key, where the runs ended over its values; a line for each choice of the other keys.
+
+    Where there are too many choices to tell apart, their mean.
+    """
+    settings = settings_of(histories)
     ends = ends_of(histories)
-    for key in swept:
-        yield _panel(key, settings, swept, ends)
+    for key in _swept(settings):
+        yield _panel(key, settings.differing, ends)
 
 
-def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], ends: Ends) -> Chart:
+def _panel(key: str, settings: Mapping[str, Sequence[object]], ends: Ends) -> Chart:
     values = settings[key]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     is_number = len(numbers) == len(values)
     kinds = sorted(set(numbers)) if is_number else sorted({value_text(value) for value in values})
     place = [float(value) if is_number else float(kinds.index(value_text(value))) for value in values]  # type: ignore[arg-type]
-    others = [other for other in swept if other != key]
-    lines: dict[str, list[int]] = {}
-    for i in range(len(values)):
-        label = ", ".join(f"{_short_key(other)} {value_text(settings[other][i])}" for other in others)
-        lines.setdefault(label, []).append(i)
+    others = {other: of_runs for other, of_runs in settings.items() if other not in (key, SEED)}
+    lines, band = _alike(others, len(values)), "seed" if SEED in settings else ""
+    if len(lines) > _CURVES:
+        lines, band = [("mean", list(range(len(values))))], f"of the {len(lines)} choices of the other keys"
     series = []
-    for color, (label, members) in enumerate(list(lines.items())[:_CURVES]):
+    for color, (label, members) in enumerate(lines):
         x = sorted({place[i] for i in members})
         runs = [[ends.values[i] for i in members if place[i] == at] for at in x]
         width = max(map(len, runs))
@@ -288,10 +323,7 @@ def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], en
         series.append(Series(label or ends.figure, one.x, one.y, one.low, one.high, color, "dots"))
     notes = [
         ends.note,
-        "The band reaches from the least to the greatest seed." if SEED in settings else "",
-        f"Only the first {_CURVES} of {len(lines)} choices of the other keys are drawn."
-        if len(lines) > _CURVES
-        else "",
+        f"The band reaches from the least to the greatest {band}." if band else "",
     ]
     is_log = is_number and min(place) > 0 and max(place) / min(place) >= 8
     return Chart(
@@ -299,85 +331,3 @@ def _panel(key: str, settings: dict[str, list[object]], swept: Sequence[str], en
         log_x=is_log, log_y=needs_log(ends.values), x_names=() if is_number else tuple(map(str, kinds)),
         x_ticks=tuple(map(float, kinds)) if is_number and len(kinds) <= _TICKS else (),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A run compared with the reference, or why it cannot be."""
-
-    name: str
-    step: int
-    differences: tuple[Difference, ...]
-    problem: str = ""
-
-
-def compared_with_first(histories: Sequence[History]) -> list[Compared]:
-    """Compare the last evaluation of every run with that of the first, document by document."""
-    names, found = names_of(histories), []
-    for name, history in zip(names[1:], histories[1:], strict=True):
-        try:
-            pair = [_last_scores(histories[0]), _last_scores(history)]
-            differences = compare.compare(pair[0].scores, pair[1].scores)
-        except HeadraceError as error:
-            found.append(Compared(name, 0, (), str(error)))
-            continue
-        doubts = []
-        if pair[0].step != pair[1].step:
-            doubts.append(f"{names[0]} is of step {pair[0].step}, {name} of step {pair[1].step}")
-        labels = [one.scores.suite for one in pair]
-        if labels[0] != labels[1]:
-            doubts.append(
-                f"{names[0]} was scored as {labels[0]}, {name} as {labels[1]}: differences in seq_len, precision or"
-                " text affect the comparison"
-            )
-        common = differences[-1].documents
-        doubts += [
-            f"{len(one.scores.key) - common} documents of {which} are not in both and are not counted"
-            for which, one in zip((names[0], name), pair, strict=True)
-            if len(one.scores.key) > common
-        ]
-        found.append(Compared(name, pair[1].step, tuple(differences), "; ".join(doubts)))
-    return found
-
-
-class _Scored(NamedTuple):
-    step: int
-    scores: DocumentScores
-
-
-def _last_scores(history: History) -> _Scored:
-    """Read the sums of each document of the evaluation that the page shows. Raises HeadraceError if there are none."""
-    suite = history.suite()
-    if suite is None:
-        raise ConfigError("it has no evaluation")
-    step = max(max(of_steps) for of_steps in history.evals[suite].values())
-    return _Scored(step, DocumentScores.load(history.folder.document_scores(step, suite)))
-
-
-def difference_tables(histories: Sequence[History]) -> list[Table]:
-    """Show how the runs differ from the first on held-out text, with intervals: averages, then domain by domain."""
-    first, found = names_of(histories)[0], compared_with_first(histories)
-    rows: list[tuple[Cell, ...]] = []
-    for one in found:
-        if one.differences:
-            macro, micro = one.differences[-2:]
-            better = sum(item.is_clear and item.difference < 0 for item in one.differences[:-2])
-            worse = sum(item.is_clear and item.difference > 0 for item in one.differences[:-2])
-            verdict = f"{better} better, {worse} worse, {len(one.differences) - 2 - better - worse} unclear"
-            rows.append((one.name, one.step, macro.b, macro, micro, verdict, macro.documents))
-    problems = [f"{one.name}: {one.problem}" for one in found if one.problem]
-    units = dict.fromkeys(one.differences[0].unit for one in found if one.differences)
-    unit = " or ".join(units) or UNIT_OF["bits_per_byte"]
-    note = (
-        f"{unit.capitalize()} of each run minus those of {first}; below zero is better. An interval holds 95 % of the"
-        " differences when documents are drawn again, so it tells what is chance of the documents, not of the seed;"
-        " where many runs were tried, the best of them looks better than it is. "
-    )
-    head = ("run", "step", f"{unit}, macro", "macro", "micro", "domains", "documents")
-    tables = [Table(f"Differences from {first}", head, tuple(rows), note=note + ". ".join(problems))] if found else []
-    for one in found if len(found) == 1 else ():
-        of_domains = tuple((item.name, item.a, item.b, item, item.documents) for item in one.differences)
-        last = len(of_domains)
-        heads = ("domain", first, one.name, "difference", "documents")
-        tables.append(Table("Domain by domain", heads, of_domains, strong=frozenset({last - 2, last - 1})))
-    return tables

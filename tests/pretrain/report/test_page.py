@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from pretrain.evaluation.scores import ScoresOfAverage, record_scores
 from pretrain.report import facts, side_by_side
 from pretrain.report.chart import Chart, HeatMap
 from pretrain.report.curves import POINTS, marks_of
+from pretrain.report.differences import difference_tables
 from pretrain.report.frame import frame
 from pretrain.report.page import all_charts, page
 from pretrain.report.png import draw_all
@@ -213,6 +215,25 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
     np.testing.assert_allclose(panel["series"][0]["y"], np.reshape(ends, (3, 2)).mean(axis=1), rtol=1e-5)
 
 
+def test_more_runs_than_can_be_told_apart_are_averaged_by_each_key(tmp_path: Path) -> None:
+    histories = []
+    for rate, layers in itertools.product(np.geomspace(1e-4, 1e-2, 9), (2, 4)):
+        folder = make_run(tmp_path / f"lr{rate}-{layers}", learning_rate=float(rate))
+        folder.config.write_text(folder.config.read_text().replace("n_layers: 2", f"n_layers: {layers}"))
+        histories.append(read_run(folder))
+    drawn = charts(page(histories))
+    assert "Training loss" not in drawn, "18 curves"
+    losses = np.stack([history.metrics["loss"] for history in histories]).reshape(9, 2, -1)
+    ends = np.array([history.evals[SUITE]["macro"][40]["bits_per_byte"] for history in histories]).reshape(9, 2)
+    for key, axis, count in (("optim.learning_rate", 1, 9), ("model.n_layers", 0, 2)):
+        loss, held_out = drawn[f"Training loss by {key}"]["series"], drawn[f"Held-out text by {key}"]["series"]
+        assert len(loss) == len(held_out) == count
+        for name, reduce in (("y", np.mean), ("low", np.min), ("high", np.max)):
+            np.testing.assert_allclose([one[name] for one in loss], reduce(losses, axis=axis), rtol=1e-5)
+            np.testing.assert_allclose([one[name][-1] for one in held_out], reduce(ends, axis=axis), rtol=1e-5)
+    assert len(charts(page(histories[::2]))["Training loss"]["series"]) == 9, "each run is a curve"
+
+
 def test_runs_that_were_ended_early_are_judged_at_the_last_common_step(tmp_path: Path) -> None:
     cut = read_run(make_run(tmp_path / "cut", learning_rate=1e-4, steps=20, evals=(0, 20), length=40))
     whole = read_run(make_run(tmp_path / "whole"))
@@ -253,7 +274,7 @@ def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
     path = torn.document_scores(40, SUITE)
     path.write_bytes(path.read_bytes()[:-100])
     histories.append(read_run(torn))
-    averages, *rest = side_by_side.difference_tables(histories)
+    averages, *rest = difference_tables(histories)
     assert rest == [], "domain by domain only for two runs"
     macro, micro = compare(scores_at(40, 1e-3, 0), scores_at(40, 2e-3, 0))[-2:]
     ((name, step, figure, found_macro, found_micro, _, documents),) = averages.rows
@@ -261,7 +282,7 @@ def test_differences_are_those_of_the_comparison(tmp_path: Path) -> None:
     assert (found_macro, found_micro) == (macro, micro)
     assert "unscored: it has no evaluation" in averages.note
     assert f"torn: {path}: cannot be read as sums of documents" in averages.note
-    assert len(side_by_side.difference_tables(histories[:2])[1].rows) == 5
+    assert len(difference_tables(histories[:2])[1].rows) == 5
 
 
 def test_runs_scored_on_token_ids_alone_are_shown_in_nats(tmp_path: Path) -> None:
@@ -287,7 +308,7 @@ def test_runs_scored_on_token_ids_alone_are_shown_in_nats(tmp_path: Path) -> Non
     drawn = charts(together)
     assert [one["y"][-1] for one in drawn["Held-out text"]["series"]] == pytest.approx(ends, rel=1e-5)
     assert drawn["By optim.learning_rate"]["series"][0]["y"] == pytest.approx(ends, rel=1e-5)
-    (table, *_) = side_by_side.difference_tables(histories)
+    (table, *_) = difference_tables(histories)
     assert table.head[2] == "nats per token, macro"
     assert table.rows[0][2] == pytest.approx(ends[1])
     frames = Console(width=100, record=True)
