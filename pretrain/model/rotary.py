@@ -173,9 +173,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    first, second = (half.float() for half in x.chunk(2, dim=-1))
-    halves = (
-        (first * cos).addcmul_(second, sin, value=-direction),
-        (second * cos).addcmul_(first, sin, value=direction),
-    )
-    return torch.cat([half.to(x.dtype) for half in halves], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    pairs = ((first, second, -direction), (second, first, direction))
+    # One half after the other, so that only one exists in fp32: of long rows that is as much as all of x
+    return torch.cat([(a * cos).addcmul_(b, sin, value=sign).to(x.dtype) for a, b, sign in pairs], dim=-1)
