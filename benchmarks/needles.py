@@ -1,7 +1,7 @@
 """Teach a tiny model to find needles, and extend it to rows eight times as long: `python benchmarks/needles.py FOLDER`.
 
 Makes a corpus of texts that hide a number and ask for it (shards/suites/needles.py, other seeds than the evaluation's)
-and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 34 to 60 tokens, then of up
+and a tokenizer of its words. A run learns from short texts in rows of 512 tokens, first of 40 to 96 tokens, then of up
 to 512. Two forks go on from its end for as many tokens: `plain` with the same, `extended` with texts of up to 4,096
 tokens, in rows of 4,096 of which two ranks share each, and positions scaled by YaRN; it is killed on the way (SIGKILL)
 and resumed on one rank. `straight` is the same, never killed, on one rank, as far as it takes to compare batches and
@@ -43,19 +43,20 @@ from shards.suites.needles import FILLERS, Haystacks, needle_of
 from shards.tokenize.training import train_byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT, LONG, LENGTHS, VOCABULARY = 512, 4096, (512, 1024, 2048, 4096), 1512
+SHORT, LONG, LENGTHS = 512, 4096, (512, 1024, 2048, 4096)
+VOCABULARY = 700  # so small that numbers are spelled by twos and ones, each of which is seen often
 RUNS = {"plain": "not extended", "extended": "extended to 4,096"}
 SCALING = json.dumps({"rope_type": "yarn", "factor": LONG / SHORT, "original_max_position_embeddings": SHORT})
 SAVED = 25  # steps between checkpoints
-DENSE, LEAST = (34, 60), 34  # tokens of the first texts, and of the shortest
+DENSE, LEAST = (40, 96), 40  # tokens of the first texts, and of the shortest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for corpora and runs; what is there is used")
-    parser.add_argument("--dense", type=int, default=300, help="steps with the first texts")
-    parser.add_argument("--short", type=int, default=1127, help="further steps with texts of up to 512 tokens")
-    parser.add_argument("--extend", type=int, default=240, help="steps of the second stage")
+    parser.add_argument("--dense", type=int, default=1300, help="steps with the first texts")
+    parser.add_argument("--short", type=int, default=600, help="further steps with texts of up to 512 tokens")
+    parser.add_argument("--extend", type=int, default=300, help="steps of the second stage")
     parser.add_argument("--count", type=int, default=8, help="texts of each length and depth that are asked")
     parser.add_argument("--png", type=Path, help="where to draw both runs")
     arguments = parser.parse_args()
@@ -116,7 +117,7 @@ def make_corpora(folder: Path) -> None:
         path.write_bytes(train_byte_level(sentences(), VOCABULARY))
     tokenizer = Tokenizer(path)
     for name, count, least, most in (
-        ("dense", 10_000, *DENSE), ("short", 8_000, LEAST, SHORT - 1), ("long", 500, SHORT // 2, LONG - 1)
+        ("dense", 90_000, *DENSE), ("short", 14_000, LEAST, SHORT - 1), ("long", 900, SHORT // 2, LONG - 1)
     ):  # fmt: skip
         path = folder / f"{name}.jsonl.zst"
         if not path.exists():
@@ -143,8 +144,8 @@ def write_config(folder: Path, dense: int, steps: int) -> Path:
             "num_workers": 0, "lanes": 4, "window_bytes": 1 << 18, "sources": [source(folder, "dense")],
         },
         "stages": [{"step": dense, "data": {"sources": [source(folder, "short")], "weights": {"dense": 0}}}],
-        "train": {"steps": steps, "global_batch_size": 4},
-        "optim": {"learning_rate": 4e-3, "schedule": "constant", "warmup_steps": 50},
+        "train": {"steps": steps, "global_batch_size": 8},
+        "optim": {"learning_rate": 2e-3, "schedule": "constant", "warmup_steps": 50},
         "precision": "fp32",
         "checkpoint": {"every": SAVED, "keep": 2},
         "evaluation": {"needles": {"lengths": [64, 128, 256]}},

@@ -302,5 +302,6 @@ def _reduction_bytes(work: Workload, costs: BlockCosts, blocks: float) -> float:
         return (copy + (work.reduce_bytes if work.reduce_bytes < 4 else 0)) * work.trained
     reduced = min(work.reduce_bucket, work.trained)
     cast = work.reduce_bytes if work.reduce_bytes != work.bytes_per_weight else 0
-    begun = work.tokens * costs.backward / 2
+    # SwiGLU's values, which are gone when its gradients are there, are half of a block's; of tiles there are none
+    begun = work.tokens * costs.backward / (1 if work.parallel.feed_forward_tokens else 2)
     return (work.bytes_per_weight + cast) * reduced + blocks * (1 - reduced / work.trained) + begun
