@@ -2,7 +2,7 @@
 
 Estimates for two shipped configs with rows of 8k to 128k tokens, one a micro-batch, on 8 ranks of which 1, 2 or 4 share
 a row: with full checkpointing alone, and with feed-forward networks a few tokens at a time and blocks' inputs on the
-host.
+host. By the same estimate, the longest row that leaves a part of a GPU free.
 
     python benchmarks/long_rows.py --measure      # a small model on CPU ranks: the processes' peak memory
 
@@ -15,6 +15,7 @@ made. On a CPU the host's memory is the device's, so nothing is measured of inpu
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import os
@@ -45,7 +46,9 @@ MODELS = ("llama-1b-dolma", "llama-7b-pile-dolma")
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 SP_SIZES = (1, 2, 4)
 RANKS, TILE = 8, 4096
-MEMORY = (80e9, 141e9)  # of an H100 and an H200, of which a part is taken by CUDA and NCCL
+MEMORY = (80e9, 141e9)  # of an H100 and an H200
+FREE = 0.08  # of which: for CUDA, NCCL and the allocator's gaps
+LONGEST, GRAIN = 2_000 * 1024, 8 * 1024  # tokens of the longest row that is looked for, and the step
 SAVED = {
     "full": (),
     "flat": (f"parallel.feed_forward_tokens={TILE}", "parallel.offload=activations"),
@@ -94,6 +97,25 @@ def table(found: dict[Case, tuple[float, float]]) -> str:
             host = found[Case(model, length, 1, "flat")][1]
             lines.append([model, f"{length:,}", *(f"{size / 1e9:.1f}" for size in [*sizes, host])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def longest_table() -> str:
+    """Return the longest rows that fit, in thousands (1,024) of tokens, a line for each model and GPU."""
+    columns = [(sp, saved) for saved in SAVED for sp in SP_SIZES]
+    head = ["model", "GPU", *(f"sp {sp}, {NAMES[saved]}" for sp, saved in columns)]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for model, memory in itertools.product(MODELS, MEMORY):
+        found = [longest(model, memory * (1 - FREE), *column) // 1024 for column in columns]
+        most = [f"{length:,}" if length < LONGEST // 1024 else f"over {LONGEST // 1024:,}" for length in found]
+        lines.append([model, f"{memory / 1e9:.0f} GB", *most])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def longest(model: str, memory: float, sp_size: int, saved: str) -> int:
+    """Return the tokens of the longest row with which a rank takes no more than so many bytes."""
+    grains = range(1, LONGEST // GRAIN + 1)
+    fits = bisect.bisect_right(grains, memory, key=lambda n: estimated(Case(model, n * GRAIN, sp_size, saved))[0])
+    return fits * GRAIN
 
 
 def draw(found: dict[Case, tuple[float, float]], file: Path) -> None:
@@ -188,6 +210,7 @@ def main() -> None:
     else:
         found = {case: estimated(case) for case in cases()}
         print(table(found))
+        print("", longest_table(), sep="\n")
         if arguments.png:
             draw(found, arguments.png)
 

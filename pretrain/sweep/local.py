@@ -133,7 +133,8 @@ class LocalSweep:
         """
         before = [(point.state, point.note) for point in self.points]
         for point in self.points:
-            point.history.refresh()
+            if point.slot is not None or point.state == "held":  # the others' files are as they were
+                point.history.refresh()
             if point.slot is not None and (code := point.slot.poll()) is not None:
                 self._note_end(point, code)
         self._apply_limits()
@@ -220,5 +221,6 @@ class LocalSweep:
     def _start(self, point: Point) -> None:
         point.slot = next(slot for slot in self._slots if slot.is_free)
         point.state, point.note = "training", ""
+        point.history.refresh()
         point.step_at_start = point.history.last_step
         point.slot.start(point.plan.words, self.log_of(point))
