@@ -13,10 +13,14 @@ from torch import Tensor
 
 from pretrain.topology import copy_to
 
+# Tokens of a piece of padding: nobody reads what attention makes of them, and it costs the square of a piece's length.
+# FlashAttention computes as many at a time as these, so on GPUs nothing would be gained by fewer.
+PADDING = 128
+
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of B rows of T tokens, in the order of the B * T flattened tokens; a run of padding is a piece too.
+    """The pieces of B rows of T tokens, in the order of the B * T flattened tokens; padding is some pieces too.
 
     Attributes:
         positions: [B, T] int64 on the device: each token's position within its piece, from 0.
@@ -37,12 +41,14 @@ def pieces_of(segment_ids: Tensor, device: torch.device) -> Pieces:
     """Find the pieces of rows.
 
     Args:
-        segment_ids: [B, T] on the host; neighbours in a row that are equal but for their sign belong to one piece.
+        segment_ids: [B, T] on the host; neighbours in a row that are equal but for their sign belong to one piece, and
+            of padding, 0, no more than PADDING tokens.
         device: the device on which the model computes.
     """
     segment_ids = segment_ids.abs()
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts[:, ::PADDING] |= segment_ids[:, ::PADDING] == 0
     starts = starts.flatten()
     begins = starts.nonzero().flatten()
     n_tokens, n_pieces = len(starts), len(begins)

@@ -78,9 +78,10 @@ def results(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]
 
 
 def assert_equal_to_documents_alone(attend: Callable[..., Tensor], segment_ids: Tensor, inputs: list[Tensor]) -> None:
-    expected = results(lambda *x: of_documents_alone(segment_ids, *x), inputs)
+    real = (segment_ids != 0)[:, :, None, None]  # what becomes of padding is nobody's concern, but that it is a number
+    expected = results(lambda *x: of_documents_alone(segment_ids, *x) * real, inputs)
     tolerance = TOLERANCE[inputs[0].dtype]
-    for found, wanted in zip(results(attend, inputs), expected, strict=True):
+    for found, wanted in zip(results(lambda *x: attend(*x) * real, inputs), expected, strict=True):
         assert found.dtype == inputs[0].dtype
         worst = wanted.double().abs().max().item()
         torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance * max(1, worst))
@@ -99,6 +100,13 @@ def test_a_packed_row_is_its_documents_alone(
     segment_ids = rows_of(*lengths)
     attend = attention_within_pieces(pieces_of(segment_ids, CPU), backend)
     assert_equal_to_documents_alone(attend, segment_ids, heads_of(segment_ids, *heads, dtype))
+
+
+def test_padding_costs_no_more_than_its_length() -> None:
+    pieces = pieces_of(rows_of([500], [3, 40]), CPU)
+    lengths = pieces.bounds.diff()
+    assert lengths[lengths > 0].tolist() == [500, 3, 40, 128 - 43, 128, 128, 500 - 3 * 128]
+    assert pieces.extent.tolist() == [7, 500]
 
 
 @pytest.mark.usefixtures("topology")
