@@ -32,7 +32,7 @@ from pretrain.optim import OptimConfig, SchedulePart
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, begun_by, model_of, schedule_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, schedule_of, stage_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
 from pretrain.topology import ParallelConfig
 from shards import Config, ConfigError, DataConfig, Stage
@@ -140,9 +140,9 @@ class RunConfig(Config):
 
     @property
     def all_stages(self) -> list[RunStage]:
-        """Return all stages of the run, the first of which is what the sections data and train describe."""
+        """Return all stages of the run, the first of which is what the sections model, data and train describe."""
         train = StageTrain(global_batch_size=self.train.global_batch_size, micro_batch_size=self.train.micro_batch_size)
-        return stages_of(self.data, train, self.stages)
+        return stages_of(self.model, self.data, train, self.stages)
 
     @property
     def later_stages(self) -> list[Stage]:
@@ -154,15 +154,11 @@ class RunConfig(Config):
         return next(stage for stage in reversed(self.all_stages) if stage.step <= step)
 
     def stage_of(self, step: int) -> RunStage:
-        """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first."""
-        return self.all_stages[len(begun_by(step, self.stages))]
+        """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first.
 
-    def model_of(self, step: int) -> ModelConfig:
-        """Return the model of a checkpoint of a step: with the positions of the stage that the step belongs to.
-
-        A stage that begins at this very step has not changed it yet.
+        One that begins at this very step has not changed anything yet.
         """
-        return model_of(step, self.model, self.stages)
+        return stage_of(step, self.all_stages)
 
     @property
     def schedule(self) -> list[SchedulePart]:
@@ -234,7 +230,7 @@ class RunConfig(Config):
         stage = stage or self.stage_at(0)
         zero = self.deepspeed_config()["zero_optimization"]
         return Workload(
-            model=self.model,
+            model=stage.model,
             parallel=self.parallel,
             dp_size=dp_size,
             micro_batch_size=stage.micro_batch_size(dp_size),
@@ -364,10 +360,8 @@ def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
             )
     if parts.get("init_optimizer") and not parts.get("init_from"):
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
-    if train and data:
-        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
-    if model:
-        yield from _position_problems(model, parts.get("stages") or ())
+    if model and data and train:
+        yield from _stage_problems(model, data, train, parts.get("stages") or (), parallel)
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
@@ -398,31 +392,25 @@ def _leave_out(values: dict[str, Any], **former: object) -> None:
             del values[key]
 
 
-def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iterator[str]:
-    """Yield what of its positions a stage cannot change, and what cannot work afterwards."""
-    known = set(model.problems())
-    for i, stage in enumerate(later):
-        try:
-            model = model.with_positions(stage.model.changes, f"stages.{i}.model")
-        except ConfigError as error:
-            yield str(error)
-            return
-        yield from (f"stages.{i}.{problem}" for problem in model.problems() if problem not in known)
-        known |= set(model.problems())
-
-
 def _stage_problems(
-    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    later: Sequence[StageConfig],
+    parallel: ParallelConfig | None,
 ) -> Iterator[str]:
     """Yield what cannot work in a stage, and steps that the run does not have."""
     first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
     try:
-        stages = stages_of(data, first, later)
+        stages = stages_of(model, data, first, later)
     except ConfigError as error:
         yield str(error)
         return
+    known = set(model.problems())
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
+        yield from (f"{at}{problem}" for problem in stage.model.problems() if problem not in known)
+        known |= set(stage.model.problems())
         if parallel:
             yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
         if stage.micro_rows:

@@ -147,7 +147,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
 
     def model_of(step: int) -> ModelConfig:
         # Read again, since a run that is followed may be stopped and go on with a stage that it did not have
-        return load_config(folder.config, overrides, begun=True).model_of(step)
+        return load_config(folder.config, overrides, begun=True).stage_of(step).model
 
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder, config, checkpoints = open_run(arguments.run)
     large = load_config(arguments.config, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
-    before, after = growable(config.model_of(checkpoint.step).merged(), large.model.merged())
+    before, after = growable(config.stage_of(checkpoint.step).model.merged(), large.model.merged())
     weights = open_weights(checkpoint, config, open_base(config.init_from, config.model))
     grown = GrownWeights(weights, before, after, large.run.seed)
     with started(ParallelConfig()):
