@@ -82,7 +82,7 @@ LAYERS = (
         "pretrain.provenance",
         "pretrain.exposure",
     ),
-    ("pretrain.config_problems", "pretrain.config", "pretrain.config_changes"),
+    ("pretrain.train_config", "pretrain.config_problems", "pretrain.config", "pretrain.config_changes"),
     ("pretrain.report",),
     ("pretrain.stepper", "pretrain.recorder"),
     ("pretrain.profiling",),
