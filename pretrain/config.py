@@ -27,12 +27,12 @@ from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.optim import OptimConfig, SchedulePart
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
 from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, schedule_of, stage_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
-from pretrain.topology import ParallelConfig
 from pretrain.train_config import TrainConfig
 from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan

@@ -41,12 +41,13 @@ from pretrain.model.weights import Weights
 from pretrain.mpu import ModelParallelUnit
 from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.saved_weights import load_trained, trained_state, universal_info
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from pretrain.weight_average import WeightAverage
 from pretrain.zero_pieces import own_pieces, set_whole
 from shards import CheckpointError

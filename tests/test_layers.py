@@ -39,6 +39,7 @@ LAYERS = (
     ("shards.loader", "shards.history"),
     ("shards.provenance", "shards"),
     (
+        "pretrain.parallel_config",
         "pretrain.topology",
         "pretrain.config_file",
         "pretrain.token_lengths",

@@ -54,11 +54,12 @@ from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.weights import check_row_splits, check_splits
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from shards import CheckpointError, ConfigError, Tokenizer
 from shards.suites.requests import PACKAGED
 

@@ -29,7 +29,8 @@ from pretrain.exchange.growth import GrownWeights, growable
 from pretrain.model.loss import next_token_targets, target_scores
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import Weights, fill
-from pretrain.topology import ParallelConfig, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import started
 
 _ROWS, _LENGTH = 2, 64  # of random tokens
 

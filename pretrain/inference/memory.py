@@ -13,7 +13,8 @@ from pretrain.host_memory import available_memory
 from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.prefill import CHUNK_TOKENS
 from pretrain.model.size import Workload
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology, started
 from shards import Tokenizer
 from tests.distributed.ranks import ROOT
 from tests.reference_model import Shape
