@@ -59,6 +59,7 @@ LAYERS = (
         "pretrain.saved_weights",
         "pretrain.weight_average",
         "pretrain.weight_norms",
+        "pretrain.weight_hash",
         "pretrain.layer_figures",
         "pretrain.gradient_noise",
         "pretrain.adamw",
