@@ -12,7 +12,7 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.model.architecture import ModelConfig
 from pretrain.model.attention import MASK_LIMIT, mask_bytes
-from pretrain.model.weights import trained_specs
+from pretrain.model.weights import split_problems, trained_specs
 from pretrain.optim import OptimConfig, is_named
 from pretrain.parallel_config import ParallelConfig
 from pretrain.stages import RunStage, StageConfig, StageTrain, stages_of
@@ -109,13 +109,7 @@ def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, optim: 
         yield from _adapter_problems(model, parallel, optim)
     if parallel:
         yield from _layout_problems(model, parallel)
-        for key, value in model.split_sizes.items():
-            yield from not_divisible(f"model.{key}", value, "parallel.tp_size", parallel.tp_size)
-        if not model.gives_each_rank_tokens(parallel.tp_size):
-            yield (
-                f"model.vocab_size={model.vocab_size} leaves some of parallel.tp_size={parallel.tp_size} ranks without"
-                f" a token; make parallel.tp_size or model.vocab_multiple={model.vocab_multiple} smaller"
-            )
+        yield from split_problems(model, parallel.tp_size, "parallel.tp_size")
 
 
 def _length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
@@ -169,8 +163,6 @@ def _stage_problems(
 def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Yield what of a layout an architecture knows nothing of."""
     named = f"model.architecture={model.architecture}"
-    if parallel.tp_size > 1 and not model.SPLITS:
-        yield f"parallel.tp_size={parallel.tp_size}: {named} cannot be split over ranks; set parallel.tp_size=1"
     if parallel.sp_size > 1 and not model.SPLITS_ROWS:
         yield f"parallel.sp_size={parallel.sp_size}: {named} cannot divide a row over ranks; set parallel.sp_size=1"
     if parallel.feed_forward_tokens and not model.TILES:
