@@ -168,7 +168,7 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
     config, topology = start.config, start.topology
     # The row length is the same in every stage, so that a run has one series of evaluations.
     how = (config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
-    parts = load_parts(config.evaluation, start.tokenizer, *how, start.suite)
+    parts = load_parts(start.suite, config.evaluation, start.tokenizer, *how)
     eval_set = next((part for part in parts if isinstance(part, EvalSet)), None)
     check_figures(config.judging_figures, eval_set, config.train.ema is not None)
     return parts

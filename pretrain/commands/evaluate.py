@@ -201,7 +201,8 @@ def _evaluator(
 ) -> Evaluator:
     if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite, --tasks or evaluation.needles=...")
-    parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
+    how = (tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
+    parts = load_parts(find_suite(config), config, *how)
     return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_of, base)
 
 

@@ -132,48 +132,46 @@ def find_suite(config: EvaluationConfig) -> Suite | None:
 
 
 def load_parts(
+    suite: Suite | None,
     config: EvaluationConfig,
     tokenizer: Tokenizer,
     seq_len: int,
     precision: str,
     dp_rank: int,
     dp_size: int,
-    found: Suite | None = None,
 ) -> list[EvalSet | TaskSet]:
     """Load a rank's part of all that a config scores: the suite, if there is one, the tasks, and the needles.
 
-    The arguments and errors are those of `load_suite`, `load_tasks` and `load_needles`.
+    The other arguments and the errors are those of `load_suite`, `load_tasks` and `load_needles`.
+
+    Args:
+        suite: what `find_suite` returned.
     """
     how = (tokenizer, seq_len, precision, dp_rank, dp_size)
-    suite = load_suite(config, *how, found)
     tasks = load_tasks(config.tasks, config.subset_seed, *how)
-    return [*([suite] if suite else []), *tasks, *load_needles(config.needles, *how)]
+    of_suite = [load_suite(suite, config, *how)] if suite else []
+    return [*of_suite, *tasks, *load_needles(config.needles, *how)]
 
 
 def load_suite(
+    suite: Suite,
     config: EvaluationConfig,
     tokenizer: Tokenizer,
     seq_len: int,
     precision: str,
     dp_rank: int = 0,
     dp_size: int = 1,
-    found: Suite | None = None,
-) -> EvalSet | None:
-    """Read, tokenize and pack the config's suite; return None if it names none.
+) -> EvalSet:
+    """Read, tokenize and pack the config's suite.
 
     A rank keeps 2 bytes per token of its own rows (4 for a vocabulary above 65,536) and some 30 bytes per document.
 
     Args:
         precision: precision of the forward pass, for the label.
-        found: what `find_suite` returned, if it was called already.
     Raises:
-        ConfigError: if the suite does not exist, one of its sources or domains has nothing to score, or the tokenizer
-            cannot spell its texts.
+        ConfigError: if one of its sources or domains has nothing to score, or the tokenizer cannot spell its texts.
         ShardError: if one of its files is damaged, or holds token ids that the tokenizer does not have.
     """
-    suite = found or find_suite(config)
-    if suite is None:
-        return None
     packer = RowPacker(seq_len, dp_rank, dp_size)
     known: dict[str, str] = {}  # domain -> source
     domains: list[str] = []

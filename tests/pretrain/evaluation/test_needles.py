@@ -59,7 +59,7 @@ def test_needles_have_the_figures_of_a_plain_model(topology: Topology) -> None:
     engine, tokenizer = engine_of(topology, zero_stage=1), Tokenizer(TOKENIZER)
     weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
     config = NeedlesConfig(lengths=(60, 128), depths=3, count=2, seed=5)
-    parts = load_parts(EvaluationConfig(needles=config), tokenizer, SEQ_LEN, "fp32", 0, 1)
+    parts = load_parts(None, EvaluationConfig(needles=config), tokenizer, SEQ_LEN, "fp32", 0, 1)
     assert [part.label.partition("@")[0] for part in parts] == [
         f"needles_{length}.d3.n2.seed5.seq{length}.fp32" for length in (60, 128)
     ]
