@@ -77,6 +77,7 @@ class EvalSet:
         targets: [documents], predicted tokens.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
+        times: how many times as long as the run's rows these are.
     """
 
     label: str
@@ -89,6 +90,7 @@ class EvalSet:
     targets: npt.NDArray[np.int64]
     rows: list[Row]
     num_rows: int
+    times: int = 1
 
     def knows_bytes(self, line: str) -> bool:
         """Return whether the bytes are known of all documents of a domain, a source or an average."""
@@ -103,10 +105,6 @@ class EvalSet:
     def group(self) -> npt.NDArray[np.int32]:
         """Return the domain of each document, [documents], over which losses are added up by context."""
         return self.document_domain
-
-    def rows_at_once(self, batch_size: int) -> int:
-        """Return how many rows are scored at once."""
-        return batch_size
 
     def scores_of(self, totals: Totals) -> DocumentScores:
         """Return the scores of its documents."""
