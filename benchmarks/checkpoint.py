@@ -38,10 +38,11 @@ from pretrain.model.pieces import valid_targets
 from pretrain.model.size import checkpoint_bytes, parameter_count
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.events import log_event
 from pretrain.run.metrics import Meter
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 PIECE = 1 << 22
 SEQ_LEN = 32

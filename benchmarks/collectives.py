@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.model.size import parameter_count
 from pretrain.model.transformer import LlamaConfig, Transformer
-from pretrain.topology import ParallelConfig, free_port, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import free_port, started
 
 ROWS, LENGTH = 4, 512
 MODEL = {"dim": 512, "n_heads": 8, "ffn_dim": 1536, "vocab_size": 4096, "qk_norm": False}

@@ -27,8 +27,9 @@ from torch import Tensor
 from pretrain.engine import Engine
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, OptimizerName
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 ROWS, LENGTH, RATE = 8, 64, 4e-3
 FIGURES = ("residual stream", "logits")

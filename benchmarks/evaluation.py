@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from pretrain.config import load_config
-from pretrain.evaluation.eval_set import load_suite
+from pretrain.evaluation.eval_set import find_suite, load_suite
 from pretrain.evaluation.scoring import evaluate
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.transformer import LlamaConfig
@@ -59,8 +59,9 @@ def main() -> int:
     with started(config.parallel) as here:
         model = ForwardModel(config.model, config.parallel, config.precision, here)
         model.set_weights(Drawn(config.model))
-        eval_set = load_suite(config.evaluation, tokenizer, seq_len, "bf16", here.dp_rank, here.dp_size)
-        assert eval_set is not None
+        suite = find_suite(config.evaluation)
+        assert suite is not None
+        eval_set = load_suite(suite, config.evaluation, tokenizer, seq_len, "bf16", here.dp_rank, here.dp_size)
         targets = int(eval_set.targets.sum())
         passes = -(-eval_set.num_rows // (here.dp_size * batch_size))
         tokens = torch.randint(config.model.vocab_size, (batch_size, seq_len), device=here.device)

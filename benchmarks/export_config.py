@@ -28,8 +28,9 @@ from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.loss import next_token_targets
 from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import derive_seed
-from pretrain.topology import ParallelConfig, started
+from pretrain.topology import started
 from shards import DataConfig
 
 TEXT = "A headrace is the channel that carries water to the mill wheel, and Headrace carries text to a model."

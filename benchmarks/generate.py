@@ -22,7 +22,8 @@ from torch._subclasses import FakeTensorMode
 from pretrain.config import RunConfig, load_config
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.prefill import next_logits
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology, started
 
 _NEXT_TOKENS = 8  # timed after the prompt
 

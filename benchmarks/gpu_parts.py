@@ -38,8 +38,9 @@ from pretrain.model.attention_choice import attention_backend
 from pretrain.model.loss import next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of
 from pretrain.model.transformer import LlamaConfig, Transformer
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import peak_flops_of
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from shards import ConfigError
 
 Result = dict[str, object]

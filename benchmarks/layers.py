@@ -23,8 +23,9 @@ from pretrain.engine import Engine
 from pretrain.model.size import parameter_count
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter, MetricsConfig
-from pretrain.topology import ParallelConfig, started
+from pretrain.topology import started
 
 MODEL = LlamaConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32_000)
 TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, vocab_size=1000)

@@ -38,8 +38,9 @@ from pretrain.engine import Engine
 from pretrain.model.size import memory_per_rank
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, started
+from pretrain.topology import started
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("llama-1b-dolma", "llama-7b-pile-dolma")

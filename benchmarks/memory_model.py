@@ -63,8 +63,9 @@ from pretrain.model.pieces import Pieces, pieces_of
 from pretrain.model.sequence import own_part
 from pretrain.model.size import memory_per_rank
 from pretrain.model.swiglu import swiglu, swiglu_backward
+from pretrain.parallel_config import Checkpointing
 from pretrain.run.metrics import Meter
-from pretrain.topology import Checkpointing, Topology
+from pretrain.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (

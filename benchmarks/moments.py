@@ -26,8 +26,9 @@ from torch import Tensor
 from pretrain import adamw
 from pretrain.engine import Engine
 from pretrain.optim import OptimConfig, learning_rate_at
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 ROWS, LENGTH, LAST = 16, 64, 20
 WIDTH, LAYERS, RATE = 128, 4, 8e-3

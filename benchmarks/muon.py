@@ -25,8 +25,9 @@ from small_models import batches, make_engine, model_config
 
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, OptimizerName, learning_rate_at
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 ROWS, LENGTH, LAST = 16, 64, 20
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)

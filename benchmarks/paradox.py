@@ -27,8 +27,9 @@ from small_models import SAMPLE, Kept, batches, make_engine
 
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig, learning_rate_at
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from shards import SourceConfig
 from shards.tokenize.training import train_byte_level
 from shards.tokenize.training_sample import TrainingSample

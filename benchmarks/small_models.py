@@ -13,7 +13,8 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import DataConfig, Loader
 
 BASE_DIM, BASE_LAYERS, HEAD = 64, 2, 16

@@ -35,7 +35,8 @@ from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.loss import next_token_targets
 from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import weight_specs
-from pretrain.topology import ParallelConfig, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import started
 from shards import Tokenizer, read_documents
 
 SAMPLE = Path("shards/sample")

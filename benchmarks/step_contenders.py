@@ -40,8 +40,9 @@ from pretrain.exchange.hf import hf_name
 from pretrain.model.size import flops_per_token, parameter_count
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, started
+from pretrain.topology import started
 
 Step = Callable[[], float]  # makes one optimizer step and returns its loss, in nats
 

@@ -32,7 +32,8 @@ from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.exchange.folder import open_model, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
-from pretrain.topology import ParallelConfig, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import started
 
 # Tasks, and how many times as many questions of each: some are short
 TASKS = {

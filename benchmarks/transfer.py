@@ -25,8 +25,9 @@ if __name__ == "__main__":
 from small_models import BASE_DIM, PARAMETRIZATIONS, Kept, batches, make_engine, model_config
 
 from pretrain.optim import OptimConfig, learning_rate_at
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 ROWS, LENGTH, LAST = 16, 64, 20
 Size = tuple[int, int]  # width, depth

@@ -55,6 +55,7 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import StartRecord, describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker
 from pretrain.standing import Standing, check_figures
+from pretrain.stepper import enter
 from pretrain.topology import Topology
 from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
@@ -167,7 +168,7 @@ def _load_scored(start: Start) -> list[EvalSet | TaskSet]:
     config, topology = start.config, start.topology
     # The row length is the same in every stage, so that a run has one series of evaluations.
     how = (config.data.seq_len, config.precision, topology.dp_rank, topology.dp_size)
-    parts = load_parts(config.evaluation, start.tokenizer, *how, start.suite)
+    parts = load_parts(start.suite, config.evaluation, start.tokenizer, *how)
     eval_set = next((part for part in parts if isinstance(part, EvalSet)), None)
     check_figures(config.judging_figures, eval_set, config.train.ema is not None)
     return parts
@@ -227,26 +228,24 @@ def open_loader(
 
 
 def _engine(start: Start, step: int) -> Engine:
-    """Return the engine of a start, for the stage in which the run goes on; every rank calls it."""
+    """Return the engine of a start, for the stage of the last step done; every rank calls it."""
     if start.engine is None:
         return make_engine(start.config, start.topology, step)
-    stage, dp_size = start.config.stage_at(step), start.topology.dp_size
-    start.engine.set_batches(stage.micro_batch_size(dp_size), stage.micro_steps(dp_size))
-    start.engine.adopt(start.config.model_of(step))
+    enter(start.engine, start.config.stage_of(step))
     return start.engine
 
 
 def make_engine(config: RunConfig, topology: Topology, step: int) -> Engine:
-    """Make the engine that a config asks for, for the stage in which the run goes on; every rank calls it.
+    """Make the engine that a config asks for, for the stage of the last step done; every rank calls it.
 
     Args:
         step: optimizer steps done.
     """
-    stage = config.stage_at(step)
+    stage, coming = config.stage_of(step), config.stage_at(step)  # which begins with the next step, if at all
     return Engine(
-        config.model_of(step),  # a stage that begins here changes it with its first step
+        stage.model,
         config.optim,
-        with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size, stage)),
+        with_fastest_attention(config.parallel, topology, config.attention_shape(topology.dp_size, coming)),
         config.deepspeed_config(),
         micro_batch_size=stage.micro_batch_size(topology.dp_size),
         micro_steps=stage.micro_steps(topology.dp_size),

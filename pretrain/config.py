@@ -9,35 +9,34 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from pretrain.checkpoint.store import CheckpointConfig
 from pretrain.config_file import dump, read_tree
-from pretrain.config_problems import length_problems, model_problems
+from pretrain.config_problems import problems_of
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
-from pretrain.ema import EmaConfig
 from pretrain.evaluation.eval_set import EvaluationConfig
-from pretrain.faults.patience import StopRule
-from pretrain.model.architecture import ModelConfig, Precision
+from pretrain.model.architecture import Precision
 from pretrain.model.architectures import AnyModelConfig, without_default
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.model.size import Workload, checkpoint_bytes
 from pretrain.optim import OptimConfig, SchedulePart
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, begun_by, model_of, schedule_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, schedule_of, stage_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
-from pretrain.topology import ParallelConfig
+from pretrain.train_config import TrainConfig
 from shards import Config, ConfigError, DataConfig, Stage
 from shards.config import check_split, with_recorded_plan
-from shards.config_errors import explain, not_divisible
+from shards.config_errors import explain
 
 # The sizes in a Workload that DeepSpeed's section may set, by the key there.
 _DEEPSPEED_SIZES = {"reduce_bucket": "reduce_bucket_size", "gathered_weights": "stage3_max_live_parameters"}
@@ -49,48 +48,6 @@ class RunPart(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # name of the run's folder and of its wandb run
     dir: Path = Path("runs")  # folder of all run folders; relative to the current folder
     seed: int = Field(0, ge=0)  # decides the order of the data, the initial weights and dropout
-
-
-class TrainConfig(Config):
-    """The length of a training and the size of its batches. A row is data.seq_len + 1 tokens."""
-
-    # Exactly one of the two is set; it ends the run
-    steps: int | None = Field(None, ge=1)  # optimizer steps, or a text such as "20e9 tokens" or "20B tokens"
-    epochs: int | None = Field(None, ge=1)  # passes over every source; the schedule spans the steps that they take
-    global_batch_size: int = Field(ge=1)  # rows of one optimizer step, over all ranks
-    # Rows of one forward pass on one dp rank: it changes memory, not results. None: all rows of a rank
-    micro_batch_size: int | None = Field(None, ge=1)
-    # A step whose loss or gradient norm is not finite changes nothing. The run then continues (skip), or ends without
-    # saving (stop); the step's documents are listed in the run's folder, under nonfinite/
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    # A step or evaluation batch that takes longer ends the process with exit code 75 and its stacks in the log
-    stall_timeout: float | None = Field(900.0, gt=0)  # seconds; null: never
-    # This many such steps in a row end the run even if they are skipped; so do batches without a target, and spikes
-    max_nonfinite: int = Field(10, ge=1)
-    # A step whose loss or gradient norm stands out against those before is marked in metrics.jsonl, and an event tells.
-    # skip: its update is not made; rewind: the run goes back to a checkpoint before it and passes its batches over
-    on_spike: Literal["mark", "skip", "rewind"] = "mark"
-    spike_window: int = Field(128, ge=4)  # steps that a step is compared with
-    # Deviations above the median at which a step stands out; the deviation is 1.4826 times the median absolute one
-    spike_score: float = Field(8.0, gt=0)
-    rewind_steps: int = Field(10, ge=1)  # steps that a rewind passes over, of which the spike is the last
-    max_rewinds: int = Field(3, ge=0)  # how often a run goes back; afterwards spikes are only marked
-    stop: StopRule | None = None  # ends the run before its last step, by its evaluations; null: never
-    ema: EmaConfig | None = None  # keeps a moving average of the weights and scores it too; null: no
-    # Optimizer steps between hashes of all weights and moments in metrics.jsonl; steps with a checkpoint have one too.
-    # An audit compares them. null: never
-    weight_hash_every: int | None = Field(100, ge=1)
-
-    @model_validator(mode="after")
-    def _one_end(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("train: needs either steps (optimizer steps) or epochs (passes over the data), not both")
-        return self
-
-    @property
-    def nonfinite_limit(self) -> int:
-        """Return the number of steps in a row without a finite loss and gradient that ends the run."""
-        return 1 if self.on_nonfinite == "stop" else self.max_nonfinite
 
 
 class RunConfig(Config):
@@ -123,7 +80,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if problems := list(_inconsistencies(self.__dict__)):
+        if problems := list(problems_of(self.__dict__)):
             raise ValueError("\n".join(problems))
         return self
 
@@ -140,9 +97,9 @@ class RunConfig(Config):
 
     @property
     def all_stages(self) -> list[RunStage]:
-        """Return all stages of the run, the first of which is what the sections data and train describe."""
+        """Return all stages of the run, the first of which is what the sections model, data and train describe."""
         train = StageTrain(global_batch_size=self.train.global_batch_size, micro_batch_size=self.train.micro_batch_size)
-        return stages_of(self.data, train, self.stages)
+        return stages_of(self.model, self.data, train, self.stages)
 
     @property
     def later_stages(self) -> list[Stage]:
@@ -154,15 +111,11 @@ class RunConfig(Config):
         return next(stage for stage in reversed(self.all_stages) if stage.step <= step)
 
     def stage_of(self, step: int) -> RunStage:
-        """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first."""
-        return self.all_stages[len(begun_by(step, self.stages))]
+        """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first.
 
-    def model_of(self, step: int) -> ModelConfig:
-        """Return the model of a checkpoint of a step: with the positions of the stage that the step belongs to.
-
-        A stage that begins at this very step has not changed it yet.
+        One that begins at this very step has not changed anything yet.
         """
-        return model_of(step, self.model, self.stages)
+        return stage_of(step, self.all_stages)
 
     @property
     def schedule(self) -> list[SchedulePart]:
@@ -234,7 +187,7 @@ class RunConfig(Config):
         stage = stage or self.stage_at(0)
         zero = self.deepspeed_config()["zero_optimization"]
         return Workload(
-            model=self.model,
+            model=stage.model,
             parallel=self.parallel,
             dp_size=dp_size,
             micro_batch_size=stage.micro_batch_size(dp_size),
@@ -308,7 +261,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), begun: bool = False) 
         lines = explain(error, RunConfig, origins=origins, file=str(path))
         if {finding["type"] for finding in error.errors()} != {"value_error"}:
             # pydantic does not compare sections while one is invalid, which would hide the other problems.
-            lines += [f"{path}: {problem}" for problem in _inconsistencies(_valid_parts(tree))]
+            lines += [f"{path}: {problem}" for problem in problems_of(_valid_parts(tree))]
     raise ConfigError("\n".join(lines))
 
 
@@ -339,99 +292,8 @@ def _valid_parts(tree: Mapping[str, object]) -> dict[str, Any]:
     return parts
 
 
-def _inconsistencies(parts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what cannot work for any number of data-parallel ranks, as far as the given sections show."""
-    model: ModelConfig | None = parts.get("model")
-    parallel: ParallelConfig | None = parts.get("parallel")
-    train: TrainConfig | None = parts.get("train")
-    checkpoint: CheckpointConfig | None = parts.get("checkpoint")
-    data: DataConfig | None = parts.get("data")
-    if train and train.epochs and data:
-        for source in data.sources:
-            if source.max_epochs != train.epochs:
-                yield (
-                    f"data.sources: {source.name} has max_epochs={source.max_epochs}, but train.epochs={train.epochs} "
-                    "applies to all sources; leave max_epochs out, or set train.steps instead of train.epochs"
-                )
-    if model:
-        yield from model_problems(model, parts.get("parallel"), parts.get("optim") or OptimConfig())
-        if model.adapters and "init_from" in parts and parts["init_from"] is None:
-            yield "model.lora: adapters are trained on a model that exists; set init_from to its folder"
-        if model.adapters and parts.get("init_optimizer"):
-            yield (
-                "model.lora: the state of an optimizer of all weights means nothing to adapters; leave init_optimizer"
-                " out"
-            )
-    if parts.get("init_optimizer") and not parts.get("init_from"):
-        yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
-    if train and data:
-        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
-    if model:
-        yield from _position_problems(model, parts.get("stages") or ())
-    if checkpoint and checkpoint.keep_every:
-        every = ("checkpoint.every", checkpoint.every)
-        yield from not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
-    evaluation: EvaluationConfig | None = parts.get("evaluation")
-    if evaluation and train and train.stop and not (evaluation.suite and evaluation.every):
-        yield "train.stop: needs evaluations to judge by; set evaluation.suite and evaluation.every"
-    if evaluation and checkpoint and checkpoint.best:
-        if not (evaluation.suite and evaluation.every):
-            yield f"checkpoint.best={checkpoint.best}: set evaluation.suite and evaluation.every, or there is no figure"
-        elif checkpoint.every % evaluation.every:
-            yield (
-                f"checkpoint.best={checkpoint.best}: every checkpoint needs an evaluation, so make checkpoint.every="
-                f"{checkpoint.every} a multiple of evaluation.every={evaluation.every}"
-            )
-    if parallel:
-        yield from parallel.problems()
-    if {"parallel", "optim", "precision", "deepspeed"} <= parts.keys():
-        try:
-            deepspeed_config(parts["parallel"], parts["optim"], parts["precision"], parts["deepspeed"])
-        except ConfigError as error:
-            yield str(error)
-
-
 def _leave_out(values: dict[str, Any], **former: object) -> None:
     """Remove the keys that have these values."""
     for key, value in former.items():
         if values[key] == value:
             del values[key]
-
-
-def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iterator[str]:
-    """Yield what of its positions a stage cannot change, and what cannot work afterwards."""
-    known = set(model.problems())
-    for i, stage in enumerate(later):
-        try:
-            model = model.with_positions(stage.model.changes, f"stages.{i}.model")
-        except ConfigError as error:
-            yield str(error)
-            return
-        yield from (f"stages.{i}.{problem}" for problem in model.problems() if problem not in known)
-        known |= set(model.problems())
-
-
-def _stage_problems(
-    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
-) -> Iterator[str]:
-    """Yield what cannot work in a stage, and steps that the run does not have."""
-    first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
-    try:
-        stages = stages_of(data, first, later)
-    except ConfigError as error:
-        yield str(error)
-        return
-    for i, stage in enumerate(stages):
-        at = f"stages.{i - 1}." if i else ""
-        if parallel:
-            yield from length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
-        if stage.micro_rows:
-            rows = (f"{at}train.global_batch_size", stage.global_batch_size)
-            yield from not_divisible(*rows, f"{at}train.micro_batch_size", stage.micro_rows)
-    if later and train.epochs:
-        yield "stages: a run of several stages needs train.steps in place of train.epochs, since its rows change"
-    if train.steps and stages[-1].step >= train.steps:
-        last = f"stages.{len(later) - 1}.step={stages[-1].step}"
-        yield f"{last}: the run ends at train.steps={train.steps}, so that stage never begins"
-    if train.steps and (beyond := [steps for steps in data.skip_steps if steps[1] > train.steps]):
-        yield f"data.skip_steps: {list(beyond[0])} lies beyond the run's end at train.steps={train.steps}"

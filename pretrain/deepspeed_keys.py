@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from pretrain.model.architecture import Precision
 from pretrain.optim import OptimConfig
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 from shards import ConfigError
 
 DeepSpeedConfig = dict[str, Any]  # in DeepSpeed's own JSON schema

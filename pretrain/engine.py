@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -23,7 +22,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
-from pretrain.checkpoint.state_hash import Place, StateHash, digits, hash_sum
+from pretrain.checkpoint.state_hash import StateHash
 from pretrain.checkpoint.universal import read_piece
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes
 from pretrain.gradient_noise import MicroBatchNorms
@@ -35,20 +34,22 @@ from pretrain.model.compilation import CompilationLog
 from pretrain.model.lora import is_adapter
 from pretrain.model.loss import Loss, Scores, Targets, next_token_targets, target_scores, training_loss
 from pretrain.model.offloading import keep_inputs_on_host
-from pretrain.model.parallel import padded_for, shard_dim, size_without_padding
+from pretrain.model.parallel import padded_for
 from pretrain.model.prefill import next_logits
 from pretrain.model.weights import Weights
 from pretrain.mpu import ModelParallelUnit
 from pretrain.muon import Muon, make_optimizer
 from pretrain.optim import OptimConfig, parameter_groups
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import derive_seed, seeded
 from pretrain.run.metrics import Meter
 from pretrain.saved_weights import load_trained, trained_state, universal_info
 from pretrain.step_hooks import CommunicationTimer, refusing
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from pretrain.weight_average import WeightAverage
-from pretrain.zero_pieces import own_pieces, set_whole
+from pretrain.weight_hash import state_hash
+from pretrain.zero_pieces import set_whole
 from shards import CheckpointError
 
 
@@ -321,26 +322,9 @@ class Engine:
             else:
                 safe_set_full_fp32_param(parameter, value)
 
-    @torch.no_grad()
     def state_hash(self) -> StateHash:
-        """Hash the fp32 weights that are trained, and their moments, the same in every layout. Every rank must call it.
-
-        The moving average of the weights counts as a moment.
-        """
-        topology = self.topology
-        weights, moments = [], []
-        for name, parameter, piece in own_pieces(self.model, self.deepspeed.optimizer, topology.zero_rank):
-            dim = shard_dim(parameter)
-            if dim is None and topology.tp_rank > 0:
-                continue  # every tensor-parallel rank has a copy, which counts once
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            place = Place.in_slice(piece.start, shape, dim, topology.tp_rank, topology.tp_size)
-            size = max(0, _size_without_padding(parameter, shape) - piece.start)
-            weights.append(hash_sum(piece.weights[:size].to(topology.device), name, place))
-            for key, values in piece.moments.items():
-                moments.append(hash_sum(values[:size].to(topology.device), f"{name}/{key}", place))
-        own = [int(torch.stack(sums).sum()) if sums else 0 for sums in (weights, moments)]
-        return StateHash(*map(digits, topology.sum_int64(own)))
+        """Hash the fp32 weights that are trained, and their moments, as `weight_hash` does. Every rank must call it."""
+        return state_hash(self.model, self.deepspeed.optimizer, self.topology)
 
     def save(self, folder: Path, take: Callable[[Path, object], None]) -> None:
         """Pass on the content of this rank's DeepSpeed files in `folder`/engine. Every rank must call it.
@@ -408,10 +392,3 @@ class Engine:
             group["eps"] = self.optim_config.eps
         self.deepspeed.optimizer.clip_grad = self.optim_config.grad_clip
         self.deepspeed.optimizer.optimizer.settle()
-
-
-def _size_without_padding(parameter: Any, shape: tuple[int, ...]) -> int:
-    """Count the first elements of a slice of this shape that are no padding, which lies at its end."""
-    if shard_dim(parameter) != 0:
-        return math.prod(shape)  # only rows are padded
-    return size_without_padding(parameter) * math.prod(shape[1:])

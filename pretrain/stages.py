@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
 from pretrain.model.architecture import ModelConfig
+from pretrain.model.architectures import parse_model
 from pretrain.model.rotary import RopeScaling
 from pretrain.optim import OptimConfig, SchedulePart, StageSchedule
-from shards import Config, DataConfig, Stage, StageData
+from shards import Config, ConfigError, DataConfig, Stage, StageData
+from shards.config import with_recorded_plan
 from shards.stages import stage_after
 
 
@@ -50,11 +53,13 @@ class RunStage:
 
     Attributes:
         step: optimizer steps that are done when it begins.
+        model: the run's, with the positions of this stage.
         global_batch_size: rows of one optimizer step, over all ranks.
         micro_rows: train.micro_batch_size in this stage.
     """
 
     step: int
+    model: ModelConfig
     data: DataConfig
     global_batch_size: int
     micro_rows: int | None
@@ -78,23 +83,40 @@ class RunStage:
         return Stage(self.step, self.data, self.global_batch_size)
 
 
-def stages_of(data: DataConfig, train: StageTrain, later: Sequence[StageConfig]) -> list[RunStage]:
+def stages_of(model: ModelConfig, data: DataConfig, train: StageTrain, later: Sequence[StageConfig]) -> list[RunStage]:
     """Return all stages of a run.
 
     Args:
-        data, train: those of the first stage.
+        model, data, train: those of the first stage.
+        later: what the stages after it change.
     Raises: ConfigError if a stage does not fit the one before.
     """
     assert train.global_batch_size is not None
-    stages = [RunStage(0, data, train.global_batch_size, train.micro_batch_size)]
+    stages = [RunStage(0, model, data, train.global_batch_size, train.micro_batch_size)]
     for i, changes in enumerate(later):
-        before = stages[-1]
-        found = stage_after(
-            before.of_loader, changes.step, changes.data, changes.train.global_batch_size, f"stages.{i}"
-        )
+        before, at = stages[-1], f"stages.{i}"
+        found = stage_after(before.of_loader, changes.step, changes.data, changes.train.global_batch_size, at)
+        model = before.model.with_positions(changes.model.changes, f"{at}.model")
         micro_rows = changes.train.micro_batch_size or before.micro_rows
-        stages.append(RunStage(found.step, found.data, found.global_batch_size, micro_rows))
+        stages.append(RunStage(found.step, model, found.data, found.global_batch_size, micro_rows))
     return stages
+
+
+def recorded_stages(tree: Mapping[str, Any], file: str) -> list[RunStage]:
+    """Return all stages of a run, given the sections of the config in its folder.
+
+    Args:
+        file: what the sections were read from, for messages.
+    Raises: ConfigError if one of them is missing, or cannot be read.
+    """
+    if missing := [key for key in ("model", "data", "train") if not isinstance(tree.get(key), Mapping)]:
+        raise ConfigError(f"{file} has no section {missing[0]}; the config in a run's folder has")
+    return stages_of(
+        parse_model(tree["model"], f"{file}: model"),
+        DataConfig.parse(with_recorded_plan(tree["data"]), f"{file}: data"),
+        StageTrain(global_batch_size=tree["train"]["global_batch_size"]),
+        [StageConfig.parse(stage, f"{file}: stages.{i}") for i, stage in enumerate(tree.get("stages") or ())],
+    )
 
 
 def begun_by(step: int, later: Sequence[StageConfig]) -> list[StageConfig]:
@@ -105,18 +127,13 @@ def begun_by(step: int, later: Sequence[StageConfig]) -> list[StageConfig]:
     return [stage for stage in later if stage.step < step]
 
 
-def model_of(step: int, model: ModelConfig, later: Sequence[StageConfig]) -> ModelConfig:
-    """Return a run's model as a checkpoint of a step has it: with the positions of the last step that was done.
+def stage_of(step: int, stages: Sequence[RunStage]) -> RunStage:
+    """Return the stage that a step belongs to, counted from 1, and so a checkpoint of it; of step 0 the first.
 
     Args:
-        step: optimizer steps done.
-        model: the run's first.
-        later: what the stages after the first change.
-    Raises: ConfigError if a stage changes what this architecture has not.
+        stages: all of the run.
     """
-    for i, stage in enumerate(begun_by(step, later)):
-        model = model.with_positions(stage.model.changes, f"stages.{i}.model")
-    return model
+    return next(stage for stage in reversed(stages) if stage.step < step or not stage.step)
 
 
 def schedule_of(optim: OptimConfig, later: Sequence[StageConfig], stages: Sequence[RunStage]) -> list[SchedulePart]:

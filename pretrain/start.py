@@ -81,7 +81,6 @@ def start(config: RunConfig, fresh: bool, from_step: int | None = None) -> Repor
     """
     dp_size = dp_size_of(world_size_of(os.environ), config.parallel)
     config.check(dp_size)
-    check_masks(config.all_stages, config.model, config.parallel)
     starts_over = fresh and Once(config.folder.root, "--fresh").is_due()
     tokenizer, suite = check_inputs(config, starts_over)
     folder = config.folder
@@ -133,13 +132,16 @@ def continuation_of(
 
 
 def check_inputs(config: RunConfig, starts_over: bool = False) -> tuple[Tokenizer, Suite | None]:
-    """Check that the tokenizer fits the model, and that the evaluation's texts exist; return tokenizer and suite.
+    """Check that the tokenizer fits the model, no mask is too large, and evaluation's texts exist; return what it read.
 
     Args:
         starts_over: whether the run begins anew, whatever there is of it.
+    Returns:
+        The tokenizer, and the suite, if there is one.
     Raises:
         ConfigError, ShardError: if something is missing or does not fit.
     """
+    check_masks(config.all_stages, config.model, config.parallel)
     tokenizer = Tokenizer.of(config.data)
     vocab_size = tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:

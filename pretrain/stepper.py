@@ -15,6 +15,7 @@ from pretrain.faults.spikes import SpikeWatch
 from pretrain.feed import PASSED_OVER, StepBatch, chain_hash
 from pretrain.optim import learning_rate_of_run
 from pretrain.run.metrics import Meter
+from pretrain.stages import RunStage
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Stepper:
     """Makes a run's steps, in order.
 
     Args:
-        engine: made for the stage in which the run goes on.
+        engine: made for the stage of the last step done.
         steps: length of the whole run, on which schedules are based.
         step: optimizer steps done.
         spikes: knows the last of them.
@@ -53,10 +54,9 @@ class Stepper:
     def __init__(self, config: RunConfig, engine: Engine, steps: int, step: int, spikes: SpikeWatch) -> None:
         self._engine, self._steps = engine, steps
         self._stages, self._schedule = config.all_stages, config.schedule
-        self._model_at = config.model_of
         self._skipped, self._ema = config.data.skip_steps, config.train.ema
         self._spikes, self._refuses = spikes, config.train.on_spike == "skip"
-        self._stage = self._stages.index(config.stage_at(step))  # the engine's batches are this one's
+        self._stage = self._stages.index(config.stage_of(step))
 
     def step_on(self, batch: StepBatch, state: RunState, meter: Meter, measured: bool = False) -> Step:
         """Make one optimizer step.
@@ -66,8 +66,7 @@ class Stepper:
             measured: whether to measure the layers' figures, unless the step is passed over.
         """
         if batch.stage != self._stage:
-            self._begin_stage(batch.stage, state.step)
-        state = self._adopt_positions(state)
+            state = self._begin_stage(batch.stage, state)
         rate = learning_rate_of_run(state.step, self._schedule, self._steps)
         passed_over = any(first <= state.step + 1 <= last for first, last in self._skipped)
         limits = self._spikes.limits(batch.stage)
@@ -83,17 +82,26 @@ class Stepper:
         made = msgspec.structs.replace(after(state, batch, passed_over), average_total=total)
         return Step(made, stats, rate, passed_over, limits, stats.exceeds(limits), begins)
 
-    def _adopt_positions(self, state: RunState) -> RunState:
-        """Let the engine compute positions as the next step does; return the state, without an average of other ones.
+    def _begin_stage(self, number: int, state: RunState) -> RunState:
+        """Let the engine make the steps of a stage; return the state, without an average of other positions.
 
         It is not done before, since what is evaluated where a stage begins is what the stage before has left.
         """
-        before, model = (self._model_at(done) for done in (state.step, state.step + 1))
-        self._engine.adopt(model)
-        if model == before or not state.average_total:
+        before, stage = self._stages[self._stage], self._stages[number]
+        self._stage, is_main = number, self._engine.topology.is_main
+        enter(self._engine, stage)
+        moves = stage.model != before.model
+        if is_main:
+            drawn = {source.name: source.weight for source in stage.data.sources if source.weight}
+            _logger.info(
+                "stage %d begins after step %d: %d rows of %d tokens a step from %s%s",
+                number, state.step, stage.global_batch_size, stage.data.seq_len, drawn,
+                f"; from now on {stage.model.positions}" if moves else "",
+            )  # fmt: skip
+        if not (moves and state.average_total):
             return state
         self._engine.average.drop()  # its weights have learned to attend by other positions
-        if self._engine.topology.is_main:
+        if is_main:
             _logger.warning("positions change: the average of the weights up to step %d is dropped", state.step)
         return msgspec.structs.replace(state, average_total=0.0)
 
@@ -115,18 +123,12 @@ class Stepper:
             average.update(1 / total)
         return total
 
-    def _begin_stage(self, number: int, step: int) -> None:
-        """Prepare the engine for the batches of a stage."""
-        self._stage, stage, topology = number, self._stages[number], self._engine.topology
-        self._engine.set_batches(stage.micro_batch_size(topology.dp_size), stage.micro_steps(topology.dp_size))
-        if topology.is_main:
-            drawn = {source.name: source.weight for source in stage.data.sources if source.weight}
-            before, positions = (self._model_at(done).positions for done in (step, step + 1))
-            _logger.info(
-                "stage %d begins after step %d: %d rows of %d tokens a step from %s%s",
-                number, step, stage.global_batch_size, stage.data.seq_len, drawn,
-                f"; from now on {positions}" if positions != before else "",
-            )  # fmt: skip
+
+def enter(engine: Engine, stage: RunStage) -> None:
+    """Let an engine compute positions and divide batches as a stage does, between two steps."""
+    dp_size = engine.topology.dp_size
+    engine.adopt(stage.model)
+    engine.set_batches(stage.micro_batch_size(dp_size), stage.micro_steps(dp_size))
 
 
 def after(state: RunState, batch: StepBatch, passed_over: bool = False) -> RunState:

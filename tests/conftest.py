@@ -26,7 +26,8 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session")
 def topology() -> Iterator[Topology]:
-    from pretrain.topology import ParallelConfig, started  # imported here, since the loader's tests need no torch
+    from pretrain.parallel_config import ParallelConfig
+    from pretrain.topology import started  # imported here, since the loader's tests need no torch
 
     # DeepSpeed collects garbage dozens of times an engine, and would pass over all of torch's objects each time.
     gc.collect()

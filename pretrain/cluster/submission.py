@@ -16,7 +16,6 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.cluster import preflight, slurm
 from pretrain.cluster.preflight import Finding, Hardware
 from pretrain.config import RunConfig, load_config
-from pretrain.config_problems import check_masks
 from pretrain.model.size import Workload, memory_per_rank, parameter_count
 from pretrain.run.run_folder import RunFolder
 from pretrain.start import check_inputs, check_same_run
@@ -159,7 +158,6 @@ def run_findings(run: Run, request: slurm.JobRequest, hardware: Hardware) -> Ite
         f" {length} of {train.global_batch_size:,} rows of {seq_len:,} tokens",
     )  # fmt: skip
     try:
-        check_masks(config.all_stages, config.model, config.parallel)
         check_inputs(config)
         folder = RunFolder(run.folder)
         if folder.has_begun():

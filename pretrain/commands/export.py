@@ -87,7 +87,7 @@ def open_weights(checkpoint: Checkpoint, config: RunConfig, base: Base | None, a
     Raises: HeadraceError if a file is damaged, there is no average, or the tokenizer or the base is not the run's.
     """
     check(checkpoint, config)
-    return run_weights(checkpoint, config.model_of(checkpoint.step), base, averaged, merged=True)
+    return run_weights(checkpoint, config.stage_of(checkpoint.step).model, base, averaged, merged=True)
 
 
 def check(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -107,7 +107,7 @@ def write_adapters(checkpoint: Checkpoint, config: RunConfig, arguments: argpars
             "--format peft: the run trains all weights, and has no adapters; use --format"
             f" {' or '.join(config.model.LAYOUTS)}"
         )
-    if (positions := config.model_of(checkpoint.step).positions) != config.model.positions:
+    if (positions := config.stage_of(checkpoint.step).model.positions) != config.model.positions:
         raise ConfigError(
             f"--format peft: a stage has trained the adapters with {positions}, which the model in"
             f" init_from={config.init_from} has not, and adapters cannot say so; use --format hf or headrace"
@@ -125,11 +125,11 @@ def write(weights: Weights, config: RunConfig, step: int, arguments: argparse.Na
     Args:
         step: of the checkpoint that it is of, whose stage says how long its rows are and how positions are computed.
     """
-    dtype = DTYPES[arguments.dtype or config.precision]
+    dtype, stage = DTYPES[arguments.dtype or config.precision], config.stage_of(step)
     layout = export(
         weights,
-        config.model_of(step),
-        config.stage_of(step).data,
+        stage.model,
+        stage.data,
         arguments.to,
         arguments.format,
         dtype,

@@ -33,7 +33,8 @@ from pretrain.inference.generate import Codec, Sampling, codec_of, generate
 from pretrain.inference.memory import generation_memory
 from pretrain.model.architecture import Cache, ModelConfig, Precision
 from pretrain.model.weights import check_splits
-from pretrain.topology import ParallelConfig, Topology, started, world_size_of
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology, started, world_size_of
 from shards import ConfigError, Tokenizer
 
 _logger = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from pretrain.exchange.growth import GrownWeights, growable
 from pretrain.model.loss import next_token_targets, target_scores
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import Weights, fill
-from pretrain.topology import ParallelConfig, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import started
 
 _ROWS, _LENGTH = 2, 64  # of random tokens
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder, config, checkpoints = open_run(arguments.run)
     large = load_config(arguments.config, arguments.overrides)
     checkpoint = checkpoints.find(arguments.step)
-    before, after = growable(config.model_of(checkpoint.step).merged(), large.model.merged())
+    before, after = growable(config.stage_of(checkpoint.step).model.merged(), large.model.merged())
     weights = open_weights(checkpoint, config, open_base(config.init_from, config.model))
     grown = GrownWeights(weights, before, after, large.run.seed)
     with started(ParallelConfig()):

@@ -36,8 +36,9 @@ from pretrain.evaluation.checkpoints import load_checkpoint
 from pretrain.evaluation.document_losses import document_losses
 from pretrain.exchange.base import open_base
 from pretrain.inference.forward_model import ForwardModel
+from pretrain.parallel_config import ParallelConfig
 from pretrain.provenance import batch_of_step, texts
-from pretrain.topology import ParallelConfig, started
+from pretrain.topology import started
 from shards import Batch, CheckpointError
 
 _BATCH_SIZE = 8  # rows scored at once, unless the config says how many fit

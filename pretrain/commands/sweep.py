@@ -33,7 +33,6 @@ from rich.live import Live
 from pretrain.cluster.submission import Run, runs_of
 from pretrain.commands.arguments import at_least
 from pretrain.config import load_config
-from pretrain.config_problems import check_masks
 from pretrain.faults.interrupt import STOPPED
 from pretrain.report.figures import final_loss, last_eval
 from pretrain.report.page import write_page
@@ -167,7 +166,6 @@ def run(arguments: argparse.Namespace) -> int:
     runs = runs_of(arguments.config, arguments.overrides, arguments.sweep)
     halving = halving_of(arguments.halve, runs) if arguments.halve else None
     for one in runs:
-        check_masks(one.config.all_stages, one.config.model, one.config.parallel)
         check_inputs(one.config)
     base = load_config(arguments.config, arguments.overrides).folder.root
     root = base.with_name(f"{base.name}.sweep")

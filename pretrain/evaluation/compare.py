@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ _MAX_BARS = 60  # bars in a picture; with more domains, only the largest differe
 
 Floats = npt.NDArray[np.float64]
 
-_BITS, _NATS = UNIT_OF["bits_per_byte"], UNIT_OF["nll_per_token"]
+LossFigure = Literal["bits_per_byte", "nll_per_token"]  # what is compared, as evals.jsonl calls it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Difference:
         a, b: bits per byte of each model, or nats per token where bytes are unknown.
         low, high: bounds of 95 % of the bootstrap's differences b - a; None for a domain of a single document.
         documents: number of documents that both have.
-        unit: of all these figures.
+        figure: what all of them are.
     """
 
     name: str
@@ -46,7 +47,12 @@ class Difference:
     low: float | None
     high: float | None
     documents: int
-    unit: str = _BITS
+    figure: LossFigure = "bits_per_byte"
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of all these figures."""
+        return UNIT_OF[self.figure]
 
     @property
     def difference(self) -> float:
@@ -67,7 +73,7 @@ def compare(a: DocumentScores, b: DocumentScores, draws: int = 2000, seed: int =
     Raises:
         ConfigError: if they have no document in common, or nats per token are of different tokens.
     """
-    unit = _BITS if a.knows_bytes and b.knows_bytes else _NATS
+    kind: LossFigure = "bits_per_byte" if a.knows_bytes and b.knows_bytes else "nll_per_token"
     common = [domain for domain in a.domains if domain in b.domains]
     generator = np.random.default_rng(seed)
     found, means = [], []
@@ -77,16 +83,16 @@ def compare(a: DocumentScores, b: DocumentScores, draws: int = 2000, seed: int =
         ours, theirs = _paired(a, b, domain)
         if not len(ours):
             continue
-        if unit == _NATS and (a.tokens[ours] != b.tokens[theirs]).any():
+        if kind == "nll_per_token" and (a.tokens[ours] != b.tokens[theirs]).any():
             raise ConfigError(
                 f"{a.suite} and {b.suite} do not know the bytes of all documents, and the same texts of {domain} "
                 "have other tokens in each; score both on texts"
             )
-        sizes = a.text_bytes if unit == _BITS else a.tokens
+        sizes = a.text_bytes if kind == "bits_per_byte" else a.tokens
         columns = np.stack([a.nll[ours], b.nll[theirs], sizes[ours].astype(np.float64)])
         drawn = _resampled(columns, draws, generator)
-        differences = _figure(drawn[1], drawn[2], unit) - _figure(drawn[0], drawn[2], unit)
-        found.append(_difference(domain, columns.sum(axis=1), differences if len(ours) > 1 else None, len(ours), unit))
+        differences = _figure(drawn[1], drawn[2], kind) - _figure(drawn[0], drawn[2], kind)
+        found.append(_difference(domain, columns.sum(axis=1), differences if len(ours) > 1 else None, len(ours), kind))
         means.append(differences)
         sums += drawn
         wholes += columns.sum(axis=1)
@@ -96,11 +102,11 @@ def compare(a: DocumentScores, b: DocumentScores, draws: int = 2000, seed: int =
         )
     count = sum(item.documents for item in found)
     macro = [sum(getattr(item, side) for item in found) / len(found) for side in ("a", "b")]
-    spread = _figure(sums[1], sums[2], unit) - _figure(sums[0], sums[2], unit)
+    spread = _figure(sums[1], sums[2], kind) - _figure(sums[0], sums[2], kind)
     return [
         *found,
-        Difference("macro", macro[0], macro[1], *_interval(np.mean(means, axis=0)), count, unit),
-        _difference("micro", wholes, spread, count, unit),
+        Difference("macro", macro[0], macro[1], *_interval(np.mean(means, axis=0)), count, kind),
+        _difference("micro", wholes, spread, count, kind),
     ]
 
 
@@ -168,16 +174,16 @@ def _resampled(columns: Floats, draws: int, generator: np.random.Generator) -> F
     return np.concatenate(parts, axis=1)
 
 
-def _figure(nll: Floats, sizes: Floats, unit: str) -> Floats:
+def _figure(nll: Floats, sizes: Floats, kind: LossFigure) -> Floats:
     """Return bits per byte or nats per token. Args: sizes: bytes or tokens."""
-    return nll / (np.log(2) if unit == _BITS else 1.0) / np.maximum(sizes, 1)
+    return nll / (np.log(2) if kind == "bits_per_byte" else 1.0) / np.maximum(sizes, 1)
 
 
-def _difference(name: str, sums: Floats, differences: Floats | None, documents: int, unit: str) -> Difference:
+def _difference(name: str, sums: Floats, differences: Floats | None, documents: int, kind: LossFigure) -> Difference:
     """Return the difference of what is summed over documents: a's nll, b's nll, and their bytes or tokens."""
     low, high = (None, None) if differences is None else _interval(differences)
-    a, b = _figure(sums[:2], sums[2], unit).tolist()
-    return Difference(name, a, b, low, high, documents, unit)
+    a, b = _figure(sums[:2], sums[2], kind).tolist()
+    return Difference(name, a, b, low, high, documents, kind)
 
 
 def _interval(differences: Floats) -> tuple[float, float]:

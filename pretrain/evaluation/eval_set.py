@@ -77,6 +77,7 @@ class EvalSet:
         targets: [documents], predicted tokens.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
+        times: how many times as long as the run's rows these are.
     """
 
     label: str
@@ -89,6 +90,7 @@ class EvalSet:
     targets: npt.NDArray[np.int64]
     rows: list[Row]
     num_rows: int
+    times: int = 1
 
     def knows_bytes(self, line: str) -> bool:
         """Return whether the bytes are known of all documents of a domain, a source or an average."""
@@ -103,10 +105,6 @@ class EvalSet:
     def group(self) -> npt.NDArray[np.int32]:
         """Return the domain of each document, [documents], over which losses are added up by context."""
         return self.document_domain
-
-    def rows_at_once(self, batch_size: int) -> int:
-        """Return how many rows are scored at once."""
-        return batch_size
 
     def scores_of(self, totals: Totals) -> DocumentScores:
         """Return the scores of its documents."""
@@ -132,48 +130,46 @@ def find_suite(config: EvaluationConfig) -> Suite | None:
 
 
 def load_parts(
+    suite: Suite | None,
     config: EvaluationConfig,
     tokenizer: Tokenizer,
     seq_len: int,
     precision: str,
     dp_rank: int,
     dp_size: int,
-    found: Suite | None = None,
 ) -> list[EvalSet | TaskSet]:
     """Load a rank's part of all that a config scores: the suite, if there is one, the tasks, and the needles.
 
-    The arguments and errors are those of `load_suite`, `load_tasks` and `load_needles`.
+    The other arguments and the errors are those of `load_suite`, `load_tasks` and `load_needles`.
+
+    Args:
+        suite: what `find_suite` returned.
     """
     how = (tokenizer, seq_len, precision, dp_rank, dp_size)
-    suite = load_suite(config, *how, found)
     tasks = load_tasks(config.tasks, config.subset_seed, *how)
-    return [*([suite] if suite else []), *tasks, *load_needles(config.needles, *how)]
+    of_suite = [load_suite(suite, config, *how)] if suite else []
+    return [*of_suite, *tasks, *load_needles(config.needles, *how)]
 
 
 def load_suite(
+    suite: Suite,
     config: EvaluationConfig,
     tokenizer: Tokenizer,
     seq_len: int,
     precision: str,
     dp_rank: int = 0,
     dp_size: int = 1,
-    found: Suite | None = None,
-) -> EvalSet | None:
-    """Read, tokenize and pack the config's suite; return None if it names none.
+) -> EvalSet:
+    """Read, tokenize and pack the config's suite.
 
     A rank keeps 2 bytes per token of its own rows (4 for a vocabulary above 65,536) and some 30 bytes per document.
 
     Args:
         precision: precision of the forward pass, for the label.
-        found: what `find_suite` returned, if it was called already.
     Raises:
-        ConfigError: if the suite does not exist, one of its sources or domains has nothing to score, or the tokenizer
-            cannot spell its texts.
+        ConfigError: if one of its sources or domains has nothing to score, or the tokenizer cannot spell its texts.
         ShardError: if one of its files is damaged, or holds token ids that the tokenizer does not have.
     """
-    suite = found or find_suite(config)
-    if suite is None:
-        return None
     packer = RowPacker(seq_len, dp_rank, dp_size)
     known: dict[str, str] = {}  # domain -> source
     domains: list[str] = []

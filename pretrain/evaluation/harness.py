@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from pretrain.evaluation.rows import RowPacker
-from pretrain.evaluation.scoring import item_sums
+from pretrain.evaluation.scoring import sums_over
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.parallel import gather_vocab
 from pretrain.topology import Topology
@@ -78,9 +78,8 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]  # the library has no types
             targets.append(max(0, min(len(continuation), len(tokens) - 1)))
             packer.add(number, tokens, given=len(tokens) - targets[-1])
         packer.pack()
-        totals = item_sums(
-            self._model.score, packer.rows, packer.num_rows, len(requests), self._seq_len, topology, self._batch_size
-        )
+        scored = (self._model.score, packer.rows, packer.num_rows, len(requests), self._seq_len)
+        totals = sums_over(*scored, topology, self._batch_size, group=np.zeros(0, np.int32)).items
         assert totals[:, 1].tolist() == targets, "each target is counted exactly once"
         return [(-float(nll), bool(correct == count)) for nll, count, correct in totals]
 

@@ -76,19 +76,10 @@ class NeedleScores(TaskScores):
 
 @dataclass(frozen=True)
 class NeedleSet(TaskSet):
-    """The texts of a length as one dp rank holds them; attributes as in TaskSet and NeedleScores.
-
-    Attributes:
-        times: how many times as long as the run's rows are its rows.
-    """
+    """The texts of a length as one dp rank holds them; attributes as in TaskSet and NeedleScores."""
 
     length: int
     depths: tuple[float, ...]
-    times: int
-
-    def rows_at_once(self, batch_size: int) -> int:
-        """Return how many rows are scored at once: no more tokens than elsewhere, unless one row has more."""
-        return max(1, batch_size // self.times)
 
     def scores_of(self, totals: Totals) -> NeedleScores:
         """Return its scores."""

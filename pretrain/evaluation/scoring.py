@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.evaluation.contexts import ContextSums
 from pretrain.evaluation.rows import Row, dense
-from pretrain.evaluation.scores import Sums, Totals
+from pretrain.evaluation.scores import Totals
 from pretrain.model.loss import Scores, Targets
 from pretrain.model.sequence import own_part, own_tokens
 from pretrain.topology import Topology, copy_to
@@ -37,6 +37,7 @@ class Part(Protocol[Result]):
         group: [items], the group of each text whose losses are also added up by context; empty if there are no groups.
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
+        times: how many times as long as the run's rows these are.
     """
 
     @property
@@ -51,10 +52,8 @@ class Part(Protocol[Result]):
     def rows(self) -> Sequence[Row]: ...
     @property
     def num_rows(self) -> int: ...
-
-    def rows_at_once(self, batch_size: int) -> int:
-        """Return how many of its rows are scored at once where `batch_size` of the run's own length are."""
-        ...
+    @property
+    def times(self) -> int: ...
 
     def scores_of(self, totals: Totals) -> Result:
         """Return its scores, given the sums over all ranks."""
@@ -64,17 +63,16 @@ def evaluate(score: Score, part: Part[Result], topology: Topology, batch_size: i
     """Score a part. Every rank must call it, and each returns the complete result.
 
     Args:
-        batch_size: rows of the run's length that a rank scores at once.
+        batch_size: rows of the run's length that a rank scores at once; of longer ones no more tokens, but one row.
     """
-    num_items, rows_at_once = len(part.targets), part.rows_at_once(batch_size)
-    contexts = ContextSums(part.group, part.seq_len)
-    sums = item_sums(score, part.rows, part.num_rows, num_items, part.seq_len, topology, rows_at_once, contexts)
-    assert np.array_equal(sums[:, 1], part.targets), "each target is counted exactly once"
-    return part.scores_of(Totals(sums, contexts.sums))
+    num_items, rows_at_once = len(part.targets), max(1, batch_size // part.times)
+    totals = sums_over(score, part.rows, part.num_rows, num_items, part.seq_len, topology, rows_at_once, part.group)
+    assert np.array_equal(totals.items[:, 1], part.targets), "each target is counted exactly once"
+    return part.scores_of(totals)
 
 
 @torch.no_grad()
-def item_sums(
+def sums_over(
     score: Score,
     rows: Sequence[Row],
     num_rows: int,
@@ -82,32 +80,26 @@ def item_sums(
     seq_len: int,
     topology: Topology,
     batch_size: int,
-    contexts: ContextSums | None = None,
-) -> Sums:
-    """Score the rows of all ranks, and add up what belongs to each text. Every rank must call it.
+    group: npt.NDArray[np.int32],
+) -> Totals:
+    """Score the rows of all ranks, and add up what belongs to each text, and to each group. Every rank must call it.
 
     Args:
         rows: those of this dp rank: every dp_size-th of all.
         num_rows: number of rows of all ranks.
-        contexts: to which the rows are added as well, those of all ranks.
-    Returns:
-        [num_items, 3]: each text's negative log-likelihood in nats, its targets, and how many were most likely.
+        group: [num_items], the group of each text whose losses are also added up by context; empty if there are none.
     """
-    sums = np.zeros((num_items, 3))
+    sums, contexts = np.zeros((num_items, 3)), ContextSums(group, seq_len)
     for row, figures in _scored_rows(score, rows, num_rows, seq_len, topology, batch_size):
         starts = np.cumsum(row.lengths) - row.lengths
         # A piece's targets end one before the next piece starts; the masked position between adds nothing. The sum is
         # in float64, since a float32 sum would drift in a long document.
         of_pieces = np.add.reduceat(figures.astype(np.float64), starts, axis=1)
         np.add.at(sums, row.items, of_pieces.T)
-        if contexts:
-            contexts.add(row, figures)
-    parts = [sums, *([contexts.sums] if contexts else [])]
-    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(topology.device)
+        contexts.add(row, figures)
+    flat = torch.from_numpy(np.concatenate([sums.ravel(), contexts.sums.ravel()])).to(topology.device)
     whole = topology.sum_over_zero(flat).cpu().numpy()  # in one collective
-    if contexts:
-        contexts.sums = whole[sums.size :].reshape(contexts.sums.shape)
-    return whole[: sums.size].reshape(sums.shape)
+    return Totals(whole[: sums.size].reshape(sums.shape), whole[sums.size :].reshape(contexts.sums.shape))
 
 
 def _scored_rows(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class TaskSet:
         rows: every dp_size-th row, starting from this rank's first.
         num_rows: number of rows of all ranks.
         contexts_cut: number of items whose context does not fit into a row and loses its beginning.
+        times: how many times as long as the run's rows these are.
     """
 
     label: str
@@ -80,6 +81,7 @@ class TaskSet:
     rows: list[Row]
     num_rows: int
     contexts_cut: int
+    times: int = field(default=1, kw_only=True)
 
     @property
     def targets(self) -> npt.NDArray[np.int64]:
@@ -90,10 +92,6 @@ class TaskSet:
     def group(self) -> npt.NDArray[np.int32]:
         """Return no groups: the losses of a task's few tokens are not added up by context."""
         return np.zeros(0, np.int32)
-
-    def rows_at_once(self, batch_size: int) -> int:
-        """Return how many rows are scored at once."""
-        return batch_size
 
     def scores_of(self, totals: Totals) -> TaskScores:
         """Return its scores."""

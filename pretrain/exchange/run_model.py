@@ -13,10 +13,9 @@ from pretrain.checkpoint.weights import CheckpointWeights
 from pretrain.config_file import read_tree
 from pretrain.exchange.description import ModelDescription, read_specs
 from pretrain.model.architecture import ModelConfig
-from pretrain.model.architectures import parse_model
 from pretrain.model.weights import weight_specs
 from pretrain.run.run_folder import RunFolder
-from pretrain.stages import StageConfig, begun_by, model_of
+from pretrain.stages import recorded_stages, stage_of
 from shards import CheckpointError, ConfigError
 
 _AT_STEP = re.compile(r"(.+)@(\d+)")
@@ -43,15 +42,14 @@ class RunModel:
         self.checkpoint = CheckpointStore(folder.checkpoints, CheckpointConfig()).find(step)
         file = folder.config
         tree = read_tree(file)[0]
-        later = [StageConfig.parse(s, f"{file}: stages.{i}") for i, s in enumerate(tree.get("stages") or ())]
-        config = model_of(self.checkpoint.step, parse_model(tree["model"], f"{file}: model"), later)
+        stage = stage_of(self.checkpoint.step, recorded_stages(tree, str(file)))
+        config = stage.model
         if config.adapters:
             raise ConfigError(f"init_from={path}: the run trains adapters; export it, which adds them to its model")
         keys = {key: f"model.{key}" for key in config.model_dump()}
-        lengths = [s.data.seq_len for s in begun_by(self.checkpoint.step, later) if s.data.seq_len]
-        self.description = ModelDescription(file, config, keys, [tree["data"]["seq_len"], *lengths][-1])
+        self.description = ModelDescription(file, config, keys, stage.data.seq_len)
         self.specs = read_specs(config, expected)
-        self.tokenizer = Path(tree["data"]["tokenizer"])
+        self.tokenizer = stage.data.tokenizer
         self.tokenizer_hash = str(read_data(self.checkpoint).fingerprint["tokenizer"])
         self.optimizer = str(tree.get("optim", {}).get("name", "adamw"))
         self._weights = CheckpointWeights(self.checkpoint, weight_specs(config))

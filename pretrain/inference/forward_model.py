@@ -16,7 +16,8 @@ from pretrain.model.attention_choice import attention_backend
 from pretrain.model.loss import Scores, Targets, target_scores
 from pretrain.model.prefill import next_logits
 from pretrain.model.weights import Weights, fill
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 
 
 class ForwardModel:

@@ -13,7 +13,9 @@ from pretrain.host_memory import available_memory
 from pretrain.model.architecture import ModelConfig, Precision
 from pretrain.model.prefill import CHUNK_TOKENS
 from pretrain.model.size import Workload
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.model.weights import split_problems
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class GenerationMemory:
             if replace(self, precision="bf16").fits(length):
                 yield "use --precision bf16"
         if self.device.type == "cuda":
-            splitting = [n for n in _TP_SIZES if n > self.tp_size and _splits(self.config, n)]
+            splitting = [n for n in _TP_SIZES if n > self.tp_size and not any(split_problems(self.config, n, "ranks"))]
             if enough := [n for n in splitting if replace(self, tp_size=n).fits(length)]:
                 yield f"start {enough[0]} ranks, which share the model"
 
@@ -122,10 +124,6 @@ def _available(topology: Topology) -> int | None:
         return torch.cuda.mem_get_info(topology.device)[0]
     free = available_memory()
     return None if free is None else free // hosts.count(platform.node())
-
-
-def _splits(config: ModelConfig, tp_size: int) -> bool:
-    return config.SPLITS and all(size % tp_size == 0 for size in config.split_sizes.values())
 
 
 def _gb(count: int) -> str:

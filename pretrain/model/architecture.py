@@ -19,8 +19,9 @@ from pretrain.model.attention import AttentionBackend
 from pretrain.model.lora import LoraConfig
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import slice_bounds, slice_size
+from pretrain.parallel_config import ParallelConfig
 from pretrain.parametrization import Scale
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from shards import Config, ConfigError
 
 T = TypeVar("T")

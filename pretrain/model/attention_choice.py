@@ -18,7 +18,8 @@ from torch.nn.attention import activate_flash_attention_impl
 from pretrain.model.architecture import Heads
 from pretrain.model.attention import MASK_LIMIT, AttentionBackend, attention_within_pieces, mask_bytes
 from pretrain.model.pieces import pieces_of
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError
 
 _logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.model import piece_attention, swiglu  # noqa: F401  # they register their operators
-from pretrain.topology import Checkpointing
+from pretrain.parallel_config import Checkpointing
 
 # Costly to compute again for what they take to keep: matrix products, attention, and whatever waits for other ranks.
 _KEPT = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pretrain.model.architecture import Head, ModelConfig, Use
 from pretrain.model.checkpointing import checkpointed
 from pretrain.model.parallel import ColumnLinear, on_sharded_activations
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import derive_seed
-from pretrain.topology import ParallelConfig
 
 T = TypeVar("T")
 

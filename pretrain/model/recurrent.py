@@ -30,7 +30,8 @@ from pretrain.model.layers import Output, RMSNorm, computations, draw
 from pretrain.model.loss import all_logits
 from pretrain.model.parallel import VocabEmbedding, full_shape, shard_of
 from pretrain.model.pieces import pieces_of
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 
 _MEMORIES = (1.2, 32.0)  # tokens over which the first and the last number of a drawn layer's context are averaged
 

@@ -10,7 +10,7 @@ from pretrain.model.loss import CHUNK_LOGITS, SUMMED_WEIGHTS
 from pretrain.model.parallel import slice_size
 from pretrain.model.weights import trained_specs, weight_specs
 from pretrain.optim import ORTHOGONALIZATION_ITERATIONS, OptimizerName, is_hidden
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 
 _REDUCED_TOGETHER = 500_000_000  # elements: DeepSpeed 0.19.8's MEMORY_OPT_ALLREDUCE_SIZE
 

@@ -35,8 +35,9 @@ from pretrain.model.rotary import RopeScaling, YarnScaling, rotary_angles, rotat
 from pretrain.model.sequence import over_whole_rows, own_part
 from pretrain.model.swiglu import tiled_swiglu
 from pretrain.model.transformer_costs import block_costs
+from pretrain.parallel_config import ParallelConfig
 from pretrain.parametrization import MupBase, Scale, Size, scale_of
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from shards.config_errors import not_divisible
 
 

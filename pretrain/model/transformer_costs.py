@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pretrain.model.architecture import BlockCosts, Heads
 from pretrain.model.lora import LoraConfig
 from pretrain.model.sequence import copies_of_kv_heads
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 
 
 def block_costs(

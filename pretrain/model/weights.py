@@ -6,6 +6,7 @@ layout - uses these names and returns whole weights or slices of them, one at a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from pretrain.model.architecture import ModelConfig, WeightSpec
 from pretrain.model.lora import is_adapter
 from pretrain.model.parallel import padded_for
 from shards import ConfigError
+from shards.config_errors import not_divisible
 
 
 class Weights(Protocol):
@@ -92,18 +94,23 @@ def fill(model: nn.Module, weights: Weights, tp_rank: int, tp_size: int) -> None
         parameter.copy_(padded_for(weights.read(name, tp_rank, tp_size), parameter))
 
 
+def split_problems(config: ModelConfig, tp_size: int, key: str) -> Iterator[str]:
+    """Yield why `tp_size` ranks cannot split a model, naming `key`, by which the user set them."""
+    if tp_size > 1 and not config.SPLITS:
+        yield f"{key}={tp_size}: model.architecture={config.architecture} cannot be split over ranks; set {key}=1"
+    for name, value in config.split_sizes.items():
+        yield from not_divisible(f"model.{name}", value, key, tp_size)
+    if not config.gives_each_rank_tokens(tp_size):
+        yield (
+            f"model.vocab_size={config.vocab_size} leaves some of {key}={tp_size} ranks without a token; make {key} or"
+            f" model.vocab_multiple={config.vocab_multiple} smaller"
+        )
+
+
 def check_splits(config: ModelConfig, tp_size: int, key: str) -> None:
     """Check that `tp_size` ranks can split a model. Raises ConfigError that names `key`, by which the user set it."""
-    if tp_size > 1 and not config.SPLITS:
-        raise ConfigError(f"{key}={tp_size}: a model of architecture={config.architecture} cannot be split; make it 1")
-    for name, value in config.split_sizes.items():
-        if value % tp_size:
-            raise ConfigError(f"{key}={tp_size} does not divide the model's {name}={value}")
-    if not config.gives_each_rank_tokens(tp_size):
-        raise ConfigError(
-            f"{key}={tp_size} leaves ranks without any of the model's vocab_size={config.vocab_size}, of which each"
-            f" holds a multiple of vocab_multiple={config.vocab_multiple}"
-        )
+    if problems := list(split_problems(config, tp_size, key)):
+        raise ConfigError("\n".join(problems))
 
 
 def check_row_splits(config: ModelConfig, tp_size: int, sp_size: int, seq_len: int, key: str) -> None:

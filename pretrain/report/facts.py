@@ -18,10 +18,9 @@ from pretrain.report.chart import short
 from pretrain.report.curves import parts_of
 from pretrain.report.figures import duration, final_loss, last_eval, number, usual_speed
 from pretrain.run.history import History
-from pretrain.stages import StageConfig, StageTrain, stages_of
+from pretrain.stages import recorded_stages
 from pretrain.topology import named_layout
-from shards import CheckpointError, ConfigError, DataConfig
-from shards.config import with_recorded_plan
+from shards import CheckpointError, ConfigError
 
 Cell = str | float | int | None | Difference
 
@@ -222,16 +221,7 @@ def source_table(history: History) -> Table | None:
 
 def _wished_tokens(history: History) -> dict[str, float]:
     """Deal the tokens of each stretch of steps by the weights that it had. Raises ConfigError for an odd config."""
-    tree = history.config
-    data, train, later = tree.get("data"), tree.get("train"), tree.get("stages") or []
-    if not isinstance(data, dict) or not isinstance(train, dict):
-        raise ConfigError("config.yaml has no data or no train section")
-    first = StageTrain(global_batch_size=train.get("global_batch_size"))
-    stages = stages_of(
-        DataConfig.parse(with_recorded_plan(data), at="data"),
-        first,
-        [StageConfig.parse(stage, at=f"stages.{i}") for i, stage in enumerate(later)],
-    )
+    stages = recorded_stages(history.config, "config.yaml")
     periods: list[tuple[int, dict[str, float]]] = []  # steps done when the weights come into force
     ends = [*(stage.step for stage in stages[1:]), math.inf]
     for stage, end in zip(stages, ends, strict=True):

@@ -18,8 +18,9 @@ import torch
 from pretrain.checkpoint.zero_files import read_partitions, whole
 from pretrain.deepspeed_keys import ALLOWED, deepspeed_config
 from pretrain.engine import Engine
+from pretrain.parallel_config import ParallelConfig
 from pretrain.step_stats import StepStats
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from tests.distributed.nonfinite import step
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, model_config
 

@@ -14,13 +14,14 @@ import pytest
 
 from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
-from pretrain.evaluation.eval_set import EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvaluationConfig, find_suite, load_suite
 from pretrain.evaluation.needles import NeedlesConfig, load_needles
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tasks import TaskConfig, load_tasks
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology, started
 from shards import Tokenizer
 from tests.distributed.ranks import ROOT
 from tests.reference_model import Shape
@@ -94,8 +95,10 @@ def main() -> None:
     configs = [TaskConfig(requests=str(path)) for path in sorted(tasks.glob("*.jsonl"))]
     with started(ParallelConfig(tp_size=tp_size, sp_size=sp_size)) as topology:
         tokenizer, own = Tokenizer(TOKENIZER), (topology.dp_rank, topology.dp_size)
-        eval_set = load_suite(EvaluationConfig(suite=suite), tokenizer, SEQ_LEN, "fp32", *own)
-        assert eval_set is not None
+        config = EvaluationConfig(suite=suite)
+        found = find_suite(config)
+        assert found is not None
+        eval_set = load_suite(found, config, tokenizer, SEQ_LEN, "fp32", *own)
         how = (tokenizer, SEQ_LEN, "fp32", *own)
         loaded = [*load_tasks(configs, 0, *how), *load_needles(NEEDLES, *how)]
         for zero_stage, batch_size in ((1, 1), (1, 7), (3, 3)):

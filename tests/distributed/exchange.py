@@ -18,8 +18,9 @@ from pretrain.inference.generate import Sampling, generate
 from pretrain.model import prefill
 from pretrain.model.kv_cache import KVCache
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 PROMPT, SAMPLING = "Once upon", Sampling(max_tokens=12, temperature=0)
 OPTIM = OptimConfig()

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed import distributed_c10d
 
-from pretrain.topology import ParallelConfig, sequence_group, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import sequence_group, started
 
 
 def ranks_of_groups() -> list[list[int]]:

@@ -28,8 +28,9 @@ from pretrain.model.pieces import valid_targets
 from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import Weights
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from tests.distributed.exchange import write
 from tests.distributed.parity import GLOBAL_ROWS, RELEASED, SEED, global_batches, replicated_equal
 

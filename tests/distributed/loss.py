@@ -15,7 +15,8 @@ import torch
 from pretrain.model import loss
 from pretrain.model.loss import Targets, all_logits, argmax_over_tp, target_scores, training_loss
 from pretrain.model.parallel import ColumnLinear, enter_branch, gather_vocab, shard_of, size_without_padding
-from pretrain.topology import ParallelConfig, started
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import started
 
 TARGETS, DIM, Z_LOSS = 40, 16, 1e-2
 

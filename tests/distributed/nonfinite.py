@@ -26,9 +26,10 @@ from pretrain.deepspeed_keys import deepspeed_config
 from pretrain.engine import Engine
 from pretrain.model.loss import Loss
 from pretrain.model.pieces import valid_targets
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
 from pretrain.step_stats import NO_LIMITS, Limits, StepStats
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 
 STATES = [

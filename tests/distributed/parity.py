@@ -22,8 +22,9 @@ from pretrain.engine import Engine
 from pretrain.model.parallel import shard_dim
 from pretrain.model.transformer import LlamaConfig
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 from tests.reference_model import target_counts
 
 GLOBAL_ROWS, SEQ_LEN, STEPS, SEED = 8, 24, 5, 3

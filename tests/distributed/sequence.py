@@ -24,8 +24,9 @@ from pretrain.model.loss import last_logits, next_token_targets, training_loss
 from pretrain.model.size import Workload
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import Checkpointing, ParallelConfig
 from pretrain.run.metrics import Meter
-from pretrain.topology import Checkpointing, ParallelConfig, Topology, started
+from pretrain.topology import Topology, started
 
 SP_SIZE, ROWS, SEQ_LEN = 2, 3, 24
 OPTIM = OptimConfig(z_loss=1e-3)

@@ -192,7 +192,7 @@ def test_a_checkpoint_has_the_positions_of_its_step_wherever_it_is_read(
         written = json.loads((model / "config.json").read_text())
         assert (written["rope_theta"], written["max_position_embeddings"]) == (theta, length)
         assert (written["rope_scaling"] or {}).items() >= (scaling or {}).items()
-        expected = load_config(run / "config.yaml").model_of(step)
+        expected = load_config(run / "config.yaml").stage_of(step).model
         for described in (open_model(model, expected), open_model(tmp_path / f"staged@{step}", expected)):
             assert described.description.context == length
     capsys.readouterr()

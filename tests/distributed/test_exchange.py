@@ -14,7 +14,8 @@ from pretrain.exchange.folder import open_codec, open_model
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.inference.generate import generate
 from pretrain.model.weights import weight_specs
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from tests.distributed.exchange import PROMPT, SAMPLING
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.exchange.test_exchange import DATA, GROUPED, PLAIN, Memory, build, same_files

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from pretrain.commands import evaluate
+from pretrain.commands import evaluate, evaluate_arguments
 from pretrain.commands.arguments import at_least
 from shards import ConfigError
 
@@ -41,7 +41,7 @@ def test_an_argument_that_would_be_ignored_is_refused(words: str, message: str) 
     "words", ["--run a --tasks b --suite c --split test", "--run a --steps 3 precision=fp32", "--compare a b --suite c"]
 )
 def test_an_argument_with_an_effect_is_taken(words: str) -> None:
-    evaluate.check_effects(parsed(words))
+    evaluate_arguments.check_effects(parsed(words))
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "two"])

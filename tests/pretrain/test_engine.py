@@ -20,9 +20,10 @@ from pretrain.model.loss import next_token_targets
 from pretrain.model.pieces import valid_targets
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import derive_seed
 from pretrain.run.metrics import Meter
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from pretrain.zero_pieces import OwnPiece
 from shards import ConfigError
 from tests.distributed.nonfinite import fingerprint

@@ -15,7 +15,8 @@ from pretrain.model.cached_attention import cached_attention
 from pretrain.model.pieces import pieces_of
 from pretrain.model.recurrent import scan
 from pretrain.model.rotary import rotary_angles, rotate
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from tests.distributed.parity import LEARNING_RATES, OPTIM, global_batches, model_config, run_case
 from tests.pretrain.model.test_cached_attention import masked_softmax
 from tests.reference_model import Shape, train

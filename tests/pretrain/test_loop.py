@@ -102,8 +102,7 @@ class Run:
             data=SimpleNamespace(skip_steps=()),
             metrics=MetricsConfig(layers_every=None),
             all_stages=[None],
-            stage_at=lambda step: None,
-            model_of=lambda step: None,
+            stage_of=lambda step: None,
             schedule=[SchedulePart(0, OptimConfig(learning_rate=1.0))],
         )
         topology: Any = SimpleNamespace(is_main=False, any=bool)

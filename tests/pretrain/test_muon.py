@@ -13,8 +13,9 @@ from pretrain.model.architecture import Precision
 from pretrain.model.size import checkpoint_bytes
 from pretrain.muon import orthogonalize
 from pretrain.optim import OptimConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.step_stats import Limits
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from tests.distributed.nonfinite import fingerprint, infinite_loss, step
 from tests.distributed.parity import GLOBAL_ROWS, model_config
 from tests.reference_model import orthogonalized

@@ -104,10 +104,10 @@ def test_a_checkpoint_has_the_positions_of_the_last_step_that_was_done(tmp_path:
         *[{"rope_theta": 5e4}] * 10,
         *[{"rope_theta": 5e4, "rope_scaling": scaled}] * (STEPS - 20),
     ]
-    assert [config.model_of(step).positions for step in range(STEPS + 1)] == expected
+    assert [config.stage_of(step).model.positions for step in range(STEPS + 1)] == expected
     assert [config.stage_of(step).data.seq_len for step in range(STEPS + 1)] == [64] * 21 + [128] * (STEPS - 20)
     plain = config.model.model_dump(exclude={"rope_theta", "rope_scaling"})
-    assert config.model_of(STEPS).model_dump(exclude={"rope_theta", "rope_scaling"}) == plain
+    assert config.stage_of(STEPS).model.model_dump(exclude={"rope_theta", "rope_scaling"}) == plain
 
 
 def test_positions_of_the_past_may_not_be_edited(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from pretrain.step_stats import StepStats
 from pretrain.stepper import Stepper, after
 
 
-def batch(tokens_per_source: dict[str, int]) -> StepBatch:
+def batch(tokens_per_source: dict[str, int], stage: int = 0) -> StepBatch:
     return StepBatch(
-        tokens=torch.zeros(0), segment_ids=torch.zeros(0), stage=0, n_targets=0,
+        tokens=torch.zeros(0), segment_ids=torch.zeros(0), stage=stage, n_targets=0,
         n_tokens=tokens_per_source["pile"], n_padding=0,
         squared_lengths=0, row_hash=1, trained_hash=1, n_forgotten=0,
         tokens_per_source=tokens_per_source, epoch_per_source={},
@@ -47,22 +47,28 @@ def test_an_average_begins_where_the_config_says_so_and_is_dropped_where_it_does
     def train_step(*arguments: object) -> StepStats:
         return StepStats(1.0, 0.0, 1.0, applied=next(applied))
 
+    adopted: list[object] = []
     engine: Any = SimpleNamespace(
-        average=average, train_step=train_step, adopt=lambda model: None, topology=SimpleNamespace(is_main=False)
+        average=average,
+        train_step=train_step,
+        adopt=adopted.append,
+        set_batches=lambda *sizes: None,
+        topology=SimpleNamespace(is_main=False, dp_size=1),
     )
+    sizes = {"micro_batch_size": lambda dp_size: 1, "micro_steps": lambda dp_size: 1}
+    stages = [SimpleNamespace(model=model, **sizes) for model in ("ours", "theirs")]  # the second after step 10
     state = RunState(4, 0, {}, "", restarts=0, config_hash="", tp_size=1, dp_size=1, zero_stage=1)
     for ema, steps in ((EmaConfig(decay=0.5), 3), (None, 2), (EmaConfig(decay=0.5), 1)):
         config: Any = SimpleNamespace(
-            train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=[None],
-            stage_at=lambda step: None, model_of=lambda step: None, schedule=[SchedulePart(0, OptimConfig())],
+            train=SimpleNamespace(ema=ema, on_spike="mark"), data=SimpleNamespace(skip_steps=()), all_stages=stages,
+            stage_of=lambda step: stages[step > 10], schedule=[SchedulePart(0, OptimConfig())],
         )  # fmt: skip
         for _ in range(steps):
             state = stepper_of(config, engine, state).step_on(batch({"pile": 1}), state, Meter()).state
     assert done == [1.0, 1 / 1.5, "dropped", 1.0]
     assert state.average_total == 1
-    config.model_of = lambda step: step > 10  # other positions from step 11 on
-    assert state.step == 10
+    assert (state.step, adopted) == (10, [])
     applied = iter([False, True])
-    for _ in range(2):
-        state = stepper_of(config, engine, state).step_on(batch({"pile": 1}), state, Meter()).state
-    assert done[4:] == ["dropped", 1.0]
+    for _ in range(2):  # each in a start of its own, the first of which resumes where the stage begins
+        state = stepper_of(config, engine, state).step_on(batch({"pile": 1}, stage=1), state, Meter()).state
+    assert (done[4:], adopted) == (["dropped", 1.0], ["theirs"])

@@ -17,8 +17,8 @@ from pretrain.devices import device_of_slurm
 from pretrain.model.recurrent import RecurrentConfig
 from pretrain.model.size import Workload, memory_per_rank
 from pretrain.model.transformer import LlamaConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.run.lease import Lease
-from pretrain.topology import ParallelConfig
 from shards import DataConfig, prepare
 
 LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)

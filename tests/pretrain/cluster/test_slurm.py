@@ -14,7 +14,8 @@ from pretrain.cluster.slurm import JobRequest, job_script, read_sweep, seconds_o
 from pretrain.cluster.submission import layout_findings
 from pretrain.commands import dispatch, evaluate, generate
 from pretrain.config import load_config
-from pretrain.topology import ParallelConfig, dp_size_of, launcher_environment, slurm_environment, world_size_of
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import dp_size_of, launcher_environment, slurm_environment, world_size_of
 from shards import ConfigError
 from tests.tiny_run import write_config
 

@@ -10,7 +10,7 @@ from pretrain.cluster.speed import Cluster, StepTime, sequence_bytes, step_time,
 from pretrain.devices import Device, device_of_slurm
 from pretrain.model.size import Workload
 from pretrain.model.transformer import LlamaConfig
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 
 LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 PARAMETERS = 6_738_415_616

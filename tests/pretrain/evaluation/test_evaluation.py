@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.engine import Engine
-from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, find_suite, load_suite
 from pretrain.evaluation.needles import load_needles
 from pretrain.evaluation.scores import DocumentScores, Score, ScoresOfAverage, line_names, record_scores
 from pretrain.evaluation.scoring import evaluate
@@ -106,9 +106,9 @@ def assert_contexts(scores: DocumentScores, by_context: dict[tuple[str, str], li
 
 def loaded(suite: Path, *, tokenizer: Tokenizer | None = None, **changes: object) -> EvalSet:
     config = EvaluationConfig.model_validate({"suite": suite, **changes})
-    found = load_suite(config, tokenizer or Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
+    found = find_suite(config)
     assert found is not None
-    return found
+    return load_suite(found, config, tokenizer or Tokenizer(TOKENIZER), SEQ_LEN, "fp32")
 
 
 def assert_equal(found: dict[str, Score], expected: dict[str, Score], case: str) -> None:
@@ -168,11 +168,12 @@ def test_scores_do_not_depend_on_the_ranks(
 
 def test_all_ranks_together_have_the_rows_of_a_single_one(suite: Path) -> None:
     tokenizer, config = Tokenizer(TOKENIZER), EvaluationConfig(suite=suite)
-    alone = loaded(suite)
-    shares = [load_suite(config, tokenizer, SEQ_LEN, "fp32", rank, 3) for rank in range(3)]
-    dealt = [row for i in range(len(alone.rows)) for row in shares[i % 3].rows[i // 3 : i // 3 + 1]]  # type: ignore[union-attr]
+    alone, found = loaded(suite), find_suite(config)
+    assert found is not None
+    shares = [load_suite(found, config, tokenizer, SEQ_LEN, "fp32", rank, 3) for rank in range(3)]
+    dealt = [row for i in range(len(alone.rows)) for row in shares[i % 3].rows[i // 3 : i // 3 + 1]]
     assert [row.tokens.tolist() for row in dealt] == [row.tokens.tolist() for row in alone.rows]
-    assert sum(len(share.rows) for share in shares) == alone.num_rows  # type: ignore[union-attr]
+    assert sum(len(share.rows) for share in shares) == alone.num_rows
 
 
 TASKS = [("name it", "it is so"), ("a b c d e f g h i j " * 20, "short"), ("say nothing", ""), ("1", "one\ntwo " * 4)]
@@ -301,9 +302,9 @@ def test_a_limit_in_tokens_is_met_by_whole_documents(many: Path, max_tokens: int
 def test_a_label_names_what_is_scored(many: Path) -> None:
     def label(seq_len: int = SEQ_LEN, precision: str = "fp32", bos: bool = True, **changes: object) -> str:
         config = EvaluationConfig.model_validate({"suite": many, **changes})
-        found = load_suite(config, Tokenizer(TOKENIZER, bos=bos), seq_len, precision)
+        found = find_suite(config)
         assert found is not None
-        return found.label
+        return load_suite(found, config, Tokenizer(TOKENIZER, bos=bos), seq_len, precision).label
 
     named = label()
     name, _, digits = named.partition("@")

@@ -15,7 +15,8 @@ from lm_eval.api.instance import Instance
 from pretrain.evaluation.harness import HeadraceLM, run_tasks
 from pretrain.inference.forward_model import ForwardModel
 from pretrain.model.kv_cache import KVCache
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import Tokenizer
 from tests.distributed.evaluation import SHAPE, TOKENIZER, engine_of
 from tests.reference_model import piece_logits

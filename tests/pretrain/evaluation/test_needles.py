@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from pretrain.evaluation.eval_set import EvaluationConfig, load_parts
 from pretrain.evaluation.needles import NeedlesConfig, NeedleSet, load_needles
 from pretrain.evaluation.scores import Totals
 from pretrain.evaluation.scoring import evaluate
+from pretrain.model.loss import Scores
 from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from shards.suites.needles import Haystacks, needle_of
@@ -59,12 +62,19 @@ def test_needles_have_the_figures_of_a_plain_model(topology: Topology) -> None:
     engine, tokenizer = engine_of(topology, zero_stage=1), Tokenizer(TOKENIZER)
     weights = {name: weight.detach() for name, weight in engine.model.named_parameters()}
     config = NeedlesConfig(lengths=(60, 128), depths=3, count=2, seed=5)
-    parts = load_parts(EvaluationConfig(needles=config), tokenizer, SEQ_LEN, "fp32", 0, 1)
+    parts = load_parts(None, EvaluationConfig(needles=config), tokenizer, SEQ_LEN, "fp32", 0, 1)
     assert [part.label.partition("@")[0] for part in parts] == [
         f"needles_{length}.d3.n2.seed5.seq{length}.fp32" for length in (60, 128)
     ]
     for part, length in zip(parts, (60, 128), strict=True):
-        (line,) = evaluate(engine.score, part, topology, 3).records(7)
+        shapes: set[tuple[int, ...]] = set()
+
+        def score(tokens: torch.Tensor, *others: Any, shapes: set[tuple[int, ...]] = shapes) -> Scores:
+            shapes.add(tuple(tokens.shape))
+            return engine.score(tokens, *others)
+
+        (line,) = evaluate(score, part, topology, 8).records(7)
+        assert shapes == {(8 // part.times, part.seq_len)}, "no more tokens at once where rows are longer"
         nll, right = [], []
         for depth in ("0", "0.5", "1"):
             for number in range(2):
@@ -95,10 +105,9 @@ def test_a_text_is_found_only_if_every_token_of_the_answer_is_the_most_likely() 
     assert [one["accuracy"] for one in line["by_depth"].values()] == [0.5, 1.0, 0.0]  # type: ignore[attr-defined]
 
 
-def test_rows_are_as_long_as_texts_need_and_no_more_tokens_at_once() -> None:
+def test_rows_are_as_long_as_texts_need() -> None:
     short, long = loaded(NeedlesConfig(lengths=(60, 128), count=4), seq_len=64)
-    assert (short.seq_len, short.rows_at_once(8)) == (64, 8)
-    assert (long.seq_len, long.rows_at_once(8), long.rows_at_once(1)) == (128, 4, 1)
+    assert (short.seq_len, short.times, long.seq_len, long.times) == (64, 1, 128, 2)
     own = loaded(NeedlesConfig(lengths=(60, 128), count=4), (1, 2), seq_len=64)[1]
     assert [row.tokens.tolist() for row in own.rows] == [row.tokens.tolist() for row in long.rows[1::2]]
     assert own.label == loaded(NeedlesConfig(lengths=(60, 128), count=4), seq_len=99)[1].label, "of the texts alone"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, find_suite, load_suite
 from pretrain.evaluation.plausibility import doubts, drawn_loss, warn_of_doubts
 from pretrain.evaluation.scoring import evaluate
 from pretrain.model.loss import Scores, Targets, target_scores
@@ -28,9 +28,10 @@ def eval_set(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
     for shard in Path("shards/sample/eval").glob("*/val.jsonl.zst"):
         text = next(read_documents(shard)).text[:300]
         (folder / f"{shard.parent.name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    found = load_suite(EvaluationConfig(suite=folder), Tokenizer(TOKENIZER), 64, "fp32")
+    config = EvaluationConfig(suite=folder)
+    found = find_suite(config)
     assert found is not None
-    return found
+    return load_suite(found, config, Tokenizer(TOKENIZER), 64, "fp32")
 
 
 def records(**losses: float) -> list[dict[str, object]]:

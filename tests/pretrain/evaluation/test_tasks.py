@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.commands.evaluate import WantedTasks
+from pretrain.commands.evaluate_arguments import WantedTasks
 from pretrain.engine import Engine
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.evaluation.plausibility import warn_of_doubts

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pretrain.engine import Engine
 from pretrain.evaluation.compare import compare
-from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, load_suite
+from pretrain.evaluation.eval_set import EvalSet, EvaluationConfig, find_suite, load_suite
 from pretrain.evaluation.scores import DocumentScores, ScoresOfAverage, record_scores
 from pretrain.evaluation.scoring import evaluate
 from pretrain.evaluation.tables import difference_table, domain_table, step_table
@@ -52,9 +52,9 @@ def write(folder: Path, kind: str, texts: Sequence[str] = ALL, **changes: object
 
 def loaded(suite: Path, tokenizer: Path = TOKENIZER, **changes: object) -> EvalSet:
     config = EvaluationConfig.model_validate({"suite": suite, **changes})
-    found = load_suite(config, Tokenizer(tokenizer), SEQ_LEN, "fp32")
+    found = find_suite(config)
     assert found is not None
-    return found
+    return load_suite(found, config, Tokenizer(tokenizer), SEQ_LEN, "fp32")
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_model_of_another_architecture_or_size_is_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"model.context_dim=20, but model.context_dim=16. To print"):
         open_model(tmp_path / "model", recurrent(context_dim=16))
     assert "context_dim: 20" in describe(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"--tp=2: a model of architecture=recurrent cannot be split"):
+    with pytest.raises(ConfigError, match=r"--tp=2: model.architecture=recurrent cannot be split"):
         check_splits(config, 2, "--tp")
     check_splits(config, 1, "--tp")
     with pytest.raises(ConfigError, match=r"--sp=2: a model of architecture=recurrent cannot divide a row over ranks"):

@@ -17,7 +17,8 @@ from pretrain.inference.generate import Sampling, generate
 from pretrain.model.architecture import Layout
 from pretrain.model.transformer import Transformer
 from pretrain.model.weights import fill
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError, Tokenizer
 from tests.pretrain.exchange.test_exchange import DATA, PLAIN, Memory, build, logits, tokens_of
 from tests.vocabularies import write_model

@@ -11,7 +11,8 @@ from pretrain.model import prefill
 from pretrain.model.architecture import ModelConfig
 from pretrain.model.recurrent import RecurrentConfig
 from pretrain.model.transformer import LlamaConfig
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 
 CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64)
 RECURRENT = RecurrentConfig(dim=16, n_layers=2, context_dim=8, ffn_dim=24, vocab_size=64)

@@ -13,7 +13,8 @@ from pretrain.inference.memory import GenerationMemory, generation_memory
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.recurrent import RecurrentConfig
 from pretrain.model.transformer import LlamaConfig
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError
 from tests.pretrain.model.test_size import LLAMA_7B
 

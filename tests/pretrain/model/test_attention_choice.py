@@ -12,7 +12,8 @@ import torch
 from pretrain.model import attention_choice
 from pretrain.model.architecture import Heads
 from pretrain.model.attention_choice import AttentionShape, attention_backend, with_fastest_attention
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.parallel_config import ParallelConfig
+from pretrain.topology import Topology
 from shards import ConfigError, HeadraceError
 
 SHAPE = AttentionShape(rows=2, length=40, n_heads=4, n_kv_heads=2, head_dim=16, dtype=torch.bfloat16)

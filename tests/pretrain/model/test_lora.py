@@ -19,7 +19,7 @@ from pretrain.model.loss import Targets, training_loss
 from pretrain.model.size import Workload, checkpoint_bytes, flops_of_documents, memory_per_rank, parameter_count
 from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import AdaptedWeights, MergedWeights, fill, trained_specs, weight_specs
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 from shards import ConfigError
 
 SMALL = LlamaConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101)

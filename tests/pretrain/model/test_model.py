@@ -16,8 +16,9 @@ from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.pieces import pieces_of, valid_targets
 from pretrain.model.rotary import rotary_angles, rotate
 from pretrain.model.transformer import LlamaConfig, Transformer
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import seeded
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from shards import ConfigError
 from tests.reference_model import Shape, batch_loss, piece_logits, pieces
 

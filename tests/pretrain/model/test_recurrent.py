@@ -17,8 +17,9 @@ from pretrain.model.loss import Loss, next_token_targets, training_loss
 from pretrain.model.recurrent import Recurrent, RecurrentConfig, scan
 from pretrain.model.size import flops_per_token, parameter_count
 from pretrain.model.weights import weight_specs
+from pretrain.parallel_config import ParallelConfig
 from pretrain.rng import seeded
-from pretrain.topology import ParallelConfig, Topology
+from pretrain.topology import Topology
 from tests.examples import examples
 
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 1 + [3] * 14, [-1] * 8 + [1] * 12 + [0] * 4])  # three pieces; one, and padding

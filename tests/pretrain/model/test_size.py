@@ -20,7 +20,7 @@ from pretrain.model.transformer import LlamaConfig, Transformer
 from pretrain.model.weights import weight_specs
 from pretrain.muon import orthogonalize
 from pretrain.optim import is_hidden
-from pretrain.topology import ParallelConfig
+from pretrain.parallel_config import ParallelConfig
 
 LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000)
 LLAMA_70B = LlamaConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672, vocab_size=32_000)
