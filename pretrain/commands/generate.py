@@ -95,7 +95,7 @@ def find_model(arguments: argparse.Namespace) -> ChosenModel:
 
     def load(forward: ForwardModel, topology: Topology) -> None:
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(forward, checkpoints, arguments.step, topology, config.model_of, base)
+        load_checkpoint(forward, checkpoints, arguments.step, topology, lambda step: config.stage_of(step).model, base)
 
     return ChosenModel(
         config.model,

@@ -85,7 +85,7 @@ def print_losses(step: int, batch: Batch, config: RunConfig, checkpoints: Checkp
     with started(alone) as topology:
         model = ForwardModel(config.model, alone, config.precision, topology)
         base = open_base(config.init_from, config.model, topology)
-        load_checkpoint(model, checkpoints, before[-1], topology, config.model_of, base)
+        load_checkpoint(model, checkpoints, before[-1], topology, lambda of: config.stage_of(of).model, base)
         rows = config.stage_of(step).micro_rows or _BATCH_SIZE
         losses = document_losses(model.score, batch, rows, topology.device)
     print("loss", "targets", "source", "shard", "line", sep="\t")
