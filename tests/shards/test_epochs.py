@@ -17,7 +17,7 @@ from shards.arrays import Hashes
 from shards.hashing import mixed
 from shards.windows.packing import pack
 from tests.examples import examples
-from tests.shards.corpora import config, record, words, write_shard
+from tests.shards.corpora import config, ranks_of, record, words, write_shard
 
 SEED = 7
 
@@ -51,7 +51,7 @@ def steps_of(loaders: list[Loader]) -> Iterator[list[Batch]]:
 
 
 def run(data: DataConfig, rows: int, dp_size: int = 1, state: dict[str, object] | None = None) -> list[list[Batch]]:
-    loaders = [Loader(data, rows, SEED, rank, dp_size) for rank in range(dp_size)]
+    loaders = ranks_of(data, rows, SEED, dp_size)
     for loader in loaders:
         if state is not None:
             loader.load_state_dict(json.loads(json.dumps(state)))
@@ -199,7 +199,7 @@ def test_the_limit_of_bad_records_holds_if_ranks_share_lanes(tmp_path: Path) -> 
 
     def steps_until_it_fails(dp_size: int, limit: int) -> int:
         data = of(str(path), 2, lanes=1, window_bytes=512, on_bad_record="skip", max_bad_records=limit)
-        loaders = [Loader(data, 12, SEED, rank, dp_size) for rank in range(dp_size)]
+        loaders = ranks_of(data, 12, SEED, dp_size)
         steps: list[list[Batch]] = []
         with pytest.raises(ShardError, match=f"bad records on rank .*, more than data.max_bad_records={limit}"):
             steps.extend(steps_of(loaders))
