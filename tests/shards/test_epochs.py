@@ -93,8 +93,7 @@ def test_each_document_is_read_exactly_as_often_as_requested(
     assert hashes(steps) == hashes(run(data, rows, 1))
 
 
-@pytest.mark.parametrize(("documents", "epochs"), [(25, 100), (250, 10), (2500, 1)])
-@pytest.mark.parametrize("lanes", [None, 4])
+@pytest.mark.parametrize(("documents", "epochs", "lanes"), [(25, 100, 4), (250, 10, None), (2500, 1, 4)])
 def test_a_run_ends_with_the_step_that_was_forecast(
     corpora: dict[int, str], documents: int, epochs: int, lanes: int | None
 ) -> None:
