@@ -48,7 +48,7 @@ class LongWords:
             processor: the model's, one that does not normalize.
             dtype: dtype of ids.
         """
-        self._processor, self._dtype = processor, dtype
+        self.processor, self._dtype = processor, dtype
         kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
         spelled = [len(cuts.spell(piece.piece).encode()) for piece in model.pieces]
         kept = (kinds.NORMAL, kinds.USER_DEFINED)
@@ -84,7 +84,7 @@ class LongWords:
         return [*(part for _, part in done), ids]
 
     def _ids(self, data: bytes, begin: int, end: int) -> npt.NDArray[np.integer]:
-        return self._processor.EncodeAsNumpy(data[begin:end]).astype(self._dtype)
+        return self.processor.EncodeAsNumpy(data[begin:end]).astype(self._dtype)
 
     def _places(self, data: bytes, ids: npt.NDArray[np.integer], stop: int) -> Iterator[tuple[int, int]]:
         """Yield (ids before it, offset) for places between tokens of the text that ends at `stop`, the last first."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,32 @@ from shards.tokenize.joined import encode_each
 from shards.tokenize.long_words import LongWords
 from shards.tokenize.split_points import Cuts
 from shards.tokenize.word_encoder import WordEncoder
+
+
+class _Analysis(NamedTuple):
+    """What follows from a model alone, and is never changed."""
+
+    cuts: Cuts
+    normalizes: bool  # an identity normalizer is replaced by code here; any other is called
+    space: str  # what the model puts before a text
+    long_words: LongWords | None  # None = no text may be cut
+
+
+@functools.lru_cache(maxsize=4)  # it takes twenty times as long as to load the model, and a process opens few, often
+def _analysis(content: bytes, dtype: np.dtype[Any]) -> _Analysis:
+    """Find where a model's texts can be cut, and open the model a second time, as one that does not normalize."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    cuts, normalizer = Cuts(model), model.normalizer_spec
+    normalizes = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
+    normalizes |= model.trainer_spec.treat_whitespace_as_suffix
+    space = " " if normalizer.add_dummy_prefix else ""
+    if cuts.obstacle is not None:
+        return _Analysis(cuts, normalizes, space, None)
+    normalizer.precompiled_charsmap = b""
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    verbatim = sentencepiece.SentencePieceProcessor()
+    verbatim.LoadFromSerializedProto(model.SerializeToString())
+    return _Analysis(cuts, normalizes, space, LongWords(verbatim, cuts, model, dtype))
 
 
 class SentencePieceModel:
@@ -41,22 +69,13 @@ class SentencePieceModel:
     def prepare(self, prefix: Sequence[int], suffix: Sequence[int], dtype: npt.DTypeLike) -> None:
         """Decide how documents are encoded: word by word if that is exact, else whole."""
         self._prefix, self._suffix, self._dtype = list(prefix), list(suffix), np.dtype(dtype)
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._content)
-        self._cuts = Cuts(model)
+        found = _analysis(self._content, self._dtype)
+        self._cuts, self._normalizes, self._space = found.cuts, found.normalizes, found.space
         self.obstacle = self._cuts.obstacle
-        normalizer = model.normalizer_spec
-        # An identity normalizer is replaced by code here; any other is called.
-        self._normalizes: bool = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
-        self._normalizes |= model.trainer_spec.treat_whitespace_as_suffix
-        self._space = " " if normalizer.add_dummy_prefix else ""
         self._words: WordEncoder | None = None
-        if self.obstacle is None:
-            normalizer.precompiled_charsmap = b""
-            normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
-            verbatim = sentencepiece.SentencePieceProcessor()
-            verbatim.LoadFromSerializedProto(model.SerializeToString())
-            long_words = LongWords(verbatim, self._cuts, model, dtype)
-            self._words = WordEncoder(verbatim, self._cuts, long_words, self._prefix, self._suffix, dtype)
+        if found.long_words:
+            verbatim = found.long_words.processor
+            self._words = WordEncoder(verbatim, self._cuts, found.long_words, self._prefix, self._suffix, dtype)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.integer], Ints]:
         """Return the ids of all documents in one array, and the length of each."""

@@ -65,8 +65,7 @@ class WordEncoder:
         self._processor, self._cuts, self._long_words = processor, cuts, long_words
         self._prefix, self._suffix = list(prefix), list(suffix)
         capacity = MAX_WORDS + BLOCK_BYTES + 1
-        # Open addressing: a slot holds a word's number, 0 = none. Memory is touched only as words are added.
-        self._slots = np.zeros(1 << _SLOT_BITS, np.int32)
+        # Memory is touched only as words are added.
         self._low, self._high = np.empty(capacity, np.uint64), np.empty(capacity, np.uint64)
         self._ends = np.empty(capacity, np.int64)  # end of a word's ids in _ids, where the next word's begin
         self._ids: npt.NDArray[np.integer] = np.empty(MAX_IDS, dtype)
@@ -191,7 +190,8 @@ class WordEncoder:
 
     def _clear(self) -> None:
         """Empty the table, except for word 1, END."""
-        self._slots.fill(0)
+        # Open addressing: a slot holds a word's number, 0 = none. A new array, since zeros of one are not written.
+        self._slots = np.zeros(1 << _SLOT_BITS, np.int32)
         self._long: dict[bytes, int] = {}
         self._long_bytes = 0
         self._low[0], self._high[0], self._ends[0] = 0, _NO_HIGH, 0  # no word

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,6 +31,8 @@ from shards import ConfigError
 from tests.distributed.nonfinite import fingerprint
 from tests.distributed.parity import OPTIM, global_batches, model_config
 
+Figures = Callable[..., list[tuple[float, float]]]
+
 
 def history(
     topology: Topology, precision: Precision = "bf16", layers: list[LayerFigures] | None = None, **parallel: object
@@ -48,9 +52,15 @@ def history(
 
 
 @pytest.fixture(scope="module")
-def plain(topology: Topology) -> list[tuple[float, float]]:
+def figures(topology: Topology) -> Figures:
+    """Return a function from a layout to its `history`, which several tests compare with."""
+    return functools.cache(functools.partial(history, topology))
+
+
+@pytest.fixture(scope="module")
+def plain(figures: Figures) -> list[tuple[float, float]]:
     """Return (loss, gradient norm) of three steps without any savings of memory."""
-    return history(topology, zero_stage=1)
+    return figures(zero_stage=1)
 
 
 def test_ranks_with_other_tokens_draw_other_dropout(topology: Topology) -> None:
@@ -74,13 +84,15 @@ def test_ranks_with_other_tokens_draw_other_dropout(topology: Topology) -> None:
         {"zero_stage": 3, "offload": "parameters", "activation_checkpointing": "full"},
     ],
 )
-def test_measuring_the_layers_changes_no_figures(topology: Topology, parallel: dict[str, object]) -> None:
+def test_measuring_the_layers_changes_no_figures(
+    topology: Topology, figures: Figures, parallel: dict[str, object]
+) -> None:
     layers: list[LayerFigures] = []
     found = history(topology, layers=layers, **parallel)
-    assert found == history(topology, **parallel)
+    assert found == figures(**parallel)
     assert len(layers) == 3
-    for (_, grad_norm), figures in zip(found, layers, strict=True):
-        assert math.hypot(*(norms.gradient for norms in figures.weights.values())) == pytest.approx(grad_norm, rel=1e-5)
+    for (_, grad_norm), of_step in zip(found, layers, strict=True):
+        assert math.hypot(*(norms.gradient for norms in of_step.weights.values())) == pytest.approx(grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +157,7 @@ def test_zero_1_holds_its_gradients_once_and_as_estimated(
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(("checkpointing", "zero_stage"), [("none", 1), ("selective", 2), ("full", 3), ("none", 3)])
 def test_training_and_scoring_compile_once_each_and_compute_the_same(
     topology: Topology, checkpointing: str, zero_stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +249,7 @@ def test_deepspeed_keys_that_we_do_not_derive_pass_through() -> None:
     ],
 )
 def test_the_average_of_the_weights_is_shown_and_changes_no_figures(
-    topology: Topology, parallel: dict[str, object]
+    topology: Topology, figures: Figures, parallel: dict[str, object]
 ) -> None:
     config = ParallelConfig.model_validate(parallel)
     model, derived = model_config(tied=True), deepspeed_config(config, OPTIM, "bf16", {})
@@ -254,7 +265,7 @@ def test_the_average_of_the_weights_is_shown_and_changes_no_figures(
         engine.average.show(True)
         averaged = engine.score(tokens[:, :-1], segment_ids[:, :-1], targets).nll
         engine.average.show(False)
-    assert found == history(topology, **parallel)
+    assert found == figures(**parallel)
     first, second, third = weights
     means = {name: 0.75 * (first[name] + second[name]) / 2 + 0.25 * third[name] for name in first}
     trained = engine.score(tokens[:, :-1], segment_ids[:, :-1], targets).nll

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import zstandard
 
-from shards import DataConfig, Loader, Tokenizer, merge_states
-from shards.preparation import prepared_filter
+from shards import DataConfig, Loader, Stage, Tokenizer, merge_states
+from shards.preparation import prepare, prepared_filter
 from shards.windows.recipe import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +79,23 @@ def write_three_sources(folder: Path, suffixes: Sequence[str], max_frames: int) 
     return folder
 
 
+def ranks_of(data: DataConfig, rows: int, seed: int, dp_size: int, stages: Sequence[Stage] = ()) -> list[Loader]:
+    """Open the loaders of all ranks as a start does: the shards are examined once for all, not by each rank.
+
+    Args:
+        rows: rows of a global batch.
+        stages: the stages after the first.
+    """
+    prepared, tokenizer = prepare(data, stages=stages), Tokenizer.of(data)
+    return [Loader(data, rows, seed, rank, dp_size, prepared, stages, tokenizer) for rank in range(dp_size)]
+
+
 def restarted_hashes(data: DataConfig) -> list[int]:
     """Return the hashes of 30 global batches of 8 rows, drawn by 2, 8, 1 and 4 ranks in turn."""
     state: dict[str, object] = {}
     found = []
     for dp_size, count in ((2, 7), (8, 6), (1, 9), (4, 8)):
-        ranks = [Loader(data, 8, 3, rank, dp_size) for rank in range(dp_size)]
+        ranks = ranks_of(data, 8, 3, dp_size)
         for rank in ranks:
             if state:
                 rank.load_state_dict(state)

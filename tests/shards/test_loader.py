@@ -37,7 +37,17 @@ from shards import (
 )
 from shards.windows.worker_process import WorkerProcess
 from tests.examples import examples
-from tests.shards.corpora import ROOT, SAMPLE, TOKENIZER, config, record, words, write_shard, write_three_sources
+from tests.shards.corpora import (
+    ROOT,
+    SAMPLE,
+    TOKENIZER,
+    config,
+    ranks_of,
+    record,
+    words,
+    write_shard,
+    write_three_sources,
+)
 
 Row = tuple[int, bytes, bytes]  # slot, tokens, segment ids
 SUFFIXES = [".jsonl.zst", ".json.gz", ".jsonl"]
@@ -67,7 +77,7 @@ def global_batches(
     data: DataConfig, batch: int, count: int, size: int = 1, state: dict[str, object] | None = None, seed: int = 5
 ) -> tuple[list[list[Row]], list[dict[str, object]]]:
     """Return the global batches that `size` ranks make together, and the merged state after each."""
-    loaders = [Loader(data, batch, seed, rank, size) for rank in range(size)]
+    loaders = ranks_of(data, batch, seed, size)
     batches, states = [], []
     for loader in loaders:
         if state is not None:

@@ -30,7 +30,7 @@ from shards import (
 from shards.records.document_list import hash_of_text
 from shards.stages import stage_after
 from tests.examples import examples
-from tests.shards.corpora import TOKENIZER, config, record, words, write_shard, write_three_sources
+from tests.shards.corpora import TOKENIZER, config, ranks_of, record, words, write_shard, write_three_sources
 
 SEED = 5
 Run = tuple[DataConfig, int, list[Stage]]  # config and batch of the first stage, and the stages after it
@@ -55,7 +55,7 @@ def staged(data: DataConfig, batch: int, *changes: tuple[int, dict[str, object],
 
 def loaders(run: Run, dp_size: int) -> list[Loader]:
     data, batch, stages = run
-    return [Loader(data, batch, SEED, rank, dp_size, stages=stages) for rank in range(dp_size)]
+    return ranks_of(data, batch, SEED, dp_size, stages)
 
 
 def steps(ranks: Sequence[Loader]) -> Iterator[list[Batch]]:

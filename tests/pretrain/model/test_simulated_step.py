@@ -21,17 +21,18 @@ MICRO_STEPS = 2  # of a simulated step
 CASES = [
     "quickstart 1",
     "quickstart-recurrent 1",
-    "quickstart-recurrent 2 precision=bf16 parallel.compile=true parallel.activation_checkpointing=selective",
+    "quickstart-recurrent 2 model.n_layers=2 precision=bf16 parallel.compile=true"
+    " parallel.activation_checkpointing=selective",
     "quickstart-recurrent 1 model.vocab_size=64 model.n_layers=1 parallel.activation_checkpointing=full precision=bf16",
     "llama-125m-pile 8 model.n_layers=1 train.micro_batch_size=4 parallel.activation_checkpointing=selective"
     " parallel.feed_forward_tokens=2048",
     "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=2",
-    "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=3"
+    "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false parallel.zero_stage=3"
     " parallel.reduce_dtype=bf16",
     "llama-7b-pile-dolma-tp2 32 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false",
     "llama-7b-pile-dolma-tp2 32 model.n_layers=3 train.micro_batch_size=1 parallel.compile=false"
     " parallel.activation_checkpointing=full parallel.sequence_parallel=true",
-    "llama-1b-dolma 8 model.n_layers=2 train.micro_batch_size=2 parallel.compile=false parallel.zero_stage=3"
+    "llama-1b-dolma 8 model.n_layers=1 train.micro_batch_size=1 parallel.compile=false parallel.zero_stage=3"
     " init_from=a model.lora.r=16 model.lora.alpha=32",
     "llama-7b-pile-dolma-tp2 32 model.n_layers=2 train.micro_batch_size=1 parallel.compile=false"
     " init_from=a model.lora.r=16 model.lora.alpha=32 model.lora.dropout=0.1",

@@ -1,6 +1,7 @@
 """Sessions of a training with the real wandb client, each in a process of its own that any session may kill.
 
-The processes are forked from a server that has imported wandb, which would otherwise take longer than all the rest.
+The processes are forked from a server that has imported wandb, and what `wandb.init` imports: that would otherwise take
+longer than all the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.wandb_tracker import Tracker, WandbConfig
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["wandb.cli.cli", __name__])
+_FORKS.set_forkserver_preload(["wandb.cli.cli", "wandb.sdk.launch.inputs.internal", __name__])
 
 
 def session(
@@ -85,6 +86,7 @@ def _inspect(file: Path) -> None:
 def _train(
     root: Path, resumed_at: int, last: int, end: str, rate: float, mode: str, rewound: bool, environment: dict[str, str]
 ) -> None:
+    os.environ["WANDB_X_SAVE_REQUIREMENTS"] = "false"  # the list of installed packages, as long in the making
     os.environ.update(environment)
     folder = RunFolder(root)
     folder.create()

@@ -161,12 +161,12 @@ def test_a_long_word_is_encoded_in_bounded_parts_each_once(unit: str) -> None:
     model = Model(TOKENIZER)
     text = unit * (400_000 // len(unit))
     seen: list[int] = []
-    encode = model.ours._kind._words._long_words._processor.EncodeAsNumpy
+    encode = model.ours._kind._words._long_words.processor.EncodeAsNumpy
     with (
         mock.patch.object(long_words, "PART_BYTES", 1 << 13),
         mock.patch.object(word_encoder, "BLOCK_BYTES", 1 << 13),
         mock.patch.object(
-            model.ours._kind._words._long_words._processor,
+            model.ours._kind._words._long_words.processor,
             "EncodeAsNumpy",
             lambda data: seen.append(len(data)) or encode(data),
         ),
