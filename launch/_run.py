@@ -17,4 +17,4 @@ def run(command: str) -> NoReturn:
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if path != str(folder))]
     from pretrain.commands import dispatch
 
-    sys.exit(dispatch.run(command, sys.argv[1:]))
+    sys.exit(dispatch.run_program(command, sys.argv[1:]))

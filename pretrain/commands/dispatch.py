@@ -7,12 +7,14 @@ and the exit code of an error.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from pretrain import log
@@ -59,17 +61,37 @@ def main() -> int:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.summary, add_help=False)
     arguments, words = parser.parse_known_args()
-    return run(arguments.command, words)
+    return run_program(arguments.command, words)
+
+
+def run_program(name: str, words: Sequence[str]) -> int:
+    """Run a command as a process that does nothing else; return its exit code.
+
+    No module is ever garbage, but the collector would pass over all of them again and again: while they are imported,
+    whenever DeepSpeed collects, which it does dozens of times in a start, and at the exit.
+    """
+    gc.disable()
+    module = _load(name)
+    gc.freeze()
+    gc.enable()
+    return _run(name, module, words)
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Run a command with the arguments after its name; return its exit code."""
-    on_ranks = COMMANDS[name].on_ranks
-    if on_ranks:
+    """Run a command with the arguments after its name, in a process that goes on; return its exit code."""
+    return _run(name, _load(name), words)
+
+
+def _load(name: str) -> ModuleType:
+    """Import a command's module and all that it imports, with this process's device and place among ranks set."""
+    if COMMANDS[name].on_ranks:
         _become_rank()
     else:
         _use_device("cpu")
-    module = importlib.import_module(f"pretrain.commands.{name.replace('-', '_')}")
+    return importlib.import_module(f"pretrain.commands.{name.replace('-', '_')}")
+
+
+def _run(name: str, module: ModuleType, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=installation.typed(name),
         description=as_typed_here(module.__doc__ or ""),
@@ -81,7 +103,7 @@ def run(name: str, words: Sequence[str]) -> int:
     try:
         return int(module.run(arguments))
     except HeadraceError as error:
-        if on_ranks:
+        if COMMANDS[name].on_ranks:
             logging.getLogger("headrace").error("%s", error)
         else:
             print(f"error: {error}", file=sys.stderr)

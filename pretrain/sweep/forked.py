@@ -26,7 +26,9 @@ MODULES = (
     "pretrain.commands.evaluate",
     "torch._dynamo",
     "torch._inductor.compile_fx",
-    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
+    "numpy.ma",
 )
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
@@ -35,6 +37,8 @@ def load() -> None:
     """Import what a run needs."""
     for module in MODULES:
         importlib.import_module(module)
+    # The first look at it makes DeepSpeed try out a compiler and libraries, which takes longer than a step
+    importlib.import_module("deepspeed.ops").__compatible_ops__.keys()
     gc.freeze()  # DeepSpeed collects garbage again and again, and would pass over all modules each time
 
 

@@ -129,13 +129,15 @@ def main() -> None:
         cases: list[tuple[str, float, dict[str, Any]]] = [
             ("fp32", 0.3, {"zero_stage": 1}),
             ("fp32", 0.3, {"zero_stage": 3, "activation_checkpointing": "full", "compile": True}),
-            ("bf16", 0.0, {"zero_stage": 1}),
-            ("bf16", 0.0, {"zero_stage": 3, "activation_checkpointing": "selective"}),
-            ("fp32", 0.0, {"zero_stage": 2, "activation_checkpointing": "full", "sequence_parallel": tp_size > 1}),
         ]
+        if tp_size > 1:
+            cases += [
+                ("bf16", 0.0, {"zero_stage": 3, "activation_checkpointing": "selective"}),
+                ("fp32", 0.0, {"zero_stage": 2, "activation_checkpointing": "full", "sequence_parallel": True}),
+            ]
         for precision, dropout, layout in cases:
             engine = engine_of(topology, base, precision, dropout, layout)
-            figures[f"{precision} dropout={dropout} {layout['zero_stage']}"] = train(engine, topology, 0, STEPS)
+            figures[f"{precision} dropout={dropout} {layout['zero_stage']}"] = train(engine, topology, 0, LATER)
             check_base(engine, base, topology)
             assert replicated_equal(engine, topology)
         assert not counters["graph_break"], "a block is one graph"

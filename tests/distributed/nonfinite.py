@@ -32,14 +32,18 @@ from pretrain.step_stats import NO_LIMITS, Limits, StepStats
 from pretrain.topology import Topology, started
 from tests.distributed.parity import GLOBAL_ROWS, OPTIM, SEED, global_batches, model_config
 
+# ZeRO stage, what is offloaded, and whether a step is a single micro-step
 STATES = [
-    (1, "none"),
-    (1, "optimizer"),
-    (2, "none"),
-    (2, "optimizer"),
-    (3, "none"),
-    (3, "optimizer"),
-    (3, "parameters"),
+    (1, "none", False),
+    (1, "optimizer", False),
+    (1, "optimizer", True),
+    (2, "none", False),
+    (2, "optimizer", False),
+    (2, "optimizer", True),
+    (3, "none", False),
+    (3, "optimizer", False),
+    (3, "optimizer", True),
+    (3, "parameters", False),
 ]
 
 
@@ -122,16 +126,17 @@ def history(here: Topology, stage: int, offload: str, precision: str, micro: int
 def main() -> None:
     gc.freeze()  # DeepSpeed collects garbage again and again
     with started(ParallelConfig(tp_size=int(sys.argv[1]))) as here:
-        for precision, (stage, offload) in itertools.product(("bf16", "fp32"), STATES):
-            # Offload takes another path if a step is a single micro-step.
-            for micro in (2, GLOBAL_ROWS // here.dp_size) if offload == "optimizer" else (2,):
-                case = f"{precision}, ZeRO-{stage}, offload {offload}, micro-batches of {micro}"
-                try:
-                    plain = history(here, stage, offload, precision, micro, with_bad=False)
-                    assert history(here, stage, offload, precision, micro, with_bad=True) == plain
-                except AssertionError as error:
-                    error.add_note(case)
-                    raise
+        # Offload takes another path if a step is a single micro-step. Each state is tried in both precisions, one with
+        # tensor parallelism and the other without.
+        for number, (stage, offload, is_single) in enumerate(STATES, int(sys.argv[1])):
+            precision, micro = ("fp32", "bf16")[number % 2], GLOBAL_ROWS // here.dp_size if is_single else 2
+            case = f"{precision}, ZeRO-{stage}, offload {offload}, micro-batches of {micro}"
+            try:
+                plain = history(here, stage, offload, precision, micro, with_bad=False)
+                assert history(here, stage, offload, precision, micro, with_bad=True) == plain
+            except AssertionError as error:
+                error.add_note(case)
+                raise
 
 
 if __name__ == "__main__":

@@ -77,20 +77,25 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
         yield from layouts_of_split_rows(topology)
         return
     rows = GLOBAL_ROWS // topology.dp_size
-    for precision, tied, stage, micro in itertools.product(("fp32", "bf16"), (False, True), (1, 2, 3), (rows, 2)):
-        yield precision, tied, micro, {"zero_stage": stage}
+    # Each stage with one micro-step and with several; embeddings are tied in half of either
+    for stage, micro, tied in (
+        (1, rows, False), (1, 2, True), (2, rows, True), (2, 2, False), (3, rows, False), (3, 2, True),
+    ):  # fmt: skip
+        yield "fp32", tied, micro, {"zero_stage": stage}
+    if (topology.tp_size > 1) != (topology.dp_size > 1):
+        return  # what follows is computed by one rank, and by those that are split both ways
     split = {"sequence_parallel": topology.tp_size > 1}
     tiled, moved = {"feed_forward_tokens": 7}, {"offload": "activations"}
-    for stage, what, saved in (
-        (1, "none", {}), (1, "selective", tiled), (1, "full", moved),
-        (3, "none", tiled), (3, "selective", {}), (3, "full", tiled | moved),
-    ):  # fmt: skip
+    for stage, what, saved in ((1, "selective", tiled), (1, "full", moved), (3, "none", tiled), (3, "selective", {})):
         yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, **saved}
     # With the last case, each stage and each way once
     for stage, what, saved in ((1, "none", {}), (3, "full", tiled | moved)):
         layout = {"zero_stage": stage, "activation_checkpointing": what, **split, **saved, "compile": True}
         yield "fp32", stage == 3, 2, layout
-    for stage in (1, 2, 3):
+    if topology.world_size == 1:
+        return  # bf16 differs by what is summed over ranks
+    for stage, micro in ((1, rows), (2, 2), (3, rows)):
+        yield "bf16", True, micro, {"zero_stage": stage}
         yield "bf16", False, 2, {"zero_stage": stage, "reduce_dtype": "bf16"}
     layout = {"zero_stage": 2, "activation_checkpointing": "selective", **split, **tiled, "compile": True}
     yield "bf16", False, 2, layout
@@ -103,8 +108,10 @@ def layouts_of_split_rows(topology: Topology) -> Iterator[tuple[str, bool, int, 
         yield "fp32", tied, 2, {"zero_stage": stage, **split}
     saved = {"activation_checkpointing": "full", "feed_forward_tokens": 7, "offload": "activations"}
     yield "fp32", True, 4, {"zero_stage": 1, "attention": "sdpa", **saved}
-    yield "fp32", False, 2, {"zero_stage": 3, "activation_checkpointing": "selective", **split, "compile": True}
-    yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective"}
+    if topology.tp_size > 1:
+        yield "fp32", False, 2, {"zero_stage": 3, "activation_checkpointing": "selective", **split, "compile": True}
+    if topology.dp_size > 1:
+        yield "bf16", False, 2, {"zero_stage": 2, "activation_checkpointing": "selective"}
 
 
 def micro_batches(dp_size: int, micro_batch_size: int) -> list[range]:

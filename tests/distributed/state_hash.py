@@ -17,7 +17,7 @@ from pretrain.config import load_config
 from pretrain.run.run_folder import RunFolder
 from pretrain.topology import started
 
-LAYOUTS = [(1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "parameters")]
+LAYOUTS = [(1, "optimizer"), (2, "none"), (3, "none"), (3, "parameters")]
 
 
 def main() -> None:

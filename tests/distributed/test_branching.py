@@ -44,7 +44,7 @@ def write_staged(folder: Path, name: str, **changes: object) -> Path:
     return write_config(
         folder,
         name,
-        train={"steps": STEPS, "micro_batch_size": 1, "weight_hash_every": 1},
+        train={"steps": STEPS, "micro_batch_size": 2, "weight_hash_every": 1},
         checkpoint={"every": 4, "keep": 20},
         stages=STAGES,
         model={"qk_norm": True},  # or attention would be even at first, and positions without effect
@@ -110,10 +110,10 @@ def test_a_run_of_stages_trains_what_the_loader_alone_gives(staged: Path) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("worlds", [(1, 2, 4), (4, 1, 2)])
 def test_a_run_of_stages_is_the_same_however_it_is_killed(
-    staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...]
+    staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    worlds = (2, 1, 2)  # ranks of each start, fewer and more than before
     config = write_staged(tmp_path, "staged", wandb={"mode": "online", "system_metrics": False})
     kills = sorted(random.sample(range(5, STEPS - 1), 2))
     with wandb_server(rewinds=True) as server:

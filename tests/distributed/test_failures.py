@@ -47,7 +47,7 @@ def test_a_signal_during_an_evaluation_an_error_and_a_hang_all_end_the_run_prope
     suite.mkdir(parents=True)
     lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(40)]
     suite.joinpath("val.jsonl").write_text("".join(lines))
-    config = write_config(tmp_path, "elastic", precision="bf16")
+    config = write_config(tmp_path, "elastic")
     evaluated = ["train.steps=4", "evaluation.every=2", f"evaluation.suite={suite.parent}", "evaluation.batch_size=2"]
     run = tmp_path / "elastic"
 

@@ -17,7 +17,7 @@ def rates(folder: Path) -> list[float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 def test_a_longer_schedule_is_logged_and_the_closing_advice_works(schedule: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, "elastic")
     first = ["train.steps=4", f"optim.schedule={schedule}", "optim.floor=0.2"]

@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tp_size: int) -> None:
 
 @pytest.mark.distributed
 def test_steps_that_are_not_finite_are_skipped_and_counted_until_there_are_too_many(tmp_path: Path) -> None:
-    config = write_config(tmp_path, "elastic", precision="bf16")
+    config = write_config(tmp_path, "elastic")
     overrides = ["train.steps=20", "train.max_nonfinite=2", "checkpoint.every=4"]
     codes, output = run_starts(config, [(1, overrides, POISON)])
     assert codes == [[1]], output
@@ -74,7 +74,7 @@ Feed.next = emptied
 
 @pytest.mark.distributed
 def test_steps_without_targets_are_logged_and_end_a_run_that_has_no_others(tmp_path: Path) -> None:
-    config = write_config(tmp_path, "elastic", precision="bf16")
+    config = write_config(tmp_path, "elastic")
     (tmp_path / "words.jsonl").write_text('{"text": "the"}\n' * 20_000)
     paths = json.dumps([str(tmp_path / "words.jsonl")])
     words = ["run.name=words", "data.bos=false", "data.eos=false", f"data.sources.0.paths={paths}"]

@@ -36,7 +36,7 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.mark.distributed
 def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
-    config, folder = write_config(tmp_path, "elastic", precision="bf16"), RunFolder(tmp_path / "elastic")
+    config, folder = write_config(tmp_path, "elastic"), RunFolder(tmp_path / "elastic")
     other, shard = other_tokenizer(tmp_path / "other.model"), tmp_path / "shard.jsonl"
     lines = [json.dumps({"text": f"Document {i} is about the number {i}. " * 20}) + "\n" for i in range(200)]
     shard.write_text("".join(lines))
