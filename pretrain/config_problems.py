@@ -15,7 +15,7 @@ from pretrain.model.attention import MASK_LIMIT, mask_bytes
 from pretrain.model.weights import split_problems, trained_specs
 from pretrain.optim import OptimConfig, is_named
 from pretrain.parallel_config import ParallelConfig
-from pretrain.stages import RunStage, StageConfig, StageTrain, stages_of
+from pretrain.stages import RunStage, StageConfig, StageTrain, batches_of
 from pretrain.train_config import TrainConfig
 from shards import ConfigError, DataConfig
 from shards.config_errors import not_divisible
@@ -50,8 +50,10 @@ def problems_of(parts: Mapping[str, Any]) -> Iterator[str]:
             )
     if parts.get("init_optimizer") and not parts.get("init_from"):
         yield "init_optimizer: needs the run in init_from whose optimizer's state is to be taken"
-    if model and data and train:
-        yield from _stage_problems(model, data, train, parts.get("stages") or (), parallel)
+    if model:
+        yield from _position_problems(model, parts.get("stages") or ())
+    if data and train:
+        yield from _stage_problems(data, train, parts.get("stages") or (), parallel)
     if checkpoint and checkpoint.keep_every:
         every = ("checkpoint.every", checkpoint.every)
         yield from not_divisible("checkpoint.keep_every", checkpoint.keep_every, *every)
@@ -127,25 +129,31 @@ def _length_problems(key: str, seq_len: int, parallel: ParallelConfig) -> Iterat
         yield from not_divisible(key, seq_len, "parallel.sp_size", parallel.sp_size)
 
 
+def _position_problems(model: ModelConfig, later: Sequence[StageConfig]) -> Iterator[str]:
+    """Yield what of its positions a stage cannot change, and what cannot work afterwards."""
+    known = set(model.problems())
+    for i, stage in enumerate(later):
+        try:
+            model = model.with_positions(stage.model.changes, f"stages.{i}.model")
+        except ConfigError as error:
+            yield str(error)
+            return
+        yield from (f"stages.{i}.{problem}" for problem in model.problems() if problem not in known)
+        known |= set(model.problems())
+
+
 def _stage_problems(
-    model: ModelConfig,
-    data: DataConfig,
-    train: TrainConfig,
-    later: Sequence[StageConfig],
-    parallel: ParallelConfig | None,
+    data: DataConfig, train: TrainConfig, later: Sequence[StageConfig], parallel: ParallelConfig | None
 ) -> Iterator[str]:
-    """Yield what cannot work in a stage, and steps that the run does not have."""
+    """Yield what of its rows and batches cannot work in a stage, and steps that the run does not have."""
     first = StageTrain(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
     try:
-        stages = stages_of(model, data, first, later)
+        stages = batches_of(data, first, later)
     except ConfigError as error:
         yield str(error)
         return
-    known = set(model.problems())
     for i, stage in enumerate(stages):
         at = f"stages.{i - 1}." if i else ""
-        yield from (f"{at}{problem}" for problem in stage.model.problems() if problem not in known)
-        known |= set(stage.model.problems())
         if parallel:
             yield from _length_problems(f"{at}data.seq_len", stage.data.seq_len, parallel)
         if stage.micro_rows:

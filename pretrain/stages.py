@@ -48,18 +48,16 @@ class StageConfig(Config):
 
 
 @dataclass(frozen=True)
-class RunStage:
-    """One stage of a run, with all that it does not change.
+class StageBatches:
+    """The rows and batches of one stage of a run, with all that it does not change.
 
     Attributes:
         step: optimizer steps that are done when it begins.
-        model: the run's, with the positions of this stage.
         global_batch_size: rows of one optimizer step, over all ranks.
         micro_rows: train.micro_batch_size in this stage.
     """
 
     step: int
-    model: ModelConfig
     data: DataConfig
     global_batch_size: int
     micro_rows: int | None
@@ -83,6 +81,35 @@ class RunStage:
         return Stage(self.step, self.data, self.global_batch_size)
 
 
+@dataclass(frozen=True)
+class RunStage(StageBatches):
+    """One stage of a run, with all that it does not change.
+
+    Attributes:
+        model: the run's, with the positions of this stage.
+    """
+
+    model: ModelConfig
+
+
+def batches_of(data: DataConfig, train: StageTrain, later: Sequence[StageConfig]) -> list[StageBatches]:
+    """Return the batches of all stages of a run.
+
+    Args:
+        data, train: those of the first stage.
+        later: what the stages after it change.
+    Raises: ConfigError if a stage does not fit the one before.
+    """
+    assert train.global_batch_size is not None
+    stages = [StageBatches(0, data, train.global_batch_size, train.micro_batch_size)]
+    for i, changes in enumerate(later):
+        before, at = stages[-1], f"stages.{i}"
+        found = stage_after(before.of_loader, changes.step, changes.data, changes.train.global_batch_size, at)
+        micro_rows = changes.train.micro_batch_size or before.micro_rows
+        stages.append(StageBatches(found.step, found.data, found.global_batch_size, micro_rows))
+    return stages
+
+
 def stages_of(model: ModelConfig, data: DataConfig, train: StageTrain, later: Sequence[StageConfig]) -> list[RunStage]:
     """Return all stages of a run.
 
@@ -91,15 +118,13 @@ def stages_of(model: ModelConfig, data: DataConfig, train: StageTrain, later: Se
         later: what the stages after it change.
     Raises: ConfigError if a stage does not fit the one before.
     """
-    assert train.global_batch_size is not None
-    stages = [RunStage(0, model, data, train.global_batch_size, train.micro_batch_size)]
+    models = [model]
     for i, changes in enumerate(later):
-        before, at = stages[-1], f"stages.{i}"
-        found = stage_after(before.of_loader, changes.step, changes.data, changes.train.global_batch_size, at)
-        model = before.model.with_positions(changes.model.changes, f"{at}.model")
-        micro_rows = changes.train.micro_batch_size or before.micro_rows
-        stages.append(RunStage(found.step, model, found.data, found.global_batch_size, micro_rows))
-    return stages
+        models.append(models[-1].with_positions(changes.model.changes, f"stages.{i}.model"))
+    return [
+        RunStage(one.step, one.data, one.global_batch_size, one.micro_rows, of_stage)
+        for one, of_stage in zip(batches_of(data, train, later), models, strict=True)
+    ]
 
 
 def recorded_stages(tree: Mapping[str, Any], file: str) -> list[RunStage]:
@@ -111,6 +136,8 @@ def recorded_stages(tree: Mapping[str, Any], file: str) -> list[RunStage]:
     """
     if missing := [key for key in ("model", "data", "train") if not isinstance(tree.get(key), Mapping)]:
         raise ConfigError(f"{file} has no section {missing[0]}; the config in a run's folder has")
+    if "global_batch_size" not in tree["train"]:
+        raise ConfigError(f"{file} has no train.global_batch_size; the config in a run's folder has")
     return stages_of(
         parse_model(tree["model"], f"{file}: model"),
         DataConfig.parse(with_recorded_plan(tree["data"]), f"{file}: data"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,10 @@ _POINTS = 120  # of a curve among others
 _TICKS = 8  # values of a key that an axis has room for
 _TASKS = 12  # charts
 _CURVES = 16  # lines in a chart; more cannot be told apart
+_OVER_SEEDS = (
+    "Each line is the mean over seeds, as far as all of them have come; the band reaches from the least to the"
+    " greatest."
+)
 _FIGURES = (
     ("loss", "Training loss", "nats per token"),
     ("grad_norm", "Gradient norm", "L2 norm before clipping"),
@@ -165,13 +170,14 @@ def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
             alike = _alike({key: values}, len(histories))
             of_values = [Group(label, tuple(histories[i] for i in members)) for label, members in alike]
             note = (
-                f"Each line is the mean of the runs with this {key}, whatever their other settings; the band reaches"
-                " from the least to the greatest."
+                f"Each line is the mean of the runs with this {key}, whatever their other settings, as far as all of"
+                " them have come; the band reaches from the least to the greatest. Other figures are on the pages of"
+                " single runs."
             )
             yield from _curves(of_values, _FIGURES[:1], note, key)
     else:
         repeats = any(len(group.runs) > 1 for group in groups)
-        bands = "Each line is the mean over seeds; the band reaches from the least to the greatest." if repeats else ""
+        bands = _OVER_SEEDS if repeats else ""
         yield from _curves(groups, _FIGURES, bands)
     drawn = names_of(histories)[:_CURVES], histories[:_CURVES]
     yield from context_overlaid(*drawn)
@@ -234,15 +240,12 @@ def _mean_curve(group: Group, key: str) -> tuple[Series, int] | None:
 
 
 def _spread(label: str, x: Floats, table: Floats) -> Series:
-    """Return the mean of the runs of a table [runs, points], with a band from the least to the greatest if several."""
-    there = np.isfinite(table)
-    some = there.any(axis=0)
-    mean = np.where(some, np.where(there, table, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1), np.nan)
-    if len(table) == 1:
-        return Series(label, x, mean)
-    low = np.where(some, np.where(there, table, np.inf).min(axis=0), np.nan)
-    high = np.where(some, np.where(there, table, -np.inf).max(axis=0), np.nan)
-    return Series(label, x, mean, low, high)
+    """Return the mean of the runs of a table [runs, points], with a band from the least to the greatest if several.
+
+    Where a run has no value, as after its end, there is no mean either: that of the others would be that of other runs.
+    """
+    mean = table.mean(axis=0)
+    return Series(label, x, mean) if len(table) == 1 else Series(label, x, mean, table.min(axis=0), table.max(axis=0))
 
 
 Lines = Mapping[int, Mapping[str, object]]  # of evals.jsonl, by step
@@ -283,7 +286,8 @@ def _of_groups(groups: Sequence[Group], lines: Sequence[Sequence[Lines]], key: s
     """
     series = []
     for color, (group, of_group) in enumerate(zip(groups, lines, strict=True)):
-        of_runs = [{step: number(record.get(key)) for step, record in of_run.items()} for of_run in of_group]
+        scored = filter(None, of_group)
+        of_runs = [{step: number(record.get(key)) for step, record in of_run.items()} for of_run in scored]
         steps = sorted({step for of_run in of_runs for step in of_run})
         if steps:
             table = np.array([[of_run.get(step, math.nan) for step in steps] for of_run in of_runs])
@@ -310,21 +314,24 @@ def _panel(key: str, settings: Mapping[str, Sequence[object]], ends: Ends) -> Ch
     kinds = sorted(set(numbers)) if is_number else sorted({value_text(value) for value in values})
     place = [float(value) if is_number else float(kinds.index(value_text(value))) for value in values]  # type: ignore[arg-type]
     others = {other: of_runs for other, of_runs in settings.items() if other not in (key, SEED)}
-    lines, band = _alike(others, len(values)), "seed" if SEED in settings else ""
-    if len(lines) > _CURVES:
-        lines, band = [("mean", list(range(len(values))))], f"of the {len(lines)} choices of the other keys"
+    choices, band, cut = _alike(others, len(values)), "seed" if SEED in settings else "", ""
+    if len(choices) > _CURVES:
+        # Other choices at one value than at another would tell of themselves, not of the value
+        everywhere = [members for _, members in choices if {place[i] for i in members} == set(place)]
+        if everywhere:
+            band = f"of the {len(everywhere)} choices of the other keys that each value was tried with"
+            choices = [("mean", list(itertools.chain.from_iterable(everywhere)))]
+        else:
+            cut = f"Only the first {_CURVES} of {len(choices)} choices of the other keys are drawn."
     series = []
-    for color, (label, members) in enumerate(lines):
+    for color, (label, members) in enumerate(choices[:_CURVES]):
         x = sorted({place[i] for i in members})
         runs = [[ends.values[i] for i in members if place[i] == at] for at in x]
-        width = max(map(len, runs))
-        table = np.array([run + [math.nan] * (width - len(run)) for run in runs]).T
-        one = _spread(label, np.array(x), table)
-        series.append(Series(label or ends.figure, one.x, one.y, one.low, one.high, color, "dots"))
-    notes = [
-        ends.note,
-        f"The band reaches from the least to the greatest {band}." if band else "",
-    ]
+        y, low, high = (np.array([measure(run) for run in runs]) for measure in (np.mean, np.min, np.max))
+        several = max(map(len, runs)) > 1
+        of_band = {"low": low, "high": high} if several else {}
+        series.append(Series(label or ends.figure, np.array(x), y, **of_band, color=color, style="dots"))
+    notes = [ends.note, f"The band reaches from the least to the greatest {band}." if band else "", cut]
     is_log = is_number and min(place) > 0 and max(place) / min(place) >= 8
     return Chart(
         f"by_{key.replace('.', '_')}", f"By {key}", key, ends.figure, tuple(series), note=sentences(notes),

@@ -96,6 +96,8 @@ def main() -> None:
                 assert step(engine, here, 2) == third, case
                 assert step_after_loading(engine, here, folder / f"zero{stage}") == third, case
                 assert step_after_loading(plain, here, found) == third, case
+            # The last have all keys at once
+            assert step_after_loading(engine_with(here, stage, []), here, found) == third, f"ZeRO-{stage}, a new engine"
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
         (1, rows, False), (1, 2, True), (2, rows, True), (2, 2, False), (3, rows, False), (3, 2, True),
     ):  # fmt: skip
         yield "fp32", tied, micro, {"zero_stage": stage}
+    for stage, micro in ((1, rows), (2, 2), (3, rows)) if topology.dp_size > 1 else ():
+        yield "bf16", True, micro, {"zero_stage": stage}
     if (topology.tp_size > 1) != (topology.dp_size > 1):
         return  # what follows is computed by one rank, and by those that are split both ways
     split = {"sequence_parallel": topology.tp_size > 1}
@@ -93,9 +95,8 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
         layout = {"zero_stage": stage, "activation_checkpointing": what, **split, **saved, "compile": True}
         yield "fp32", stage == 3, 2, layout
     if topology.world_size == 1:
-        return  # bf16 differs by what is summed over ranks
-    for stage, micro in ((1, rows), (2, 2), (3, rows)):
-        yield "bf16", True, micro, {"zero_stage": stage}
+        return
+    for stage in (1, 2, 3):
         yield "bf16", False, 2, {"zero_stage": stage, "reduce_dtype": "bf16"}
     layout = {"zero_stage": 2, "activation_checkpointing": "selective", **split, **tiled, "compile": True}
     yield "bf16", False, 2, layout

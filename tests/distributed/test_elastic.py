@@ -13,7 +13,7 @@ from tests.tiny_run import write_config
 STEPS = 2  # in each start
 # (tp_size, sp_size, dp_size, ZeRO stage) of each start; the files of the last two in bf16 are laid out alike
 LAYOUTS = {
-    "bf16": [(1, 1, 2, 1), (2, 2, 1, 2), (1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 2), (1, 1, 2, 2)],
+    "bf16": [(1, 1, 4, 1), (1, 1, 1, 1), (2, 2, 1, 2), (2, 1, 1, 1), (1, 2, 1, 2), (1, 1, 2, 2)],
     "fp32": [(2, 1, 1, 1), (1, 2, 1, 3), (2, 1, 1, 3), (1, 1, 1, 2)],
 }
 # Groups of weights by their learning rates and optimizers, where a standard model under AdamW has two

@@ -85,14 +85,14 @@ def suite_of(corpus: Path, folder: Path, kind: str, **changes: object) -> Path:
 
 
 def steps_of(data: DataConfig, dp_size: int = 1) -> Iterator[list[Batch]]:
-    """Yield the batches of all steps, resumed from its state after each seventh one."""
+    """Yield the batches of all steps, resumed from its state after each fifth one."""
     loaders = ranks_of(data, 8, SEED, dp_size)
     number = 0
     while not all(loader.ended for loader in loaders):
         parts = [loader.next_batch() for loader in loaders]
         if any(part.num_rows for part in parts):
             yield parts
-        if (number := number + 1) % 7 == 0:
+        if (number := number + 1) % 5 == 0:
             state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
             ended = [loader.ended for loader in loaders]
             loaders = ranks_of(data, 8, SEED, dp_size)

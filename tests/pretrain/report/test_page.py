@@ -217,21 +217,34 @@ def test_runs_are_grouped_by_what_differs_and_repeated_by_seed(tmp_path: Path) -
 
 def test_more_runs_than_can_be_told_apart_are_averaged_by_each_key(tmp_path: Path) -> None:
     histories = []
-    for rate, layers in itertools.product(np.geomspace(1e-4, 1e-2, 9), (2, 4)):
+    for rate, layers in itertools.product(np.geomspace(1e-4, 1e-2, 17), (2, 4)):
         folder = make_run(tmp_path / f"lr{rate}-{layers}", learning_rate=float(rate))
         folder.config.write_text(folder.config.read_text().replace("n_layers: 2", f"n_layers: {layers}"))
         histories.append(read_run(folder))
     drawn = charts(page(histories))
-    assert "Training loss" not in drawn, "18 curves"
-    losses = np.stack([history.metrics["loss"] for history in histories]).reshape(9, 2, -1)
-    ends = np.array([history.evals[SUITE]["macro"][40]["bits_per_byte"] for history in histories]).reshape(9, 2)
-    for key, axis, count in (("optim.learning_rate", 1, 9), ("model.n_layers", 0, 2)):
-        loss, held_out = drawn[f"Training loss by {key}"]["series"], drawn[f"Held-out text by {key}"]["series"]
-        assert len(loss) == len(held_out) == count
-        for name, reduce in (("y", np.mean), ("low", np.min), ("high", np.max)):
-            np.testing.assert_allclose([one[name] for one in loss], reduce(losses, axis=axis), rtol=1e-5)
-            np.testing.assert_allclose([one[name][-1] for one in held_out], reduce(ends, axis=axis), rtol=1e-5)
-    assert len(charts(page(histories[::2]))["Training loss"]["series"]) == 9, "each run is a curve"
+    assert "Training loss" not in drawn, "34 curves"
+    losses = np.stack([history.metrics["loss"] for history in histories]).reshape(17, 2, -1)
+    ends = np.array([history.evals[SUITE]["macro"][40]["bits_per_byte"] for history in histories]).reshape(17, 2)
+    loss, held_out = (drawn[f"{title} by model.n_layers"]["series"] for title in ("Training loss", "Held-out text"))
+    (panel,) = drawn["By model.n_layers"]["series"]
+    for name, measure in (("y", np.mean), ("low", np.min), ("high", np.max)):
+        np.testing.assert_allclose([one[name] for one in loss], measure(losses, axis=0), rtol=1e-5)
+        np.testing.assert_allclose([one[name][-1] for one in held_out], measure(ends, axis=0), rtol=1e-5)
+        np.testing.assert_allclose(panel[name], measure(ends, axis=0), rtol=1e-5)
+    assert len(drawn["By optim.learning_rate"]["series"]) == 2, "few enough to be shown apart"
+    (one_key,) = (chart for chart in all_charts(histories[::2]) if chart.title == "Training loss")
+    assert "Only the first 16 of 17 are drawn." in one_key.note
+    (unbalanced,) = (chart for chart in all_charts(histories[:-1]) if chart.title == "By model.n_layers")
+    assert "of the 16 choices of the other keys that each value was tried with" in unbalanced.note
+
+
+def test_a_mean_ends_where_the_first_of_its_runs_does(tmp_path: Path) -> None:
+    whole = read_run(make_run(tmp_path / "whole"))
+    cut = read_run(make_run(tmp_path / "cut", seed=1, steps=20, evals=(0, 20), length=40))
+    drawn = charts(page([whole, cut]))
+    (loss,), (held_out,) = drawn["Training loss"]["series"], drawn["Held-out text"]["series"]
+    assert [value is None for value in loss["y"]] == [step > 20 for step in loss["x"]]
+    assert [value is None for value in held_out["y"]] == [False, False, True]
 
 
 def test_runs_that_were_ended_early_are_judged_at_the_last_common_step(tmp_path: Path) -> None:
