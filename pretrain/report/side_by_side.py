@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -138,6 +138,12 @@ def value_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _order(value: object) -> tuple[bool, float, str]:
+    """Return by what values of a key are put in order: numbers by size, and behind them all others by their text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return not is_number, float(value) if is_number else 0.0, value_text(value)  # type: ignore[arg-type]
+
+
 def run_table(histories: Sequence[History]) -> Table:
     """Show each run with what differs in its config, and its figures."""
     settings, unknown = settings_of(histories)
@@ -167,7 +173,7 @@ def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
     groups, swept = groups_of(histories), _swept(settings_of(histories))
     if len(groups) > _CURVES and len(swept) > 1:
         for key, values in swept.items():
-            alike = _alike({key: values}, len(histories))
+            alike = sorted(_alike({key: values}, len(histories)), key=lambda one: _order(values[one[1][0]]))
             of_values = [Group(label, tuple(histories[i] for i in members)) for label, members in alike]
             note = (
                 f"Each line is the mean of the runs with this {key}, whatever their other settings, as far as all of"
@@ -180,8 +186,10 @@ def overlaid(histories: Sequence[History]) -> Iterator[Chart | HeatMap]:
         bands = _OVER_SEEDS if repeats else ""
         yield from _curves(groups, _FIGURES, bands)
     drawn = names_of(histories)[:_CURVES], histories[:_CURVES]
-    yield from context_overlaid(*drawn)
-    yield from needle_maps_of(*drawn)
+    cut = f"Only the first {_CURVES} of {len(histories)} runs are drawn." if len(histories) > _CURVES else ""
+    charts: list[Chart | HeatMap] = [*context_overlaid(*drawn), *needle_maps_of(*drawn)]
+    for chart in charts:
+        yield replace(chart, note=sentences([chart.note, cut]))
 
 
 def _curves(

@@ -227,6 +227,8 @@ def test_more_runs_than_can_be_told_apart_are_averaged_by_each_key(tmp_path: Pat
     ends = np.array([history.evals[SUITE]["macro"][40]["bits_per_byte"] for history in histories]).reshape(17, 2)
     loss, held_out = (drawn[f"{title} by model.n_layers"]["series"] for title in ("Training loss", "Held-out text"))
     (panel,) = drawn["By model.n_layers"]["series"]
+    in_reverse = charts(page(histories[::-1]))["Training loss by model.n_layers"]["series"]
+    assert [one["name"] for one in in_reverse] == [one["name"] for one in loss] == ["n_layers 2", "n_layers 4"]
     for name, measure in (("y", np.mean), ("low", np.min), ("high", np.max)):
         np.testing.assert_allclose([one[name] for one in loss], measure(losses, axis=0), rtol=1e-5)
         np.testing.assert_allclose([one[name][-1] for one in held_out], measure(ends, axis=0), rtol=1e-5)
