@@ -50,7 +50,7 @@ BACKENDS: tuple[AttentionBackend, ...] = ("sdpa", "flex", "varlen")
 
 @dataclass(frozen=True)
 class Job:
-    """What a part is asked to do.
+    """The orders of a part.
 
     Attributes:
         device: where to compute.

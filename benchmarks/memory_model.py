@@ -86,7 +86,7 @@ TILED = {
 
 @dataclass(frozen=True)
 class Simulation:
-    """What one rank held in a simulated step.
+    """The bytes that one rank held in a simulated step.
 
     Attributes:
         states: bytes between two steps: weights, gradient sums, optimizer.

@@ -58,7 +58,7 @@ class Search(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is trained."""
+    """A model and its batches, to be trained."""
 
     model: LlamaConfig
     steps: int

@@ -42,7 +42,7 @@ def _as_written(names: tuple[Offload, ...]) -> str | list[Offload]:
 
 
 class ParallelConfig(Config):
-    """How the model and its training state are laid out over ranks, and what is traded for memory."""
+    """The layout of the model and its training state over ranks, and what is traded for memory."""
 
     tp_size: int = Field(1, ge=1)  # ranks that share one copy of the model, each holding a slice of every matrix
     # Ranks that share the tokens of each row, for rows too long for one; in attention they divide the heads instead

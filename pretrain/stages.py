@@ -18,14 +18,14 @@ from shards.stages import stage_after
 
 
 class StageTrain(Config):
-    """What a stage changes of its batches; null: as before."""
+    """A stage's changes of its batches; null: as before."""
 
     global_batch_size: int | None = Field(None, ge=1)  # rows of one optimizer step, over all ranks
     micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass on one dp rank
 
 
 class StageModel(Config):
-    """What a stage changes of how positions are computed; null: as before."""
+    """A stage's changes of how positions are computed; null: as before."""
 
     rope_theta: float | None = Field(None, gt=0)  # base of the rotary wavelengths
     rope_scaling: RopeScaling | None = None  # replaces the scaling before, if there is one, as a whole
@@ -37,7 +37,7 @@ class StageModel(Config):
 
 
 class StageConfig(Config):
-    """What changes from a step on; everything else stays as it was. Once a stage has begun, it may not be edited."""
+    """A stage's changes from a step on; everything else stays as it was. It may not be edited once it has begun."""
 
     step: int = Field(ge=1)  # optimizer steps that are done when the stage begins, or a text such as "9e9 tokens"
     model: StageModel = StageModel()

@@ -79,7 +79,7 @@ def check_effects(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class WantedTasks:
-    """What --tasks names.
+    """The tasks that --tasks names.
 
     Attributes:
         of_harness: names of tasks of lm-evaluation-harness.

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 class EvaluationConfig(Config):
-    """What is evaluated during a run, and when: before the first step, at regular steps, and after the last."""
+    """The evaluations during a run: before the first step, at regular steps, and after the last."""
 
     every: int | None = Field(None, ge=1)  # optimizer steps; None: only before the first step and after the last
     suite: Path | None = None  # a folder or a YAML file, see shards/suites/suite.py; None: no text by domain

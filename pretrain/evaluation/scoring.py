@@ -29,7 +29,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Part(Protocol[Result]):
-    """What can be scored: a suite or a task, as one dp rank holds it.
+    """A suite or a task to be scored, as one dp rank holds it.
 
     Attributes:
         label: what its results are called in evals.jsonl.

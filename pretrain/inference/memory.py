@@ -26,7 +26,7 @@ _TP_SIZES = (2, 4, 8)  # what is tried for a model that is too large: the GPUs o
 
 @dataclass(frozen=True)
 class GenerationMemory:
-    """What generating takes on one rank: weights, the cache, and what the model makes of a chunk of a prompt.
+    """The memory that generating takes on one rank: weights, the cache, and what the model makes of a prompt's chunk.
 
     Attributes:
         half_cache: whether the cache is in bf16 although the weights are fp32.

@@ -80,7 +80,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a block costs one tensor-parallel rank in training, in bytes per token.
+    """The costs of a block for one tensor-parallel rank in training, in bytes per token.
 
     Memory and speed are estimated from it.
 
@@ -103,7 +103,7 @@ class BlockCosts:
 
 
 class Cache(Protocol):
-    """What a model keeps of the tokens that it has seen of documents that it continues.
+    """The memory of a model of the tokens that it has seen of documents that it continues.
 
     Attributes:
         length: number of tokens of each document that it has seen.

@@ -114,7 +114,7 @@ class RecurrentConfig(ModelConfig):
 
 @dataclass
 class Context:
-    """What one layer carries on: [B, C] fp32, or None before the first token."""
+    """The vector that one layer carries on: [B, C] fp32, or None before the first token."""
 
     values: Tensor | None = None
 

@@ -122,7 +122,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank trains: everything that its memory depends on."""
+    """The training of one rank: everything that its memory depends on."""
 
     model: ModelConfig
     parallel: ParallelConfig

@@ -56,7 +56,7 @@ def names_of(histories: Sequence[History]) -> list[str]:
 
 
 class Settings(NamedTuple):
-    """How configs differ.
+    """The differences of configs.
 
     Attributes:
         differing: the keys whose values differ, and each run's value; None where a run lacks the key.
@@ -250,8 +250,10 @@ def _mean_curve(group: Group, key: str) -> tuple[Series, int] | None:
 def _spread(label: str, x: Floats, table: Floats) -> Series:
     """Return the mean of the runs of a table [runs, points], with a band from the least to the greatest if several.
 
-    Where a run has no value, as after its end, there is no mean either: that of the others would be that of other runs.
+    Where a run has no value, as after its end, or none that is finite, there is no mean either: that of the others
+    would be that of other runs.
     """
+    table = np.where(np.isfinite(table), table, np.nan)
     mean = table.mean(axis=0)
     return Series(label, x, mean) if len(table) == 1 else Series(label, x, mean, table.min(axis=0), table.max(axis=0))
 
@@ -331,13 +333,13 @@ def _panel(key: str, settings: Mapping[str, Sequence[object]], ends: Ends) -> Ch
             choices = [("mean", list(itertools.chain.from_iterable(everywhere)))]
         else:
             cut = f"Only the first {_CURVES} of {len(choices)} choices of the other keys are drawn."
+    ended = np.where(np.isfinite(ends.values), ends.values, np.nan)
     series = []
     for color, (label, members) in enumerate(choices[:_CURVES]):
         x = sorted({place[i] for i in members})
-        runs = [[ends.values[i] for i in members if place[i] == at] for at in x]
+        runs = [[ended[i] for i in members if place[i] == at] for at in x]
         y, low, high = (np.array([measure(run) for run in runs]) for measure in (np.mean, np.min, np.max))
-        several = max(map(len, runs)) > 1
-        of_band = {"low": low, "high": high} if several else {}
+        of_band = {"low": low, "high": high} if max(map(len, runs)) > 1 else {}
         series.append(Series(label or ends.figure, np.array(x), y, **of_band, color=color, style="dots"))
     notes = [ends.note, f"The band reaches from the least to the greatest {band}." if band else "", cut]
     is_log = is_number and min(place) > 0 and max(place) / min(place) >= 8

@@ -32,7 +32,7 @@ State = Literal["waiting", "training", "stopping", "held", "resting", "finished"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for one run.
+    """The work to be done for one run.
 
     Attributes:
         name: of the run.
@@ -69,7 +69,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Halving:
-    """How to stop runs early: by which figure, at which steps, out of how many."""
+    """A rule by which runs are stopped early: by which figure, at which steps, out of how many."""
 
     figure: EvalFigure
     rungs: list[int]

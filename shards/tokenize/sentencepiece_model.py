@@ -21,7 +21,7 @@ from shards.tokenize.word_encoder import WordEncoder
 
 
 class _Analysis(NamedTuple):
-    """What follows from a model alone, and is never changed."""
+    """The properties of a model file, which never change."""
 
     cuts: Cuts
     normalizes: bool  # an identity normalizer is replaced by code here; any other is called

@@ -247,6 +247,8 @@ def test_a_mean_ends_where_the_first_of_its_runs_does(tmp_path: Path) -> None:
     (loss,), (held_out,) = drawn["Training loss"]["series"], drawn["Held-out text"]["series"]
     assert [value is None for value in loss["y"]] == [step > 20 for step in loss["x"]]
     assert [value is None for value in held_out["y"]] == [False, False, True]
+    table = np.array([[1.0, np.inf, 3.0], [3.0, 1.0, np.nan]])
+    np.testing.assert_array_equal(side_by_side._spread("", np.arange(3.0), table).y, [2, np.nan, np.nan])
 
 
 def test_runs_that_were_ended_early_are_judged_at_the_last_common_step(tmp_path: Path) -> None:
