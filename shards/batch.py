@@ -56,9 +56,9 @@ class Batch:
         # 0 = padding; a row's pieces count from 1, and a token of a prompt has its piece's number negated. Where tokens
         # attend to the whole row, it is one piece, in which the first tokens of documents are negated too
         self.segment_ids: npt.NDArray[np.int32] = np.zeros_like(self.tokens)
-        self.n_targets = 0  # tokens to predict: those that `is_target` marks
         self.forgotten_tokens = 0  # tokens of documents that data.forget names, in place of which there is padding
-        self.squared_lengths = 0  # sum of the squares of the pieces' lengths, which attention's arithmetic grows with
+        # Sum of the squares of the lengths of what attends to itself, which attention's arithmetic grows with
+        self.squared_lengths = 0
         # Sums mod 2^64 of the rows' hashes keyed by slot, to be summed over ranks: of the rows as they were read, and
         # as they are trained on; they differ only where documents are forgotten
         self.row_hash = self.trained_hash = 0
@@ -78,9 +78,10 @@ class Batch:
             if row.window.forgotten.any() and self._forget(i, row, lengths):
                 read = self._hash(i)
             self.trained_hash += read
-            self.n_targets += int(_targets(self.segment_ids[i]).sum())
-            self.squared_lengths += _squared_lengths(self.segment_ids[i])
+            together = lengths if attention == "document" else [sum(lengths)]
+            self.squared_lengths += sum(length * length for length in together)
             self._count(counts, row, lengths)
+        self.n_targets = int(self.is_target.sum())  # tokens to predict
         self.row_hash %= _HASH_MODULUS
         self.trained_hash %= _HASH_MODULUS
         self.source_tokens: dict[str, int] = dict(counts)  # per source, or per SOURCE/SUB_SOURCE, without padding
@@ -136,7 +137,9 @@ class Batch:
     @property
     def is_target(self) -> npt.NDArray[np.bool_]:
         """Which next tokens are to be predicted, bool [rows, seq_len]: not those of prompts, nor any piece's first."""
-        return _targets(self.segment_ids)
+        pieces = np.abs(self.segment_ids)
+        is_target: npt.NDArray[np.bool_] = (self.segment_ids[:, 1:] > 0) & (pieces[:, 1:] == pieces[:, :-1])
+        return is_target
 
     @property
     def pieces(self) -> npt.NDArray[np.int32]:
@@ -204,21 +207,6 @@ class Batch:
 
     def _shard(self, source: int, shard: int) -> str:
         return self._sources[source].shards[shard].path
-
-
-def _targets(segment_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Mark the next tokens to predict: int32 [..., seq_len + 1] -> bool [..., seq_len]."""
-    pieces = np.abs(segment_ids)
-    is_target: npt.NDArray[np.bool_] = (segment_ids[..., 1:] > 0) & (pieces[..., 1:] == pieces[..., :-1])
-    return is_target
-
-
-def _squared_lengths(segment_ids: npt.NDArray[np.int32]) -> int:
-    """Return the sum of the squares of the lengths of a row's pieces, without padding."""
-    pieces = np.abs(segment_ids)
-    bounds = np.flatnonzero(np.diff(pieces, prepend=-1, append=-1))
-    lengths = np.diff(bounds)[pieces[bounds[:-1]] > 0]
-    return int((lengths * lengths).sum())
 
 
 def _pieces(row: Row) -> npt.NDArray[np.int32]:

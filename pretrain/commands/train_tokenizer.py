@@ -71,8 +71,10 @@ def take_sample(arguments: argparse.Namespace) -> TrainingSample:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train the tokenizer and write its file. Raises HeadraceError if the shards or the arguments do not allow it."""
-    if not arguments.out.parent.is_dir():  # checked now, not after an hour of training
-        raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; create it first")
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of training
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: its folder cannot be made: {error.strerror}") from None
     if arguments.kind == "byte-level" and arguments.character_coverage is not None:
         raise ConfigError("--character-coverage is of --kind sentencepiece; byte-level tokens cover every character")
     if arguments.max_bytes < MAX_STRETCH_BYTES:

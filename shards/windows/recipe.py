@@ -6,6 +6,7 @@ windows would belong to another run, so it compares before it makes any.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -130,8 +131,9 @@ def _check_file(key: str, path: str, found: str, begun_with: str) -> None:
         )
 
 
+@functools.cache  # the code that this process runs does not change when its files do
 def program() -> dict[str, str]:
-    """Identify what, besides data and config, decides the windows that a process makes, as found on disk.
+    """Identify what, besides data and config, decides the windows that a process makes, as first found on disk.
 
     That is this package's code and the libraries that parse, tokenize and pack.
     """

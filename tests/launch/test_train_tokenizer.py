@@ -120,7 +120,7 @@ def test_a_bad_record_is_named_and_can_be_skipped(tmp_path: Path, capsys: pytest
         ("abc def", "--vocab-size 1000", "set it to a value <="),
         ("abc def", "--vocab-size 5", "smaller than required_chars"),
         ("", "--vocab-size 300", "there is no text"),
-        ("abc def", "--vocab-size 300 --out nowhere/t.model", "there is no folder"),
+        ("abc def", "--vocab-size 300 --out README.md/t.model", "its folder cannot be made: File exists"),
         ("abc def", "--vocab-size 300 --max-bytes 10", "too small a sample"),
         ("abc def", "--vocab-size 300 --text-key a/b", 'text_key: "a/b" is wrong'),
         ("abc def", "--vocab-size 300 --kind byte-level", "set it to a value <= 263"),

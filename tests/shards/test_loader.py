@@ -174,7 +174,7 @@ def test_a_run_resumes_across_an_epochs_end_with_any_workers_and_ranks(small: Pa
 @settings(max_examples=examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lanes=st.sampled_from([2, 3, 7]),
-    packing=POLICIES,
+    packing=POLICIES.filter(lambda packing: not isinstance(packing, MaxOverflow)),  # which leaves documents out
     window_bytes=st.sampled_from([512, 2048]),
     workers=st.integers(0, 2),
 )

@@ -50,12 +50,6 @@ def test_a_token_knows_its_piece_whatever_attends_to_it(corpus: Path, packing: s
         assert np.array_equal(other.pieces, one.pieces)
 
 
-def test_squared_lengths_are_those_of_the_pieces(corpus: Path) -> None:
-    for batch in batches(corpus):
-        lengths = [np.bincount(row[row > 0]) for row in batch.segment_ids]
-        assert batch.squared_lengths == sum(int(n) ** 2 for of_row in lengths for n in of_row)
-
-
 def test_nothing_attends_to_a_forgotten_document(corpus: Path, tmp_path: Path) -> None:
     listed = tmp_path / "forget.jsonl"
     lines = [f'{{"shard": "{corpus / "texts.jsonl"}", "line": {line}}}\n' for line in range(5, 200, 7)]
