@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 # Two tests run at once, and torch's threads collapse when they have to share a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A small kernel is compiled in less time than a process that would compile it takes to import torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 # How long an example takes means nothing on a machine that does other work. `--hypothesis-profile` chooses another.
 settings.register_profile("quick", deadline=None, max_examples=10)
 settings.register_profile("ci", deadline=None, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that mostly wait for Slurm, so that the other process does not wait for them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture(scope="session")

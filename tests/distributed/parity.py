@@ -90,8 +90,8 @@ def layouts(topology: Topology) -> Iterator[tuple[str, bool, int, dict[str, Any]
     tiled, moved = {"feed_forward_tokens": 7}, {"offload": "activations"}
     for stage, what, saved in ((1, "selective", tiled), (1, "full", moved), (3, "none", tiled), (3, "selective", {})):
         yield "fp32", stage == 1, 2, {"zero_stage": stage, "activation_checkpointing": what, **split, **saved}
-    # With the last case, each stage and each way once
-    for stage, what, saved in ((1, "none", {}), (3, "full", tiled | moved)):
+    # With the last case, each stage and each way once; to compile takes several ranks long
+    for stage, what, saved in ((1, "none", {}), (3, "full", tiled | moved))[topology.world_size > 1 :]:
         layout = {"zero_stage": stage, "activation_checkpointing": what, **split, **saved, "compile": True}
         yield "fp32", stage == 3, 2, layout
     if topology.world_size == 1:

@@ -23,7 +23,7 @@ from tests.distributed.ranks import ROOT, Rank, start_ranks
 from tests.pretrain.checkpoint.disk import KILLED
 from tests.tiny_run import write_config
 
-STEPS = 40
+STEPS = 30
 
 
 class Run:
@@ -204,19 +204,19 @@ def test_ranks_killed_together_resume_exactly(
     tp_size: int, sp_size: int, zero_stage: int, precision: str, tmp_path: Path
 ) -> None:
     runs = []
-    for name, kill_after in (("straight", None), ("killed", 14)):
+    for name, kill_after in (("straight", None), ("killed", 8)):
         tmp_path.joinpath(name).mkdir()
         run = Run(tmp_path / name, 2, tp_size, zero_stage, precision, sp_size=sp_size)
         if kill_after:
-            processes = run.start("train.steps=20")
+            processes = run.start("train.steps=12")
             run.wait_for_step(kill_after, processes)
             for process in processes:
                 process.kill_group()
             wait(processes, [-signal.SIGKILL])
-        run.finish("train.steps=20")
+        run.finish("train.steps=12")
         runs.append(run)
     assert runs[0].figures() == runs[1].figures()
-    assert len(runs[1].figures()) == 20
+    assert len(runs[1].figures()) == 12
 
 
 @pytest.mark.distributed

@@ -146,6 +146,7 @@ def test_only_a_run_past_its_first_save_can_lack_a_checkpoint(tmp_path: Path) ->
         check_checkpoints_there(store, config, folder)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["index", "train_tokenizer"])  # which import no torch
 def test_a_script_starts_its_own_command_wherever_python_looks_for_modules(name: str, tmp_path: Path) -> None:
     """With -P the folder of the script, in which `pretrain` is another module, is not on sys.path."""

@@ -157,7 +157,7 @@ def test_zero_1_holds_its_gradients_once_and_as_estimated(
     assert found == pytest.approx([estimate if immediate else estimate * 1.5] * 3, rel=0.01)
 
 
-@pytest.mark.parametrize(("checkpointing", "zero_stage"), [("none", 1), ("selective", 2), ("full", 3), ("none", 3)])
+@pytest.mark.parametrize(("checkpointing", "zero_stage"), [("none", 1), ("selective", 2), ("full", 3)])
 def test_training_and_scoring_compile_once_each_and_compute_the_same(
     topology: Topology, checkpointing: str, zero_stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

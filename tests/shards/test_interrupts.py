@@ -81,6 +81,7 @@ class Interrupter:
         return self._trace
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_interrupt_at_any_line_neither_loses_nor_repeats_a_batch(
     sources: list[dict[str, object]], undisturbed: list[tuple[int, int]], num_workers: int
@@ -109,6 +110,7 @@ def test_an_interrupt_at_any_line_neither_loses_nor_repeats_a_batch(
     assert interrupts > 100
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ShardError, MemoryError])
 def test_a_failed_batch_comes_next_whichever_draw_failed(

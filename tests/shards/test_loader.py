@@ -136,6 +136,7 @@ def test_batches_do_not_depend_on_ranks_or_restarts(corpus: Path, draw: st.DataO
         assert global_batches(data, batch, len(tail), second, saved)[0] == tail
 
 
+@pytest.mark.distributed
 def test_workers_make_the_same_batches(corpus: Path) -> None:
     plain, states = global_batches(config(sources(corpus), lanes=4), 8, 20)
     several = config(sources(corpus), lanes=4, num_workers=3, prefetch_bytes=9000)
@@ -416,6 +417,7 @@ def loading_process(corpus: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent_and_never_load_torch(
     loading_process: subprocess.Popen[str], ending: signal.Signals

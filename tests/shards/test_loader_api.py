@@ -10,6 +10,8 @@ from shards import DataConfig
 from tests.pages import blocks, unprinted
 from tests.shards.corpora import ROOT
 
+pytestmark = pytest.mark.distributed
+
 
 def test_the_examples_of_the_loader_page_run_and_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -176,6 +176,7 @@ def test_records_are_taken_by_their_number_over_all_shards(
     assert texts == list(taken.values())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "part", [{"take": [40, 390]}, {"hash_range": [0.1, 0.9]}, {"min_tokens": 30, "max_tokens": 150}]
 )

@@ -163,6 +163,7 @@ def moments(done: list[Operation]) -> Iterator[tuple[int, Moment]]:
         yield number, "after"
 
 
+@pytest.mark.distributed
 def test_a_kill_at_any_operation_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     done = operations(tmp_path / "whole")
     two_saves_begun(tmp_path / "begun")

@@ -71,6 +71,7 @@ def test_the_first_signal_counts_and_another_kind_changes_nothing() -> None:
         assert interrupt.requested == signal.SIGUSR1
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_the_same_signal_again_exits_at_once(tmp_path: Path, number: signal.Signals, code: int) -> None:
     clock = tmp_path / "clock"
@@ -92,6 +93,7 @@ def test_the_same_signal_again_exits_at_once(tmp_path: Path, number: signal.Sign
     assert "again: exiting at once" in said
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_during_a_start_ends_it_cleanly(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", STARTING], stdout=subprocess.PIPE, text=True) as process:

@@ -14,6 +14,8 @@ from pretrain.cluster.speed import data_parallel_bytes, sequence_bytes, tensor_p
 from pretrain.config import RunConfig, load_config
 from pretrain.model.size import memory_per_rank
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).resolve().parents[3]
 MICRO_STEPS = 2  # of a simulated step
 

@@ -19,6 +19,8 @@ from shards import installation
 from tests.pretrain.run.wandb_server import wandb_server
 from tests.pretrain.run.wandb_sessions import records, session
 
+pytestmark = pytest.mark.distributed
+
 CONFIG = WandbConfig(system_metrics=False)
 
 

@@ -23,6 +23,8 @@ from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
 from shards import ConfigError
 
+pytestmark = pytest.mark.distributed
+
 TRAINER = Path(__file__).with_name("trainer.py")
 DEADLINE = 120.0  # seconds
 

@@ -17,6 +17,8 @@ from shards.index.manifest import Shard
 from shards.processes import in_processes
 from tests.shards.corpora import config, write_three_sources
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

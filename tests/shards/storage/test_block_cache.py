@@ -82,6 +82,7 @@ def write_until_killed(folder: Path, limit: int, first: int) -> None:
         assert get(cache, number) in (block(number), None)
 
 
+@pytest.mark.distributed
 def test_several_processes_and_kills_leave_only_whole_blocks_within_the_bound(tmp_path: Path) -> None:
     limit = 100 * (BLOCK + CHECK_BYTES)
     context = multiprocessing.get_context("fork")

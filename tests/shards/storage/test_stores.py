@@ -24,6 +24,8 @@ from shards.storage import files, remote
 from tests.shards.corpora import compress, config, record, words
 from tests.shards.records.fake_hub import REPOSITORY, FakeHub
 
+pytestmark = pytest.mark.distributed
+
 RAW = [b"".join(record(words(1000 * shard + i, 50 + i % 300)) for i in range(320)) for shard in range(3)]
 SHARDS = {f"part-{i}.jsonl.zst": compress(raw, ".zst", frames=3) for i, raw in enumerate(RAW)}
 

@@ -76,6 +76,7 @@ def data_config(shard: Path, folder: Path, **changes: object) -> DataConfig:
     return config(sources, **(values | {"decontaminate": {"suite": EVAL}} | changes))
 
 
+@pytest.mark.distributed
 def test_all_planted_overlaps_are_found_and_no_other_document_is_dropped(
     planted: tuple[Path, set[int]], tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from shards import ConfigError, DataConfig, Loader, ShardError
 from shards.windows.recipe import Recipe, Tools
 from tests.shards.corpora import ROOT, TOKENIZER, config, record, words, write_shard
 
+pytestmark = pytest.mark.distributed
+
 BATCHES = 40
 
 
