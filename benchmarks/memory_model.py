@@ -33,6 +33,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -369,10 +370,11 @@ def main() -> int:
     arguments = parser.parse_args()
     worst = 0.0
     # Each case needs a process group and DeepSpeed's globals to itself.
-    with multiprocessing.get_context("fork").Pool(1, _log_to_stderr, maxtasksperchild=1) as pool:
-        for found in pool.imap(compare, arguments.cases or shipped()):
-            worst = max(worst, abs(float(str(found["off"]))))
-            print(json.dumps(found) if arguments.json else _line(found), flush=True)
+    for case in arguments.cases or shipped():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _log_to_stderr) as process:
+            found = process.submit(compare, case).result()  # an error if the process was killed, say for its memory
+        worst = max(worst, abs(float(str(found["off"]))))
+        print(json.dumps(found) if arguments.json else _line(found), flush=True)
     return int(worst > TOLERANCE)
 
 

@@ -6,8 +6,9 @@ The YAML file lists values for each key, such as
     run.seed: [0, 1]
 
 and there is one run for each combination, as with `headrace submit --array`, which takes the same file. Every run has a
-folder of its own, NAME-learning_rate-0.001-seed-0 and so on. The same command goes on after a Ctrl-C or a kill, and
-trains no finished run again. It ends with a report of all runs, the best first.
+folder of its own, NAME-learning_rate-0.001-seed-0 and so on. What its log warns of is shown, once for all runs. The
+same command goes on after a Ctrl-C or a kill, and trains no finished run again. It ends with a report of all runs, the
+best first.
 
 With --halve, the better half of the runs goes on at each of a few evaluations, by a figure of evals.jsonl, until one is
 trained to the end.
@@ -40,6 +41,7 @@ from pretrain.run.lease import Lease
 from pretrain.start import check_inputs
 from pretrain.sweep.halving import figure_of
 from pretrain.sweep.local import Halving, LocalSweep, Plan, Point
+from pretrain.sweep.log_warnings import LogWarnings
 from pretrain.sweep.slot import Slot
 from pretrain.sweep.table import line_of, sweep_table
 from shards import ConfigError, installation
@@ -127,6 +129,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 def follow(sweep: LocalSweep, console: Console) -> bool:
     """Train until all is done; return False if it was asked to stop before. Raises: ConfigError as the sweep does."""
+    warnings = LogWarnings({point.plan.name: sweep.log_of(point) for point in sweep.points})
     with ExitStack() as stack:
         asked = stack.enter_context(_asked_to_stop())
         live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
@@ -140,6 +143,8 @@ def follow(sweep: LocalSweep, console: Console) -> bool:
                 live.update(sweep_table(sweep.points), refresh=True)
             for point in changed if live is None else ():
                 console.print(line_of(point), highlight=False, markup=False, soft_wrap=True)
+            for name, text in warnings.new():
+                console.print(f"{name} warns: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             if sweep.is_done:
                 break
             time.sleep(_EVERY)

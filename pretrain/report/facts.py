@@ -79,11 +79,9 @@ def _facts(history: History) -> Iterator[tuple[str, str]]:
     rows, seq_len = value("train.global_batch_size"), value("data.seq_len")
     if isinstance(rows, int) and isinstance(seq_len, int):
         yield "Batch", f"{rows:,} rows of {seq_len:,} tokens, {rows * seq_len:,} in a step"
-    length = history.length
-    yield (
-        "Length",
-        f"{length:,} steps" if length else f"{value('train.epochs')} epochs" if value("train.epochs") else "",
-    )
+    epochs = f"{value('train.epochs')} epochs" if value("train.epochs") else ""
+    steps = f"{history.foreseen_length:,} steps" if history.foreseen_length else ""
+    yield "Length", ", ".join(filter(None, (epochs, steps)))
     optim = value("optim")
     if isinstance(optim, dict):
         names = ("name", "learning_rate", "schedule", "warmup_steps", "floor", "betas", "weight_decay", "grad_clip")

@@ -27,7 +27,8 @@ def state_of(history: History) -> str:
     step, length = history.last_step, history.length
     if length is not None and step >= length:
         return f"finished after {step:,} steps"
-    of = f" of {length:,}" if length is not None else ""
+    foreseen = history.foreseen_length
+    of = f" of {foreseen:,}" if foreseen is not None else ""
     try:
         is_held = time.time() - history.folder.lease.stat().st_mtime < _FRESH_SECONDS
     except OSError:
@@ -129,7 +130,7 @@ def duration(seconds: float) -> str:
 
 def seconds_left(history: History) -> float | None:
     """Estimate the seconds that the remaining steps take, at the pace of the last ones and with their saves."""
-    length = history.length
+    length = history.foreseen_length
     seconds = history.metrics["step_seconds"][-_RECENT:]
     if length is None or not np.isfinite(seconds).any():
         return None

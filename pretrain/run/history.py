@@ -169,6 +169,12 @@ class History:
         steps = self.value("train.steps")
         return ended if ended is not None else steps if isinstance(steps, int) else None
 
+    @property
+    def foreseen_length(self) -> int | None:
+        """Return the step at which the run ends, or about the one at which its data will end it; None if unknown."""
+        last = self.starts[-1].get("last_step") if self.starts else None
+        return self.length or (last if isinstance(last, int) and last else None)
+
     def value(self, key: str) -> Any:
         """Return a value of the config by its dotted key; None if it has none."""
         found: Any = self.config

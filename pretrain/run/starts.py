@@ -51,6 +51,7 @@ class StartRecord(msgspec.Struct, frozen=True):
         environment: the same on all ranks, but for the device.
         hosts: names of the nodes.
         suite: the label of its evaluations; empty if it makes none, or an older program did not record it.
+        last_step: the run's, foreseen where its data ends it; 0 if an older program did not record it.
     """
 
     step: int
@@ -65,10 +66,17 @@ class StartRecord(msgspec.Struct, frozen=True):
     hosts: list[str]
     suite: str = ""
     sp_size: int = 1
+    last_step: int = 0
 
 
 def describe_start(
-    step: int, config_hash: str, zero_stage: int, environment: Environment, topology: Topology, suite: str = ""
+    step: int,
+    config_hash: str,
+    zero_stage: int,
+    environment: Environment,
+    topology: Topology,
+    suite: str = "",
+    last_step: int = 0,
 ) -> StartRecord:
     """Describe a start that resumes from a step; every rank calls it."""
     return StartRecord(
@@ -84,6 +92,7 @@ def describe_start(
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
         suite=suite,
         sp_size=topology.sp_size,
+        last_step=last_step,
     )
 
 

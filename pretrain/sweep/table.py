@@ -45,8 +45,8 @@ def _plain(value: str) -> str:
 
 def _figures(point: Point) -> Iterator[str]:
     history = point.history
-    steps = "?" if point.plan.steps is None else f"{point.plan.steps:,}"
-    yield f"{history.last_step:,}/{steps}"
+    steps = point.plan.steps or history.foreseen_length
+    yield f"{history.last_step:,}/{f'{steps:,}' if steps else '?'}"
     loss = final_loss(history)
     yield f"{loss:.4f}" if math.isfinite(loss) else ""
     scored = last_eval(history)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.starts import read_starts
 from pretrain.topology import free_port
 from shards import read_documents
 from tests.distributed.ranks import ROOT, Rank, start_ranks
@@ -325,6 +327,8 @@ def test_a_run_given_in_epochs_ends_after_them_and_with_its_schedule(tmp_path: P
     run.finish(*overrides, "train.steps=null", "train.epochs=2", "optim.schedule=linear", "optim.floor=0")
     metrics = run.metrics()
     assert metrics[-1]["epoch_per_source"] == {"tiny": 2.0}
+    (start,) = read_starts(RunFolder(tmp_path / "resumed"))
+    assert start.last_step == metrics[-1]["step"], "it was foreseen"
     assert [m["learning_rate"] for m in metrics[-2:]][-1] == 0 < metrics[-2]["learning_rate"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.report.figures import state_of
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
 
@@ -71,3 +72,17 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         assert what in said, said
     np.testing.assert_array_equal(history.layers["rms"][1], [1, math.nan])
     assert history.name == "x", "the folder's"
+
+
+def test_the_end_of_a_run_whose_data_ends_it_is_known_as_its_last_start_foresaw_it(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x")
+    folder.config.write_text("run: {name: x}\ntrain: {epochs: 2}\n")
+    history = History(folder.root)
+    for start, length in (({}, None), ({"last_step": 0}, None), ({"last_step": 30}, 30), ({"last_step": 28}, 28)):
+        folder.starts.append({"step": 0, **start})
+        history.refresh()
+        assert (history.length, history.foreseen_length) == (None, length)
+    assert state_of(history) == "stopped at step 6 of 28"
+    folder.note_data_end(27)
+    history.refresh()
+    assert (history.length, history.foreseen_length) == (27, 27)
