@@ -165,22 +165,23 @@ def test_the_full_config_is_valid_and_has_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "wrong"),
+    ("kind", "path", "right"),
     [
-        pytest.param(kind, path, wrong, id=f"{in_words(path)}={wrong!r}")
+        pytest.param(kind, path, right, id=in_words(path))
         for kind, tree in TREES.items()
         for path, right in places(tree)
         if path[0] != "deepspeed"  # DeepSpeed's own keys have their own table
-        for wrong in wrong_values(right)
-        if not (path[:2] == ("evaluation", "tasks") and isinstance(right, dict) and wrong == "x")  # its requests alone
     ],
 )
 def test_a_value_of_a_wrong_type_is_refused_by_name(
-    kind: type[Config], path: tuple[str | int, ...], wrong: object
+    kind: type[Config], path: tuple[str | int, ...], right: object
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
-        kind.parse(replaced(TREES[kind], path, wrong))
-    assert str(caught.value).startswith(in_words(path)), caught.value
+    for wrong in wrong_values(right):
+        if path[:2] == ("evaluation", "tasks") and isinstance(right, dict) and wrong == "x":
+            continue  # a task may be given by its requests alone
+        with pytest.raises(ConfigError) as caught:
+            kind.parse(replaced(TREES[kind], path, wrong))
+        assert str(caught.value).startswith(in_words(path)), (wrong, caught.value)
 
 
 def test_a_whole_number_may_stand_for_a_fraction() -> None:
