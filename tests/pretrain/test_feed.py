@@ -155,14 +155,14 @@ def test_each_bad_record_is_listed_even_if_no_row_follows_it(tmp_path: Path, see
 
 
 def test_a_stop_is_noticed_where_batches_are_empty_and_a_resume_is_exact(tmp_path: Path) -> None:
-    """Between the end of one source and the step that brings in the other there are 5,000 batches without a row."""
+    """Between the end of one source and the step that brings in the other there are 1,000 batches without a row."""
     for name in "ab":
         write_shard(tmp_path / f"{name}.jsonl", b"".join(record(words(i, 40)) for i in range(20)))
     sources = [
         {"name": "a", "paths": [str(tmp_path / "a.jsonl")], "max_epochs": 1, "weight": 1.0},
         {"name": "b", "paths": [str(tmp_path / "b.jsonl")], "max_epochs": 1, "weight": 0.0},
     ]
-    changes = [{"step": 5000, "weights": {"a": 0.0, "b": 1.0}}]
+    changes = [{"step": 1000, "weights": {"a": 0.0, "b": 1.0}}]
     data = config(sources, lanes=2, window_bytes=512, weight_changes=changes)
     prepared = prepare(data)
 
