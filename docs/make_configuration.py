@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import io
 import os
@@ -68,6 +69,8 @@ This page lists every key of a run's YAML file, in the order of the classes that
   new run another `run.name`, fork the run, or start over with `--fresh`. *Free until it begins*: a stage in the future
   may be edited, one in the past may not. Some free keys of `data` are compared by what they lead to:
   files may move, for example, as long as their contents stay the same.
+- What a stage shares with the run, such as `data.sources`, is described once, under the run's own key. In a stage, keys
+  that are *fixed* there are *free until it begins*.
 """
 
 SUITE_HEAD = """\
@@ -193,6 +196,8 @@ def page() -> str:
     """Put the whole page together."""
     parts, before = [HEAD], None
     for section in sections(RunConfig):
+        if section.title != _titles()[section.config]:
+            continue  # a stage has it too
         title = f"## {section.title}\n\n" if section.path else "## The top level\n\n"
         title *= section.title != before  # one key may hold either of two sections
         parts.append(f"{title}{_docstring(section.config)}\n\n{_table(section, resumes=True)}")
@@ -226,8 +231,18 @@ def _table(section: Section, resumes: bool) -> str:
 def _below(section: Section, key: Key) -> str:
     """Link to the section of a key that has one; return an empty text for a key that holds a value."""
     field = section.config.model_fields[key.path.rpartition(".")[2]]
-    titles = dict.fromkeys(inner.title for inner in _sections_of(field, key.path))
+    titles = dict.fromkeys(_titles()[inner.config] for inner in _sections_of(field, key.path))
     return ", ".join(f"[{title}](#{_anchor(title)})" for title in titles)
+
+
+@functools.cache
+def _titles() -> dict[type[Config], str]:
+    """Map each class to the title under which the page describes it: that of the first section that has it."""
+    titles: dict[type[Config], str] = {}
+    for root in (RunConfig, SuiteFile):
+        for section in sections(root):
+            titles.setdefault(section.config, section.title)
+    return titles
 
 
 def _anchor(title: str) -> str:
