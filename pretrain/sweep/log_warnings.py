@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"\d[\d.,]*")
 
 
 class LogWarnings:
-    """The warnings in the logs of several runs, each once however many runs give it, and with whatever numbers.
+    """The warnings in the logs of several runs, each once: however many runs give it, with whatever numbers.
 
     Args:
         logs: of the runs, by name. They are read from where they end now, since they may hold earlier starts.
@@ -34,7 +34,7 @@ class LogWarnings:
             self._read[name] += len(content)
             for found in _WARNING.findall(content):
                 text = found.decode(errors="replace")
-                if (kind := _NUMBER.sub("", text)) not in self._told:
+                if (kind := _NUMBER.sub("", text.replace(name, ""))) not in self._told:
                     self._told.add(kind)
                     yield name, text
 

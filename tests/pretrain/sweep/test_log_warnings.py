@@ -39,3 +39,9 @@ def test_each_warning_is_told_once_whatever_its_numbers_and_none_of_earlier_star
         assert list(warnings.new()) == []
         file.write("line\n")
     assert list(warnings.new()) == [("b", "half of a line")]
+    for name in ("run-a", "run-b"):
+        logs[name] = tmp_path / f"{name}.log"
+    warnings = LogWarnings(logs)
+    for name in ("run-a", "run-b"):
+        logs[name].write_text(f"2026-12-01 10:00:00,000 rank 0 WARNING pretrain.start: see runs/{name}/log\n")
+    assert list(warnings.new()) == [("run-a", "see runs/run-a/log")]
