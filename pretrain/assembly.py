@@ -20,7 +20,7 @@ from pretrain import data_end
 from pretrain.checkpoint.duration import save_time
 from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.state import Layout, RunState, read_state
+from pretrain.checkpoint.state import RunState, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import find_or_convert
 from pretrain.config import RunConfig, load_config
@@ -56,7 +56,7 @@ from pretrain.run.starts import StartRecord, describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker
 from pretrain.standing import Standing, check_figures
 from pretrain.stepper import enter
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
 from shards.suites.suite import Suite

@@ -17,7 +17,7 @@ import torch
 from pretrain.run.description import git_commit
 from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from shards import __version__
 
 _PACKAGES = ("torch", "deepspeed", "fairscale")
@@ -67,6 +67,10 @@ class StartRecord(msgspec.Struct, frozen=True):
     suite: str = ""
     sp_size: int = 1
     last_step: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp_size, self.dp_size, self.zero_stage, self.sp_size)
 
 
 def describe_start(
