@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.model.parallel import shard_dim
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.topology import Topology
 
 HALF_LIFE = 64  # steps after which an estimate counts half
@@ -149,9 +150,9 @@ class NoiseScale:
 def last_noise(folder: RunFolder, step: int) -> Iterator[tuple[int, GradientNoise]]:
     """Read the estimates of the steps up to one that `NoiseScale` has to know."""
     records = folder.metrics.read(after=step - _WINDOW)
-    for record in itertools.takewhile(lambda record: int(str(record["step"])) <= step, records):
+    for record in itertools.takewhile(lambda record: step_of(record) <= step, records):
         if (found := _noise_in(record)) is not None:
-            yield int(str(record["step"])), found
+            yield step_of(record), found
 
 
 def _noise_in(record: Mapping[str, object]) -> GradientNoise | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pretrain.model.architecture import ModelConfig
 from pretrain.run.eval_figure import is_of_task
+from pretrain.run.step_log import step_of
 
 _logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig,
 
 def _unmoved(records: Sequence[Mapping[str, object]], before: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the domains whose loss has not moved since the first evaluation; only at the `_COURSE`th of them."""
-    steps = sorted({int(str(record["step"])) for record in before})
+    steps = sorted({step_of(record) for record in before})
     if len(steps) != _COURSE - 1:
         return []  # too early, or said already
     course = [_losses([r for r in before if r["step"] == step]) for step in steps] + [_losses(records)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pretrain.run.events import Event
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.step_stats import Limits, StepStats
 from shards import installation
 
@@ -55,7 +56,7 @@ def figures_of(records: Iterable[Mapping[str, object]]) -> list[StepFigures]:
 def last_figures(folder: RunFolder, step: int, count: int) -> list[StepFigures]:
     """Read the figures of the last `count` steps up to one."""
     records = folder.metrics.read(after=step - count)
-    return figures_of(itertools.takewhile(lambda record: int(str(record["step"])) <= step, records))
+    return figures_of(itertools.takewhile(lambda record: step_of(record) <= step, records))
 
 
 def unapplied_in_a_row(figures: Sequence[StepFigures]) -> int:

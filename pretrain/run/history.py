@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pretrain.config_file import Tree, read_tree
 from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.run.tail import Tail
 from shards import ConfigError
 
@@ -47,7 +48,7 @@ class Columns:
             column.append(values.get(key, math.nan))
         for key, text in record.items():
             if isinstance(text, str):
-                self.texts[key] = int(str(record["step"])), text
+                self.texts[key] = step_of(record), text
         self._count += 1
         self.last = record
 

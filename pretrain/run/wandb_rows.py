@@ -19,7 +19,7 @@ import xxhash
 
 from pretrain.run.eval_figure import is_average, is_of_task, knows_bytes
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.step_log import StepLog
+from pretrain.run.step_log import StepLog, step_of
 
 Row = dict[str, object]
 
@@ -97,10 +97,6 @@ def _summary(row: Row) -> _Sent:
 def _hash(figures: object) -> str:
     # Compared as JSON, as read back from the files, where NaN is null.
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode(figures, order="deterministic"))
-
-
-def step_of(row: Row) -> int:
-    return int(str(row["step"]))
 
 
 def rows_of(
