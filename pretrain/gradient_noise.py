@@ -8,7 +8,6 @@ Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -149,8 +148,7 @@ class NoiseScale:
 
 def last_noise(folder: RunFolder, step: int) -> Iterator[tuple[int, GradientNoise]]:
     """Read the estimates of the steps up to one that `NoiseScale` has to know."""
-    records = folder.metrics.read(after=step - _WINDOW)
-    for record in itertools.takewhile(lambda record: step_of(record) <= step, records):
+    for record in folder.metrics.read(step - _WINDOW, step):
         if (found := _noise_in(record)) is not None:
             yield step_of(record), found
 

@@ -113,7 +113,7 @@ class Journal:
     def earlier_evals(self, records: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         """Return the lines of the evaluations before one, on the same suite."""
         step, suite = step_of(records[0]), records[0]["suite"]
-        return [r for r in self._folder.evals.read() if r["suite"] == suite and step_of(r) < step]
+        return [r for r in self._folder.evals.read(until=step - 1) if r["suite"] == suite]
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
         """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""

@@ -109,11 +109,7 @@ def read_interval(folder: RunFolder, from_step: int, steps: int) -> Interval:
             " that a kill has torn does not count)"
         )
     wanted = range(max(1, from_step), from_step + steps + 1)
-    records = []
-    for record in folder.metrics.read(after=wanted[0] - 1):
-        if step_of(record) > wanted[-1]:
-            break
-        records.append(record)
+    records = list(folder.metrics.read(wanted[0] - 1, wanted[-1]))
     found = [step_of(record) for record in records]
     if odd := [step for step in wanted if found.count(step) != 1]:
         state = "is missing or torn" if odd[0] not in found else "has several records"

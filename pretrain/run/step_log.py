@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -71,11 +72,11 @@ class StepLog:
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def read(self, after: int = -1) -> Iterator[dict[str, object]]:
-        """Read the records of all steps past `after`, in the order in which they were appended."""
+    def read(self, after: int = -1, until: float = math.inf) -> Iterator[dict[str, object]]:
+        """Read the records of all steps past `after`, up to `until`, in the order in which they were appended."""
         for line, _ in self._lines():
             step = _step_in(line)
-            if step is not None and step > after:
+            if step is not None and after < step <= until:
                 yield msgspec.json.decode(line, type=dict[str, object])
 
     def last(self, step: int | None = None) -> dict[str, object] | None:

@@ -107,15 +107,14 @@ def rows_of(
     Args:
         labels: those whose lines of evals.jsonl to include; None: all.
     """
-    evals = (r for r in folder.evals.read(after) if (labels is None or r["suite"] in labels) and step_of(r) <= until)
+    evals = (r for r in folder.evals.read(after, until) if labels is None or r["suite"] in labels)
     evaluated: dict[int, Row] = {}
     for row in eval_rows(evals, eval_prefixes(folder, labels)):
         evaluated.setdefault(step_of(row), {}).update(row)
     waiting = deque(sorted(evaluated))
     measured = _Following(folder.layers.read(after))
-    for record in folder.metrics.read(after):
-        if (step := step_of(record)) > until:
-            break
+    for record in folder.metrics.read(after, until):
+        step = step_of(record)
         while waiting and waiting[0] < step:  # for example, the evaluation before the first step
             yield evaluated[waiting.popleft()]
         yield step_row(record) | layer_figures(measured.at(step)) | evaluated.get(step, {})
