@@ -101,9 +101,9 @@ def doubts(
         )
 
 
-def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig, drawn: bool = False) -> None:
+def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig) -> None:
     """Warn about results of an evaluation that cannot be right; the arguments are those of `doubts`."""
-    for doubt in doubts(records, config, drawn):
+    for doubt in doubts(records, config):
         _logger.warning("%s", doubt)
 
 

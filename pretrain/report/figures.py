@@ -52,16 +52,16 @@ def usual_speed(history: History) -> float:
 
 
 class LastEval(NamedTuple):
-    """The last evaluation of a domain or an average."""
+    """The last macro average over the domains of held-out text."""
 
     step: int
     loss: float
     unit: str  # of the loss
 
 
-def last_eval(history: History, domain: str = "macro", up_to: int | None = None) -> LastEval | None:
-    """Return the last evaluation of a domain or average, up to a step; None without one."""
-    of_steps = history.scored(domain)
+def last_eval(history: History, up_to: int | None = None) -> LastEval | None:
+    """Return the last evaluation, up to a step; None without one."""
+    of_steps = history.scored("macro")
     steps = [step for step in of_steps if up_to is None or step <= up_to]
     if not steps:
         return None
