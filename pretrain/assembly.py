@@ -118,8 +118,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     suite = next((part.label for part in scored if isinstance(part, EvalSet)), "")
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
-    zero_stage = config.parallel.applied_zero_stage
-    begun = describe_start(state.step, config.hash(), zero_stage, environment, topology, suite, steps)
+    layout = layout_of(config, topology)
+    begun = describe_start(state.step, config.hash(), layout, environment, topology, suite, steps)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)

@@ -92,7 +92,7 @@ def replay(
         length = data_end.foresee(loader, config.train.steps, topology)
         before = Figures.of_state(state, engine.state_hash())
         environment = environment_of(topology, engine.attention)
-        start = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
+        start = describe_start(state.step, config.hash(), layout_of(config, topology), environment, topology)
         fingerprint = topology.broadcast_object(loader.fingerprint if loader else {})
         feed = Feed(loader, [stage.of_loader for stage in config.all_stages], topology)
         spikes = SpikeWatch(config.train.spike_window, config.train.spike_score, training.figures)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class StartRecord(msgspec.Struct, frozen=True):
 def describe_start(
     step: int,
     config_hash: str,
-    zero_stage: int,
+    layout: Layout,
     environment: Environment,
     topology: Topology,
     suite: str = "",
@@ -89,14 +90,11 @@ def describe_start(
         program=__version__,
         commit=git_commit(),
         config_hash=config_hash,
-        tp_size=topology.tp_size,
-        dp_size=topology.dp_size,
-        zero_stage=zero_stage,
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
         suite=suite,
-        sp_size=topology.sp_size,
         last_step=last_step,
+        **asdict(layout),
     )
 
 
