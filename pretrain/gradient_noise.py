@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.parallel import shard_dim
+from pretrain.model.parallel import counts_in_sums
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.step_log import step_of
 from pretrain.topology import Topology
@@ -72,8 +72,7 @@ class MicroBatchNorms:
         self._measures = False
         self._norms: list[Tensor] = []
         for parameter in model.parameters() if is_on else ():
-            # A weight of which every tensor-parallel rank has a copy counts once.
-            if parameter.requires_grad and (topology.tp_rank == 0 or shard_dim(parameter) is not None):
+            if parameter.requires_grad and counts_in_sums(parameter, topology.tp_rank):
                 parameter.register_hook(self._note)  # type: ignore[no-untyped-call]
         self._is_on = is_on
 
