@@ -51,8 +51,8 @@ class MetaModel:
     """A model in a folder with Meta's layout; its files are mapped, and weights are assembled on request.
 
     Args:
-        rope_scaling: the scaling of a model that uses it, since params.json does not say how much.
-        vocab_size: tokens whose rows are read, the first ones; None: all rows.
+        expected: the config of the model that the slices are for, with the scaling of its positions, which params.json
+            does not tell whole; None: the folder's.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
