@@ -20,7 +20,7 @@ from pretrain import data_end
 from pretrain.checkpoint.duration import save_time
 from pretrain.checkpoint.resume import Choice, choose, restore
 from pretrain.checkpoint.save import Saver
-from pretrain.checkpoint.state import Layout, RunState, read_state
+from pretrain.checkpoint.state import RunState, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import find_or_convert
 from pretrain.config import RunConfig, load_config
@@ -56,7 +56,7 @@ from pretrain.run.starts import StartRecord, describe_start, environment_of
 from pretrain.run.wandb_tracker import Tracker
 from pretrain.standing import Standing, check_figures
 from pretrain.stepper import enter
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from pretrain.trainer import Parts, Trainer
 from shards import Loader, Prepared, Tokenizer, check_fingerprint
 from shards.suites.suite import Suite
@@ -118,8 +118,8 @@ def assemble(start: Start, stack: ExitStack) -> Trainer:
     suite = next((part.label for part in scored if isinstance(part, EvalSet)), "")
     steps = data_end.foresee(loader, config.train.steps, topology)
     environment = environment_of(topology, engine.attention)
-    zero_stage = config.parallel.applied_zero_stage
-    begun = describe_start(state.step, config.hash(), zero_stage, environment, topology, suite, steps)
+    layout = layout_of(config, topology)
+    begun = describe_start(state.step, config.hash(), layout, environment, topology, suite, steps)
     # Nothing below refuses the start.
     if topology.is_main:
         _warn_of_new_rate(config, folder, steps, state.step)

@@ -22,7 +22,7 @@ from pretrain.config_problems import problems_of
 from pretrain.deepspeed_keys import DeepSpeedConfig, batch_sizes, deepspeed_config, without_batch_sizes
 from pretrain.evaluation.eval_set import EvaluationConfig
 from pretrain.model.architecture import Precision
-from pretrain.model.architectures import AnyModelConfig, without_default
+from pretrain.model.architectures import AnyModelConfig, StageModel, without_default
 from pretrain.model.attention_choice import AttentionShape
 from pretrain.model.sequence import copies_of_kv_heads
 from pretrain.model.size import Workload, checkpoint_bytes
@@ -31,7 +31,7 @@ from pretrain.parallel_config import ParallelConfig
 from pretrain.run.metrics import MetricsConfig
 from pretrain.run.run_folder import Rewind, RunFolder
 from pretrain.run.wandb_tracker import WandbConfig
-from pretrain.stages import RunStage, StageConfig, StageModel, StageTrain, schedule_of, stage_of, stages_of
+from pretrain.stages import RunStage, StageConfig, StageTrain, schedule_of, stage_of, stages_of
 from pretrain.token_lengths import Pace, in_steps
 from pretrain.train_config import TrainConfig
 from shards import Config, ConfigError, DataConfig, Stage

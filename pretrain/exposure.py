@@ -14,6 +14,7 @@ from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.provenance import batch_of_step, newest_fingerprint
 from pretrain.run.run_folder import Ancestor, RunFolder
+from pretrain.run.step_log import step_of
 from shards import CheckpointError, ConfigError, Loader, LoaderState, Stage, check_fingerprint
 from shards.exposure.search import DocumentPlace
 from shards.history import Anchor, Appearance, Historian, History
@@ -44,7 +45,7 @@ def read_trained(folder: RunFolder) -> Trained:
     untrained: dict[int, str] = {}
     tokens, seconds = [0], []
     for record in folder.metrics.read():
-        step = int(str(record["step"]))
+        step = step_of(record)
         if why := next((reason for key, reason in _UNTRAINED.items() if record.get(key)), None):
             untrained[step] = why
         tokens.append(int(str(record["tokens"])))

@@ -8,7 +8,6 @@ Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -16,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.parallel import shard_dim
+from pretrain.model.parallel import counts_in_sums
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.topology import Topology
 
 HALF_LIFE = 64  # steps after which an estimate counts half
@@ -72,8 +72,7 @@ class MicroBatchNorms:
         self._measures = False
         self._norms: list[Tensor] = []
         for parameter in model.parameters() if is_on else ():
-            # A weight of which every tensor-parallel rank has a copy counts once.
-            if parameter.requires_grad and (topology.tp_rank == 0 or shard_dim(parameter) is not None):
+            if parameter.requires_grad and counts_in_sums(parameter, topology.tp_rank):
                 parameter.register_hook(self._note)  # type: ignore[no-untyped-call]
         self._is_on = is_on
 
@@ -148,10 +147,9 @@ class NoiseScale:
 
 def last_noise(folder: RunFolder, step: int) -> Iterator[tuple[int, GradientNoise]]:
     """Read the estimates of the steps up to one that `NoiseScale` has to know."""
-    records = folder.metrics.read(after=step - _WINDOW)
-    for record in itertools.takewhile(lambda record: int(str(record["step"])) <= step, records):
+    for record in folder.metrics.read(step - _WINDOW, step):
         if (found := _noise_in(record)) is not None:
-            yield int(str(record["step"])), found
+            yield step_of(record), found
 
 
 def _noise_in(record: Mapping[str, object]) -> GradientNoise | None:

@@ -15,6 +15,7 @@ from pretrain.run.eval_figure import UNIT_OF, described_depths, is_of_task, loss
 from pretrain.run.events import Event, Events, Hook, Kind
 from pretrain.run.metrics import MetricsConfig, StepProgress, StepRecord
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.run.wandb_tracker import Tracker
 from shards import Skipped
 
@@ -111,8 +112,8 @@ class Journal:
 
     def earlier_evals(self, records: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         """Return the lines of the evaluations before one, on the same suite."""
-        step, suite = int(str(records[0]["step"])), records[0]["suite"]
-        return [r for r in self._folder.evals.read() if r["suite"] == suite and int(str(r["step"])) < step]
+        step, suite = step_of(records[0]), records[0]["suite"]
+        return [r for r in self._folder.evals.read(until=step - 1) if r["suite"] == suite]
 
     def log_skipped(self, step: int, skipped: Sequence[Skipped], contaminated: Sequence[Skipped]) -> None:
         """Log the bad records and contaminated documents that were skipped on the way to a step's rows."""

@@ -12,6 +12,7 @@ from pretrain.checkpoint.state import read_data
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.feed import chain_hash
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from shards import Batch, CheckpointError, ConfigError, DataConfig, Stage, Tokenizer, batch_after
 
 
@@ -34,7 +35,7 @@ def batch_of_step(folder: RunFolder, step: int, stages: Sequence[Stage], seed: i
         raise ConfigError(f"step {step}: the run in {folder.root} {reached}")
     cursors = folder.cursors.last(step - 1)
     state = {key: value for key, value in (cursors or {}).items() if key != "step"}
-    since = int(str(cursors["step"])) if cursors else 0
+    since = step_of(cursors) if cursors else 0
     saved, fingerprint = newest_fingerprint(folder) or (step, None)
     (_, data, rows), *later = stages
     known = min(step, saved)  # the last step of which the fingerprint says how its stage was

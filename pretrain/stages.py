@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from pretrain.model.architecture import ModelConfig
-from pretrain.model.architectures import parse_model
-from pretrain.model.rotary import RopeScaling
+from pretrain.model.architectures import StageModel, parse_model
 from pretrain.optim import OptimConfig, SchedulePart, StageSchedule
 from shards import Config, ConfigError, DataConfig, Stage, StageData
 from shards.config import with_recorded_plan
@@ -22,18 +21,6 @@ class StageTrain(Config):
 
     global_batch_size: int | None = Field(None, ge=1)  # rows of one optimizer step, over all ranks
     micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass on one dp rank
-
-
-class StageModel(Config):
-    """A stage's changes of how positions are computed; null: as before."""
-
-    rope_theta: float | None = Field(None, gt=0)  # base of the rotary wavelengths
-    rope_scaling: RopeScaling | None = None  # replaces the scaling before, if there is one, as a whole
-
-    @property
-    def changes(self) -> dict[str, object]:
-        """Return the new values by key."""
-        return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
 
 
 class StageConfig(Config):

@@ -37,6 +37,7 @@ from pretrain.run.events import check_command
 from pretrain.run.lease import Lease
 from pretrain.run.once import Once
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.standing import learn_from_records
 from pretrain.startup_barrier import StartupBarrier
 from pretrain.topology import Topology, dp_size_of, named_layout, started, world_size_of
@@ -284,7 +285,7 @@ def check_checkpoints_there(store: CheckpointStore, old: RunConfig, folder: RunF
     never overlap.
     """
     newest = folder.metrics.last()
-    step = int(str(newest["step"])) if newest else 0
+    step = step_of(newest) if newest else 0
     first_save = min(old.checkpoint.every, old.train.steps or old.checkpoint.every)
     if step <= first_save or store.steps() or store.has_damaged():
         return

@@ -251,6 +251,32 @@ def named_layout(tp_size: int, sp_size: int, dp_size: int) -> str:
     return f"tp {tp_size} x dp {dp_size}" if sp_size == 1 else f"tp {tp_size} x sp {sp_size} x dp {dp_size}"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a training is divided over ranks, and so a checkpoint's engine files, which only the same layout can load."""
+
+    tp_size: int
+    dp_size: int
+    zero_stage: int
+    sp_size: int = 1
+
+    def __str__(self) -> str:
+        return f"{named_layout(self.tp_size, self.sp_size, self.dp_size)}, ZeRO-{self.zero_stage}"
+
+    def has_files_of(self, other: Layout) -> bool:
+        """Return whether the files of both are divided alike: ZeRO does not ask which ranks share the same rows."""
+        return self._files == other._files
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of all ranks."""
+        return self.tp_size * self.sp_size * self.dp_size
+
+    @property
+    def _files(self) -> tuple[int, int, int]:
+        return self.tp_size, self.dp_size * self.sp_size, self.zero_stage
+
+
 _sequence_group: dist.ProcessGroup | None = None  # kept as fairscale keeps the others, for the layers to find
 
 

@@ -172,11 +172,7 @@ class Trainer:
         step, action = made.state.step, "its update was not made" if made.stats.refused else "training goes on"
         if self._config.train.on_spike == "rewind":
             self._parts.watchdog.end()  # to wait for a save and to verify a checkpoint is no step
-            try:
-                self._parts.saver.finish()
-            except CheckpointError:  # the error is in the log
-                if self._parts.saver.failed >= self._config.checkpoint.max_failed_saves:
-                    raise
+            self._parts.saver.end_current()
             decision = self._parts.rewinder.decide(step)
             if isinstance(decision, Rewind):
                 self.rewind = decision

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.parallel import shard_dim
+from pretrain.model.parallel import counts_in_sums
 from pretrain.topology import Topology
 from pretrain.zero_pieces import own_pieces
 
@@ -51,8 +51,7 @@ class WeightMeasurement:
         for name, parameter, piece in own_pieces(model, optimizer, topology.zero_rank):
             self._names.append(name)
             self._pieces.append(piece)
-            # A weight of which every tensor-parallel rank has a copy counts once.
-            self._counts.append(topology.tp_rank == 0 or shard_dim(parameter) is not None)
+            self._counts.append(counts_in_sums(parameter, topology.tp_rank))
         self._before = [piece.weights.clone() for piece in self._pieces]
         self._gradients = [_squares(piece.gradient).to(piece.weights.device) for piece in self._pieces]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from pretrain.audit.comparison import Comparison, layout_of_start
+from pretrain.audit.comparison import Comparison
 from pretrain.audit.interval import Training
 from pretrain.audit.replay import Replay
 from pretrain.audit.verdict import verdict
@@ -69,7 +69,7 @@ def _described(start: StartRecord) -> dict[str, object]:
     return {
         "program": start.program,
         "commit": start.commit,
-        "layout": str(layout_of_start(start)),
+        "layout": str(start.layout),
         **msgspec.to_builtins(start.environment),
     }
 

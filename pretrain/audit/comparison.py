@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from pretrain.audit.interval import Figures, Interval, Training
 from pretrain.audit.replay import Replay
-from pretrain.checkpoint.state import Layout
 from pretrain.config import RunConfig
 from pretrain.model.architecture import Precision
 from pretrain.run.starts import StartRecord
@@ -149,15 +148,10 @@ def obstacles_to_equality(training: Training, replay: Replay) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def layout_of_start(start: StartRecord) -> Layout:
-    """Return the layout that a start trained in."""
-    return Layout(start.tp_size, start.dp_size, start.zero_stage, start.sp_size)
-
-
 def _conditions(start: StartRecord, config: RunConfig) -> dict[str, object]:
     """Return all that decides bits, besides data, model and schedule, by name."""
     environment = start.environment
-    conditions: dict[str, object] = {"layout": str(layout_of_start(start))}
+    conditions: dict[str, object] = {"layout": str(start.layout)}
     conditions |= {name: getattr(environment, name) for name in ("devices", "threads", "attention")}
     conditions |= environment.packages
     parallel = config.parallel.model_dump(mode="json", exclude=_COMPARED_ELSEWHERE)

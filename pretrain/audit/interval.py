@@ -15,6 +15,7 @@ from pretrain.config_changes import may_change
 from pretrain.faults.spikes import StepFigures, last_figures
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.starts import StartRecord, read_starts, start_of
+from pretrain.run.step_log import step_of
 from pretrain.stepper import Step
 from shards import ConfigError
 
@@ -99,7 +100,7 @@ def read_interval(folder: RunFolder, from_step: int, steps: int) -> Interval:
     if from_step < 0 or steps < 1:
         raise ConfigError(f"--from-step {from_step} --steps {steps}: give a step from 0 on, and at least one step")
     path, newest = folder.metrics.path, folder.metrics.last()
-    last = int(str(newest["step"])) if newest else 0
+    last = step_of(newest) if newest else 0
     if last < from_step + steps:
         most = max(0, last - from_step)
         fits = f"--steps may be at most {most}" if most else f"--from-step must be below {last}"
@@ -108,12 +109,8 @@ def read_interval(folder: RunFolder, from_step: int, steps: int) -> Interval:
             " that a kill has torn does not count)"
         )
     wanted = range(max(1, from_step), from_step + steps + 1)
-    records = []
-    for record in folder.metrics.read(after=wanted[0] - 1):
-        if int(str(record["step"])) > wanted[-1]:
-            break
-        records.append(record)
-    found = [int(str(record["step"])) for record in records]
+    records = list(folder.metrics.read(wanted[0] - 1, wanted[-1]))
+    found = [step_of(record) for record in records]
     if odd := [step for step in wanted if found.count(step) != 1]:
         state = "is missing or torn" if odd[0] not in found else "has several records"
         raise ConfigError(

@@ -92,7 +92,7 @@ def replay(
         length = data_end.foresee(loader, config.train.steps, topology)
         before = Figures.of_state(state, engine.state_hash())
         environment = environment_of(topology, engine.attention)
-        start = describe_start(state.step, config.hash(), config.parallel.applied_zero_stage, environment, topology)
+        start = describe_start(state.step, config.hash(), layout_of(config, topology), environment, topology)
         fingerprint = topology.broadcast_object(loader.fingerprint if loader else {})
         feed = Feed(loader, [stage.of_loader for stage in config.all_stages], topology)
         spikes = SpikeWatch(config.train.spike_window, config.train.spike_score, training.figures)
@@ -130,7 +130,7 @@ def _check_dropout(training: Training, topology: Topology) -> None:
             split = str(run.parallel.sequence_parallel).lower()
             raise ConfigError(
                 f"{what}, so other numbers of these train another model; audit the steps after {start.step} on"
-                f" {start.dp_size * start.sp_size * start.tp_size} ranks with"
+                f" {start.layout.world_size} ranks with"
                 f" parallel.tp_size={start.tp_size},{of_rows}"
                 f" train.micro_batch_size={_micro_batches(run, start.dp_size)[0]} and"
                 f" parallel.sequence_parallel={split}"
@@ -148,13 +148,12 @@ def _check_rounding(training: Training, topology: Topology) -> None:
     config = training.config
     if config.optim.moments == "fp32":
         return
-    here = (topology.tp_size, topology.zero_size, config.parallel.applied_zero_stage)
+    here = layout_of(config, topology)
     for start in training.starts:
-        if here != (start.tp_size, start.dp_size * start.sp_size, start.zero_stage):
-            ranks = start.dp_size * start.sp_size * start.tp_size
+        if not start.layout.has_files_of(here):
             raise ConfigError(
                 f"optim.moments={config.optim.moments}: each rank rounds its part at random, so another layout trains"
-                f" another model; audit the steps after {start.step} on {ranks} ranks with"
+                f" another model; audit the steps after {start.step} on {start.layout.world_size} ranks with"
                 f" parallel.tp_size={start.tp_size} and parallel.zero_stage={start.zero_stage}"
             )
 

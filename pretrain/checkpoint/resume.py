@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.checkpoint.state import Layout, RunState, read_data, read_state
+from pretrain.checkpoint.state import RunState, read_data, read_state
 from pretrain.checkpoint.store import Checkpoint, CheckpointStore
 from pretrain.checkpoint.universal import find_or_convert
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from shards import CheckpointError, Loader, check_fingerprint
 
 _logger = logging.getLogger(__name__)

@@ -164,7 +164,7 @@ class Saver:
         begun = time.monotonic()
         self.check_lease()
         is_previous = self._under_way is not None and self._under_way.step < state.step
-        self._end_current()
+        self.end_current()  # saves must not overlap
         waited = time.monotonic() - begun
         if is_previous and waited > _NOTEWORTHY_SECONDS and self._topology.is_main:
             _logger.warning(
@@ -192,13 +192,20 @@ class Saver:
         if isinstance(self._under_way, _Writing):
             self.settle(self._topology.any(self.busy))
 
+    def end_current(self) -> None:
+        """Wait until no save is in progress; it may have failed."""
+        if isinstance(self._under_way, _Writing):
+            self._close(self._under_way)  # this waits for the files
+        if isinstance(self._under_way, _Closing):
+            self._end(self._under_way)
+
     def finish(self) -> None:
         """Wait until the newest save is complete.
 
         Raises:
             CheckpointError: on all ranks, if the save failed or was refused.
         """
-        self._end_current()
+        self.end_current()
         if self._failure:
             raise CheckpointError(f"the run's latest state is not saved: {self._failure}")
 
@@ -206,13 +213,6 @@ class Saver:
         """Raise HeadraceError, on rank 0, if another process has taken over the run."""
         if self._lease:
             self._lease.check()
-
-    def _end_current(self) -> None:
-        """Wait until no save is in progress, since saves must not overlap."""
-        if isinstance(self._under_way, _Writing):
-            self._close(self._under_way)  # this waits for the files
-        if isinstance(self._under_way, _Closing):
-            self._end(self._under_way)
 
     def _prepare(self, step: int) -> tuple[bool, str | None]:
         """Make room and create the folder, on rank 0.
@@ -261,7 +261,7 @@ class Saver:
 
         self._engine.save(folder, take)
         if not self._staging:
-            self._end_current()
+            self.end_current()
 
     def _close(self, writing: _Writing) -> None:
         """Exchange the outcomes of all files; rank 0 then completes the checkpoint or removes its remains."""

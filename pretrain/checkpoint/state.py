@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from pretrain.checkpoint.store import Checkpoint
-from pretrain.topology import named_layout
+from pretrain.topology import Layout
 from shards import CheckpointError, ConfigError, Tokenizer
 
 _CHECKPOINT_VERSION = 1  # version of state.json and data.json
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint's engine files are divided over ranks; only the same layout can load them unconverted."""
-
-    tp_size: int
-    dp_size: int
-    zero_stage: int
-    sp_size: int = 1
-
-    def __str__(self) -> str:
-        return f"{named_layout(self.tp_size, self.sp_size, self.dp_size)}, ZeRO-{self.zero_stage}"
-
-    def has_files_of(self, other: Layout) -> bool:
-        """Return whether the files of both are divided alike: ZeRO does not ask which ranks share the same rows."""
-        return self._files == other._files
-
-    @property
-    def _files(self) -> tuple[int, int, int]:
-        return self.tp_size, self.dp_size * self.sp_size, self.zero_stage
 
 
 class RunState(msgspec.Struct, frozen=True):

@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.checkpoint.state import Layout
 from pretrain.checkpoint.store import Checkpoint, CheckpointFile, CheckpointStore, read_complete, write_complete
 from pretrain.checkpoint.write import Writer
 from pretrain.checkpoint.zero_files import AVERAGE, Partition, Saved, read_partitions, whole
 from pretrain.model.parallel import slice_of
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from shards import CheckpointError
 from shards.storage.atomic import fsync_folder
 

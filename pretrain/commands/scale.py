@@ -63,10 +63,10 @@ def _finished(roots: Sequence[Path], console: Console) -> Iterator[History]:
         RunFolder(root).check_there()
         history = History(root)
         history.refresh()
-        if history.length is None or history.last_step < history.length:
-            console.print(f"left out: {root} is {state_of(history)}", soft_wrap=True, highlight=False)
-        else:
+        if history.is_finished:
             yield history
+        else:
+            console.print(f"left out: {root} is {state_of(history)}", soft_wrap=True, highlight=False)
 
 
 def _target(config: RunConfig, tokens: float | None) -> Size:

@@ -23,6 +23,7 @@ from pretrain.report.page import write_page
 from pretrain.run.eval_figure import depths_of, is_of_task
 from pretrain.run.history import History
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.start import Report, start
 from pretrain.topology import dp_size_of, is_lost_peer, world_size_of
 from shards import ConfigError, HeadraceError, installation
@@ -107,7 +108,7 @@ def print_report(config: RunConfig, report: Report) -> None:
 
 def _first_and_last(evals: Sequence[Mapping[str, object]]) -> list[list[Mapping[str, object]]]:
     """Return the lines of evals.jsonl of the first and the last step among some."""
-    steps = [int(str(record["step"])) for record in evals]
+    steps = [step_of(record) for record in evals]
     return [[record for record in evals if record["step"] == step] for step in (min(steps), max(steps))]
 
 

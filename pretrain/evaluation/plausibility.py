@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pretrain.model.architecture import ModelConfig
 from pretrain.run.eval_figure import is_of_task
+from pretrain.run.step_log import step_of
 
 _logger = logging.getLogger(__name__)
 
@@ -100,15 +101,15 @@ def doubts(
         )
 
 
-def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig, drawn: bool = False) -> None:
+def warn_of_doubts(records: Sequence[Mapping[str, object]], config: ModelConfig) -> None:
     """Warn about results of an evaluation that cannot be right; the arguments are those of `doubts`."""
-    for doubt in doubts(records, config, drawn):
+    for doubt in doubts(records, config):
         _logger.warning("%s", doubt)
 
 
 def _unmoved(records: Sequence[Mapping[str, object]], before: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the domains whose loss has not moved since the first evaluation; only at the `_COURSE`th of them."""
-    steps = sorted({int(str(record["step"])) for record in before})
+    steps = sorted({step_of(record) for record in before})
     if len(steps) != _COURSE - 1:
         return []  # too early, or said already
     course = [_losses([r for r in before if r["step"] == step]) for step in steps] + [_losses(records)]

@@ -24,6 +24,7 @@ import xxhash
 from pretrain.evaluation.contexts import Floats, figures_of, mean_of
 from pretrain.run.eval_figure import AVERAGED, AVERAGES, is_of_task, perplexity
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from shards import CheckpointError, Tokenizer
 from shards.storage.atomic import write_atomically
 
@@ -300,7 +301,7 @@ def evaluated_steps(folder: RunFolder, averaged: bool = False) -> dict[str, set[
     found: dict[str, set[int]] = defaultdict(set)
     for record in folder.evals.read():
         if record["domain"] == last or (is_of_task(record) and not averaged):
-            found[str(record["suite"])].add(int(str(record["step"])))
+            found[str(record["suite"])].add(step_of(record))
     return found
 
 

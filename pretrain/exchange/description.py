@@ -6,10 +6,11 @@ from those of the config that it is to be used with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pretrain.model.architecture import ModelConfig, WeightSpec
 from pretrain.model.weights import weight_specs
@@ -67,6 +68,20 @@ def computed_by(config: ModelConfig) -> dict[str, object]:
     """Return the keys of a model's config that decide what it computes, with defaults filled in."""
     values = config.spelled_out()
     return {key: values[key] for key in config.COMPUTES}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that describes a model. Raises ConfigError if it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a file that describes a model, for people to read as well."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def refuse(file: Path, key: str, value: object, wanted: str) -> ConfigError:

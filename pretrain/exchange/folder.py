@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import xxhash
 
 from pretrain.config_file import dump
 from pretrain.exchange import hf, meta, own, run_model
-from pretrain.exchange.description import computed_by
+from pretrain.exchange.description import computed_by, read_json
 from pretrain.exchange.safetensors_folder import CONFIG
 from pretrain.inference.generate import Codec, codec_of
 from pretrain.model.architecture import ModelConfig
@@ -95,7 +94,7 @@ def open_codec(folder: Path) -> Codec:
         ConfigError: if there is neither.
     """
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    config = _read_json(folder / CONFIG)
+    config = _read_if_there(folder / CONFIG)
     if model.exists():
         with contextlib.suppress(ConfigError):  # a file of a kind that cannot be read may have tokenizer.json beside it
             tokenizer = Tokenizer(model, bos=False, eos=False)
@@ -104,7 +103,7 @@ def open_codec(folder: Path) -> Codec:
         raise ConfigError(f"{folder} has neither a tokenizer.model that can be read nor a tokenizer.json")
     loaded = tokenizers.Tokenizer.from_file(str(library))
     # As transformers reads a prompt: of our own exports, the name of a special token in it is text
-    loaded.encode_special_tokens = bool(_read_json(folder / "tokenizer_config.json").get("split_special_tokens"))
+    loaded.encode_special_tokens = bool(_read_if_there(folder / "tokenizer_config.json").get("split_special_tokens"))
     return Codec(
         encode=lambda prompt: list(loaded.encode(prompt).ids),
         decode=lambda ids: str(loaded.decode(list(ids))),
@@ -125,15 +124,14 @@ def open_tokenizer(folder: Path, path: Path | None = None) -> Tokenizer:
     """
     names = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
     path = path or next((name for name in names if name.exists()), folder / "tokenizer.model")
-    config, bare = _read_json(folder / CONFIG), Tokenizer(path, bos=False, eos=False)
+    config, bare = _read_if_there(folder / CONFIG), Tokenizer(path, bos=False, eos=False)
     named = None if bare.eos_id >= 0 else next((bare.piece(index) for index in _ends(config)), None) or None
     return Tokenizer(path, _begins_with_bos(bare, config), bare.eos_id >= 0 or named is not None, eos_token=named)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """Return the content of a file, empty if there is none: Meta's layout has neither of those that are read here."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
+    return read_json(path) if path.exists() else {}
 
 
 def _begins_with_bos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ need no permutation: our RoPE rotates the two halves of a head, as transformers'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pretrain.exchange import safetensors_folder
-from pretrain.exchange.description import ModelDescription, read_specs, refuse, required
-from pretrain.exchange.safetensors_folder import CONFIG, StoredWeights, read_json
+from pretrain.exchange.description import ModelDescription, read_json, read_specs, refuse, required, write_json
+from pretrain.exchange.safetensors_folder import CONFIG, StoredWeights
 from pretrain.model.architecture import ModelConfig, WeightSpec
 from pretrain.model.transformer import LlamaConfig
 from pretrain.model.weights import Weights, weight_specs
@@ -188,7 +187,7 @@ def write_config(
         **ids,
     }
     for name, content in ((CONFIG, values), ("generation_config.json", {**ids, "do_sample": True})):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / name, content)
 
 
 def write_weights(

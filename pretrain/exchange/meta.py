@@ -6,7 +6,6 @@ query and key matrices are ordered differently within each head.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.exchange.description import ModelDescription, read_specs, required
+from pretrain.exchange.description import ModelDescription, read_json, read_specs, required, write_json
 from pretrain.model.architecture import ModelConfig, WeightSpec
 from pretrain.model.rotary import Llama3Scaling, RopeScaling
 from pretrain.model.transformer import LlamaConfig
@@ -52,8 +51,8 @@ class MetaModel:
     """A model in a folder with Meta's layout; its files are mapped, and weights are assembled on request.
 
     Args:
-        rope_scaling: the scaling of a model that uses it, since params.json does not say how much.
-        vocab_size: tokens whose rows are read, the first ones; None: all rows.
+        expected: the config of the model that the slices are for, with the scaling of its positions, which params.json
+            does not tell whole; None: the folder's.
     Raises:
         ConfigError: if it has another architecture, or weights are missing.
     """
@@ -73,10 +72,7 @@ class MetaModel:
             raise ConfigError(f"{folder} has weights of another architecture: {', '.join(unknown[:4])}")
 
     def _describe(self, path: Path, rope_scaling: RopeScaling | None) -> ModelDescription[LlamaConfig]:
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        values = read_json(path)
         dim = required(path, values, "dim")
         # params.json does not say: it has -1 for Llama 2's vocabulary, and the width only through a formula.
         vocab_size = self._rows("tok_embeddings.weight", len(self._parts) if self._embedding_dim(dim) == 0 else 1)
@@ -195,7 +191,7 @@ def write_params(folder: Path, config: LlamaConfig) -> None:
             )
         values |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
         values |= {"rope_high_freq_factor": scaling.high_freq_factor}
-    (folder / PARAMS).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / PARAMS, values)
 
 
 def _width(dim: int, hidden_dim: int) -> dict[str, object]:

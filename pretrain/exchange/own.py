@@ -5,15 +5,14 @@ config.json has the `model:` section of a run's config, which names the architec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pretrain.exchange.description import ModelDescription, read_specs
-from pretrain.exchange.safetensors_folder import CONFIG, StoredWeights, read_json, write_weights
+from pretrain.exchange.description import ModelDescription, read_json, read_specs, write_json
+from pretrain.exchange.safetensors_folder import CONFIG, StoredWeights, write_weights
 from pretrain.model.architecture import ModelConfig
 from pretrain.model.architectures import parse_model
 from pretrain.model.weights import Weights, weight_specs
@@ -83,6 +82,6 @@ def write_model(
         "dtype": str(dtype).removeprefix("torch."),
         **ids,
     }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / CONFIG, values)
     specs = weight_specs(config)
     write_weights(folder, weights, specs, {name: name for name in specs}, dtype, max_shard_bytes)

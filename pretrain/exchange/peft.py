@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from pretrain.exchange.description import write_json
 from pretrain.exchange.hf import hf_name
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.architecture import ModelConfig, WeightSpec
@@ -44,7 +44,7 @@ def write_config(folder: Path, model: ModelConfig, base: str) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / CONFIG, values)
 
 
 def write_weights(folder: Path, weights: Weights, specs: Mapping[str, WeightSpec], dtype: torch.dtype) -> None:

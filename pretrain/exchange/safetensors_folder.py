@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.exchange.description import write_json
 from pretrain.exchange.safetensors_file import write_safetensors
 from pretrain.model.architecture import WeightSpec
 from pretrain.model.weights import Weights
@@ -95,15 +96,6 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that describes a model. Raises ConfigError if it cannot be read."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return content
-
-
 def write_weights(
     folder: Path,
     weights: Weights,
@@ -128,7 +120,7 @@ def write_weights(
     if len(parts) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / _INDEX, index)
 
 
 def _parts(

@@ -6,7 +6,6 @@ them back, so that a run that was killed decides as it would have.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import deque
@@ -54,8 +53,7 @@ def figures_of(records: Iterable[Mapping[str, object]]) -> list[StepFigures]:
 
 def last_figures(folder: RunFolder, step: int, count: int) -> list[StepFigures]:
     """Read the figures of the last `count` steps up to one."""
-    records = folder.metrics.read(after=step - count)
-    return figures_of(itertools.takewhile(lambda record: int(str(record["step"])) <= step, records))
+    return figures_of(folder.metrics.read(step - count, step))
 
 
 def unapplied_in_a_row(figures: Sequence[StepFigures]) -> int:

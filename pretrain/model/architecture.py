@@ -259,8 +259,8 @@ class Model(nn.Module, ABC):
 
     Attributes:
         config: the architecture.
-        blocks: its layers, all of one class. The last argument of their forward is a `Use`, and their result what they
-            pass on, [B * T, dim]. ZeRO-3 gathers the weights of one at a time.
+        blocks: its layers, all of one class. The last argument of their forward is a `Use`, as `use_with` returns it,
+            and their result what they pass on, [B * T, dim]. ZeRO-3 gathers the weights of one at a time.
     """
 
     config: ModelConfig
@@ -288,6 +288,10 @@ class Model(nn.Module, ABC):
     def adopt(self, config: ModelConfig) -> None:
         """Compute from now on as another config says, which differs in keys of `POSITIONS` alone."""
         self.config = config
+
+    def use_with(self, cache: object) -> Use:
+        """Return what a forward pass is for, given the cache that it is called with; None: it has none."""
+        return "training" if self.training else "scoring" if cache is None else "uncompiled"
 
     @abstractmethod
     def initialize(self, seed: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator
+from pydantic import BeforeValidator, Discriminator, Field
 
 from pretrain.model.architecture import ModelConfig
 from pretrain.model.recurrent import RecurrentConfig
+from pretrain.model.rotary import RopeScaling
 from pretrain.model.transformer import LlamaConfig
 from shards import Config
 
@@ -21,6 +22,19 @@ def _named(values: Any) -> Any:
 
 # A config's class says all else of its architecture.
 AnyModelConfig = Annotated[LlamaConfig | RecurrentConfig, Discriminator("architecture"), BeforeValidator(_named)]
+
+
+# Its keys are those in the `POSITIONS` of any architecture, within the same bounds.
+class StageModel(Config):
+    """A stage's changes of how positions are computed; null: as before."""
+
+    rope_theta: float | None = Field(None, gt=0)  # base of the rotary wavelengths
+    rope_scaling: RopeScaling | None = None  # replaces the scaling before, if there is one, as a whole
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """Return the new values by key."""
+        return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
 
 
 class _WithModel(Config):

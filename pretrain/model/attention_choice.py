@@ -61,7 +61,6 @@ def attention_backend(
     Args:
         heads: those of the model; None if it has no attention, so that any backend will do.
         dtype: type of the weights.
-        dropout: share of the attention's weights that is dropped in training.
     Raises:
         ConfigError: if this device cannot run it.
     """

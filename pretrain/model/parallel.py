@@ -121,6 +121,11 @@ def shard_dim(parameter: nn.Parameter) -> int | None:
     return getattr(parameter, "shard_dim", None)
 
 
+def counts_in_sums(parameter: nn.Parameter, tp_rank: int) -> bool:
+    """Return whether this tp rank adds a weight to a sum over all of them; one of which all have a copy counts once."""
+    return tp_rank == 0 or shard_dim(parameter) is not None
+
+
 def full_shape(parameter: nn.Parameter) -> list[int]:
     """Return the shape of the whole weight, of which this rank may hold only a slice."""
     shape = list(parameter.shape)

@@ -199,7 +199,7 @@ class Recurrent(Model):
         cache: Contexts | None = None,
     ) -> Any:
         """Predict each next token; see `Model`."""
-        use: Use = "training" if self.training else "scoring" if cache is None else "uncompiled"
+        use = self.use_with(cache)
         contexts: list[Context | None] = [None] * self.config.n_layers
         if cache is None:
             assert segment_ids is not None

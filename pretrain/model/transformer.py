@@ -320,7 +320,7 @@ class Transformer(Model):
     ) -> Any:
         """Predict each next token; see `Model`."""
         config, split_tokens = self.config, self.sequence_parallel and self.training
-        use: Use = "training" if self.training else "scoring" if cache is None else "uncompiled"
+        use = self.use_with(cache)
         if cache is None:
             assert segment_ids is not None
             pieces = pieces_of(segment_ids, tokens.device)

@@ -25,6 +25,7 @@ PALETTE = (
     ("#555555", "#bbbbbb"),
 )
 RAMP = (("#c2a5d8", "#6b4a86"), ("#3b0f6f", "#e8d4ff"))  # from the first layer to the last, light and dark each
+_TICKS = 6  # of an axis, about
 _LOG_SPAN = 30.0  # a ratio of greatest to median value beyond which a linear axis would show a flat line
 
 
@@ -135,30 +136,29 @@ def needs_log(values: Floats) -> bool:
     return bool(len(finite)) and finite.min() > 0 and finite.max() / np.median(finite) > _LOG_SPAN
 
 
-def axis_of(values: Floats, log: bool = False, from_zero: bool = False, tight: bool = False, most: int = 6) -> Axis:
+def axis_of(values: Floats, log: bool = False, from_zero: bool = False, tight: bool = False) -> Axis:
     """Find an axis for values.
 
     Args:
         tight: the axis ends with the values, not with a tick.
-        most: number of ticks, about.
     """
     finite = values[np.isfinite(values) & ((values > 0) | (not log))]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0) if not log else (1.0, 10.0)
     if log:
-        return _log_axis(low, high, tight, most)
+        return _log_axis(low, high, tight)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high <= low:
         pad = abs(low) * 0.05 or 1.0
         low, high = low - pad, high + pad
-    step = _nice_step((high - low) / max(most - 1, 1))
+    step = _nice_step((high - low) / (_TICKS - 1))
     if not tight:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Axis(low, high, False, tuple((i * step, tick_text(i * step, step)) for i in range(first, last + 1)))
 
 
-def _log_axis(low: float, high: float, tight: bool, most: int) -> Axis:
+def _log_axis(low: float, high: float, tight: bool) -> Axis:
     if high <= low * 1.0001:
         low, high = low / 1.5, high * 1.5
     elif not tight:
@@ -166,8 +166,8 @@ def _log_axis(low: float, high: float, tight: bool, most: int) -> Axis:
         low, high = low / pad, high * pad
     decades = math.log10(high) - math.log10(low)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    if decades > most:
-        every = math.ceil(decades / most)
+    if decades > _TICKS:
+        every = math.ceil(decades / _TICKS)
         powers = [power for power in range(first, last + 1) if power % every == 0]
         values = [10.0**power for power in powers if abs(power) < 300]
     else:
@@ -175,7 +175,7 @@ def _log_axis(low: float, high: float, tight: bool, most: int) -> Axis:
         values = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
     inside = [value for value in values if low * 0.999 <= value <= high * 1.001]
     if len(inside) < 2:  # a narrow range: ticks of a linear axis
-        step = _nice_step((high - low) / (most - 1))
+        step = _nice_step((high - low) / (_TICKS - 1))
         inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
         return Axis(low, high, True, tuple((value, tick_text(value, step)) for value in inside))
     return Axis(low, high, True, tuple((value, short(value)) for value in inside))

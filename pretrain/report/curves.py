@@ -82,13 +82,13 @@ def _shown(marks: Sequence[Mark]) -> tuple[tuple[Mark, ...], str]:
     return tuple(order[:_MARKS]), note
 
 
-def thinned(label: str, x: Floats, y: Floats, color: int = 0, points: int = POINTS) -> tuple[Series, str]:
+def thinned(label: str, x: Floats, y: Floats) -> tuple[Series, str]:
     """Make a series of a curve, with a band if it has to be thinned, and the sentence that says so."""
-    found = thin(x, y, points)
+    found = thin(x, y, POINTS)
     if found.each == 1:
-        return Series(label, found.x, found.y, color=color), ""
+        return Series(label, found.x, found.y), ""
     note = f"Each point is the mean of {found.each} steps; the band reaches from the least to the greatest."
-    return Series(label, found.x, found.y, found.low, found.high, color), note
+    return Series(label, found.x, found.y, found.low, found.high), note
 
 
 def sentences(notes: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from pretrain.model.size import parameter_count, trained_count
 from pretrain.report.chart import short
 from pretrain.report.curves import parts_of
 from pretrain.report.figures import duration, final_loss, last_eval, number, usual_speed
+from pretrain.run.eval_figure import AVERAGES
 from pretrain.run.history import History
 from pretrain.stages import recorded_stages
 from pretrain.topology import named_layout
@@ -134,7 +135,7 @@ def evaluation_table(history: History) -> Table | None:
     domains = history.evals[label]
     for domain, of_steps in domains.items():
         first, last = of_steps[min(of_steps)], of_steps[max(of_steps)]
-        strong |= {len(rows)} if domain in ("macro", "micro") else set()
+        strong |= {len(rows)} if domain in AVERAGES else set()
         figures = [number(record.get(key)) for key in ("bits_per_byte", "perplexity") for record in (first, last)]
         rows.append((domain, *figures, number(last.get("accuracy")), max(of_steps), _whole(last.get("tokens"))))
     head = ("domain", "bits per byte, first", "last", "perplexity, first", "last", "accuracy", "last step", "tokens")

@@ -24,8 +24,8 @@ def number(value: object) -> float:
 
 def state_of(history: History) -> str:
     """Say how far a run is: finished, training, or stopped."""
-    step, length = history.last_step, history.length
-    if length is not None and step >= length:
+    step = history.last_step
+    if history.is_finished:
         return f"finished after {step:,} steps"
     foreseen = history.foreseen_length
     of = f" of {foreseen:,}" if foreseen is not None else ""
@@ -52,16 +52,16 @@ def usual_speed(history: History) -> float:
 
 
 class LastEval(NamedTuple):
-    """The last evaluation of a domain or an average."""
+    """The last macro average over the domains of held-out text."""
 
     step: int
     loss: float
     unit: str  # of the loss
 
 
-def last_eval(history: History, domain: str = "macro", up_to: int | None = None) -> LastEval | None:
-    """Return the last evaluation of a domain or average, up to a step; None without one."""
-    of_steps = history.evals.get(history.suite() or "", {}).get(domain, {})
+def last_eval(history: History, up_to: int | None = None) -> LastEval | None:
+    """Return the last evaluation, up to a step; None without one."""
+    of_steps = history.scored("macro")
     steps = [step for step in of_steps if up_to is None or step <= up_to]
     if not steps:
         return None
@@ -90,7 +90,7 @@ def ends_of(histories: Sequence[History]) -> Ends:
     were scored: the loss of a short training says little beside that of a long one. If there is none, those have NaN.
     """
     unit, last = unit_of(histories), [history.last_step for history in histories]
-    is_unfinished = [history.length is None or history.last_step < history.length for history in histories]
+    is_unfinished = [not history.is_finished for history in histories]
     span = f"{sum(is_unfinished)} of the {len(last)} runs did not finish" if any(is_unfinished) else ""
     found = [last_eval(history) for history in histories]
     if any(one is None or one.unit != unit for one in found):
@@ -100,8 +100,8 @@ def ends_of(histories: Sequence[History]) -> Ends:
     labels = sorted({history.suite() or "" for history in histories})
     others = f"Scored under different labels: {', '.join(labels)}." if len(labels) > 1 else ""
     if any(is_unfinished):
-        scored = (history.evals[history.suite() or ""]["macro"] for history in histories)
-        if common := set.intersection(*map(set, scored)) - {0}:  # what was not trained says nothing of a setting
+        scored = (set(history.scored("macro")) for history in histories)
+        if common := set.intersection(*scored) - {0}:  # what was not trained says nothing of a setting
             values = np.array([one.loss for h in histories if (one := last_eval(h, up_to=max(common)))])
             span += f", so all are shown at step {max(common):,}, the last at which each was scored."
         else:

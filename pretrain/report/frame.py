@@ -18,7 +18,7 @@ from pretrain.report.braille import plot
 from pretrain.report.chart import short
 from pretrain.report.curves import marks_of
 from pretrain.report.figures import duration, number, seconds_left, state_of
-from pretrain.run.eval_figure import UNIT_OF, loss_key
+from pretrain.run.eval_figure import AVERAGES, UNIT_OF, loss_key
 from pretrain.run.history import History
 
 _EVENTS = 5  # lines of what happened last
@@ -104,7 +104,7 @@ def _evaluation(history: History) -> Table | None:
     for head in (UNIT_OF[key], "change", "perplexity"):
         table.add_column(head, justify="right")
     # The averages come last, and are never cut off.
-    averages = [domain for domain in scored if domain in ("macro", "micro")]
+    averages = [domain for domain in scored if domain in AVERAGES]
     plain = [domain for domain in scored if domain not in averages]
     for domain in [*plain[:_DOMAINS], *averages]:
         of_steps = scored[domain]

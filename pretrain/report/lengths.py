@@ -47,8 +47,7 @@ def context_overlaid(names: Sequence[str], histories: Sequence[History]) -> Iter
 
 def _by_step(history: History) -> dict[int, dict[str, dict[str, float]]]:
     """Return the figures by context of the suite's average over tokens, by step; where there are several buckets."""
-    of_steps = history.evals.get(history.suite() or "", {}).get("micro", {})
-    found = {step: contexts_of(record) for step, record in sorted(of_steps.items())}
+    found = {step: contexts_of(record) for step, record in sorted(history.scored("micro").items())}
     return {step: contexts for step, contexts in found.items() if len(contexts) > 1}
 
 

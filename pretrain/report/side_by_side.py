@@ -264,9 +264,7 @@ Lines = Mapping[int, Mapping[str, object]]  # of evals.jsonl, by step
 def _overlaid_evals(groups: Sequence[Group], note: str, key: str) -> Iterator[Chart]:
     """Draw the macro average of held-out text, and the accuracy of each task."""
     suites = [[history.suite() or "" for history in group.runs] for group in groups]
-    macro = [
-        [history.evals.get(history.suite() or "", {}).get("macro", {}) for history in group.runs] for group in groups
-    ]
+    macro = [[history.scored("macro") for history in group.runs] for group in groups]
     for figure, unit in UNIT_OF.items():
         scored = [[lines if loss_key(lines.values()) == figure else {} for lines in of_group] for of_group in macro]
         if series := _of_groups(groups, scored, figure):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from pretrain.run.step_log import step_of
 from shards import ConfigError
 
 _HIGHER_IS_BETTER = "accuracy"
@@ -102,7 +103,7 @@ class EvalFigure(NamedTuple):
     def costs(self, records: Iterable[Mapping[str, object]], suite: str) -> dict[int, float]:
         """Return the cost at each step that was evaluated on a suite, in the order of the steps."""
         wanted = {"suite": suite, "domain": self.domain}
-        found = {int(str(r["step"])): self.cost(r) for r in records if all(r[key] == wanted[key] for key in wanted)}
+        found = {step_of(r): self.cost(r) for r in records if all(r[key] == wanted[key] for key in wanted)}
         return dict(sorted(found.items()))
 
 

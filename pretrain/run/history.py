@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pretrain.config_file import Tree, read_tree
 from pretrain.run.eval_figure import is_of_task
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.run.tail import Tail
 from shards import ConfigError
 
@@ -47,7 +48,7 @@ class Columns:
             column.append(values.get(key, math.nan))
         for key, text in record.items():
             if isinstance(text, str):
-                self.texts[key] = int(str(record["step"])), text
+                self.texts[key] = step_of(record), text
         self._count += 1
         self.last = record
 
@@ -170,6 +171,11 @@ class History:
         return ended if ended is not None else steps if isinstance(steps, int) else None
 
     @property
+    def is_finished(self) -> bool:
+        """Return whether the run has come to its end; one whose end is not known has not."""
+        return self.length is not None and self.last_step >= self.length
+
+    @property
     def foreseen_length(self) -> int | None:
         """Return the step at which the run ends, or about the one at which its data will end it; None if unknown."""
         last = self.starts[-1].get("last_step") if self.starts else None
@@ -186,6 +192,10 @@ class History:
         """Return the label of the suite that the run was scored on last; None if on none."""
         last = {label: max(max(of_steps) for of_steps in domains.values()) for label, domains in self.evals.items()}
         return max(last, key=lambda label: last[label]) if last else None
+
+    def scored(self, domain: str) -> dict[int, dict[str, Any]]:
+        """Return the figures of a domain or an average of that suite by step; none if it was not scored."""
+        return self.evals.get(self.suite() or "", {}).get(domain, {})
 
     def tasks(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Return the figures of each task by step, under the label that it was scored with last."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from pretrain.run.description import git_commit
 from pretrain.run.events import now
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from shards import __version__
 
 _PACKAGES = ("torch", "deepspeed", "fairscale")
@@ -68,11 +69,15 @@ class StartRecord(msgspec.Struct, frozen=True):
     sp_size: int = 1
     last_step: int = 0
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp_size, self.dp_size, self.zero_stage, self.sp_size)
+
 
 def describe_start(
     step: int,
     config_hash: str,
-    zero_stage: int,
+    layout: Layout,
     environment: Environment,
     topology: Topology,
     suite: str = "",
@@ -85,14 +90,11 @@ def describe_start(
         program=__version__,
         commit=git_commit(),
         config_hash=config_hash,
-        tp_size=topology.tp_size,
-        dp_size=topology.dp_size,
-        zero_stage=zero_stage,
         environment=environment,
         hosts=sorted(set(topology.gather_objects(socket.gethostname()))),
         suite=suite,
-        sp_size=topology.sp_size,
         last_step=last_step,
+        **asdict(layout),
     )
 
 

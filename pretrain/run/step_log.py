@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,12 +25,17 @@ class _Stamped(msgspec.Struct):
     step: int
 
 
-def _step_of(line: bytes) -> int | None:
+def _step_in(line: bytes) -> int | None:
     """Return the optimizer step of a JSON record; None if it is torn or not a record."""
     try:
         return msgspec.json.decode(line, type=_Stamped).step
     except msgspec.DecodeError:
         return None
+
+
+def step_of(record: Mapping[str, object]) -> int:
+    """Return the optimizer step of a record that was read."""
+    return int(str(record["step"]))
 
 
 class StepLog:
@@ -66,18 +72,18 @@ class StepLog:
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def read(self, after: int = -1) -> Iterator[dict[str, object]]:
-        """Read the records of all steps past `after`, in the order in which they were appended."""
+    def read(self, after: int = -1, until: float = math.inf) -> Iterator[dict[str, object]]:
+        """Read the records of all steps past `after`, up to `until`, in the order in which they were appended."""
         for line, _ in self._lines():
-            step = _step_of(line)
-            if step is not None and step > after:
+            step = _step_in(line)
+            if step is not None and after < step <= until:
                 yield msgspec.json.decode(line, type=dict[str, object])
 
     def last(self, step: int | None = None) -> dict[str, object] | None:
         """Read the last record of the steps up to `step`, or of all; None if there is none. Steps must be in order."""
         newest = None
         for line, _ in self._lines():
-            found = _step_of(line)
+            found = _step_in(line)
             if found is not None and step is not None and found > step:
                 break
             newest = line if found is not None else newest
@@ -87,7 +93,7 @@ class StepLog:
         """Write a copy of the file that ends with the last record of the steps up to one; make it durable."""
         with target.open("xb") as file:
             for line, _ in self._lines():
-                found = _step_of(line)
+                found = _step_in(line)
                 if found is not None and found <= step:
                     file.write(_frame(line) if self._compressed else line)
             file.flush()
@@ -108,7 +114,7 @@ class StepLog:
         cut = 0
         with _Aside(aside, self._compressed) as cut_off:
             for line, end in self._lines():
-                found = _step_of(line)
+                found = _step_in(line)
                 if found is not None and found > step:
                     cut += 1
                     record = msgspec.json.decode(line, type=dict[str, object])

@@ -19,7 +19,7 @@ import xxhash
 
 from pretrain.run.eval_figure import is_average, is_of_task, knows_bytes
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.step_log import StepLog
+from pretrain.run.step_log import StepLog, step_of
 
 Row = dict[str, object]
 
@@ -99,10 +99,6 @@ def _hash(figures: object) -> str:
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode(figures, order="deterministic"))
 
 
-def step_of(row: Row) -> int:
-    return int(str(row["step"]))
-
-
 def rows_of(
     folder: RunFolder, labels: Collection[str] | None, after: int = -1, until: float = math.inf
 ) -> Iterator[Row]:
@@ -111,15 +107,14 @@ def rows_of(
     Args:
         labels: those whose lines of evals.jsonl to include; None: all.
     """
-    evals = (r for r in folder.evals.read(after) if (labels is None or r["suite"] in labels) and step_of(r) <= until)
+    evals = (r for r in folder.evals.read(after, until) if labels is None or r["suite"] in labels)
     evaluated: dict[int, Row] = {}
     for row in eval_rows(evals, eval_prefixes(folder, labels)):
         evaluated.setdefault(step_of(row), {}).update(row)
     waiting = deque(sorted(evaluated))
     measured = _Following(folder.layers.read(after))
-    for record in folder.metrics.read(after):
-        if (step := step_of(record)) > until:
-            break
+    for record in folder.metrics.read(after, until):
+        step = step_of(record)
         while waiting and waiting[0] < step:  # for example, the evaluation before the first step
             yield evaluated[waiting.popleft()]
         yield step_row(record) | layer_figures(measured.at(step)) | evaluated.get(step, {})

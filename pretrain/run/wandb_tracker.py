@@ -27,6 +27,7 @@ from pretrain.run.eval_figure import is_of_task
 from pretrain.run.events import Event
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.step_log import step_of
 from pretrain.run.wandb_rows import (
     Row,
     SentRows,
@@ -35,7 +36,6 @@ from pretrain.run.wandb_rows import (
     last_local_step,
     layer_figures,
     rows_of,
-    step_of,
     step_row,
 )
 from shards import Config, ConfigError

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 from pretrain.assembly import make_engine
-from pretrain.checkpoint.state import Layout, read_state
+from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 from pretrain.checkpoint.universal import find_or_convert
 from pretrain.config import load_config
 from pretrain.run.run_folder import RunFolder
-from pretrain.topology import started
+from pretrain.topology import Layout, started
 
 LAYOUTS = [(1, "optimizer"), (2, "none"), (3, "none"), (3, "parameters")]
 

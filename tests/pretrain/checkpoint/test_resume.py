@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from pretrain.checkpoint.resume import Choice, choose
-from pretrain.checkpoint.state import Layout, RunState, read_state
+from pretrain.checkpoint.state import RunState, read_state
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointFile, CheckpointStore
-from pretrain.topology import Topology
+from pretrain.topology import Layout, Topology
 from shards import CheckpointError
 from shards.storage.content_hash import hash_file
 from tests.pretrain.checkpoint.test_load_checkpoint import SIZE, on_ranks

@@ -32,6 +32,7 @@ def test_a_log_returns_what_was_appended(tmp_path: Path, name: str) -> None:
     log = filled(tmp_path / name, [1, 2, 2, 3])
     assert [record["step"] for record in log.read()] == [1, 2, 2, 3]
     assert [record["step"] for record in log.read(after=2)] == [3]
+    assert [record["step"] for record in log.read(1, until=2)] == [2, 2]
     assert next(log.read()) == {"step": 1, "loss": 0.5, "per_source": {"pile": 1}}
 
 
