@@ -115,10 +115,11 @@ def test_a_command_that_a_message_names_can_be_typed(shell: Shell) -> None:
 def test_the_sample_trains_under_a_launcher(shell: Shell) -> None:
     # What the `deepspeed` command does; the one on the path would start this environment's Python.
     launcher = f"python -m deepspeed.launcher.runner --master_port {free_port()} --module pretrain"
-    quick = "train.steps=2 model.n_layers=1 data.num_workers=0 evaluation.max_documents=1 wandb.mode=disabled"
-    trained = shell(f"{launcher} train --config configs/quickstart.yaml {quick}")
+    brief = "run.name=brief train.steps=2 model.n_layers=1 data.num_workers=0"
+    brief += " evaluation.max_documents=1 wandb.mode=disabled"
+    trained = shell(f"{launcher} train --config configs/quickstart.yaml {brief}")
     assert trained.returncode == 0, trained.stderr
-    assert "Run folder  runs/quickstart" in trained.stdout
+    assert "Run folder  runs/brief" in trained.stdout
 
 
 def test_a_job_script_starts_the_installed_commands(shell: Shell) -> None:

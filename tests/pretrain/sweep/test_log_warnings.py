@@ -23,7 +23,7 @@ def test_each_warning_is_told_once_whatever_its_numbers_and_none_of_earlier_star
         process_log.set_up(rank=0)
         logging.getLogger("pretrain.start").warning("slow: %d times", 3)
         logging.getLogger("pretrain.start").info("nothing to worry about")
-        logging.getLogger("wandb").warning("not ours")
+        logging.getLogger("another").warning("not ours")
         logging.getLogger("shards.loader").warning("few rows")
     finally:
         logging.getLogger().handlers[:] = before
