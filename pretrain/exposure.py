@@ -28,7 +28,7 @@ _UNTRAINED = {  # keys of metrics.jsonl that say that a step has changed nothing
 
 
 class Trained(NamedTuple):
-    """What metrics.jsonl says of the steps of a run."""
+    """The steps of a run, as metrics.jsonl tells of them."""
 
     steps: int  # done so far
     untrained: dict[int, str]  # the steps that have changed nothing, and why

@@ -253,7 +253,7 @@ def named_layout(tp_size: int, sp_size: int, dp_size: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is divided over ranks, and so a checkpoint's engine files, which only the same layout can load."""
+    """The division of a training over ranks, and of its checkpoints, which only the same layout loads unconverted."""
 
     tp_size: int
     dp_size: int

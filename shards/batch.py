@@ -18,7 +18,7 @@ _HASH_MODULUS = 1 << 64
 
 
 class Origin(NamedTuple):
-    """Where a piece of a row comes from."""
+    """The place that a piece of a row comes from."""
 
     slot: int  # position of the row in the global batch
     source: str
@@ -78,7 +78,7 @@ class Batch:
             if row.window.forgotten.any() and self._forget(i, row, lengths):
                 read = self._hash(i)
             self.trained_hash += read
-            together = lengths if attention == "document" else [sum(lengths)]
+            together = lengths if attention == "document" else _joined(lengths)
             self.squared_lengths += sum(length * length for length in together)
             self._count(counts, row, lengths)
         self.n_targets = int(self.is_target.sum())  # tokens to predict
@@ -136,14 +136,14 @@ class Batch:
 
     @property
     def is_target(self) -> npt.NDArray[np.bool_]:
-        """Which next tokens are to be predicted, bool [rows, seq_len]: not those of prompts, nor any piece's first."""
+        """Mark the next tokens to predict, bool [rows, seq_len]: not those of prompts, nor any piece's first."""
         pieces = np.abs(self.segment_ids)
         is_target: npt.NDArray[np.bool_] = (self.segment_ids[:, 1:] > 0) & (pieces[:, 1:] == pieces[:, :-1])
         return is_target
 
     @property
     def pieces(self) -> npt.NDArray[np.int32]:
-        """The number of each token's piece in its row, counted from 1, 0 for padding; int32 [rows, seq_len + 1].
+        """Return the number of each token's piece in its row, from 1, 0 for padding; int32 [rows, seq_len + 1].
 
         It is that in `origins`, where segment ids may join pieces; of a forgotten document it is 0.
         """
@@ -207,6 +207,17 @@ class Batch:
 
     def _shard(self, source: int, shard: int) -> str:
         return self._sources[source].shards[shard].path
+
+
+def _joined(lengths: Sequence[int]) -> list[int]:
+    """Return the lengths of a row's stretches without padding, given those of its pieces, 0 for forgotten ones."""
+    stretches = [0]
+    for length in lengths:
+        if length:
+            stretches[-1] += length
+        else:
+            stretches.append(0)
+    return stretches
 
 
 def _pieces(row: Row) -> npt.NDArray[np.int32]:

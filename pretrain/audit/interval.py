@@ -23,7 +23,7 @@ _FREE = ("parallel.", "train.micro_batch_size")  # what an audit may choose, bes
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """What is compared of one step, under the names of metrics.jsonl.
+    """The figures of one step that are compared, under the names of metrics.jsonl.
 
     Attributes:
         loss, grad_norm: None if they are not finite.
@@ -76,7 +76,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Training:
-    """What an interval was trained with.
+    """All that an interval was trained with.
 
     Attributes:
         config: the run's, of the start that trained the interval, with what the audit changes.

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Replay:
-    """What an interval gave when it was trained again.
+    """The outcome of training an interval again.
 
     Attributes:
         config: the config that was used.

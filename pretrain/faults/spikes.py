@@ -24,7 +24,7 @@ _LEAST_NORM_SPREAD = 2e-2  # of the logarithm
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What is kept of a step.
+    """The figures of a step that later ones are judged by.
 
     Attributes:
         stage: number of the run's stage.

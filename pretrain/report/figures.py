@@ -70,7 +70,7 @@ def last_eval(history: History, up_to: int | None = None) -> LastEval | None:
 
 
 class Ends(NamedTuple):
-    """Where runs ended, by one figure.
+    """The ends of runs, by one figure.
 
     Attributes:
         values: the figure of each run.

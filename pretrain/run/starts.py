@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "deepspeed", "fairscale")
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """What else decides the bits of a step, besides the config and the layout.
+    """All that decides the bits of a step, besides the config and the layout.
 
     Attributes:
         devices: names of the ranks' devices, each once.
@@ -71,6 +71,7 @@ class StartRecord(msgspec.Struct, frozen=True):
 
     @property
     def layout(self) -> Layout:
+        """Return the layout that the start trained in."""
         return Layout(self.tp_size, self.dp_size, self.zero_stage, self.sp_size)
 
 

@@ -55,7 +55,7 @@ _LATE_ROWS = "late_eval_rows"  # key of the wandb run's config: number of rows t
 
 
 class WandbConfig(Config):
-    """Where figures go besides the run folder's own files."""
+    """The wandb run that figures go to, besides the run folder's own files."""
 
     # offline: to the run folder; `wandb sync` uploads it later
     mode: Literal["online", "offline", "disabled"] = "offline"

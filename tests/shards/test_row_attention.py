@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_nothing_attends_to_a_forgotten_document(corpus: Path, tmp_path: Path) -
             assert not tokens[ids == 0].any()
             inside = np.flatnonzero(ids)
             split += len(inside) > 0 and not ids[inside[0] : inside[-1]].all()
+        for each in (apart, batch):  # the model computes each stretch of equal numbers by itself
+            stretches = [groupby(ids) for ids in np.abs(each.segment_ids).tolist()]
+            lengths = [len(list(same)) for of_row in stretches for number, same in of_row if number]
+            assert each.squared_lengths == sum(length**2 for length in lengths)
     assert split, "no row had a forgotten document between others"
 
 
